@@ -1,0 +1,44 @@
+# Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format install clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## train a small network, trace it and show that its route matters (about a minute)
+	@$(BIN)/attackroute demo
+
+test: $(STAMP) ## run the tests that are quick
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(STAMP) ## check style (ruff) and types (mypy)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+install: $(STAMP) ## make .venv with the package and its development tools
+
+clean: ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is touched last: an installation that broke off is started again.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 \
+		|| { echo "error: $(PYTHON) was not found: install Python 3.10 or newer, or name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "error: Python 3.10 or newer is needed, but $(PYTHON) says \"$$($(PYTHON) --version 2>&1 | head -n 1)\": name another with make PYTHON=..." >&2; exit 1; }
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) \
+		|| { echo "error: $(PYTHON) -m venv failed: install its venv module (Debian and Ubuntu: python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install -e ".[dev,demo]"
+	@touch $@

@@ -1,0 +1,67 @@
+"""Critical attacking routes of convolutional networks, exactly and from one forward pass.
+
+Public names load their module on first use, so that ``import attackroute`` does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from attackroute.version import __version__
+
+if TYPE_CHECKING:
+    from attackroute.data import load_data
+    from attackroute.errors import UserError
+    from attackroute.instances import InstanceRoutes
+    from attackroute.interventions import deactivate
+    from attackroute.models import build_model, load_weights
+    from attackroute.rivals import rank_channels
+    from attackroute.routes import Route
+    from attackroute.trace import influence, trace_routes
+    from attackroute.training import TrainSettings, train
+
+__all__ = [
+    "InstanceRoutes",
+    "Route",
+    "TrainSettings",
+    "UserError",
+    "__version__",
+    "build_model",
+    "deactivate",
+    "influence",
+    "load_data",
+    "load_weights",
+    "rank_channels",
+    "trace_routes",
+    "train",
+]
+
+# A module must never bear the name of a public function: importing it would shadow the function.
+_HOMES = {
+    "InstanceRoutes": "instances",
+    "Route": "routes",
+    "TrainSettings": "training",
+    "UserError": "errors",
+    "build_model": "models",
+    "deactivate": "interventions",
+    "influence": "trace",
+    "load_data": "data",
+    "load_weights": "models",
+    "rank_channels": "rivals",
+    "trace_routes": "trace",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,121 @@
+"""What ``attackroute benchmark`` found: tables, a few lines, JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from attackroute.benchmark import BenchmarkReport
+from attackroute.benchmark.extrapolation import AIM, PAPER_HOURS, PAPER_IMAGES, NaiveResult
+from attackroute.benchmark.memory import LIMIT, MemoryResult
+from attackroute.benchmark.speed import SpeedResult
+from attackroute.benchmark.timing import Spread
+from attackroute.cli.console import Output
+from attackroute.display import plural
+
+
+def show(output: Output, report: BenchmarkReport) -> None:
+    """Print all that was measured."""
+    output.result(report.to_json())
+    on = report.environment
+    output.line(
+        f"{on.device}, {plural(on.threads, 'thread')}, {on.dtype}, torch {on.versions['torch']}; "
+        f"medians of {report.plan.turns} interleaved repeats (lowest-highest)"
+    )
+    if report.speed:
+        _show_speed(output, report.speed)
+    if report.naive is not None:
+        _show_naive(output, report.naive)
+    if report.memory is not None:
+        _show_memory(output, report.memory)
+
+
+def _show_speed(output: Output, results: Sequence[SpeedResult]) -> None:
+    output.table(
+        ["case", "images", "trace / forward", "at most", "trace / training step"],
+        [
+            [
+                _name(result),
+                f"{result.batches} x {result.batch_size}",
+                _ratio(result.ratio),
+                "-" if result.limit is None else f"{result.limit:.2f}",
+                _ratio(result.training_ratio),
+            ]
+            for result in results
+        ],
+    )
+    output.line("Where a trace's time goes, as shares of a plain forward pass:")
+    phases = dict.fromkeys(phase for result in results for phase in result.shares)
+    output.table(
+        ["part of a trace", *(_name(result) for result in results)],
+        [
+            [phase, *(f"{r.shares[phase].median:.3f}" if phase in r.shares else "0" for r in results)]
+            for phase in phases
+        ],
+    )
+
+
+def _name(result: SpeedResult) -> str:
+    return result.case.name if result.memory_format == "contiguous" else f"{result.case.name}, {result.memory_format}"
+
+
+def _show_naive(output: Output, result: NaiveResult) -> None:
+    rows = [["trace", f"{_spread(_scaled(result.trace.totals, 1e3))} ms", "all", "1"]]
+    rows += [
+        [
+            f"naive: {way}",
+            f"{_spread(Spread(runs.totals), digits=0)} s",
+            f"{len(runs.parts)} x {timed:,} of {result.products:,}",
+            _spread(result.ratio(way), digits=0),
+        ]
+        for way, (runs, timed) in result.ways.items()
+    ]
+    output.table(["VGG-16, 32x32", "one image", "timed products", "naive / trace"], rows)
+    minutes = _scaled(result.trace.totals, PAPER_IMAGES / 60)
+    output.line(f"Aim: {AIM:,.0f} or more. Naive times are extrapolated from these products, drawn at random.")
+    output.line(f"{PAPER_IMAGES:,} such images by the trace, extrapolated: {_spread(minutes)} minutes;")
+    output.line(f"as published (Li et al. 2021, section 3.5) on a GTX 1080: {PAPER_HOURS} hours")
+
+
+def _show_memory(output: Output, result: MemoryResult) -> None:
+    output.table(
+        ["VGG-16, peak memory", "first", "second", "first / second"],
+        [
+            [
+                f"trace / inference, {result.batch_size} x 224x224",
+                _megabytes(result.trace.peak),
+                _megabytes(result.forward.peak),
+                _ratio(result.ratio),
+            ],
+            [
+                "beyond libraries and weights",
+                _megabytes(result.trace.own),
+                _megabytes(result.forward.own),
+                "-" if result.own_ratio is None else _ratio(result.own_ratio),
+            ],
+            [
+                f"trace, {result.many_samples:,} / {result.few_samples} x 32x32",
+                _megabytes(result.many.peak),
+                _megabytes(result.few.peak),
+                _ratio(result.growth),
+            ],
+        ],
+    )
+    output.line(f"To be kept: at most {LIMIT:.2f} for the first row, 1 (flat in the number of samples) for the last.")
+
+
+def _megabytes(values: Sequence[int]) -> str:
+    return f"{statistics.median(values) / 1e6:,.0f} MB"
+
+
+def _scaled(values: Sequence[float], factor: float) -> Spread:
+    return Spread(tuple(factor * value for value in values))
+
+
+def _ratio(spread: Spread) -> str:
+    return _spread(spread, digits=2)
+
+
+def _spread(spread: Spread, digits: int = 1) -> str:
+    low, high = (f"{value:,.{digits}f}" for value in (spread.low, spread.high))
+    return f"{spread.median:,.{digits}f} ({low}-{high})"

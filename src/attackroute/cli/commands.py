@@ -1,0 +1,73 @@
+"""How commands of this package end and how they explain themselves."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from attackroute.cli.console import print_error
+from attackroute.errors import UserError
+from attackroute.interruption import terminated_as_interrupted
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class _ExamplesLast:
+    """Help that ends with the epilog as it is written, so that a command in it can be copied."""
+
+    epilog: str | None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        # Hidden meanwhile: typer would break its lines anew, in another way in each version.
+        epilog, self.epilog = self.epilog, None
+        try:
+            super().format_help(ctx, formatter)  # type: ignore[misc]
+        finally:
+            self.epilog = epilog
+        formatter.write(epilog or "")
+
+
+class Command(_ExamplesLast, TyperCommand):
+    """A command whose help ends with examples."""
+
+
+class Group(_ExamplesLast, TyperGroup):
+    """A group that turns what users can mend into one line on stderr and an exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command line; see :meth:`typer.core.TyperGroup.main`."""
+        code = self._run(*args, **{**extra, "standalone_mode": False})
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, *args: Any, **extra: Any) -> int:
+        try:
+            with terminated_as_interrupted():
+                return super().main(*args, **extra) or 0
+        except UserError as error:
+            print_error(str(error))
+            return BAD_INPUT
+        except (KeyboardInterrupt, typer.Abort):
+            return INTERRUPTED
+        except Exception as error:
+            # Parse errors of typer (and of click, on which older versions stand) have no public class in common.
+            if not hasattr(error, "format_message"):
+                raise
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context is not None else ""
+            print_error(f"{error.format_message()}{hint}")
+            return BAD_INPUT
+
+
+def add_command(app: typer.Typer, function: Callable[..., None], examples: str) -> None:
+    """Make a function a command of its name, with its docstring and the examples as help."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(function.__name__, cls=Command, help=text, epilog=examples)(function)

@@ -1,0 +1,95 @@
+"""What commands say: results on stdout, progress and notes on stderr, JSON alone on stdout when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, done: int, total: int | None, message: str = "") -> None:
+        """Show how much is done, of how much where that is known, and a message beside it."""
+
+
+def print_error(message: str) -> None:
+    """Print ``error: message`` on stderr, as one line whatever the message holds."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's words go.
+
+    Args:
+        as_json: print the result as one JSON object on stdout, and no table.
+        quiet: no tables, progress or notes; errors and JSON are still printed.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def note(self, text: str) -> None:
+        """Say something in passing, on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def result(self, payload: Mapping[str, Any]) -> None:
+        """Print the machine-readable result, if it was asked for."""
+        if self.as_json:
+            print(json.dumps(payload, indent=2, allow_nan=False))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table on stdout: words to the left, columns of numbers to the right."""
+        if self.quiet or self.as_json:
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD)
+        for index, column in enumerate(columns):
+            numeric = all(row[index][:1].isdigit() for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))  # as Text, since brackets in names are no markup
+        Console().print(table)
+
+    def line(self, text: str) -> None:
+        """Print a line of the result on stdout."""
+        if not (self.quiet or self.as_json):
+            print(text)
+
+    @contextmanager
+    def progress(self, unit: str) -> Iterator[Progress]:
+        """A progress bar on stderr, where that is a terminal, until the block ends."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        bar = Bar(
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+            disable=self.quiet or not console.is_terminal,
+        )
+        task = bar.add_task("", total=None)
+
+        def move(done: int, total: int | None, message: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=message)
+
+        with bar:
+            yield move

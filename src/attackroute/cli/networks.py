@@ -1,0 +1,181 @@
+"""The network that ``--model`` names, with its weights; and ``model.json``, which describes that of a train folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attackroute.checkpoints import BEST, LAST
+from attackroute.cli.unfinished import write_json
+from attackroute.data import ImageData
+from attackroute.errors import UserError
+from attackroute.models import BUILT_IN, ModelSpec, Normalise, build, check_input, load_weights
+
+CARD = "model.json"
+
+_FORMAT = "attackroute model"
+_VERSION = 1
+_SEQUENCES = ("mean", "std")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What ``model.json`` says about the weights beside it.
+
+    Attributes:
+        spec: How the network is built.
+        classes: Names of the labels that it was trained for.
+    """
+
+    spec: ModelSpec
+    classes: tuple[str, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write ``model.json``, unless the folder describes another network already.
+
+        Raises:
+            UserError: It does, or the file cannot be written.
+        """
+        if (folder / CARD).exists() and ModelCard.load(folder) != self:
+            raise UserError(
+                f"{folder / CARD} describes another network than this one; "
+                "choose another folder, or give the --model, --width and --data that it was made with"
+            )
+        content = {"format": _FORMAT, "version": _VERSION, "model": asdict(self.spec), "classes": list(self.classes)}
+        write_json(folder / CARD, content)
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelCard:
+        """Read ``model.json``.
+
+        Raises:
+            UserError: The file is missing, damaged or something else.
+        """
+        path = folder / CARD
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no {CARD}; name a folder that attackroute train wrote") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); train again, or mend it") from error
+        try:
+            return cls._parse(content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} does not describe a network (version {_VERSION}); train again") from error
+
+    @classmethod
+    def _parse(cls, content: Mapping[str, Any]) -> ModelCard:
+        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+            raise KeyError("format")
+        fields: dict[str, Any] = {
+            name: tuple(value) if name in _SEQUENCES and value is not None else value
+            for name, value in content["model"].items()
+        }
+        return cls(ModelSpec(**fields), tuple(map(str, content["classes"])))
+
+
+def find_card(model: str) -> tuple[Path, ModelCard] | None:
+    """The train folder that ``--model`` names, and its card; None where it names something else."""
+    folder = Path(model).expanduser()
+    if model in BUILT_IN or not folder.is_dir():
+        return None
+    return folder, ModelCard.load(folder)
+
+
+def open_network(
+    model: str,
+    data: ImageData,
+    *,
+    weights: Path | None = None,
+    width: float | None = None,
+    classes: int | None = None,
+) -> nn.Module:
+    """Build the network for the data, and load its weights.
+
+    Args:
+        model: Value of ``--model``.
+        data: The images that it will see.
+        weights: Value of ``--weights``.
+        width: Factor on a built-in network's channels.
+        classes: Number of logits; None takes that of the data.
+
+    Returns:
+        The network on the CPU, in eval mode.
+
+    Raises:
+        UserError: Unknown model, missing or mismatching weights, or images that the network cannot take.
+    """
+    found = find_card(model)
+    if found is not None:
+        folder, card = found
+        _check_classes(card, data, folder)
+        if width is not None or classes is not None:
+            raise UserError(f"{folder} says itself how wide its network is; leave out --model-width and --classes")
+        spec, weights = card.spec, weights or _kept_weights(folder)
+    else:
+        _require_weights(model, weights)
+        spec = spec_for(model, data, width=width, classes=classes)
+    network = build(spec)
+    if weights is not None:
+        load_weights(network, weights)
+    check_input(network, data.shape)
+    return network.eval()
+
+
+def spec_for(model: str, data: ImageData, *, width: float | None = None, classes: int | None = None) -> ModelSpec:
+    """How to build the network of that name for the data."""
+    return ModelSpec(
+        model,
+        num_classes=len(data.classes) if classes is None else classes,
+        width=1.0 if width is None else width,
+        image_size=data.shape[1],
+        in_channels=data.shape[0],
+    )
+
+
+def with_own_normalisation(spec: ModelSpec, network: nn.Module) -> ModelSpec:
+    """The spec with the statistics that its network has, so that a later version's defaults cannot change them."""
+    part = getattr(network, "normalise", None)
+    if not isinstance(part, Normalise) or _is_factory(spec.name):  # a factory brings its own, and takes none
+        return spec
+    return replace(spec, mean=part.statistics.mean, std=part.statistics.std)
+
+
+def _kept_weights(folder: Path) -> Path:
+    for name in (BEST, LAST):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has neither {BEST} nor {LAST}; finish the training, or name a file with --weights")
+
+
+def _require_weights(model: str, weights: Path | None) -> None:
+    """A factory may load its own; any other network without weights would be a random one."""
+    if weights is None and not _is_factory(model):
+        folder = f"; for the folder of that name write ./{model}" if Path(model).is_dir() else ""
+        raise UserError(
+            f"{model} has no weights; name a file with --weights, or take a folder of attackroute train{folder}"
+        )
+
+
+def _is_factory(model: str) -> bool:
+    """Whether the name is ``package.module:factory``."""
+    source, colon, _ = model.partition(":")
+    return bool(colon) and source not in ("torchvision", "timm")
+
+
+def _check_classes(card: ModelCard, data: ImageData, folder: Path) -> None:
+    """Labels of other classes would be compared with the wrong logits, in silence."""
+    if card.classes != data.classes:
+        raise UserError(
+            f"{folder} was trained for the classes {_listed(card.classes)}, the data have {_listed(data.classes)}; "
+            "give data with the same classes"
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names if len(names) <= 4 else (*names[:2], "...", names[-1])) + f" ({len(names)})"

@@ -1,0 +1,173 @@
+"""Options that commands share, and the parsers of their values."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attackroute.cli.console import Output
+from attackroute.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from attackroute.data import ImageData
+
+
+def parse_number(text: str) -> float:
+    """Read a finite number, also as a fraction: ``0.03``, ``8/255``, ``1e-3``."""
+    numerator, slash, denominator = str(text).partition("/")
+    try:
+        value = float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{text!r} is not a number; write it as 0.03 or 8/255")
+    return value
+
+
+def parse_share(text: str) -> float:
+    """Read a share of a layer's channels, above 0 and at most 1."""
+    value = parse_number(text)
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text} is outside (0, 1]; 0.2 takes a fifth of each layer's channels")
+    return value
+
+
+def parse_factor(text: str) -> float:
+    """Read a factor above 0, such as a network's width."""
+    value = parse_number(text)
+    if value <= 0:
+        raise typer.BadParameter(f"{text} is not above 0; 0.25 makes every layer a quarter as wide")
+    return value
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` takes an accelerator where there is one.
+
+    Raises:
+        UserError: PyTorch does not know the device, or the machine lacks it.
+    """
+    import torch
+
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); leave it out, or take cpu") from error
+    return device
+
+
+def open_folder(folder: Path) -> Path:
+    """Create the folder where it is missing, or say in one line why that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be a folder ({error.strerror}); name another") from error
+    return folder
+
+
+def report_skipped(data: ImageData | None, output: Output) -> None:
+    """Name the files that ``--skip-unreadable`` left out."""
+    for path in () if data is None else data.skipped:
+        output.note(f"note: left out {path}, which cannot be read")
+
+
+class Splits(str, Enum):
+    """Parts of a data set."""
+
+    TRAIN = "train"
+    TEST = "test"
+
+
+_NETWORK = "The network"
+_IMAGES = "The images"
+_RUN = "The run"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        rich_help_panel=_NETWORK,
+        help="A folder that [bold]attackroute train[/bold] wrote, or vgg16, alexnet, resnet18, vgg_small, "
+        "torchvision:NAME, timm:NAME or package.module:factory.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        rich_help_panel=_NETWORK,
+        help="A state dict as .safetensors or .pt. A train folder brings its own.",
+    ),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option(
+        "--classes", metavar="N", min=1, rich_help_panel=_NETWORK, help="Outputs of the network; else as the data has."
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        rich_help_panel=_IMAGES,
+        help="mnist-sample (digits, no download), cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH.",
+    ),
+]
+Split = Annotated[Splits, typer.Option("--split", rich_help_panel=_IMAGES, help="Which part of the data.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        metavar="N",
+        min=1,
+        rich_help_panel=_IMAGES,
+        help="Only so many images, drawn with --seed; else all.",
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size",
+        metavar="PIXELS",
+        min=1,
+        rich_help_panel=_IMAGES,
+        help="Resize the images to this size; else as the data set or the train folder has it.",
+    ),
+]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option("--skip-unreadable", rich_help_panel=_IMAGES, help="Leave out image files that cannot be read."),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=_RUN, help="Images at a time.")
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", rich_help_panel=_RUN, help="cpu, cuda, cuda:1, mps; auto takes what is there."
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", min=0, rich_help_panel=_RUN, help="Same seed, same machine: same result."),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=_RUN, help="Print the result as JSON on stdout and nothing else there."),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", rich_help_panel=_RUN, help="Print nothing but errors (and JSON, with --json).")
+]

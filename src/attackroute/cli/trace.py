@@ -1,0 +1,234 @@
+"""``attackroute trace``: critical attacking routes of images, and the route of the model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attackroute.cli import options
+from attackroute.cli.console import Output
+from attackroute.errors import UserError
+
+if TYPE_CHECKING:
+    from attackroute.cli.tracer import Tracer
+    from attackroute.cli.unfinished import TraceFolder
+    from attackroute.instances import InstanceRoutes
+
+EXAMPLES = """
+ Examples:
+
+   Routes of the test images of a network that was trained here
+   $ attackroute trace --model runs/digits --data mnist-sample --out runs/digits/routes
+
+   Compare the first four images with the brute-force oracle, in double precision (slow: for small networks)
+   $ attackroute trace --model runs/digits --data mnist-sample --samples 100 --dtype float64 --check 4
+
+   A network of torchvision on 1,000 of your own images
+   $ attackroute trace --model torchvision:resnet18 --weights resnet18.pth --classes 1000 \\
+       --data folder:photos --image-size 224 --samples 1000 --out runs/photos
+
+   Go on after an interruption: the same command with --resume, for the same result
+   $ attackroute trace --model runs/vgg --data cifar10:~/data --out runs/vgg/routes --resume
+
+   For another program
+   $ attackroute trace --model runs/digits --data mnist-sample --json | jq '.layers[].occurrence'
+
+ The files:
+
+   routes.safetensors   the route of each sample (attackroute.InstanceRoutes.load)
+   route.json           the route of the model (attackroute.Route.load)
+   summary.json         the table, and the settings on which the result depends
+
+ The table:
+
+   occurrence   How often a layer's most frequent channels are on a sample's route: 100 % where every sample uses
+                the same channels, about the share of --width where samples have nothing in common.
+   computed     How the edges into a layer were computed, and how many there are where it is not one.
+                closed-form: exact, from the forward pass. autograd: exact, from vector-Jacobian products.
+"""
+
+
+class Dtypes(str, Enum):
+    """Number formats; the short ones run under autocast."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+_ROUTES = "The routes"
+
+
+def trace(
+    model: options.Model,
+    data: options.Data,
+    weights: options.Weights = None,
+    model_width: Annotated[
+        float | None,
+        typer.Option(
+            "--model-width",
+            metavar="FACTOR",
+            parser=options.parse_factor,
+            rich_help_panel="The network",
+            help="Factor on the channels of a built-in network; a train folder knows its own.",
+        ),
+    ] = None,
+    classes: options.Classes = None,
+    split: options.Split = options.Splits.TEST,
+    samples: options.Samples = None,
+    image_size: options.ImageSize = None,
+    skip_unreadable: options.SkipUnreadable = False,
+    width: Annotated[
+        float,
+        typer.Option(
+            "--width",
+            metavar="SHARE",
+            parser=options.parse_share,
+            rich_help_panel=_ROUTES,
+            help="Share of each layer's channels on a sample's route.",
+        ),
+    ] = 0.2,
+    route_width: Annotated[
+        float,
+        typer.Option(
+            "--route-width",
+            metavar="SHARE",
+            parser=options.parse_share,
+            rich_help_panel=_ROUTES,
+            help="Share of each layer's channels on the model's route: those that are on most samples' routes.",
+        ),
+    ] = 0.3,
+    linear: Annotated[
+        bool, typer.Option("--linear", rich_help_panel=_ROUTES, help="Linear layers are route layers too.")
+    ] = False,
+    keep_scores: Annotated[
+        bool,
+        typer.Option(
+            "--keep-scores", rich_help_panel=_ROUTES, help="Keep each channel's score too; files grow 32-fold."
+        ),
+    ] = False,
+    check: Annotated[
+        int | None,
+        typer.Option(
+            "--check",
+            metavar="N",
+            min=1,
+            rich_help_panel=_ROUTES,
+            help="Compare the first N samples with the brute-force oracle; exit code 1 if they differ beyond rounding.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where the routes go; without it they are only shown."),
+    ] = None,
+    batch_size: options.BatchSize = 128,
+    dtype: Annotated[
+        Dtypes,
+        typer.Option(
+            "--dtype", rich_help_panel="The run", help="Precision; bfloat16 and float16 are faster, and not exact."
+        ),
+    ] = Dtypes.FLOAT32,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            rich_help_panel="The run",
+            help="Go on with the trace in --out: samples that are done are not traced again.",
+        ),
+    ] = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find the critical attacking routes of images, exactly and from one forward pass a batch.
+
+    A sample's route holds the channels of each layer that pass on the most of what changes its loss; the model's route
+    holds those that are on most samples' routes. Ctrl-C keeps the samples that are done; --resume goes on.
+    """
+    import torch
+
+    from attackroute.cli.networks import find_card, open_network
+    from attackroute.cli.trace_report import report, summarise
+    from attackroute.cli.tracer import Tracer
+    from attackroute.cli.unfinished import TraceFolder, weights_digest
+    from attackroute.data import load_data
+
+    output = Output(as_json, quiet)
+    if resume and out is None:
+        raise UserError("--resume goes on with the trace in a folder; name it with --out")
+    home = options.resolve_device(device)
+    if image_size is None and (card := find_card(model)) is not None:
+        image_size = card[1].spec.image_size
+    images = load_data(
+        data, split=split.value, image_size=image_size, samples=samples, seed=seed, skip_unreadable=skip_unreadable
+    )
+    options.report_skipped(images, output)
+    network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
+    if dtype is Dtypes.FLOAT64:
+        network = network.double()
+    autocast = getattr(torch, dtype.value) if dtype in (Dtypes.BFLOAT16, Dtypes.FLOAT16) else None
+    tracer = Tracer(network, images, width, batch_size, linear, keep_scores, autocast)
+    folder = None
+    if out is not None:
+        terms = {
+            "model": model,
+            "weights": weights_digest(network),
+            "data": data,
+            "split": images.split,
+            "samples": samples,
+            "seed": seed,
+            "images": [len(images), *images.shape],
+            "width": width,
+            "linear": linear,
+            "keep-scores": keep_scores,
+            "batch-size": batch_size,
+            "dtype": dtype.value,
+            "device": home.type,
+        }
+        folder = TraceFolder(options.open_folder(out), terms, len(images))
+    done = None if folder is None else folder.open(network, resume=resume)
+    started = time.perf_counter()
+    routes = _trace(tracer, done, folder, output)
+    seconds = time.perf_counter() - started
+    origin = replace(routes.provenance, model=model, data=f"{data} {images.split}", seed=seed)
+    routes = replace(routes, provenance=origin)
+    route = routes.aggregate(route_width)
+    summary = summarise(routes, route)
+    if folder is not None:
+        folder.finish(routes, route, summary)
+    comparison = None if check is None else tracer.compare(check)
+    report(output, summary, comparison, out, len(routes) - _count(done), seconds)
+    if comparison is not None and not comparison.passed:
+        raise typer.Exit(1)
+
+
+def _trace(tracer: Tracer, done: InstanceRoutes | None, folder: TraceFolder | None, output: Output) -> InstanceRoutes:
+    """Trace what is not done, and say what is kept where that is broken off."""
+    from attackroute.cli.unfinished import trace_in_pieces
+
+    if done is not None:
+        output.note(f"{len(done)} of {len(tracer.data)} samples are done already")
+    try:
+        with output.progress("images") as progress:
+            return trace_in_pieces(
+                lambda start, stop: tracer.piece(start, stop, progress),
+                len(tracer.data),
+                tracer.batch_size,
+                done=done,
+                save=None if folder is None else folder.save_partial,
+            )
+    except KeyboardInterrupt:
+        kept = "nothing is kept without --out" if folder is None else "finished samples are kept; go on with --resume"
+        output.note(f"interrupted: {kept}")
+        raise
+
+
+def _count(done: InstanceRoutes | None) -> int:
+    return 0 if done is None else len(done)

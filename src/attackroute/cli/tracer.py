@@ -1,0 +1,60 @@
+"""The network, the images and the settings of a trace, taken piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from attackroute.cli.comparison import Comparison, compare
+from attackroute.cli.console import Progress
+from attackroute.data import ImageData, check_images
+from attackroute.instances import InstanceRoutes
+from attackroute.trace import trace_routes
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """The network, the images and how to trace them."""
+
+    network: nn.Module
+    data: ImageData
+    width: float
+    batch_size: int
+    linear: bool
+    keep_scores: bool
+    autocast: torch.dtype | None
+
+    def piece(self, start: int, stop: int, progress: Progress) -> InstanceRoutes:
+        """Routes of some of the samples."""
+        return trace_routes(
+            self.network,
+            self._batches(start, stop),
+            self.width,
+            linear=self.linear,
+            keep_scores=self.keep_scores,
+            autocast=self.autocast,
+            progress=lambda done, _: progress(start + done, len(self.data)),
+        )
+
+    def compare(self, samples: int) -> Comparison:
+        """The first samples, against the oracle."""
+        batches = list(self._batches(0, min(samples, len(self.data))))
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        parameter = next(self.network.parameters())
+        return compare(
+            self.network,
+            images.to(parameter.device, parameter.dtype),
+            labels.to(parameter.device),
+            self.width,
+            linear=self.linear,
+            autocast=self.autocast,
+        )
+
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in DataLoader(Subset(self.data.dataset, range(start, stop)), self.batch_size):
+            check_images(images)
+            yield images, labels

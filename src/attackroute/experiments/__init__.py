@@ -1,0 +1,1 @@
+"""Experiments on routes, one a file: inputs, a tidy table, a figure, one sentence."""

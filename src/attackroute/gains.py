@@ -1,0 +1,305 @@
+"""Gains: what a tensor inside the network owes to the outputs of the route layers before it.
+
+Between two route layers the derivative is followed per channel. A :class:`Term` says that channels
+``dst .. dst + length`` of a tensor carry channels ``src .. src + length`` of route layer ``source``, each position of
+the tensor multiplied by ``scale * mask``. A :class:`Flow` is all that is known of one tensor: its terms, and the
+sources whose influence has left the closed form (``opaque``), whose edges the Jacobian path computes instead.
+
+Masks are lazy. ``None`` stands for ones, :class:`Alive` for "where the tensor's own value is alive", which after a
+ReLU is its derivative and costs nothing until it is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The 0/1 mask ``0 < value < below`` of the tensor that carries the term (ReLU; ReLU6 with ``below=6``)."""
+
+    below: float = math.inf
+
+    def of(self, values: Tensor) -> Tensor:
+        """The mask as a bool tensor of the shape of ``values``."""
+        alive = values > 0
+        return alive if math.isinf(self.below) else alive.logical_and_(values < self.below)
+
+    def counted(self, values: Tensor, out: Tensor) -> Tensor:
+        """The mask as 0.0 and 1.0, written to ``out``, for values that are the activation's own outputs."""
+        if math.isinf(self.below):
+            return torch.sign(values, out=out)  # 0 or 1, since a ReLU's outputs are not negative
+        ones = values.new_ones(()).expand_as(values)
+        counted: Tensor = torch.ops.aten.hardtanh_backward.grad_input(ones, values, 0.0, self.below, grad_input=out)
+        return counted
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The winners of an overlapping max pooling: where several outputs can share one input position.
+
+    Attributes:
+        reach: How many windows, per axis, can share one input position.
+        shared: For each offset to a later neighbour, bool ``(n, length, H', W')``: whether an output and that
+            neighbour have the same winner. Complete where at most two windows per axis can share an input.
+    """
+
+    reach: tuple[int, int]
+    shared: dict[tuple[int, int], Tensor]
+
+    @classmethod
+    def of(cls, winners: Tensor, reach: tuple[int, int]) -> Windows:
+        """From the flat index of each output's winner, ``(n, C, H', W')``."""
+        offsets = [(0, 1)] * (reach[1] > 1) + [(1, 0)] * (reach[0] > 1) + [(1, -1), (1, 1)] * (min(reach) > 1)
+        shared = {}
+        for dy, dx in offsets:
+            here, there = neighbours(winners.shape[-2:], dy, dx)
+            same = torch.zeros_like(winners, dtype=torch.bool)
+            same[(..., *here)] = winners[(..., *here)] == winners[(..., *there)]
+            shared[dy, dx] = same
+        return cls(reach, shared)
+
+    def channels(self, cut: slice) -> Windows:
+        """The windows of some of the channels."""
+        return Windows(self.reach, {offset: same[:, cut] for offset, same in self.shared.items()})
+
+
+def neighbours(size: tuple[int, ...], dy: int, dx: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Slices of all positions that have a neighbour at ``(dy, dx)``, dy >= 0, and of those neighbours."""
+    height, width = size
+    here = (slice(0, height - dy), slice(max(0, -dx), width - max(0, dx)))
+    there = (slice(dy, height), slice(max(0, dx), width - max(0, -dx)))
+    return here, there
+
+
+@dataclass(frozen=True)
+class Path:
+    """How positions of the source layer map to positions of the tensor.
+
+    Attributes:
+        moves: Identity of the map; two terms of one source can be added only where their moves agree.
+        summed: The mask already sums absolute derivatives of several source positions (average pooling).
+        many: One source position may reach several positions of the tensor.
+        windows: Present as long as ``many`` is due to one overlapping max pooling alone.
+    """
+
+    moves: tuple[object, ...] = ()
+    summed: bool = False
+    many: bool = False
+    windows: Windows | None = None
+
+    def moved(self, move: object, *, summed: bool = False, many: bool = False) -> Path:
+        """This path followed by a move after which the pooling windows can no longer be told apart."""
+        return Path((*self.moves, move), self.summed or summed, self.many or many, None)
+
+
+Mask = Alive | Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A range of channels that carries a range of a route layer's channels.
+
+    Attributes:
+        source: Index of the route layer, in forward order.
+        src: First channel of the source.
+        dst: First channel of the tensor.
+        length: Number of channels.
+        scale: ``(length,)``, the signed derivative per channel; None for ones.
+        mask: Derivative per position, broadcastable to ``(n, length, *spatial)``: bool, or signed float.
+        path: How positions map.
+    """
+
+    source: int
+    src: int
+    dst: int
+    length: int
+    scale: Tensor | None = None
+    mask: Mask = None
+    path: Path = field(default_factory=Path)
+
+    def channels(self, start: int, stop: int) -> Term | None:
+        """The part of the term inside channels ``start .. stop`` of the tensor, counted from ``start``."""
+        first, last = max(self.dst, start), min(self.dst + self.length, stop)
+        if first >= last:
+            return None
+        cut = slice(first - self.dst, last - self.dst)
+        windows = self.path.windows
+        if windows is not None:
+            windows = windows.channels(cut)
+        return replace(
+            self,
+            src=self.src + cut.start,
+            dst=first - start,
+            length=last - first,
+            scale=None if self.scale is None else self.scale[cut],
+            mask=cut_channels(self.mask, cut) if isinstance(self.mask, Tensor) else self.mask,
+            path=replace(self.path, windows=windows),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """All that one tensor owes to earlier route layers.
+
+    Attributes:
+        shape: ``(C, *spatial)``: the layout that terms refer to; the tensor is ``(n, C, *spatial)``, or, when
+            ``flat``, its flattening ``(n, C * prod(spatial))``.
+        terms: Closed-form contributions.
+        opaque: Sources that reach the tensor through an operation without a closed form.
+        flat: Whether the tensor is flattened.
+    """
+
+    shape: tuple[int, ...] = ()
+    terms: tuple[Term, ...] = ()
+    opaque: frozenset[int] = frozenset()
+    flat: bool = False
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """Every route layer that reaches the tensor."""
+        return self.opaque.union(term.source for term in self.terms)
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Sizes of the position dimensions."""
+        return self.shape[1:]
+
+    def view(self, values: Tensor) -> Tensor:
+        """``values``, shaped like the tensor, in the layout ``(n, C, *spatial)``."""
+        return values.reshape(values.shape[0], *self.shape) if self.flat else values
+
+
+EMPTY = Flow()
+
+
+def opaque(sources: Iterable[int]) -> Flow:
+    """A flow of which only the sources are known."""
+    return Flow(opaque=frozenset(sources))
+
+
+def cut_channels(mask: Tensor, cut: slice) -> Tensor:
+    """``mask[:, cut]`` where the mask is not constant over channels."""
+    return mask if mask.shape[1] == 1 else mask[:, cut]
+
+
+def settled(flow: Flow, values: Tensor) -> Flow:
+    """``flow`` with every lazy mask turned into a tensor: needed before the tensor's own values change."""
+    masks: dict[Alive, Tensor] = {}
+    terms = []
+    for term in flow.terms:
+        if isinstance(term.mask, Alive):
+            if term.mask not in masks:
+                masks[term.mask] = term.mask.of(flow.view(values))
+            whole = masks[term.mask]
+            cut = slice(term.dst, term.dst + term.length)
+            terms.append(replace(term, mask=whole if term.length == flow.shape[0] else whole[:, cut]))
+        else:
+            terms.append(term)
+    return replace(flow, terms=tuple(terms))
+
+
+def scaled(flow: Flow, scale: Tensor) -> Flow:
+    """``flow`` times a factor per channel, ``scale`` of shape ``(C,)``; masks must be settled."""
+    terms = []
+    for term in flow.terms:
+        part = scale[term.dst : term.dst + term.length]
+        terms.append(replace(term, scale=part if term.scale is None else term.scale * part))
+    return replace(flow, terms=tuple(terms))
+
+
+def times(flow: Flow, factor: Tensor) -> Flow:
+    """``flow`` times a factor per position, broadcastable to ``(n, C, *spatial)``; masks must be settled."""
+    known: dict[tuple[int, int, int], Tensor] = {}  # terms of a residual stream share their masks: multiply once
+    terms = []
+    for term in flow.terms:
+        key = (id(term.mask), term.dst, term.length)
+        if key not in known:
+            part = cut_channels(factor, slice(term.dst, term.dst + term.length))
+            known[key] = part if term.mask is None else product(term.mask, part)  # type: ignore[arg-type]
+        terms.append(replace(term, mask=known[key]))
+    return replace(flow, terms=tuple(terms))
+
+
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """Product of two masks; bool stays bool."""
+    if first.dtype == second.dtype == torch.bool:
+        return first & second
+    return first * second
+
+
+def mapped(flow: Flow, change: Callable[[Term], Term | None], shape: tuple[int, ...] | None = None) -> Flow:
+    """``flow`` with ``change`` applied to each term; a term that becomes None makes its source opaque."""
+    terms: list[Term] = []
+    lost = set(flow.opaque)
+    for term in flow.terms:
+        new = change(term)
+        if new is None:
+            lost.add(term.source)
+        else:
+            terms.append(new)
+    return Flow(flow.shape if shape is None else shape, tuple(terms), frozenset(lost), flow.flat)
+
+
+def added(first: Flow, second: Flow) -> Flow:
+    """The flow of a sum of two tensors of one layout; masks must be settled.
+
+    Terms of different sources stand side by side. Two terms of one source join the same positions by two paths, whose
+    derivatives add with their signs before the absolute value is taken; where that is not known, the source becomes
+    opaque.
+    """
+    terms = list(first.terms)
+    lost = set(first.opaque | second.opaque)
+    for new in second.terms:
+        for index, old in enumerate(terms):
+            if old.source != new.source or not _overlap(old.src, old.length, new.src, new.length):
+                continue
+            if old.dst - old.src != new.dst - new.src:
+                continue  # other channels of the tensor: two terms, which a convolution will find and refuse
+            joined = _joined(old, new, len(first.shape) + 1)
+            if joined is None:
+                lost.add(new.source)
+            else:
+                terms[index] = joined
+            break
+        else:
+            terms.append(new)
+    return replace(first, terms=tuple(terms), opaque=frozenset(lost))
+
+
+def _joined(old: Term, new: Term, dims: int) -> Term | None:
+    same = (old.src, old.length, old.path) == (new.src, new.length, new.path)
+    if not same or old.path.summed:
+        return None
+    if old.mask is new.mask:
+        known = old.scale if old.scale is not None else new.scale
+        if known is None:
+            return None
+        return replace(old, scale=known + (1.0 if old.scale is None or new.scale is None else new.scale))
+    total = _coefficient(old, dims) + _coefficient(new, dims)
+    return replace(old, scale=None, mask=total) if isinstance(total, Tensor) else None
+
+
+def _coefficient(term: Term, dims: int) -> Tensor | float:
+    """``scale * mask``, broadcastable to ``(n, length, *spatial)``; a number where both are ones."""
+    scale = None if term.scale is None else term.scale.view(1, -1, *(1,) * (dims - 2))
+    if not isinstance(term.mask, Tensor):
+        return 1.0 if scale is None else scale
+    mask = term.mask.float() if term.mask.dtype == torch.bool else term.mask
+    return mask if scale is None else mask * scale
+
+
+def _overlap(first: int, first_length: int, second: int, second_length: int) -> bool:
+    return first < second + second_length and second < first + first_length
+
+
+def disentangled(terms: Iterable[Term]) -> bool:
+    """Whether no source channel is carried by two of the terms (all of one source)."""
+    ranges = sorted((term.src, term.src + term.length) for term in terms)
+    return all(left[1] <= right[0] for left, right in pairwise(ranges))

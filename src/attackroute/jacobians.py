@@ -1,0 +1,124 @@
+"""Exact influence by vector-Jacobian products, for edges that have no closed form.
+
+Each route layer's output becomes a leaf, so derivatives run along direct paths only. One product per output element
+and critical channel, for all samples at once: exact for any network that PyTorch can differentiate, and slow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.layers import LayerCall, LayerCalls
+
+_ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
+
+
+class Segments:
+    """The graph between route layers of one batch, cut at every layer's output.
+
+    Args:
+        model: A frozen model.
+        images: ``(n, ...)`` batch.
+        edges: ``target -> sources`` that will be asked for.
+        linear: Whether linear maps are route layers too.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, edges: Mapping[str, Iterable[str]], *, linear: bool = False
+    ) -> None:
+        self._sources = {target: tuple(sources) for target, sources in edges.items()}
+        wanted = frozenset(source for sources in self._sources.values() for source in sources)
+        self._leaves: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._kinds: dict[str, str] = {}
+
+        def visit(call: LayerCall) -> Tensor:
+            output = call.run()
+            self._kinds[call.name] = call.kind
+            if call.name in self._sources:
+                self._outputs[call.name] = output
+            if call.name not in wanted:
+                return output.detach()
+            leaf = self._leaves[call.name] = output.detach().requires_grad_()
+            return leaf.clone()
+
+        with torch.inference_mode(False), torch.enable_grad(), LayerCalls(model, visit, linear=linear):
+            model(images.clone())
+
+    def influence(self, target: str) -> dict[str, Tensor]:
+        """Eqs. (1)-(2) for every source of ``target``: ``(n, C_target, C_source)``."""
+        channels = self._channels_last(target, self._outputs[target]).shape[-1]
+        samples = self._outputs[target].shape[0]
+        every = torch.ones(samples, channels, dtype=torch.bool, device=self._outputs[target].device)
+        parts: dict[str, list[Tensor]] = {source: [] for source in self._sources[target]}
+        for channel in range(channels):
+            only = torch.zeros_like(every)
+            only[:, channel] = True
+            for source, score in self.scores(target, only).items():
+                parts[source].append(score)
+        return {source: torch.stack(columns, dim=1) for source, columns in parts.items()}
+
+    def scores(self, target: str, critical: Tensor) -> dict[str, Tensor]:
+        """Eq. (5), one target's share: influence summed over its critical channels.
+
+        Args:
+            target: Name of the target layer.
+            critical: Bool ``(n, C_target)``, with the same number of channels set in each row.
+
+        Returns:
+            ``(n, C_source)`` for every source of the target.
+        """
+        output = self._outputs[target]
+        leaves = {source: self._leaves[source] for source in self._sources[target]}
+        ranked = critical.nonzero()[:, 1].view(output.shape[0], -1)  # (n, k): each sample's critical channels
+        dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+        totals = {
+            source: leaf.new_zeros(leaf.shape[0], self._channels_last(source, leaf).shape[-1], dtype=dtype)
+            for source, leaf in leaves.items()
+        }
+        if not output.requires_grad:
+            return totals
+        widest = max(output.numel(), *(leaf.numel() for leaf in leaves.values()))
+        for cotangents in self._cotangents(target, ranked, max(1, _ELEMENTS // widest)):
+            gradients = _products(output, list(leaves.values()), cotangents)
+            for source, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    sized = self._channels_last(source, gradient.abs(), batched=True)
+                    totals[source] += sized.flatten(2, -2).sum((0, 2), dtype=dtype)
+        return totals
+
+    def _cotangents(self, target: str, ranked: Tensor, chunk: int) -> Iterator[Tensor]:
+        """Batches of one-hot cotangents over all pairs of (rank of critical channel, position)."""
+        output = self._outputs[target]
+        shape = self._channels_last(target, output).shape
+        samples, channels, positions = shape[0], shape[-1], math.prod(shape[1:-1])
+        rows = torch.arange(samples, device=output.device)
+        pairs = ranked.shape[1] * positions
+        for start in range(0, pairs, chunk):
+            pair = torch.arange(start, min(start + chunk, pairs), device=output.device)
+            batch = output.new_zeros(len(pair), samples, positions, channels)
+            index = torch.arange(len(pair), device=output.device)[:, None]
+            batch[index, rows[None], (pair % positions)[:, None], ranked.T[pair // positions]] = 1
+            batch = batch.view(len(pair), *shape)
+            yield batch if self._kinds[target] == "linear" else batch.movedim(-1, 2)
+
+    def _channels_last(self, name: str, tensor: Tensor, *, batched: bool = False) -> Tensor:
+        return tensor if self._kinds[name] == "linear" else tensor.movedim(2 if batched else 1, -1)
+
+
+def _products(output: Tensor, leaves: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+    """Vector-Jacobian products for a batch of cotangents, one gradient per leaf with a leading batch dimension."""
+    try:
+        return list(
+            torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        )
+    except RuntimeError:  # an operation whose backward cannot be batched: one product at a time
+        rows = [torch.autograd.grad(output, leaves, row, retain_graph=True, allow_unused=True) for row in cotangents]
+        return [
+            None if parts[0] is None else torch.stack([part for part in parts if part is not None])
+            for parts in zip(*rows, strict=True)
+        ]

@@ -1,0 +1,166 @@
+"""Route layers as the model executes them: their names, and a place to read or replace their outputs.
+
+A route layer is a *call* of a 2-D convolution (or of a linear map, when asked), not a module: functional calls,
+lambdas and reused modules all count. A call bears the name of the innermost module whose forward is running, as in
+``model.named_modules()``; the k-th call under one name, k >= 2, is ``name#k``. Calls made by the root module itself
+are named ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from attackroute.errors import UserError
+
+_CONVOLUTIONS = frozenset(
+    {
+        torch.conv2d,
+        torch.convolution,
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.conv2d.padding,
+        torch.ops.aten.convolution.default,
+    }
+)
+_GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution.default})
+_TRANSPOSED_ARGUMENT = 6
+_BATCHED_IMAGE_DIMS = 4
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One execution of a route layer.
+
+    Attributes:
+        name: The layer's name, unique within one forward pass.
+        kind: ``"conv2d"`` or ``"linear"``.
+        input: What the layer reads.
+        weight: Its weight, as passed.
+        run: Executes the layer and returns its output ``Z``.
+    """
+
+    name: str
+    kind: str
+    input: Tensor
+    weight: Tensor
+    run: Callable[[], Tensor]
+
+
+class LayerCalls(TorchFunctionMode):
+    """Context in which every route-layer call of ``model`` passes through ``visit``.
+
+    Calls outside the model's own forward are left alone, so that contexts of different models nest. The hooks that
+    keep track of the running module are removed on exit, also after an error.
+
+    Args:
+        model: The model to watch.
+        visit: Receives each call and returns the tensor that flows on, usually ``call.run()``.
+        linear: Whether linear maps are route layers too.
+    """
+
+    def __init__(self, model: nn.Module, visit: Callable[[LayerCall], Tensor], *, linear: bool = False) -> None:
+        super().__init__()
+        self._model = model
+        self._visit = visit
+        self._linear = linear
+        self._running: list[str] = []
+        self._calls: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> LayerCalls:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(partial(self._enter_module, name)))
+            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        finally:
+            while self._handles:
+                self._handles.pop().remove()
+
+    def _enter_module(self, name: str, module: nn.Module, _args: object) -> None:
+        if module is self._model:
+            self._running.clear()
+        if not self._running:  # a new forward pass: names count from one again
+            self._calls.clear()
+        self._running.append(name or "model")
+
+    def _leave_module(self, *_: object) -> None:
+        if self._running:
+            self._running.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = self._kind(func, args, kwargs) if self._running else None
+        if kind is None:
+            return func(*args, **kwargs)
+        name = self._running[-1]
+        count = self._calls[name] = self._calls.get(name, 0) + 1
+        if kind == "linear" and not self._linear:  # counted all the same, so that names do not depend on ``linear``
+            return func(*args, **kwargs)
+        label = name if count == 1 else f"{name}#{count}"
+        images = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        return self._visit(LayerCall(label, kind, images, weight, lambda: func(*args, **kwargs)))
+
+    def _kind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if func is nn.functional.linear:
+            return "linear"
+        if func not in _CONVOLUTIONS:
+            return None
+        if func in _GENERAL:
+            transposed = kwargs.get("transposed", args[_TRANSPOSED_ARGUMENT] if len(args) > _TRANSPOSED_ARGUMENT else 0)
+            source = args[0] if args else kwargs["input"]
+            if transposed or source.ndim != _BATCHED_IMAGE_DIMS:
+                return None
+        return "conv2d"
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; tensors made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Hold ``model`` in eval mode, no parameter requiring grad; flags and buffers come back, also after an error."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is {type(model).__name__}, not a module (torch.nn.Module): pass the network itself")
+    training = [(module, module.training) for module in model.modules()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = [
+        (module, name, buffer, _version(buffer), None if is_lazy(buffer) else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module, _ in training:  # not model.eval(), which a class may have made to do more
+            module.training = False
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module, name, buffer, version, kept in buffers:
+            module._buffers[name] = buffer
+            if kept is not None and _version(buffer) != version:
+                with torch.no_grad():
+                    buffer.copy_(kept)

@@ -1,0 +1,162 @@
+"""Rival criteria: routes of the same size by what else one might rank channels by, as controls for the paper's route.
+
+Data are read once, in constant memory. Sums over samples are in float64, so that batch size and order do not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.channel_means import Measure, RunningMean, activations, gradients
+from attackroute.errors import UserError
+from attackroute.layers import frozen
+from attackroute.nearest import did_you_mean
+from attackroute.outgoing import outgoing_norms
+from attackroute.provenance import Provenance
+from attackroute.recorder import record_first
+from attackroute.routes import Route
+from attackroute.selection import check_width, top_k
+from attackroute.streams import Data, batches, samples_in
+from attackroute.trace import Progress
+
+_MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
+CRITERIA = (*_MEASURES, "weight", "random")
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelScores:
+    """What a criterion makes of every channel.
+
+    Attributes:
+        by: The criterion.
+        values: For each layer, in forward order, one score per channel: float64 ``(C,)`` on the CPU; larger is better.
+        samples: How many samples were read; 0 for a criterion that needs none.
+        seed: The seed of a random criterion, else None.
+    """
+
+    by: str
+    values: Mapping[str, Tensor]
+    samples: int = 0
+    seed: int | None = None
+
+    def route(self, width: float = 0.3) -> Route:
+        """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index.
+
+        Raises:
+            UserError: The width is outside (0, 1], or a score is NaN.
+        """
+        origin = Provenance(self.samples, width, seed=self.seed, criterion=self.by)
+        return Route.from_masks({layer: top_k(scores, width) for layer, scores in self.values.items()}, None, origin)
+
+
+def rank_channels(
+    model: nn.Module,
+    data: Data,
+    by: str,
+    width: float = 0.3,
+    *,
+    batch_size: int = 128,
+    seed: int = 0,
+    linear: bool = False,
+    progress: Progress | None = None,
+) -> Route:
+    """A route of the paper's size by a rival criterion: in each layer the channels with the largest scores.
+
+    Args:
+        model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
+        data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
+        by: The criterion, see :func:`channel_scores`.
+        width: Share of each layer's channels to keep, in (0, 1].
+        batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
+        seed: Seed of ``by="random"``.
+        linear: Whether linear maps are route layers too; their neurons are output features.
+        progress: Called with (samples done, samples in all or None) after every batch.
+
+    Returns:
+        The route; ``route.provenance.criterion`` is ``by``.
+
+    Raises:
+        UserError: As :func:`channel_scores`, or the width is outside (0, 1].
+    """
+    check_width(width)
+    scores = channel_scores(model, data, by, batch_size=batch_size, seed=seed, linear=linear, progress=progress)
+    return scores.route(width)
+
+
+def channel_scores(
+    model: nn.Module,
+    data: Data,
+    by: str,
+    *,
+    batch_size: int = 128,
+    seed: int = 0,
+    linear: bool = False,
+    progress: Progress | None = None,
+) -> ChannelScores:
+    """The scores that :func:`rank_channels` ranks; one call serves routes of several widths.
+
+    The model runs in eval mode on the device of its parameters and comes back as it was. Criteria:
+
+    * ``"activation"``: mean over samples and positions of ``|Z^m|``, at the layer's own output.
+    * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain,
+      :func:`attackroute.outgoing.outgoing_norms`.
+    * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross
+      entropy for the sample's label, or for the model's own prediction where there is none. Right at any confidence;
+      only if every sample's ``1 - p_y`` is below 1e-260, the scores share a factor that keeps them above zero.
+    * ``"random"``: a number in [0, 1) that depends on nothing but the seed, the layer's name and the channel.
+
+    ``"weight"`` and ``"random"`` read no more than two samples, to see which layers run.
+
+    Args:
+        model: As for :func:`rank_channels`, and so are the others.
+        data: Images, with labels or without.
+        by: The criterion.
+        batch_size: Rows per forward pass when ``data`` is tensors.
+        seed: Seed of ``by="random"``.
+        linear: Whether linear maps are route layers too.
+        progress: Called after every batch that is read in full.
+
+    Raises:
+        UserError: The criterion is unknown, there is no route layer, an input does not fit the model, values are not
+            finite, or ``by="weight"`` is not defined for the network.
+    """
+    if by not in CRITERIA:
+        raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
+    with frozen(model), torch.inference_mode(False):
+        stream = batches(model, data, batch_size)
+        first = next(stream, None)
+        if first is None:
+            raise UserError("the data hold no sample: the loader is empty")
+        # two samples, also of one: in a batch of one a gate looks like a constant factor
+        probe = torch.cat([first[0][:1], first[0][-1:]])
+        layers = record_first(model, probe, linear=linear).layers
+        channels = {layer.name: layer.channels for layer in layers}
+        if by == "weight":
+            return ChannelScores(by, outgoing_norms(layers))
+        if by == "random":
+            draws = {layer: _draws(seed, layer, count) for layer, count in channels.items()}
+            return ChannelScores(by, draws, seed=seed)
+        mean = RunningMean()
+        for images, labels in chain([first], stream):
+            measured = _MEASURES[by](model, images, labels, linear=linear)
+            if [(layer, values.shape[1]) for layer, values in measured.values.items()] != list(channels.items()):
+                raise UserError(
+                    "the model ran other layers on this batch than on the first one: its structure must not vary"
+                )
+            mean.add(measured)
+            if progress is not None:
+                progress(mean.samples, samples_in(data))
+    parts = mean.value().split(list(channels.values()))
+    return ChannelScores(by, dict(zip(channels, parts, strict=True)), mean.samples)
+
+
+def _draws(seed: int, layer: str, channels: int) -> Tensor:
+    """Numbers in [0, 1) that no library's version changes, unrelated to other uses of the seed."""
+    digests = [hashlib.sha256(f"rank/{seed}/{layer}/{channel}".encode()).digest() for channel in range(channels)]
+    return torch.tensor([(int.from_bytes(digest[:8], "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)

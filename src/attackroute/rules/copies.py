@@ -1,0 +1,37 @@
+"""Operations that change no value: copies, and the end of a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attackroute.gains import EMPTY
+from attackroute.rules.operation import Operation, overloads, rule, without_rule
+
+
+@rule(*overloads("clone", "_to_copy", "alias", "lift_fresh", "contiguous"))
+def identity(operation: Operation) -> Any:
+    """Copies: same values, same flow."""
+    output = operation.run()
+    return operation.emit(output, operation.flow() if output.is_floating_point() else EMPTY)
+
+
+@rule(*overloads("copy_"))
+def copy(operation: Operation) -> Any:
+    """``copy_``: the target takes the source's flow if the shapes agree."""
+    if operation.input.shape != operation.args[1].shape:
+        return without_rule(operation)
+    return operation.emit(operation.run(), operation.flow(1))
+
+
+@rule(
+    *overloads("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
+)
+def constant(operation: Operation) -> Any:
+    """New tensors that take a shape from another one, and no value."""
+    return operation.run()
+
+
+@rule(*overloads("detach"))
+def detach(operation: Operation) -> Any:
+    """Gradients stop here."""
+    return operation.emit(operation.run(), EMPTY)

@@ -1,0 +1,56 @@
+"""How many neurons a route keeps in a layer, and which ones: the top-k of Eqs. (4), (5) and (7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attackroute.errors import UserError
+
+
+def check_width(width: float) -> None:
+    """Raise a `UserError` unless ``width`` is a share in (0, 1]."""
+    # The comparison is false for NaN too.
+    if not 0 < width <= 1:
+        raise UserError(f"width {width} is outside (0, 1]: give the share of a layer's channels to keep, such as 0.2")
+
+
+def kept(width: float, channels: int) -> int:
+    """Number of channels that a route keeps in a layer, ``max(1, round(width * channels))``.
+
+    Args:
+        width: share of the channels, in (0, 1].
+        channels: channel count C of the layer, at least 1.
+
+    Raises:
+        UserError: the width is outside (0, 1], or the layer has no channel.
+    """
+    check_width(width)
+    if channels < 1:
+        raise UserError(f"a layer with {channels} channels has none to keep: leave it out of the route layers")
+    return max(1, round(width * channels))
+
+
+def top_k(scores: Tensor, width: float) -> Tensor:
+    """Mark the channels with the largest scores; ties go to the lower index, on every device.
+
+    Args:
+        scores: real scores, shape (..., C); infinities are allowed.
+        width: share of the channels to keep, in (0, 1].
+
+    Returns:
+        A bool mask of shape (..., C) with exactly ``kept(width, C)`` true entries in each row.
+
+    Raises:
+        UserError: the width is outside (0, 1], C is 0, or a score is NaN.
+    """
+    count = kept(width, scores.shape[-1])
+    scores = scores.detach()
+    if scores.isnan().any():
+        raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
+    # The order in which torch.topk returns ties depends on the device, the smallest value that it returns does not.
+    threshold = torch.topk(scores, count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above = scores > threshold
+    tied = scores == threshold
+    room = count - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1) <= room))

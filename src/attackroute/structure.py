@@ -1,0 +1,112 @@
+"""Which route layers a model runs, how they are joined, and how each edge is to be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from attackroute.errors import UserError
+from attackroute.graph import graph_sources
+from attackroute.recorder import RecordedLayer, explained, record_first
+
+CLOSED_FORM, AUTOGRAD = "closed-form", "autograd"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's route layers and edges.
+
+    Attributes:
+        names: Route layers in forward order; other attributes refer to them by index.
+        counts: Channels of each layer.
+        closed: For each layer, the sources whose influence has a closed form.
+        jacobian: For each layer, the sources whose influence the Jacobian path computes.
+        recorded: For each layer, all sources that the recording found, also those that autograd denies.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    closed: tuple[frozenset[int], ...]
+    jacobian: tuple[frozenset[int], ...]
+    recorded: tuple[frozenset[int], ...]
+
+    @classmethod
+    def probe(cls, model: nn.Module, images: Tensor, *, linear: bool) -> tuple[Structure, object]:
+        """Run a frozen model on a few images; returns the structure and the model's output.
+
+        Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
+
+        Raises:
+            UserError: The model cannot run on the images, or has no route layer.
+        """
+        recording = record_first(model, images, linear=linear)
+        layers = recording.layers
+        with explained(images):
+            graph = graph_sources(model, images, linear=linear)
+        names = tuple(layer.name for layer in layers)
+        if tuple(graph) != names:
+            raise UserError("the model ran other layers on the same images a second time: its structure must not vary")
+        closed, jacobian = [], []
+        for layer in layers:
+            reached = frozenset(names.index(name) for name in graph[layer.name].reached)
+            custom = frozenset(names.index(name) for name in graph[layer.name].custom)
+            shut = layer.sources - layer.jacobian - custom
+            closed.append(shut & reached)
+            jacobian.append(reached - shut)
+        return cls(
+            names,
+            tuple(layer.channels for layer in layers),
+            tuple(closed),
+            tuple(jacobian),
+            tuple(layer.sources for layer in layers),
+        ), recording.output
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Channels of each layer, by name."""
+        return dict(zip(self.names, self.counts, strict=True))
+
+    @property
+    def methods(self) -> dict[tuple[str, str], str]:
+        """How each edge is computed, by (source, target)."""
+        return {
+            (self.names[source], name): AUTOGRAD if source in jacobian else CLOSED_FORM
+            for name, closed, jacobian in zip(self.names, self.closed, self.jacobian, strict=True)
+            for source in sorted(closed | jacobian)
+        }
+
+    @property
+    def sinks(self) -> frozenset[str]:
+        """Layers without a successor."""
+        followed = frozenset[int]().union(*self.closed, *self.jacobian)
+        return frozenset(name for index, name in enumerate(self.names) if index not in followed)
+
+    @property
+    def jacobian_edges(self) -> dict[str, list[str]]:
+        """Sources that the Jacobian path computes, by target."""
+        return {
+            name: [self.names[source] for source in sorted(sources)]
+            for name, sources in zip(self.names, self.jacobian, strict=True)
+            if sources
+        }
+
+    def applied(self, layers: Sequence[RecordedLayer]) -> tuple[RecordedLayer, ...]:
+        """Another recording of the same model, its edges as this structure has them.
+
+        Raises:
+            UserError: The model ran other layers, or joined them in another way.
+        """
+        same = tuple(layer.name for layer in layers) == self.names and all(
+            closed <= layer.sources - layer.jacobian and layer.sources <= recorded
+            for layer, closed, recorded in zip(layers, self.closed, self.recorded, strict=True)
+        )
+        if not same:
+            raise UserError(
+                "the model ran other layers on this batch than on the first one: its structure must not vary"
+            )
+        return tuple(
+            layer.corrected(closed, jacobian)
+            for layer, closed, jacobian in zip(layers, self.closed, self.jacobian, strict=True)
+        )

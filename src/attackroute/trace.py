@@ -1,0 +1,195 @@
+"""Critical attacking routes of samples (Eqs. (3)-(6)), streaming over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.builder import InstanceRoutesBuilder
+from attackroute.edges import critical_sums, influence_matrix
+from attackroute.errors import UserError
+from attackroute.instances import InstanceRoutes
+from attackroute.jacobians import Segments
+from attackroute.layers import frozen
+from attackroute.provenance import Provenance
+from attackroute.recorder import RecordedLayer, explained, record
+from attackroute.seeds import Loss, checked_labels, checked_logits, seed_gradients
+from attackroute.selection import check_width, top_k
+from attackroute.streams import Data, batches, samples_in
+from attackroute.structure import AUTOGRAD, Structure
+
+Progress = Callable[[int, "int | None"], None]
+"""Called after every batch with the number of samples done and, where known, in all."""
+
+_PROBE = 2  # samples that show the structure; two, since some networks squeeze a batch of one
+
+
+def trace_routes(
+    model: nn.Module,
+    data: Data,
+    width: float = 0.2,
+    *,
+    loss: Loss | None = None,
+    linear: bool = False,
+    keep_scores: bool = False,
+    batch_size: int = 128,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> InstanceRoutes:
+    """Critical attacking routes of every sample (Eqs. (1)-(6)), exact, from one forward pass per batch.
+
+    The model runs in eval mode on the device of its parameters and comes back as it was.
+
+    Args:
+        model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
+        data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
+            Samples without labels are traced for the model's own prediction.
+        width: Share of each layer's channels that a sample's route keeps, in (0, 1].
+        loss: ``(logits, labels) -> losses (N,)``; None is cross entropy, whose gradient is exact at any confidence.
+        linear: Whether linear maps are route layers too; their neurons are output features.
+        keep_scores: Keep the scores that top-k ranked, (N, C) per layer; memory then grows with them.
+        batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
+        autocast: Run the forward pass under autocast in this dtype (bfloat16, float16).
+        progress: Called with (samples done, samples in all or None) after every batch.
+
+    Returns:
+        The instance routes, with the method by which each edge was computed.
+
+    Raises:
+        UserError: There is no route layer, an input does not fit the model, or values are not finite.
+    """
+    check_width(width)
+    engine: _Engine | None = None
+    builder: InstanceRoutesBuilder | None = None
+    total = samples_in(data)
+    done = 0
+    with frozen(model), _autocast(model, autocast):
+        for images, labels in batches(model, data, batch_size):
+            if engine is None:
+                engine = _Engine.probe(model, images[:_PROBE], linear=linear)
+                structure = engine.structure
+                builder = InstanceRoutesBuilder(structure.names, structure.channels, width, keep_scores=keep_scores)
+            result = engine.trace(images, labels, width, loss)
+            assert builder is not None
+            builder.add(
+                result.masks,
+                labels=result.labels if labels is not None else None,
+                predictions=result.predictions,
+                scores=result.scores if keep_scores else None,
+            )
+            done += images.shape[0]
+            if progress is not None:
+                progress(done, total)
+    if engine is None or builder is None:
+        raise UserError("the data hold no sample: the loader is empty")
+    return builder.build(methods=engine.structure.methods, provenance=Provenance(samples=done, width=width))
+
+
+def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:
+    """Influence of every channel of one route layer on every channel of an adjacent one (Eqs. (1)-(2)).
+
+    Args:
+        model: The network.
+        x: ``(N, C, H, W)`` batch of images.
+        source: Name of the earlier layer.
+        target: Name of a layer that follows it directly.
+        linear: Whether linear maps are route layers too.
+
+    Returns:
+        ``(N, C_target, C_source)``: the sum over both channels' positions of ``|dZ_target / dZ_source|``.
+
+    Raises:
+        UserError: A name is unknown, or the layers are not adjacent.
+    """
+    with frozen(model):
+        for images, _ in batches(model, x, x.shape[0] or 1):
+            structure, _ = Structure.probe(model, images[:_PROBE], linear=linear)
+            names, methods = structure.names, structure.methods
+            for name in (source, target):
+                if name not in names:
+                    raise UserError(f"no route layer {name!r} ran: the layers are {', '.join(names)}")
+            if (source, target) not in methods:
+                after = ", ".join(later for earlier, later in methods if earlier == source) or "no route layer"
+                raise UserError(f"{source!r} and {target!r} are not adjacent; directly after {source!r}: {after}")
+            if methods[source, target] == AUTOGRAD:
+                return Segments(model, images, {target: [source]}, linear=linear).influence(target)[source]
+            layers = structure.applied(record(model, images, linear=linear).layers)
+            index = names.index(source)
+            return influence_matrix(layers[names.index(target)], index, structure.counts[index], images.shape[0])
+    raise UserError("the batch holds no image")
+
+
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    masks: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    labels: Tensor
+    predictions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Engine:
+    """The computation of a batch, on the structure that a probe of the model showed."""
+
+    model: nn.Module
+    linear: bool
+    structure: Structure
+
+    @classmethod
+    def probe(cls, model: nn.Module, images: Tensor, *, linear: bool) -> _Engine:
+        """Run the model on a few images to learn its route layers and edges."""
+        structure, output = Structure.probe(model, images, linear=linear)
+        checked_logits(output, images.shape[0])
+        return cls(model, linear, structure)
+
+    def trace(self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None) -> _Traced:
+        """Routes of one batch: Eqs. (3)-(6)."""
+        names, sinks, jacobian = self.structure.names, self.structure.sinks, self.structure.jacobian_edges
+        with explained(images):
+            recording = record(self.model, images, linear=self.linear, leaves=sinks, expected=len(names))
+        layers = self.structure.applied(recording.layers)
+        logits = checked_logits(recording.output, images.shape[0])
+        predictions = logits.detach().argmax(dim=1)
+        labels = predictions if labels is None else checked_labels(labels, logits.shape[1], images.shape[0])
+        seeds = seed_gradients(logits, labels, dict(recording.leaves), loss)
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        scores = {  # Eq. (4); layers with successors start from zero
+            index: self._seed_score(layer, seeds[layer.name], dtype)
+            if layer.name in sinks
+            else torch.zeros(images.shape[0], layer.channels, dtype=dtype, device=images.device)
+            for index, layer in enumerate(layers)
+        }
+        segments = Segments(self.model, images, jacobian, linear=self.linear) if jacobian else None
+        masks: dict[str, Tensor] = {}
+        for index in reversed(range(len(layers))):  # every successor of a layer comes after it
+            layer = layers[index]
+            critical = masks[layer.name] = top_k(scores[index], width)
+            critical_sums(layer, critical, scores)  # Eq. (5)
+            if segments is not None and layer.name in jacobian:
+                for source, score in segments.scores(layer.name, critical).items():
+                    scores[names.index(source)] += score
+        return _Traced(
+            {name: masks[name] for name in names},
+            {name: scores[index] for index, name in enumerate(names)},
+            labels,
+            predictions,
+        )
+
+    @staticmethod
+    def _seed_score(layer: RecordedLayer, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum over positions of ``|dL/dZ^m|``."""
+        size = gradient.abs()
+        if layer.kind == "conv2d":
+            size = size.movedim(1, -1)
+        return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    if dtype is None:
+        return nullcontext()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.autocast(device.type, dtype)

@@ -1,0 +1,51 @@
+"""Order and sizes of batches."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+from attackroute.batches import count_steps, derived_seed, in_order, load, shuffled
+
+
+@given(st.integers(1, 400), st.integers(1, 150), st.integers(0, 2**63 - 1), st.integers(1, 1000))
+def test_an_epoch_holds_every_sample_once_in_even_batches(samples: int, size: int, seed: int, epoch: int) -> None:
+    batches = shuffled(samples, size, seed, epoch)
+    sizes = [len(batch) for batch in batches]
+    assert sorted(index for batch in batches for index in batch) == list(range(samples))
+    assert len(batches) == count_steps(samples, size)
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    first = shuffled(100, 8, seed=1, epoch=1)
+    torch.manual_seed(5)
+    assert shuffled(100, 8, seed=1, epoch=1) == first
+    assert shuffled(100, 8, seed=1, epoch=2) != first
+    assert shuffled(100, 8, seed=2, epoch=1) != first
+
+
+def test_derived_seeds_differ_and_fit_a_generator() -> None:
+    seeds = {
+        derived_seed(seed, purpose, epoch)
+        for seed in range(20)
+        for purpose in ("order", "augment", "model")
+        for epoch in range(20)
+    }
+    assert len(seeds) == 20 * 3 * 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_in_order() -> None:
+    assert in_order(5, 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    data = TensorDataset(torch.arange(6.0), torch.arange(6))
+    before = torch.get_rng_state()
+    batches = [labels.tolist() for _, labels in load(data, [[3, 1], [5]], generator=torch.Generator())]
+    assert batches == [[3, 1], [5]]
+    assert torch.equal(torch.get_rng_state(), before)

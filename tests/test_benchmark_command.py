@@ -1,0 +1,165 @@
+"""``attackroute benchmark``: plans, steps, tables, JSON, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from attackroute.benchmark import Plan, memory, report, run_benchmark
+from attackroute.benchmark.cases import SPEED_CASES
+from attackroute.benchmark.plan import CASE_NAMES
+from attackroute.cli import benchmark as command
+from attackroute.cli.app import app
+from attackroute.errors import UserError
+from benchmark_samples import memory_result, naive_result, speed_result
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"cases": ("resnet81",)}, "'resnet81'.*resnet18"),
+        ({"repeats": 0}, "repeats must be at least 1, not 0"),
+        ({"batch_size": -2}, "batch size must be at least 1, not -2"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+    ],
+)
+def test_bad_plans(settings, part):
+    with pytest.raises(UserError, match=part):
+        Plan(**settings)
+
+
+def test_plans():
+    assert [case.name for case in Plan().speed_cases] == [case.name for case in SPEED_CASES]
+    assert all(Plan().includes(name) for name in CASE_NAMES)
+    assert [name for name in CASE_NAMES if Plan(quick=True).includes(name)] == ["vgg16", "naive", "memory"]
+    assert [name for name in CASE_NAMES if Plan(cases=("resnet50",), quick=True).includes(name)] == ["resnet50"]
+    assert (Plan().turns, Plan(quick=True).turns, Plan(quick=True, repeats=9).turns) == (7, 2, 9)
+    assert Plan(quick=True).batches < Plan().batches
+
+
+def fake_parts(monkeypatch) -> list[tuple[str, bool]]:
+    """Replace what takes time; returns the speed cases that are asked for."""
+    asked: list[tuple[str, bool]] = []
+
+    def speed(case, plan, *, channels_last, advance):
+        asked.append((case.name, channels_last))
+        for _ in range(plan.turns + 1):
+            advance()
+        form = "channels_last" if channels_last else "contiguous"
+        return speed_result(case=case, memory_format=form, batch_size=case.batch_size)
+
+    def naively(plan, advance):
+        for _ in range(plan.turns + 1):
+            advance()
+        return naive_result()
+
+    def remember(plan, advance):
+        for _ in range(memory.memory_processes(plan)):
+            advance()
+        return memory_result()
+
+    monkeypatch.setattr(report, "measure_speed", speed)
+    monkeypatch.setattr(report, "measure_naive", naively)
+    monkeypatch.setattr(report, "measure_memory", remember)
+    return asked
+
+
+def test_all_cases_are_measured_and_every_step_is_counted(monkeypatch):
+    asked = fake_parts(monkeypatch)
+    steps = []
+    result = run_benchmark(Plan(channels_last=True), lambda *step: steps.append(step))
+    assert asked == [(case.name, form) for case in SPEED_CASES for form in (False, True)]
+    assert result.naive is not None and result.memory is not None
+    done, totals, messages = zip(*steps, strict=True)
+    assert list(done) == sorted(done)
+    assert set(totals) == {done[-1]} == {10 * 8 - 8 + 12}
+    assert "resnet50, channels_last" in messages
+    only = run_benchmark(Plan(cases=("memory",)))
+    assert (only.speed, only.naive) == ((), None) and only.memory is not None
+
+
+def test_want_of_memory_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory\ndetails")
+
+    monkeypatch.setattr(report, "measure_naive", fail)
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match=r"out of memory.*smaller --batch-size") as caught:
+        run_benchmark(Plan(cases=("naive",), threads=before + 1))
+    assert "\n" not in str(caught.value)
+    assert torch.get_num_threads() == before
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["benchmark", *arguments], catch_exceptions=False)
+
+
+def test_tables(monkeypatch):
+    fake_parts(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run("--channels-last", "--threads", "1")
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "1 thread" in rows[0] and "7 interleaved repeats" in rows[0]
+    assert "vgg16 2 x 128 1.25 (1.00-1.50) 1.30 0.50 (0.50-2.50)" in rows
+    assert "mobilenet_v2, channels_last 2 x 16 1.25 (1.00-1.50) 1.60 0.50 (0.50-2.50)" in rows
+    assert "top-k" + " 0.500" * 8 in rows
+    assert "trace 15.0 (10.0-20.0) ms all 1" in rows
+    assert "naive: autograd 40 (20-60) s 2 x 8 of 1,100 2,500 (2,000-3,000)" in rows
+    assert "10,000 such images by the trace, extrapolated: 2.5 (1.7-3.3) minutes;" in rows
+    assert any("GTX 1080: 7.4 hours" in row for row in rows)
+    assert "trace / inference, 16 x 224x224 0 MB 0 MB 1.10 (1.00-1.20)" in rows
+
+
+def test_json_and_quiet(monkeypatch):
+    fake_parts(monkeypatch)
+    result = run("--case", "vgg16", "--case", "naive", "--json")
+    content = json.loads(result.stdout)
+    assert set(content) == {
+        *("versions", "device", "threads", "dtype", "repeats", "quick", "seed"),
+        *("speed", "naive", "memory"),
+    }
+    assert set(content["versions"]) == {"attackroute", "torch", "torchvision", "python"}
+    assert (content["repeats"], content["dtype"], content["memory"]) == (7, "float32", None)
+    (speed,) = content["speed"]
+    assert (speed["case"], speed["limit"]) == ("vgg16", 1.3)
+    assert speed["trace_to_forward"] == {"median": 1.25, "min": 1.0, "max": 1.5, "values": [1.5, 1.25, 1.0]}
+    assert speed["seconds"]["trace"] == [3.0, 5.0, 5.0]
+    assert content["naive"]["ways"]["autograd"]["ratio_to_trace"]["median"] == pytest.approx(2500)
+    assert json.loads(run("--case", "memory", "--json", "--quiet").stdout)["memory"]["growth"]["samples"] == [64, 84]
+    assert run("--case", "memory", "--quiet").output == ""
+
+
+def test_a_real_run():
+    arguments = ("--case", "vgg16", "--batch-size", "2", "--repeats", "1", "--quick", "--threads", "1", "--json")
+    before = torch.get_num_threads()
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    (speed,) = json.loads(result.stdout)["speed"]
+    assert (speed["batch_size"], speed["limit"]) == (2, None)
+    assert speed["trace_to_forward"]["median"] == speed["seconds"]["trace"][0] / speed["seconds"]["forward"][0] > 0
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--case", "vgg61"),
+        ("--repeats", "0"),
+        ("--threads", "none"),
+        ("--batch-size", "-1"),
+        ("--device", "no-such-device"),
+    ],
+)
+def test_bad_input_is_one_line(arguments):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert arguments[0] in result.stderr
+
+
+def test_the_command_offers_every_case():
+    assert tuple(name.value for name in command.Cases) == CASE_NAMES

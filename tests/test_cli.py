@@ -1,0 +1,239 @@
+"""The command line's frame: help, versions, exit codes, option values, lazy imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import attackroute
+from attackroute.cli import options
+from attackroute.cli.app import app
+from attackroute.cli.commands import Group, add_command
+from attackroute.cli.console import Output
+from attackroute.errors import UserError
+
+COMMANDS = ("demo", "train", "trace", "benchmark")
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, arguments)
+
+
+def assert_bad_input(result, *parts: str) -> None:
+    """Exit code 2, one line on stderr that says what was wrong, nothing on stdout."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"attackroute {attackroute.__version__}\n")
+
+
+def test_help_lists_every_command_and_every_exit_code():
+    result = run("--help")
+    assert result.exit_code == 0
+    for word in (*COMMANDS, "Examples", "done", "bad input", "130  interrupted"):
+        assert word in result.stdout
+    assert run().stdout == result.stdout
+
+
+@pytest.mark.parametrize("command", ("", *COMMANDS))
+def test_help_ends_with_examples_that_can_be_copied(command):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    text = result.stdout.split("Examples:")[1].replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ").partition(" | ")[0] for line in text.splitlines()]
+    examples = [line for line in lines if line.startswith(f"attackroute {command}")]
+    assert len(examples) >= 3
+    group = typer.main.get_command(app)
+    for example in examples:
+        name, *arguments = shlex.split(example)[1:]
+        if "--help" not in arguments:
+            with group.commands[name].make_context(name, arguments) as context:  # parses, and runs nothing
+                assert "model" not in context.params or context.params["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--bogus",), ["--bogus", "attackroute --help"]),
+        (("bogus",), ["bogus", "attackroute --help"]),
+        (("trace",), ["--model", "attackroute trace --help"]),
+        (("trace", "--model", "x", "--data", "y", "--width", "0"), ["--width", "outside (0, 1]"]),
+        (("trace", "--model", "x", "--data", "y", "--width", "1.01"), ["--width", "outside (0, 1]"]),
+        (("trace", "--model", "x", "--data", "y", "--route-width", "nan"), ["--route-width", "not a number"]),
+        (("trace", "--model", "x", "--data", "y", "--check", "0"), ["--check"]),
+        (("trace", "--model", "x", "--data", "y", "--batch-size", "0"), ["--batch-size"]),
+        (("trace", "--model", "x", "--data", "y", "--split", "half"), ["--split"]),
+        (("train", "--model", "x", "--data", "y", "--out", "z", "--width", "-1"), ["--width", "not above 0"]),
+        (("train", "--model", "x", "--data", "y"), ["--out", "attackroute train --help"]),
+        (("train", "--model", "x", "--data", "y", "--out", "z", "--weight-decay", "-1"), ["weight_decay"]),
+    ],
+)
+def test_bad_options(arguments, parts):
+    assert_bad_input(run(*arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("1e-3", 1e-3), ("-2", -2.0), (" 1 / 4 ", 0.25), ("3", 3.0)]
+)
+def test_numbers(text, value):
+    assert options.parse_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "/", "8/", "/255", "8/0", "eight", "inf", "nan", "1/2/3", "1e999"])
+def test_texts_that_are_no_numbers(text):
+    with pytest.raises(typer.BadParameter, match="8/255"):
+        options.parse_number(text)
+
+
+def test_shares_end_at_one():
+    assert options.parse_share("1") == 1
+    assert options.parse_share("1/5") == 0.2
+    for text in ("0", "-0.1", str(math.nextafter(1, 2))):
+        with pytest.raises(typer.BadParameter):
+            options.parse_share(text)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "no-such-device"])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(UserError, match=name) as caught:
+        options.resolve_device(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_device_can_be_used():
+    import torch
+
+    assert torch.ones(2, device=options.resolve_device("auto")).sum() == 2
+    assert options.resolve_device("cpu") == torch.device("cpu")
+
+
+def failing(error: BaseException):
+    """A command line whose only work is to fail."""
+    failing_app = typer.Typer(cls=Group)
+    failing_app.callback()(lambda: None)
+
+    def work() -> None:
+        """Fail."""
+        raise error
+
+    add_command(failing_app, work, "")
+    return CliRunner().invoke(failing_app, ["work"])
+
+
+def test_user_errors_are_one_line_even_if_their_message_is_not():
+    result = failing(UserError("first\n  second"))
+    assert_bad_input(result)
+    assert result.stderr == "error: first second\n"
+
+
+def test_interruptions_exit_with_130():
+    assert failing(KeyboardInterrupt()).exit_code == 130
+
+
+def test_other_failures_are_not_hidden():
+    result = failing(ZeroDivisionError("bug"))
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_sigterm_is_an_interruption():
+    before = signal.getsignal(signal.SIGTERM)
+    killing_app = typer.Typer(cls=Group)
+    killing_app.callback()(lambda: None)
+
+    def work() -> None:
+        """Get killed."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    add_command(killing_app, work, "")
+    assert CliRunner().invoke(killing_app, ["work"]).exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_output_keeps_to_its_streams(capsys):
+    for output in (Output(), Output(as_json=True), Output(quiet=True), Output(as_json=True, quiet=True)):
+        output.note("a note")
+        output.table(["layer", "share"], [["[bold]conv[0]", "12.0%"]])
+        output.line("a line")
+        output.result({"value": 1})
+        with output.progress("steps") as progress:
+            progress(1, None)
+            progress(2, 2, "[/] done")
+        captured = capsys.readouterr()
+        assert captured.err == ("" if output.quiet else "a note\n")
+        if output.as_json:
+            assert captured.out == '{\n  "value": 1\n}\n'
+        elif output.quiet:
+            assert captured.out == ""
+        else:
+            assert "[bold]conv[0]" in captured.out
+            assert captured.out.endswith("a line\n")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import attackroute; dir(attackroute)",
+        "from attackroute.cli.app import main; main()",
+    ],
+)
+def test_torch_is_not_imported_before_it_is_needed(code):
+    check = "import atexit, sys; sys.argv = ['attackroute', 'trace', '--help']\n"
+    check += "atexit.register(lambda: print('loaded', [name for name in ('torch', 'numpy') if name in sys.modules]))\n"
+    done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("loaded []\n")
+
+
+def test_module_can_be_run():
+    command = [sys.executable, "-m", "attackroute", "trace", "--width", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [name for name in attackroute.__all__ if not name.startswith("__")])
+def test_public_names_load_and_stay_what_they_are(name):
+    value = getattr(attackroute, name)
+    assert value.__name__ == name
+    assert value.__module__.startswith("attackroute.")
+    importlib.import_module(f"attackroute.{attackroute._HOMES[name]}")
+    assert getattr(attackroute, name) is value
+    assert callable(value)
+
+
+def test_type_checkers_see_the_names_that_run_time_has():
+    tree = ast.parse(inspect.getsource(attackroute))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: statement.module.removeprefix("attackroute.")
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom) and statement.module is not None
+        for alias in statement.names
+    }
+    assert seen == attackroute._HOMES
+    assert set(attackroute.__all__) == {*seen, "__version__"}
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        getattr(attackroute, "no_such_name")  # noqa: B009 - as an attribute it would be a useless expression

@@ -1,0 +1,400 @@
+"""``attackroute train`` and ``attackroute trace`` on a folder of tiny pictures."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.utils import save_image
+from typer.testing import CliRunner
+
+import attackroute
+from attackroute.cli import comparison, tracer, unfinished
+from attackroute.cli.app import app
+from attackroute.instances import InstanceRoutes
+from attackroute.oracle import OracleTrace
+from attackroute.routes import Route
+
+SIZE = 32
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def assert_bad_input(result, *parts: object) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    *notes, line = result.stderr.splitlines()
+    assert all(note.startswith(("note: ", "epoch ")) for note in notes), result.stderr
+    assert line.startswith("error: ")
+    for part in parts:
+        assert str(part) in line
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """24 training and 12 test pictures of two classes, dark and bright."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for label, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = (torch.rand(3, SIZE, SIZE, generator=random) + label) / 2
+                save_image(image, root / split / name / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    """A train folder."""
+    folder = tmp_path_factory.mktemp("runs") / "net"
+    result = run(
+        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+        "--batch-size", 8, "--lr", "0.02", "--out", folder,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "test accuracy" in result.stdout
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    return folder
+
+
+def traced(trained, pictures, *arguments: object):
+    return run("trace", "--model", trained, "--data", f"folder:{pictures}", "--batch-size", 4, *arguments)
+
+
+def test_a_train_folder_can_be_rebuilt_without_options(trained, pictures):
+    card = json.loads((trained / "model.json").read_text())
+    assert card["classes"] == ["dark", "light"]
+    expected = {"name": "vgg_small", "num_classes": 2, "width": 0.2, "image_size": SIZE, "in_channels": 3}
+    assert {key: card["model"][key] for key in expected} == expected
+    assert card["model"]["mean"] == pytest.approx([0.4914, 0.4822, 0.4465])
+    result = traced(trained, pictures)
+    assert result.exit_code == 0, result.output
+    assert "features.0" in result.stdout
+    assert "12 samples" in result.stdout
+
+
+def test_training_resumes_and_refuses_to_overwrite(trained, pictures, tmp_path):
+    folder = tmp_path / "net"
+    shutil.copytree(trained, folder)
+    same = (
+        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+        "--batch-size", 8, "--out", folder,
+    )  # fmt: skip
+    assert_bad_input(run(*same, "--lr", 0.02), folder, "--resume")
+    assert_bad_input(run(*same, "--lr", 0.03, "--resume"), "lr")
+    assert_bad_input(run(*same[:4], 0.4, *same[5:], "--lr", 0.02, "--resume"), "model.json", "another network")
+    result = run(*same, "--lr", "1/50", "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["resumed_from"] == 2
+    assert (folder / "last.safetensors").read_bytes() == (trained / "last.safetensors").read_bytes()
+
+
+def test_training_repeats_with_the_seed(trained, pictures, tmp_path):
+    def train(seed: int, name: str):
+        result = run(
+            "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+            "--batch-size", 8, "--lr", 0.02, "--seed", seed, "--quiet", "--out", tmp_path / name,
+        )  # fmt: skip
+        assert (result.exit_code, result.output) == (0, "")
+        return load_file(tmp_path / name / "last.safetensors")["features.0.weight"]
+
+    expected = load_file(trained / "last.safetensors")["features.0.weight"]
+    assert torch.equal(train(0, "a"), expected)
+    assert not torch.equal(train(1, "b"), expected)
+
+
+def test_an_undivided_folder_is_not_tested_on(pictures, tmp_path):
+    result = run(
+        "train", "--model", "vgg_small", "--width", 0.1, "--data", f"folder:{pictures / 'train'}", "--epochs", 1,
+        "--out", tmp_path / "net",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "nothing to test on" in result.stderr
+    assert "test accuracy" not in result.stdout
+    assert traced(tmp_path / "net", pictures).exit_code == 0  # there are no best weights, so the last ones
+
+
+def test_files_and_json_agree_with_the_python_interface(trained, pictures, tmp_path):
+    result = traced(trained, pictures, "--out", tmp_path, "--width", 0.4, "--route-width", 0.5, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+
+    model = attackroute.build_model("vgg_small", num_classes=2, width=0.2)
+    attackroute.load_weights(model, trained / "best.safetensors")
+    data = attackroute.load_data(f"folder:{pictures}")
+    images = torch.stack([image for image, _ in data.dataset])
+    labels = torch.tensor([label for _, label in data.dataset])
+    expected = attackroute.trace_routes(model, (images, labels), 0.4, batch_size=4)
+
+    assert InstanceRoutes.load(tmp_path / "routes.safetensors", model=model) == expected
+    assert Route.load(tmp_path / "route.json", model=model) == expected.aggregate(0.5)
+    assert [row["layer"] for row in printed["layers"]] == list(expected.layers)
+    for row in printed["layers"]:
+        assert row["occurrence"] == pytest.approx(expected.occurrence(0.4)[row["layer"]])
+        assert row["route_channels"] == expected.aggregate(0.5)[row["layer"]].tolist()
+    assert {
+        (source, row["layer"]): how for row in printed["layers"] for source, how in row["incoming"].items()
+    } == expected.methods
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] is True
+    assert summary["layers"] == printed["layers"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["route.json", "routes.safetensors", "summary.json"]
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    """A module of small networks in the current folder; small, since the oracle is slow."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "cli_factories", raising=False)
+    (tmp_path / "cli_factories.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def flat(): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))\n"
+        "def grey(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "def conv():\n"
+        "    torch.manual_seed(0)\n"
+        "    layers = [nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 9, 3), nn.ReLU(), nn.Conv2d(9, 10, 3, 2)]\n"
+        "    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 2))\n"
+    )
+
+
+def checked(pictures, *arguments: object):
+    return run("trace", "--model", "cli_factories:conv", "--data", f"folder:{pictures}", "--check", 3, *arguments)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-9), ("bfloat16", None)])
+def test_check_agrees_with_the_oracle(factories, pictures, dtype, tolerance):
+    result = checked(pictures, "--dtype", dtype, "--json")
+    assert result.exit_code == 0, result.output
+    check = json.loads(result.stdout)["check"]
+    assert (check["samples"], check["passed"]) == (3, True)
+    if tolerance is not None:
+        assert check["samples_with_equal_routes"] == 3
+        assert check["largest_relative_deviation"] <= tolerance
+
+
+def altered_oracle(monkeypatch, part: str, layer: str, change) -> None:
+    def oracle(*arguments, **options) -> OracleTrace:
+        found = trace(*arguments, **options)
+        values = getattr(found, part)
+        return replace(found, **{part: {**values, layer: change(values[layer])}})
+
+    trace = comparison.oracle.trace
+    monkeypatch.setattr(comparison.oracle, "trace", oracle)
+
+
+def test_check_fails_when_the_oracle_disagrees(factories, pictures, monkeypatch):
+    altered_oracle(monkeypatch, "scores", "2", lambda scores: scores * 1.001)
+    result = checked(pictures)
+    assert result.exit_code == 1
+    assert "at most 1.0e-03 (2): MORE than the 0.0001" in result.stdout
+
+
+def test_a_tie_does_not_count_upstream(factories, pictures, monkeypatch):
+    """Past a neuron that ties within rounding, both traces sum over different neurons; that is no deviation."""
+    altered_oracle(monkeypatch, "masks", "4", lambda masks: masks.roll(1, 1))
+    altered_oracle(monkeypatch, "scores", "2", lambda scores: scores * 2)
+    check = json.loads(checked(pictures, "--json").stdout)["check"]
+    assert (check["samples_with_equal_routes"], check["passed"]) == (0, True)
+
+
+def interrupt_after(monkeypatch, pieces: int, error: BaseException):
+    """Let the tracer break off, and count the samples that it traced."""
+    traced_samples = []
+
+    def trace_routes(*arguments, **options):
+        if len(traced_samples) == pieces:
+            raise error
+        routes = attackroute.trace_routes(*arguments, **options)
+        traced_samples.append(len(routes))
+        return routes
+
+    monkeypatch.setattr(tracer, "trace_routes", trace_routes)
+    return traced_samples
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a crash")])
+def test_an_interrupted_trace_goes_on_to_the_same_files(trained, pictures, tmp_path, monkeypatch, error):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = ("--keep-scores", "--seed", 3, "--samples", 11)
+    assert traced(trained, pictures, *options, "--out", whole).exit_code == 0
+
+    with monkeypatch.context() as patch:
+        assert interrupt_after(patch, 1, error) is not None
+        if isinstance(error, KeyboardInterrupt):
+            result = traced(trained, pictures, *options, "--out", broken)
+            assert (result.exit_code, result.stdout) == (130, "")
+            assert "--resume" in result.stderr
+        else:
+            with pytest.raises(RuntimeError):
+                traced(trained, pictures, *options, "--out", broken)
+    assert sorted(path.name for path in broken.iterdir()) == ["partial.safetensors", "summary.json"]
+    assert len(InstanceRoutes.load(broken / "partial.safetensors")) == 4
+
+    assert_bad_input(traced(trained, pictures, *options, "--out", broken), "unfinished", "--resume")
+    assert_bad_input(traced(trained, pictures, *options, "--width", 0.3, "--out", broken, "--resume"), "width", 0.2)
+    with monkeypatch.context() as patch:
+        fresh = interrupt_after(patch, -1, error)
+        assert traced(trained, pictures, *options, "--out", broken, "--resume").exit_code == 0
+        assert sum(fresh) == 7
+    assert sorted(path.name for path in broken.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for path in whole.iterdir():
+        assert (broken / path.name).read_bytes() == path.read_bytes(), path.name
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0, AssertionError("nothing is left to trace"))
+        again = traced(trained, pictures, *options, "--out", broken, "--resume")
+    assert again.exit_code == 0
+    assert "traced before" in again.stdout
+
+
+def test_interruption_without_out_keeps_nothing(trained, pictures, monkeypatch):
+    interrupt_after(monkeypatch, 1, KeyboardInterrupt())
+    result = traced(trained, pictures)
+    assert result.exit_code == 130
+    assert "--out" in result.stderr
+
+
+def test_samples_are_saved_now_and_then(monkeypatch):
+    def piece(start: int, stop: int) -> InstanceRoutes:
+        rows = torch.arange(start, stop) % 2 == 0
+        masks = torch.stack([rows, ~rows], 1)
+        builder = attackroute.builder.InstanceRoutesBuilder(["a"], {"a": 2}, 0.5)
+        builder.add({"a": masks}, None, None)
+        pieces.append((start, stop))
+        return builder.build(methods={}, provenance=attackroute.provenance.Provenance(stop - start, 0.5))
+
+    pieces: list[tuple[int, int]] = []
+    saved: list[int] = []
+    monkeypatch.setattr(unfinished, "_AUTOSAVE_SECONDS", 0.0)
+    routes = unfinished.trace_in_pieces(piece, 41, 4, save=lambda part: saved.append(len(part)))
+    assert len(routes) == 41
+    assert [start for start, _ in pieces] == [0, *saved[:-1]]
+    assert all(start % 4 == 0 for start, _ in pieces)
+    assert routes == piece(0, 41)
+
+
+def test_stale_results_do_not_outlive_a_new_start(trained, pictures, tmp_path, monkeypatch):
+    assert traced(trained, pictures, "--out", tmp_path).exit_code == 0
+    interrupt_after(monkeypatch, 0, KeyboardInterrupt())
+    assert traced(trained, pictures, "--out", tmp_path, "--width", 0.5).exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_resuming_needs_a_sound_folder(trained, pictures, tmp_path):
+    assert_bad_input(traced(trained, pictures, "--resume"), "--out")
+    assert traced(trained, pictures, "--out", tmp_path, "--resume").exit_code == 0  # an empty one starts a trace
+    (tmp_path / "routes.safetensors").write_bytes(b"damaged")
+    assert_bad_input(traced(trained, pictures, "--out", tmp_path, "--resume"), "routes.safetensors")
+    (tmp_path / "summary.json").write_text("{")
+    assert_bad_input(traced(trained, pictures, "--out", tmp_path, "--resume"), "summary.json")
+    file = tmp_path / "file"
+    file.touch()
+    assert_bad_input(traced(trained, pictures, "--out", file), "--out", file)
+
+
+def test_changed_weights_cannot_be_resumed(trained, pictures, tmp_path, monkeypatch):
+    folder = tmp_path / "net"
+    shutil.copytree(trained, folder)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1, KeyboardInterrupt())
+        assert traced(folder, pictures, "--out", tmp_path / "routes").exit_code == 130
+    weights = load_file(folder / "best.safetensors")
+    weights["features.0.weight"][0, 0, 0, 0] += 1e-3
+    save_file(weights, folder / "best.safetensors")
+    assert_bad_input(traced(folder, pictures, "--out", tmp_path / "routes", "--resume"), "weights")
+
+
+class TestBadInput:
+    """Everything that a user can get wrong: exit code 2 and one line."""
+
+    def test_networks(self, trained, pictures, tmp_path, monkeypatch):
+        data = ("--data", f"folder:{pictures}")
+        assert_bad_input(run("trace", "--model", "vgg61", *data), "vgg61")
+        assert_bad_input(run("trace", "--model", "vgg16", *data), "vgg16", "--weights")
+        assert_bad_input(run("trace", "--model", "torchvision:resnet18", *data), "--weights")
+        assert_bad_input(run("trace", "--model", tmp_path, *data), "model.json")
+        assert_bad_input(run("trace", "--model", trained, "--model-width", 0.5, *data), "--model-width")
+        monkeypatch.chdir(trained.parent)
+        (trained.parent / "vgg16").mkdir()
+        assert_bad_input(run("trace", "--model", "vgg16", *data), "./vgg16")
+
+    def test_cards(self, trained, pictures, tmp_path):
+        folder = tmp_path / "net"
+        shutil.copytree(trained, folder)
+        for content in ("{", "[]", '{"format": "attackroute model", "version": 9, "model": {}, "classes": []}'):
+            (folder / "model.json").write_text(content)
+            assert_bad_input(traced(folder, pictures), "model.json")
+
+    def test_weights(self, trained, pictures, tmp_path):
+        for name in ("best.safetensors", "last.safetensors"):
+            shutil.copy(trained / name, tmp_path / name)
+        named = ("trace", "--model", "vgg_small", "--data", f"folder:{pictures}")
+        assert_bad_input(run(*named, "--weights", tmp_path / "none.pt"), "none.pt")
+        assert_bad_input(run(*named, "--weights", tmp_path / "best.safetensors"), "features.0", "width")
+        code = tmp_path / "code.pt"
+        code.write_bytes(pickle.dumps(print))
+        assert_bad_input(run(*named, "--weights", code), "code.pt", "state dict")
+        right = run(*named, "--weights", tmp_path / "best.safetensors", "--model-width", 0.2)
+        assert right.exit_code == 0, right.output
+
+    def test_images(self, trained, pictures, tmp_path):
+        assert_bad_input(run("trace", "--model", trained, "--data", f"folder:{tmp_path / 'none'}"), "none")
+        assert_bad_input(traced(trained, pictures, "--image-size", 4), "4x4")
+        shutil.copytree(pictures, tmp_path / "broken")
+        bad = tmp_path / "broken" / "test" / "light" / "00.png"
+        bad.write_bytes(b"no picture")
+        assert_bad_input(traced(trained, tmp_path / "broken"), bad)
+        result = traced(trained, tmp_path / "broken", "--skip-unreadable", "--json")
+        assert result.exit_code == 0
+        assert str(bad) in result.stderr
+        assert json.loads(result.stdout)["samples"] == 11
+
+    def test_classes(self, trained, pictures, tmp_path):
+        shutil.copytree(pictures, tmp_path / "more")
+        shutil.copytree(pictures / "test" / "dark", tmp_path / "more" / "test" / "grey")
+        assert_bad_input(traced(trained, tmp_path / "more"), "dark, grey, light", "dark, light")
+        result = run(
+            "trace", "--model", "vgg_small", "--model-width", 0.2, "--classes", 2, "--weights",
+            trained / "best.safetensors", "--data", f"folder:{tmp_path / 'more'}",
+        )  # fmt: skip
+        assert_bad_input(result, "label 2")
+
+    @pytest.mark.parametrize("value", [1.5, -0.5, float("nan"), float("inf")])
+    def test_values_of_pixels(self, trained, pictures, monkeypatch, value):
+        load_data = attackroute.data.load_data
+
+        def spoilt(*arguments, **options):
+            data = load_data(*arguments, **options)
+            data.dataset.reader = lambda path: torch.full((3, SIZE, SIZE), value)
+            return data
+
+        monkeypatch.setattr("attackroute.data.load_data", spoilt)
+        assert_bad_input(traced(trained, pictures), "images")
+
+    def test_factories(self, factories, pictures):
+        data = ("--data", f"folder:{pictures}")
+        assert_bad_input(run("trace", "--model", "cli_factories:none", *data), "none")
+        assert_bad_input(run("trace", "--model", "cli_factories:flat", *data), "convolution", "--linear")
+        assert_bad_input(run("trace", "--model", "cli_factories:grey", *data), "3 channels")
+        assert run("trace", "--model", "cli_factories:flat", *data, "--linear").exit_code == 0
+
+
+def test_digests_see_every_parameter_and_buffer():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    model[1].register_buffer("hidden", torch.zeros(1), persistent=False)
+    digests = {unfinished.weights_digest(model)}
+    for tensor in (model[0].bias, model[1].running_mean, model[1].hidden):
+        tensor.data[0] += 1
+        digests.add(unfinished.weights_digest(model))
+    assert len(digests) == 4

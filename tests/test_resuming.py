@@ -1,0 +1,340 @@
+"""Runs that were killed, interrupted or damaged, and how they go on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from attackroute import checkpoints, training
+from attackroute.accuracy import Accuracy, accuracy
+from attackroute.checkpoints import BEST, LAST, LOG, SETTINGS, STATE
+from attackroute.errors import UserError
+from attackroute.training import TrainSettings, train
+from toy_training import (
+    SETTINGS_USED,
+    Killed,
+    identical,
+    raises,
+    toy_data,
+    toy_model,
+    trained,
+    weights_of,
+    without_time,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    weights, result = trained(folder=tmp_path / "run")
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([BEST, LAST, LOG, SETTINGS, STATE])
+    assert identical(load_file(folder / LAST), weights)
+    settings = json.loads((folder / SETTINGS).read_text())
+    assert {name: settings[name] for name in asdict(SETTINGS_USED)} == asdict(SETTINGS_USED)
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["test_accuracy"] for line in lines] == [record.test.value for record in result.history if record.test]
+    best = toy_model()
+    best.load_state_dict(load_file(folder / BEST))
+    assert result.best is not None
+    assert result.best.test is not None
+    assert accuracy(best, toy_data(12, seed=1)) == result.best.test.value == max(x["test_accuracy"] for x in lines)
+    assert result.folder == folder
+    state = torch.load(folder / STATE, weights_only=True)
+    assert state["run"]["epoch"] == 3
+    assert state["run"]["step"] == 9
+
+
+def test_the_first_of_the_best_epochs_counts(tmp_path: Path) -> None:
+    one_of_four = TensorDataset(toy_data(1).tensors[0].expand(4, -1, -1, -1), torch.arange(4))
+    kept: list[bytes] = []
+    result = train(
+        toy_model(), toy_data(), one_of_four, SETTINGS_USED,
+        folder=tmp_path, on_epoch=lambda _: kept.append((tmp_path / LAST).read_bytes()),
+    )  # fmt: skip
+    assert [record.test for record in result.history] == [Accuracy(1, 4)] * 3
+    assert result.best == result.history[0]
+    assert (tmp_path / BEST).read_bytes() == kept[0]
+
+
+def test_no_best_without_test_data(tmp_path: Path) -> None:
+    result = train(toy_model(), toy_data(), None, SETTINGS_USED, folder=tmp_path)
+    assert result.best is None
+    assert not (tmp_path / BEST).exists()
+
+
+VARIANTS = [
+    {},
+    {"schedule": "cosine", "clip_norm": 0.5},
+    {"channels_last": True},
+    {"amp": True, "momentum": 0.0},
+]
+
+
+@pytest.mark.parametrize("change", VARIANTS)
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_resuming_after_every_epoch(tmp_path: Path, change: dict[str, Any], epoch: int) -> None:
+    settings = replace(SETTINGS_USED, **change)
+    whole, wanted = trained(settings)
+    with pytest.raises(Killed):
+        trained(settings, folder=tmp_path, on_epoch=raises(Killed(), epoch))
+    model = toy_model(seed=99)  # the weights come from the folder
+    seen: list[int] = []
+    result = train(
+        model, toy_data(), toy_data(12, seed=1), settings,
+        folder=tmp_path, resume=True, on_epoch=lambda record: seen.append(record.epoch),
+    )  # fmt: skip
+    assert identical(weights_of(model), whole)
+    assert identical(load_file(tmp_path / LAST), whole)
+    assert without_time(result.history) == without_time(wanted.history)
+    assert result.resumed_from == epoch
+    assert seen == list(range(epoch + 1, 4))
+    assert len((tmp_path / LOG).read_text().splitlines()) == 3
+
+
+def test_resuming_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_autocast_type", lambda device: torch.float16)
+    settings = replace(SETTINGS_USED, amp=True)
+    whole, _ = trained(settings, folder=tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(settings, folder=tmp_path / "broken", on_epoch=raises(Killed(), 2))
+    assert identical(trained(settings, folder=tmp_path / "broken", resume=True)[0], whole)
+    assert not identical(whole, weights_of(toy_model()))
+    scales = [torch.load(tmp_path / name / STATE, weights_only=True)["run"]["scaler"] for name in ("whole", "broken")]
+    assert scales[0] == scales[1]
+    assert scales[0]["scale"] > 1
+
+
+def test_resuming_with_workers_and_random_data(tmp_path: Path) -> None:
+    def run(**options: Any) -> dict[str, Tensor]:
+        model = toy_model()
+        train(model, Jittered(), None, replace(SETTINGS_USED, workers=2), **options)
+        return weights_of(model)
+
+    with pytest.raises(Killed):
+        run(folder=tmp_path, on_epoch=raises(Killed(), 1))
+    assert identical(run(folder=tmp_path, resume=True), run())
+
+
+class Jittered(Dataset[tuple[Tensor, int]]):
+    """Draws from the global generator, as common image transforms do."""
+
+    def __init__(self) -> None:
+        self.data = toy_data()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.data[index]
+        return image * torch.rand(()), int(label)
+
+
+def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SETTINGS_USED, epochs=2)
+    whole, wanted = trained(settings)
+    countdown = itertools.repeat(1)
+
+    def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(countdown) == 0:
+                raise Killed
+            return operation(*args)
+
+        return call
+
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(checkpoints.os, name, dying(getattr(os, name)))
+    for operations in range(200):
+        folder = tmp_path / str(operations)
+        countdown = iter(range(operations, -1, -1))
+        try:
+            trained(settings, folder=folder)
+            break
+        except Killed:
+            countdown = itertools.repeat(1)
+        weights, result = trained(settings, folder=folder, resume=True)
+        assert identical(weights, whole)
+        assert identical(load_file(folder / LAST), whole)
+        assert without_time(result.history) == without_time(wanted.history)
+        assert not list(folder.glob("*.new"))
+    assert operations > 30
+
+
+def test_an_interruption_keeps_the_last_whole_epoch(tmp_path: Path) -> None:
+    whole, _ = trained()
+    for number, sent in enumerate((signal.SIGINT, signal.SIGTERM)):
+        folder = tmp_path / str(number)
+
+        def interrupt(done: int, total: int, message: str, sent: int = sent) -> None:
+            assert total == 9
+            if done == 5:
+                os.kill(os.getpid(), sent)
+
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder=folder, progress=interrupt)
+        assert torch.load(folder / STATE, weights_only=True)["run"]["epoch"] == 1
+        assert identical(trained(folder=folder, resume=True)[0], whole)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_progress_counts_every_step(tmp_path: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    with pytest.raises(Killed):
+        trained(folder=tmp_path, on_epoch=raises(Killed(), 1), progress=lambda *call: calls.append(call))
+    trained(folder=tmp_path, resume=True, progress=lambda *call: calls.append(call))
+    assert [(done, total) for done, total, _ in calls] == [(step, 9) for step in range(1, 10)]
+    assert calls[4][2].startswith("epoch 2/3, loss ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 4}, {"batch_size": 4}, {"lr": 0.06}, {"momentum": 0.8}, {"weight_decay": 0.0}, {"seed": 12},
+        {"schedule": "cosine"}, {"augment": "none"}, {"clip_norm": 1.0}, {"amp": True}, {"channels_last": True},
+        {"workers": 1},
+    ],
+)  # fmt: skip
+def test_resuming_with_other_settings_names_the_setting(tmp_path: Path, change: dict[str, Any]) -> None:
+    train(toy_model(), toy_data(), None, replace(SETTINGS_USED, epochs=1), folder=tmp_path)
+    model = toy_model(seed=5)
+    before = weights_of(model)
+    with pytest.raises(UserError, match=next(iter(change))):
+        train(model, toy_data(), None, replace(SETTINGS_USED, **{"epochs": 1, **change}), folder=tmp_path, resume=True)
+    assert identical(weights_of(model), before)
+
+
+def test_resuming_with_other_data_or_another_model_is_refused(tmp_path: Path) -> None:
+    train(toy_model(), toy_data(), None, SETTINGS_USED, folder=tmp_path)
+    frozen = toy_model()
+    frozen[0].requires_grad_(False)
+    smaller = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    for model, data, test, message in [
+        (toy_model(), toy_data(28), None, "train_samples 24, not 28"),
+        (toy_model(), toy_data(), toy_data(), "test_samples None, not 24"),
+        (frozen, toy_data(), None, "other parameters"),
+        (smaller, toy_data(), None, "other parameters"),
+        (toy_model().double(), toy_data(), None, r"0.weight is .*float32 there and .*float64 here"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train(model, data, test, SETTINGS_USED, folder=tmp_path, resume=True)
+
+
+def test_an_existing_run_needs_resume_and_resume_needs_a_folder(tmp_path: Path) -> None:
+    trained(folder=tmp_path)
+    with pytest.raises(UserError, match="--resume"):
+        trained(folder=tmp_path)
+    with pytest.raises(UserError, match="folder"):
+        trained(resume=True)
+
+
+def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
+    whole, first = trained(folder=tmp_path)
+    again, result = trained(folder=tmp_path, resume=True, progress=lambda *_: pytest.fail("a step was taken"))
+    assert identical(again, whole)
+    assert result.history == first.history
+    assert result.resumed_from == 3
+
+
+@pytest.mark.parametrize("name", [LAST, BEST, STATE])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    trained(folder=tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=name):
+        trained(folder=tmp_path, resume=True)
+
+
+# --- kills of a real process ------------------------------------------------------------------------------------
+
+
+def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
+    settings = replace(SETTINGS_USED, epochs=epochs)
+    trained()  # the first optimiser step imports a lot
+    started = time.perf_counter()
+    whole, _ = trained(settings, folder=folder.with_name("whole"))
+    length = time.perf_counter() - started
+    command = [sys.executable, __file__, str(folder), str(epochs)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parents[1])}
+    killed = 0
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        for _ in range(kills):
+            print("start", file=server.stdin, flush=True)
+            child = int(server.stdout.readline())
+            time.sleep(random.uniform(0.3, 1.3) * length / kills)
+            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
+            print("reap", file=server.stdin, flush=True)
+            killed += int(server.stdout.readline()) == -signal.SIGKILL
+        server.stdin.close()
+    assert killed >= kills / 4
+    weights, result = trained(settings, folder=folder, resume=True)
+    assert result.resumed_from > 0
+    assert identical(weights, whole)
+    assert identical(load_file(folder / LAST), whole)
+    assert identical(load_file(folder / BEST), load_file(folder.with_name("whole") / BEST))
+    assert len(result.history) == epochs
+
+
+def serve(folder: Path, settings: TrainSettings) -> None:
+    """Start a run for every line of input, in a child that has nothing left to import."""
+    import torch._dynamo  # the first optimiser step would import it
+
+    torch.set_num_threads(1)
+    while sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            run_and_announce(folder, settings)
+            os._exit(0)
+        sys.stdin.readline()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    os._exit(0)  # PyTorch takes a second to leave
+
+
+def run_and_announce(folder: Path, settings: TrainSettings) -> None:
+    """Give the process id after the first step, or at the end if there was none left."""
+    lines = iter([os.getpid()])
+
+    def announce(*_: object) -> None:
+        for line in lines:
+            print(line, flush=True)
+
+    trained(settings, folder=folder, resume=True, progress=announce)
+    announce()
+
+
+def test_resuming_after_sigkill(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "run", kills=3, epochs=30)
+
+
+@pytest.mark.slow
+def test_resuming_after_many_sigkills(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "run", kills=20, epochs=150)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), replace(SETTINGS_USED, epochs=int(sys.argv[2])))

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attackroute.errors import UserError
+from attackroute.selection import kept, top_k
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64]
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "expected"),
+    [(0.2, 64, 13), (0.3, 5, 2), (0.5, 5, 2), (0.5, 7, 4), (0.01, 10, 1), (0.2, 1, 1), (1, 7, 7), (1.0, 512, 512)],
+)
+def test_kept_rounds_to_even_and_never_to_zero(width: float, channels: int, expected: int) -> None:
+    assert kept(width, channels) == expected
+
+
+@pytest.mark.parametrize("width", [0, -0.1, 1.0001, math.inf, -math.inf, math.nan])
+def test_width_outside_the_unit_interval_is_refused(width: float) -> None:
+    with pytest.raises(UserError, match=r"width .* is outside \(0, 1\]"):
+        kept(width, 10)
+    with pytest.raises(UserError, match=r"outside \(0, 1\]"):
+        top_k(torch.rand(2, 10), width)
+
+
+def test_a_layer_without_channels_is_refused() -> None:
+    with pytest.raises(UserError, match="0 channels"):
+        top_k(torch.zeros(3, 0), 0.2)
+
+
+def naive_top_k(row: list[float], width: float) -> list[bool]:
+    order = sorted(range(len(row)), key=lambda channel: (-row[channel], channel))
+    chosen = set(order[: max(1, round(width * len(row)))])
+    return [channel in chosen for channel in range(len(row))]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    rows=st.integers(1, 40).flatmap(
+        lambda channels: st.lists(
+            st.lists(st.sampled_from([-2, -1, 0, 1, 2, 3]), min_size=channels, max_size=channels),
+            min_size=1,
+            max_size=4,
+        )
+    ),
+    width=st.floats(0.01, 1.0),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_top_k_is_a_stable_descending_sort(rows: list[list[int]], width: float, dtype: torch.dtype) -> None:
+    for device in DEVICES:
+        mask = top_k(torch.tensor(rows, dtype=dtype, device=device), width)
+        assert mask.dtype == torch.bool
+        assert mask.tolist() == [naive_top_k([float(value) for value in row], width) for row in rows]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    row=st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=30),
+    width=st.floats(0.01, 1.0),
+)
+def test_top_k_of_any_floats(row: list[float], width: float) -> None:
+    assert top_k(torch.tensor(row), width).tolist() == naive_top_k(row, width)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [0.0, -1.5, math.inf, -math.inf])
+def test_all_tied_keeps_the_first(device: str, value: float) -> None:
+    mask = top_k(torch.full((3, 5000), value, device=device), 0.25)
+    assert mask[:, :1250].all()
+    assert not mask[:, 1250:].any()
+
+
+def test_negative_zero_ties_with_zero() -> None:
+    assert top_k(torch.tensor([-0.0, 0.0, -0.0, 0.0]), 0.5).tolist() == [True, True, False, False]
+
+
+def test_leading_dimensions_are_a_batch() -> None:
+    scores = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(1))
+    mask = top_k(scores, 0.3)
+    assert mask.shape == scores.shape
+    for outer in range(2):
+        for inner in range(3):
+            assert torch.equal(mask[outer, inner], top_k(scores[outer, inner], 0.3))
+
+
+def test_one_channel_is_always_kept() -> None:
+    assert top_k(torch.tensor([[0.0], [-3.0]]), 0.01).tolist() == [[True], [True]]
+
+
+def test_no_row_gives_no_row() -> None:
+    assert top_k(torch.zeros(0, 4), 0.5).shape == (0, 4)
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_nan_is_refused(position: int) -> None:
+    scores = torch.ones(2, 4)
+    scores[1, position] = math.nan
+    with pytest.raises(UserError, match="NaN"):
+        top_k(scores, 0.5)
+
+
+def test_scores_with_a_gradient_are_left_alone() -> None:
+    scores = torch.rand(2, 6, requires_grad=True)
+    before = scores.detach().clone()
+    assert not top_k(scores, 0.5).requires_grad
+    assert torch.equal(scores, before)

@@ -1,0 +1,241 @@
+"""The tracer against the brute-force oracle, on every operation that it knows and on the built-in networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, dynamic, tokens
+from attackroute import oracle, windows
+from attackroute.edges import critical_sums, influence_matrix
+from attackroute.errors import UserError
+from attackroute.layers import frozen
+from attackroute.models import build_model
+from attackroute.recorder import record
+from attackroute.trace import influence, trace_routes
+from tracing import check, deviation, ready, same_routes, small, worst
+
+EVERY = {**CLOSED, **MIXED, "dynamic": dynamic}
+METHODS = {"closed-form", "autograd"}
+
+
+# Equality with the oracle
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_float64_is_the_oracle(name: str) -> None:
+    found = check(*ready(EVERY[name]), influences=True)
+    assert set(found.methods.values()) <= METHODS
+    if name in CLOSED:
+        assert set(found.methods.values()) == {"closed-form"}
+    else:
+        assert "autograd" in found.methods.values()
+    assert not any((found.scores[layer] < 0).any() for layer in found.layers)
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_float32_is_the_oracle_to_four_digits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_SMALL", 0)  # maps are summed by segments, as larger ones are
+    check(*ready(CLOSED[name], dtype=torch.float32), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("build", [Perceptron, tokens, chain], ids=["perceptron", "tokens", "chain"])
+def test_linear_maps_are_route_layers_when_asked(build: Callable[[], nn.Module]) -> None:
+    model, images, labels = ready(build)
+    found = check(model, images, labels, linear=True, influences=True)
+    assert set(trace_routes(model, images).layers) < set(found.layers)
+
+
+@pytest.mark.parametrize("name", ["residual", "shuffled"])
+def test_any_loss_can_be_traced(name: str) -> None:
+    def margin(logits: Tensor, labels: Tensor) -> Tensor:
+        own = logits.gather(1, labels[:, None])[:, 0]
+        return (logits.exp().sum(1) - own).square()
+
+    model, images, labels = ready(EVERY[name])
+    found = check(model, images, labels, loss=margin)
+    assert not same_routes(found, trace_routes(model, (images, labels), 0.3))
+
+
+@pytest.mark.parametrize("width", [1e-6, 0.2, 0.5, 1.0])
+def test_every_width_is_the_oracle(width: float) -> None:
+    found = check(*ready(CLOSED["residual"]), width=width)
+    for layer in found.layers:
+        channels = found.channels[layer]
+        assert found.masks[layer].sum(1).eq(max(1, round(width * channels))).all()
+
+
+@pytest.mark.parametrize("name", ["dense", "shuffled"])
+def test_samples_without_labels_are_traced_for_the_prediction(name: str) -> None:
+    model, images, _ = ready(EVERY[name])
+    found = check(model, images, None)
+    predicted = model(images).argmax(1)
+    labelled = trace_routes(model, (images, predicted), 0.3, keep_scores=True)
+    assert found.labels is None
+    assert torch.equal(found.predictions, predicted)
+    assert torch.equal(labelled.labels, predicted)
+    assert worst(found, labelled) == 0
+
+
+BUILT_IN = {
+    "vgg16": ("vgg16", 1 / 64, 32),
+    "vgg_small": ("vgg_small", 1 / 16, 32),
+    "alexnet": ("alexnet", 1 / 64, 32),
+    "resnet18": ("resnet18", 1 / 64, 32),
+    "alexnet, large form": ("alexnet", 1 / 32, 65),
+    "resnet18, large form": ("resnet18", 1 / 64, 65),
+}
+LARGE = {
+    "vgg16, large form": ("vgg16", 1 / 64, 65),
+    "resnet18, wider": ("resnet18", 1 / 16, 32),
+    "torchvision's squeezenet1_1": ("torchvision:squeezenet1_1", 1, 32),
+}
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_built_in_networks_are_the_oracle(name: str) -> None:
+    spec, width, size = {**BUILT_IN, **LARGE}[name]
+    model, images, labels = ready(
+        lambda: build_model(spec, num_classes=5, width=width, image_size=size), samples=1, size=size
+    )
+    found = check(model, images, labels)
+    assert set(found.methods.values()) == {"closed-form"}
+
+
+# By hand
+
+
+def test_a_chain_by_hand() -> None:
+    # x = [1, 2]; Z_a: channel 0 = [1, 2], 1 = [-1, -2], 2 = [3, 6]. ReLU lets channels 0 and 2 pass, 2 positions each.
+    # Z_b = [2 a0 - 3 a1 + a2, a0 + 5 a1 - a2]: C[0] = [2*2, 0, 1*2], C[1] = [1*2, 0, 1*2].
+    # Z_b sums to [15, -6], the logits. For label 1, q - onehot = [1, -1]: both channels score 2 (two positions), and
+    # the tie goes to channel 0.
+    first, second = nn.Conv2d(1, 3, 1, bias=False), nn.Conv2d(3, 2, 1, bias=False)
+    model = Function(lambda p, x: p["b"](F.relu(p["a"](x))).sum((2, 3)), a=first, b=second).double()
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([1.0, -1, 3]).view(3, 1, 1, 1))
+        second.weight.copy_(torch.tensor([[2.0, -3, 1], [1, 5, -1]]).view(2, 3, 1, 1))
+    images = torch.tensor([[[[1.0, 2.0]]]], dtype=torch.float64)
+    routes = trace_routes(model, (images, torch.tensor([1])), width=0.5, keep_scores=True)
+    assert routes.layers == ("parts.a", "parts.b")
+    assert routes.methods == {("parts.a", "parts.b"): "closed-form"}
+    assert influence(model, images, "parts.a", "parts.b").tolist() == [[[4, 0, 2], [2, 0, 2]]]
+    assert routes.scores["parts.b"].tolist() == [[2, 2]]
+    assert routes.masks["parts.b"].tolist() == [[True, False]]
+    assert routes.scores["parts.a"].tolist() == [[4, 0, 2]]
+    assert routes.masks["parts.a"].tolist() == [[True, False, True]]  # round(0.5 * 3) = 2
+    assert routes.predictions.tolist() == [0]
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    model, images, labels = ready(small)
+    with torch.no_grad():
+        for layer in (model[0], model[2], model[6]):  # every channel is the same
+            layer.weight.copy_(layer.weight[:1, :1].expand_as(layer.weight).clone())
+            layer.bias.zero_()
+    for found in (trace_routes(model, (images, labels), 0.5), oracle.trace(model, images, labels, width=0.5)):
+        for layer in found.layers:
+            assert found.masks[layer].tolist() == [[True, True, False, False]] * 3
+
+
+def test_single_channels_are_their_own_route() -> None:
+    model, images, labels = ready(lambda: small((3, 1, 1)))
+    found = check(model, images, labels, width=0.01, influences=True)
+    assert all(found.masks[layer].all() for layer in found.layers)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 13, 13), torch.ones(2, 3, 13, 13), -torch.ones(2, 3, 13, 13)])
+@pytest.mark.parametrize("name", ["chain", "activations", "overlapping pools", "residual", "split"])
+def test_flat_images_full_of_ties_and_zeros(name: str, images: Tensor) -> None:
+    model, _, labels = ready(CLOSED[name])
+    for module in model.modules():  # without shifts, whole maps are exactly zero
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    expected = oracle.trace(model, images.double(), labels[:2], width=0.3)
+    found = trace_routes(model, (images.double(), labels[:2]), 0.3, keep_scores=True)
+    assert worst(found, expected) <= 1e-9
+
+
+# Edges
+
+
+def test_edges_are_listed_by_target_then_source_in_forward_order() -> None:
+    model, images, labels = ready(CLOSED["dense"])
+    found = trace_routes(model, (images, labels))
+    order = {layer: index for index, layer in enumerate(found.layers)}
+    edges = [(order[target], order[source]) for source, target in found.methods]
+    assert edges == sorted(edges)
+    assert all(source < target for target, source in edges)
+
+
+def test_influence_needs_adjacent_layers() -> None:
+    model, images, _ = ready(CLOSED["residual"])
+    with pytest.raises(UserError, match=r"no route layer 'a3' ran: the layers are conv1, a1\.0, a2\.0"):
+        influence(model, images, "conv1", "a3")
+    with pytest.raises(UserError, match=r"'b1\.0' and 'c2\.0' are not adjacent; directly after 'b1\.0': b2\.0"):
+        influence(model, images, "b1.0", "c2.0")
+    with pytest.raises(UserError, match=r"directly after 'c2\.0': no route layer"):
+        influence(model, images, "c2.0", "conv1")
+    with pytest.raises(UserError, match="the batch holds no image"):
+        influence(model, images[:0], "conv1", "a1.0")
+
+
+def test_a_side_branch_that_ends_is_a_sink() -> None:
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        return parts["head"](F.relu(parts["b"](F.relu(parts["a"](x))))) + parts["end"](F.relu(parts["side"](x)))
+
+    layers = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(4, 4, 3), "side": nn.Conv2d(3, 5, 3)}
+    model, images, labels = ready(lambda: Function(forward, **layers, head=Head(4), end=Head(5)))
+    found = check(model, images, labels)
+    assert found.scores["parts.side"].min() > 0
+    assert list(found.methods) == [("parts.a", "parts.b")]
+
+
+# Number formats and devices
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.05)])
+@pytest.mark.parametrize("name", ["residual", "shuffled"])
+def test_autocast_is_close_and_accumulates_in_float32(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, images, labels = ready(EVERY[name], dtype=torch.float32)
+    exact = trace_routes(model, (images, labels), 1.0, keep_scores=True)
+    fast = trace_routes(model, (images, labels), 1.0, keep_scores=True, autocast=dtype)
+    assert fast.methods == exact.methods
+    assert 0 < worst(fast, exact) < tolerance
+    assert all(fast.scores[layer].dtype == torch.float32 for layer in fast.layers)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_bfloat16_network_is_traced_in_its_own_precision() -> None:
+    model, images, labels = ready(CLOSED["chain"], dtype=torch.float32)
+    exact = trace_routes(model, (images, labels), 1.0, keep_scores=True)
+    coarse = trace_routes(model.bfloat16(), (images, labels), 1.0, keep_scores=True)
+    assert 0 < worst(coarse, exact) < 0.1
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_is_made_on_the_cpu_behind_the_back_of_another_device(name: str) -> None:
+    model, images, _ = ready(EVERY[name])
+    model, images = model.to("meta"), images.to("meta")
+    with frozen(model):
+        recording = record(model, images)
+    layers = recording.layers
+    for layer in layers:
+        scores = {index: images.new_zeros(len(images), layers[index].channels) for index in layer.sources}
+        critical_sums(layer, torch.ones(len(images), layer.channels, dtype=torch.bool, device="meta"), scores)
+        for index in layer.sources - layer.jacobian:
+            assert influence_matrix(layer, index, layers[index].channels, len(images)).is_meta
+
+
+def test_the_oracle_and_the_tracer_can_disagree() -> None:
+    # what the comparisons above rest on: a wrong weight in one of them does not go unseen
+    model, images, labels = ready(CLOSED["chain"])
+    expected = oracle.trace(model, images, labels)
+    with torch.no_grad():
+        model[3].weight *= 1 + 1e-6
+    found = trace_routes(model, (images, labels), keep_scores=True)
+    assert deviation(found.scores["0"], expected.scores["0"]) > 1e-7

@@ -1,0 +1,356 @@
+"""Training that repeats bit for bit, survives kills and reports what went wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from attackroute import checkpoints, training
+from attackroute.accuracy import accuracy
+from attackroute.batches import shuffled
+from attackroute.checkpoints import LAST
+from attackroute.errors import UserError
+from attackroute.schedules import learning_rate
+from attackroute.training import EpochRecord, TrainSettings, train
+from toy_training import (
+    SETTINGS_USED,
+    identical,
+    raises,
+    toy_data,
+    toy_model,
+    trained,
+    weights_of,
+    without_time,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_it_learns(schedule: Any) -> None:
+    model = toy_model(dropout=0.2)
+    settings = TrainSettings(epochs=6, batch_size=16, lr=0.05, schedule=schedule)
+    result = train(model, toy_data(160), toy_data(80, seed=1), settings)
+    assert result.last.loss < result.history[0].loss / 3
+    assert result.last.train.value > 0.95
+    assert result.last.test is not None
+    assert result.last.test.value == accuracy(model, toy_data(80, seed=1)) > 0.95
+    assert [record.epoch for record in result.history] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_weights_equal_those_of_a_plain_loop(schedule: Any) -> None:
+    """Nesterov's SGD with PyTorch's own schedulers over the same batches."""
+    data, epochs, size = toy_data(20), 3, 8
+    settings = TrainSettings(epochs=epochs, batch_size=size, lr=0.1, schedule=schedule, weight_decay=0.01, seed=4)
+    model = toy_model(dropout=0.0)
+    result = train(model, data, None, settings)
+
+    plain = toy_model(dropout=0.0).train()
+    optimiser = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    scheduler = torch_schedule(optimiser, schedule, 0.1, epochs * 3)
+    images, labels = data.tensors
+    losses = []
+    for epoch in range(1, epochs + 1):
+        total = 0.0
+        for batch in shuffled(20, size, 4, epoch):
+            loss = nn.functional.cross_entropy(plain(images[batch]), labels[batch])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            scheduler.step()
+            total += loss.item() * len(batch)
+        losses.append(total / 20)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    assert [record.loss for record in result.history] == pytest.approx(losses, rel=1e-5)
+
+
+def torch_schedule(
+    optimiser: torch.optim.Optimizer, schedule: str, peak: float, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    return torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, cycle_momentum=False)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+@pytest.mark.parametrize("steps", [4, 5, 10, 97])
+def test_schedules_equal_pytorchs(schedule: Any, steps: int) -> None:
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = torch_schedule(optimiser, schedule, 0.3, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        if len(rates) < steps:
+            scheduler.step()
+    ours = [learning_rate(schedule, 0.3, step, steps) for step in range(steps)]
+    assert ours == pytest.approx(rates, rel=1e-9, abs=1e-15)
+
+
+def test_schedules_by_hand() -> None:
+    assert [learning_rate("cosine", 1.0, step, 4) for step in range(4)] == pytest.approx(
+        [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
+    )
+    # ten steps: the peak at step 2, half-way up at step 1, the end at step 9
+    rates = [learning_rate("one-cycle", 1.0, step, 10) for step in range(10)]
+    assert rates[:3] == pytest.approx([0.04, 0.52, 1.0])
+    assert rates[-1] == pytest.approx(4e-6)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert learning_rate("one-cycle", 1.0, 0, 1) == 1.0
+    assert [learning_rate("one-cycle", 1.0, step, 2) for step in range(2)] == pytest.approx([1.0, 4e-6])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_bounds_the_step(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+    monkeypatch.setattr(training, "_autocast_type", lambda device: torch.float16)
+    model = toy_model(dropout=0.0)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    settings = TrainSettings(
+        epochs=1, batch_size=24, lr=0.5, momentum=0.0, weight_decay=0.0, schedule="cosine", clip_norm=1e-3, amp=scaled
+    )  # fmt: skip
+    train(model, toy_data(), None, settings)
+    change = sum(float(((value.detach() - before[name]) ** 2).sum()) for name, value in model.named_parameters()) ** 0.5
+    assert change == pytest.approx(0.5 * 1e-3, rel=1e-3)
+
+
+def test_frozen_parameters_stay() -> None:
+    model = toy_model()
+    model[0].requires_grad_(False)
+    before = weights_of(model)
+    train(model, toy_data(), None, SETTINGS_USED)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[6].weight, before["6.weight"])
+
+
+@pytest.mark.parametrize("change", [{"amp": True}, {"channels_last": True}])
+def test_fast_forms_learn_nearly_the_same(change: dict[str, bool]) -> None:
+    plain, _ = trained()
+    fast, result = trained(replace(SETTINGS_USED, **change))
+    assert result.last.epoch == 3
+    for name, value in fast.items():
+        assert value.dtype == plain[name].dtype
+        assert value.is_contiguous()
+        torch.testing.assert_close(value, plain[name], rtol=0.1, atol=0.05)
+
+
+def test_a_double_model_is_trained_in_double() -> None:
+    model = toy_model().double()
+    train(model, toy_data(), toy_data(), SETTINGS_USED)
+    assert model[0].weight.dtype == torch.float64
+
+
+# --- determinism ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{}, {"amp": True}, {"channels_last": True}, {"workers": 2}])
+def test_same_seed_same_weights_whatever_the_global_generator(change: dict[str, Any]) -> None:
+    settings = replace(SETTINGS_USED, **change)
+    torch.manual_seed(1)
+    first, one = trained(settings)
+    torch.manual_seed(2)
+    torch.rand(5)
+    second, two = trained(settings)
+    assert identical(first, second)
+    assert without_time(one.history) == without_time(two.history)
+
+
+def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: dict[str, list[int]] = {"views": [], "readers": [], "dropout": []}
+    augment, load, seed_device = training.augment, training.load, training._seed_device
+
+    def spied_augment(images: Tensor, kind: Any, generator: torch.Generator) -> Tensor:
+        seeds["views"].append(generator.initial_seed())
+        return augment(images, kind, generator)
+
+    def spied_load(*args: Any, generator: torch.Generator, **options: Any) -> Any:
+        seeds["readers"].append(generator.initial_seed())
+        return load(*args, generator=generator, **options)
+
+    def spied_seed(device: torch.device, seed: int) -> None:
+        seeds["dropout"].append(seed)
+        seed_device(device, seed)
+
+    monkeypatch.setattr(training, "augment", spied_augment)
+    monkeypatch.setattr(training, "load", spied_load)
+    monkeypatch.setattr(training, "_seed_device", spied_seed)
+    for seed in (0, 1):
+        train(toy_model(), toy_data(), None, replace(SETTINGS_USED, seed=seed))
+    probes = 2  # a reader of the first sample in each run, from one fixed seed
+    assert len(seeds["views"]) == 2 * 9
+    assert len(seeds["readers"]) == 2 * 3 + probes
+    assert len(set(seeds["views"])) == len(set(seeds["readers"])) - 1 == len(set(seeds["dropout"])) == 2 * 3
+
+
+def test_another_seed_gives_other_weights() -> None:
+    assert not identical(trained()[0], trained(replace(SETTINGS_USED, seed=12))[0])
+
+
+def test_neither_folder_nor_test_data_nor_callbacks_change_the_weights(tmp_path: Path) -> None:
+    model = toy_model()
+    train(model, toy_data(), None, SETTINGS_USED)
+    observed, _ = trained(folder=tmp_path, on_epoch=lambda record: torch.rand(3), progress=lambda *_: None)
+    assert identical(observed, weights_of(model))
+
+
+def test_the_callers_generator_and_flags_come_back() -> None:
+    model = toy_model()
+    model.train()
+    model[1].eval()
+    flags = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    train(model, toy_data(), toy_data(), SETTINGS_USED)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == flags
+    with pytest.raises(RuntimeError, match="stop"):
+        train(model, toy_data(), None, SETTINGS_USED, on_epoch=raises(RuntimeError("stop"), 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == flags
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_nan_loss_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+    data = toy_data()
+    good: dict[str, Tensor] = {}
+    model = toy_model()
+
+    def poison(record: EpochRecord) -> None:
+        if record.epoch == 2:
+            good.update(weights_of(model))
+            data.tensors[0][shuffled(24, 8, SETTINGS_USED.seed, 3)[1][0]] = torch.nan
+
+    with pytest.raises(UserError, match=r"epoch 3, step 2: the loss is nan;.*keeps epoch 2"):
+        train(model, data, None, SETTINGS_USED, folder=tmp_path, on_epoch=poison)
+    assert identical(load_file(tmp_path / LAST), good)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 50])
+def test_a_nan_is_located_however_rarely_the_loss_is_read(monkeypatch: pytest.MonkeyPatch, interval: int) -> None:
+    monkeypatch.setattr(training, "_loss_interval", lambda device: interval)
+    data = toy_data()
+    data.tensors[0][shuffled(24, 4, 0, 1)[2][0]] = torch.inf
+    with pytest.raises(UserError, match="epoch 1, step 3: the loss is nan"):
+        train(toy_model(), data, None, TrainSettings(epochs=1, batch_size=4, lr=0.01))
+
+
+def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=1, batch_size=24, lr=1e38, schedule="cosine")
+    data = TensorDataset(toy_data().tensors[0] * 1e4, toy_data().tensors[1])
+    model = flat(4)
+    before = weights_of(model)
+    with pytest.raises(
+        UserError, match=r"epoch 1, step 1: the weights in 1.weight .*lr \(now 1e\+38\).* keeps epoch 0"
+    ):
+        train(model, data, None, settings, folder=tmp_path)
+    assert identical(load_file(tmp_path / LAST), before)
+
+
+def test_weights_that_are_finite_but_useless_are_not_kept(tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=1, batch_size=24, lr=1e38, schedule="cosine")
+    before = weights_of(toy_model())
+    with pytest.raises(UserError, match=r"epoch 1, step 1: the logits for the test data are NaN"):
+        trained(settings, folder=tmp_path)
+    assert identical(load_file(tmp_path / LAST), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 0}, "epochs"), ({"epochs": 1.5}, "epochs"), ({"epochs": True}, "epochs"),
+        ({"batch_size": 0}, "batch_size"), ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"), ({"lr": 1e300}, "lr"), ({"lr": "1"}, "lr"),
+        ({"momentum": 1.0}, "momentum"), ({"momentum": -0.1}, "momentum"), ({"weight_decay": -1.0}, "weight_decay"),
+        ({"schedule": "step"}, "schedule is 'step'; give one of 'one-cycle', 'cosine'"),
+        ({"augment": "flip"}, "augment"),
+        ({"clip_norm": 0.0}, "clip_norm"), ({"amp": 1}, "amp"), ({"channels_last": None}, "channels_last"),
+        ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"), ({"workers": -1}, "workers"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named) as caught:
+        TrainSettings(**change)
+    assert "\n" not in str(caught.value)
+
+
+def flat(outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, outputs))
+
+
+IMAGES = toy_data(8).tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (flat(4), TensorDataset(IMAGES, torch.tensor([0, 1, 2, 3, 0, 1, 2, 4])), "label 4 in the training data"),
+        (flat(4), TensorDataset(IMAGES, torch.tensor([-1] * 8)), "label -1 "),
+        (flat(4), TensorDataset(IMAGES[:0], torch.tensor([], dtype=torch.int64)), "training data is empty"),
+        (flat(4), TensorDataset(IMAGES[:, :1], torch.zeros(8, dtype=torch.int64)), r"does not take .*\(1, 8, 8\)"),
+        (flat(4), TensorDataset(IMAGES, torch.zeros(8)), "integers are needed"),
+        (nn.Conv2d(3, 2, 3), TensorDataset(IMAGES, torch.zeros(8, dtype=torch.int64)), "one row of logits"),
+        (flat(4).requires_grad_(False), toy_data(), "nothing to train"),
+        (flat(4).half(), toy_data(), "float16"),
+        (nn.Flatten(), toy_data(), "nothing to train"),
+    ],
+)
+def test_bad_models_and_data_are_named_before_the_first_epoch_ends(
+    tmp_path: Path, model: nn.Module, data: Dataset[Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        train(model, data, None, replace(SETTINGS_USED, batch_size=3), folder=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_test_data_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    for test, message in [(TensorDataset(IMAGES, torch.full((8,), 9)), "label 9 in the test"), (toy_data(0), "empty")]:
+        with pytest.raises(UserError, match=message):
+            train(toy_model(), toy_data(), test, SETTINGS_USED, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unusable_folder_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    before = weights_of(toy_model())
+    model = toy_model()
+
+    def no_step(*_: object) -> None:
+        pytest.fail("a step was taken")
+
+    with pytest.raises(UserError, match="another folder"):
+        train(model, toy_data(), None, SETTINGS_USED, folder=tmp_path / "file", progress=no_step)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints, "open", refuse, raising=False)
+    with pytest.raises(UserError, match="Permission denied"):
+        train(model, toy_data(), None, SETTINGS_USED, folder=tmp_path / "closed", progress=no_step)
+    assert identical(weights_of(model), before)
+
+
+def test_no_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained()

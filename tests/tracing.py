@@ -1,0 +1,109 @@
+"""The tracer beside the oracle, and what a trace must leave as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from architectures import randomised
+from attackroute import oracle
+from attackroute.instances import InstanceRoutes
+from attackroute.trace import influence, trace_routes
+
+
+def ready(
+    build: Callable[[], nn.Module], *, dtype: torch.dtype = torch.float64, samples: int = 3, size: int = 13
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network in eval mode, always the same, with images and labels for it."""
+    torch.manual_seed(0)
+    model, images = build().to(dtype).eval(), torch.rand(samples, 3, size, size).to(dtype)
+    with torch.no_grad():
+        model(images.clone())  # lazy layers learn their sizes
+    return randomised(model), images, torch.arange(samples)
+
+
+def deviation(found: Tensor, expected: Tensor) -> float:
+    """Largest difference in units of the largest expected value; 0 only if zeros are found where all is zero."""
+    assert found.shape == expected.shape
+    difference = (found.double() - expected.double()).abs().max().item()
+    return difference / max(expected.double().abs().max().item(), 1e-30)
+
+
+def worst(found: InstanceRoutes, expected: InstanceRoutes | oracle.OracleTrace) -> float:
+    """The largest deviation of any layer's scores."""
+    assert tuple(found.layers) == tuple(expected.layers)
+    return max(deviation(found.scores[layer], expected.scores[layer]) for layer in expected.layers)
+
+
+def same_routes(found: InstanceRoutes, expected: InstanceRoutes | oracle.OracleTrace) -> bool:
+    return all(torch.equal(found.masks[layer], expected.masks[layer]) for layer in expected.layers)
+
+
+def check(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    width: float = 0.3,
+    tolerance: float = 1e-9,
+    influences: bool = False,
+    **options: Any,
+) -> InstanceRoutes:
+    """Trace, and compare with the oracle: layers, edges, scores, routes, and on request the influence of every edge."""
+    expected = oracle.trace(model, images, labels, width=width, **options)
+    data = images if labels is None else (images, labels)
+    found = trace_routes(model, data, width, keep_scores=True, **options)
+    assert set(found.methods) == set(expected.edges)
+    assert worst(found, expected) <= tolerance
+    assert same_routes(found, expected)
+    linear = bool(options.get("linear", False))
+    for edge in expected.edges if influences else ():
+        matrix = influence(model, images, *edge, linear=linear)
+        assert deviation(matrix, expected.influence[edge]) <= tolerance, edge
+    return found
+
+
+def state(model: nn.Module) -> list[Any]:
+    """All that a trace could leave behind in a model, in a form that compares with ``==``."""
+    modules = [
+        (
+            module.training,
+            list(module._forward_pre_hooks),
+            list(module._forward_hooks),
+            list(module._forward_hooks_always_called),
+            list(module._backward_hooks),
+        )
+        for module in model.modules()
+    ]
+    parameters = [
+        (name, id(value), value.requires_grad, value.grad is None, value.detach().tolist())
+        for name, value in model.named_parameters()
+    ]
+    return [modules, parameters, [(name, id(value), value.tolist()) for name, value in model.named_buffers()]]
+
+
+def untidy() -> nn.Sequential:
+    """A small network in training mode, with mixed flags, a user's hook and some gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Dropout(0.9),
+        nn.Softmax(dim=1), nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5),
+    )  # fmt: skip
+    model.train()
+    model[4].eval()
+    model[0].weight.requires_grad_(False)
+    model[3].bias.grad = torch.ones(4)
+    model[2].register_forward_hook(lambda *_: None)
+    return model
+
+
+def small(channels: Sequence[int] = (3, 4, 4), classes: int = 5) -> nn.Module:
+    """Two convolutions, ReLU between them, and a linear head."""
+    first, second, third = channels
+    return nn.Sequential(
+        nn.Conv2d(first, second, 3), nn.ReLU(), nn.Conv2d(second, third, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, classes),
+    )  # fmt: skip
