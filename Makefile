@@ -15,7 +15,7 @@ demo: $(STAMP) ## train a small network, trace it and show that its route matter
 	@$(BIN)/attackroute demo
 
 test: $(STAMP) ## run the tests that are quick
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
 lint: $(STAMP) ## check style (ruff) and types (mypy)
 	@$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,7 +105,7 @@ ONE = torch.tensor([0, 1])
         ((BATCH, ONE, ONE, {"a": SCORES["a"]}), "no scores for layer 'b'"),
         ((BATCH, ONE, ONE, {**SCORES, "b": SCORES["a"]}), "scores of layer 'b' must have shape"),
     ],
-    ids=str,
+    ids=itertools.count(),
 )
 def test_a_refused_batch_changes_nothing(arguments: tuple[object, ...], message: str) -> None:
     builder = InstanceRoutesBuilder(["a", "b"], {"a": 3, "b": 4}, 0.5, keep_scores=True)

@@ -1,0 +1,71 @@
+"""Attacks and corruptions by name: ``pgd``, ``pgd:eps=4/255,steps=50``, ``gaussian-noise:severity=3``."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from importlib import import_module
+from typing import Any
+
+from attackroute.attacks.contract import Perturbation
+from attackroute.errors import UserError
+from attackroute.nearest import did_you_mean
+
+# Where each name's class lives; imported on first use.
+_HOMES = {
+    "fgsm": ("attackroute.attacks.gradient", "FGSM"),
+    "step-ll": ("attackroute.attacks.gradient", "StepLL"),
+    "mi-fgsm": ("attackroute.attacks.gradient", "MIFGSM"),
+    "pgd": ("attackroute.attacks.gradient", "PGD"),
+    "pgd-l2": ("attackroute.attacks.gradient", "PGDL2"),
+}
+
+
+def attack_names() -> tuple[str, ...]:
+    """All names that :func:`parse_attack` knows."""
+    return tuple(_HOMES)
+
+
+def parse_attack(text: str, **defaults: Any) -> Perturbation:
+    """Make an attack or corruption from its name and settings.
+
+    Args:
+        text: ``NAME`` or ``NAME:key=value,key=value``; numbers may be fractions, as in ``eps=8/255``.
+        defaults: Settings for what the text leaves out, where the attack has them.
+
+    Raises:
+        UserError: The name or a setting is unknown, or a value is not of the setting's kind.
+    """
+    name, _, settings = text.strip().partition(":")
+    if name not in _HOMES:
+        raise UserError(
+            f"unknown attack {name!r}{did_you_mean(name, attack_names())}; choose from {', '.join(attack_names())}"
+        )
+    module, kind = _HOMES[name]
+    cls: type[Perturbation] = getattr(import_module(module), kind)
+    known = {item.name: item for item in fields(cls)}
+    values = {key: value for key, value in defaults.items() if key in known}
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        if key not in known or not equals:
+            raise UserError(
+                f"{name} has no setting {setting!r}{did_you_mean(key, known)}; "
+                f"write key=value, with {', '.join(known) or 'no setting at all'}"
+            )
+        values[key] = _value(name, key, value, known[key])
+    return cls(**values)
+
+
+def _value(attack: str, key: str, text: str, item: Any) -> Any:
+    kind = str(item.type)
+    if text.lower() == "none" and "None" in kind:
+        return None
+    try:
+        if "bool" in kind:
+            return {"true": True, "false": False}[text.lower()]
+        if "float" in kind:
+            numerator, slash, denominator = text.partition("/")
+            return float(numerator) / float(denominator) if slash else float(numerator)
+        return int(text) if "int" in kind else text
+    except (ValueError, KeyError, ZeroDivisionError):
+        example = "" if item.default is MISSING or item.default is None else f", such as {item.default}"
+        raise UserError(f"{attack}: {key}={text} is not what {key} takes{example}") from None
