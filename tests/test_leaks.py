@@ -112,9 +112,14 @@ def test_memory_is_flat_in_the_number_of_batches(act: Callable[[], nn.Module]) -
     stem = nn.Conv2d(3, 8, 3, stride=4 if act is nn.Softmax2d else 1)
     model = nn.Sequential(stem, act(), nn.Conv2d(8, 4, 3, stride=2), nn.ReLU(), Head(4)).eval()
     images = torch.rand(16, 3, 40, 40)
-    peaks: list[int] = []
-    trace_routes(model, (images for _ in range(45)), progress=lambda *_: peaks.append(resident()))
-    assert max(peaks[15:]) - max(peaks[:15]) < 16 * images.nbytes
+
+    def growth() -> int:
+        peaks: list[int] = []
+        trace_routes(model, (images for _ in range(45)), progress=lambda *_: peaks.append(resident()))
+        return max(peaks[15:]) - max(peaks[:15])
+
+    # the process may grow once for other reasons; a leak shows every time
+    assert any(growth() < 16 * images.nbytes for _ in range(3))
 
 
 def test_masks_are_packed_and_scores_dropped() -> None:
