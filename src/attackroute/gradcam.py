@@ -1,0 +1,168 @@
+"""Grad-CAM of chosen channels: where in the image the channels on a route speak for the class, and those off it.
+
+Grad-CAM (Selvaraju et al., 2017) weighs each channel's map ``A^c`` by the mean over positions of its class logit's
+gradient, ``alpha_c``, and keeps what speaks for the class: ``relu(sum_c alpha_c A^c)``. Here the sum runs over any set
+of channels. Before the ReLU the maps of a set and of its complement add up to the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attackroute.errors import UserError
+from attackroute.followers import Follower
+from attackroute.interventions import ACTIVATION, OUTPUT
+from attackroute.layers import LayerCall, LayerCalls, frozen
+from attackroute.nearest import did_you_mean
+from attackroute.seeds import checked_labels, checked_logits
+
+_MAP_DIMS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a layer's channels say for a class, before channels are chosen.
+
+    Attributes:
+        maps: The layer's maps ``A``, ``(N, C, H, W)``.
+        weights: ``alpha``: mean over positions of the class logit's gradient at the maps, ``(N, C)``.
+        logits: The model's logits, ``(N, classes)``.
+        target: The class of each image, ``(N,)``.
+    """
+
+    maps: Tensor
+    weights: Tensor
+    logits: Tensor
+    target: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Evidence:
+        """The evidence of some of the images."""
+        return Evidence(self.maps[rows], self.weights[rows], self.logits[rows], self.target[rows])
+
+    def cams(self, sets: Tensor) -> Tensor:
+        """Grad-CAM of several sets of channels.
+
+        Args:
+            sets: Bool ``(S, C)``.
+
+        Returns:
+            ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``.
+        """
+        if sets.ndim != 2 or sets.shape[1] != self.maps.shape[1]:
+            raise UserError(
+                f"sets of channels have shape {tuple(sets.shape)}; the layer needs (sets, {self.maps.shape[1]})"
+            )
+        chosen = sets.to(self.maps.device, self.maps.dtype)
+        weights = self.weights[None] * chosen[:, None]  # (S, N, C)
+        return torch.einsum("snc,nchw->snhw", weights, self.maps).relu_()
+
+
+def grad_cam(
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    channels: Sequence[int] | Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    at: str = OUTPUT,
+) -> Tensor:
+    """Grad-CAM of some channels of a route layer.
+
+    Args:
+        model: Any network of images to logits. It runs in eval mode and comes back as it was.
+        images: ``(N, C, H, W)`` on the model's device.
+        layer: A convolution, as traced.
+        channels: Indices of the channels to sum over; None for all, which is the usual Grad-CAM.
+        target: ``(N,)`` classes; None for those that the model predicts.
+        at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
+
+    Returns:
+        ``(N, H, W)`` at the layer's own resolution, at least 0, not normalised.
+
+    Raises:
+        UserError: The layer does not run or has no maps, a channel or class is out of range, or ``at`` is unknown.
+    """
+    found = evidence(model, images, layer, target=target, at=at)
+    count = found.maps.shape[1]
+    chosen = torch.ones(1, count, dtype=torch.bool)
+    if channels is not None:
+        index = torch.as_tensor(channels, dtype=torch.int64).cpu().flatten()
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
+            raise UserError(f"a channel of layer {layer!r} is out of range: it has channels 0 to {count - 1}")
+        chosen = torch.zeros(1, count, dtype=torch.bool).index_fill_(1, index, True)
+    return found.cams(chosen)[0]
+
+
+def evidence(
+    model: nn.Module, images: Tensor, layer: str, *, target: Tensor | None = None, at: str = OUTPUT
+) -> Evidence:
+    """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
+        with _leaf(model, layer, at) as held:
+            logits = checked_logits(model(images.detach().clone()), images.shape[0])
+        if not held:
+            raise UserError(f"layer {layer!r} did not run in the model's forward pass: give a layer as traced")
+        (maps,) = held
+        if maps.ndim != _MAP_DIMS:
+            raise UserError(
+                f"layer {layer!r} gives {tuple(maps.shape)}, no maps (N, C, H, W): Grad-CAM needs a convolution"
+            )
+        classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
+        classes = checked_labels(classes, logits.shape[1], images.shape[0])
+        if not logits.requires_grad:
+            raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
+        gradient = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps, allow_unused=True)[0]
+    if gradient is None:
+        raise UserError(f"the logits do not depend on layer {layer!r}")
+    return Evidence(maps.detach(), gradient.mean((2, 3)), logits.detach(), classes)
+
+
+def enlarged(cams: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps ``(..., H, W)`` at another size, bilinear between the centres of their cells."""
+    flat = cams.reshape(-1, 1, *cams.shape[-2:])
+    return F.interpolate(flat, size, mode="bilinear", align_corners=False).reshape(*cams.shape[:-2], *size)
+
+
+def jointly_normalised(cams: Tensor) -> Tensor:
+    """Maps ``(S, N, H, W)`` divided by each image's largest value over all S, so that sets can be compared.
+
+    Images whose maps are all zero stay zero.
+    """
+    largest = cams.amax((0, 2, 3), keepdim=True)
+    return cams / largest.where(largest > 0, torch.ones_like(largest))
+
+
+@contextmanager
+def _leaf(model: nn.Module, layer: str, at: str) -> Iterator[list[Tensor]]:
+    """While the model runs, make the layer's maps a leaf that requires grad; the list then holds it."""
+    if at not in (OUTPUT, ACTIVATION):
+        raise UserError(
+            f"unknown place at={at!r}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give 'output' or 'activation'"
+        )
+    follower = Follower() if at == ACTIVATION else None
+    held: list[Tensor] = []
+
+    def hold(values: Tensor) -> Tensor:
+        held.append(values.detach().requires_grad_())
+        return held[0].clone()  # a copy, since what follows may work in place
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        if call.name != layer:
+            return output
+        if follower is None:
+            return hold(output)
+        follower.follow(output, layer, hold)
+        return output
+
+    with ExitStack() as stack:
+        if follower is not None:
+            stack.enter_context(follower)
+        stack.enter_context(LayerCalls(model, visit, linear=True))
+        yield held
