@@ -398,3 +398,18 @@ def test_digests_see_every_parameter_and_buffer():
         tensor.data[0] += 1
         digests.add(unfinished.weights_digest(model))
     assert len(digests) == 4
+
+
+def test_attacked_images_are_traced(trained, pictures, tmp_path):
+    clean, attacked = tmp_path / "clean", tmp_path / "attacked"
+    assert traced(trained, pictures, "--out", clean).exit_code == 0
+    result = traced(trained, pictures, "--attack", "fgsm:eps=128/255", "--out", attacked, "--check", 2, "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["attack"] == Route.load(attacked / "route.json").provenance.attack == "fgsm:eps=128/255"
+    assert summary["check"]["passed"]
+    assert summary["accuracy"] < json.loads((clean / "summary.json").read_text())["accuracy"]
+    assert InstanceRoutes.load(attacked / "routes.safetensors") != InstanceRoutes.load(clean / "routes.safetensors")
+    assert_bad_input(traced(trained, pictures, "--attack", "pgd", "--out", attacked, "--resume"), "attack", "pgd:eps")
+    assert_bad_input(traced(trained, pictures, "--attack", "pdg"), "unknown attack 'pdg'", "did you mean pgd")
+    assert_bad_input(traced(trained, pictures, "--attack", "fgsm:eps=8"), "eps 8")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attackroute.attacks.contract import Perturbation
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.edges import critical_sums, influence_matrix
 from attackroute.errors import UserError
@@ -22,6 +23,9 @@ from attackroute.selection import check_width, top_k
 from attackroute.streams import Data, batches, samples_in
 from attackroute.structure import AUTOGRAD, Structure
 
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""``(model, images, labels) -> images``, as everything in :mod:`attackroute.attacks`."""
+
 Progress = Callable[[int, "int | None"], None]
 """Called after every batch with the number of samples done and, where known, in all."""
 
@@ -33,6 +37,7 @@ def trace_routes(
     data: Data,
     width: float = 0.2,
     *,
+    attack: Attack | None = None,
     loss: Loss | None = None,
     linear: bool = False,
     keep_scores: bool = False,
@@ -49,6 +54,8 @@ def trace_routes(
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
             Samples without labels are traced for the model's own prediction.
         width: Share of each layer's channels that a sample's route keeps, in (0, 1].
+        attack: Trace what this makes of the images, as in ``ar.parse_attack("pgd")``; a sample without a label is
+            attacked, and then traced, for the model's prediction on its clean image.
         loss: ``(logits, labels) -> losses (N,)``; None is cross entropy, whose gradient is exact at any confidence.
         linear: Whether linear maps are route layers too; their neurons are output features.
         keep_scores: Keep the scores that top-k ranked, (N, C) per layer; memory then grows with them.
@@ -73,7 +80,8 @@ def trace_routes(
                 engine = _Engine.probe(model, images[:_PROBE], linear=linear)
                 structure = engine.structure
                 builder = InstanceRoutesBuilder(structure.names, structure.channels, width, keep_scores=keep_scores)
-            result = engine.trace(images, labels, width, loss)
+            shown, answers = (images, labels) if attack is None else _attacked(model, attack, images, labels)
+            result = engine.trace(shown, answers, width, loss)
             assert builder is not None
             builder.add(
                 result.masks,
@@ -86,7 +94,8 @@ def trace_routes(
                 progress(done, total)
     if engine is None or builder is None:
         raise UserError("the data hold no sample: the loader is empty")
-    return builder.build(methods=engine.structure.methods, provenance=Provenance(samples=done, width=width))
+    provenance = Provenance(done, width, attack=None if attack is None else _name(attack))
+    return builder.build(methods=engine.structure.methods, provenance=provenance)
 
 
 def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:
@@ -186,6 +195,24 @@ class _Engine:
         if layer.kind == "conv2d":
             size = size.movedim(1, -1)
         return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)
+
+
+def _attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A batch after the attack, and the labels that it was attacked for."""
+    if labels is None:
+        with torch.no_grad(), explained(images):
+            labels = checked_logits(model(images.clone()), images.shape[0]).argmax(1)
+    attacked = attack(model, images, labels)
+    if not isinstance(attacked, Tensor) or attacked.shape != images.shape:
+        found = tuple(attacked.shape) if isinstance(attacked, Tensor) else type(attacked).__name__
+        raise UserError(f"the attack returns {found} for images of shape {tuple(images.shape)}")
+    if not torch.isfinite(attacked).all():
+        raise UserError("the attack returns NaN or inf")
+    return attacked.detach().to(images), labels
+
+
+def _name(attack: Attack) -> str:
+    return str(attack) if isinstance(attack, Perturbation) else getattr(attack, "__name__", type(attack).__name__)
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -28,6 +28,9 @@ EXAMPLES = """
    Compare the first four images with the brute-force oracle, in double precision (slow: for small networks)
    $ attackroute trace --model runs/digits --data mnist-sample --samples 100 --dtype float64 --check 4
 
+   Routes of the same images after an attack, to compare with the clean ones
+   $ attackroute trace --model runs/digits --data mnist-sample --attack pgd:eps=0.1 --out runs/digits/attacked
+
    A network of torchvision on 1,000 of your own images
    $ attackroute trace --model torchvision:resnet18 --weights resnet18.pth --classes 1000 \\
        --data folder:photos --image-size 224 --samples 1000 --out runs/photos
@@ -104,6 +107,15 @@ def trace(
             help="Share of each layer's channels on the model's route: those that are on most samples' routes.",
         ),
     ] = 0.3,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            "--attack",
+            metavar="NAME",
+            rich_help_panel=_ROUTES,
+            help="Trace the images after this attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, ...",
+        ),
+    ] = None,
     linear: Annotated[
         bool, typer.Option("--linear", rich_help_panel=_ROUTES, help="Linear layers are route layers too.")
     ] = False,
@@ -154,6 +166,7 @@ def trace(
     """
     import torch
 
+    from attackroute.attacks import parse_attack
     from attackroute.cli.networks import find_card, open_network
     from attackroute.cli.trace_report import report, summarise
     from attackroute.cli.tracer import Tracer
@@ -163,6 +176,7 @@ def trace(
     output = Output(as_json, quiet)
     if resume and out is None:
         raise UserError("--resume goes on with the trace in a folder; name it with --out")
+    perturbation = None if attack is None else parse_attack(attack)
     home = options.resolve_device(device)
     if image_size is None and (card := find_card(model)) is not None:
         image_size = card[1].spec.image_size
@@ -174,7 +188,7 @@ def trace(
     if dtype is Dtypes.FLOAT64:
         network = network.double()
     autocast = getattr(torch, dtype.value) if dtype in (Dtypes.BFLOAT16, Dtypes.FLOAT16) else None
-    tracer = Tracer(network, images, width, batch_size, linear, keep_scores, autocast)
+    tracer = Tracer(network, images, width, batch_size, linear, keep_scores, autocast, perturbation)
     folder = None
     if out is not None:
         terms = {
@@ -186,6 +200,7 @@ def trace(
             "seed": seed,
             "images": [len(images), *images.shape],
             "width": width,
+            "attack": None if perturbation is None else str(perturbation),
             "linear": linear,
             "keep-scores": keep_scores,
             "batch-size": batch_size,

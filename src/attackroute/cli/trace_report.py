@@ -19,6 +19,7 @@ def summarise(routes: InstanceRoutes, route: Route) -> dict[str, Any]:
     return {
         "samples": len(routes),
         "accuracy": (routes.labels == routes.predictions).double().mean().item(),
+        "attack": routes.provenance.attack,
         "width": routes.width,
         "route_width": route.provenance.width if route.provenance is not None else None,
         "layers": [
@@ -67,7 +68,10 @@ def report(
         ],
     )
     pace = f" in {seconds:.1f} s ({1000 * seconds / traced:.1f} ms each)" if traced else ", all of them traced before"
-    output.line(f"{summary['samples']} samples{pace}; the network is right on {summary['accuracy']:.1%} of them")
+    attacked = f" after {summary['attack']}" if summary["attack"] is not None else ""
+    output.line(
+        f"{summary['samples']} samples{attacked}{pace}; the network is right on {summary['accuracy']:.1%} of them"
+    )
     if comparison is not None:
         output.line(_check_line(comparison))
     if out is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from attackroute.attacks import Perturbation
 from attackroute.cli.comparison import Comparison, compare
 from attackroute.cli.console import Progress
 from attackroute.data import ImageData, check_images
@@ -27,6 +28,7 @@ class Tracer:
     linear: bool
     keep_scores: bool
     autocast: torch.dtype | None
+    attack: Perturbation | None
 
     def piece(self, start: int, stop: int, progress: Progress) -> InstanceRoutes:
         """Routes of some of the samples."""
@@ -34,6 +36,7 @@ class Tracer:
             self.network,
             self._batches(start, stop),
             self.width,
+            attack=self.attack,
             linear=self.linear,
             keep_scores=self.keep_scores,
             autocast=self.autocast,
@@ -45,10 +48,13 @@ class Tracer:
         batches = list(self._batches(0, min(samples, len(self.data))))
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         parameter = next(self.network.parameters())
+        images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+        if self.attack is not None:
+            images = self.attack(self.network, images, labels)
         return compare(
             self.network,
-            images.to(parameter.device, parameter.dtype),
-            labels.to(parameter.device),
+            images,
+            labels,
             self.width,
             linear=self.linear,
             autocast=self.autocast,
