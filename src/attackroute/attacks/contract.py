@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.errors import UserError
-from attackroute.seeds import checked_labels
 
 _TOLERANCE = 1e-4
 _LEVELS = 255
@@ -71,8 +70,11 @@ def check_images(x: Tensor, y: Tensor) -> None:
         raise UserError(f"images to attack are {what}; floating tensors (N, C, H, W) are needed")
     if not isinstance(y, Tensor):
         raise UserError("an attack needs the labels: pass (images, labels)")
-    if len(x) and len(y):
-        checked_labels(y, int(y.max()) + 1, len(x))  # the logits, which know the number of classes, come later
+    if y.shape != (len(x),) or y.is_floating_point():
+        raise UserError(f"labels have shape {tuple(y.shape)} and type {y.dtype}; expected {len(x)} integers")
+    if len(x) and int(y.min()) < 0:
+        raise UserError(f"label {int(y.min())} is negative; labels count from 0")
+    if x.numel():
         low, high = (float(value) for value in x.aminmax())
         if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
             raise UserError(
@@ -83,7 +85,7 @@ def check_images(x: Tensor, y: Tensor) -> None:
 
 def check_eps(eps: float, *, largest: float = 1.0) -> None:
     """Check a radius in units of the images' [0, 1]."""
-    if not (isinstance(eps, (int, float)) and 0 <= eps <= largest):
+    if not (isinstance(eps, (int, float)) and 0 <= eps <= largest and eps < math.inf):
         unit = f"it is in [0, 1] units, as in 8/255, and at most {largest:g}" if largest < math.inf else "at least 0"
         raise UserError(f"eps {eps} is out of range: {unit}")
 
@@ -103,4 +105,4 @@ def check_step_size(value: float | None) -> None:
 def show_eps(eps: float) -> str:
     """``8/255`` for 8/255, and a plain number for what is no multiple of a tenth of a grey level."""
     levels = round(eps * _LEVELS, 1)
-    return f"{levels:g}/{_LEVELS}" if levels / _LEVELS == eps else f"{eps!r}"
+    return f"{levels:g}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))

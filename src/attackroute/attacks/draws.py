@@ -35,36 +35,42 @@ def image_keys(images: Tensor, seed: int, purpose: str, generator: torch.Generat
         drawn = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     digest = hashlib.sha256(f"{purpose}/{seed}/{drawn}".encode()).digest()
     start = int.from_bytes(digest[:8], "big", signed=True)
-    bits = images.detach().to(torch.float32).contiguous().view(torch.int32).flatten(1).to(torch.int64)
+    values = images.detach().to(torch.float32) + 0.0  # -0.0 and 0.0 are equal
+    words = values.contiguous().view(torch.int32).flatten(1).to(torch.int64)
     # a sum of hashed values does not depend on the order of summation, and wraps alike everywhere
-    content = _mixed(bits ^ _counter(bits.shape[1], bits.device)).sum(1)
-    keys: Tensor = _mixed(content + start)
-    return keys
+    content = _mix_(words.bitwise_xor_(_counter(words.shape[1], words.device))).sum(1)
+    return _mix_(content + start)
 
 
 def uniforms(keys: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Numbers in [0, 1), float32 ``(N, *shape)``, for keys ``(N,)``."""
-    hashed = _mixed(_mixed(_counter(math.prod(shape), keys.device) + keys[:, None]))
-    numbers: Tensor = _shifted(hashed, 64 - _BITS).to(torch.float32) / 2**_BITS
+    hashed = _mix_(_mix_(_counter(math.prod(shape), keys.device) + keys[:, None]))
+    numbers: Tensor = _shifted(hashed, 64 - _BITS, out=hashed).to(torch.float32).div_(2**_BITS)
     return numbers.reshape(-1, *shape)
 
 
 def normals(keys: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32 ``(N, *shape)``, for keys ``(N,)``, by Box and Muller's transform."""
-    radius = (-2 * torch.log1p(-uniforms(keys, shape))).sqrt_()  # log(1 - u), since u may be 0
-    return uniforms(_mixed(keys + 1), shape).mul_(2 * math.pi).cos_().mul_(radius)
+    """Standard normal numbers, float32 ``(N, *shape)``, for keys ``(N,)``, by Box and Muller's transform.
+
+    Of 24 bits, they reach to 5.8. Their last digit is the device's.
+    """
+    radius = uniforms(keys, shape).neg_().log1p_().mul_(-2).sqrt_()  # log(1 - u), since u may be 0
+    return uniforms(_mix_(keys + 1), shape).mul_(2 * math.pi).cos_().mul_(radius)
 
 
 def _counter(length: int, device: torch.device) -> Tensor:
     return torch.arange(1, length + 1, device=device) * _GAMMA
 
 
-def _mixed(values: Tensor) -> Tensor:
-    values = (values ^ _shifted(values, 30)) * _FIRST
-    values = (values ^ _shifted(values, 27)) * _SECOND
-    return values ^ _shifted(values, 31)
+def _mix_(values: Tensor) -> Tensor:
+    """The finaliser, in place: new memory for each of its steps would take most of the time."""
+    spare = torch.empty_like(values)
+    values.bitwise_xor_(_shifted(values, 30, out=spare)).mul_(_FIRST)
+    values.bitwise_xor_(_shifted(values, 27, out=spare)).mul_(_SECOND)
+    return values.bitwise_xor_(_shifted(values, 31, out=spare))
 
 
-def _shifted(values: Tensor, places: int) -> Tensor:
+def _shifted(values: Tensor, places: int, *, out: Tensor) -> Tensor:
     """Logical shift to the right: ``>>`` on int64 would pull the sign in."""
-    return (values >> places) & ((1 << (64 - places)) - 1)
+    shifted: Tensor = torch.bitwise_right_shift(values, places, out=out)
+    return shifted.bitwise_and_((1 << (64 - places)) - 1)

@@ -46,8 +46,8 @@ class FGSM(Perturbation):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; nothing here is random."""
         with attacking(model, x, y) as (images, labels):
-            step = input_gradient(model, images, labels).sign_().mul_(self.eps)
-            return finite(step.add_(images).clamp_(0, 1))
+            gradient = input_gradient(model, images, labels)
+            return torch.add(images, gradient.sign(), alpha=self.eps).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class StepLL(Perturbation):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; nothing here is random."""
         with attacking(model, x, y) as (images, _):
-            step = input_gradient(model, images, None).sign_().mul_(-self.eps)
-            return finite(step.add_(images).clamp_(0, 1))
+            gradient = input_gradient(model, images, None)
+            return torch.sub(images, gradient.sign(), alpha=self.eps).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class MIFGSM(Perturbation):
             for _ in range(self.steps):
                 gradient = input_gradient(model, current, labels)
                 norm = _norms(gradient, 1).clamp_(min=_TINY)  # one zero gradient must not make the sum NaN
-                momentum.mul_(self.decay).add_(gradient.div_(norm))
+                momentum.mul_(self.decay).add_(gradient / norm)
                 current = torch.add(current, momentum.sign(), alpha=size).clamp_(low, high)
-            return finite(current)
+            return current
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class PGD(Perturbation):
                 if not len(left):
                     break
                 result[left] = self._descend(model, images[left], labels[left], restart, generator)
-            return finite(result)
+            return result
 
     def _descend(
         self, model: nn.Module, x: Tensor, y: Tensor, restart: int, generator: torch.Generator | None
@@ -162,7 +162,7 @@ class PGD(Perturbation):
             current.clamp_(low, high)
         for _ in range(self.steps):
             gradient = input_gradient(model, current, y)
-            current.add_(gradient.sign_(), alpha=size).clamp_(low, high)
+            current.add_(gradient.sign(), alpha=size).clamp_(low, high)
         return current
 
     @staticmethod
@@ -201,8 +201,7 @@ class PGDL2(PGD):
             current.clamp_(0, 1)
         for _ in range(self.steps):
             gradient = input_gradient(model, current, y)
-            gradient.div_(_norms(gradient, 2).clamp_(min=_TINY))
-            change = current.add_(gradient, alpha=size).sub_(x)
+            change = current.add_(gradient / _norms(gradient, 2).clamp_(min=_TINY), alpha=size).sub_(x)
             change.mul_((self.eps / _norms(change, 2).clamp_(min=_TINY)).clamp_(max=1))
             current = change.add_(x).clamp_(0, 1)  # x is inside the box, so this never leaves the ball
         return current
@@ -217,20 +216,22 @@ def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, 
     """Hold the model still while its images are attacked; gives images and labels that no graph knows."""
     check_images(x, y)
     with frozen(model), torch.inference_mode(False), torch.no_grad():
-        images = x.clone() if x.is_inference() else x.detach()
-        yield images, y.clone().to(x.device)
+        yield x.detach().clamp(0, 1), y.clone().to(x.device)  # copies, since inference mode may have made these
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
-    """Direction of the cross entropy's gradient at the images, exact at any confidence; a new tensor like ``x``.
+    """Direction of the cross entropy's gradient at the images, exact at any confidence.
 
     Args:
         model: A frozen model.
         x: Images ``(N, ...)``.
         y: Labels ``(N,)``; None for the least likely class of each.
 
+    Returns:
+        Of the shape and dtype of ``x``; to be read only, since it may share memory with what the model keeps.
+
     Raises:
-        UserError: The model does not return logits, or a label has none.
+        UserError: The model does not return logits, a label has none, or the gradient is not finite.
     """
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -239,20 +240,16 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
     if not logits.requires_grad:  # the model cuts the graph, which the masking checks report
         return torch.zeros_like(x)
     seed = cross_entropy_seed(logits, labels).to(logits.dtype)
-    (gradient,) = torch.autograd.grad(logits, leaf, seed, allow_unused=True)
-    return torch.zeros_like(x) if gradient is None else gradient.detach()
+    (gradient,) = torch.autograd.grad(logits, leaf, seed, allow_unused=True, materialize_grads=True)
+    # a sum is one pass, and not finite if a value is not; a sign would make 0 of NaN in silence
+    if not gradient.sum().isfinite() and not gradient.isfinite().all():
+        raise UserError("the model's gradient at the images is not finite: check its weights and its normalisation")
+    return gradient.detach()
 
 
 def predicted(model: nn.Module, x: Tensor) -> Tensor:
     """The model's classes for images, ``(N,)``."""
-    return checked_logits(model(x), x.shape[0]).argmax(1)
-
-
-def finite(x: Tensor) -> Tensor:
-    """The images, if all their values are finite."""
-    if not torch.isfinite(x).all():
-        raise UserError("the model's gradient at the images is not finite: check its weights and its normalisation")
-    return x
+    return checked_logits(model(x.clone()), x.shape[0]).argmax(1)  # a copy, since the model may work in place
 
 
 def _box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -262,5 +259,7 @@ def _box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _norms(values: Tensor, order: int) -> Tensor:
     """Norm of each sample's values, ``(N, 1, 1, 1)``."""
-    norms: Tensor = torch.linalg.vector_norm(values, order, dim=tuple(range(1, values.ndim)), keepdim=True)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    dims = tuple(range(1, values.ndim))
+    norms: Tensor = torch.linalg.vector_norm(values, order, dim=dims, keepdim=True, dtype=wide)
     return norms
