@@ -7,6 +7,7 @@ import json
 from functools import partial
 
 import pytest
+from torch.utils.data import Subset
 from typer.testing import CliRunner
 
 import attackroute as ar
@@ -27,12 +28,14 @@ def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPa
     summary = json.loads(result.stdout)
     digits = data.load_data("mnist-sample", split="test")
     network = open_network(str(folder / "model"), digits)
-    assert count_correct(network, digits.dataset).value == summary["silencing"]["baseline"]["accuracy"]
+    right = [i for i, (image, label) in enumerate(digits.dataset) if int(network(image[None]).argmax()) == label]
+    silencing = summary["silencing"]
+    assert silencing["counted"] == len(right) and silencing["samples"] == len(digits)
     route = ar.Route.load(folder / "route.json", model=network)
     with ar.deactivate(network, route, ["features.3"], at="activation"):
-        left = count_correct(network, digits.dataset).value
-    rows = summary["silencing"]["rows"]
-    assert [r["accuracy"] for r in rows if r["layer"] == "features.3" and r["criterion"] == "route"] == [left]
+        left = count_correct(network, Subset(digits.dataset, right)).value
+    rows = silencing["rows"]
+    assert [r["accuracy"] for r in rows if r["layers"] == "features.3" and r["criterion"] == "route"] == [left]
     routes = ar.InstanceRoutes.load(folder / "routes.safetensors", model=network)
     assert routes == ar.trace_routes(network, data.loader(digits)) and routes.aggregate(0.3) == route
     with open(folder / "silencing.csv", newline="") as file:

@@ -13,7 +13,7 @@ from attackroute.cli import options
 from attackroute.cli.console import Output
 
 if TYPE_CHECKING:
-    from attackroute.experiments.silencing import Silencing
+    from attackroute.experiments.accuracy_table import AccuracyTable
     from attackroute.instances import InstanceRoutes
     from attackroute.routes import Route
 
@@ -65,8 +65,9 @@ def demo(
 
     from attackroute.cli.networks import ModelCard, spec_for, with_own_normalisation
     from attackroute.data import load_data, loader
-    from attackroute.experiments.silencing import silence
-    from attackroute.figures import route_figure, save_figure
+    from attackroute.experiments.deactivation import deactivation_accuracy
+    from attackroute.figures import save_figure
+    from attackroute.figures.route_picture import route_figure
     from attackroute.models import build
     from attackroute.rivals import rank_channels
     from attackroute.trace import trace_routes
@@ -106,8 +107,11 @@ def demo(
 
     lap = time.perf_counter()
     rivals = {by: rank_channels(network, batches, by, _ROUTE_WIDTH, seed=seed) for by in _RIVALS}
-    with output.progress("measurements") as progress:
-        silencing = silence(network, digits["test"].dataset, route, rivals, progress=progress)
+    with output.progress("images times measurements") as progress:
+        silencing = deactivation_accuracy(
+            network, batches, route, rivals, shares=(), share=_ROUTE_WIDTH, together=False, at="activation",
+            progress=progress,
+        )  # fmt: skip
     seconds["silencing"] = _lap(lap)
     _show(output, routes, route, silencing)
 
@@ -123,11 +127,10 @@ def demo(
     output.result(summary)
 
 
-def _show(output: Output, routes: InstanceRoutes, route: Route, silencing: Silencing) -> None:
-    from attackroute.experiments.silencing import spread
+def _show(output: Output, routes: InstanceRoutes, route: Route, silencing: AccuracyTable) -> None:
+    from attackroute.experiments.accuracy_table import Setting, spread
 
     occurrence = routes.occurrence(routes.width)
-    untouched = silencing.baseline.value
     output.table(
         ["layer", "channels", "on the route", "occurrence"],
         [
@@ -137,38 +140,40 @@ def _show(output: Output, routes: InstanceRoutes, route: Route, silencing: Silen
     )
     output.line(
         "Does the route matter? As many of one layer's channels set to zero after the activation: the route's,\n"
-        f"random ones off it, and what simple criteria pick. Accuracy that is left, of {untouched:.1%}:"
+        "random ones off it, and what simple criteria pick. Accuracy that is left, of 100 % on the "
+        f"{silencing.cost.counted} of {silencing.cost.samples} digits that the untouched network gets right:"
     )
     output.table(
         ["layer", *silencing.criteria],
-        [[layer, *(spread(silencing.values(layer, name)) for name in silencing.criteria)] for layer in routes.layers],
+        [
+            [
+                layer,
+                *(
+                    spread(silencing.values(Setting((layer,), silencing.main_share), name))
+                    for name in silencing.criteria
+                ),
+            ]
+            for layer in silencing.layers
+        ],
     )
     output.line(silencing.reading())
 
 
 def _summary(
-    routes: InstanceRoutes, route: Route, silencing: Silencing, seed: int, seconds: Mapping[str, float]
+    routes: InstanceRoutes, route: Route, silencing: AccuracyTable, seed: int, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     from attackroute.cli.trace_report import summarise
+    from attackroute.experiments.tables import to_json
 
-    return {**summarise(routes, route), "silencing": silencing.to_json(), "seed": seed, "seconds": dict(seconds)}
+    return {**summarise(routes, route), "silencing": to_json(silencing), "seed": seed, "seconds": dict(seconds)}
 
 
-def _write(folder: Path, silencing: Silencing, summary: Mapping[str, Any]) -> None:
-    import csv
-    import io
-
+def _write(folder: Path, silencing: AccuracyTable, summary: Mapping[str, Any]) -> None:
     from attackroute.cli.unfinished import write_json
+    from attackroute.experiments.tables import csv_text
     from attackroute.files import replace_file
 
-    rows = [row.to_json() for row in silencing.rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {**row, "accuracy_interval_95": "{:.4f} to {:.4f}".format(*row["accuracy_interval_95"])} for row in rows
-    )
-    replace_file(folder / "silencing.csv", text.getvalue().encode())
+    replace_file(folder / "silencing.csv", csv_text(silencing.records()).encode())
     write_json(folder / "summary.json", summary)
 
 

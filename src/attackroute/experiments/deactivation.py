@@ -1,0 +1,73 @@
+"""Deactivation: what is left with the route's channels set to zero (Fig. 4a of Li et al., 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from attackroute.experiments.accuracy_table import AccuracyTable, Setting
+from attackroute.experiments.rankings import Rivals, check_shares, rank
+from attackroute.experiments.trials import Change, Outputs, plan, run
+from attackroute.interventions import OUTPUT, deactivate
+from attackroute.routes import Route
+from attackroute.streams import Data
+from attackroute.trace import Progress
+
+SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+
+
+def deactivation_accuracy(
+    model: nn.Module,
+    data: Data,
+    route: Route,
+    rivals: Rivals | None = None,
+    *,
+    seeds: Sequence[int] = range(5),
+    layers: Iterable[str] | None = None,
+    shares: Iterable[float] = SHARES,
+    share: float = 0.3,
+    together: bool = True,
+    at: str = OUTPUT,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> AccuracyTable:
+    """Accuracy on clean images with channels set to zero: a growing share of each layer alone, and of all together.
+
+    Sets of channels grow by rank, each within the next. Random channels are off the given route, so their sets end
+    where those are used up. Rank channels on other samples than these.
+
+    Args:
+        model: The network.
+        data: Labelled images; only those that the untouched network gets right count.
+        route: The route; its frequencies rank the channels.
+        rivals: Routes by other criteria, or their scores, which serve every share.
+        seeds: One random ranking off the route for each.
+        layers: Some of the route's layers; None for all.
+        shares: Shares of a layer's channels, in [0, 1].
+        share: The share that the reading is about.
+        together: Whether to change all the layers together, too.
+        at: Where channels are set to zero, see :func:`attackroute.deactivate`.
+        batch_size: Rows per forward pass when ``data`` is tensors.
+        progress: Called with (images times interventions done, in all or None).
+
+    Raises:
+        UserError: A layer is not on the route, a share is outside [0, 1], no sample is classified correctly, or a
+            layer has no activation of its own, with ``at="activation"``.
+    """
+    (share,) = check_shares([share])
+    levels = check_shares([*shares, share])
+    rankings = rank(route, rivals, seeds, layers)
+    single = rankings[0].layers
+    groups: list[tuple[str, ...]] = [(layer,) for layer in single]
+    if together and len(single) > 1:
+        groups.append(single)
+
+    def intervene(change: Change, _: Outputs) -> AbstractContextManager[object]:
+        assert change.channels is not None
+        return deactivate(model, change.channels, at=at)
+
+    trials = plan(rankings, [Setting(group, level) for group in groups for level in levels])
+    rows, cost = run(model, data, trials, intervene, batch_size=batch_size, progress=progress)
+    return AccuracyTable("deactivate", rows, share, False, at, cost)

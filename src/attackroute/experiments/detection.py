@@ -1,0 +1,332 @@
+"""Detection: is an image attacked? The distance of its route from that of the class which the network sees in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.errors import UserError
+from attackroute.experiments.passes import counted_passes
+from attackroute.experiments.rankings import ROUTE, random_order
+from attackroute.experiments.ranks import Separation
+from attackroute.experiments.sample_routes import sample_routes
+from attackroute.experiments.tables import Record
+from attackroute.experiments.trials import Attack
+from attackroute.instances import InstanceRoutes
+from attackroute.layers import frozen
+from attackroute.routes import Route
+from attackroute.seeds import checked_labels, checked_logits, log_doubt
+from attackroute.streams import Data, batches, samples_in
+from attackroute.trace import Progress
+
+RANDOM_ROUTE = "random route"
+SOFTMAX, MARGIN = "softmax", "margin"
+ALL_LAYERS = "all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """How well one score tells attacked images from clean ones.
+
+    Attributes:
+        attack: The attack.
+        score: ``"route"``, another criterion's routes, ``"random route"``, ``"softmax"`` or ``"margin"``.
+        draw: Seed of a random route; else None.
+        layer: The layer whose routes are compared, or ``"all"`` for the mean distance over layers.
+        auroc: Probability that an attacked image scores higher than a clean one, ties counting half; NaN where no
+            image was fooled.
+        half_width: Half of its approximate 95 % interval.
+        attacked: Images of the attack, all of them misclassified.
+        clean: Clean images, all of them classified correctly.
+        beaten: 1 if the route's area over all layers is clearly larger, -1 if clearly smaller, 0 if neither.
+    """
+
+    attack: str
+    score: str
+    draw: int | None
+    layer: str
+    auroc: float
+    half_width: float
+    attacked: int
+    clean: int
+    beaten: int
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Areas under the ROC curve, by attack, score and layer.
+
+    Attributes:
+        rows: The areas.
+        reference: Samples from which the classes' routes come.
+        samples: Samples read beside them.
+        counted: Those that the network gets right when clean.
+        unknown: Images left out, because no reference sample bears the class which the network sees in them.
+        width: Share of each layer's channels on a sample's route.
+        route_width: Share of each layer's channels on a class's route.
+        forward_passes: Forward passes of the model, one for a batch, those of attacks included.
+    """
+
+    rows: tuple[Row, ...]
+    reference: int
+    samples: int
+    counted: int
+    unknown: int
+    width: float
+    route_width: float
+    forward_passes: int
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The attacks."""
+        return tuple(dict.fromkeys(row.attack for row in self.rows))
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores."""
+        return tuple(dict.fromkeys(row.score for row in self.rows))
+
+    def values(self, attack: str, score: str, layer: str = ALL_LAYERS) -> list[Row]:
+        """The rows of one score, one for each random draw."""
+        return [row for row in self.rows if (row.attack, row.score, row.layer) == (attack, score, layer)]
+
+    def reading(self) -> str:
+        """One sentence: the areas of the route by attack, and the controls that it beats and loses to."""
+        texts = []
+        for attack in self.attacks:
+            (ours,) = self.values(attack, ROUTE)
+            if not ours.attacked:
+                texts.append(f"{attack} fools the network on no image")
+                continue
+            verdicts: dict[str, list[str]] = {"beats": [], "loses to": [], "is level with": []}
+            for score in self.scores[1:]:
+                found = {row.beaten for row in self.values(attack, score)}
+                verdict = (
+                    "is level with"
+                    if len(found) > 1
+                    else {1: "beats", -1: "loses to"}.get(found.pop(), "is level with")
+                )
+                verdicts[verdict].append(score)
+            told = ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in verdicts.items() if names)
+            texts.append(f"{attack} {ours.auroc:.2f} ({told})")
+        return f"AUROC of the distance from the predicted class's route: {'; '.join(texts)}."
+
+    def records(self) -> list[Record]:
+        """The areas as a tidy table."""
+        return [
+            {
+                "attack": row.attack,
+                "score": row.score,
+                "draw": row.draw,
+                "layer": row.layer,
+                "auroc": row.auroc,
+                "auroc_low": max(0.0, row.auroc - row.half_width),
+                "auroc_high": min(1.0, row.auroc + row.half_width),
+                "attacked": row.attacked,
+                "clean": row.clean,
+                "route_against_it": row.beaten,
+            }
+            for row in self.rows
+        ]
+
+    def about(self) -> dict[str, Any]:
+        """What the areas have in common."""
+        return {
+            "experiment": "detect",
+            "distance": "1 - Jaccard index of the sample's route and its predicted class's, mean over layers",
+            "reference_samples": self.reference,
+            "samples": self.samples,
+            "counted": self.counted,
+            "left_out_for_want_of_a_class_route": self.unknown,
+            "width": self.width,
+            "route_width": self.route_width,
+            "forward_passes": self.forward_passes,
+            "clear": "DeLong's test on paired samples, |z| > 1.96, not corrected for the number of tests",
+        }
+
+
+def detect(
+    model: nn.Module,
+    data: Data,
+    reference: Data,
+    attacks: Mapping[str, Attack],
+    *,
+    width: float = 0.2,
+    route_width: float = 0.3,
+    seeds: Sequence[int] = range(5),
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Detection:
+    """Tell attacked images from clean ones by their routes, beside scores that need no route.
+
+    An image is traced for the class that the network predicts, so no label is needed to judge it. Its score is the
+    distance of its route from the route of that class: 1 less the Jaccard index, the mean over layers. Attacked
+    images count if they fool the network, clean ones if they are classified correctly. Controls: routes of samples
+    and classes by activation and by gradient, random routes of the classes' size, the largest softmax probability
+    (as ``log(1 - p)``, which never saturates), and the margin of the two largest logits.
+
+    Args:
+        model: The network.
+        data: Labelled images in [0, 1] to judge.
+        reference: Other labelled images, from which the classes' routes come.
+        attacks: Attacks by name.
+        width: Share of each layer's channels on a sample's route.
+        route_width: Share of each layer's channels on a class's route.
+        seeds: One set of random routes for each.
+        batch_size: Rows per forward pass when data are tensors.
+        progress: Called with (images traced, in all or None).
+
+    Raises:
+        UserError: No attack, labels are missing, or no sample is classified correctly or has a class route.
+    """
+    if not attacks:
+        raise UserError("no attack is given: pass one by name, such as pgd")
+    with frozen(model), torch.inference_mode(False), counted_passes(model) as count:
+        known = sample_routes(model, _labelled(model, reference, batch_size), width)
+        judged = _Judged(model, attacks)
+        stream = judged.stream(batches(model, data, batch_size), samples_in(data), progress)
+        try:
+            routes = sample_routes(model, stream, width)
+        except UserError:
+            if judged.counted:
+                raise
+            raise UserError(
+                f"the network gets none of the {judged.samples} samples right when they are clean: check its weights "
+                "and its labels, or give more samples"
+            ) from None
+    group, seen, plain = judged.notes()
+    classes = {by: own.by_label(route_width) for by, own in known.items()}
+    has_route = torch.tensor([int(label) in classes[ROUTE] for label in seen], dtype=torch.bool)
+    if not has_route[group == 0].any():
+        raise UserError(
+            "no clean sample's class has a route: give reference samples of the classes that the network predicts"
+        )
+    distances: dict[tuple[str, int | None], Tensor] = {
+        (by, None): _distances(own, classes[by], seen, has_route) for by, own in routes.items()
+    }
+    for seed in seeds:
+        fake = {label: _random_route(route, seed, label) for label, route in classes[ROUTE].items()}
+        distances[RANDOM_ROUTE, seed] = _distances(routes[ROUTE], fake, seen, has_route)
+    layers = routes[ROUTE].layers
+    rows: list[Row] = []
+    for number, attack in enumerate(attacks, start=1):
+        clean, fooled = (group == 0) & has_route, (group == number) & has_route
+        scores: dict[tuple[str, int | None, str], Tensor] = {}
+        for (by, draw), values in distances.items():
+            scores[by, draw, ALL_LAYERS] = values.mean(1)
+            for column, layer in enumerate(layers):
+                scores[by, draw, layer] = values[:, column]
+        scores |= {(name, None, ALL_LAYERS): values for name, values in plain.items()}
+        rows += _rows(attack, scores, clean, fooled)
+    return Detection(
+        tuple(rows), len(known[ROUTE]), judged.samples, judged.counted, int((~has_route).sum()), width, route_width,
+        count.passes,
+    )  # fmt: skip
+
+
+def _rows(
+    attack: str, scores: Mapping[tuple[str, int | None, str], Tensor], clean: Tensor, fooled: Tensor
+) -> Iterator[Row]:
+    sizes = int(fooled.sum()), int(clean.sum())
+    if not sizes[0]:
+        for score, draw, layer in scores:
+            yield Row(attack, score, draw, layer, float("nan"), float("nan"), *sizes, 0)
+        return
+    ours = Separation.of(scores[ROUTE, None, ALL_LAYERS][fooled], scores[ROUTE, None, ALL_LAYERS][clean])
+    for (score, draw, layer), values in scores.items():
+        found = Separation.of(values[fooled], values[clean])
+        yield Row(attack, score, draw, layer, found.auroc, found.half_width, *sizes, ours.clearly_above(found))
+
+
+class _Judged:
+    """The images to judge, clean and attacked, as one stream; what the stream showed stays here.
+
+    Args:
+        model: The network.
+        attacks: Attacks by name.
+    """
+
+    def __init__(self, model: nn.Module, attacks: Mapping[str, Attack]) -> None:
+        self._model = model
+        self._attacks = attacks
+        self._notes: dict[str, list[Tensor]] = {"group": [], "seen": [], SOFTMAX: [], MARGIN: []}
+        self.samples = 0
+        self.counted = 0
+
+    def stream(
+        self, data: Iterator[tuple[Tensor, Tensor | None]], total: int | None, progress: Progress | None
+    ) -> Iterator[tuple[Tensor, None]]:
+        """Clean images that the model gets right, then those with which each attack fools it; without labels."""
+        for images, given in data:
+            self.samples += len(images)
+            logits = self._logits(images)
+            labels = _require(given, logits)
+            right = logits.argmax(1) == labels
+            self.counted += int(right.sum())
+            if right.any():
+                yield self._note(0, images[right], logits[right]), None
+                for number, attack in enumerate(self._attacks.values(), start=1):
+                    attacked = attack(self._model, images[right], labels[right])
+                    logits_then = self._logits(attacked)
+                    fooled = logits_then.argmax(1) != labels[right]
+                    if fooled.any():
+                        yield self._note(number, attacked[fooled], logits_then[fooled]), None
+            if progress is not None:
+                progress(self.samples, total)
+
+    def notes(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """For each image that was streamed: 0 or its attack's number; the class seen in it; scores without routes."""
+        joined = {name: torch.cat(parts) for name, parts in self._notes.items()}
+        return joined.pop("group"), joined.pop("seen"), joined
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return checked_logits(self._model(images.clone()), len(images)).detach()
+
+    def _note(self, number: int, images: Tensor, logits: Tensor) -> Tensor:
+        seen = logits.argmax(1)
+        two = logits.double().topk(2, dim=1).values
+        self._notes["group"].append(torch.full((len(images),), number))
+        self._notes["seen"].append(seen.cpu())
+        self._notes[SOFTMAX].append(log_doubt(logits.double(), seen).cpu())
+        self._notes[MARGIN].append((two[:, 1] - two[:, 0]).cpu())
+        return images
+
+
+def _labelled(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in batches(model, data, batch_size):
+        if labels is None:
+            raise UserError("the reference data have no labels: give (images, labels)")
+        yield images, labels
+
+
+def _require(labels: Tensor | None, logits: Tensor) -> Tensor:
+    if labels is None:
+        raise UserError("the data have no labels: give (images, labels)")
+    return checked_labels(labels, logits.shape[1], len(logits))
+
+
+def _distances(routes: InstanceRoutes, classes: Mapping[int, Route], seen: Tensor, has_route: Tensor) -> Tensor:
+    """1 less the Jaccard index with the class's route: float64 (samples, layers), NaN without a class route."""
+    columns = []
+    known = sorted(classes)
+    row = {label: index for index, label in enumerate(known)}
+    index = torch.tensor([row.get(int(label), 0) for label in seen])
+    for layer in routes.layers:
+        own = routes.masks[layer]
+        theirs = torch.stack([classes[label].mask(layer) for label in known])[index]
+        columns.append(1 - (own & theirs).sum(1).double() / (own | theirs).sum(1))
+    return torch.stack(columns, dim=1).masked_fill(~has_route[:, None], torch.nan)
+
+
+def _random_route(route: Route, seed: int, label: int) -> Route:
+    """Random channels, as many as the route has, whether on it or not; others for each class."""
+    indices = {
+        layer: random_order(seed, f"class {label}/{layer}", range(count))[: len(route.indices[layer])]
+        for layer, count in route.channels.items()
+    }
+    return Route(indices, route.channels)
