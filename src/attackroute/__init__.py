@@ -13,6 +13,7 @@ from attackroute.version import __version__
 if TYPE_CHECKING:
     from attackroute.data import load_data
     from attackroute.errors import UserError
+    from attackroute.hardness_metric import Hardness, hardness
     from attackroute.instances import InstanceRoutes
     from attackroute.interventions import deactivate
     from attackroute.models import build_model, load_weights
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from attackroute.training import TrainSettings, train
 
 __all__ = [
+    "Hardness",
     "InstanceRoutes",
     "Route",
     "TrainSettings",
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "build_model",
     "deactivate",
+    "hardness",
     "influence",
     "load_data",
     "load_weights",
@@ -39,12 +42,14 @@ __all__ = [
 
 # A module must never bear the name of a public function: importing it would shadow the function.
 _HOMES = {
+    "Hardness": "hardness_metric",
     "InstanceRoutes": "instances",
     "Route": "routes",
     "TrainSettings": "training",
     "UserError": "errors",
     "build_model": "models",
     "deactivate": "interventions",
+    "hardness": "hardness_metric",
     "influence": "trace",
     "load_data": "data",
     "load_weights": "models",

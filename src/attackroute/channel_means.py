@@ -23,10 +23,14 @@ class Measured:
     Attributes:
         values: For each layer, in forward order, ``(n, C)``.
         log_factor: ``(n,)``, float64 on the CPU.
+        logits: ``(n, K)``, detached, where a gradient was measured.
+        at_images: The gradient at the images, in their shape and up to the factor, where one was measured.
     """
 
     values: dict[str, Tensor]
     log_factor: Tensor
+    logits: Tensor | None = None
+    at_images: Tensor | None = None
 
 
 Measure = Callable[..., Measured]
@@ -77,8 +81,9 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear
     with torch.enable_grad(), LayerCalls(model, visit, linear=linear):
         logits = checked_logits(model(start.clone()), images.shape[0])
     answers = logits.detach().argmax(1) if labels is None else checked_labels(labels, logits.shape[1], images.shape[0])
-    seed_gradients(logits, answers, leaves, None)
-    return Measured(values, log_doubt(logits.detach().cpu().to(torch.float64), answers.cpu()))
+    ends = seed_gradients(logits, answers, leaves, None)
+    logits = logits.detach()
+    return Measured(values, log_doubt(logits.cpu().to(torch.float64), answers.cpu()), logits, ends[""])
 
 
 @dataclass

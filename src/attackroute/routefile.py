@@ -26,6 +26,7 @@ from attackroute.files import replace_file, shown
 VERSION = 1
 ROUTE = "attackroute route"
 INSTANCE_ROUTES = "attackroute instance routes"
+HARDNESS = "attackroute hardness"
 
 _METADATA_KEY = "attackroute"
 _FAULTS = (OSError, SafetensorError, ValueError, TypeError, OverflowError, RecursionError)
