@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import attackroute
 from attackroute.cli import comparison, tracer, unfinished
 from attackroute.cli.app import app
+from attackroute.fingerprint import weights_digest
 from attackroute.instances import InstanceRoutes
 from attackroute.oracle import OracleTrace
 from attackroute.routes import Route
@@ -393,10 +394,10 @@ class TestBadInput:
 def test_digests_see_every_parameter_and_buffer():
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     model[1].register_buffer("hidden", torch.zeros(1), persistent=False)
-    digests = {unfinished.weights_digest(model)}
+    digests = {weights_digest(model)}
     for tensor in (model[0].bias, model[1].running_mean, model[1].hidden):
         tensor.data[0] += 1
-        digests.add(unfinished.weights_digest(model))
+        digests.add(weights_digest(model))
     assert len(digests) == 4
 
 

@@ -1,11 +1,13 @@
-"""Layer names and channel counts: what decides whether a route belongs to a network or to another route."""
+"""What tells networks apart: layer names and channel counts for routes, a digest of the weights for results."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from attackroute.errors import UserError
@@ -121,3 +123,13 @@ def require_model(channels: Mapping[str, int], model: nn.Module) -> None:
             is_leaf = not any(module.children())
             found[layer] = stated if is_leaf and isinstance(stated, int) else count
     require_fit(channels, found, "model")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters and buffers, those of its normalisation included."""
+    digest = hashlib.sha256()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -170,8 +170,9 @@ def trace(
     from attackroute.cli.networks import find_card, open_network
     from attackroute.cli.trace_report import report, summarise
     from attackroute.cli.tracer import Tracer
-    from attackroute.cli.unfinished import TraceFolder, weights_digest
+    from attackroute.cli.unfinished import TraceFolder
     from attackroute.data import load_data
+    from attackroute.fingerprint import weights_digest
 
     output = Output(as_json, quiet)
     if resume and out is None:

@@ -7,21 +7,20 @@ batches and gives the same routes, bit for bit, as one that was never broken off
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from attackroute.errors import UserError
+from attackroute.files import replace_file
 from attackroute.instances import InstanceRoutes
 from attackroute.routes import Route
+from attackroute.terms import require_same_terms
 
 ROUTES = "routes.safetensors"
 ROUTE = "route.json"
@@ -65,7 +64,7 @@ class TraceFolder:
         summary = self._read_summary()
         partial = self.path / PARTIAL
         if resume and summary is not None:
-            self._check_terms(summary)
+            require_same_terms(f"the trace in {self.path}", summary.get("terms"), self.terms)
             done = self.path / ROUTES if summary.get("finished") is True else partial
             return self._load(done, model) if done.exists() else None
         if partial.exists():
@@ -93,16 +92,6 @@ class TraceFolder:
         if len(routes) > self.samples:
             raise UserError(f"{file} has {len(routes)} samples, the data only {self.samples}; choose another folder")
         return routes
-
-    def _check_terms(self, summary: Mapping[str, Any]) -> None:
-        stored = summary.get("terms")
-        stored = stored if isinstance(stored, dict) else {}
-        for name, value in self.terms.items():
-            if stored.get(name) != value:
-                raise UserError(
-                    f"the trace in {self.path} has {name} {stored.get(name)!r}, not {value!r}; "
-                    "give the same to resume it, or choose another folder"
-                )
 
     def _read_summary(self) -> dict[str, Any] | None:
         path = self.path / SUMMARY
@@ -169,19 +158,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the model's parameters and buffers, those of its normalisation included."""
-    digest = hashlib.sha256()
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
