@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -100,6 +101,16 @@ def check_step_size(value: float | None) -> None:
     """Check a step size; None leaves it to the attack."""
     if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise UserError(f"step_size {value} is not above 0; leave it out for the attack's own")
+
+
+def require_extra(module: str, extra: str, what: str) -> None:
+    """Check that an optional package is installed, without importing it.
+
+    Raises:
+        UserError: It is not; says how to install it.
+    """
+    if find_spec(module) is None:
+        raise UserError(f'{what} needs an optional package: pip install "attackroute[{extra}]"')
 
 
 def show_eps(eps: float) -> str:

@@ -1,4 +1,4 @@
-"""Attacks and corruptions by name: ``pgd``, ``pgd:eps=4/255,steps=50``, ``gaussian-noise:severity=3``."""
+"""Attacks and corruptions by name: ``pgd``, ``pgd:eps=4/255,steps=50``, ``fog:severity=3``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from importlib import import_module
 from typing import Any
 
 from attackroute.attacks.contract import Perturbation
+from attackroute.attacks.corruptions import KINDS
 from attackroute.errors import UserError
 from attackroute.nearest import did_you_mean
 
-# Where each name's class lives; imported on first use.
-_HOMES = {
-    "fgsm": ("attackroute.attacks.gradient", "FGSM"),
-    "step-ll": ("attackroute.attacks.gradient", "StepLL"),
-    "mi-fgsm": ("attackroute.attacks.gradient", "MIFGSM"),
-    "pgd": ("attackroute.attacks.gradient", "PGD"),
-    "pgd-l2": ("attackroute.attacks.gradient", "PGDL2"),
+# Where each name's class lives, imported on first use, and the settings that the name itself stands for.
+_HOMES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fgsm": ("gradient", "FGSM", {}),
+    "step-ll": ("gradient", "StepLL", {}),
+    "mi-fgsm": ("gradient", "MIFGSM", {}),
+    "pgd": ("gradient", "PGD", {}),
+    "pgd-l2": ("gradient", "PGDL2", {}),
+    "autoattack": ("autoattack", "AutoAttack", {}),
+    "square": ("autoattack", "Square", {}),
+    "gaussian-noise": ("corruptions", "GaussianNoise", {}),
+    **{kind: ("corruptions", "Corruption", {"kind": kind}) for kind in KINDS},
 }
 
 
@@ -37,12 +42,11 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
     """
     name, _, settings = text.strip().partition(":")
     if name not in _HOMES:
-        raise UserError(
-            f"unknown attack {name!r}{did_you_mean(name, attack_names())}; choose from {', '.join(attack_names())}"
-        )
-    module, kind = _HOMES[name]
-    cls: type[Perturbation] = getattr(import_module(module), kind)
-    known = {item.name: item for item in fields(cls)}
+        near = did_you_mean(name.lower(), attack_names())
+        raise UserError(f"unknown attack {name!r}{near}; choose from {', '.join(attack_names())}")
+    module, kind, fixed = _HOMES[name]
+    cls: type[Perturbation] = getattr(import_module(f"attackroute.attacks.{module}"), kind)
+    known = {item.name: item for item in fields(cls) if item.name not in fixed}
     values = {key: value for key, value in defaults.items() if key in known}
     for setting in filter(None, settings.split(",")):
         key, equals, value = (part.strip() for part in setting.partition("="))
@@ -52,7 +56,7 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
                 f"write key=value, with {', '.join(known) or 'no setting at all'}"
             )
         values[key] = _value(name, key, value, known[key])
-    return cls(**values)
+    return cls(**fixed, **values)
 
 
 def _value(attack: str, key: str, text: str, item: Any) -> Any:
