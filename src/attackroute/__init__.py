@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attackroute.version import __version__
 
 if TYPE_CHECKING:
+    from attackroute.attacks import parse_attack
     from attackroute.data import load_data
     from attackroute.errors import UserError
     from attackroute.hardness_metric import Hardness, hardness
@@ -35,6 +36,7 @@ __all__ = [
     "influence",
     "load_data",
     "load_weights",
+    "parse_attack",
     "rank_channels",
     "trace_routes",
     "train",
@@ -53,6 +55,7 @@ _HOMES = {
     "influence": "trace",
     "load_data": "data",
     "load_weights": "models",
+    "parse_attack": "attacks",
     "rank_channels": "rivals",
     "trace_routes": "trace",
     "train": "training",
