@@ -19,11 +19,6 @@ from hard_models import HARD, HARD_LINEAR, two, using
 from tracing import check, ready, same_routes, small, worst
 
 
-def known(reason: str) -> pytest.MarkDecorator:
-    """A bug that is known: the test must fail until it is mended."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.mark.parametrize("name", HARD)
 def test_hard_models_are_the_oracle(name: str) -> None:
     check(*ready(HARD[name]), influences=True)
@@ -47,9 +42,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-@pytest.mark.parametrize(
-    "inplace", [False, pytest.param(True, marks=known("views of a tensor changed in place lose its record"))]
-)
+@pytest.mark.parametrize("inplace", [False, True])
 def test_views_keep_the_closed_form(name: str, inplace: bool) -> None:
     found = check(*ready(two(lambda x: VIEWS[name](F.relu(x, inplace=inplace)))))
     assert list(found.methods.values()) == ["closed-form"]
@@ -111,7 +104,6 @@ def test_a_factor_that_is_overwritten_later(dirty: Any, clean: Any) -> None:
     assert worst(found, expected) <= 1e-9
 
 
-@known("weights are kept as references to the model's own tensors")
 def test_a_kernel_that_is_overwritten_later() -> None:
     class Shared(nn.Module):
         """One buffer that holds the kernels of two layers in turn."""
@@ -142,16 +134,13 @@ def test_a_kernel_that_is_overwritten_later() -> None:
 # Samples that do not stand alone
 
 
-MIXED = known("samples that depend on each other go unseen, and scores depend on the batch")
-
-
 @pytest.mark.parametrize(
     "between",
     [
         lambda x: F.batch_norm(x, None, None, training=True),
-        pytest.param(lambda x: x - x.mean(0), marks=MIXED),
-        pytest.param(lambda x: x.roll(1, 0), marks=MIXED),
-        pytest.param(lambda x: x * torch.sigmoid(x.flip(0)), marks=MIXED),
+        lambda x: x - x.mean(0),
+        lambda x: x.roll(1, 0),
+        lambda x: x * torch.sigmoid(x.flip(0)),
     ],
     ids=["batch norm without statistics", "batch mean", "roll", "gate of another sample"],
 )
@@ -223,7 +212,6 @@ def test_a_structure_that_varies_is_refused() -> None:
         trace_routes(Branching(), iter([bright, dark]))
 
 
-@known("convolutions inside TorchScript go unseen, or the message does not say so")
 @pytest.mark.parametrize(
     "build",
     [
@@ -291,7 +279,7 @@ class Guarded(nn.Module):
         (torch.no_grad, False),
         (torch.no_grad, True),
         (torch.inference_mode, False),
-        pytest.param(torch.inference_mode, True, marks=known("the message denies that there is a convolution")),
+        (torch.inference_mode, True),
     ],
 )
 def test_layers_without_gradients_are_refused(mode: Callable[[], Any], whole: bool) -> None:
@@ -306,19 +294,10 @@ CHECKPOINTS = [
     for where in ("body", "segment", "sink", "head")
     for reentrant in (False, True)
 ]
-FAILING = {("segment", True), ("sink", False), ("head", True)}
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize(
-    ("name", "where", "reentrant"),
-    [
-        pytest.param(*case, marks=known("a RuntimeError of torch.utils.checkpoint comes through as it is"))
-        if case[1:] in FAILING or case == ("autograd", "body", False)
-        else case
-        for case in CHECKPOINTS
-    ],
-)
+@pytest.mark.parametrize(("name", "where", "reentrant"), CHECKPOINTS)
 def test_checkpointing_is_traced_exactly_or_refused(name: str, where: str, reentrant: bool) -> None:
     act = ACTS[name]
 

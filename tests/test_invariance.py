@@ -56,9 +56,6 @@ def test_a_sample_alone(name: str) -> None:
         rows(found, expected, torch.tensor([sample]), 1e-12)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an edge that has a closed form for one sample alone counts as another structure"
-)
 def test_a_first_batch_of_one() -> None:
     # instance norm with statistics works on (1, N * C): a layout that only a batch of one shares with the map
     norm = nn.InstanceNorm2d(4, track_running_stats=True)
@@ -80,10 +77,7 @@ def test_in_place_operations(build: Callable[..., nn.Module]) -> None:
     assert results[0] == results[1]
 
 
-POOLED = pytest.mark.xfail(strict=True, reason="as_strided_ after adaptive pooling to one position has no rule")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=POOLED) if name == "inverted" else name for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_channels_last(name: str) -> None:
     model, images, labels, expected = traced(name)
     model = model.to(memory_format=torch.channels_last)

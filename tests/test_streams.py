@@ -67,7 +67,6 @@ def test_images_without_labels(data: Any) -> None:
     assert labels is None
 
 
-@pytest.mark.xfail(strict=True, reason="a list of two tensors is always taken for images and labels")
 def test_a_list_of_two_batches_of_images_is_no_pair() -> None:
     images, labels = joined([IMAGES[:4], IMAGES[:4]])
     assert len(images) == 8

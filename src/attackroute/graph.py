@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from attackroute.errors import UserError
-from attackroute.layers import LayerCall, LayerCalls
+from attackroute.layers import LayerCall, LayerCalls, require_gradients
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,7 @@ def graph_sources(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str
     found: dict[str, GraphSources] = {}
 
     def visit(call: LayerCall) -> Tensor:
-        if not torch.is_grad_enabled():
-            raise UserError(
-                f"layer {call.name!r} runs under no_grad or inference_mode inside the model, where PyTorch knows no "
-                "derivative: switch that off, or activation checkpointing, for tracing"
-            )
+        require_gradients(call.name)
         output = call.run()
         reached, passed = _walk([output.grad_fn], leaves)
         found[call.name] = GraphSources(reached, _walk(passed, leaves)[0])

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from attackroute.explanations import differentiated
 from attackroute.layers import LayerCall, LayerCalls
 
 _ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
@@ -117,7 +118,10 @@ def _products(output: Tensor, leaves: list[Tensor], cotangents: Tensor) -> list[
             torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
         )
     except RuntimeError:  # an operation whose backward cannot be batched: one product at a time
-        rows = [torch.autograd.grad(output, leaves, row, retain_graph=True, allow_unused=True) for row in cotangents]
+        with differentiated():
+            rows = [
+                torch.autograd.grad(output, leaves, row, retain_graph=True, allow_unused=True) for row in cotangents
+            ]
         return [
             None if parts[0] is None else torch.stack([part for part in parts if part is not None])
             for parts in zip(*rows, strict=True)

@@ -8,8 +8,10 @@ are named ``model``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +36,7 @@ _CONVOLUTIONS = frozenset(
 _GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution.default})
 _TRANSPOSED_ARGUMENT = 6
 _BATCHED_IMAGE_DIMS = 4
+_LEVEL: ContextVar[int] = ContextVar("pass_level", default=0)
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,37 @@ class LayerCall:
         kind: ``"conv2d"`` or ``"linear"``.
         input: What the layer reads.
         weight: Its weight, as passed.
-        run: Executes the layer and returns its output ``Z``.
+        run: Executes the layer, with another weight if one is given, and returns its output ``Z``.
     """
 
     name: str
     kind: str
     input: Tensor
     weight: Tensor
-    run: Callable[[], Tensor]
+    run: Callable[..., Tensor]
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Context of forward passes that nothing entered before it sees, such as a look at the network amid a pass."""
+    token = _LEVEL.set(_LEVEL.get() + 1)
+    try:
+        yield
+    finally:
+        _LEVEL.reset(token)
+
+
+def pass_level() -> int:
+    """How many :func:`aside` contexts are open: what was entered at another level leaves a pass alone."""
+    return _LEVEL.get()
 
 
 class LayerCalls(TorchFunctionMode):
     """Context in which every route-layer call of ``model`` passes through ``visit``.
 
     Calls outside the model's own forward are left alone, so that contexts of different models nest. The hooks that
-    keep track of the running module are removed on exit, also after an error.
+    keep track of the running module are removed on exit, also after an error. What torch.compile has compiled runs
+    eagerly meanwhile.
 
     Args:
         model: The model to watch.
@@ -75,11 +94,15 @@ class LayerCalls(TorchFunctionMode):
         self._running: list[str] = []
         self._calls: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
+        self._eager: AbstractContextManager[object] = nullcontext()
+        self._level = pass_level()
 
     def __enter__(self) -> LayerCalls:
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(partial(self._enter_module, name)))
             self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+        self._eager = _without_compilation()
+        self._eager.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -87,10 +110,13 @@ class LayerCalls(TorchFunctionMode):
         try:
             super().__exit__(*exc)  # type: ignore[no-untyped-call]
         finally:
+            self._eager.__exit__(None, None, None)
             while self._handles:
                 self._handles.pop().remove()
 
     def _enter_module(self, name: str, module: nn.Module, _args: object) -> None:
+        if pass_level() != self._level:
+            return
         if module is self._model:
             self._running.clear()
         if not self._running:  # a new forward pass: names count from one again
@@ -98,14 +124,14 @@ class LayerCalls(TorchFunctionMode):
         self._running.append(name or "model")
 
     def _leave_module(self, *_: object) -> None:
-        if self._running:
+        if self._running and pass_level() == self._level:
             self._running.pop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        kind = self._kind(func, args, kwargs) if self._running else None
+        kind = self._kind(func, args, kwargs) if self._running and pass_level() == self._level else None
         if kind is None:
             return func(*args, **kwargs)
         name = self._running[-1]
@@ -115,7 +141,7 @@ class LayerCalls(TorchFunctionMode):
         label = name if count == 1 else f"{name}#{count}"
         images = args[0] if args else kwargs["input"]
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        return self._visit(LayerCall(label, kind, images, weight, lambda: func(*args, **kwargs)))
+        return self._visit(LayerCall(label, kind, images, weight, partial(_run, func, args, kwargs)))
 
     def _kind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if func is nn.functional.linear:
@@ -130,6 +156,32 @@ class LayerCalls(TorchFunctionMode):
         return "conv2d"
 
 
+def _run(
+    func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor | None = None
+) -> Tensor:
+    if weight is not None and len(args) > 1:
+        args = (args[0], weight, *args[2:])
+    elif weight is not None:
+        kwargs = {**kwargs, "weight": weight}
+    return func(*args, **kwargs)
+
+
+def _without_compilation() -> AbstractContextManager[object]:
+    """Compiled code does not pass through Python: where torch.compile was used, run what it was given."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing is compiled without it
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return,no-untyped-call]
+
+
+def require_gradients(name: str) -> None:
+    """Check that the layer under way can be differentiated."""
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise UserError(
+            f"layer {name!r} runs under no_grad or inference_mode inside the model, where PyTorch knows no "
+            "derivative: switch that off, or activation checkpointing, for tracing"
+        )
+
+
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written to; tensors made in inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -140,6 +192,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Hold ``model`` in eval mode, no parameter requiring grad; flags and buffers come back, also after an error."""
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {type(model).__name__}, not a module (torch.nn.Module): pass the network itself")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UserError(f"parameter {name!r} of the model is uninitialised (lazy): run the model on a batch first")
+        if parameter.is_inference():
+            raise UserError(f"parameter {name!r} of the model was made in inference_mode: build the model outside it")
     training = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = [

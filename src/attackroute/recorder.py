@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attackroute.errors import UserError
+from attackroute.explanations import explained
 from attackroute.gains import EMPTY, Alive, Flow, Path, Term, disentangled, opaque
-from attackroute.layers import LayerCall, LayerCalls
+from attackroute.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.rules import RULES, Operation, without_rule
 from attackroute.windows import Axis, PatternSums, alive_sums, mask_sums, pattern_sums
 
@@ -123,6 +123,7 @@ def record(
     held: dict[str, Tensor] = {}
 
     def visit(call: LayerCall) -> Tensor:
+        require_gradients(call.name)
         with tracker.inside(call):
             output = call.run()
             if call.kind == "linear":
@@ -134,6 +135,7 @@ def record(
 
     with torch.inference_mode(False), torch.enable_grad(), LayerCalls(model, visit, linear=linear), tracker:
         output = model(images.clone())  # a copy, since a model may work on its input in place
+    tracker.require_kept_kernels()
     return Recording(tuple(tracker.layers), output, held)
 
 
@@ -141,8 +143,10 @@ def record_first(model: nn.Module, images: Tensor, *, linear: bool) -> Recording
     """Record the structure on a few images, with errors that speak of the input.
 
     Raises:
-        UserError: The model cannot run on the images, or runs no route layer.
+        UserError: The model cannot run on the images, is TorchScript, or runs no route layer.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError("the model is TorchScript, at least in part, which hides its operations: pass the eager model")
     with explained(images):
         recording = record(model, images, linear=linear, sums=False)
     if not recording.layers:
@@ -151,24 +155,23 @@ def record_first(model: nn.Module, images: Tensor, *, linear: bool) -> Recording
     return recording
 
 
-@contextmanager
-def explained(images: Tensor) -> Iterator[None]:
-    """Turn what PyTorch says of a forward pass that fails into one line about the model and its input."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shape = tuple(images.shape)
-        raise UserError(
-            f"the model cannot run on a batch of shape {shape} and type {images.dtype}: {reason}"
-        ) from error
+def is_recording() -> bool:
+    """Whether a forward pass is being recorded."""
+    return isinstance(_get_current_dispatch_mode(), _Tracker)
 
 
 @dataclass
 class _Known:
     flow: Flow
+    version: int
+
+
+@dataclass
+class _Written:
+    """Memory that an operation changed in place, and the version that its tensors had then."""
+
+    reference: StorageWeakRef
+    sources: frozenset[int]
     version: int
 
 
@@ -182,7 +185,8 @@ class _Tracker(TorchDispatchMode):
         self.layers: list[RecordedLayer] = []
         self._gather = gather
         self._flows: Any = WeakIdKeyDictionary()
-        self._written: dict[int, tuple[StorageWeakRef, frozenset[int]]] = {}
+        self._written: dict[int, _Written] = {}
+        self._kernels: list[tuple[str, Tensor, int]] = []
         self._moves = 0
         self._call: LayerCall | None = None
         self._last: LayerCall | None = None
@@ -202,19 +206,25 @@ class _Tracker(TorchDispatchMode):
         if known is not None and known.version == tensor._version:
             return known.flow
         sources = frozenset[int]() if known is None else known.flow.sources
-        if self._written:
-            sources |= self._written.get(tensor.untyped_storage()._cdata, (None, frozenset[int]()))[1]
+        if self._written and (written := self._written.get(tensor.untyped_storage()._cdata)) is not None:
+            sources |= written.sources
         return opaque(sources) if sources else EMPTY
 
     def record(self, tensor: Tensor, flow: Flow, *, written: bool = False) -> None:
         """Note a tensor's flow; ``written`` if the operation under way changes it in place."""
         # the version counter of a tensor changed in place moves on only after the operation is done
-        self._flows[tensor] = _Known(flow, tensor._version + written)
-        if written and flow.sources:
+        version = tensor._version + written
+        if self._written or (written and flow.sources):
             storage = tensor.untyped_storage()
-            reference, sources = self._written.get(storage._cdata, (None, frozenset[int]()))
-            # the weak reference keeps the address from being used again while this pass lasts
-            self._written[storage._cdata] = (reference or StorageWeakRef(storage), sources | flow.sources)
+            known = self._written.get(storage._cdata)
+            if written and flow.sources:
+                # the weak reference keeps the address from being used again while this pass lasts
+                reference = StorageWeakRef(storage) if known is None else known.reference
+                sources = flow.sources if known is None else known.sources | flow.sources
+                self._written[storage._cdata] = _Written(reference, sources, version)
+            elif known is not None and not written:
+                version = max(version, known.version)  # a view joins its base's counter only after this operation
+        self._flows[tensor] = _Known(flow, version)
 
     # --- execution
 
@@ -253,6 +263,7 @@ class _Tracker(TorchDispatchMode):
         self._last = self._call
         output: Tensor = func(*args, **kwargs)
         self._check_batch(output)
+        self._keep_kernel(weight)
         axes = tuple(  # from the ends, since ATen may pass one number for both axes
             Axis.of(images.shape[dim], weight.shape[dim], stride[end], padding[end], dilation[end])
             for dim, end in ((2, 0), (3, -1))
@@ -264,10 +275,24 @@ class _Tracker(TorchDispatchMode):
     def linear(self, call: LayerCall, output: Tensor) -> None:
         """Take note of a linear map that has run."""
         self._check_batch(output)
+        self._keep_kernel(call.weight)
         flow = self.flow(call.input)
         positions = math.prod(flow.spatial) if flow.flat and call.input.ndim == 2 else 1
         shaped = call.weight.reshape(call.weight.shape[0], -1, positions, 1)
         self._add_layer(call, call.input, shaped, 1, None, output, self.flow(call.weight).sources)
+
+    def _keep_kernel(self, weight: Tensor) -> None:
+        if self._call is not None and not weight.is_inference():
+            self._kernels.append((self._call.name, weight, weight._version))
+
+    def require_kept_kernels(self) -> None:
+        """Kernels are referred to, not copied: none may have been written to since it was used."""
+        for name, weight, version in self._kernels:
+            if weight._version != version:
+                raise UserError(
+                    f"the kernel of layer {name!r} is changed in place after its use, in the same forward pass: "
+                    "give the later use a tensor of its own"
+                )
 
     def _check_batch(self, output: Tensor) -> None:
         if output.shape[0] != self.samples:

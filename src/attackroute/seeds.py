@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attackroute.errors import UserError
+from attackroute.explanations import differentiated
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A loss ``(logits (n, K), labels (n,)) -> losses (n,)``."""
@@ -93,7 +94,8 @@ def seed_gradients(logits: Tensor, labels: Tensor, sinks: dict[str, Tensor], los
         weights = torch.ones_like(outputs)
     if not outputs.requires_grad:
         raise UserError("the logits do not depend on any route layer: does the model's forward detach, or use no_grad?")
-    gradients = torch.autograd.grad(outputs, list(sinks.values()), weights, allow_unused=True)
+    with differentiated():
+        gradients = torch.autograd.grad(outputs, list(sinks.values()), weights, allow_unused=True)
     return {
         name: torch.zeros_like(sink) if gradient is None else gradient
         for (name, sink), gradient in zip(sinks.items(), gradients, strict=True)

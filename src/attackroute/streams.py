@@ -19,6 +19,8 @@ _PAIR = 2
 def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Images and labels, batch by batch, checked, on the model's device and in its dtype.
 
+    The caller holds the model frozen.
+
     Args:
         model: Decides device and floating dtype, by its first parameter.
         data: See :data:`Data`.
@@ -33,6 +35,8 @@ def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Ten
     """
     device, dtype = _home(model)
     for number, batch in enumerate(_raw(data, batch_size)):
+        for module in model.modules():  # reading the data may have switched it, as some attacks do
+            module.training = False
         images, labels = _split(batch, number)
         if images.shape[0] == 0:
             continue
@@ -48,7 +52,7 @@ def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Ten
 def samples_in(data: Data) -> int | None:
     """How many samples ``data`` holds, where that is known without reading it."""
     if isinstance(data, Tensor):
-        return data.shape[0]
+        return data.shape[0] if data.ndim else None
     if _is_pair(data):
         return len(data[0])  # type: ignore[index]
     sampler, dropped = getattr(data, "sampler", None), getattr(data, "drop_last", False)
@@ -59,13 +63,17 @@ def samples_in(data: Data) -> int | None:
 
 
 def _is_pair(data: object) -> bool:
-    return isinstance(data, (tuple, list)) and len(data) == _PAIR and all(isinstance(part, Tensor) for part in data)
+    if not (isinstance(data, (tuple, list)) and len(data) == _PAIR and all(isinstance(part, Tensor) for part in data)):
+        return False
+    second = data[1]  # a list may also be two batches of images
+    return isinstance(data, tuple) or not (second.is_floating_point() and second.ndim >= _PAIR)
 
 
 def _raw(data: Data, batch_size: int) -> Iterable[Any]:
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is not positive")
     if isinstance(data, Tensor):
+        _check_images(data, 0)
         return data.split(batch_size)  # type: ignore[no-any-return]
     if _is_pair(data):
         images, labels = data  # type: ignore[misc]
@@ -82,11 +90,18 @@ def _split(batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
     if not isinstance(images, Tensor) or not (labels is None or isinstance(labels, Tensor)):
         kind = type(images if not isinstance(images, Tensor) else labels).__name__
         raise UserError(f"batch {number} holds {kind} where tensors were expected: (images, labels) or images")
-    if images.ndim < _PAIR:
-        raise UserError(f"batch {number} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
+    _check_images(images, number)
     if labels is not None:
         _check_counts(images, labels, number)
     return images, labels
+
+
+def _check_images(images: Tensor, number: int) -> None:
+    if images.layout != torch.strided or images.is_complex():
+        kind = "complex numbers" if images.is_complex() else "a sparse tensor"
+        raise UserError(f"batch {number} is {kind}: expected a dense, real tensor of images (N, C, H, W)")
+    if images.ndim < _PAIR:
+        raise UserError(f"batch {number} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
 
 
 def _check_counts(images: Tensor, labels: Tensor, number: int) -> None:

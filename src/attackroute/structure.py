@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from attackroute.errors import UserError
+from attackroute.explanations import explained
 from attackroute.graph import graph_sources
-from attackroute.recorder import RecordedLayer, explained, record_first
+from attackroute.recorder import RecordedLayer, record_first
 
 CLOSED_FORM, AUTOGRAD = "closed-form", "autograd"
 
@@ -34,15 +36,18 @@ class Structure:
 
     @classmethod
     def probe(cls, model: nn.Module, images: Tensor, *, linear: bool) -> tuple[Structure, object]:
-        """Run a frozen model on a few images; returns the structure and the model's output.
+        """Run a frozen model on the first images of a batch; returns the structure and the model's output.
 
         Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
 
         Raises:
-            UserError: The model cannot run on the images, or has no route layer.
+            UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
         """
+        # two samples, also of one: some networks squeeze a batch of one, and a gate there looks like a constant
+        images = torch.cat([images[:1], images[-1:]]).requires_grad_()
         recording = record_first(model, images, linear=linear)
-        layers = recording.layers
+        _require_independent(images, recording.output)
+        images, layers = images.detach(), recording.layers
         with explained(images):
             graph = graph_sources(model, images, linear=linear)
         names = tuple(layer.name for layer in layers)
@@ -109,4 +114,22 @@ class Structure:
         return tuple(
             layer.corrected(closed, jacobian)
             for layer, closed, jacobian in zip(layers, self.closed, self.jacobian, strict=True)
+        )
+
+
+def _require_independent(images: Tensor, output: object) -> None:
+    """Check that the first image's logits do not depend on the second image."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or not logits.requires_grad or logits.shape[:1] != images.shape[:1]:
+        return
+    first = logits[0].flatten()
+    weights = torch.arange(1, len(first) + 1, device=first.device, dtype=first.dtype)  # probabilities sum to a constant
+    try:
+        (gradient,) = torch.autograd.grad(first, images, weights, allow_unused=True)
+    except RuntimeError:  # what cannot be differentiated is found, and named, where the derivative is needed
+        return
+    if gradient is not None and gradient.isfinite().all() and gradient[1].count_nonzero():
+        raise UserError(
+            "the model's answer for one image depends on another image of the batch (a statistic over the batch?), so "
+            "there is no route per sample: give the model statistics of its own"
         )

@@ -13,11 +13,12 @@ from attackroute.attacks.contract import Perturbation
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.edges import critical_sums, influence_matrix
 from attackroute.errors import UserError
+from attackroute.explanations import explained
 from attackroute.instances import InstanceRoutes
 from attackroute.jacobians import Segments
 from attackroute.layers import frozen
 from attackroute.provenance import Provenance
-from attackroute.recorder import RecordedLayer, explained, record
+from attackroute.recorder import RecordedLayer, record
 from attackroute.seeds import Loss, checked_labels, checked_logits, seed_gradients
 from attackroute.selection import check_width, top_k
 from attackroute.streams import Data, batches, samples_in
@@ -28,8 +29,6 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after every batch with the number of samples done and, where known, in all."""
-
-_PROBE = 2  # samples that show the structure; two, since some networks squeeze a batch of one
 
 
 def trace_routes(
@@ -77,7 +76,7 @@ def trace_routes(
     with frozen(model), _autocast(model, autocast):
         for images, labels in batches(model, data, batch_size):
             if engine is None:
-                engine = _Engine.probe(model, images[:_PROBE], linear=linear)
+                engine = _Engine.probe(model, images, linear=linear)
                 structure = engine.structure
                 builder = InstanceRoutesBuilder(structure.names, structure.channels, width, keep_scores=keep_scores)
             shown, answers = (images, labels) if attack is None else _attacked(model, attack, images, labels)
@@ -114,9 +113,11 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
     Raises:
         UserError: A name is unknown, or the layers are not adjacent.
     """
+    if not isinstance(x, Tensor):
+        raise UserError(f"x is {type(x).__name__}: pass the images as one tensor (N, C, H, W)")
     with frozen(model):
         for images, _ in batches(model, x, x.shape[0] or 1):
-            structure, _ = Structure.probe(model, images[:_PROBE], linear=linear)
+            structure, _ = Structure.probe(model, images, linear=linear)
             names, methods = structure.names, structure.methods
             for name in (source, target):
                 if name not in names:
@@ -150,9 +151,9 @@ class _Engine:
 
     @classmethod
     def probe(cls, model: nn.Module, images: Tensor, *, linear: bool) -> _Engine:
-        """Run the model on a few images to learn its route layers and edges."""
+        """Run the model on the first images to learn its route layers and edges."""
         structure, output = Structure.probe(model, images, linear=linear)
-        checked_logits(output, images.shape[0])
+        checked_logits(output, 2)
         return cls(model, linear, structure)
 
     def trace(self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None) -> _Traced:

@@ -15,6 +15,20 @@ def identity(operation: Operation) -> Any:
     return operation.emit(output, operation.flow() if output.is_floating_point() else EMPTY)
 
 
+@rule(*overloads("as_strided_"))
+def restride(operation: Operation) -> Any:
+    """``as_strided_`` that only renames the strides of dimensions of size 1, as pooling to one position does."""
+    values = operation.input
+    size, stride, offset = operation.args[1], operation.args[2], operation.argument(3, "storage_offset")
+    same = all(
+        length == 1 or old == new for length, old, new in zip(values.shape, values.stride(), stride, strict=False)
+    )
+    if tuple(size) != tuple(values.shape) or not same or offset not in (None, values.storage_offset()):
+        return without_rule(operation)
+    flow = operation.flow()
+    return operation.emit(operation.run(), flow)
+
+
 @rule(*overloads("copy_"))
 def copy(operation: Operation) -> Any:
     """``copy_``: the target takes the source's flow if the shapes agree."""
