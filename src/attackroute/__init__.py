@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attackroute.errors import UserError
     from attackroute.hardness_metric import Hardness, hardness
     from attackroute.instances import InstanceRoutes
-    from attackroute.interventions import deactivate
+    from attackroute.interventions import deactivate, record_outputs, transplant, weaken
     from attackroute.models import build_model, load_weights
     from attackroute.rivals import rank_channels
     from attackroute.routes import Route
@@ -38,8 +38,11 @@ __all__ = [
     "load_weights",
     "parse_attack",
     "rank_channels",
+    "record_outputs",
     "trace_routes",
     "train",
+    "transplant",
+    "weaken",
 ]
 
 # A module must never bear the name of a public function: importing it would shadow the function.
@@ -57,8 +60,11 @@ _HOMES = {
     "load_weights": "models",
     "parse_attack": "attacks",
     "rank_channels": "rivals",
+    "record_outputs": "interventions",
     "trace_routes": "trace",
     "train": "training",
+    "transplant": "interventions",
+    "weaken": "interventions",
 }
 
 

@@ -31,7 +31,7 @@ _ACTIVATIONS = _functions(
     *("softshrink", "softsign", "tanh", "tanhshrink", "threshold"),
 )
 # Batch norm, copies, and what other interventions and measurements do to a layer's output before it flows on.
-_CARRIERS = _functions("batch_norm", "clone", "contiguous", "detach", "index_fill", "requires_grad", "to")
+_CARRIERS = _functions("batch_norm", "clone", "contiguous", "detach", "index_copy", "index_fill", "requires_grad", "to")
 _READINGS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout, RemovableHandle, Node)
 
 
@@ -76,8 +76,8 @@ class Follower(TorchFunctionMode):
             self.follow(result, name, edit)
             return result
         raise UserError(
-            f"layer {name!r} meets {getattr(func, '__name__', func)!r} before any activation, so it cannot be "
-            'deactivated after one: use at="output", or leave the layer out (layers=...)'
+            f"layer {name!r} meets {getattr(func, '__name__', func)!r} before any activation, so there is none "
+            'to edit: use at="output", or leave the layer out (layers=...)'
         )
 
 
