@@ -94,7 +94,7 @@ def test_layers_between_which_channels_mix_are_refused_by_name() -> None:
     with frozen(model):
         layers = record_first(model, images, linear=False).layers
     route = half_of({layer.name: layer.channels for layer in layers})
-    with pytest.raises(UserError, match="'conv2'.*'conv1'"):
+    with pytest.raises(UserError, match=r"'conv2'.*'conv1'"):
         route_slices(layers, route)
-    with pytest.raises(UserError, match="layer 'conv1'.*in the model"):
+    with pytest.raises(UserError, match=r"layer 'conv1'.*in the model"):
         route_slices(layers, Route({"conv1": [0]}, {"conv1": 9}))

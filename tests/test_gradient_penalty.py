@@ -1,0 +1,304 @@
+"""The gradient penalty beside other ways to write the same derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+from torch.nn import functional
+
+from architectures import CLOSED, Perceptron, Residual, Reused, chain
+from attackroute.errors import UserError
+from attackroute.layers import LayerCall, LayerCalls
+from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty
+from attackroute.routes import Route
+from tracing import ready
+
+
+def smooth() -> nn.Module:
+    """Twice differentiable, so that difference quotients converge."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Conv2d(4, 5, 3, stride=2), nn.Tanh(),
+        nn.Flatten(), nn.LazyLinear(5),
+    )  # fmt: skip
+
+
+def some_of(model: nn.Module, images: Tensor, *, linear: bool = False) -> Route:
+    """The even channels of every layer that runs."""
+    channels: dict[str, int] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        channels[call.name] = output.shape[-1 if call.kind == "linear" else 1]
+        return output
+
+    with torch.no_grad(), LayerCalls(model, visit, linear=linear):
+        model(images.clone())
+    return Route({name: range(0, count, 2) for name, count in channels.items()}, channels)
+
+
+def penalised(
+    penalty: GradientPenalty, model: nn.Module, images: Tensor, labels: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The penalty and its gradients; zeros for parameters that it does not depend on."""
+    with penalty.watch():
+        logits = model(images.clone())
+    value = penalty(logits, labels)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return value.detach(), [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
+
+
+def flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+# --- the exact method ---------------------------------------------------------------------------------------------
+
+
+def test_one_neuron_by_hand() -> None:
+    """z = w x, logits (z, 0), label 0: L = log(1 + exp(-z)), |dL/dz| = s(-z), d|dL/dz|/dw = -s(z) s(-z) x."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.ZeroPad1d((0, 1))).double()
+    model[0].weight.data.fill_(0.5)
+    route = Route({"0": [0]}, {"0": 1})
+    x = torch.tensor([3.0, -1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    value, (gradient,) = penalised(GradientPenalty(model, route), model, x, torch.tensor([0, 0]))
+    z = 0.5 * x.flatten()
+    torch.testing.assert_close(value, (-z).sigmoid().mean())
+    torch.testing.assert_close(gradient.flatten()[0], -(z.sigmoid() * (-z).sigmoid() * x.flatten()).mean())
+
+
+def test_against_autograd_functional() -> None:
+    """The same network written out, with a zero added at each layer's output; its Jacobian is dL/dZ."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    x, y = torch.rand(4, 2, 8, 8).double(), torch.tensor([0, 1, 2, 0])
+    route = Route({"0": [0, 2], "3": [1, 2, 3], "6": [1]}, {"0": 3, "3": 4, "6": 3})
+
+    def penalty(*parameters: Tensor) -> Tensor:
+        w0, b0, w1, b1, w2, b2 = parameters
+
+        def loss(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+            z = functional.conv2d(x, w0, b0) + first
+            z = functional.conv2d(functional.max_pool2d(z.relu(), 2), w1, b1) + second
+            return functional.cross_entropy(functional.linear(z.relu().flatten(1), w2, b2) + third, y)
+
+        zeros = [torch.zeros(4, 3, 6, 6).double(), torch.zeros(4, 4, 2, 2).double(), torch.zeros(4, 3).double()]
+        gradients = jacobian(loss, tuple(zeros), create_graph=True)
+        return sum(gradient[:, route[name]].abs().sum() for name, gradient in zip(route, gradients, strict=True))
+
+    value, gradients = penalised(GradientPenalty(model, route), model, x, y)
+    parameters = tuple(parameter.detach() for parameter in model.parameters())
+    torch.testing.assert_close(value, penalty(*parameters))
+    for found, expected in zip(gradients, jacobian(penalty, parameters), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_against_a_difference_quotient_over_the_parameters(training: bool) -> None:
+    model, images, labels = ready(smooth, samples=4)
+    model.train(training)
+    penalty = GradientPenalty(model, some_of(model, images))
+    _, gradients = penalised(penalty, model, images, labels.clamp(max=3))
+    torch.manual_seed(1)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        direction = torch.randn_like(parameter)
+        values = []
+        for step in (1e-7, -2e-7):
+            parameter.data.add_(direction, alpha=step)
+            values.append(penalised(penalty, model, images, labels.clamp(max=3))[0])
+        parameter.data.add_(direction, alpha=1e-7)
+        torch.testing.assert_close((values[0] - values[1]) / 2e-7, (gradient * direction).sum(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [EXACT, APPROXIMATE])
+@pytest.mark.parametrize("build", [chain, Residual])
+def test_halves_of_a_batch_add_up_in_eval_mode(build: Callable[[], nn.Module], method: str) -> None:
+    model, images, labels = ready(build, samples=4, size=20)
+    penalty = GradientPenalty(model, some_of(model, images), method=method, eps=1e-8)
+    whole, gradients = penalised(penalty, model, images, labels)
+    halves = [penalised(penalty, model, images[part], labels[part]) for part in (slice(2), slice(2, None))]
+    torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, whole)
+    mean = (flat(halves[0][1]) + flat(halves[1][1])) / 2
+    torch.testing.assert_close(mean, flat(gradients), rtol=1e-4, atol=1e-4 * float(mean.abs().max()))
+
+
+@pytest.mark.parametrize("method", [EXACT, APPROXIMATE])
+def test_writing_in_place_changes_nothing(method: str) -> None:
+    found = []
+    for inplace in (False, True):
+        model, images, labels = ready(lambda inplace=inplace: chain(inplace=inplace))
+        penalty = GradientPenalty(model, some_of(model, images), method=method)
+        found.append(penalised(penalty, model, images, labels))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_reused_modules_and_functional_calls_count_each_by_its_name() -> None:
+    model, images, labels = ready(Reused)
+    route = some_of(model, images)
+    assert list(route) == ["model", "conv", "conv#2", "conv#3"]
+    whole, _ = penalised(GradientPenalty(model, route), model, images, labels)
+    parts = [penalised(GradientPenalty(model, route.restrict([name])), model, images, labels)[0] for name in route]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+    assert all(part > 0 for part in parts)
+
+
+def test_parameters_behind_frozen_layers() -> None:
+    model, images, labels = ready(smooth)
+    route = some_of(model, images)
+    whole, gradients = penalised(GradientPenalty(model, route), model, images, labels)
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    value, rest = penalised(GradientPenalty(model, route), model, images, labels)
+    torch.testing.assert_close(value, whole)
+    torch.testing.assert_close(rest, gradients[4:])
+
+
+def test_a_model_inside_a_wrapper() -> None:
+    model, images, labels = ready(smooth)
+    penalty = GradientPenalty(model, some_of(model, images))
+    alone, _ = penalised(penalty, model, images, labels)
+    wrapper = nn.ModuleDict({"inner": model})
+    with penalty.watch():
+        logits = wrapper["inner"](images) * 1
+    assert penalty(logits, labels).item() == alone.item()
+
+
+# --- the approximation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", [*CLOSED, "perceptron"])
+def test_the_approximation_converges_to_the_exact_gradient(
+    name: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Perceptron if name == "perceptron" else CLOSED[name]
+    model, images, labels = ready(build, samples=6)
+    labels = labels % 4
+    model.train(training)
+    route = some_of(model, images, linear=name == "perceptron")
+    torch.manual_seed(5)
+    with monkeypatch.context() as patch:  # PyTorch knows no second derivative of this one
+        patch.setattr(functional, "hardsigmoid", lambda x, inplace=False: functional.relu6(x + 3) / 6)
+        value, gradients = penalised(GradientPenalty(model, route), model, images, labels)
+    expected = flat(gradients)
+    errors = []
+    for eps in (1e-5, 1e-7):
+        torch.manual_seed(5)  # the same dropout
+        penalty = GradientPenalty(model, route, method=APPROXIMATE, eps=eps)
+        approximate, found = penalised(penalty, model, images, labels)
+        torch.testing.assert_close(approximate, value)
+        errors.append(float((flat(found) - expected).norm() / expected.norm()))
+    assert min(errors) < 1e-4, errors
+
+
+@pytest.mark.parametrize("method", [EXACT, APPROXIMATE])
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+def test_with_task_is_the_sum(method: str, lam: float) -> None:
+    model, images, labels = ready(Residual, samples=4, size=20)
+    labels = labels % 3
+    penalty = GradientPenalty(model, some_of(model, images), method=method, eps=1e-6)
+    with penalty.watch():
+        logits = model(images)
+    loss = functional.cross_entropy(logits, labels) + lam * penalty(logits, labels)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    with penalty.watch():
+        logits = model(images)
+    total, value = penalty.with_task(logits, labels, lam)
+    torch.testing.assert_close(total, loss)
+    torch.testing.assert_close(value, penalised(penalty, model, images, labels)[0])
+    for found, wanted in zip(torch.autograd.grad(2 * total, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(found, 2 * wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_the_approximation_counts_as_one_pass() -> None:
+    """Batch statistics and random numbers go on as after a single pass, and hooks are gone."""
+    states = []
+    for method in (EXACT, APPROXIMATE):
+        model, images, labels = ready(chain)
+        model.train()
+        penalty = GradientPenalty(model, some_of(model.eval(), images), method=method)
+        torch.manual_seed(3)
+        penalised(penalty, model.train(), images, labels)
+        states.append(({**model.state_dict()}, torch.get_rng_state()))
+        assert not model._forward_pre_hooks and not model._forward_hooks
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_gradients_at_shared_sums_are_kept_apart() -> None:
+    """Two layers whose outputs are added have one gradient tensor, but other neurons on the route."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.LazyLinear(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.flatten((self.a(x) + self.b(x)).tanh(), 1))
+
+    model, images, labels = ready(Sum)
+    route = Route({"a": [0, 1], "b": [2]}, {"a": 4, "b": 4})
+    _, exact = penalised(GradientPenalty(model, route), model, images, labels)
+    _, found = penalised(GradientPenalty(model, route, method=APPROXIMATE, eps=1e-7), model, images, labels)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_misuse_is_named() -> None:
+    model, images, labels = ready(smooth)
+    route = some_of(model, images)
+    penalty = GradientPenalty(model, route)
+    with pytest.raises(UserError, match="watch"):
+        penalty(model(images), labels)
+    with penalty.watch():
+        logits = model(images)
+    penalty(logits, labels)
+    with pytest.raises(UserError, match="once"):
+        penalty(logits, labels)
+    with penalty.watch(), torch.no_grad(), pytest.raises(UserError, match="no_grad"):
+        model(images)
+    with penalty.watch():
+        logits = model(images)
+    with pytest.raises(UserError, match="detach"):
+        penalty(logits.detach(), labels)
+    with penalty.watch():
+        other = nn.Linear(3, 5)(torch.rand(3, 3))
+        model(images)
+    with pytest.raises(UserError, match="do not depend"):
+        penalty(other, labels)
+    with penalty.watch():
+        logits = model(images)
+    with pytest.raises(UserError, match="label 9"):
+        penalty(logits, torch.tensor([0, 9, 1]))
+    with pytest.raises(UserError, match="finite"):
+        GradientPenalty(model, route, method="finite")
+    with pytest.raises(UserError, match="eps"):
+        GradientPenalty(model, route, eps=0)
+    with pytest.raises(UserError, match="no neuron"):
+        GradientPenalty(model, Route({"0": []}, {"0": 4}))
+    with pytest.raises(UserError, match="layer '9'"):
+        GradientPenalty(model, Route({"9": [0]}, {"9": 4}))
+    approximate = GradientPenalty(model.float(), route, method=APPROXIMATE)
+    with torch.autocast("cpu", torch.bfloat16), approximate.watch(), pytest.raises(UserError, match="autocast"):
+        model(images.float())
+
+
+def test_a_layer_that_does_not_run_is_named() -> None:
+    model, images, labels = ready(Reused)
+    route = Route({"conv#4": [0]}, {"conv#4": 4})
+    penalty = GradientPenalty(model, route)
+    with penalty.watch():
+        logits = model(images)
+    with pytest.raises(UserError, match="'conv#4'"):
+        penalty(logits, labels)

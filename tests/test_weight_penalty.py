@@ -1,0 +1,154 @@
+"""The weight penalty beside sums that are written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from architectures import Inverted, Perceptron, Residual, Reused, Shuffled, randomised
+from attackroute.errors import UserError
+from attackroute.penalties import WeightPenalty
+from attackroute.routes import Route
+from tracing import ready
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2, bias=False),
+        nn.BatchNorm2d(6, eps=0.1), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Flatten(), nn.Linear(5, 2),
+    )  # fmt: skip
+    return randomised(model).double().eval()  # type: ignore[return-value]
+
+
+ROUTE = Route({"0": [0, 3], "3": [1, 2, 4], "6": [0, 4]}, {"0": 4, "3": 6, "6": 5})
+IMAGES = torch.rand(2, 3, 5, 5).double()
+
+
+def by_hand(model: nn.Sequential, *, folded: bool) -> Tensor:
+    """Eq. (13) over pairs (m, n), one at a time."""
+    total = torch.zeros(()).double()
+    for m in (1, 2, 4):
+        gain = (model[4].weight[m] / (model[4].running_var[m] + 0.1).sqrt()).abs() if folded else 1.0
+        for n in (0, 3):
+            if m // 3 == n // 2:  # of one group
+                total = total + gain * model[3].weight[m, n % 2].abs().sum()
+    for m in (0, 4):
+        for n in (1, 2, 4):
+            total = total + model[6].weight[m, n].abs().sum()  # no batch norm follows
+    return total
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_value_and_gradient_by_hand(folded: bool) -> None:
+    model = small()
+    penalty = WeightPenalty(model, ROUTE, IMAGES, folded=folded)
+    expected = by_hand(model, folded=folded)
+    torch.testing.assert_close(penalty(), expected)
+    for found, wanted in zip(
+        torch.autograd.grad(penalty(), list(model.parameters()), allow_unused=True),
+        torch.autograd.grad(expected, list(model.parameters()), allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_it_follows_the_model() -> None:
+    """Steps of an optimiser, other statistics, another type: the penalty is of the model as it is."""
+    model = small()
+    penalty = WeightPenalty(model, ROUTE, IMAGES)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1)
+    torch.testing.assert_close(penalty(), by_hand(model, folded=True))
+    model.float()
+    torch.testing.assert_close(penalty(), by_hand(model, folded=True).float())
+
+
+def test_only_the_folded_penalty_is_blind_to_a_scale_that_batch_norm_undoes() -> None:
+    model = small()
+    folded, raw = WeightPenalty(model, ROUTE, IMAGES), WeightPenalty(model, ROUTE, IMAGES, folded=False)
+    before, logits = (folded(), raw()), model(IMAGES)
+    with torch.no_grad():
+        model[3].weight.mul_(0.01)
+        model[4].running_mean.mul_(0.01)
+        model[4].running_var.copy_((model[4].running_var + 0.1) * 0.01**2 - 0.1)
+    torch.testing.assert_close(model(IMAGES), logits)
+    torch.testing.assert_close(folded(), before[0])
+    assert raw() < before[1]
+
+
+def test_residual_sums_count_each_entry_once() -> None:
+    model, images, _ = ready(Residual)
+    channels = {"a2.0": 4, "b1.0": 6, "conv1": 4}
+    route = Route({"conv1": [0, 1], "a2.0": [1, 2], "b1.0": [0]}, {name: channels[name] for name in route_order()})
+    # b1 reads relu(a2 + pooled conv1), so both carry into channels 0, 1 and 1, 2; a2 reads a1, which is off the route
+    expected = model.b1[0].weight[0, [0, 1, 2]].abs().sum()
+    torch.testing.assert_close(WeightPenalty(model, route, images, folded=False)(), expected)
+
+
+def route_order() -> tuple[str, ...]:
+    return "conv1", "a2.0", "b1.0"
+
+
+def test_linear_maps_behind_a_flattening() -> None:
+    model, images, _ = ready(Perceptron)
+    route = Route({"conv": [1, 3], "fc1": [0, 2, 5], "fc2": [4]}, {"conv": 4, "fc1": 7, "fc2": 6})
+    kernel = model.fc1.weight.view(7, 4, -1)
+    gain = (model.bn1.weight / (model.bn1.running_var + 1e-5).sqrt()).abs()
+    expected = (kernel[:, [1, 3]].abs().sum((1, 2)) * gain)[[0, 2, 5]].sum() + model.fc2.weight[
+        4, [0, 2, 5]
+    ].abs().sum()
+    torch.testing.assert_close(WeightPenalty(model, route, images)(), expected)
+
+
+def test_a_reused_layer_counts_once_for_each_call() -> None:
+    model, images, _ = ready(Reused)
+    route = Route({"conv": [0], "conv#2": [0, 1]}, {"conv": 4, "conv#2": 4})
+    torch.testing.assert_close(WeightPenalty(model, route, images)(), model.conv.weight[:2, 0].abs().sum())
+
+
+def test_parametrised_weights() -> None:
+    model = small()
+    nn.utils.parametrizations.weight_norm(model[6])
+    penalty = WeightPenalty(model, ROUTE, IMAGES)
+    torch.testing.assert_close(penalty(), by_hand(model, folded=True))
+    penalty().backward()
+    assert model[6].parametrizations.weight.original1.grad.abs().sum() > 0
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = small().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    WeightPenalty(model, ROUTE, IMAGES)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not model._forward_pre_hooks
+
+
+def test_what_cannot_be_punished_is_named() -> None:
+    model = small()
+    with pytest.raises(UserError, match="no layer of the route follows"):
+        WeightPenalty(model, ROUTE.restrict(["0", "6"]), IMAGES)
+    with pytest.raises(UserError, match="'nowhere'"):
+        WeightPenalty(model, Route({"nowhere": [0]}, {"nowhere": 3}), IMAGES)
+    mixed, images, _ = ready(Shuffled)
+    with pytest.raises(UserError, match="mixes channels"):
+        WeightPenalty(mixed, Route({"conv1": [0], "conv2": [0]}, {"conv1": 8, "conv2": 8}), images)
+    gated, images, _ = ready(Inverted)
+    route = Route({"deep.0": [0, 5], "project.0": [1]}, {"deep.0": 16, "project.0": 4})
+    expected = gated.project[0].weight[1, [0, 5]].abs().sum()
+    torch.testing.assert_close(WeightPenalty(gated, route, images, folded=False)(), expected)
+
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.kernel = nn.Conv2d(3, 4, 1), nn.Parameter(torch.rand(2, 4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(self.first(x), self.kernel * 2).flatten(1)
+
+    route = Route({"first": [0], "model": [0]}, {"first": 4, "model": 2})
+    with pytest.raises(UserError, match="'model' computes its weight elsewhere"):
+        WeightPenalty(Computed(), route, IMAGES.float())
