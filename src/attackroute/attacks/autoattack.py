@@ -98,7 +98,7 @@ class AutoAttack(Perturbation):
             if left_out:
                 message = f"autoattack runs without {', '.join(left_out)}: {classes} classes are too few"
                 warnings.warn(message, stacklevel=4)
-            return _parts(logits, names, classes, _NORMS[self.norm], self.radius, seed)
+            return _parts(logits, names, classes, _NORMS[self.norm], self.radius, seed, _QUERIES)
 
         return _in_a_row(model, x, y, parts, self.norm, self.radius, _drawn_seed(self.seed, generator))
 
@@ -153,7 +153,7 @@ class Square(Perturbation):
         """See :class:`Perturbation`; images that the model gets wrong are not changed."""
 
         def parts(logits: Logits, classes: int, seed: int) -> dict[str, Part]:
-            return _parts(logits, ("square",), classes, "Linf", self.eps, seed, queries=self.queries)
+            return _parts(logits, ("square",), classes, "Linf", self.eps, seed, self.queries)
 
         return _in_a_row(model, x, y, parts, "linf", self.eps, _drawn_seed(self.seed, generator))
 
@@ -190,7 +190,7 @@ def _in_a_row(
 
 
 def _parts(
-    logits: Logits, names: tuple[str, ...], classes: int, norm: str, eps: float, seed: int, queries: int = _QUERIES
+    logits: Logits, names: tuple[str, ...], classes: int, norm: str, eps: float, seed: int, queries: int
 ) -> dict[str, Part]:
     """The package's attacks, with the settings of its standard version."""
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted

@@ -76,7 +76,7 @@ def check_images(x: Tensor, y: Tensor) -> None:
     if len(x) and int(y.min()) < 0:
         raise UserError(f"label {int(y.min())} is negative; labels count from 0")
     if x.numel():
-        low, high = (float(value) for value in x.aminmax())
+        low, high = (float(value) for value in x.detach().aminmax())
         if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
             raise UserError(
                 f"images to attack have values from {low:.3g} to {high:.3g}; they must be in [0, 1], "

@@ -196,7 +196,7 @@ class PGDL2(PGD):
             keys = image_keys(x, self.seed, f"{self.name} {restart}", generator)
             direction = normals(keys, x.shape[1:]).to(x.dtype)
             keys = image_keys(x, self.seed, f"{self.name} radius {restart}", generator)
-            radius = uniforms(keys, (1,) * (x.ndim - 1)).to(x.dtype) ** (1 / x[0].numel())
+            radius = uniforms(keys, (1,) * (x.ndim - 1)).to(x.dtype) ** (1 / math.prod(x.shape[1:]))
             current += direction.div_(_norms(direction, 2)).mul_(radius * self.eps)
             current.clamp_(0, 1)
         for _ in range(self.steps):

@@ -1,0 +1,148 @@
+"""Attacks and corruptions by name, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+import attackroute as ar
+from attackroute.attacks import (
+    FGSM,
+    MIFGSM,
+    PGD,
+    PGDL2,
+    AutoAttack,
+    Corruption,
+    GaussianNoise,
+    Perturbation,
+    Square,
+    StepLL,
+    attack_names,
+    contract,
+    parse_attack,
+    show_eps,
+)
+from attackroute.attacks.corruptions import KINDS
+from attackroute.errors import UserError
+
+EXAMPLES = {
+    "fgsm": FGSM(),
+    "fgsm:eps=4/255": FGSM(4 / 255),
+    "step-ll:eps=0.02": StepLL(0.02),
+    "mi-fgsm:eps=1,steps=3,step_size=2/255,decay=0.5": MIFGSM(1.0, 3, 2 / 255, 0.5),
+    "pgd:steps=50, restarts=2": PGD(steps=50, restarts=2),
+    "pgd:random_start=false,seed=-3": PGD(random_start=False, seed=-3),
+    " pgd:step_size=none ": PGD(),
+    "pgd-l2:eps=1/2": PGDL2(0.5),
+    "gaussian-noise": GaussianNoise(3),
+    "gaussian-noise:severity=5,seed=2": GaussianNoise(5, seed=2),
+    "gaussian-noise:std=0.1": GaussianNoise(std=0.1),
+}
+WITH_EXTRAS = {
+    "autoattack:eps=4/255": ("pyautoattack", lambda: AutoAttack(4 / 255)),
+    "autoattack:norm=l2": ("pyautoattack", lambda: AutoAttack(0.5, "l2")),
+    "autoattack:attacks=apgd-ce+square,seed=4": ("pyautoattack", lambda: AutoAttack(attacks="apgd-ce+square", seed=4)),
+    "square:eps=2/255,queries=100": ("pyautoattack", lambda: Square(2 / 255, 100)),
+    "fog:severity=1": ("imagecorruptions", lambda: Corruption("fog", 1)),
+    "jpeg-compression:seed=9": ("imagecorruptions", lambda: Corruption("jpeg-compression", 3, 9)),
+}
+
+
+def check(text: str, attack: Perturbation) -> None:
+    found = parse_attack(text)
+    assert found == attack and type(found) is type(attack)
+    assert parse_attack(str(found)) == found
+    assert str(parse_attack(str(found))) == str(found)
+    assert str(found).partition(":")[0] == text.strip().partition(":")[0] == found.name
+    assert json.loads(json.dumps(found.to_json()))["name"] == found.name
+    assert len({found, attack}) == 1
+    with pytest.raises(FrozenInstanceError):
+        found.seed = 1
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_names_and_settings(text):
+    check(text, EXAMPLES[text])
+
+
+@pytest.mark.parametrize("text", WITH_EXTRAS)
+def test_names_and_settings_of_extras(text):
+    module, make = WITH_EXTRAS[text]
+    pytest.importorskip(module)
+    check(text, make())
+
+
+def test_every_name_makes_an_attack():
+    pytest.importorskip("pyautoattack")
+    pytest.importorskip("imagecorruptions")
+    assert len(attack_names()) == len(set(attack_names())) == 8 + len(KINDS) == 26
+    for name in attack_names():
+        check(name, parse_attack(name))
+    assert [name for name in attack_names() if not parse_attack(name).uses_model] == ["gaussian-noise", *KINDS]
+    assert ar.parse_attack is parse_attack
+
+
+@pytest.mark.parametrize("eps", [0.0, 8 / 255, 0.5 / 255, 0.1, 1 / 3, 1.0, 1e-7, 127.5 / 255])
+def test_radii_print_as_they_are(eps):
+    assert parse_attack(f"fgsm:eps={show_eps(eps)}").eps == eps
+
+
+def test_radii_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    assert str(FGSM(numpy.float64(0.3))) == str(FGSM(0.3)) == "fgsm:eps=76.5/255"
+    assert str(FGSM(numpy.float64(0.03))) == "fgsm:eps=0.03"
+
+
+def test_defaults_fill_what_the_text_leaves_out():
+    assert parse_attack("pgd:steps=5", eps=0.1, steps=7, severity=2) == PGD(0.1, 5)
+    assert parse_attack("gaussian-noise:std=0.1", severity=2, eps=0.1) == GaussianNoise(std=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("pdg", "unknown attack 'pdg'; did you mean pgd"),
+        ("FGSM", "unknown attack 'FGSM'; did you mean fgsm"),
+        ("gaussian-nose", "did you mean gaussian-noise"),
+        ("", "unknown attack ''; choose from fgsm"),
+        ("pgd:step=3", "pgd has no setting 'step=3'; did you mean steps"),
+        ("pgd:eps", "pgd has no setting 'eps'"),
+        ("fgsm:steps=3", "no setting 'steps=3'"),
+        ("fog:kind=snow", "no setting 'kind=snow'"),
+        ("pgd:eps=8/0", "eps=8/0 is not what eps takes, such as"),
+        ("pgd:eps=big", "eps=big"),
+        ("pgd:eps=8", "eps 8.0 is out of range"),
+        ("pgd:steps=3.5", "steps=3.5"),
+        ("pgd:random_start=maybe", "random_start=maybe.*such as True"),
+        ("gaussian-noise:severity=6", "severity 6 is not a level"),
+        ("gaussian-noise:severity=0", "severity 0 is not a level"),
+        ("gaussian-noise:std=-1", "std -1.0 is not a standard deviation"),
+        ("gaussian-noise:std=nan", "std nan"),
+        ("autoattack:norm=l1", "unknown norm 'l1'"),
+        ("autoattack:norm=L2", "unknown norm 'L2'; did you mean l2"),
+        ("autoattack:eps=3", "eps 3.0 is out of range"),
+        ("autoattack:attacks=apgd", "no attack 'apgd'; did you mean"),
+        ("square:queries=0", "queries 0"),
+        ("snow:severity=9", "severity 9"),
+    ],
+)
+def test_bad_names_and_settings(text, part):
+    with pytest.raises(UserError, match=part) as caught:
+        parse_attack(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_corruptions():
+    with pytest.raises(UserError, match="unknown corruption 'frog'; did you mean fog or frost"):
+        Corruption("frog")
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("autoattack", "autoattack"), ("square", "autoattack"), ("fog", "corruptions")]
+)
+def test_missing_extras_are_named_at_once(name, extra, monkeypatch):
+    monkeypatch.setattr(contract, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=rf'{name} needs an optional package: pip install "attackroute\[{extra}\]"'):
+        parse_attack(name)
