@@ -68,7 +68,7 @@ def check(
 
 def state(model: nn.Module) -> list[Any]:
     """All that a trace could leave behind in a model, in a form that compares with ``==``."""
-    modules = [
+    modules: list[Any] = [
         (
             module.training,
             list(module._forward_pre_hooks),
@@ -82,6 +82,8 @@ def state(model: nn.Module) -> list[Any]:
         (name, id(value), value.requires_grad, value.grad is None, value.detach().tolist())
         for name, value in model.named_parameters()
     ]
+    everywhere = torch.nn.modules.module
+    modules.append((list(everywhere._global_forward_pre_hooks), list(everywhere._global_forward_hooks)))
     return [modules, parameters, [(name, id(value), value.tolist()) for name, value in model.named_buffers()]]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -91,6 +92,7 @@ class LayerCalls(TorchFunctionMode):
         self._model = model
         self._visit = visit
         self._linear = linear
+        self._names: dict[nn.Module, str] = {}
         self._running: list[str] = []
         self._calls: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
@@ -98,9 +100,10 @@ class LayerCalls(TorchFunctionMode):
         self._level = pass_level()
 
     def __enter__(self) -> LayerCalls:
-        for name, module in self._model.named_modules():
-            self._handles.append(module.register_forward_pre_hook(partial(self._enter_module, name)))
-            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+        # two global hooks, since two for every module would take longer to set than a small network to run
+        self._names = {module: name or "model" for name, module in self._model.named_modules()}
+        self._handles.append(register_module_forward_pre_hook(self._enter_module))
+        self._handles.append(register_module_forward_hook(self._leave_module, always_call=True))
         self._eager = _without_compilation()
         self._eager.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -114,17 +117,18 @@ class LayerCalls(TorchFunctionMode):
             while self._handles:
                 self._handles.pop().remove()
 
-    def _enter_module(self, name: str, module: nn.Module, _args: object) -> None:
-        if pass_level() != self._level:
+    def _enter_module(self, module: nn.Module, _args: object) -> None:
+        name = self._names.get(module)
+        if name is None or pass_level() != self._level:
             return
         if module is self._model:
             self._running.clear()
         if not self._running:  # a new forward pass: names count from one again
             self._calls.clear()
-        self._running.append(name or "model")
+        self._running.append(name)
 
-    def _leave_module(self, *_: object) -> None:
-        if self._running and pass_level() == self._level:
+    def _leave_module(self, module: nn.Module, *_: object) -> None:
+        if self._running and module in self._names and pass_level() == self._level:
             self._running.pop()
 
     def __torch_function__(

@@ -20,6 +20,7 @@ from attackroute.gains import Alive, Windows, neighbours
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
 _SEGMENTS = 64  # beyond this many pieces a matrix product is quicker than slicing
 _SMALL = 200  # so it is for maps of at most this many positions
+_EXACT = 1 << 24  # float32 counts exactly up to here
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,37 @@ def mask_sums(mask: Tensor, rows: Axis, columns: Axis) -> Tensor:
 def alive_sums(values: Tensor, alive: Alive, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of the mask ``alive`` of ``values`` ``(n, C, H, W)``, in blocks that stay in cache."""
     blocks = values.split(max(1, _BLOCK // max(1, values[0].numel()))) if values.device.type == "cpu" else (values,)
+    pointwise = len(rows.starts) == len(columns.starts) == 1
+    by_column = values.is_contiguous() and not pointwise and rows.size * columns.size > _SMALL
+    sums = _count_sums if by_column else _sums
     buffer = torch.empty_like(blocks[0])  # one for all blocks: fresh memory would cost more than the counting
-    return torch.cat([_sums(alive.counted(block, buffer[: len(block)]), rows, columns) for block in blocks])
+    return torch.cat([sums(alive.counted(block, buffer[: len(block)]), rows, columns) for block in blocks])
+
+
+def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Window sums of zeros and ones: column by column, from totals less the border rows, which is exact for counts."""
+    dtype = torch.float64 if counted.dtype == torch.float64 or rows.size * columns.size > _EXACT else torch.float32
+    totals: dict[int, Tensor] = {}
+
+    def total(part: slice) -> Tensor:
+        return counted[:, :, part].sum(2, dtype=dtype)
+
+    def taken(offset: int) -> Tensor:
+        span = rows.positions(offset)
+        residue = span.start % rows.stride
+        whole = range(residue, rows.size, rows.stride)
+        if 2 * len(span) <= len(whole):
+            return total(slice(span.start, max(span.start, span.stop), rows.stride))
+        if residue not in totals:
+            totals[residue] = total(slice(residue, None, rows.stride))
+        result = totals[residue]
+        for border in (slice(residue, span.start, rows.stride), slice(span[-1] + rows.stride, None, rows.stride)):
+            if border.start < (border.stop or rows.size):
+                result = result - total(border)
+        return result
+
+    by_row = torch.stack([taken(offset) for offset in range(len(rows.starts))], dim=2)  # (n, C, kh, W)
+    return by_row @ _indicator(columns, dtype, counted.device).T
 
 
 def _sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -134,6 +164,7 @@ def _sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return window_sums(lambda row, column: counted[:, :, row, column].sum((2, 3), dtype=dtype).to(exact), rows, columns)
 
 
+@lru_cache(maxsize=512)
 def _indicator(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(kernel, size)`` 0/1 matrix of the positions that each kernel offset takes."""
     matrix = torch.zeros(len(axis.starts), axis.size, dtype=dtype, device=device)
