@@ -37,13 +37,12 @@ class FollowingNorm:
         return 1 / sigma if self.weight is None else model.get_parameter(self.weight).abs() / sigma
 
 
-def following_norms(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, FollowingNorm]:
-    """Run a frozen model on a few images and find the batch norms that read a route layer's output directly.
+def following_norms(model: nn.Module, images: Tensor) -> dict[str, FollowingNorm]:
+    """Run a frozen model on a few images and find the batch norms that read a layer's output directly.
 
     Args:
         model: The model.
         images: ``(n, ...)`` on the model's device.
-        linear: Whether linear maps are route layers too.
 
     Returns:
         For each layer's name, its batch norm; layers without one are left out.
@@ -73,7 +72,7 @@ def following_norms(model: nn.Module, images: Tensor, *, linear: bool) -> dict[s
                 name = None if gamma is None else parameters[gamma]
                 found[layer] = FollowingNorm(name, buffers[variance], float(arguments["eps"]))
 
-    with torch.no_grad(), LayerCalls(model, visit, linear=linear), _BatchNorms(see):
+    with torch.no_grad(), LayerCalls(model, visit, linear=True), _BatchNorms(see):
         model(images.clone())
     return found
 

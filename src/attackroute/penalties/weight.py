@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from attackroute.connections import Connections
 from attackroute.errors import UserError
 from attackroute.layers import LayerCall, LayerCalls, frozen
 from attackroute.penalties.folding import FollowingNorm, following_norms
-from attackroute.recorder import record_first
-from attackroute.route_slices import route_slices
 from attackroute.routes import Route
 from attackroute.streams import batches
-from attackroute.structure import Structure
 
 _PROBE = 2
 
@@ -50,18 +48,16 @@ class WeightPenalty:
     def __init__(self, model: nn.Module, route: Route, images: Tensor, *, folded: bool = True) -> None:
         with frozen(model), torch.inference_mode(False):
             probe, _ = next(batches(model, images[:_PROBE], _PROBE))
-            if len(probe) < _PROBE:  # in a batch of one a gate looks like a constant factor
-                probe = torch.cat([probe, probe])
-            linear = not _has_convolutions(model, probe, route)
-            structure, _ = Structure.probe(model, probe, linear=linear)
-            masks = route_slices(structure.applied(record_first(model, probe, linear=linear).layers), route)
-            norms = following_norms(model, probe, linear=linear) if folded else {}
-            sources = _weights(model, probe, masks, linear=linear)
-        if not masks:
-            raise UserError(
-                "no layer of the route follows another one on it, so no weight joins two of its neurons; "
-                "take a route of adjacent layers"
-            )
+            connections = Connections.of_route(model, probe, route)
+            masks = {layer: connections.between(route, layer) for layer in route}
+            masks = {layer: mask for layer, mask in masks.items() if mask.any()}
+            if not masks:
+                raise UserError(
+                    "no layer of the route follows another one on it, so no weight joins two of its neurons; "
+                    "take a route of adjacent layers"
+                )
+            norms = following_norms(model, probe) if folded else {}
+            sources = _weights(model, probe, masks)
         self._model = model
         self._terms = [_Term.of(sources[layer], mask, norms.get(layer)) for layer, mask in masks.items()]
 
@@ -78,7 +74,7 @@ class _Term:
     Attributes:
         weight: Gives the layer's kernel.
         rows: The layer's neurons that read a route neuron, ``(k,)``.
-        entries: 1 for the entries of these rows that count, else 0; broadcasts to ``weight[rows]``.
+        entries: Which inputs of these rows count, ``(k, inputs)``.
         norm: The batch norm to fold in.
     """
 
@@ -90,7 +86,7 @@ class _Term:
 
     @classmethod
     def of(cls, weight: Callable[[], Tensor], mask: Tensor, norm: FollowingNorm | None) -> _Term:
-        rows = mask.flatten(1).any(1).nonzero().flatten()
+        rows = mask.any(1).nonzero().flatten()
         return cls(weight, rows, mask[rows], norm)
 
     def value(self, model: nn.Module) -> Tensor:
@@ -100,16 +96,15 @@ class _Term:
         if key not in self._placed:
             self._placed[key] = self.rows.to(weight.device), self.entries.to(*key)
         rows, entries = self._placed[key]
-        sums = weight.index_select(0, rows).abs().mul(entries).flatten(1).sum(1)
+        sizes = weight.index_select(0, rows).abs().flatten(2) if weight.ndim > 2 else weight[rows].abs()[..., None]
+        sums = sizes.mul(entries[..., None]).sum((1, 2))
         if self.norm is not None:
             sums = sums * self.norm.gain(model).to(sums).index_select(0, rows)
         total: Tensor = sums.sum()
         return total
 
 
-def _weights(
-    model: nn.Module, images: Tensor, wanted: Mapping[str, Tensor], *, linear: bool
-) -> dict[str, Callable[[], Tensor]]:
+def _weights(model: nn.Module, images: Tensor, wanted: Container[str]) -> dict[str, Callable[[], Tensor]]:
     """For each layer, how to get the weight that it executes, with its graph to the parameters."""
     parameters = {value: name for name, value in model.named_parameters()}
     found: dict[str, Callable[[], Tensor]] = {}
@@ -123,7 +118,7 @@ def _weights(
                 found[call.name] = _computed(model, call)
         return call.run()
 
-    with torch.no_grad(), LayerCalls(model, visit, linear=linear):
+    with torch.no_grad(), LayerCalls(model, visit, linear=True):
         model(images.clone())
     return found
 
@@ -138,16 +133,3 @@ def _computed(model: nn.Module, call: LayerCall) -> Callable[[], Tensor]:
             "so it cannot be punished; leave the layer out (route.restrict)"
         )
     return lambda: module.weight  # type: ignore[return-value]
-
-
-def _has_convolutions(model: nn.Module, images: Tensor, route: Route) -> bool:
-    """Whether all layers of the route are convolutions."""
-    names = set()
-
-    def visit(call: LayerCall) -> Tensor:
-        names.add(call.name)
-        return call.run()
-
-    with torch.no_grad(), LayerCalls(model, visit):
-        model(images.clone())
-    return names.issuperset(route)

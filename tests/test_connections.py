@@ -1,4 +1,4 @@
-"""Kernel entries between route neurons, beside what autograd says each input channel carries."""
+"""Kernel slices between route neurons, beside what autograd says each input channel carries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from architectures import CLOSED, Perceptron, Shuffled
-from attackroute.errors import UserError
+from architectures import CLOSED, Perceptron
+from attackroute.connections import Connections
 from attackroute.layers import LayerCall, LayerCalls, frozen
-from attackroute.recorder import record_first
-from attackroute.route_slices import route_slices
 from attackroute.routes import Route
 from tracing import ready
 
@@ -60,11 +58,11 @@ def test_entries_join_route_neurons_and_nothing_else(name: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.weight.data.abs_()  # a negative gain behind a ReLU could make a channel dead
+    layers = Connections.find(model, images, linear=linear).layers
     with frozen(model):
-        layers = record_first(model, images, linear=linear).layers
         carried = carried_channels(model, images, linear=linear)
     route = half_of({layer.name: layer.channels for layer in layers})
-    masks = route_slices(layers, route)
+    connections = Connections(layers)
     for layer in layers:
         per_group = layer.weight[0].numel() // (layer.weight.shape[2] * layer.weight.shape[3])
         inputs = layer.weight.shape[2] if layer.kind == "linear" else 1
@@ -74,27 +72,4 @@ def test_entries_join_route_neurons_and_nothing_else(name: str) -> None:
             for c in range(per_group * inputs):
                 for source, joined in carried[layer.name].items():
                     expected[m, c] |= joined[group * per_group + c, route[source]].any()
-        found = masks.get(layer.name, torch.zeros(1, dtype=torch.bool))
-        assert torch.equal(found.flatten(1) if found.ndim > 1 else found.expand_as(expected), expected), layer.name
-
-
-def test_layers_off_the_route_take_no_part() -> None:
-    model, images, _ = ready(CLOSED["chain"])
-    with frozen(model):
-        layers = record_first(model, images, linear=False).layers
-    whole = half_of({layer.name: layer.channels for layer in layers})
-    first, second, third, fourth = whole.layers
-    assert list(route_slices(layers, whole)) == [second, third, fourth]
-    assert list(route_slices(layers, whole.restrict([first, second, fourth]))) == [second]
-    assert route_slices(layers, whole.restrict([first, third])) == {}
-
-
-def test_layers_between_which_channels_mix_are_refused_by_name() -> None:
-    model, images, _ = ready(Shuffled)
-    with frozen(model):
-        layers = record_first(model, images, linear=False).layers
-    route = half_of({layer.name: layer.channels for layer in layers})
-    with pytest.raises(UserError, match=r"'conv2'.*'conv1'"):
-        route_slices(layers, route)
-    with pytest.raises(UserError, match=r"layer 'conv1'.*in the model"):
-        route_slices(layers, Route({"conv1": [0]}, {"conv1": 9}))
+        assert torch.equal(connections.between(route, layer.name), expected), layer.name
