@@ -120,7 +120,7 @@ def table_of(route: list[int], draws: list[list[int]], rival: list[int]) -> Accu
         for criterion, draw, value in [*controls, ("weight", None, rival[number])]:
             only = max(0, ours - value), max(0, value - ours)
             rows.append(Row(setting, criterion, draw, 1, 4, Accuracy(value, 40), *only))
-    return AccuracyTable("deactivate", tuple(rows), 0.3, False, "output", Cost(50, 40, 1, 9))
+    return AccuracyTable("deactivate", tuple(rows), 0.3, False, "output", Cost(50, 40, 1, 9), 12)
 
 
 def test_verdicts_are_clear_only_against_every_draw() -> None:
@@ -137,7 +137,7 @@ def test_verdicts_are_clear_only_against_every_draw() -> None:
     assert sign_test(0, 10) < 0.05 and sign_test(1, 0) == 1
     assert "every random draw in 2 (loses in 0) of 3, weight in 1 (loses in 1) of 3" in table.reading()
     assert "at its output" in table.reading()
-    helpful = AccuracyTable("transplant", table.rows, 0.3, True, "output", table.cost)
+    helpful = AccuracyTable("transplant", table.rows, 0.3, True, "output", table.cost, 12)
     assert [v.verdict for v in helpful.verdicts() if v.criterion == RANDOM] == ["loses to"] * 2 + ["undecided against"]
 
 

@@ -25,7 +25,7 @@ def measured() -> AccuracyTable:
         for layer in range(2)
         for criterion, draw, values in found
     ]
-    return AccuracyTable("deactivate", tuple(rows), 0.3, False, "activation", Cost(120, 100, 1, 9))
+    return AccuracyTable("deactivate", tuple(rows), 0.3, False, "activation", Cost(120, 100, 1, 9), 8)
 
 
 def test_it_shows_every_measurement(tmp_path) -> None:

@@ -56,8 +56,8 @@ class Row:
     route_only: int
     control_only: int
 
-    def record(self) -> Record:
-        """The row as plain values."""
+    def record(self, network: int) -> Record:
+        """The row as plain values, for a network of so many channels."""
         low, high = self.accuracy.interval
         setting = self.setting
         return {
@@ -69,6 +69,7 @@ class Row:
             "draw": self.draw,
             "neurons": self.neurons,
             "channels": self.channels,
+            "share_of_network": self.neurons / network,
             "accuracy": self.accuracy.value,
             "accuracy_low": low,
             "accuracy_high": high,
@@ -148,10 +149,11 @@ class AccuracyTable:
         experiment: ``"transplant"``, ``"deactivate"`` or ``"weaken"``.
         rows: The measurements; those of the untouched network first.
         main_share: The share of a layer's channels on which the reading is based.
-        main_beta: The factor on which it is based, where connections are weakened.
         helps: Whether changing the channels that matter raises accuracy, as a transplant does.
         at: Where channels are changed: the layers' ``"output"``, before batch norm, or after their ``"activation"``.
         cost: What it took.
+        network: How many channels all of the route's layers have.
+        main_beta: The factor on which the reading is based, where connections are weakened.
     """
 
     experiment: str
@@ -160,6 +162,7 @@ class AccuracyTable:
     helps: bool
     at: str
     cost: Cost
+    network: int
     main_beta: float | None = None
 
     @property
@@ -251,7 +254,7 @@ class AccuracyTable:
 
     def records(self) -> list[Record]:
         """The measurements as a tidy table."""
-        return [row.record() for row in self.rows]
+        return [row.record(self.network) for row in self.rows]
 
     def about(self) -> dict[str, Any]:
         """What the measurements have in common, and the verdicts."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attackroute.attacks.application import Attack, attacked
 from attackroute.errors import UserError
 from attackroute.experiments.moments import Mean, Moments
 from attackroute.experiments.passes import counted_passes
-from attackroute.experiments.rankings import OFF_ROUTE, ROUTE, Ranking, Rivals, rank
+from attackroute.experiments.rankings import OFF_ROUTE, ROUTE, Rivals, layer_sets, rank
 from attackroute.experiments.tables import Record
-from attackroute.experiments.trials import Attack
 from attackroute.gradcam import enlarged, evidence
 from attackroute.interventions import OUTPUT
 from attackroute.layers import frozen
@@ -193,7 +193,8 @@ def compare_attention(
     """
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")
-    sets, labels = _sets(rank(route, rivals, seeds, [layer]), layer, share)
+    masks = layer_sets(rank(route, rivals, seeds, [layer]), layer, share)
+    sets, labels = torch.stack(list(masks.values())), list(masks)
     measure = _Measure(sets, len(labels))
     total, samples, counted = samples_in(data), 0, 0
     size = (0, 0)
@@ -212,8 +213,9 @@ def compare_attention(
                 pixels = (int(images.shape[2]), int(images.shape[3]))
                 clean = measure.add(CLEAN, enlarged(found[right].cams(measure.sets), pixels), inside, None)
                 for name, attack in attacks.items():
-                    attacked = evidence(model, attack(model, images[right], answers[right]), layer, at=at)
-                    measure.add(name, enlarged(attacked.cams(measure.sets), pixels), inside, clean)
+                    changed, _ = attacked(model, attack, images[right], answers[right])
+                    then = evidence(model, changed, layer, at=at)
+                    measure.add(name, enlarged(then.cams(measure.sets), pixels), inside, clean)
             if progress is not None:
                 progress(samples, total)
     if boxes is not None and len(boxes) != samples:
@@ -228,20 +230,6 @@ def compare_attention(
         for images, name, index, mean, more in measure.results()
     )
     return Attention(rows, layer, at, size, boxes is not None, samples, counted, count.passes)
-
-
-def _sets(rankings: Sequence[Ranking], layer: str, share: float) -> tuple[Tensor, list[tuple[str, int | None]]]:
-    """Bool (S, C) and whose each set is: the route, all others, and controls of the route's size."""
-    chosen = {(ranking.criterion, ranking.draw): ranking.route(share, [layer]) for ranking in rankings}
-    masks = {label: found.mask(layer) for label, found in chosen.items() if found is not None}
-    if (ROUTE, None) not in masks:
-        raise UserError(
-            f"the route has no frequencies, so that it cannot give a share of {share} of layer {layer!r}: aggregate it "
-            "from instance routes, or ask for the share that it has"
-        )
-    ours = masks.pop((ROUTE, None))
-    masks = {(ROUTE, None): ours, (OFF_ROUTE, None): ~ours, **masks}
-    return torch.stack(list(masks.values())), list(masks)
 
 
 def _inside(images: Tensor, boxes: Tensor | None, start: int) -> Tensor:

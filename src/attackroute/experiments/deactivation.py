@@ -9,7 +9,7 @@ from torch import nn
 
 from attackroute.experiments.accuracy_table import AccuracyTable, Setting
 from attackroute.experiments.rankings import Rivals, check_shares, rank
-from attackroute.experiments.trials import Change, Outputs, plan, run
+from attackroute.experiments.trials import Change, Clean, plan, run
 from attackroute.interventions import OUTPUT, deactivate
 from attackroute.routes import Route
 from attackroute.streams import Data
@@ -64,10 +64,10 @@ def deactivation_accuracy(
     if together and len(single) > 1:
         groups.append(single)
 
-    def intervene(change: Change, _: Outputs) -> AbstractContextManager[object]:
+    def intervene(change: Change, _: Clean) -> AbstractContextManager[object]:
         assert change.channels is not None
         return deactivate(model, change.channels, at=at)
 
     trials = plan(rankings, [Setting(group, level) for group in groups for level in levels])
     rows, cost = run(model, data, trials, intervene, batch_size=batch_size, progress=progress)
-    return AccuracyTable("deactivate", rows, share, False, at, cost)
+    return AccuracyTable("deactivate", rows, share, False, at, cost, sum(route.channels.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attackroute.attacks.application import Attack, attacked
 from attackroute.errors import UserError
 from attackroute.experiments.passes import counted_passes
 from attackroute.experiments.rankings import ROUTE, random_order
-from attackroute.experiments.ranks import Separation
 from attackroute.experiments.sample_routes import sample_routes
 from attackroute.experiments.tables import Record
-from attackroute.experiments.trials import Attack
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
+from attackroute.rank_statistics import AUROC, associations
 from attackroute.routes import Route
 from attackroute.seeds import checked_labels, checked_logits, log_doubt
 from attackroute.streams import Data, batches, samples_in
@@ -39,7 +40,8 @@ class Row:
         layer: The layer whose routes are compared, or ``"all"`` for the mean distance over layers.
         auroc: Probability that an attacked image scores higher than a clean one, ties counting half; NaN where no
             image was fooled.
-        half_width: Half of its approximate 95 % interval.
+        low: Lower end of its 95 % bootstrap interval.
+        high: Upper end.
         attacked: Images of the attack, all of them misclassified.
         clean: Clean images, all of them classified correctly.
         beaten: 1 if the route's area over all layers is clearly larger, -1 if clearly smaller, 0 if neither.
@@ -50,7 +52,8 @@ class Row:
     draw: int | None
     layer: str
     auroc: float
-    half_width: float
+    low: float
+    high: float
     attacked: int
     clean: int
     beaten: int
@@ -124,8 +127,8 @@ class Detection:
                 "draw": row.draw,
                 "layer": row.layer,
                 "auroc": row.auroc,
-                "auroc_low": max(0.0, row.auroc - row.half_width),
-                "auroc_high": min(1.0, row.auroc + row.half_width),
+                "auroc_low": row.low,
+                "auroc_high": row.high,
                 "attacked": row.attacked,
                 "clean": row.clean,
                 "route_against_it": row.beaten,
@@ -145,7 +148,7 @@ class Detection:
             "width": self.width,
             "route_width": self.route_width,
             "forward_passes": self.forward_passes,
-            "clear": "DeLong's test on paired samples, |z| > 1.96, not corrected for the number of tests",
+            "clear": "95 % bootstrap interval of the paired difference, not corrected for the number of tests",
         }
 
 
@@ -232,14 +235,15 @@ def _rows(
     attack: str, scores: Mapping[tuple[str, int | None, str], Tensor], clean: Tensor, fooled: Tensor
 ) -> Iterator[Row]:
     sizes = int(fooled.sum()), int(clean.sum())
-    if not sizes[0]:
-        for score, draw, layer in scores:
-            yield Row(attack, score, draw, layer, float("nan"), float("nan"), *sizes, 0)
-        return
-    ours = Separation.of(scores[ROUTE, None, ALL_LAYERS][fooled], scores[ROUTE, None, ALL_LAYERS][clean])
-    for (score, draw, layer), values in scores.items():
-        found = Separation.of(values[fooled], values[clean])
-        yield Row(attack, score, draw, layer, found.auroc, found.half_width, *sizes, ours.clearly_above(found))
+    chosen = clean | fooled
+    names = {f"{score}/{draw}/{layer}": (score, draw, layer) for score, draw, layer in scores}
+    predictors = {name: scores[key][chosen].double().numpy() for name, key in names.items()}
+    for found in associations(predictors, fooled[chosen].numpy(), AUROC):
+        value, interval, lead = found.estimate.value, found.estimate.interval, found.lead.interval
+        beaten = 0 if lead is None else int(lead[0] > 0) - int(lead[1] < 0)
+        score, draw, layer = names[found.predictor]
+        low, high = (math.nan, math.nan) if interval is None else interval
+        yield Row(attack, score, draw, layer, math.nan if value is None else value, low, high, *sizes, beaten)
 
 
 class _Judged:
@@ -270,11 +274,11 @@ class _Judged:
             if right.any():
                 yield self._note(0, images[right], logits[right]), None
                 for number, attack in enumerate(self._attacks.values(), start=1):
-                    attacked = attack(self._model, images[right], labels[right])
-                    logits_then = self._logits(attacked)
+                    changed, _ = attacked(self._model, attack, images[right], labels[right])
+                    logits_then = self._logits(changed)
                     fooled = logits_then.argmax(1) != labels[right]
                     if fooled.any():
-                        yield self._note(number, attacked[fooled], logits_then[fooled]), None
+                        yield self._note(number, changed[fooled], logits_then[fooled]), None
             if progress is not None:
                 progress(self.samples, total)
 

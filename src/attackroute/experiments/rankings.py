@@ -129,6 +129,23 @@ def rank(
     return found
 
 
+def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tuple[str, int | None], Tensor]:
+    """Bool masks (C,) of one layer by criterion and draw: the route, all others as ``"off-route"``, then the controls.
+
+    Raises:
+        UserError: The route cannot give this share.
+    """
+    chosen = {(each.criterion, each.draw): each.route(share, [layer]) for each in rankings}
+    masks = {label: found.mask(layer) for label, found in chosen.items() if found is not None}
+    if (ROUTE, None) not in masks:
+        raise UserError(
+            f"the route has no frequencies, so that it cannot give a share of {share} of layer {layer!r}: aggregate it "
+            "from instance routes, or ask for the share that it has"
+        )
+    ours = masks.pop((ROUTE, None))
+    return {(ROUTE, None): ours, (OFF_ROUTE, None): ~ours, **masks}
+
+
 def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
     """The shares in ascending order, each once.
 

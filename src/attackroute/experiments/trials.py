@@ -10,21 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.accuracy import Accuracy
+from attackroute.attacks.application import Attack, attacked
 from attackroute.errors import UserError
 from attackroute.experiments.accuracy_table import UNTOUCHED, Cost, Row, Setting
 from attackroute.experiments.passes import counted_passes
 from attackroute.experiments.rankings import ROUTE, Ranking
-from attackroute.layers import LayerCall, LayerCalls, frozen
+from attackroute.interventions import OUTPUT, record_outputs
+from attackroute.layers import frozen
 from attackroute.routes import Route
 from attackroute.seeds import checked_labels, checked_logits
 from attackroute.streams import Data, batches, samples_in
 from attackroute.trace import Progress
-
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""``(model, images, labels) -> attacked images``, as those of :mod:`attackroute.attacks`."""
-
-Outputs = Mapping[str, Tensor]
-"""What layers gave, by name."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,23 @@ class Trial:
     channels: int
 
 
-Intervene = Callable[[Change, Outputs], AbstractContextManager[object]]
-"""``(change, clean outputs of this batch) -> context`` in which the model is changed."""
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """Samples of a batch that the untouched model gets right.
+
+    Attributes:
+        images: ``(n, C, H, W)``.
+        labels: ``(n,)``.
+        outputs: What the layers to record gave for them, by name.
+    """
+
+    images: Tensor
+    labels: Tensor
+    outputs: Mapping[str, Tensor]
+
+
+Intervene = Callable[[Change, Clean], AbstractContextManager[object]]
+"""``(change, this batch) -> context`` in which the model is changed."""
 
 
 def plan(rankings: Sequence[Ranking], settings: Iterable[Setting]) -> list[Trial]:
@@ -88,6 +99,7 @@ def run(
     *,
     attacks: Mapping[str, Attack] | None = None,
     record: Sequence[str] = (),
+    at: str = OUTPUT,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> tuple[tuple[Row, ...], Cost]:
@@ -103,6 +115,7 @@ def run(
         intervene: Makes an intervention.
         attacks: Attacks by the names that the settings use.
         record: Layers whose clean outputs ``intervene`` needs.
+        at: Whether these are the layers' ``"output"`` or that of their ``"activation"``.
         batch_size: Rows per forward pass when ``data`` is tensors.
         progress: Called with (images times interventions done, in all or None).
 
@@ -119,19 +132,21 @@ def run(
     samples = counted = number = 0
     with frozen(model), torch.inference_mode(False), torch.no_grad(), counted_passes(model) as count:
         for images, labels in batches(model, data, batch_size):
-            clean = _clean(model, images, labels, record)
+            clean = _clean(model, images, labels, record, at)
             number += 1
             counted += len(clean.images)
             correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
             done = 0
             for name in names if len(clean.images) else ():
-                attacked = clean.images if name is None else _attack(attacks, name)(model, clean.images, clean.labels)
+                images_then = clean.images
+                if name is not None:
+                    images_then, _ = attacked(model, _attack(attacks, name), clean.images, clean.labels)
                 for change in (change for change in changes if change.attack == name):
                     if name is None and change.channels is None:
                         correct[position[change]] = True  # these are the samples that count
                     else:
-                        with nullcontext() if change.channels is None else intervene(change, clean.outputs):
-                            logits = checked_logits(model(attacked.clone()), len(attacked))
+                        with nullcontext() if change.channels is None else intervene(change, clean):
+                            logits = checked_logits(model(images_then.clone()), len(images_then))
                         correct[position[change]] = (logits.argmax(1) == clean.labels).cpu()
                     done += 1
                     if progress is not None:
@@ -148,35 +163,26 @@ def run(
     return rows, Cost(samples, counted, number, count.passes)
 
 
-@dataclass(frozen=True, eq=False)
-class _Clean:
-    """Samples of a batch that the untouched model gets right."""
-
-    images: Tensor
-    labels: Tensor
-    outputs: dict[str, Tensor]
-
-
-def _clean(model: nn.Module, images: Tensor, labels: Tensor | None, record: Sequence[str]) -> _Clean:
+def _clean(model: nn.Module, images: Tensor, labels: Tensor | None, record: Sequence[str], at: str) -> Clean:
     """One clean forward pass, with the outputs of some layers."""
     if labels is None:
         raise UserError("the data have no labels: give (images, labels), since accuracy is measured")
-    outputs: dict[str, Tensor] = {}
-
-    def visit(call: LayerCall) -> Tensor:
-        output = call.run()
-        if call.name in wanted:
-            outputs[call.name] = output.detach().clone()  # a copy, since what follows may work in place
-        return output
-
-    wanted = frozenset(record)
-    with LayerCalls(model, visit, linear=True) if wanted else nullcontext():
-        logits = checked_logits(model(images.clone()), len(images))
+    answers: list[object] = []
+    outputs: Mapping[str, Tensor] = {}
+    if record:
+        handle = model.register_forward_hook(lambda module, _, output: answers.append(output))
+        try:
+            outputs = record_outputs(model, images, record, at=at)
+        finally:
+            handle.remove()
+    else:
+        answers.append(model(images.clone()))  # a copy, since the model may work in place
+    logits = checked_logits(answers[-1], len(images))
     labels = checked_labels(labels, logits.shape[1], len(images))
     right = (logits.argmax(1) == labels).nonzero().flatten()
     if len(right) == len(images):
-        return _Clean(images, labels, outputs)
-    return _Clean(images[right], labels[right], {layer: values[right] for layer, values in outputs.items()})
+        return Clean(images, labels, outputs)
+    return Clean(images[right], labels[right], {layer: values[right] for layer, values in outputs.items()})
 
 
 def _attack(attacks: Mapping[str, Attack] | None, name: str) -> Attack:
