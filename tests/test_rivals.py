@@ -27,7 +27,7 @@ from architectures import (
 )
 from attackroute import oracle
 from attackroute.errors import UserError
-from attackroute.rivals import CRITERIA, ChannelScores, channel_scores, rank_channels
+from attackroute.rivals import CRITERIA, NEED_ATTACK, ChannelScores, channel_scores, rank_channels
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,11 @@ def _float64() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+def shifted(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """An attack that knows nothing of the model: every image has its own change."""
+    return (x * (0.5 + 0.1 * y.to(x.dtype).view(-1, 1, 1, 1)) + 0.2).flip(-1)
 
 
 def batch(samples: int = 5) -> tuple[Tensor, Tensor]:
@@ -331,8 +336,8 @@ def test_random_is_not_tied_to_random_like() -> None:
 @pytest.mark.parametrize("by", CRITERIA)
 def test_the_route(by: str) -> None:
     model, data = randomised(Residual()), batch()
-    route = rank_channels(model, data, by, 0.4, seed=7)
-    scores = channel_scores(model, data, by, seed=7)
+    route = rank_channels(model, data, by, 0.4, attack=shifted, seed=7)
+    scores = channel_scores(model, data, by, attack=shifted, seed=7)
     traced = ar.trace_routes(model, data, width=0.4)
     assert route.layers == tuple(scores.values) == tuple(traced.layers)
     for layer, values in scores.values.items():
@@ -343,7 +348,8 @@ def test_the_route(by: str) -> None:
     assert route == scores.route(0.4)
     origin = route.provenance
     assert origin is not None and (origin.criterion, origin.width) == (by, 0.4)
-    assert origin.samples == (5 if by in ("activation", "gradient") else 0)
+    assert origin.samples == (0 if by in ("weight", "random") else 5)
+    assert origin.attack == ("shifted" if by in NEED_ATTACK else None)
     assert origin.seed == (7 if by == "random" else None)
 
 
@@ -356,7 +362,7 @@ def test_ties_go_to_the_lower_index() -> None:
 def test_batches_and_order_do_not_matter(by: str) -> None:
     model = randomised(CLOSED["inverted"]()).eval()
     x, y = batch(7)
-    expected = channel_scores(model, (x, y), by).values
+    expected = channel_scores(model, (x, y), by, attack=shifted).values
     order = torch.randperm(7)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
     for data, size_ in (
@@ -366,7 +372,7 @@ def test_batches_and_order_do_not_matter(by: str) -> None:
         (loader, 128),
         (iter([(x[:5], y[:5]), (x[5:], y[5:])]), 9),
     ):
-        for layer, values in channel_scores(model, data, by, batch_size=size_).values.items():
+        for layer, values in channel_scores(model, data, by, attack=shifted, batch_size=size_).values.items():
             same(values, expected[layer])
 
 
@@ -389,15 +395,14 @@ def test_the_model_is_left_as_it_was(by: str) -> None:
     x, y = batch()
     x.requires_grad_()
     before = x.detach().clone()
-    rank_channels(model, (x, y), by)
+    rank_channels(model, (x, y), by, attack=shifted)
     with torch.inference_mode():
-        inside = rank_channels(model, (x, y), by)
+        inside = rank_channels(model, (x, y), by, attack=shifted)
     with torch.no_grad():
-        assert rank_channels(model, (x, y), by) == inside
-    with pytest.raises((UserError, RuntimeError)):
-        rank_channels(model, [(x, y), (torch.rand(2, 4, 16, 16), y[:2])], by) if by in ("activation", "gradient") else (
-            rank_channels(model, (torch.rand(2, 4, 16, 16), y[:2]), by)
-        )
+        assert rank_channels(model, (x, y), by, attack=shifted) == inside
+    wrong = torch.rand(2, 4, 16, 16), y[:2]
+    with pytest.raises(UserError, match="cannot run on a batch"):
+        rank_channels(model, wrong if by in ("weight", "random") else [(x, y), wrong], by, attack=shifted)
     assert flags == ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()])
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -429,8 +434,11 @@ def test_weight_and_random_read_one_batch() -> None:
 @pytest.mark.parametrize(
     ("by", "message"),
     [
-        ("wieght", "unknown criterion 'wieght'; did you mean weight.*choose from activation, gradient, weight, random"),
-        ("sensitivity", "unknown criterion 'sensitivity'"),
+        (
+            "wieght",
+            "'wieght'; did you mean weight.*choose from activation, gradient, sensitivity, attribution, weight, random",
+        ),
+        ("sensitivty", "unknown criterion 'sensitivty'; did you mean sensitivity"),
         ("", "unknown criterion ''"),
     ],
 )
@@ -443,15 +451,15 @@ def test_unknown_criteria(by: str, message: str) -> None:
 def test_bad_input(by: str) -> None:
     x, y = batch()
     with pytest.raises(UserError, match="width 0 is outside"):
-        rank_channels(chain(), (x, y), by, 0)
+        rank_channels(chain(), (x, y), by, 0, attack=shifted)
     with pytest.raises(UserError, match="no sample"):
-        rank_channels(chain(), [], by)
+        rank_channels(chain(), [], by, attack=shifted)
     with pytest.raises(UserError, match="no 2-D convolution"):
-        rank_channels(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)), (x, y), by)
+        rank_channels(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)), (x, y), by, attack=shifted)
     with pytest.raises(UserError, match="cannot run on a batch"):
-        rank_channels(chain(), torch.rand(2, 4, 16, 16), by)
+        rank_channels(chain(), torch.rand(2, 4, 16, 16), by, attack=shifted)
     with pytest.raises(UserError, match="NaN or inf"):
-        rank_channels(chain(), x / 0, by)
+        rank_channels(chain(), x / 0, by, attack=shifted)
 
 
 def test_bad_labels_and_outputs_for_the_gradient() -> None:

@@ -1,4 +1,5 @@
-"""Means over samples of what a network's own run says of each channel: its activation, or the loss gradient at it."""
+"""Means over samples of what runs of a network say of each channel: its activation, the loss gradient at it, and what
+an attack changes."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from attackroute.errors import UserError
 from attackroute.layers import LayerCall, LayerCalls
 from attackroute.seeds import checked_labels, checked_logits, log_doubt, seed_gradients
 
@@ -43,12 +45,29 @@ def activations(model: nn.Module, images: Tensor, labels: Tensor | None, *, line
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()
-        totals = _position_sums(output, call.kind)
-        values[call.name] = totals * (totals.numel() / output.numel())
+        values[call.name] = _position_means(output.detach().abs(), call.kind)
         return output
 
-    with torch.no_grad(), LayerCalls(model, visit, linear=linear):
-        model(images)
+    _run(model, images, visit, linear=linear)
+    return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
+
+
+def changes(
+    model: nn.Module, images: Tensor, attacked: Tensor, _labels: Tensor | None = None, *, linear: bool = False
+) -> Measured:
+    """Mean over positions of ``|Z^m(x) - Z^m(x')|``, from one forward pass of the images and one of the attacked ones.
+
+    The clean outputs of the batch are held meanwhile.
+    """
+    clean = _outputs(model, images, linear=linear)
+    values: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        values[call.name] = _position_means(_less(clean, call.name, output).abs_(), call.kind)
+        return output
+
+    _run(model, attacked, visit, linear=linear)
     return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
 
 
@@ -59,6 +78,42 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear
 
     Raises:
         UserError: The output is not logits, a label is outside them, or the logits do not depend on any layer.
+    """
+    return _differentiated(model, images, labels, lambda call, _: partial(_magnitudes, kind=call.kind), linear=linear)
+
+
+def attributions(
+    model: nn.Module, images: Tensor, attacked: Tensor, labels: Tensor | None, *, linear: bool = False
+) -> Measured:
+    """Attribution patching: the first-order estimate of the loss that a transplant of each channel takes away.
+
+    ``- sum over positions of (Z^m(x) - Z^m(x')) * dL/dZ^m(x')``, through all paths, L the cross entropy of the
+    attacked image; above zero where clean values would lower the loss. From one forward pass of the images, and one
+    forward and one backward pass of the attacked ones. The factor ``1 - p_y`` of the attacked image is kept apart.
+
+    Raises:
+        UserError: As :func:`gradients`.
+    """
+    clean = _outputs(model, images, linear=linear)
+
+    def follow(call: LayerCall, output: Tensor) -> Callable[[Tensor], Tensor]:
+        change = _less(clean, call.name, output).neg_()  # Z(x') - Z(x)
+        return lambda slope: _position_sums(change.mul_(slope), call.kind)
+
+    return _differentiated(model, attacked, labels, follow, linear=linear)
+
+
+def _differentiated(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    follow: Callable[[LayerCall, Tensor], Callable[[Tensor], Tensor]],
+    *,
+    linear: bool,
+) -> Measured:
+    """Values made of the loss gradient at each layer: ``follow(call, output)`` gives what makes them of it.
+
+    Values are zero where no gradient arrives.
     """
     values: dict[str, Tensor] = {}
     start = images.detach().requires_grad_()
@@ -72,11 +127,11 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear
         shape = (output.shape[0], output.shape[_channel_dim(output, call.kind)])
         values[call.name] = torch.zeros(shape, device=output.device)
         if output.requires_grad:
-            output.register_hook(partial(keep, call))
+            output.register_hook(partial(keep, call.name, follow(call, output)))
         return output
 
-    def keep(call: LayerCall, gradient: Tensor) -> None:
-        values[call.name] = _position_sums(gradient, call.kind)
+    def keep(layer: str, measure: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+        values[layer] = measure(gradient.detach())
 
     with torch.enable_grad(), LayerCalls(model, visit, linear=linear):
         logits = checked_logits(model(start.clone()), images.shape[0])
@@ -84,6 +139,32 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear
     ends = seed_gradients(logits, answers, leaves, None)
     logits = logits.detach()
     return Measured(values, log_doubt(logits.cpu().to(torch.float64), answers.cpu()), logits, ends[""])
+
+
+def _run(model: nn.Module, images: Tensor, visit: Callable[[LayerCall], Tensor], *, linear: bool) -> None:
+    with torch.no_grad(), LayerCalls(model, visit, linear=linear):
+        model(images.clone())  # a copy, since a model may work on its input in place
+
+
+def _outputs(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, Tensor]:
+    """Copies of the outputs of all layers."""
+    values: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        values[call.name] = output.detach().clone()  # a copy, since what follows may work in place
+        return output
+
+    _run(model, images, visit, linear=linear)
+    return values
+
+
+def _less(clean: dict[str, Tensor], layer: str, output: Tensor) -> Tensor:
+    """``Z(x) - Z(x')`` as a tensor of its own, in float32 or wider; the clean output is given up."""
+    if layer not in clean or clean[layer].shape != output.shape:
+        raise UserError("the model ran other layers on the attacked images: its structure must not vary")
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    return clean.pop(layer).to(dtype).sub_(output.detach())
 
 
 @dataclass
@@ -97,6 +178,7 @@ class RunningMean:
     samples: int = 0
     _total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     _log_scale: float = -math.inf
+    _channels: dict[str, int] = field(default_factory=dict)
 
     def add(self, measured: Measured) -> None:
         """Add one batch."""
@@ -105,22 +187,32 @@ class RunningMean:
         factors = (measured.log_factor - scale).exp()
         self._total = self._total * math.exp(self._log_scale - scale) + factors @ values
         self._log_scale = scale
+        self._channels = {layer: each.shape[1] for layer, each in measured.values.items()}
         self.samples += len(values)
 
-    def value(self) -> Tensor:
-        """The means of all layers' channels, side by side: float64, on the CPU.
+    def by_layer(self) -> dict[str, Tensor]:
+        """The means of each layer's channels, ``(C,)``: float64, on the CPU.
 
         If all factors are below about 1e-260, the means are too large by a common factor.
         """
-        return self._total / self.samples * math.exp(max(self._log_scale, _LOG_SMALLEST))
+        means = self._total / self.samples * math.exp(max(self._log_scale, _LOG_SMALLEST))
+        return dict(zip(self._channels, means.split(list(self._channels.values())), strict=True))
+
+
+def _magnitudes(values: Tensor, kind: str) -> Tensor:
+    return _position_sums(values.abs(), kind)
+
+
+def _position_means(values: Tensor, kind: str) -> Tensor:
+    totals = _position_sums(values, kind)
+    return totals * (totals.numel() / values.numel())
 
 
 def _position_sums(values: Tensor, kind: str) -> Tensor:
-    """Sum of ``|values|`` over positions: ``(n, C)``, in float32 or wider."""
+    """Sum over positions: ``(n, C)``, in float32 or wider."""
     positions = [dim for dim in range(1, values.ndim) if dim != _channel_dim(values, kind)]
     dtype = torch.promote_types(values.dtype, torch.float32)
-    size = values.detach().abs()
-    return size.sum(positions, dtype=dtype) if positions else size.to(dtype)
+    return values.sum(positions, dtype=dtype) if positions else values.to(dtype)
 
 
 def _channel_dim(values: Tensor, kind: str) -> int:

@@ -6,14 +6,15 @@ Data are read once, in constant memory. Sums over samples are in float64, so tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.channel_means import Measure, RunningMean, activations, gradients
+from attackroute.attacks.application import Attack, attack_name
+from attackroute.channel_means import Measure, Measured, RunningMean, activations, attributions, changes, gradients
+from attackroute.channel_stream import layer_channels, measured, opened, under_attack
 from attackroute.errors import UserError
 from attackroute.layers import frozen
 from attackroute.nearest import did_you_mean
@@ -26,7 +27,10 @@ from attackroute.streams import Data, batches, samples_in
 from attackroute.trace import Progress
 
 _MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
-CRITERIA = (*_MEASURES, "weight", "random")
+_COMPARISONS: dict[str, Callable[..., Measured]] = {"sensitivity": changes, "attribution": attributions}
+CRITERIA = (*_MEASURES, *_COMPARISONS, "weight", "random")
+NEED_ATTACK = tuple(_COMPARISONS)
+"""The criteria that compare images with attacked ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +42,14 @@ class ChannelScores:
         values: For each layer, in forward order, one score per channel: float64 ``(C,)`` on the CPU; larger is better.
         samples: How many samples were read; 0 for a criterion that needs none.
         seed: The seed of a random criterion, else None.
+        attack: The attack of a criterion that compares images with attacked ones, else None.
     """
 
     by: str
     values: Mapping[str, Tensor]
     samples: int = 0
     seed: int | None = None
+    attack: str | None = None
 
     def route(self, width: float = 0.3) -> Route:
         """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index.
@@ -51,7 +57,7 @@ class ChannelScores:
         Raises:
             UserError: The width is outside (0, 1], or a score is NaN.
         """
-        origin = Provenance(self.samples, width, seed=self.seed, criterion=self.by)
+        origin = Provenance(self.samples, width, attack=self.attack, seed=self.seed, criterion=self.by)
         return Route.from_masks({layer: top_k(scores, width) for layer, scores in self.values.items()}, None, origin)
 
 
@@ -61,6 +67,7 @@ def rank_channels(
     by: str,
     width: float = 0.3,
     *,
+    attack: Attack | None = None,
     batch_size: int = 128,
     seed: int = 0,
     linear: bool = False,
@@ -73,6 +80,8 @@ def rank_channels(
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
         by: The criterion, see :func:`channel_scores`.
         width: Share of each layer's channels to keep, in (0, 1].
+        attack: What ``by="sensitivity"`` and ``by="attribution"`` compare the images with, as in
+            ``ar.parse_attack("pgd")``; the other criteria read the images as they are.
         batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
         seed: Seed of ``by="random"``.
         linear: Whether linear maps are route layers too; their neurons are output features.
@@ -85,8 +94,9 @@ def rank_channels(
         UserError: As :func:`channel_scores`, or the width is outside (0, 1].
     """
     check_width(width)
-    scores = channel_scores(model, data, by, batch_size=batch_size, seed=seed, linear=linear, progress=progress)
-    return scores.route(width)
+    return channel_scores(
+        model, data, by, attack=attack, batch_size=batch_size, seed=seed, linear=linear, progress=progress
+    ).route(width)
 
 
 def channel_scores(
@@ -94,6 +104,7 @@ def channel_scores(
     data: Data,
     by: str,
     *,
+    attack: Attack | None = None,
     batch_size: int = 128,
     seed: int = 0,
     linear: bool = False,
@@ -104,6 +115,10 @@ def channel_scores(
     The model runs in eval mode on the device of its parameters and comes back as it was. Criteria:
 
     * ``"activation"``: mean over samples and positions of ``|Z^m|``, at the layer's own output.
+    * ``"sensitivity"``: mean over samples and positions of ``|Z^m(x) - Z^m(x')|``, x' the attacked image.
+    * ``"attribution"``: attribution patching, mean over samples of ``- sum over positions of (Z^m(x) - Z^m(x')) *
+      dL/dZ^m(x')``: the first-order estimate of the loss on x' that a transplant of the channel takes away, with L as
+      for ``"gradient"``. Below zero for channels whose clean values would raise the loss.
     * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain,
       :func:`attackroute.outgoing.outgoing_norms`.
     * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross
@@ -117,43 +132,44 @@ def channel_scores(
         model: As for :func:`rank_channels`, and so are the others.
         data: Images, with labels or without.
         by: The criterion.
+        attack: For the criteria that compare images with attacked ones. A sample without a label is attacked for the
+            model's prediction on its clean image, and L is that of this label.
         batch_size: Rows per forward pass when ``data`` is tensors.
         seed: Seed of ``by="random"``.
         linear: Whether linear maps are route layers too.
         progress: Called after every batch that is read in full.
 
     Raises:
-        UserError: The criterion is unknown, there is no route layer, an input does not fit the model, values are not
-            finite, or ``by="weight"`` is not defined for the network.
+        UserError: The criterion is unknown, or needs an attack and has none; there is no route layer, an input does
+            not fit the model, values are not finite, or ``by="weight"`` is not defined for the network.
     """
     if by not in CRITERIA:
         raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
+    measure = _measure(by, attack)
     with frozen(model), torch.inference_mode(False):
         stream = batches(model, data, batch_size)
-        first = next(stream, None)
-        if first is None:
-            raise UserError("the data hold no sample: the loader is empty")
-        # two samples, also of one: in a batch of one a gate looks like a constant factor
-        probe = torch.cat([first[0][:1], first[0][-1:]])
-        layers = record_first(model, probe, linear=linear).layers
-        channels = {layer.name: layer.channels for layer in layers}
-        if by == "weight":
-            return ChannelScores(by, outgoing_norms(layers))
-        if by == "random":
-            draws = {layer: _draws(seed, layer, count) for layer, count in channels.items()}
-            return ChannelScores(by, draws, seed=seed)
+        if measure is None:
+            probe, _ = opened(stream)
+            if by == "weight":
+                return ChannelScores(by, outgoing_norms(record_first(model, probe, linear=linear).layers))
+            channels = layer_channels(model, probe, linear=linear)
+            return ChannelScores(by, {layer: _draws(seed, layer, channels[layer]) for layer in channels}, seed=seed)
         mean = RunningMean()
-        for images, labels in chain([first], stream):
-            measured = _MEASURES[by](model, images, labels, linear=linear)
-            if [(layer, values.shape[1]) for layer, values in measured.values.items()] != list(channels.items()):
-                raise UserError(
-                    "the model ran other layers on this batch than on the first one: its structure must not vary"
-                )
-            mean.add(measured)
-            if progress is not None:
-                progress(mean.samples, samples_in(data))
-    parts = mean.value().split(list(channels.values()))
-    return ChannelScores(by, dict(zip(channels, parts, strict=True)), mean.samples)
+        for found in measured(model, stream, measure, linear=linear, progress=progress, total=samples_in(data)):
+            mean.add(found)
+    compared = attack_name(attack) if attack is not None and by in NEED_ATTACK else None
+    return ChannelScores(by, mean.by_layer(), mean.samples, attack=compared)
+
+
+def _measure(by: str, attack: Attack | None) -> Measure | None:
+    """How a criterion measures a batch; None where it needs no data."""
+    if by not in _COMPARISONS:
+        return _MEASURES.get(by)
+    if attack is None:
+        raise UserError(
+            f"criterion {by!r} compares images with attacked ones: pass attack=..., such as ar.parse_attack('pgd')"
+        )
+    return under_attack(_COMPARISONS[by], attack)
 
 
 def _draws(seed: int, layer: str, channels: int) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute.attacks.contract import Perturbation
+from attackroute.attacks.application import Attack, attack_name, attacked
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.edges import critical_sums, influence_matrix
 from attackroute.errors import UserError
@@ -23,9 +23,6 @@ from attackroute.seeds import Loss, checked_labels, checked_logits, seed_gradien
 from attackroute.selection import check_width, top_k
 from attackroute.streams import Data, batches, samples_in
 from attackroute.structure import AUTOGRAD, Structure
-
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""``(model, images, labels) -> images``, as everything in :mod:`attackroute.attacks`."""
 
 Progress = Callable[[int, "int | None"], None]
 """Called after every batch with the number of samples done and, where known, in all."""
@@ -79,7 +76,7 @@ def trace_routes(
                 engine = _Engine.probe(model, images, linear=linear)
                 structure = engine.structure
                 builder = InstanceRoutesBuilder(structure.names, structure.channels, width, keep_scores=keep_scores)
-            shown, answers = (images, labels) if attack is None else _attacked(model, attack, images, labels)
+            shown, answers = (images, labels) if attack is None else attacked(model, attack, images, labels)
             result = engine.trace(shown, answers, width, loss)
             assert builder is not None
             builder.add(
@@ -93,7 +90,7 @@ def trace_routes(
                 progress(done, total)
     if engine is None or builder is None:
         raise UserError("the data hold no sample: the loader is empty")
-    provenance = Provenance(done, width, attack=None if attack is None else _name(attack))
+    provenance = Provenance(done, width, attack=None if attack is None else attack_name(attack))
     return builder.build(methods=engine.structure.methods, provenance=provenance)
 
 
@@ -196,24 +193,6 @@ class _Engine:
         if layer.kind == "conv2d":
             size = size.movedim(1, -1)
         return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)
-
-
-def _attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A batch after the attack, and the labels that it was attacked for."""
-    if labels is None:
-        with torch.no_grad(), explained(images):
-            labels = checked_logits(model(images.clone()), images.shape[0]).argmax(1)
-    attacked = attack(model, images, labels)
-    if not isinstance(attacked, Tensor) or attacked.shape != images.shape:
-        found = tuple(attacked.shape) if isinstance(attacked, Tensor) else type(attacked).__name__
-        raise UserError(f"the attack returns {found} for images of shape {tuple(images.shape)}")
-    if not torch.isfinite(attacked).all():
-        raise UserError("the attack returns NaN or inf")
-    return attacked.detach().to(images), labels
-
-
-def _name(attack: Attack) -> str:
-    return str(attack) if isinstance(attack, Perturbation) else getattr(attack, "__name__", type(attack).__name__)
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -1,0 +1,95 @@
+"""Measures of channels, taken batch by batch over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.attacks.application import Attack, attacked
+from attackroute.channel_means import Measure, Measured
+from attackroute.edits import CHANNEL_DIM
+from attackroute.errors import UserError
+from attackroute.explanations import explained
+from attackroute.layers import LayerCall, LayerCalls
+from attackroute.trace import Progress
+
+Batches = Iterator[tuple[Tensor, "Tensor | None"]]
+"""Images and what belongs to them: labels, or attacked images."""
+
+
+def opened(stream: Batches) -> tuple[Tensor, Batches]:
+    """Two images that show a model's structure, and the whole stream.
+
+    They are the first batch's first and last, two even of one: in a batch of one a gate looks like a constant factor.
+
+    Raises:
+        UserError: There is no sample.
+    """
+    first = next(stream, None)
+    if first is None:
+        raise UserError("the data hold no sample: the loader is empty")
+    return torch.cat([first[0][:1], first[0][-1:]]), chain([first], stream)
+
+
+def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, int]:
+    """Names and channels of the route layers that a frozen model runs on images, in forward order.
+
+    Raises:
+        UserError: There is none, or the model cannot run on the images.
+    """
+    found: dict[str, int] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        found[call.name] = output.shape[CHANNEL_DIM[call.kind]]
+        return output
+
+    with torch.no_grad(), explained(images), LayerCalls(model, visit, linear=linear):
+        model(images.clone())
+    if not found:
+        hint = "" if linear else "; for networks of linear maps pass linear=True"
+        raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")
+    return found
+
+
+def measured(
+    model: nn.Module,
+    stream: Batches,
+    measure: Measure,
+    *,
+    linear: bool = False,
+    progress: Progress | None = None,
+    total: int | None = None,
+) -> Iterator[Measured]:
+    """Measure batch after batch on a frozen model, all with the layers of the first.
+
+    Raises:
+        UserError: There is no sample or no route layer, the model cannot run on the images, or its structure varies.
+    """
+    probe, stream = opened(stream)
+    expected = layer_channels(model, probe, linear=linear)
+    done = 0
+    for images, other in stream:
+        with explained(images):
+            found = measure(model, images, other, linear=linear)
+        if [(layer, values.shape[1]) for layer, values in found.values.items()] != list(expected.items()):
+            raise UserError(
+                "the model ran other layers on this batch than on the first one: its structure must not vary"
+            )
+        yield found
+        done += images.shape[0]
+        if progress is not None:
+            progress(done, total)
+
+
+def under_attack(compare: Callable[..., Measured], attack: Attack) -> Measure:
+    """A measure of images and labels from one of images, attacked images and labels."""
+
+    def measure(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
+        changed, answers = attacked(model, attack, images, labels)
+        return compare(model, images, changed, answers, linear=linear)
+
+    return measure
