@@ -12,8 +12,11 @@ from attackroute.version import __version__
 
 if TYPE_CHECKING:
     from attackroute.attacks import parse_attack
+    from attackroute.channel_measurements import gradient, sensitivity
     from attackroute.data import load_data
     from attackroute.errors import UserError
+    from attackroute.evaluation import evaluate
+    from attackroute.evaluation_table import Evaluation
     from attackroute.hardness_metric import Hardness, hardness
     from attackroute.instances import InstanceRoutes
     from attackroute.interventions import deactivate, record_outputs, transplant, weaken
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from attackroute.training import TrainSettings, train
 
 __all__ = [
+    "Evaluation",
     "Hardness",
     "InstanceRoutes",
     "Route",
@@ -32,6 +36,8 @@ __all__ = [
     "__version__",
     "build_model",
     "deactivate",
+    "evaluate",
+    "gradient",
     "hardness",
     "influence",
     "load_data",
@@ -39,6 +45,7 @@ __all__ = [
     "parse_attack",
     "rank_channels",
     "record_outputs",
+    "sensitivity",
     "trace_routes",
     "train",
     "transplant",
@@ -47,6 +54,7 @@ __all__ = [
 
 # A module must never bear the name of a public function: importing it would shadow the function.
 _HOMES = {
+    "Evaluation": "evaluation_table",
     "Hardness": "hardness_metric",
     "InstanceRoutes": "instances",
     "Route": "routes",
@@ -54,6 +62,8 @@ _HOMES = {
     "UserError": "errors",
     "build_model": "models",
     "deactivate": "interventions",
+    "evaluate": "evaluation",
+    "gradient": "channel_measurements",
     "hardness": "hardness_metric",
     "influence": "trace",
     "load_data": "data",
@@ -61,6 +71,7 @@ _HOMES = {
     "parse_attack": "attacks",
     "rank_channels": "rivals",
     "record_outputs": "interventions",
+    "sensitivity": "channel_measurements",
     "trace_routes": "trace",
     "train": "training",
     "transplant": "interventions",
