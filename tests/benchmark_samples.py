@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attackroute.benchmark import breakdown
+from attackroute.benchmark.attack_speed import AttackSpeed
 from attackroute.benchmark.cases import Case
 from attackroute.benchmark.extrapolation import LayerWork, NaiveResult
 from attackroute.benchmark.memory import MemoryResult, Peaks
@@ -53,6 +54,17 @@ def speed_result(**changes: object) -> SpeedResult:
         "watched": Runs((first, first, first | {"top-k": 4.0})),
     }
     return SpeedResult(**{**values, **changes})
+
+
+def attack_result(left_out: tuple[str, ...] = ("foolbox",)) -> AttackSpeed:
+    return AttackSpeed(
+        128,
+        ours=runs(2.0, 4.0, 5.0),
+        passes=runs(2.0, 2.0, 4.0),
+        others={"torchattack": runs(3.0, 5.0, 5.0), "torchattacks": runs(2.0, 5.0, 5.0)},
+        versions={"torchattack": "1.7.2", "torchattacks": "3.5.1"},
+        left_out=left_out,
+    )
 
 
 def memory_result(before: int = 100) -> MemoryResult:

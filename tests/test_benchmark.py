@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from importlib.metadata import version
 from itertools import count
 from types import SimpleNamespace
 
@@ -11,13 +13,14 @@ import torch
 from torch import nn
 
 from attackroute import trace
-from attackroute.benchmark import Plan, breakdown, memory, memory_probe
+from attackroute.attacks import PGD
+from attackroute.benchmark import Plan, attack_speed, breakdown, memory, memory_probe
 from attackroute.benchmark.cases import workload
 from attackroute.benchmark.memory import Peaks, measure_memory
 from attackroute.benchmark.speed import measure_speed, training_step
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, in_threads, interleaved
 from attackroute.errors import UserError
-from benchmark_samples import TINY, Hands, memory_result, speed_result
+from benchmark_samples import TINY, Hands, attack_result, memory_result, speed_result
 
 
 def ticking() -> Stopclock:
@@ -217,6 +220,61 @@ def test_training_steps_leave_the_network_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in load.model.state_dict().items())
     assert all(parameter.grad is None for parameter in load.model.parameters())
     assert not load.model.training
+
+
+# --- attack
+
+
+def test_arithmetic_of_attacks():
+    result = attack_result()
+    assert result.overhead.values == (1.0, 2.0, 1.25)
+    assert result.ratio("torchattack").values == (1.5, 1.25, 1.0)
+    content = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert content["others_to_ours"]["torchattacks"]["median"] == 1.0
+    assert content["left_out"] == ["foolbox"]
+    assert set(content["seconds"]) == {"ours", "passes", "torchattack", "torchattacks"}
+
+
+def test_an_attack_is_measured_against_what_is_installed(monkeypatch):
+    calls = []
+
+    def peer(name):
+        def prepare(model, images, labels):
+            assert not any(module.training for module in model.modules())
+
+            def attack() -> None:
+                assert all(parameter.grad is None for parameter in model.parameters())
+                nn.functional.cross_entropy(model(images), labels).backward()
+                calls.append((name, tuple(images.shape)))
+
+            return attack
+
+        return prepare
+
+    monkeypatch.setattr(attack_speed, "PEERS", {name: peer(name) for name in ("torch", "no_such_library", "pytest")})
+    state, turns = torch.get_rng_state(), []
+    result = attack_speed.measure_attack(Plan(repeats=2, batch_size=3), lambda: turns.append(1))
+    assert len(turns) == 3 and torch.equal(torch.get_rng_state(), state)
+    assert calls == [("torch", (3, 3, 32, 32)), ("pytest", (3, 3, 32, 32))] * 3
+    assert (list(result.others), result.left_out) == (["torch", "pytest"], ("no_such_library",))
+    assert result.versions["torch"] == version("torch")
+    assert len(result.overhead.values) == 2 and result.overhead.low > 0.5
+
+
+@pytest.mark.parametrize("name", list(attack_speed.PEERS))
+def test_other_libraries_run_the_attack_that_is_timed(name, monkeypatch):
+    """Without random starts they and this package make the same images."""
+    pytest.importorskip(name)
+    from attack_samples import images, network
+
+    x, y = images(16)
+    model = network().double()
+    attack = attack_speed.PEERS[name](copy.deepcopy(model), x.double(), y)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, *_, **__: tensor.zero_())
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, 0.5, **options))
+    found = attack()
+    expected = PGD(random_start=False)(model, x.double(), y)
+    torch.testing.assert_close(found.detach(), expected, atol=1e-9, rtol=0)
 
 
 # --- memory

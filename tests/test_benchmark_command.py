@@ -14,7 +14,7 @@ from attackroute.benchmark.plan import CASE_NAMES
 from attackroute.cli import benchmark as command
 from attackroute.cli.app import app
 from attackroute.errors import UserError
-from benchmark_samples import memory_result, naive_result, speed_result
+from benchmark_samples import attack_result, memory_result, naive_result, speed_result
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,14 @@ def fake_parts(monkeypatch) -> list[tuple[str, bool]]:
 
     monkeypatch.setattr(report, "measure_speed", speed)
     monkeypatch.setattr(report, "measure_naive", naively)
+
+    def attack(plan, advance):
+        for _ in range(plan.turns + 1):
+            advance()
+        return attack_result()
+
     monkeypatch.setattr(report, "measure_memory", remember)
+    monkeypatch.setattr(report, "measure_attack", attack)
     return asked
 
 
@@ -72,13 +79,13 @@ def test_all_cases_are_measured_and_every_step_is_counted(monkeypatch):
     steps = []
     result = run_benchmark(Plan(channels_last=True), lambda *step: steps.append(step))
     assert asked == [(case.name, form) for case in SPEED_CASES for form in (False, True)]
-    assert result.naive is not None and result.memory is not None
+    assert result.naive is not None and result.memory is not None and result.attack is not None
     done, totals, messages = zip(*steps, strict=True)
     assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]} == {10 * 8 - 8 + 12}
+    assert set(totals) == {done[-1]} == {10 * 8 + 12}
     assert "resnet50, channels_last" in messages
     only = run_benchmark(Plan(cases=("memory",)))
-    assert (only.speed, only.naive) == ((), None) and only.memory is not None
+    assert (only.speed, only.naive, only.attack) == ((), None, None) and only.memory is not None
 
 
 def test_want_of_memory_is_one_line(monkeypatch):
@@ -112,6 +119,9 @@ def test_tables(monkeypatch):
     assert "10,000 such images by the trace, extrapolated: 2.5 (1.7-3.3) minutes;" in rows
     assert any("GTX 1080: 7.4 hours" in row for row in rows)
     assert "trace / inference, 16 x 224x224 0 MB 0 MB 1.10 (1.00-1.20)" in rows
+    assert "torchattack 1.7.2 5,000 (3,000-5,000) ms 1.25 (1.00-1.50)" in rows
+    assert "Ours / 10 bare forward and backward passes: 1.25 (1.00-2.00)" in rows
+    assert "Not installed, and left out: foolbox" in rows
 
 
 def test_json_and_quiet(monkeypatch):
@@ -120,7 +130,7 @@ def test_json_and_quiet(monkeypatch):
     content = json.loads(result.stdout)
     assert set(content) == {
         *("versions", "device", "threads", "dtype", "repeats", "quick", "seed"),
-        *("speed", "naive", "memory"),
+        *("speed", "naive", "memory", "attack"),
     }
     assert set(content["versions"]) == {"attackroute", "torch", "torchvision", "python"}
     assert (content["repeats"], content["dtype"], content["memory"]) == (7, "float32", None)

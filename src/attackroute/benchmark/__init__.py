@@ -1,4 +1,4 @@
-"""What a trace costs: against a plain forward pass, a training step and the naive way, in time and in memory."""
+"""What traces and attacks cost: in time, against other ways of doing the same, and in memory."""
 
 from __future__ import annotations
 

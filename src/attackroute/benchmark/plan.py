@@ -13,7 +13,8 @@ from attackroute.nearest import did_you_mean
 
 NAIVE = "naive"
 MEMORY = "memory"
-CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY)
+ATTACK = "pgd"
+CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY, ATTACK)
 
 _QUICK_CASES = (SPEED_CASES[0].name, NAIVE, MEMORY)
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torchvision
 
+from attackroute.benchmark.attack_speed import AttackSpeed, measure_attack
 from attackroute.benchmark.extrapolation import NaiveResult, measure_naive
 from attackroute.benchmark.memory import MemoryResult, measure_memory, memory_processes
-from attackroute.benchmark.plan import MEMORY, NAIVE, Plan
+from attackroute.benchmark.plan import ATTACK, MEMORY, NAIVE, Plan
 from attackroute.benchmark.speed import SpeedResult, measure_speed
 from attackroute.benchmark.timing import in_threads
 from attackroute.errors import UserError
@@ -81,6 +82,7 @@ class BenchmarkReport:
         speed: Time against a plain forward pass and a training step.
         naive: Time against the naive way; None where it was not asked for.
         memory: Peak memory; None where it was not asked for.
+        attack: Time of an attack against other libraries; None where it was not asked for.
     """
 
     environment: Environment
@@ -88,6 +90,7 @@ class BenchmarkReport:
     speed: tuple[SpeedResult, ...]
     naive: NaiveResult | None
     memory: MemoryResult | None
+    attack: AttackSpeed | None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, each repeat included, as JSON values."""
@@ -99,6 +102,7 @@ class BenchmarkReport:
             "speed": [result.to_json() for result in self.speed],
             "naive": None if self.naive is None else self.naive.to_json(),
             "memory": None if self.memory is None else self.memory.to_json(),
+            "attack": None if self.attack is None else self.attack.to_json(),
         }
 
 
@@ -115,7 +119,8 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
     formats = (False, True) if plan.channels_last else (False,)
     loads = [(case, form) for case in plan.speed_cases for form in formats]
     turns = plan.turns + 1
-    total = turns * (len(loads) + plan.includes(NAIVE)) + memory_processes(plan) * plan.includes(MEMORY)
+    timed = len(loads) + plan.includes(NAIVE) + plan.includes(ATTACK)
+    total = turns * timed + memory_processes(plan) * plan.includes(MEMORY)
     steps = Steps(progress, total)
     try:
         with in_threads(plan.threads):
@@ -124,14 +129,17 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
             for case, channels_last in loads:
                 steps.begin(f"{case.name}{', channels_last' if channels_last else ''}")
                 speed.append(measure_speed(case, plan, channels_last=channels_last, advance=steps.advance))
-            naive = memory = None
+            naive = memory = attack = None
             if plan.includes(NAIVE):
                 steps.begin("the naive way, in part")
                 naive = measure_naive(plan, steps.advance)
             if plan.includes(MEMORY):
                 steps.begin("memory, in processes of their own")
                 memory = measure_memory(plan, steps.advance)
+            if plan.includes(ATTACK):
+                steps.begin("an attack, by several libraries")
+                attack = measure_attack(plan, steps.advance)
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the device's memory does not suffice ({reason}); give a smaller --batch-size") from error
-    return BenchmarkReport(environment, plan, tuple(speed), naive, memory)
+    return BenchmarkReport(environment, plan, tuple(speed), naive, memory, attack)

@@ -34,6 +34,8 @@ EXAMPLES = """
                   torch.func.jacrev; both extrapolated from random parts, since they take minutes for one image
    memory         peaks of a trace and of plain inference, and of traces of few and of many images, each in its own
                   process
+   pgd            projected gradient descent, 10 steps on a quarter-width VGG-16, against torchattack, torchattacks and
+                  foolbox, where they are installed
 
  The numbers:
 
@@ -52,6 +54,7 @@ class Cases(str, Enum):
     MOBILENET_V2 = "mobilenet_v2"
     NAIVE = "naive"
     MEMORY = "memory"
+    PGD = "pgd"
 
 
 _MEASUREMENTS = "The measurements"

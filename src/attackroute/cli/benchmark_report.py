@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 
 from attackroute.benchmark import BenchmarkReport
+from attackroute.benchmark.attack_speed import MODEL, STEPS, WIDTH, AttackSpeed
 from attackroute.benchmark.extrapolation import AIM, PAPER_HOURS, PAPER_IMAGES, NaiveResult
 from attackroute.benchmark.memory import LIMIT, MemoryResult
 from attackroute.benchmark.speed import SpeedResult
-from attackroute.benchmark.timing import Spread
+from attackroute.benchmark.timing import Runs, Spread
 from attackroute.cli.console import Output
 from attackroute.display import plural
 
@@ -28,6 +29,8 @@ def show(output: Output, report: BenchmarkReport) -> None:
         _show_naive(output, report.naive)
     if report.memory is not None:
         _show_memory(output, report.memory)
+    if report.attack is not None:
+        _show_attack(output, report.attack)
 
 
 def _show_speed(output: Output, results: Sequence[SpeedResult]) -> None:
@@ -102,6 +105,22 @@ def _show_memory(output: Output, result: MemoryResult) -> None:
         ],
     )
     output.line(f"To be kept: at most {LIMIT:.2f} for the first row, 1 (flat in the number of samples) for the last.")
+
+
+def _show_attack(output: Output, result: AttackSpeed) -> None:
+    rows = [["attackroute", _milliseconds(result.ours), "1"]]
+    rows += [
+        [f"{name} {result.versions[name]}", _milliseconds(runs), _ratio(result.ratio(name))]
+        for name, runs in result.others.items()
+    ]
+    output.table([f"PGD-{STEPS}, {MODEL} x {WIDTH}, {result.batch_size} images", "time", "time / ours"], rows)
+    output.line(f"Ours / {STEPS} bare forward and backward passes: {_ratio(result.overhead)}")
+    if result.left_out:
+        output.line(f"Not installed, and left out: {', '.join(result.left_out)}")
+
+
+def _milliseconds(runs: Runs) -> str:
+    return f"{_spread(_scaled(runs.totals, 1e3), digits=0)} ms"
 
 
 def _megabytes(values: Sequence[int]) -> str:
