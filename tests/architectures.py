@@ -306,7 +306,7 @@ def tokens() -> nn.Module:
 
 
 def dynamic() -> nn.Module:
-    """A kernel that is computed from an earlier layer's output."""
+    """A kernel that is computed from an earlier layer's output, over all samples."""
 
     def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
         z = parts["a"](x)

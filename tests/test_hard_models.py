@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from architectures import Head, randomised
+from architectures import Head, dynamic, randomised
 from attackroute.errors import UserError
 from attackroute.trace import trace_routes
 from hard_models import HARD, HARD_LINEAR, two, using
@@ -147,6 +147,12 @@ def test_a_kernel_that_is_overwritten_later() -> None:
 def test_networks_that_mix_samples_are_refused(between: Callable[[Tensor], Tensor]) -> None:
     model, images, labels = ready(two(between))
     with pytest.raises(UserError, match="sample"):
+        trace_routes(model, (images, labels))
+
+
+def test_a_kernel_that_is_computed_from_all_samples_is_refused() -> None:
+    model, images, labels = ready(dynamic)
+    with pytest.raises(UserError, match="depends on another image"):
         trace_routes(model, (images, labels))
 
 

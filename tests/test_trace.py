@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, dynamic, tokens
+from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, tokens
 from attackroute import oracle, windows
 from attackroute.edges import critical_sums, influence_matrix
 from attackroute.errors import UserError
@@ -19,7 +19,7 @@ from attackroute.recorder import record
 from attackroute.trace import influence, trace_routes
 from tracing import check, deviation, ready, same_routes, small, worst
 
-EVERY = {**CLOSED, **MIXED, "dynamic": dynamic}
+EVERY = {**CLOSED, **MIXED}
 METHODS = {"closed-form", "autograd"}
 
 
