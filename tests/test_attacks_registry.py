@@ -38,7 +38,9 @@ EXAMPLES = {
     "pgd-l2:eps=1/2": PGDL2(0.5),
     "gaussian-noise": GaussianNoise(3),
     "gaussian-noise:severity=5,seed=2": GaussianNoise(5, seed=2),
+    "gaussian-noise:severity=none": GaussianNoise(3),
     "gaussian-noise:std=0.1": GaussianNoise(std=0.1),
+    "gaussian-noise:std=0.1,severity=4": GaussianNoise(std=0.1),
 }
 WITH_EXTRAS = {
     "autoattack:eps=4/255": ("pyautoattack", lambda: AutoAttack(4 / 255)),

@@ -22,8 +22,8 @@ class Perturbation:
 
     ``perturbation(model, images, labels, generator=None)`` returns perturbed images of the same shape, dtype, device
     and memory format, detached. The model is run in eval mode and comes back as it was. What is random depends on the
-    image and on ``seed`` alone, so that batch size and order do not matter; with a ``generator`` every call draws
-    anew, as training wants it.
+    image and on ``seed`` alone, so that batch size and order do not matter (save for AutoAttack and Square, which are
+    another package's and draw for a whole batch); with a ``generator`` every call draws anew, as training wants it.
 
     ``str()`` gives a specification that :func:`attackroute.attacks.parse_attack` reads back.
     """

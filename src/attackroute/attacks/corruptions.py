@@ -63,12 +63,12 @@ class GaussianNoise(Perturbation):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.severity is not None:
-            check_severity(self.severity)
-        if self.std is not None:
-            if not (isinstance(self.std, (int, float)) and 0 <= self.std < math.inf):
-                raise UserError(f"{self.name}: std {self.std} is not a standard deviation; give a number, 0 or more")
-            object.__setattr__(self, "severity", None)  # so that what prints and compares is what counts
+        severity = _SEVERITY if self.severity is None else self.severity
+        check_severity(severity)
+        if self.std is not None and not (isinstance(self.std, (int, float)) and 0 <= self.std < math.inf):
+            raise UserError(f"{self.name}: std {self.std} is not a standard deviation; give a number, 0 or more")
+        # what prints and compares is what counts
+        object.__setattr__(self, "severity", severity if self.std is None else None)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; the model is not used."""
