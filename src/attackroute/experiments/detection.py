@@ -195,7 +195,7 @@ def detect(
         try:
             routes = sample_routes(model, stream, width)
         except UserError:
-            if judged.counted:
+            if judged.counted or not judged.read:
                 raise
             raise UserError(
                 f"the network gets none of the {judged.samples} samples right when they are clean: check its weights "
@@ -260,6 +260,7 @@ class _Judged:
         self._notes: dict[str, list[Tensor]] = {"group": [], "seen": [], SOFTMAX: [], MARGIN: []}
         self.samples = 0
         self.counted = 0
+        self.read = False
 
     def stream(
         self, data: Iterator[tuple[Tensor, Tensor | None]], total: int | None, progress: Progress | None
@@ -281,6 +282,7 @@ class _Judged:
                         yield self._note(number, changed[fooled], logits_then[fooled]), None
             if progress is not None:
                 progress(self.samples, total)
+        self.read = True
 
     def notes(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """For each image that was streamed: 0 or its attack's number; the class seen in it; scores without routes."""

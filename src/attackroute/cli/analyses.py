@@ -1,0 +1,304 @@
+"""The experiments of ``attackroute analyze``: what each one needs, runs, draws and writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from attackroute.attacks import Perturbation
+from attackroute.attacks.application import attacked
+from attackroute.cli.console import Output, Progress
+from attackroute.data import ImageData, check_images
+from attackroute.errors import UserError
+from attackroute.experiments.accuracy_table import AccuracyTable
+from attackroute.experiments.attention import compare_attention
+from attackroute.experiments.deactivation import deactivation_accuracy
+from attackroute.experiments.detection import detect
+from attackroute.experiments.occurrence import tabulate_occurrence
+from attackroute.experiments.rankings import ROUTE
+from attackroute.experiments.responses import compare_responses
+from attackroute.experiments.sample_routes import sample_routes
+from attackroute.experiments.tables import Result, save_result, to_json
+from attackroute.experiments.transplanting import transplant_accuracy
+from attackroute.experiments.weakening import weakening_accuracy
+from attackroute.figures.accuracy_curves import accuracy_figures
+from attackroute.figures.attention_maps import attention_figure, attention_panels, panels_figure
+from attackroute.figures.detection_dots import detection_figure
+from attackroute.figures.occurrence_lines import occurrence_figure
+from attackroute.figures.response_boxes import responses_figure
+from attackroute.fingerprint import weights_digest
+from attackroute.instances import InstanceRoutes
+from attackroute.interventions import record_outputs
+from attackroute.layers import frozen
+from attackroute.rivals import ChannelScores, channel_scores
+from attackroute.routes import Route
+from attackroute.version import __version__
+
+RIVALS = ("activation", "weight", "gradient", "sensitivity", "attribution")
+_UNDER_ATTACK = ("sensitivity", "attribution")
+_WIDTH = 0.2  # the paper's, of a sample's route
+_SMALLEST_MAP = 4  # positions each way; maps of fewer show nothing
+_SHOWN = 4
+_NO_ATTACK = ("deactivate", "weaken")
+
+Figures = dict[str, Figure]
+
+
+@dataclass
+class Study:
+    """A network, images in two halves, and everything that experiments share.
+
+    Args:
+        network: The network on its device.
+        images: The images; half of them, drawn by the seed, decide on routes and ranks, the others are measured.
+        attacks: Attacks by name.
+        chosen: Names of layers; None for all.
+        share: Share of each layer's channels on the route.
+        at: Where channels are changed.
+        draws: Number of random controls.
+        batch_size: Images at a time.
+        seed: Of the halves.
+        origin: Further terms on which the results depend.
+        folder: Where the files go.
+        output: Where the words go.
+    """
+
+    network: nn.Module
+    images: ImageData
+    attacks: Mapping[str, Perturbation]
+    chosen: Sequence[str] | None
+    share: float
+    at: str
+    draws: int
+    batch_size: int
+    seed: int
+    origin: Mapping[str, Any]
+    folder: Path
+    output: Output
+    _scores: dict[str, ChannelScores] = field(default_factory=dict)
+
+    @cached_property
+    def halves(self) -> tuple[list[int], list[int]]:
+        """Indices of the images that decide on routes and ranks, and of those that are measured."""
+        count = len(self.images)
+        if count < 2:
+            raise UserError("one image is too few: half of the images decide on the route, the others are measured")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return sorted(order[: count // 2]), sorted(order[count // 2 :])
+
+    @property
+    def reference(self) -> Batches:
+        """The images that decide on routes and ranks."""
+        return Batches(self.images, self.halves[0], self.batch_size)
+
+    @property
+    def measured(self) -> Batches:
+        """The images that are measured."""
+        return Batches(self.images, self.halves[1], self.batch_size)
+
+    @cached_property
+    def routes(self) -> dict[str, InstanceRoutes]:
+        """Routes of the reference images by criterion."""
+        with self.output.progress("images traced") as progress:
+            return sample_routes(self.network, self.reference, _WIDTH, progress=_of(progress, len(self.reference)))
+
+    @cached_property
+    def route(self) -> Route:
+        """The model's route."""
+        whole = self.routes[ROUTE].aggregate(self.share)
+        route = whole if self.chosen is None else whole.restrict(self.chosen)
+        route.save(self.folder / "route.json")
+        return route
+
+    @cached_property
+    def rivals(self) -> dict[str, ChannelScores]:
+        """Channels ranked by other criteria on the reference images; attacks on them are the first one."""
+        attack = next(iter(self.attacks.values()))
+        found = {}
+        for by in RIVALS:
+            with self.output.progress(f"images ranked by {by}") as progress:
+                under = attack if by in _UNDER_ATTACK else None
+                found[by] = channel_scores(self.network, self.reference, by, attack=under, progress=progress)
+        return found
+
+    def run(self, name: str) -> tuple[Result, dict[str, Any]]:
+        """Run one experiment and write its files.
+
+        Returns:
+            The result, and the content of its JSON file.
+        """
+        started = time.perf_counter()
+        with self.output.progress(f"images, {name}") as progress:
+            result, figures = EXPERIMENTS[name](self, progress)
+        seconds = time.perf_counter() - started
+        save_result(result, figures, self.folder, name, terms=self.terms(name), seconds=seconds)
+        return result, {"seconds": seconds, **to_json(result)}
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """What the experiment's JSON file holds, if it was run on the same terms."""
+        try:
+            content = json.loads((self.folder / f"{name}.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        same = isinstance(content, dict) and content.get("terms") == json.loads(json.dumps(self.terms(name)))
+        return {key: value for key, value in content.items() if key != "terms"} if same else None
+
+    def terms(self, name: str) -> dict[str, Any]:
+        """All on which an experiment's result depends, as JSON values."""
+        return {
+            **self.origin,
+            "version": __version__,
+            "weights": self._digest,
+            "split": self.images.split,
+            "images": [len(self.images), *self.images.shape],
+            "seed": self.seed,
+            "batch-size": self.batch_size,
+            "layers": None if self.chosen is None else list(self.chosen),
+            "share": self.share,
+            "at": self.at,
+            "draws": self.draws,
+            "attacks": [str(attack) for attack in self.attacks.values()],
+        }
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.network)
+
+    def examples(self) -> tuple[Tensor, Tensor]:
+        """A few images to measure that the network gets right, out of the first batch."""
+        images, labels = next(iter(self.measured))
+        parameter = next(self.network.parameters())
+        images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+        with frozen(self.network), torch.no_grad():
+            right = (self.network(images).argmax(1) == labels).nonzero().flatten()
+        if not len(right):  # then it is the experiment that has to say so
+            right = torch.arange(1, device=images.device)
+        spread = torch.linspace(0, len(right) - 1, min(_SHOWN, len(right))).long()  # images often come class by class
+        chosen = right[spread.to(right.device)]
+        return images[chosen], labels[chosen]
+
+    def mapped_layer(self) -> str:
+        """The last layer whose maps have a few positions each way; the last of all if none has."""
+        images, _ = next(iter(self.reference))
+        parameter = next(self.network.parameters())
+        with frozen(self.network):
+            outputs = record_outputs(self.network, images[:2].to(parameter.device, parameter.dtype), self.route)
+        wide = [
+            layer for layer in self.route if outputs[layer].ndim == 4 and min(outputs[layer].shape[2:]) >= _SMALLEST_MAP
+        ]
+        return wide[-1] if wide else self.route.layers[-1]
+
+
+class Batches:
+    """Batches of some of the images, checked to be in [0, 1]."""
+
+    def __init__(self, images: ImageData, indices: Sequence[int], batch_size: int) -> None:
+        self._loader = DataLoader(Subset(images.dataset, indices), batch_size)
+        self.sampler = indices  # whose length tells how many samples there are
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._loader:
+            check_images(images)
+            yield images, labels
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def _of(progress: Progress, total: int) -> Callable[[int, int | None], None]:
+    return lambda done, _: progress(done, total)
+
+
+def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    routes = {"clean": study.routes[ROUTE]}
+
+    def stream(attack: Perturbation) -> Iterator[tuple[Tensor, Tensor]]:
+        parameter = next(study.network.parameters())
+        for images, labels in study.reference:
+            given = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+            yield attacked(study.network, attack, *given)
+
+    for name, attack in study.attacks.items():
+        found = sample_routes(
+            study.network, stream(attack), _WIDTH, rivals=(), progress=_of(progress, len(study.reference))
+        )
+        routes[name] = found[ROUTE]
+    routes |= {by: own for by, own in study.routes.items() if by != ROUTE}
+    models = {by: study.rivals[by].route(study.share) for by in RIVALS if by not in routes}
+    result = tabulate_occurrence(routes, models, width=study.share, seeds=range(study.draws))
+    return result, {"occurrence": occurrence_figure(result)}
+
+
+def _sensitivity(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    result = compare_responses(
+        study.network, study.measured, study.route, study.attacks, study.rivals, share=study.share,
+        seeds=range(study.draws), progress=progress,
+    )  # fmt: skip
+    return result, {"sensitivity": responses_figure(result)}
+
+
+def _transplant(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    result = transplant_accuracy(
+        study.network, study.measured, study.route, study.attacks, study.rivals, seeds=range(study.draws),
+        share=study.share, at=study.at, progress=progress,
+    )  # fmt: skip
+    return result, accuracy_figures(result)
+
+
+def _deactivate(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    result = deactivation_accuracy(
+        study.network, study.measured, study.route, study.rivals, seeds=range(study.draws), share=study.share,
+        at=study.at, progress=progress,
+    )  # fmt: skip
+    return result, accuracy_figures(result)
+
+
+def _weaken(study: Study, progress: Progress) -> tuple[AccuracyTable, Figures]:
+    result = weakening_accuracy(
+        study.network, study.measured, study.route, study.rivals, seeds=range(study.draws), share=study.share,
+        progress=progress,
+    )  # fmt: skip
+    return result, accuracy_figures(result)
+
+
+def _gradcam(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    layer = study.mapped_layer()
+    result = compare_attention(
+        study.network, study.measured, study.route, layer, study.attacks, study.rivals, share=study.share,
+        seeds=range(study.draws), at=study.at, progress=progress,
+    )  # fmt: skip
+    name, attack = next(iter(study.attacks.items()))
+    panels = attention_panels(study.network, *study.examples(), study.route, layer, attack, name, at=study.at)
+    maps = panels_figure(panels, study.images.classes)
+    return result, {"gradcam": maps, "gradcam-measures": attention_figure(result)}
+
+
+def _detect(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    result = detect(
+        study.network, study.measured, study.reference, study.attacks, width=_WIDTH, route_width=study.share,
+        seeds=range(study.draws), progress=progress,
+    )  # fmt: skip
+    return result, {"detect": detection_figure(result)}
+
+
+Experiment = Callable[[Study, Progress], tuple[Result, Figures]]
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "occurrence": _occurrence,
+    "sensitivity": _sensitivity,
+    "transplant": _transplant,
+    "deactivate": _deactivate,
+    "weaken": _weaken,
+    "gradcam": _gradcam,
+    "detect": _detect,
+}

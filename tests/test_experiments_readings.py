@@ -1,0 +1,342 @@
+"""Occurrence, responses, attention and detection, each against loops over samples and channels."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import combinations, product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attackroute.errors import UserError
+from attackroute.experiments.attention import CLEAN, ENTROPY, INSIDE, PART, SHIFT, compare_attention
+from attackroute.experiments.detection import ALL_LAYERS, MARGIN, RANDOM_ROUTE, SOFTMAX, detect
+from attackroute.experiments.moments import Moments
+from attackroute.experiments.occurrence import (
+    CLASSES,
+    OCCURRENCE,
+    OVERLAP,
+    RANDOM_ROUTES,
+    chance_jaccard,
+    tabulate_occurrence,
+)
+from attackroute.experiments.rankings import OFF_ROUTE, RANDOM, ROUTE, random_order
+from attackroute.experiments.responses import GRADIENT, SENSITIVITY, compare_responses
+from attackroute.experiments.sample_routes import sample_routes
+from attackroute.experiments.tables import csv_text, save_result, to_json
+from attackroute.figures.attention_maps import attention_figure, attention_panels, panels_figure
+from attackroute.figures.detection_dots import detection_figure
+from attackroute.figures.occurrence_lines import occurrence_figure
+from attackroute.figures.response_boxes import responses_figure
+from attackroute.gradcam import grad_cam
+from attackroute.instances import InstanceRoutes
+from attackroute.trace import trace_routes
+from experiment_samples import Case, counting, make_case, shifted
+from route_samples import instances
+
+LAYERS = ("0", "3", "8", "10")
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return make_case(14)
+
+
+def outputs(case: Case, image: Tensor) -> dict[str, Tensor]:
+    """What each layer gives for one image, module by module."""
+    found, x = {}, image[None]
+    for name, module in case.model.named_children():
+        x = module(x)
+        if name in LAYERS:
+            found[name] = x[0]
+    return found
+
+
+def plain(result: object) -> dict[str, object]:
+    return dict(json.loads(json.dumps(to_json(result), allow_nan=False)))  # type: ignore[arg-type]
+
+
+class TestOccurrence:
+    def test_is_a_mean_frequency_and_a_jaccard_index(self) -> None:
+        clean, other = instances(20, seed=1), instances(20, seed=2)
+        rival = instances(20, seed=3).aggregate(0.3)
+        found = tabulate_occurrence(
+            {"clean": clean, "pgd": other}, {"weight": rival}, share=0.3, width=0.3, seeds=(0, 1)
+        )
+        for layer, count in clean.channels.items():
+            size = max(1, round(0.3 * count))
+            for name, routes in (("clean", clean), ("pgd", other)):
+                shares = sorted((sum(map(bool, column)) / 20 for column in routes.masks[layer].T), reverse=True)
+                assert found.values(layer, OCCURRENCE, name) == pytest.approx([sum(shares[:size]) / size])
+            assert len(found.values(layer, OCCURRENCE, RANDOM_ROUTES)) == 2
+            ours = set(clean.aggregate(0.3).indices[layer])
+            for name, route in (("pgd", other.aggregate(0.3)), ("weight", rival)):
+                theirs = set(route.indices[layer])
+                assert found.values(layer, OVERLAP, "clean", name) == [len(ours & theirs) / len(ours | theirs)]
+            classes = [set(route.indices[layer]) for route in clean.by_label(0.3).values()]
+            pairs = [len(a & b) / len(a | b) for a, b in combinations(classes, 2)]
+            assert found.values(layer, CLASSES, "clean") == pytest.approx([sum(pairs) / len(pairs)])
+        assert "pgd" in found.reading() and "weight" in found.reading()
+        assert len(plain(found)["rows"]) == len(found.rows)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("left", "right", "channels"), [(2, 3, 6), (0, 0, 4), (5, 5, 5), (1, 4, 5), (4, 4, 6)])
+    def test_chance_is_the_mean_over_all_sets(self, left: int, right: int, channels: int) -> None:
+        ours = set(range(left))
+        values = [
+            len(ours & set(theirs)) / len(ours | set(theirs)) if ours | set(theirs) else 1.0
+            for theirs in combinations(range(channels), right)
+        ]
+        assert chance_jaccard(left, right, channels) == pytest.approx(sum(values) / len(values))
+
+    def test_random_routes_occur_as_often_as_their_width_in_the_long_run(self) -> None:
+        many = instances(4000, {"a": 10})
+        found = tabulate_occurrence({"clean": many}, width=0.3, share=0.5, seeds=(0,))
+        assert found.values("a", OCCURRENCE, RANDOM_ROUTES)[0] == pytest.approx(0.4, abs=0.02)
+
+    def test_routes_of_different_networks_are_refused(self) -> None:
+        with pytest.raises(UserError, match="'mine'"):
+            tabulate_occurrence({"clean": instances(), "mine": instances(channels={"a": 4})})
+        with pytest.raises(UserError, match="no instance routes"):
+            tabulate_occurrence({})
+
+
+class TestResponses:
+    def test_are_those_of_one_sample_at_a_time(self, case: Case) -> None:
+        with counting(case.model) as sizes:
+            found = compare_responses(
+                case.model,
+                case.data,
+                case.route,
+                {"shifted": shifted},
+                {"weight": case.weight},
+                seeds=(4,),
+                batch_size=5,
+            )
+        assert found.samples == 14 and found.forward_passes == len(sizes)
+        attacked = shifted(case.model, *case.data)
+        moved = {layer: [] for layer in LAYERS}  # type: dict[str, list[Tensor]]
+        steep = {layer: [] for layer in LAYERS}  # type: dict[str, list[Tensor]]
+        for i in range(14):
+            with torch.no_grad():
+                before, after = outputs(case, case.images[i]), outputs(case, attacked[i])
+            for layer in LAYERS:
+                moved[layer].append((before[layer] - after[layer]).abs().mean((1, 2)))
+            kept: dict[str, Tensor] = {}
+            x = case.images[i : i + 1]
+            for name, module in case.model.named_children():
+                x = module(x)
+                if name in LAYERS:
+                    x.retain_grad()
+                    kept[name] = x
+            nn.functional.cross_entropy(x, case.labels[i : i + 1]).backward()
+            for layer in LAYERS:
+                grad = kept[layer].grad
+                assert grad is not None
+                steep[layer].append(grad[0].abs().sum((1, 2)))
+        case.model.zero_grad(set_to_none=True)
+        sets = {ROUTE: case.route, OFF_ROUTE: case.route.complement(), RANDOM: case.route.random_like(4)}
+        sets["weight"] = case.weight.route(0.3)
+        for layer, (by, route) in product(LAYERS, sets.items()):
+            for quantity, attack, each in ((SENSITIVITY, "shifted", moved), (GRADIENT, None, steep)):
+                values = torch.stack(each[layer]).double().mean(0)[list(route.indices[layer])]
+                (row,) = found.of(layer, quantity, attack, by)
+                assert row.neurons == len(values)
+                assert row.mean == pytest.approx(float(values.mean()), rel=1e-4)
+                low, middle, high = (row.quantiles[i] for i in (0, 3, 6))
+                assert (low, high) == pytest.approx((float(values.min()), float(values.max())), rel=1e-4)
+                assert middle == pytest.approx(float(values.quantile(0.5)), rel=1e-4)
+        for verdict in found.verdicts():
+            (ours,) = found.of(verdict["layer"], verdict["quantity"], verdict["attack"], ROUTE)
+            theirs = [
+                r.mean for r in found.of(verdict["layer"], verdict["quantity"], verdict["attack"], verdict["control"])
+            ]
+            assert verdict["beats"] == all(ours.mean > value for value in theirs)
+        assert "gradient is higher than off-route" in found.reading() and plain(found)["samples"] == 14
+        assert responses_figure(found).axes[0].get_yscale() == "log"
+
+
+class TestAttention:
+    def test_measures_are_those_of_single_maps(self, case: Case) -> None:
+        with counting(case.model) as sizes:
+            found = compare_attention(
+                case.model, case.data, case.route, "3", {"shifted": shifted}, {"weight": case.weight}, seeds=(6,),
+                batch_size=5,
+            )  # fmt: skip
+        right = case.right()
+        assert (found.samples, found.counted, found.forward_passes) == (14, len(right), len(sizes))
+        assert len(sizes) == 2 * 3 + len(right)  # a clean and an attacked pass a batch, and those of the attack itself
+        sets = {ROUTE: case.route, OFF_ROUTE: case.route.complement(), RANDOM: case.route.random_like(6)}
+        sets["weight"] = case.weight.route(0.3)
+        expected: dict[tuple[str, str, str], list[float]] = {}
+        for by, route in sets.items():
+            for i in right:
+                image, label = case.images[i : i + 1], case.labels[i : i + 1]
+                maps = {}
+                for name, x in ((CLEAN, image), ("shifted", shifted(case.model, image, label))):
+                    large = [
+                        nn.functional.interpolate(
+                            grad_cam(case.model, x, "3", part["3"])[None], (13, 13), mode="bilinear"
+                        )
+                        for part in (route, route.complement())
+                    ]
+                    own, rest = (each[0, 0].double() for each in large)
+                    total = float(own.sum()) or math.nan  # a map that is all zero says nothing
+                    middle = [(y, z) for y in range(13) for z in range(13) if 3 < y + 0.5 < 10 and 3 < z + 0.5 < 10]
+                    inside = sum(float(own[y, z]) for y, z in middle)
+                    maps[name] = spread = own / total
+                    shares = [float(p) for p in spread.flatten() if not p <= 0]
+                    expected.setdefault((name, by, INSIDE), []).append(inside / total)
+                    entropy = -sum(p * math.log(p) for p in shares) / math.log(169)
+                    expected.setdefault((name, by, ENTROPY), []).append(entropy)
+                    total = float(own.sum())
+                    expected.setdefault((name, by, PART), []).append(total / (total + float(rest.sum())))
+                apart = float((maps[CLEAN] - maps["shifted"]).abs().sum()) / 2
+                expected.setdefault(("shifted", by, SHIFT), []).append(apart)
+        assert len(found.rows) == len(expected)
+        for row in found.rows:
+            every = torch.tensor(expected[row.images, row.criterion, row.measure]).double()
+            values = every[~every.isnan()]
+            assert len(every) == len(right) and row.mean.samples == len(values) > 2
+            assert row.mean.value == pytest.approx(float(values.mean()), rel=1e-3, abs=1e-6)
+            half = 1.96 * float(values.std()) / math.sqrt(len(values))
+            assert row.mean.half_width == pytest.approx(half, rel=1e-2, abs=1e-6)
+            ours = torch.tensor(expected[row.images, ROUTE, row.measure]).double()
+            assert row.more.value == pytest.approx(float((ours - every).nanmean()), rel=1e-3, abs=1e-6)
+        assert "shifts by" in found.reading() and plain(found)["map_size"] == [13, 13]
+        assert len(attention_figure(found).axes) == 4
+
+    def test_a_box_holds_the_energy_inside_it(self, case: Case) -> None:
+        whole = torch.tensor([[0.0, 0, 13, 13]]).expand(14, 4)
+        found = compare_attention(case.model, case.data, case.route, "3", {"s": shifted}, seeds=(), boxes=whole)
+        assert found.boxed and found.values(CLEAN, ROUTE, INSIDE)[0].mean.value == pytest.approx(1)
+        halves = [torch.tensor([[0.0, 0, 5, 13]]), torch.tensor([[5.0, 0, 13, 13]])]
+        parts = [
+            compare_attention(case.model, case.data, case.route, "3", {"s": shifted}, seeds=(), boxes=box.expand(14, 4))
+            for box in halves
+        ]
+        means = [part.values("s", OFF_ROUTE, INSIDE)[0].mean.value for part in parts]
+        assert sum(means) == pytest.approx(1) and min(means) > 0
+
+    def test_the_panels_share_one_scale_an_image(self, case: Case) -> None:
+        panels = attention_panels(case.model, *[part[:3] for part in case.data], case.route, "3", shifted, "shifted")
+        assert panels.cams.shape == (2, 2, 3, 13, 13)
+        assert panels.cams.amax((0, 1, 3, 4)).tolist() == pytest.approx([1, 1, 1])
+        clean = grad_cam(case.model, case.images[:3], "3", case.route["3"])
+        scale = panels.cams[0, 0] / nn.functional.interpolate(clean[:, None], (13, 13), mode="bilinear")[:, 0]
+        for each in scale:  # one factor for all positions
+            known = each[each.isfinite() & (each > 0)]
+            torch.testing.assert_close(known, known[0].expand_as(known), rtol=1e-3, atol=0)
+        figure = panels_figure(panels, ["a", "b", "c", "d", "e"])
+        assert sum(bool(axes.images) for axes in figure.axes[:24]) == 18
+
+    def test_bad_input_is_one_line(self, case: Case) -> None:
+        wrong = (case.model(case.images).argmax(1) + 1) % 5
+        boxes = torch.zeros(3, 4)
+        for arguments, options, message in (
+            ((case.data, case.route, "99", {"s": shifted}), {}, "no layer '99'"),
+            ((case.data, case.route, "3", {}), {}, "no attack"),
+            (((case.images, wrong), case.route, "3", {"s": shifted}), {}, "none of the 14 samples right"),
+            ((case.data, case.route, "3", {"s": shifted}), {"boxes": boxes}, "boxes"),
+            ((case.images, case.route, "3", {"s": shifted}), {}, "no labels"),
+        ):
+            with pytest.raises(UserError, match=message) as error:
+                compare_attention(case.model, *arguments, **options)  # type: ignore[arg-type]
+            assert "\n" not in str(error.value)
+
+
+class TestDetection:
+    def test_areas_are_those_of_all_pairs(self, case: Case) -> None:
+        with counting(case.model) as sizes:
+            found = detect(case.model, case.data, case.reference, {"shifted": shifted}, seeds=(3,), batch_size=5)
+        assert found.forward_passes == len(sizes) and found.reference == 14
+        classes = case.routes.by_label(0.3)
+        scores: dict[tuple[str, str], list[list[float]]] = {}
+        for i in case.right():
+            attacked = shifted(case.model, case.images[i : i + 1], case.labels[i : i + 1])
+            for group, image in enumerate((case.images[i : i + 1], attacked)):
+                with torch.no_grad():
+                    logits = case.model(image)[0].double()
+                seen = int(logits.argmax())
+                if (group and seen == case.labels[i]) or seen not in classes:
+                    continue
+                own = trace_routes(case.model, image)
+                fake = {
+                    layer: random_order(3, f"class {seen}/{layer}", range(count))[: len(classes[seen].indices[layer])]
+                    for layer, count in own.channels.items()
+                }
+                for score, theirs in ((ROUTE, classes[seen].indices), (RANDOM_ROUTE, fake)):
+                    distances = []
+                    for layer in LAYERS:
+                        ours, other = set(own.masks[layer][0].nonzero().flatten().tolist()), set(theirs[layer])
+                        distances.append(1 - len(ours & other) / len(ours | other))
+                        scores.setdefault((score, layer), [[], []])[group].append(distances[-1])
+                    scores.setdefault((score, ALL_LAYERS), [[], []])[group].append(sum(distances) / 4)
+                p = logits.softmax(0)
+                first, second = sorted(logits.tolist())[:-3:-1]
+                scores.setdefault((SOFTMAX, ALL_LAYERS), [[], []])[group].append(-float(p.max()))
+                scores.setdefault((MARGIN, ALL_LAYERS), [[], []])[group].append(second - first)
+        for (score, layer), (clean, attacked_scores) in scores.items():
+            pairs = [(a > c) + 0.5 * (abs(a - c) < 1e-9) * (not a > c) for a in attacked_scores for c in clean]
+            (row,) = found.values("shifted", score, layer)
+            assert (row.clean, row.attacked) == (len(clean), len(attacked_scores))
+            assert row.auroc == pytest.approx(sum(pairs) / len(pairs), abs=0.02), (score, layer)
+        assert {row.score for row in found.rows} == {ROUTE, "activation", "gradient", RANDOM_ROUTE, SOFTMAX, MARGIN}
+        assert len(detection_figure(found).axes) == 2 and "AUROC" in found.reading()
+        assert csv_text(found.records()).count("\n") == len(found.rows) + 1
+
+    def test_an_attack_that_fools_nobody_has_no_area(self, case: Case, tmp_path) -> None:
+        found = detect(case.model, case.data, case.reference, {"nothing": lambda model, x, y: x}, seeds=(0,))
+        assert all(math.isnan(row.auroc) and row.attacked == 0 for row in found.rows)
+        assert "fools the network on no image" in found.reading()
+        save_result(found, {"detect": detection_figure(found)}, tmp_path, "detect")
+        assert json.loads((tmp_path / "detect.json").read_text())["rows"][0]["auroc"] is None
+
+    def test_bad_input_is_one_line(self, case: Case) -> None:
+        wrong = (case.model(case.images).argmax(1) + 1) % 5
+        for arguments, message in (
+            ((case.data, case.reference, {}), "no attack"),
+            (((case.images, wrong), case.reference, {"s": shifted}), "none of the 14 samples right"),
+            ((case.data, case.reference[0], {"s": shifted}), "reference data have no labels"),
+            ((case.images, case.reference, {"s": shifted}), "no labels"),
+        ):
+            with pytest.raises(UserError, match=message) as error:
+                detect(case.model, *arguments)  # type: ignore[arg-type]
+            assert "\n" not in str(error.value)
+
+
+def test_sample_routes_by_simple_rules(case: Case) -> None:
+    found = sample_routes(case.model, [(case.images[:5], case.labels[:5]), (case.images[5:], case.labels[5:])])
+    assert found[ROUTE] == trace_routes(case.model, case.data)
+    for i in range(14):
+        with torch.no_grad():
+            values = outputs(case, case.images[i])
+        for layer in LAYERS:
+            size = max(1, round(0.2 * len(values[layer])))
+            best = values[layer].abs().mean((1, 2)).topk(size).indices.sort().values
+            assert found["activation"].masks[layer][i].nonzero().flatten().tolist() == best.tolist()
+    assert isinstance(found["gradient"], InstanceRoutes) and len(found["gradient"]) == 14
+
+
+def test_moments_leave_nan_out_and_do_not_depend_on_batches() -> None:
+    values = torch.randn(3, 50, dtype=torch.float64) + 1e6
+    values[0, ::7] = torch.nan
+    values[2] = torch.nan
+    for size in (1, 8, 50):
+        moments = Moments(3)
+        for part in values.split(size, dim=1):
+            moments.add(part)
+        for row, mean in zip(values[:2], moments.means(), strict=False):
+            known = row[~row.isnan()]
+            assert mean.samples == len(known) and mean.value == pytest.approx(float(known.mean()))
+            assert mean.half_width == pytest.approx(1.959964 * float(known.std()) / len(known) ** 0.5, rel=1e-6)
+        assert moments.means()[2].samples == 0 and math.isnan(moments.means()[2].value)
+
+
+def test_the_occurrence_figure_shows_every_series() -> None:
+    found = tabulate_occurrence({"clean": instances(20), "pgd": instances(20, seed=5)}, {}, width=0.3)
+    upper, lower = occurrence_figure(found).axes
+    first = [100 * found.values(layer, OCCURRENCE, "clean")[0] for layer in found.layers]
+    assert list(upper.lines[0].get_ydata()) == first
+    assert len(upper.lines) == 3 and len(lower.lines) == 3  # clean, pgd, random; pgd, classes, chance
