@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from attackroute.accuracy import Accuracy
 from attackroute.display import aligned, plural
 from attackroute.errors import UserError
@@ -165,4 +167,4 @@ def library_versions() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return {**versions, "torch": torch.__version__}  # with the accelerator that it was built for

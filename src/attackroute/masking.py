@@ -171,7 +171,7 @@ _CHECKS: tuple[_Paired | _Rare, ...] = (
         _RARE,
         "The cross entropy has a gradient at the images.",
         "The cross entropy's gradient is exactly zero, as with overlarge logits: attacks that follow it do nothing "
-        "(those made here follow its direction, which they find all the same).",
+        "(those made here do not depend on its size).",
     ),
     _Rare(
         "vanishing gradient of the logits",

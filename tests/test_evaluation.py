@@ -1,0 +1,305 @@
+"""Evaluation against a naive loop, its invariants, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import attackroute as ar
+from attackroute.accuracy import Accuracy
+from attackroute.attack_labels import short
+from attackroute.attacks import FGSM, GaussianNoise, Perturbation, parse_attack
+from attackroute.balls import Ball, ball_of
+from attackroute.errors import UserError
+from attackroute.evaluation_table import Evaluation
+from attackroute.sample_choice import SampleChoice
+from evaluated_models import ATTACKS, CLASSES, Noisy, Seen, Shift, images_and_labels, small_model
+
+
+@pytest.fixture(autouse=True)
+def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attackroute.masking._QUERIES", 5)
+    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 10)
+
+
+def counts(evaluation: Evaluation) -> dict[tuple[str, str], tuple[int, int]]:
+    return {(row.model, row.attack): (row.accuracy.correct, row.accuracy.total) for row in evaluation.rows}
+
+
+def naive(model: nn.Module, images: Tensor, labels: Tensor, attack: str | None) -> int:
+    """One image at a time."""
+    right = 0
+    for image, label in zip(images, labels, strict=True):
+        shown = image[None]
+        if attack is not None:
+            shown = parse_attack(attack)(model.eval(), shown, label[None])
+        right += int(model.eval()(shown).argmax() == label)
+    return right
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_accuracies_against_a_naive_loop(batch_size: int) -> None:
+    images, labels = images_and_labels()
+    images = images.double()
+    models = {"one": small_model().double(), "two": small_model(7).double()}
+    evaluation = ar.evaluate(models, (images, labels), ATTACKS, batch_size=batch_size, checks=0)
+    expected = {
+        (name, "clean" if attack is None else str(parse_attack(attack))): (naive(model, images, labels, attack), 23)
+        for name, model in models.items()
+        for attack in (None, *ATTACKS)
+    }
+    assert counts(evaluation) == expected
+    assert list(expected) == [(row.model, row.attack) for row in evaluation.rows]  # clean images first
+    assert len(set(counts(evaluation).values())) > 3  # the numbers are not all the same
+
+
+def test_order_and_kind_of_data_do_not_matter() -> None:
+    images, labels = images_and_labels()
+    images = images.double()
+    model = small_model().double()
+    wanted = ar.evaluate(model, (images, labels), ATTACKS, checks=8)
+    turned = ar.evaluate(model, (images.flip(0), labels.flip(0)), ATTACKS, checks=8)
+    loader = DataLoader(TensorDataset(images, labels), 4, shuffle=True, generator=torch.Generator().manual_seed(3))
+    shuffled = ar.evaluate(model, loader, ATTACKS, checks=8)
+    assert counts(wanted) == counts(turned) == counts(shuffled)
+    assert wanted.checks == turned.checks == shuffled.checks
+    assert wanted.checks[0].samples == 8
+
+
+def test_repeats_exactly_and_seeds_differ() -> None:
+    data = images_and_labels(60)
+    first, again = (ar.evaluate(small_model(), data, ["pgd:eps=0.2,steps=1"], checks=0, seed=3) for _ in range(2))
+    assert counts(first) == counts(again)
+    assert [row.settings.get("seed") for row in first.rows] == [None, 3]
+    own = ar.evaluate(small_model(), data, ["pgd:seed=5", GaussianNoise()], checks=0, seed=3)
+    assert [row.settings.get("seed") for row in own.rows] == [None, 5, 0]
+
+
+def test_a_random_model_repeats_and_the_global_generator_is_left_alone() -> None:
+    data = images_and_labels(40)
+    model = Noisy(small_model())
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = ar.evaluate(model, data, ATTACKS, checks=4, batch_size=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert counts(ar.evaluate(model, data, ATTACKS, checks=4, batch_size=8)) == counts(first)
+    assert counts(ar.evaluate(model, data, ATTACKS, checks=0, batch_size=8, seed=1)) != counts(first)
+    assert [check.name for check in first.suspicious()][-1] == "random answers"
+
+
+def test_intervals_and_records() -> None:
+    evaluation = ar.evaluate(small_model(), images_and_labels(), ATTACKS, checks=0)
+    for row, record in zip(evaluation.rows, evaluation.records(), strict=True):
+        share, total = row.accuracy.correct / 23, 23
+        assert record["accuracy"] == share
+        assert record["accuracy_low"] <= share <= record["accuracy_high"]
+        for bound in (record["accuracy_low"], record["accuracy_high"]):  # the ends of Wilson's interval solve this
+            assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / total, rel=1e-5, abs=1e-12)
+        assert (record["correct"], record["samples"]) == (row.accuracy.correct, 23)
+        assert record["seconds"] >= 0
+    assert [record["steps"] for record in evaluation.records()] == [None, None, 3, None]
+    content = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+    assert content["libraries"]["torch"] == torch.__version__
+    assert content["libraries"]["attackroute"]
+    assert content["attacks"][1]["steps"] == 3
+    assert [row["attack"] for row in content["rows"]] == [row.attack for row in evaluation.rows]
+    assert evaluation.accuracy("clean") == evaluation.rows[0].accuracy
+    assert evaluation.accuracy("pgd") == evaluation.rows[2].accuracy
+    with pytest.raises(UserError, match="no row for 'fgms'"):
+        evaluation.accuracy("fgms")
+    assert len(evaluation.table().splitlines()) == 5
+
+
+@dataclass(frozen=True)
+class Counted(Perturbation):
+    """A corruption that draws anew at every call, against the rules."""
+
+    name: ClassVar[str] = "counted"
+    uses_model: ClassVar[bool] = False
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return torch.rand(x.shape, dtype=x.dtype)
+
+
+def test_all_models_see_the_same_corrupted_images() -> None:
+    images, labels = images_and_labels(10)
+    models = {"one": Seen(small_model()), "two": Seen(small_model(1)), "wide": Seen(small_model(2).double())}
+    ar.evaluate(models, (images, labels), [Counted()], batch_size=4, checks=0)
+    shown = [[batch.float() for batch in model.images] for model in models.values()]
+    assert len(shown[0]) == 6  # clean and corrupted, three batches
+    for mine, yours, wide in zip(*shown, strict=True):
+        assert torch.equal(mine, yours)
+        assert torch.equal(mine, wide)
+
+
+def test_a_model_s_numbers_do_not_depend_on_its_neighbours() -> None:
+    data = images_and_labels()
+    alone = ar.evaluate(small_model(), data, ATTACKS, checks=5)
+    together = ar.evaluate({"other": small_model(1).double(), "model": small_model()}, data, ATTACKS, checks=5)
+    assert {key: value for key, value in counts(together).items() if key[0] == "model"} == counts(alone)
+    assert [check for check in together.checks if check.model == "model"] == list(alone.checks)
+
+
+def test_attacks_are_measured_once_and_clean_images_always() -> None:
+    attacks = ["clean", "fgsm:eps=0.1", FGSM(0.1), "fgsm:eps=0.2"]
+    evaluation = ar.evaluate(small_model(), images_and_labels(), attacks, checks=0)
+    assert [row.attack for row in evaluation.rows] == ["clean", str(FGSM(0.1)), str(FGSM(0.2))]
+
+
+def state(model: nn.Module) -> list[Any]:
+    flags = [(module.training, len(module._forward_hooks)) for module in model.modules()]
+    learning = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    return [flags, learning, [value.clone().tolist() for value in model.state_dict().values()]]
+
+
+def test_models_come_back_as_they_were() -> None:
+    model, twin = small_model().train(), small_model(1).train()
+    model[0].eval()
+    model[0].weight.requires_grad_(False)
+    before = state(model), state(twin)
+    ar.evaluate(model, images_and_labels(), ATTACKS, checks=6, twin=twin)
+    assert (state(model), state(twin)) == before
+    with pytest.raises(UserError):
+        ar.evaluate(model, images_and_labels(), [Shift(by=0.5)], twin=twin)
+    assert (state(model), state(twin)) == before
+
+
+class Returning(nn.Module):
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.model, self.change = small_model(), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.model(x))
+
+
+DATA = images_and_labels(6)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "attacks", "message"),
+    [
+        (small_model(), DATA[0], ["fgsm"], "no labels"),
+        (small_model(), (DATA[0], DATA[1] + CLASSES), ["fgsm"], "outside the model's 4 logits"),
+        (small_model(), (DATA[0] * 2, DATA[1]), ["fgsm"], r"must be in \[0, 1\]"),
+        (small_model(), (DATA[0] / 0, DATA[1]), ["fgsm"], "NaN or inf"),
+        (small_model(), (DATA[0][:0], DATA[1][:0]), ["fgsm"], "no sample"),
+        (small_model(), DATA, ["fgms"], "did you mean fgsm"),
+        (small_model(), DATA, ["fgsm:eps=1.5"], "out of range"),
+        (small_model(), DATA, ["pgd:steps=0"], "steps"),
+        (small_model(), DATA, ["fog"], "32x32"),
+        (small_model(), DATA, "fgsm", "give a list"),
+        (small_model(), DATA, [3], "an attack is int"),
+        (Returning(lambda x: x.softmax(1)), DATA, [], "returns probabilities"),
+        (Returning(lambda x: x[:, :, None]), DATA, [], "not logits"),
+        (Returning(lambda x: {"out": x}), DATA, [], "returns dict"),
+        (Returning(lambda x: x / 0), DATA, [], "not finite"),
+        ({}, DATA, [], "no model"),
+        ({"net": 3}, DATA, [], "'net' is int"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_refused(model: Any, data: Any, attacks: Any, message: str, tmp_path: Any) -> None:
+    if attacks == ["fog"]:
+        pytest.importorskip("imagecorruptions")
+    with pytest.raises(UserError, match=message) as caught:
+        ar.evaluate(model, data, attacks, checks=0, folder=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())  # and nothing is left behind that would look unfinished
+
+
+def test_attacks_that_break_their_own_rules_are_found_out() -> None:
+    images, labels = DATA
+    assert ar.evaluate(small_model(), (images / 2, labels), [Shift()], checks=0).rows[1].attack.startswith("shift")
+    with pytest.raises(UserError, match=r"shift:.* distance 0.2, outside its ball of linf 25.5/255"):
+        ar.evaluate(small_model(), (images / 2, labels), [Shift(by=0.2)], checks=0)
+    with pytest.raises(UserError, match=r"outside \[0, 1\]"):
+        ar.evaluate(small_model(), (images * 0.01 + 0.99, labels), [Shift()], checks=0)
+
+
+def test_arguments_that_are_refused() -> None:
+    with pytest.raises(UserError, match="checks -1"):
+        ar.evaluate(small_model(), DATA, checks=-1)
+    with pytest.raises(UserError, match="name the folder"):
+        ar.evaluate(small_model(), DATA, resume=True)
+
+
+def test_progress_counts_images() -> None:
+    calls: list[tuple[int, int | None, str]] = []
+    ar.evaluate(
+        {"a": small_model(), "b": small_model(1)}, images_and_labels(10), ["fgsm"], batch_size=4, checks=0,
+        progress=lambda *call: calls.append(call),
+    )  # fmt: skip
+    assert [call[0] for call in calls[1::2]] == [4, 8, 12, 16, 20, 24, 28, 32, 34, 36, 38, 40]
+    assert {call[1] for call in calls} == {40}
+
+
+def test_checks_use_the_largest_radius() -> None:
+    seen = ar.evaluate(
+        small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05", "pgd-l2:eps=0.9"], checks=20
+    )
+    check = next(item for item in seen.checks if item.name == "one step against many")
+    data = images_and_labels()
+    chosen = SampleChoice(20, 0)
+    chosen.add(*data)
+    images, labels = chosen.samples()
+    model = small_model().eval()
+    right = (model(FGSM(0.3)(model, images, labels)).argmax(1) == labels).double().mean().item()
+    assert check.numbers["accuracy under FGSM"] == right
+    assert check.samples == 20
+
+
+def test_the_choice_of_samples_is_that_of_the_smallest_hashes() -> None:
+    images, labels = images_and_labels(50)
+    whole = SampleChoice(50, 4)
+    whole.add(images, labels)
+    part = SampleChoice(7, 4)
+    for rows in torch.randperm(50, generator=torch.Generator().manual_seed(0)).split(3):
+        part.add(images[rows], labels[rows])
+    assert len(part) == 7
+    for mine, all_of_them in zip(part.samples(), whole.samples(), strict=True):
+        assert torch.equal(mine, all_of_them[:7])
+    other = SampleChoice(7, 5)
+    other.add(images, labels)
+    assert not torch.equal(other.samples()[0], part.samples()[0])
+    assert not torch.equal(part.samples()[0], images[:7])
+
+
+def test_balls() -> None:
+    clean = torch.zeros(3, 1, 1, 2)
+    images = torch.tensor([[0.3, 0.4], [0.1, 0.0], [0.5, float("nan")]]).view(3, 1, 1, 2)
+    assert Ball("l2", 0.4).distances(images, clean)[:2].tolist() == pytest.approx([0.5, 0.1])
+    assert Ball("linf", 0.4).distances(images, clean)[:2].tolist() == pytest.approx([0.4, 0.1])
+    assert Ball("l2", 0.4).outside(images, clean).tolist() == [True, False, True]
+    assert Ball("linf", 0.4).outside(images, clean).tolist() == [False, False, True]
+    assert ball_of(parse_attack("pgd:eps=8/255")) == Ball("linf", 8 / 255)
+    assert ball_of(parse_attack("pgd-l2:eps=0.5")) == Ball("l2", 0.5)
+    assert ball_of(parse_attack("gaussian-noise")) is None
+    with pytest.raises(UserError, match="norm 'l7'"):
+        Ball("l7", 1.0)
+
+
+def test_labels_of_attacks() -> None:
+    assert short(parse_attack("pgd:eps=4/255")) == "pgd:eps=4/255"
+    assert short(parse_attack("pgd:steps=50,seed=3")) == "pgd:eps=8/255,steps=50,seed=3"
+    assert short(parse_attack("gaussian-noise")) == "gaussian-noise:severity=3"
+    assert short(Counted()) == "counted"
+
+
+def test_the_reading_names_the_worst_attack_and_mistrust() -> None:
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.one_hot((x.flatten(1)[:, 0] * 3.999).long(), 4).float() * 5
+
+    images, _ = images_and_labels(30)
+    evaluation = ar.evaluate(Blind(), (images, (images[:, 0, 0, 0] * 3.999).long()), ["pgd:eps=0.01"], checks=30)
+    assert evaluation.accuracy("clean") == Accuracy(30, 30)
+    assert "NOT TO BE TRUSTED" in evaluation.reading()
+    assert "vanishing gradient of the logits" in evaluation.reading()

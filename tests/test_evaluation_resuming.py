@@ -1,0 +1,242 @@
+"""Evaluations that were killed, interrupted or damaged, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import attackroute as ar
+from attackroute import evaluation, measurements
+from attackroute.errors import UserError
+from attackroute.evaluation_table import Evaluation
+from attackroute.measurements import MEASUREMENTS, Journal
+from evaluated_models import ATTACKS, Noisy, images_and_labels, small_model
+
+SETTINGS: dict[str, Any] = {"batch_size": 8, "checks": 6, "seed": 2}
+LINES = 1 + 3 * 2 * 4 + 2 * 8  # header; batches, models and attacks; models and probes
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def models() -> dict[str, nn.Module]:
+    return {"one": small_model(), "random": Noisy(small_model(3))}
+
+
+def evaluated(folder: Path | None = None, **changes: Any) -> Evaluation:
+    options = {"models": models(), "data": images_and_labels(), "attacks": ATTACKS, **SETTINGS, **changes}
+    return ar.evaluate(options.pop("models"), options.pop("data"), options.pop("attacks"), folder=folder, **options)
+
+
+def timeless(result: Evaluation) -> dict[str, Any]:
+    content = result.to_json()
+    for row in content["rows"]:
+        del row["seconds"]
+    return content
+
+
+@pytest.fixture(autouse=True)
+def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attackroute.masking._QUERIES", 5)
+    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 6)
+
+
+@pytest.fixture
+def lines_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Die when so many lines are written."""
+
+    def limit(lines: int) -> None:
+        written = 0
+
+        def append(path: Path, line: bytes) -> None:
+            nonlocal written
+            written += 1
+            if written > lines:
+                with path.open("ab") as file:
+                    file.write(line[: len(line) // 2])  # a torn line, as a kill leaves it
+                raise Killed
+            real(path, line)
+
+        real = measurements._append
+        monkeypatch.setattr(measurements, "_append", append)
+
+    return limit
+
+
+def test_files(tmp_path: Path) -> None:
+    result = evaluated(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.csv", "evaluation.json", MEASUREMENTS]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result.to_json()
+    rows = (tmp_path / "evaluation.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 4
+    assert len((tmp_path / MEASUREMENTS).read_text().splitlines()) == LINES
+    assert timeless(result) == timeless(evaluated())
+
+
+@pytest.mark.parametrize("lines", [0, 1, 7, 23, 24, 31, LINES - 2])
+def test_a_kill_at_any_line(
+    tmp_path: Path, lines: int, lines_until: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = timeless(evaluated())
+    with monkeypatch.context():
+        lines_until(lines)
+        with pytest.raises(Killed):
+            evaluated(tmp_path)
+        monkeypatch.undo()
+    monkeypatch.setattr("attackroute.masking._QUERIES", 5)
+    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 6)
+    assert not (tmp_path / "evaluation.json").exists()
+    with pytest.raises(UserError, match="unfinished evaluation; pass --resume"):
+        evaluated(tmp_path)
+    kept = (tmp_path / MEASUREMENTS).read_bytes().rpartition(b"\n")[0]
+    assert timeless(evaluated(tmp_path, resume=True)) == whole
+    content = (tmp_path / MEASUREMENTS).read_bytes()
+    assert content.startswith(kept)
+    assert len(content.splitlines()) == LINES
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_what_is_done(tmp_path: Path, sent: signal.Signals) -> None:
+    whole = timeless(evaluated())
+
+    def interrupt(done: int, _total: int | None, _message: str) -> None:
+        if done == 48:
+            os.kill(os.getpid(), sent)
+            time.sleep(1)  # the signal arrives meanwhile
+
+    previous = signal.signal(sent, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(tmp_path, progress=interrupt)
+    finally:
+        signal.signal(sent, previous)
+    assert 1 < len((tmp_path / MEASUREMENTS).read_bytes().splitlines()) < LINES
+    assert timeless(evaluated(tmp_path, resume=True)) == whole
+
+
+def test_a_finished_evaluation_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = evaluated(tmp_path)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is left to do")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation._Run, "_predictions", never)
+        patch.setattr(measurements, "_append", never)
+        assert evaluated(tmp_path, resume=True).to_json() == first.to_json()
+    assert timeless(evaluated(tmp_path)) == timeless(first)  # without resume, it makes way for a new one
+
+
+def test_a_mistake_does_not_cost_the_results_that_are_there(tmp_path: Path) -> None:
+    evaluated(tmp_path)
+    with pytest.raises(UserError, match="no labels"):
+        evaluated(tmp_path, data=images_and_labels()[0])
+    assert (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attacks": ATTACKS[:2]}, "attacks"),
+        ({"attacks": ["fgsm:eps=0.2", *ATTACKS[1:]]}, "attacks"),
+        ({"seed": 3}, "seed 2, not 3|attacks"),
+        ({"batch_size": 4}, "batch_size 8, not 4"),
+        ({"checks": 5}, "check_samples 6, not 5"),
+        ({"models": {"one": small_model(9), "random": Noisy(small_model(3))}}, "models"),
+        ({"models": {"one": small_model()}}, "models"),
+        ({"twin": small_model(1)}, "twin None, not"),
+        ({"origin": {"data": "others"}}, "data None, not 'others'"),
+        ({"save_examples": "examples"}, "save_examples False, not True"),
+        ({"data": images_and_labels(seed=2)}, "samples / 0 / one / clean of other images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_terms_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    evaluated(tmp_path / "run", checks=6)
+    if "save_examples" in change:
+        change = {"save_examples": tmp_path / "examples"}
+    with pytest.raises(UserError, match=message):
+        evaluated(tmp_path / "run", resume=True, **change)
+
+
+def test_relabelled_data_are_refused(tmp_path: Path) -> None:
+    images, labels = images_and_labels()
+    evaluated(tmp_path)
+    labels = labels.clone()
+    labels[-1] = (labels[-1] + 1) % 4
+    with pytest.raises(UserError, match="samples / 2 / one / clean of other images or labels"):
+        evaluated(tmp_path, data=(images, labels), resume=True)
+
+
+def test_damaged_measurements_are_refused_by_line(tmp_path: Path) -> None:
+    evaluated(tmp_path)
+    path = tmp_path / MEASUREMENTS
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for number, damage in [(1, b"x"), (5, b"9"), (len(lines) - 1, b"\xff")]:
+        line = lines[number - 1]
+        broken = line[:40] + damage + line[41:]
+        path.write_bytes(b"".join([*lines[: number - 1], broken, *lines[number:]]))
+        with pytest.raises(UserError, match=f"measurements.jsonl: line {number} is damaged"):
+            evaluated(tmp_path, resume=True)
+    path.write_bytes(b'{"some": "thing"}\n')
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        evaluated(tmp_path, resume=True)
+    path.write_bytes(b"")
+    assert evaluated(tmp_path, resume=True).rows  # nothing was written yet
+
+
+def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, {"a": [1, None, 0.1]})
+    assert not path.exists()
+    journal.keep(("x", 1), "digest", values=[0.1 + 0.2, 1e-300, "ü"])
+    again = Journal(path, {"a": [1, None, 0.1]})
+    again.resume()
+    assert len(again) == 1
+    assert again.recall(("x", 1), "digest") == {"samples": "digest", "values": [0.1 + 0.2, 1e-300, "ü"]}
+    assert again.recall(("x", 2), "digest") is None
+    with pytest.raises(UserError, match="x / 1 of other images"):
+        again.recall(("x", 1), "another")
+    with pytest.raises(UserError, match="cannot be written"):
+        Journal(tmp_path / "none" / "journal", {}).keep(("x",), "digest")
+
+
+# --- kills of a real process ------------------------------------------------------------------------------------
+
+
+def test_resuming_after_sigkill(tmp_path: Path) -> None:
+    wanted = timeless(evaluated(attacks=SLOW))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(ar.__file__).parents[1]), str(Path(__file__).parent)]),
+    }
+    command = [sys.executable, __file__, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        for _ in range(13):  # somewhere in the second batch
+            child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    lines = (tmp_path / "run" / MEASUREMENTS).read_bytes().splitlines()
+    assert 5 < len(lines) < LINES
+    assert timeless(evaluated(tmp_path / "run", attacks=SLOW, resume=True)) == wanted
+
+
+SLOW = ("fgsm:eps=0.1", "pgd:eps=0.1,steps=200", "gaussian-noise:severity=2")
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    evaluated(Path(sys.argv[1]), attacks=SLOW, progress=lambda *call: print(call, flush=True))

@@ -1,0 +1,228 @@
+"""Checks for masked gradients: silent for honest models, loud for deliberately masked ones."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import comb
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attackroute import masking
+from attackroute.attacks import PGD
+from attackroute.data import load_data
+from attackroute.errors import UserError
+from attackroute.masking import SILENT, SKIPPED, SUSPICIOUS, Check, check_masking, tail
+
+EPS = 0.1
+SAMPLES = 48
+
+
+@pytest.fixture(autouse=True)
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking, "_QUERIES", 100)
+
+
+def small_net(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(16 * 4 * 4, 10),
+        )  # fmt: skip
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    data = load_data("mnist-sample", split=split, image_size=22).dataset
+    return data.images.float() / 255, torch.tensor(data.labels)
+
+
+def fitted(eps: float, epochs: int) -> nn.Sequential:
+    """Trained on clean images, or on PGD's."""
+    images, labels = (part[:2500] for part in digits("train"))
+    model = small_net()
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(images), generator=draws).split(100):
+            x, y = images[rows], labels[rows]
+            if eps:
+                x = PGD(eps, 4, step_size=eps / 3)(model, x, y, generator=draws)
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def plain() -> nn.Sequential:
+    return fitted(0.0, epochs=4)
+
+
+@pytest.fixture(scope="module")
+def defended() -> nn.Sequential:
+    return fitted(EPS, epochs=5)
+
+
+@pytest.fixture(scope="module")
+def samples() -> tuple[Tensor, Tensor]:
+    images, labels = digits("test")
+    return images[:SAMPLES], labels[:SAMPLES]
+
+
+class Changed(nn.Module):
+    """A model behind a change of its images, with its logits scaled."""
+
+    def __init__(self, model: nn.Module, levels: int = 0, noise: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.levels, self.noise, self.scale = model, levels, noise, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.levels:
+            x = (x * self.levels).round() / self.levels
+        if self.noise:
+            x = x + self.noise * torch.randn_like(x)
+        return self.model(x) * self.scale
+
+
+def verdicts(checks: tuple[Check, ...]) -> dict[str, str]:
+    return {check.name: check.verdict for check in checks}
+
+
+def suspicious(checks: tuple[Check, ...]) -> set[str]:
+    return {check.name for check in checks if check.verdict == SUSPICIOUS}
+
+
+def test_silent_for_a_plain_model(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    checks = check_masking(plain, *samples, eps=EPS, twin=small_net(1))
+    assert suspicious(checks) == set()
+    assert all(check.samples == SAMPLES for check in checks if check.verdict == SILENT)
+
+
+def test_silent_for_a_pgd_trained_model(plain: nn.Module, defended: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    images, labels = samples
+    attacked = PGD(EPS, 20)(defended, images, labels)
+    assert (defended(attacked).argmax(1) == labels).float().mean() > 0.5  # it is robust indeed
+    assert (plain(PGD(EPS, 20)(plain, images, labels)).argmax(1) == labels).float().mean() < 0.3
+    assert suspicious(check_masking(defended, images, labels, eps=EPS, twin=plain)) == set()
+
+
+def test_loud_for_overlarge_logits(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    checks = check_masking(Changed(plain, scale=1000.0), *samples, eps=EPS)
+    assert suspicious(checks) == {"vanishing loss gradient"}  # attacks here are not fooled by it
+
+
+def test_loud_for_a_quantiser(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    checks = check_masking(Changed(plain, levels=15), *samples, eps=EPS, twin=plain)
+    found = {"no limit on the change", "transfer from a twin", "vanishing gradient of the logits"}
+    assert found | {"vanishing loss gradient"} <= suspicious(checks)
+
+
+def test_loud_for_a_quantiser_without_gradients(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    pytest.importorskip("pyautoattack")
+    checks = check_masking(Changed(plain, levels=15), *samples, eps=EPS)
+    assert "black box against white box" in suspicious(checks)
+    assert verdicts(checks)["transfer from a twin"] == SKIPPED
+
+
+def test_loud_for_random_answers(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    assert "random answers" in suspicious(check_masking(Changed(plain, noise=0.1), *samples, eps=EPS))
+    images, labels = (part[:4] for part in samples)
+    assert "random answers" not in suspicious(check_masking(Changed(plain, noise=1e-8), images, labels, eps=EPS))
+
+
+def test_few_steps_beat_many_where_steps_overshoot() -> None:
+    class Valley(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            # wrong between 0.06 and 0.095 of the way, where ten steps end, and right again beyond
+            way = (x - 0.5).flatten(1).mean(1)
+            wrong = (way > 0.06) & (way < 0.095)
+            margin = torch.where(wrong, -1.0, 1.0) - (way - way.detach())
+            return torch.stack([margin, -margin], 1)
+
+    images, labels = torch.full((40, 1, 4, 4), 0.5), torch.zeros(40, dtype=torch.long)
+    images = images + torch.linspace(0, 0.001, 40).view(-1, 1, 1, 1)
+    found = {check.name: check for check in check_masking(Valley(), images, labels, eps=0.1)}
+    check = found["few steps against more"]
+    assert check.numbers["accuracy under PGD-50"] == 1.0  # it runs through to the far corner
+    assert check.numbers["accuracy under PGD-10"] < 0.2
+    assert check.verdict == SUSPICIOUS
+
+
+def test_one_step_that_beats_many_is_suspicious() -> None:
+    class Corner(nn.Module):
+        """Wrong at the ball's very corner only, where one step leads; nearby the gradient leads back."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            way = (x - 0.5).flatten(1).mean(1)
+            slope = torch.where(way.abs() < 1e-6, -1.0, 1.0)
+            margin = torch.where(way > 0.0999, -1.0, 1.0) + slope * (way - way.detach())
+            return torch.stack([margin, -margin], 1)
+
+    images, labels = torch.full((20, 1, 4, 4), 0.5), torch.zeros(20, dtype=torch.long)
+    found = {check.name: check for check in check_masking(Corner(), images, labels, eps=0.1)}
+    check = found["one step against many"]
+    assert check.verdict == SUSPICIOUS
+    assert check.numbers == {
+        "accuracy under FGSM": 0.0,
+        "accuracy under PGD-50": 1.0,
+        "fooled by FGSM alone": 20,
+        "fooled by PGD-50 alone": 0,
+    }
+    assert check.p == pytest.approx(0.5**20)
+
+
+@pytest.mark.parametrize(("count", "trials", "share"), [(0, 5, 0.5), (7, 7, 0.5), (3, 256, 0.01), (9, 40, 0.05)])
+def test_tail_against_exact_sums(count: int, trials: int, share: float) -> None:
+    p = Fraction(share)
+    exact = sum(comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in range(count, trials + 1))
+    assert tail(count, trials, share) == pytest.approx(float(exact), rel=1e-9)
+    assert tail(0, 0, share) == 1.0
+
+
+def test_sampling_error_is_taken_into_account() -> None:
+    paired = next(check for check in masking._CHECKS if check.name == "one step against many")
+    for wins, losses, verdict in [(6, 0, SILENT), (7, 0, SUSPICIOUS), (20, 15, SILENT), (60, 30, SUSPICIOUS)]:
+        both = 50
+        weaker = [0] * wins + [1] * losses + [0] * both
+        stronger = [1] * wins + [0] * losses + [0] * both
+        check = paired.judge("net", {"fgsm": weaker, "many steps": stronger})  # type: ignore[union-attr]
+        assert check.verdict == verdict
+        assert check.numbers["fooled by FGSM alone"] == wins
+        assert check.numbers["fooled by PGD-50 alone"] == losses
+        exact = sum(comb(wins + losses, k) for k in range(wins, wins + losses + 1)) / 2 ** (wins + losses)
+        assert check.p == pytest.approx(exact)
+
+
+def test_a_missing_extra_skips_its_check_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise UserError("square needs the package pyautoattack")
+
+    monkeypatch.setattr(masking, "parse_attack", missing)
+    images = torch.rand(4, 1, 22, 22)
+    checks = check_masking(small_net(), images, torch.zeros(4, dtype=torch.long), eps=EPS)
+    check = next(item for item in checks if item.name == "black box against white box")
+    assert check.verdict == SKIPPED
+    assert "needs the package pyautoattack" in check.sentence
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batches_do_not_matter(plain: nn.Module, samples: tuple[Tensor, Tensor], batch_size: int) -> None:
+    images, labels = (part[:6] for part in samples)
+    wanted = check_masking(plain.double(), images.double(), labels, eps=EPS)
+    found = check_masking(plain, images.double(), labels, eps=EPS, batch_size=batch_size)
+    plain.float()
+    without_square = [check for check in wanted if check.name != "black box against white box"]
+    assert [check for check in found if check.name != "black box against white box"] == without_square
+
+
+def test_the_model_comes_back_and_no_image_is_an_error() -> None:
+    model = small_net().train()
+    images = torch.rand(3, 1, 22, 22)
+    check_masking(model, images, torch.arange(3), eps=EPS)
+    assert model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="at least one image"):
+        check_masking(model, images[:0], torch.arange(0), eps=EPS)
