@@ -40,8 +40,8 @@ def _shares(table: AccuracyTable, attack: str | None) -> Figure:
             groups.setdefault(setting.layers, []).append(setting.share)
     swept = {layers: sorted(levels) for layers, levels in groups.items() if len(levels) > 1}
     swept = swept or {layers: levels for layers, levels in groups.items() if len(layers) == 1}
-    rows, columns = grid_of(len(swept))
-    figure = new_figure(1.75 * columns + 0.5, 1.4 * rows + 1.0)
+    rows, columns = grid_of(len(swept), 5)
+    figure = new_figure(1.45 * columns + 0.6, 1.4 * rows + 1.3)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     untouched = table.untouched(attack).value
     handles: dict[str, Any] = {}
@@ -55,10 +55,9 @@ def _shares(table: AccuracyTable, attack: str | None) -> Figure:
         axes.set_visible(False)
     for axes in panels[max(0, len(swept) - columns) : len(swept)]:
         axes.tick_params(labelbottom=True)
-    done = "transplanted" if table.experiment == "transplant" else "set to zero"
-    figure.supxlabel(f"share of the layer's channels {done}, in %", fontsize=9)
+        axes.set_xlabel("share in %", fontsize=8)
     _name_accuracy(figure, table)
-    title = f"Clean channels transplanted into {attack}" if attack else "Channels set to zero"
+    title = f"A share of the channels transplanted, {attack}" if attack else "A share of the channels set to zero"
     dotted = "attacked, nothing transplanted" if attack else "untouched network"
     figure.suptitle(f"{title}, {_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
     shared_legend(figure, handles, min(3, len(handles)))

@@ -85,7 +85,7 @@ def tidy(axes: Axes, grid: str = "y") -> None:
         axes.spines[side].set_visible(False)
     axes.grid(axis=grid, color="#E3E3E3", linewidth=0.7)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=7.5)
+    axes.tick_params(which="both", labelsize=7.5)
 
 
 def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int | None = None) -> None:
@@ -96,7 +96,7 @@ def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int | Non
     )  # fmt: skip
 
 
-def grid_of(count: int, columns: int = 4) -> tuple[int, int]:
+def grid_of(count: int, columns: int) -> tuple[int, int]:
     """Rows and columns for so many panels, without an almost empty last row where that can be helped."""
     columns = min(columns, count)
     rows = -(-count // columns)

