@@ -49,7 +49,6 @@ _UNDER_ATTACK = ("sensitivity", "attribution")
 _WIDTH = 0.2  # the paper's, of a sample's route
 _SMALLEST_MAP = 4  # positions each way; maps of fewer show nothing
 _SHOWN = 4
-_NO_ATTACK = ("deactivate", "weaken")
 
 Figures = dict[str, Figure]
 

@@ -89,7 +89,10 @@ def analyze(
     layers: Annotated[
         str | None,
         typer.Option(
-            "--layers", metavar="NAME,NAME", rich_help_panel=_EXPERIMENTS, help="Some of the layers; else all."
+            "--layers",
+            metavar="NAME,NAME",
+            rich_help_panel=_EXPERIMENTS,
+            help="Some of the layers; else all. Occurrence and detection always take all.",
         ),
     ] = None,
     share: Annotated[

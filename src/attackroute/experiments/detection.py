@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,13 +108,10 @@ class Detection:
                 continue
             verdicts: dict[str, list[str]] = {"beats": [], "loses to": [], "is level with": []}
             for score in self.scores[1:]:
-                found = {row.beaten for row in self.values(attack, score)}
-                verdict = (
-                    "is level with"
-                    if len(found) > 1
-                    else {1: "beats", -1: "loses to"}.get(found.pop(), "is level with")
-                )
-                verdicts[verdict].append(score)
+                rows = self.values(attack, score)
+                found = {row.beaten for row in rows}
+                verdict = "beats" if found == {1} else "loses to" if found == {-1} else "is level with"
+                verdicts[verdict].append(f"{score} {statistics.fmean(row.auroc for row in rows):.2f}")
             told = ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in verdicts.items() if names)
             texts.append(f"{attack} {ours.auroc:.2f} ({told})")
         return f"AUROC of the distance from the predicted class's route: {'; '.join(texts)}."

@@ -116,8 +116,8 @@ def _weakened(table: AccuracyTable) -> Figure:
     tidy(axes)
     axes.set_ylabel(f"accuracy in %\n({table.cost.counted} images right when clean)", fontsize=9)
     figure.suptitle(
-        f"{_PLACES[table.at]} multiplied by a factor: {table.main_share:.0%} of the channels,\n"
-        f"all {len(settings[0].layers)} layers together; dotted: untouched",
+        f"{_PLACES[table.at]} multiplied by a factor\n"
+        f"{table.main_share:.0%} of the channels, {len(settings[0].layers)} layers together; dotted: untouched",
         fontsize=9,
     )
     shared_legend(figure, handles, 3)

@@ -30,6 +30,8 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "gradient": ("#CC79A7", "v"),
     "sensitivity": ("#B8860B", "P"),
     "attribution": ("#56B4E9", "<"),
+    "softmax": ("#6A3D9A", "*"),
+    "margin": ("#A65628", "p"),
 }
 _OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
 _NAMES = {"route": "critical attacking route"}
