@@ -109,7 +109,13 @@ class Hardness:
 
     @classmethod
     def of_readings(cls, readings: SampleReadings, route: Route, index: int = 0) -> Hardness:
-        """Hardness by the readings' route of that index, the samples ranked among themselves."""
+        """Hardness by the readings' route of that index, the samples ranked among themselves.
+
+        Raises:
+            UserError: There is one sample alone.
+        """
+        if len(readings) < 2:
+            raise UserError("the data hold one sample, which cannot be ranked: give two or more, or score it by others")
         return cls(route, readings.log_gradients[:, index].clone(), readings.labels, readings.predictions)
 
     @cached_property
@@ -146,19 +152,24 @@ class Hardness:
         sizes = f"{plural(len(self), 'sample')}, {plural(len(self.layers), 'layer')}"
         return f"Hardness({sizes}, V from {low:g} to {high:g}{ranked})"
 
-    def hardest(self, count: int) -> Tensor:
+    def hardest(self, count: int, among: Tensor | None = None) -> Tensor:
         """Indices of the samples with the largest V, hardest first, ties to the lower index, int64 ``(count,)``.
 
         They are the ones that the model has learned best; nothing is perturbed to find them.
-        """
-        return self._first(count, descending=True)
 
-    def weakest(self, count: int) -> Tensor:
+        Args:
+            count: How many.
+            among: Bool ``(N,)``, to choose from these samples alone, such as :attr:`correct`.
+        """
+        return self._first(count, among, descending=True)
+
+    def weakest(self, count: int, among: Tensor | None = None) -> Tensor:
         """Indices of the samples with the smallest V, weakest first, ties to the lower index, int64 ``(count,)``.
 
-        They are the model's criticisms: the ones that it has learned worst.
+        They are the model's criticisms: the ones that it has learned worst, as a rule misclassified ones. Arguments
+        are those of :meth:`hardest`.
         """
-        return self._first(count, descending=False)
+        return self._first(count, among, descending=False)
 
     def quantiles(self) -> Tensor:
         """The samples' log-gradients in ascending order, ``(N, L)``: what others are scored against."""
@@ -240,8 +251,10 @@ class Hardness:
             )
             return cls(route, **{name: tensors[name] for name in _TENSORS}, reference=tensors.get(_REFERENCE))
 
-    def _first(self, count: int, *, descending: bool) -> Tensor:
-        if not 0 < count <= len(self):
-            raise UserError(f"{count} samples are wanted of {len(self)}: give a number from 1 to {len(self)}")
+    def _first(self, count: int, among: Tensor | None, *, descending: bool) -> Tensor:
         order: Tensor = self.values.sort(descending=descending, stable=True).indices
+        if among is not None:
+            order = order[among[order]]
+        if not 0 < count <= len(order):
+            raise UserError(f"{count} samples are wanted of {len(order)}: give a number from 1 to {len(order)}")
         return order[:count]

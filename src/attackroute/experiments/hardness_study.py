@@ -109,17 +109,23 @@ class HardnessStudy:
             rows.append(LayerGradients(layer, *map(_mean, sides), *map(_median, sides)))
         return rows
 
-    def reading(self) -> str:
-        """One line: who is fooled at both ends of V, and how V does beside its rivals."""
+    def sentences(self) -> list[str]:
+        """For each attack, and the smallest eps: who is fooled at both ends of V, and how V does beside its rivals."""
         texts = []
         for attack, found in self.judgements.items():
             if attack in self.fooled:
-                first, *_, last = bins if len(bins := self.bins(attack)) > 1 else bins * 2
-                ends = f"{attack} fools the model on {first.fooled} of the {first.samples} hardest correctly classified"
-                texts.append(f"{ends} samples and {last.fooled} of the {last.samples} weakest; {_verdict(found)}")
+                first, last = (self.bins(attack)[end] for end in (0, -1))
+                texts.append(
+                    f"{attack} fools the model on {first.fooled} of the {first.samples} hardest and {last.fooled} of "
+                    f"the {last.samples} weakest of {self.correct} correctly classified samples; {_verdict(found)}"
+                )
             else:
-                texts.append(f"the smallest eps: {_verdict(found)}")
-        return ". ".join(text[0].upper() + text[1:] for text in texts) + "."
+                texts.append(f"Smallest eps: {_verdict(found)}")
+        return texts
+
+    def reading(self) -> str:
+        """One line with all the sentences."""
+        return f"{'. '.join(self.sentences())}."
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the samples, as plain values."""
@@ -203,7 +209,8 @@ def study_hardness(
         raise UserError("nothing to judge hardness by: give an attack, or search the smallest eps")
     routes = _routes(route, draws, seed)
     parts: list[SampleReadings] = []
-    fooled: dict[str, list[Tensor]] = {str(attack): [] for attack in attacks}
+    named = {str(attack): attack for attack in attacks}
+    fooled: dict[str, list[Tensor]] = {name: [] for name in named}
     eps: list[Tensor] = []
     done = 0
     with frozen(model), torch.inference_mode(False):
@@ -213,8 +220,8 @@ def study_hardness(
             assert labels is not None  # or the reader would have refused
             right = (parts[-1].labels == parts[-1].predictions).to(images.device)
             clean, answers = images[right], labels[right]
-            for attack in attacks:
-                fooled[str(attack)].append(_fooled(model, attack, clean, answers))
+            for name, attack in named.items():
+                fooled[name].append(_fooled(model, attack, clean, answers))
             if search is not None:
                 eps.append(search.smallest_eps(model, clean, answers))
             done += len(images)
@@ -294,7 +301,8 @@ def _standing(rival: Association) -> str:
     lead, interval = rival.lead.value, rival.lead.interval
     assert lead is not None and interval is not None and rival.estimate.value is not None
     clear = "clearly" if interval[0] > 0 or interval[1] < 0 else "within chance"
-    return f"{clear} {'ahead of' if lead >= 0 else 'behind'} the best rival, {rival.predictor} ({rival.estimate})"
+    side = "ahead of" if lead >= 0 else "behind"
+    return f"{clear} {side} the best rival, {rival.predictor} ({rival.estimate.value:.3f})"
 
 
 def _mean(logs: Tensor) -> float | None:

@@ -1,0 +1,217 @@
+"""``attackroute hardness``: how hard the model is to fool on each image, and whether that is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attackroute.cli import options
+from attackroute.cli.console import Output
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from attackroute.data import ImageData
+    from attackroute.experiments.hardness_study import HardnessStudy
+    from attackroute.routes import Route
+
+EXAMPLES = """
+ Examples:
+
+   Hardness of the test images of a network that was trained here
+   $ attackroute hardness --model runs/digits --data mnist-sample --attack fgsm:eps=16/255 --out runs/hardness
+
+   On a route that attackroute trace wrote, for 1,000 images
+   $ attackroute hardness --model runs/vgg --data cifar10:~/data --route runs/vgg/routes/route.json \\
+       --samples 1000 --out runs/hardness
+
+   Other attacks, and the smallest eps that fools the model on each image (slow: some 100 passes an image)
+   $ attackroute hardness --model runs/vgg --data cifar10:~/data --attack pgd:eps=2/255 \\
+       --attack gaussian-noise:std=0.1 --smallest-eps --samples 500 --out runs/hardness
+
+   For another program
+   $ attackroute hardness --model runs/digits --data mnist-sample --out runs/hardness --json | jq '.reading'
+
+ The files:
+
+   hardness.csv, hardness.parquet   V and the votes of each layer, one row an image (Parquet with pyarrow)
+   hardness.safetensors             the same and what other images are scored against (attackroute.Hardness.load)
+   hardness.png, hardness.svg       images that are fooled, by hardness, and V beside its rivals
+   images.png                       the images that the model has learned best and worst
+   hardness.json                    the tables, and gradients of hard and weak images in each layer
+   route.json                       the route, where none was given
+
+ The tables:
+
+   Only images that the model classifies correctly count: no other can be fooled. Tenths are by V, hardest first.
+   A rival's number is the probability that an image on which the attack succeeds comes before one on which it fails
+   (AUROC; for the smallest eps Spearman's correlation), with its 95 % bootstrap interval.
+"""
+
+_ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
+_WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
+_SHOWN = 10
+_METRIC = "The metric"
+
+
+def hardness(
+    model: options.Model,
+    data: options.Data,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where tables and figures go.")],
+    weights: options.Weights = None,
+    model_width: Annotated[
+        float | None,
+        typer.Option(
+            "--model-width",
+            metavar="FACTOR",
+            parser=options.parse_factor,
+            rich_help_panel="The network",
+            help="Factor on the channels of a built-in network; a train folder knows its own.",
+        ),
+    ] = None,
+    classes: options.Classes = None,
+    split: options.Split = options.Splits.TEST,
+    samples: options.Samples = None,
+    image_size: options.ImageSize = None,
+    skip_unreadable: options.SkipUnreadable = False,
+    route: Annotated[
+        Path | None,
+        typer.Option(
+            "--route",
+            metavar="FILE",
+            rich_help_panel=_METRIC,
+            help="The model's route, as attackroute trace writes it; else one is traced from these images.",
+        ),
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--attack",
+            metavar="ATTACK",
+            rich_help_panel=_METRIC,
+            help="What to judge the metric by, such as fgsm:eps=1/255 or gaussian-noise:std=0.05; may be repeated. "
+            f"Without it: {', '.join(_ATTACKS)}.",
+        ),
+    ] = None,
+    smallest_eps: Annotated[
+        bool,
+        typer.Option(
+            "--smallest-eps",
+            rich_help_panel=_METRIC,
+            help="Search the smallest eps at which PGD fools the model on each image, too; slow.",
+        ),
+    ] = False,
+    batch_size: options.BatchSize = 128,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Say how hard the model is to fool on each image, without an attack, and then attack to see whether it is so.
+
+    In each layer images are ranked by the loss gradient on the route's neurons; the lower it is, the more votes an
+    image gets, and V is the sum of its votes. Rivals are judged by the same attacks.
+    """
+    from attackroute.attacks import parse_attack
+    from attackroute.cli.hardness_report import report
+    from attackroute.cli.networks import find_card, open_network
+    from attackroute.data import load_data, loader
+    from attackroute.experiments.hardness_radius import EpsSearch
+    from attackroute.experiments.hardness_study import study_hardness
+
+    output = Output(as_json, quiet)
+    attacks = [parse_attack(text) for text in (attack or _ATTACKS)]
+    home = options.resolve_device(device)
+    if image_size is None and (card := find_card(model)) is not None:
+        image_size = card[1].spec.image_size
+    images = load_data(
+        data, split=split.value, image_size=image_size, samples=samples, seed=seed, skip_unreadable=skip_unreadable
+    )
+    options.report_skipped(images, output)
+    network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
+    chosen = _route(network, images, route, batch_size, output)
+    folder = options.open_folder(out)
+    with output.progress("images") as progress:
+        study = study_hardness(
+            network,
+            chosen,
+            loader(images, batch_size),
+            attacks,
+            search=EpsSearch() if smallest_eps else None,
+            seed=seed,
+            progress=progress,
+        )
+    if route is None:
+        chosen.save(folder / "route.json")
+    origin = {
+        "model": model,
+        "data": f"{data} {images.split}",
+        "route": None if route is None else str(route),
+        "seed": seed,
+    }
+    _write(folder, network, images, study, origin, batch_size, output)
+    report(output, study, folder, origin)
+
+
+def _route(network: nn.Module, images: ImageData, file: Path | None, batch_size: int, output: Output) -> Route:
+    from attackroute.data import loader
+    from attackroute.routes import Route
+    from attackroute.trace import trace_routes
+
+    if file is not None:
+        return Route.load(file, model=network)
+    output.note(
+        f"note: no --route is given, so one is traced from these {len(images)} images "
+        f"({_WIDTH:g} of the channels of each image's route, {_ROUTE_WIDTH:g} of the model's)"
+    )
+    with output.progress("images traced") as progress:
+        return trace_routes(network, loader(images, batch_size), _WIDTH, progress=progress).aggregate(_ROUTE_WIDTH)
+
+
+def _write(
+    folder: Path,
+    network: nn.Module,
+    images: ImageData,
+    study: HardnessStudy,
+    origin: dict[str, Any],
+    batch_size: int,
+    output: Output,
+) -> None:
+    import io
+
+    import torch
+
+    from attackroute.cli.hardness_report import summarise
+    from attackroute.cli.unfinished import write_json
+    from attackroute.data import loader
+    from attackroute.errors import UserError
+    from attackroute.figures import save_figure
+    from attackroute.figures.hardness_bars import hardness_figure
+    from attackroute.figures.hardness_images import images_figure, pick_images
+    from attackroute.files import replace_file
+    from attackroute.hardness_tables import write_csv, write_parquet
+
+    found = study.hardness
+    write_csv(found, folder / "hardness.csv")
+    try:
+        write_parquet(found, folder / "hardness.parquet")
+    except UserError as error:
+        output.note(f"note: hardness.parquet is left out: {error}")
+    found.save(folder / "hardness.safetensors")
+    save_figure(
+        hardness_figure(study, f"How hard the model is to fool on each of {len(found)} images"), folder, "hardness"
+    )
+    count, right = min(_SHOWN, len(found)), min(_SHOWN, study.correct)
+    rows = {
+        "Learned best: the largest V": found.hardest(count),
+        "Learned worst: the smallest V": found.weakest(count),
+        "The smallest V of those classified correctly": found.weakest(right, found.correct),
+    }
+    picked = pick_images(network, loader(images, batch_size), found, torch.cat(list(rows.values())))
+    parts = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
+    picture = io.BytesIO()
+    images_figure(found, rows, parts, images.classes).savefig(picture, dpi=200)
+    replace_file(folder / "images.png", picture.getvalue())
+    write_json(folder / "hardness.json", summarise(study, origin))

@@ -1,0 +1,123 @@
+"""``attackroute hardness`` on a folder of tiny pictures: files, tables, JSON, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.utils import save_image
+from typer.testing import CliRunner
+
+import attackroute as ar
+from attackroute.cli.app import app
+from attackroute.data import load_data, loader
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def bad(result: Any, *parts: str) -> None:
+    """Exit code 2, nothing on stdout, one line of error on stderr besides notes."""
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    *notes, line = result.stderr.splitlines()
+    assert line.startswith("error: ") and all(note.startswith("note: ") for note in notes)
+    for part in parts:
+        assert part in line
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of two classes, and a trained network."""
+    root = tmp_path_factory.mktemp("hardness")
+    random = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("test", 12)):
+        for label, name in enumerate(("dark", "light")):
+            (root / "pictures" / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = 0.5 * torch.rand(3, 32, 32, generator=random) + 0.1 * label + 0.2
+                save_image(image, root / "pictures" / split / name / f"{number:02}.png")
+    result = run(
+        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{root / 'pictures'}", "--epochs", 4,
+        "--batch-size", 8, "--lr", "0.02", "--quiet", "--out", root / "net",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return root
+
+
+def hardness(home: Path, *arguments: object) -> Any:
+    return run("hardness", "--model", home / "net", "--data", f"folder:{home / 'pictures'}", *arguments)
+
+
+def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
+    result = hardness(
+        home, "--attack", "fgsm:eps=8/255", "--attack", "gaussian-noise:std=0.2", "--out", tmp_path / "out", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("note: no --route is given, so one is traced from these 24 images")
+    content = json.loads(result.stdout)
+    names = {"hardness.csv", "hardness.safetensors", "hardness.png", "hardness.svg", "images.png", "hardness.json"}
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found - {"hardness.parquet"} == names | {"route.json"}
+    assert content == json.loads((tmp_path / "out" / "hardness.json").read_text()) | {"folder": str(tmp_path / "out")}
+    stored = ar.Hardness.load(tmp_path / "out" / "hardness.safetensors")
+    assert stored.route == ar.Route.load(tmp_path / "out" / "route.json")
+    with (tmp_path / "out" / "hardness.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["V"]) for row in rows] == stored.values.tolist() and len(rows) == 24
+    assert content["hardest"] == stored.hardest(10).tolist() and content["samples"] == 24
+    assert set(content["attacks"]) == {"fgsm:eps=8/255", "gaussian-noise:std=0.2,seed=0"}
+
+
+def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) -> None:
+    from attackroute.cli.networks import open_network
+
+    data = load_data(f"folder:{home / 'pictures'}", split="train")
+    network = open_network(str(home / "net"), data)
+    route = ar.trace_routes(network, loader(data)).aggregate(0.5)
+    route.save(tmp_path / "route.json")
+    result = hardness(
+        home, "--route", tmp_path / "route.json", "--attack", "fgsm:eps=8/255", "--samples", 20, "--smallest-eps",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert not (tmp_path / "out" / "route.json").exists()
+    assert ar.Hardness.load(tmp_path / "out" / "hardness.safetensors").route == route
+    for word in ("tenth", "predictor", "hardness V", "input gradient", "V on all neurons", "votes of single layers"):
+        assert word in result.stdout
+    assert "fgsm:eps=8/255 fools the model on" in result.stdout and "Smallest eps: " in result.stdout
+    quiet = hardness(home, "--attack", "fgsm:eps=1/255", "--samples", 5, "--out", tmp_path / "quiet", "--quiet")
+    assert (quiet.exit_code, quiet.output) == (0, "")
+
+
+def test_bad_input_is_one_line(home: Path, tmp_path: Path) -> None:
+    out = "--out", tmp_path / "out"
+    ar.Route({"features.0": [0]}, {"features.0": 777}).save(tmp_path / "other.json")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "plain").mkdir()
+    save_image(torch.rand(3, 32, 32), tmp_path / "plain" / "a.png")
+    (tmp_path / "file").write_text("")
+    bad(hardness(home, *out, "--route", tmp_path / "other.json"), "other.json", "features.0", "777 channels")
+    bad(hardness(home, *out, "--route", tmp_path / "broken.json"), "broken.json")
+    bad(hardness(home, *out, "--route", tmp_path / "none.json"), "none.json")
+    bad(hardness(home, *out, "--samples", 1), "one sample")
+    bad(hardness(home, *out, "--attack", "fgsn"), "unknown attack 'fgsn'", "fgsm")
+    bad(hardness(home, *out, "--attack", "fgsm:eps=300"), "eps")
+    bad(run("hardness", "--model", home / "net", "--data", f"folder:{tmp_path / 'plain'}", *out), str(tmp_path))
+    bad(hardness(home, "--out", tmp_path / "file"), "--out")
+    bad(hardness(home), "--out")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom attackroute.cli.app import app\n"
+        "try:\n    app(['hardness', '--help'], standalone_mode=True)\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'scipy' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

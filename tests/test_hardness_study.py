@@ -1,0 +1,308 @@
+"""Who is fooled and what tells so: success, smallest eps and tables against closed forms, and against loops."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attackroute as ar
+from architectures import Function, chain, randomised
+from attackroute.attacks import FGSM, Perturbation
+from attackroute.errors import UserError
+from attackroute.experiments.hardness_radius import EpsSearch
+from attackroute.experiments.hardness_study import ALL, LAYER, OURS, RANDOM, RIVALS, SMALLEST_EPS, study_hardness
+from attackroute.figures.hardness_bars import hardness_figure
+from attackroute.figures.hardness_images import images_figure, pick_images
+from attackroute.rank_statistics import AUROC, SPEARMAN
+
+
+@dataclass(frozen=True)
+class Darken(Perturbation):
+    """A perturbation that needs no gradient."""
+
+    name: ClassVar[str] = "darken"
+    factor: float = 0.9
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return x * self.factor
+
+
+def linear_model() -> tuple[nn.Module, Tensor]:
+    """Logits ``W (x - 1/2)`` of 1x2x2 images, and the weights as (classes, 4)."""
+    torch.manual_seed(0)
+    model = Function(lambda parts, x: parts["a"](x).flatten(1), a=nn.Conv2d(1, 3, 2)).double()
+    conv = model.parts["a"]
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    weights = conv.weight.detach().flatten(1)
+    conv.bias.data = -weights.sum(1) / 2  # a grey image is on every boundary
+    return model, weights
+
+
+def centred_model(seed: int, images: Tensor) -> nn.Module:
+    """A network whose answers differ between the images."""
+    torch.manual_seed(seed)
+    model = randomised(chain()).double().eval()
+    with torch.no_grad():
+        model[-1].fc.bias -= model(images).mean(0)  # type: ignore[index,union-attr]
+    return model
+
+
+def closed_form(model: nn.Module, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """Smallest L-infinity distance to another class, for images so far inside [0, 1] that the box does not matter."""
+    logits = model(images).detach()
+    radii = []
+    for row, label in enumerate(labels.tolist()):
+        others = [k for k in range(len(weights)) if k != label]
+        gaps = [
+            float((logits[row, label] - logits[row, k]) / (weights[label] - weights[k]).abs().sum()) for k in others
+        ]
+        radii.append(min(gaps))
+    return torch.tensor(radii, dtype=torch.float64)
+
+
+# the smallest eps
+
+
+def test_smallest_eps_of_two_classes_in_closed_form() -> None:
+    model, weights = linear_model()
+    two = Function(lambda parts, x: parts["whole"](x)[:, :2], whole=model)
+    images = 0.5 + 0.1 * torch.randn(20, 1, 2, 2, dtype=torch.float64)
+    labels = two(images).argmax(1)
+    truth = closed_form(two, weights[:2], images, labels)
+    search = EpsSearch(largest=0.05, tolerance=1e-4)
+    found = search.smallest_eps(two, images, labels)
+    inside = truth < 0.049
+    assert int(inside.sum()) >= 5 and (truth > 0.05).any()
+    excess = found[inside] - truth[inside]
+    assert (excess >= -1e-12).all() and (excess <= 1e-4).all()
+    assert torch.isinf(found[truth > 0.05]).all()
+
+
+def test_smallest_eps_is_an_upper_bound_for_more_classes() -> None:
+    model, weights = linear_model()
+    images = 0.5 + 0.1 * torch.randn(20, 1, 2, 2, dtype=torch.float64)
+    labels = model(images).argmax(1)
+    truth = closed_form(model, weights, images, labels)
+    found = EpsSearch(largest=0.4, tolerance=1e-3).smallest_eps(model, images, labels)
+    assert (found >= truth - 1e-12).all()
+    assert int((found <= truth + 1e-3).sum()) > 10  # PGD climbs the loss, not the way to the nearest boundary
+
+
+def test_bisection_does_not_depend_on_the_batch() -> None:
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    model = centred_model(4, images)
+    labels = model(images).argmax(1)
+    search = EpsSearch(largest=0.02, tolerance=0.0004, steps=4)
+    whole = search.smallest_eps(model, images, labels)
+    alone = torch.cat([search.smallest_eps(model, images[row : row + 1], labels[row : row + 1]) for row in range(6)])
+    assert torch.equal(whole, alone)
+    assert search.smallest_eps(model, images[:0], labels[:0]).shape == (0,)
+
+
+def test_a_found_eps_fools_and_one_below_it_does_not() -> None:
+    """PGD written out, at the eps found and at the largest one that was seen to fail."""
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    model = centred_model(4, images)
+    labels = model(images).argmax(1)
+    search = EpsSearch(largest=0.004, tolerance=0.0005, steps=3)
+    assert search.rounds == 3 and search.passes == 16
+    found = search.smallest_eps(model, images, labels)
+    assert torch.isfinite(found).any() and torch.isinf(found).any()
+    for row, eps in enumerate(found.tolist()):
+        for radius, fooled in ((0.004, False),) if math.isinf(eps) else ((eps, True), (eps - 0.0005, False)):
+            image = images[row : row + 1]
+            current = image.clone()
+            for _ in range(3 if radius > 0 else 0):
+                leaf = current.clone().requires_grad_()
+                (slope,) = torch.autograd.grad(F.cross_entropy(model(leaf), labels[row : row + 1]), leaf)
+                moved = current + 2.5 * radius / 3 * slope.sign()
+                current = torch.minimum(torch.maximum(moved, image - radius), image + radius).clamp(0, 1)
+            assert (int(model(current).argmax()) != int(labels[row])) == fooled
+
+
+def test_rounds_reach_the_tolerance() -> None:
+    for largest, tolerance in ((16 / 255, 0.1 / 255), (0.5, 0.5), (0.08, 0.01), (1.0, 0.3)):
+        rounds = EpsSearch(largest, tolerance).rounds
+        assert largest / 2**rounds <= tolerance * (1 + 1e-9)
+        assert rounds == 0 or largest / 2 ** (rounds - 1) > tolerance
+    for wrong in ({"largest": 2.0}, {"tolerance": 0.0}, {"tolerance": math.nan}, {"tolerance": 0.5}, {"steps": 0}):
+        with pytest.raises(UserError):
+            EpsSearch(**wrong)  # type: ignore[arg-type]
+
+
+# the study
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[nn.Module, Tensor, Tensor, ar.Route]:
+    images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    model = centred_model(2, images)
+    labels = model(images).argmax(1)
+    labels[::5] = (labels[::5] + 1) % 5  # misclassified ones
+    return model, images, labels, ar.trace_routes(model, (images, labels)).aggregate(0.3)
+
+
+def study(case: tuple[nn.Module, Tensor, Tensor, ar.Route], **options: object):  # type: ignore[no-untyped-def]
+    model, images, labels, route = case
+    settings = {"attacks": [FGSM(1 / 255), Darken()], "draws": 2, "resamples": 20, **options}
+    return study_hardness(model, route, (images, labels), **settings)  # type: ignore[arg-type]
+
+
+def test_only_correctly_classified_samples_count(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    model, images, labels, route = case
+    found = study(case, search=EpsSearch(0.01, 0.001, 2))
+    right = torch.arange(40) % 5 != 0
+    assert torch.equal(found.hardness.correct, right) and found.correct == 32
+    expected = (model(images[right] * 0.9).argmax(1) != labels[right]).numpy()
+    assert expected.any() and not expected.all()
+    assert (found.fooled["darken:factor=0.9"] == expected).all()
+    assert found.smallest_eps is not None and found.smallest_eps.shape == (32,)
+    assert torch.equal(found.hardness.votes, ar.hardness(model, route, (images, labels)).votes)
+
+
+def test_predictors_are_larger_for_what_is_easier_to_fool(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    model, images, labels, route = case
+    found = study(case)
+    right = found.hardness.correct
+    assert list(found.predictors)[:5] == [OURS, *RIVALS[:3], ALL]
+    assert (found.predictors[OURS] == -ar.hardness(model, route, (images, labels)).values[right].numpy()).all()
+    logits = model(images).detach()
+    loss = F.cross_entropy(logits, labels, reduction="none")[right]
+    assert found.predictors["loss"] == pytest.approx(loss.log().numpy())
+    others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
+    margin = (logits.gather(1, labels[:, None])[:, 0] - others)[right]
+    assert found.predictors["margin"] == pytest.approx(-margin.numpy())
+    everything = ar.Route({layer: range(count) for layer, count in route.channels.items()}, route.channels)
+    assert (found.predictors[ALL] == -ar.hardness(model, everything, (images, labels)).values[right].numpy()).all()
+    drawn = ar.hardness(model, route.random_like(1), (images, labels)).values[right]
+    assert (found.predictors[f"{RANDOM} 1"] == -drawn.numpy()).all() and f"{RANDOM} 2" not in found.predictors
+    votes = sum(found.predictors[f"{LAYER} {layer}"] for layer in route)
+    assert votes == pytest.approx(found.predictors[OURS])
+
+
+def test_judgements_and_bins_are_those_of_the_samples(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    found = study(case, search=EpsSearch(0.01, 0.001, 2))
+    attack = "fgsm:eps=1/255"
+    events, scores = found.fooled[attack], found.predictors[OURS]
+    pairs = [(a > b) + (a == b) / 2 for a in scores[events] for b in scores[~events]]
+    ours = found.judgements[attack][0]
+    assert (ours.predictor, ours.statistic) == (OURS, AUROC) and ours.estimate.value == pytest.approx(np.mean(pairs))
+    assert {item.statistic for item in found.judgements[SMALLEST_EPS]} == {SPEARMAN}
+    assert found.smallest_eps is not None
+    margin = next(item for item in found.judgements[SMALLEST_EPS] if item.predictor == "margin")
+    finite = np.where(np.isinf(found.smallest_eps), 9.0, found.smallest_eps)
+    ranks = [stats(values) for values in (found.predictors["margin"], -finite)]
+    assert margin.estimate.value == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    bins = found.bins(attack)
+    assert [part.samples for part in bins] == [4, 4, *[3] * 8]
+    order = sorted(range(32), key=lambda at: scores[at])  # the largest V first
+    assert bins[0].fooled == int(events[order[:4]].sum()) and bins[-1].fooled == int(events[order[-3:]].sum())
+    assert sum(part.fooled for part in bins) == int(events.sum())
+
+
+def stats(values: np.ndarray) -> np.ndarray:
+    """Ranks with averaged ties, by comparing everything with everything."""
+    return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+
+
+def test_table_of_gradients(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    found = study(case)
+    attack = "fgsm:eps=1/255"
+    sizes = found.hardness.log_gradients[found.hardness.correct].exp().numpy()
+    weak = found.fooled[attack]
+    for at, row in enumerate(found.gradients(attack)):
+        assert row.layer == found.hardness.layers[at]
+        assert row.hard_mean == pytest.approx(sizes[~weak, at].mean())
+        assert row.weak_mean == pytest.approx(sizes[weak, at].mean())
+        assert row.hard_median == pytest.approx(np.median(sizes[~weak, at]))
+        assert row.weak_median == pytest.approx(np.median(sizes[weak, at]))
+
+
+def test_batches_do_not_matter(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    whole, parts = study(case), study(case, batch_size=7)
+    assert json.dumps(whole.to_json()["judgements"][:5]) == json.dumps(parts.to_json()["judgements"][:5])
+    assert whole.reading() == parts.reading()
+
+
+def test_nobody_fooled_and_everything_fooled(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    found = study(case, attacks=[FGSM(0.0)])
+    assert not found.fooled["fgsm:eps=0/255"].any()
+    assert all(item.estimate.value is None for item in found.judgements["fgsm:eps=0/255"] if item.statistic == AUROC)
+    assert "nothing to judge" in found.reading()
+    row = found.gradients("fgsm:eps=0/255")[0]
+    assert row.weak_mean is row.weak_median is None and row.hard_mean is not None
+    json.dumps(found.to_json(), allow_nan=False)
+    hardness_figure(found, "nobody").canvas.draw()  # type: ignore[attr-defined]
+
+
+def test_a_wide_route_has_no_random_control(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    model, images, labels, route = case
+    wide = ar.Route({layer: range(count) for layer, count in route.channels.items()}, route.channels)
+    found = study((model, images, labels, wide))
+    assert not any(name.startswith(RANDOM) for name in found.predictors)
+    assert (found.predictors[OURS] == found.predictors[ALL]).all()
+
+
+def test_json_is_plain_and_says_which_samples_count(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    found = study(case, search=EpsSearch(0.01, 0.001, 2))
+    content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert content["counted"] == "only samples that the model classifies correctly"
+    assert content["samples"] == 40 and content["correctly_classified"] == 32
+    assert sum(size for size, _ in content["attacks"]["fgsm:eps=1/255"]["bins_hardest_first"]) == 32
+    assert content["smallest_eps"]["tolerance"] == 0.001
+    sentences = found.sentences()
+    assert len(sentences) == 3 and "AUROC of V" in sentences[0] and "Spearman of V" in sentences[2]
+
+
+def test_the_model_comes_back_and_faults_are_one_line(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    model, images, labels, route = case
+    model = copy.deepcopy(model).train()
+    for options, data, message in (
+        ({"attacks": []}, (images, labels), "nothing to judge"),
+        ({}, (images[:1], labels[:1]), "one sample"),
+        ({}, (images, (model.eval()(images).argmax(1) + 1) % 5), "none of the 40 samples correctly"),
+        ({}, (images * 3, labels), r"must be in \[0, 1\]"),
+        ({}, images, "no labels"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            study((model.train(), *data, route) if isinstance(data, tuple) else (model, data, None, route), **options)
+        assert "\n" not in str(caught.value)
+        assert model.training and not any(module._forward_hooks for module in model.modules())
+
+
+# figures
+
+
+def test_figures_show_every_target(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    found = study(case, search=EpsSearch(0.01, 0.001, 2))
+    figure = hardness_figure(found, "title")
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["fgsm:eps=1/255", "darken:factor=0.9", "smallest eps that fools (PGD, 2 steps)"]
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    bins = found.bins("fgsm:eps=1/255")
+    assert heights == [part.samples for part in bins] + [part.fooled for part in bins]
+
+
+def test_pictures_are_those_of_the_samples(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    model, images, labels, route = case
+    found = ar.hardness(model, route, (images, labels))
+    wanted = torch.tensor([39, 0, 17, 17])
+    picked = pick_images(model, (images, labels), found, wanted, batch_size=7)
+    assert torch.equal(picked, images[wanted].float())
+    figure = images_figure(found, {"some": wanted}, {"some": picked}, ["a", "b", "c", "d", "a_class_of_a_long_name"])
+    shown = [text for half in figure.subfigs for text in (axes.get_title() for axes in half.axes)]
+    assert shown[0].startswith(f"#39: V {float(found.values[39]):.0f}\n") and "seen as" in shown[1]
+    with pytest.raises(UserError, match="does not shuffle"):
+        pick_images(model, (images.flip(0), labels.flip(0)), found, wanted)
+    with pytest.raises(UserError, match="39 samples now"):
+        pick_images(model, (images[:39], labels[:39]), found, torch.tensor([0]))
