@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from architectures import CLOSED, MIXED, Head
 from attackroute.errors import UserError
+from attackroute.interventions import deactivate, record_outputs, transplant, weaken
 from attackroute.trace import influence, trace_routes
 from tracing import ready, small, state, untidy
 
@@ -127,3 +128,41 @@ def test_masks_are_packed_and_scores_dropped() -> None:
     routes = trace_routes(model, (images for _ in range(20)))
     assert routes.kept_scores is None
     assert sum(packed.nbytes for packed in routes.packed.values()) == 60 * len(routes.layers)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_interventions_leave_no_tensor_and_no_hook(fails: bool) -> None:
+    model, images, _ = ready(small, samples=2)
+    route = trace_routes(model, images).aggregate(0.5)
+    before = state(model)
+
+    def intervene() -> None:
+        with transplant(model, images, route), weaken(model, route, 0.5), deactivate(model, route, at="activation"):
+            model(images)
+            if fails:
+                model(images[:1])
+
+    def run() -> None:
+        if fails:
+            with pytest.raises(UserError, match="the same images"):
+                intervene()
+        else:
+            intervene()
+
+    run()
+    alive = tensors()
+    for _ in range(20):
+        run()
+    assert tensors() <= alive
+    assert state(model) == before
+
+
+def test_clean_outputs_die_without_the_garbage_collector(without_collector: None) -> None:
+    model, images, _ = ready(small, samples=2)
+    route = trace_routes(model, images).aggregate(0.5)
+    kept = record_outputs(model, images, route)
+    references = [weakref.ref(values) for values in kept.values()]
+    with transplant(model, kept, route), weaken(model, route, 0.5):
+        model(images)
+    del kept
+    assert not any(reference() is not None for reference in references)
