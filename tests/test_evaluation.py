@@ -301,5 +301,5 @@ def test_the_reading_names_the_worst_attack_and_mistrust() -> None:
     images, _ = images_and_labels(30)
     evaluation = ar.evaluate(Blind(), (images, (images[:, 0, 0, 0] * 3.999).long()), ["pgd:eps=0.01"], checks=30)
     assert evaluation.accuracy("clean") == Accuracy(30, 30)
-    assert "NOT TO BE TRUSTED" in evaluation.reading()
+    assert "not to be trusted" in evaluation.reading()
     assert "vanishing gradient of the logits" in evaluation.reading()

@@ -137,12 +137,11 @@ class Evaluation:
         parts = []
         for model in dict.fromkeys(row.model for row in self.rows):
             own = [row for row in self.rows if row.model == model]
-            worst = min(own, key=lambda row: row.accuracy.value)
             clean = own[0].accuracy
-            parts.append(
-                f"{model} is right on {clean.value:.1%} of {plural(clean.total, 'clean image')} "
-                f"and on {worst.accuracy.value:.1%} under {worst.label}{self._trust(model)}"
-            )
+            worst = min(own[1:], key=lambda row: row.accuracy.value, default=None)
+            attacked = "" if worst is None else f" and on {worst.accuracy.value:.1%} under {worst.label}"
+            right = f"{model} is right on {clean.value:.1%} of {plural(clean.total, 'clean image')}"
+            parts.append(f"{right}{attacked}{self._trust(model)}")
         return "; ".join(parts) + "."
 
     def _trust(self, model: str) -> str:
@@ -151,7 +150,7 @@ class Evaluation:
             return " (no check for masked gradients)"
         names = ", ".join(item.name for item in self.suspicious(model))
         return (
-            f" (NOT TO BE TRUSTED, signs of masked gradients: {names})" if names else " (no sign of masked gradients)"
+            f" (not to be trusted; signs of masked gradients: {names})" if names else " (no sign of masked gradients)"
         )
 
     def to_json(self) -> dict[str, Any]:

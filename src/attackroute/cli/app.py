@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attackroute.cli import analyze, benchmark, demo, hardness, trace, train
+from attackroute.cli import analyze, benchmark, demo, evaluate, hardness, trace, train
 from attackroute.cli.commands import Group, add_command
 from attackroute.version import __version__
 
@@ -24,6 +24,7 @@ _EXAMPLES = """
    attackroute trace --model runs/digits --data mnist-sample --out runs/digits/routes
    attackroute trace --model torchvision:resnet18 --weights resnet18.pth --classes 1000 \\
      --data folder:photos --image-size 224 --out runs/photos
+   attackroute evaluate --model runs/digits --data mnist-sample --eps 0.1 --out runs/digits/evaluation
    attackroute trace --help
 
  Exit codes:
@@ -68,6 +69,7 @@ add_command(app, train.train, train.EXAMPLES)
 add_command(app, trace.trace, trace.EXAMPLES)
 add_command(app, analyze.analyze, analyze.EXAMPLES)
 add_command(app, hardness.hardness, hardness.EXAMPLES)
+add_command(app, evaluate.evaluate, evaluate.EXAMPLES)
 add_command(app, benchmark.benchmark, benchmark.EXAMPLES)
 
 

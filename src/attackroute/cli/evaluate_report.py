@@ -63,17 +63,18 @@ def _numbers(check: Check) -> str:
 
 
 def _cells(files: Sequence[FileCheck]) -> list[str]:
-    recorded, found = (_together([getattr(file, name) for file in files]) for name in ("recorded", "found"))
+    recorded = [file.recorded for file in files if file.recorded is not None]
+    found = [file.found for file in files if file.found is not None]
     distances = [file.distance for file in files if file.distance is not None]
     return [
         str(len(files)),
-        str(recorded.total),
-        f"{recorded.value:.2%}",
-        f"{found.value:.2%}",
+        str(sum(part.total for part in recorded)),
+        _share(recorded),
+        _share(found),
         f"{max(distances):.6g}" if distances else "none kept",
     ]
 
 
-def _together(parts: Sequence[Accuracy | None]) -> Accuracy:
-    known = [part for part in parts if part is not None]
-    return Accuracy(sum(part.correct for part in known), sum(part.total for part in known))
+def _share(parts: Sequence[Accuracy]) -> str:
+    total = sum(part.total for part in parts)
+    return f"{sum(part.correct for part in parts) / total:.2%}" if total else "none"

@@ -1,0 +1,269 @@
+"""``attackroute evaluate`` on a folder of tiny pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.utils import save_image
+from typer.testing import CliRunner
+
+import attackroute as ar
+from attackroute import evaluation
+from attackroute.cli.app import app
+from attackroute.cli.networks import ModelCard, with_own_normalisation
+from attackroute.models import ModelSpec, build
+
+SIZE = 32
+QUICK = ("--batch-size", 4, "--check-samples", 3, "--device", "cpu")
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+
+
+def assert_bad_input(result, *parts: object) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    for part in parts:
+        assert str(part) in line
+
+
+@pytest.fixture(autouse=True)
+def quick_checks(monkeypatch):
+    monkeypatch.setattr("attackroute.masking._QUERIES", 3)
+    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 4)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """10 pictures of two classes, dark and bright."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = torch.Generator().manual_seed(0)
+    for label, name in enumerate(("dark", "light")):
+        (root / name).mkdir(parents=True)
+        for number in range(5):
+            save_image((torch.rand(3, SIZE, SIZE, generator=random) + label) / 2, root / name / f"{number}.png")
+    return root
+
+
+def network(folder: Path, seed: int) -> Path:
+    folder.mkdir()
+    spec = ModelSpec("vgg_small", 2, 0.1, SIZE, 3, None, None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(spec)
+    save_file(model.state_dict(), folder / "best.safetensors")
+    ModelCard(with_own_normalisation(spec, model), ("dark", "light")).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return network(root / "one", 0), network(root / "two", 1)
+
+
+def arguments(net: Path, pictures: Path) -> tuple[object, ...]:
+    return ("--model", net, "--data", f"folder:{pictures}", *QUICK)
+
+
+def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path):
+    one, two = nets
+    result = run(
+        *arguments(one, pictures), "--model", two, "--attack", "fgsm", "--attack", "pgd:steps=2", "--eps", "1/10",
+        "--attack", "gaussian-noise", "--severity", 1, "--seed", 3, "--twin", two, "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+
+    models = {}
+    for folder in nets:
+        models[str(folder)] = ar.build_model("vgg_small", num_classes=2, width=0.1)
+        ar.load_weights(models[str(folder)], folder / "best.safetensors")
+    data = ar.load_data(f"folder:{pictures}")
+    images = torch.stack([image for image, _ in data.dataset])
+    labels = torch.tensor([label for _, label in data.dataset])
+    expected = ar.evaluate(
+        models, (images, labels), ["fgsm:eps=0.1", "pgd:eps=0.1,steps=2", "gaussian-noise:severity=1"],
+        batch_size=4, seed=3, checks=3, twin=models[str(two)],
+    )  # fmt: skip
+    for rows in (printed["rows"], json.loads((tmp_path / "evaluation.json").read_text())["rows"]):
+        assert [(row["model"], row["attack"], row["correct"], row["samples"]) for row in rows] == [
+            (row.model, row.attack, row.accuracy.correct, row.accuracy.total) for row in expected.rows
+        ]
+    assert printed["checks"] == [check.to_json() for check in expected.checks]
+    assert (printed["data"], printed["images"]) == (f"folder:{pictures}", [10, 3, SIZE, SIZE])
+    with (tmp_path / "evaluation.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in table] == [row.accuracy.value for row in expected.rows]
+    assert [row["seed"] for row in table[:4]] == ["", "", "3", "3"]
+
+
+def test_tables_and_default_attacks(nets, pictures):
+    result = run(*arguments(nets[0], pictures), "--samples", 5)
+    assert result.exit_code == 0, result.output
+    for part in ("clean", "fgsm", "mi-fgsm", "pgd", "gaussian", "checks for masked gradients", "skipped"):
+        assert part in result.stdout
+    assert "of 5 clean images" in result.stdout
+    without = run(*arguments(nets[0], pictures), "--samples", 5, "--attack", "fgsm", "--no-checks")
+    assert "checks for" not in without.stdout
+    assert "no check for masked gradients" in without.stdout
+    quiet = run(*arguments(nets[0], pictures), "--attack", "fgsm", "--no-checks", "--quiet")
+    assert (quiet.exit_code, quiet.output) == (0, "")
+
+
+def test_eps_and_severity_fill_what_attacks_leave_open(nets, pictures):
+    result = run(
+        *arguments(nets[0], pictures), "--attack", "fgsm", "--attack", "mi-fgsm:eps=0.3", "--attack", "pgd-l2:steps=1",
+        "--attack", "gaussian-noise", "--attack", "gaussian-noise:severity=4", "--eps", 0.1, "--severity", 2,
+        "--no-checks", "--json",
+    )  # fmt: skip
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["eps"] for row in rows] == [None, 0.1, 0.3, 0.5, None, None]  # a radius in another norm is left alone
+    assert [row["severity"] for row in rows[-2:]] == [2, 4]
+
+
+def test_the_same_network_with_other_weights(nets, pictures):
+    one, two = nets
+    result = run(
+        "--model", "vgg_small", "--model", "vgg_small", "--model-width", 0.1, "--weights", one / "best.safetensors",
+        "--weights", two / "best.safetensors", "--data", f"folder:{pictures}", "--attack", "clean", "--no-checks",
+        "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert [row["model"] for row in content["rows"]] == ["vgg_small", "vgg_small#2"]
+    assert content["models"]["vgg_small"] != content["models"]["vgg_small#2"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a crash")])
+def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(nets, pictures, tmp_path, monkeypatch, error):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = (*arguments(nets[0], pictures), "--attack", "fgsm", "--attack", "gaussian-noise")
+    assert run(*options, "--out", whole).exit_code == 0
+    real, calls = evaluation._Run._predictions, []
+
+    def breaking(self, *positional):
+        calls.append(positional)
+        if len(calls) == 5:
+            raise error
+        return real(self, *positional)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation._Run, "_predictions", breaking)
+        if isinstance(error, KeyboardInterrupt):
+            result = run(*options, "--out", broken)
+            assert (result.exit_code, result.stdout) == (130, "")
+            assert "--resume" in result.stderr
+        else:
+            with pytest.raises(RuntimeError):
+                run(*options, "--out", broken)
+    assert [path.name for path in broken.iterdir()] == ["measurements.jsonl"]
+    assert_bad_input(run(*options, "--out", broken), "unfinished", "--resume")
+    assert_bad_input(run(*options, "--samples", 9, "--out", broken, "--resume"), "samples", "9")
+    assert_bad_input(run(*options, "--split", "train", "--seed", 1, "--out", broken, "--resume"), "seed")
+    assert run(*options, "--out", broken, "--resume").exit_code == 0
+
+    def timeless(folder: Path):
+        content = json.loads((folder / "evaluation.json").read_text())
+        return {**content, "rows": [{**row, "seconds": 0} for row in content["rows"]]}
+
+    assert timeless(broken) == timeless(whole)
+
+
+def test_examples_are_kept_and_verified(nets, pictures, tmp_path):
+    one, two = nets
+    folder = tmp_path / "examples"
+    made = run(*arguments(one, pictures), "--attack", "fgsm:eps=0.1", "--no-checks", "--save-examples", folder)
+    assert made.exit_code == 0, made.output
+    sound = run("--model", two, "--model", one, "--verify", folder)
+    assert sound.exit_code == 0, sound.output
+    assert "3 files checked: all is as it was recorded" in sound.stdout
+    named = run(
+        "--model", "vgg_small", "--model-width", 0.1, "--weights", one / "best.safetensors", "--verify", folder,
+        "--json",
+    )  # fmt: skip
+    content = json.loads(named.stdout)
+    assert content["passed"] is True
+    assert [file["samples"] for file in content["files"]] == [4, 4, 2]
+    assert_bad_input(run("--model", two, "--verify", folder), str(one), "--model")
+    assert_bad_input(run("--model", one, "--verify", tmp_path / "none"), "none")
+    assert_bad_input(run("--model", one, "--verify", folder, "--attack", "fgsm"), "--attack")
+    assert_bad_input(run(*arguments(one, pictures), "--save-examples", folder), folder, "already")
+
+    damaged = sorted(folder.rglob("*.safetensors"))[1]
+    content = bytearray(damaged.read_bytes())
+    content[-9] ^= 1
+    damaged.write_bytes(content)
+    result = run("--model", one, "--verify", folder)
+    assert result.exit_code == 1
+    assert str(damaged) in result.stderr
+    assert "1 fault" in result.stdout
+
+
+class TestBadInput:
+    """Everything that a user can get wrong: exit code 2 and one line."""
+
+    @pytest.mark.parametrize(
+        ("options", "parts"),
+        [
+            (("--attack", "fgsm:eps=1.5"), ("eps", "1.5")),
+            (("--eps", 2), ("eps", "2")),
+            (("--eps", -0.1), ("eps",)),
+            (("--eps", "eight"), ("eight",)),
+            (("--attack", "pgd:steps=0"), ("steps",)),
+            (("--attack", "pdg"), ("pdg", "did you mean pgd")),
+            (("--attack", "pgd:step=3"), ("step", "did you mean")),
+            (("--severity", 6), ("severity", "6")),
+            (("--check-samples", 0), ("check-samples",)),
+            (("--resume",), ("--out",)),
+            (("--weights", "a.pt", "--weights", "b.pt"), ("1 --model", "2 --weights")),
+            (("--twin", "vgg16"), ("vgg16", "--weights")),
+            (("--model", "vgg61"), ("vgg61",)),
+            (("--image-size", 4), ("4x4",)),
+        ],
+        ids=lambda value: None,
+    )
+    def test_options(self, nets, pictures, options, parts):
+        assert_bad_input(run(*arguments(nets[0], pictures), *options), *parts)
+
+    def test_missing_data(self, nets, tmp_path):
+        assert_bad_input(run("--model", nets[0]), "--data")
+        assert_bad_input(run("--model", nets[0], "--data", f"folder:{tmp_path / 'none'}"), "none")
+
+    def test_a_folder_that_is_a_file(self, nets, pictures, tmp_path):
+        file = tmp_path / "file"
+        file.touch()
+        assert_bad_input(run(*arguments(nets[0], pictures), "--out", file), file)
+        assert_bad_input(run(*arguments(nets[0], pictures), "--save-examples", file), file)
+
+    def test_outputs_that_are_no_logits(self, pictures, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "odd_outputs.py").write_text(
+            "from torch import nn\n"
+            "def maps(): return nn.Conv2d(3, 2, 1)\n"
+            "def shares(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 2), nn.Softmax(1))\n"
+        )
+        data = ("--data", f"folder:{pictures}", *QUICK)
+        assert_bad_input(run("--model", "odd_outputs:maps", *data), "logits")
+        assert_bad_input(run("--model", "odd_outputs:shares", *data), "softmax")
+
+    def test_a_corruption_that_does_not_take_the_images(self, pictures, tmp_path, monkeypatch):
+        pytest.importorskip("imagecorruptions")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "flat_nets.py").write_text(
+            "from torch import nn\ndef flat(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 2))\n"
+        )
+        result = run(
+            "--model", "flat_nets:flat", "--data", f"folder:{pictures}", "--image-size", 16, "--attack", "fgsm",
+            "--attack", "fog", "--out", tmp_path / "out", *QUICK,
+        )  # fmt: skip
+        assert_bad_input(result, "fog", "32x32")
+        assert not list((tmp_path / "out").iterdir())
