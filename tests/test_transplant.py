@@ -141,9 +141,10 @@ def test_kept_outputs_serve_a_sweep() -> None:
 def test_recorded_outputs() -> None:
     model, (x, _) = randomised(chain(inplace=True)).train(), pair()
     before = state(model)
-    kept = record_outputs(model.eval(), x, ["3", "0"])
+    kept = record_outputs(model.eval(), x, ["3", "0", "8"])
     same(kept["0"], model[0](x))
     same(kept["3"], model[:4](x))
+    same(kept["8"], model[:9](x))  # what follows works on it in place
     same(record_outputs(model, x, "3", at="activation")["3"], model[:6](x))
     assert not any(values.requires_grad for values in kept.values())
     assert state(model.train()) == before
