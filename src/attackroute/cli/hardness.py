@@ -164,7 +164,7 @@ def _route(network: nn.Module, images: ImageData, file: Path | None, batch_size:
         return Route.load(file, model=network)
     output.note(
         f"note: no --route is given, so one is traced from these {len(images)} images "
-        f"({_WIDTH:g} of the channels of each image's route, {_ROUTE_WIDTH:g} of the model's)"
+        f"(width {_WIDTH:g} for an image's route, {_ROUTE_WIDTH:g} for the model's)"
     )
     with output.progress("images traced") as progress:
         return trace_routes(network, loader(images, batch_size), _WIDTH, progress=progress).aggregate(_ROUTE_WIDTH)
