@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from attackroute.batches import check_logits, checked, count_samples, in_order, load, placement
@@ -58,6 +59,7 @@ def count_correct(
     batch_size: int = 256,
     device: torch.device | str | None = None,
     workers: int = 0,
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
 ) -> Accuracy:
     """Classify every sample of a data set in eval mode, without gradients.
 
@@ -67,6 +69,7 @@ def count_correct(
         batch_size: Images in one forward pass.
         device: Where the images are sent; by default to the model's device. The model is not moved.
         workers: Processes that read the data; 0 reads in this one.
+        attack: Classify what this makes of the images, as :mod:`attackroute.attacks` has them.
 
     Returns:
         The counts.
@@ -87,7 +90,10 @@ def count_correct(
         model.eval()
         for batch in load(data, batches, generator=torch.Generator(), workers=workers, pin_memory=home.type == "cuda"):
             images, labels = checked(batch, _WHAT)
-            logits = model(images.to(home, dtype, non_blocking=True))
+            images = images.to(home, dtype, non_blocking=True)
+            if attack is not None:
+                images = attack(model, images, labels.to(home))
+            logits = model(images)
             check_logits(logits, labels, _WHAT)
             correct += (logits.argmax(1) == labels.to(home, non_blocking=True)).sum()
             broken |= logits.isnan().any()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ class EpochRecord:
 
     Attributes:
         epoch: Counts from 1.
-        loss: Mean cross entropy over the epoch's samples, as met during training.
-        train: Accuracy on the epoch's (augmented) samples, as met during training.
+        loss: Mean cross entropy over the epoch's samples, as met during training, penalties left out.
+        train: Accuracy on the epoch's samples, as met during training: augmented, and attacked where the training is
+            against an attack.
         test: Accuracy on the test data after the epoch; None without test data.
         lr: Learning rate of the last step.
         seconds: Time that the epoch took, its test included.
+        robust: Accuracy on some test images after the attack that the training is against; None without an attack or
+            test data.
+        penalties: By name, the mean of each penalty over the epoch's samples, without its factor.
     """
 
     epoch: int
@@ -30,6 +34,8 @@ class EpochRecord:
     test: Accuracy | None
     lr: float
     seconds: float
+    robust: Accuracy | None = None
+    penalties: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,18 @@ class TrainResult:
 
     @property
     def best(self) -> EpochRecord | None:
-        """The first epoch of the highest test accuracy; None without test data."""
+        """The first epoch of the highest accuracy, see :func:`best_epoch`; None without test data."""
         return best_epoch(self.history)
 
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
-    """The first epoch of the highest test accuracy; None if nothing was tested."""
-    tested = [(record.test.value, -record.epoch, record) for record in history if record.test is not None]
-    return max(tested)[2] if tested else None
+    """The first epoch of the highest robust accuracy, where that was measured, or else of the highest test accuracy.
+
+    The choice is made on test data, so the chosen epoch's accuracy there is a little too good.
+    """
+    tested = [(record.robust or record.test, record) for record in history]
+    values = [(found.value, -record.epoch, record) for found, record in tested if found is not None]
+    return max(values)[2] if values else None
 
 
 def to_plain(record: EpochRecord) -> dict[str, Any]:
@@ -70,10 +80,10 @@ def to_plain(record: EpochRecord) -> dict[str, Any]:
 
 def from_plain(stored: dict[str, Any]) -> EpochRecord:
     """The record that :func:`to_plain` took apart."""
-    test = stored["test"]
-    return EpochRecord(
-        **{**stored, "train": Accuracy(**stored["train"]), "test": None if test is None else Accuracy(**test)}
-    )
+    counts = {
+        name: None if stored.get(name) is None else Accuracy(**stored[name]) for name in ("train", "test", "robust")
+    }
+    return EpochRecord(**{**stored, **counts})
 
 
 def log_line(record: EpochRecord) -> str:
@@ -81,4 +91,7 @@ def log_line(record: EpochRecord) -> str:
     line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "train_accuracy": record.train.value}
     if record.test is not None:
         line |= {"test_accuracy": record.test.value, "test_interval": record.test.interval}
+    if record.robust is not None:
+        line |= {"robust_accuracy": record.robust.value, "robust_interval": record.robust.interval}
+    line |= {f"{name}_penalty": value for name, value in record.penalties.items()}
     return json.dumps({**line, "lr": record.lr, "seconds": round(record.seconds, 3)})

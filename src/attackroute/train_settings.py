@@ -33,6 +33,8 @@ class TrainSettings:
         channels_last: Hold images and weights in PyTorch's channels_last format during training.
         seed: Decides data order, augmentation and dropout. The initial weights are the caller's.
         workers: Processes that read the data; 0 reads in this one.
+        robust_samples: Test images, drawn with the seed, that are attacked after every epoch where the training is
+            against an attack; the epoch that does best on them is the best one.
 
     Raises:
         UserError: A value is of the wrong kind or out of range.
@@ -50,6 +52,7 @@ class TrainSettings:
     channels_last: bool = False
     seed: int = 0
     workers: int = 0
+    robust_samples: int = 500
 
     def __post_init__(self) -> None:
         _check(_is_integer(self.epochs, 1), "epochs", self.epochs, "an integer of at least 1")
@@ -73,6 +76,7 @@ class TrainSettings:
             "seed", self.seed, "an integer from 0 to 2**63 - 1",
         )  # fmt: skip
         _check(_is_integer(self.workers, 0), "workers", self.workers, "an integer of at least 0")
+        _check(_is_integer(self.robust_samples, 1), "robust_samples", self.robust_samples, "an integer of at least 1")
 
 
 def _check(valid: bool, name: str, value: object, wanted: str) -> None:

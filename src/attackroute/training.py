@@ -1,8 +1,8 @@
-"""Plain training of a classifier that repeats bit for bit and goes on after a kill as if nothing had happened.
+"""Training of a classifier that repeats bit for bit and goes on after a kill as if nothing had happened.
 
-Data order, augmentation and dropout of an epoch derive from the seed and the epoch's number, and the learning rate
-from the step's, so a checkpoint at an epoch's end needs no generator or schedule state: weights, momentum and counters
-are all there is. An epoch that was cut short is repeated.
+Data order, augmentation and dropout of an epoch derive from the seed and the epoch's number, and the learning rate and
+an attack's random numbers from the step's, so a checkpoint at an epoch's end needs no generator or schedule state:
+weights, momentum, counters and what the objective holds are all there is. An epoch that was cut short is repeated.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from attackroute.accuracy import Accuracy, BrokenLogits, count_correct
+from attackroute.attacks import Perturbation
 from attackroute.augmentation import augment
 from attackroute.batches import (
     check_logits,
@@ -40,10 +40,11 @@ from attackroute.errors import UserError
 from attackroute.history import EpochRecord, TrainResult, best_epoch, from_plain, log_line, to_plain
 from attackroute.interruption import terminated_as_interrupted
 from attackroute.modes import in_channels_last, kept_modes
+from attackroute.objectives import Batch, Objective, StepLosses
 from attackroute.schedules import learning_rate
 from attackroute.train_settings import TrainSettings
 
-__all__ = ["EpochRecord", "TrainResult", "TrainSettings", "train"]
+__all__ = ["EpochRecord", "TrainResult", "TrainSettings", "fit", "train"]
 
 _TRAIN, _TEST = "training data", "test data"
 _DEFAULTS = TrainSettings()
@@ -55,12 +56,16 @@ def train(
     test_data: Dataset[Any] | None = None,
     settings: TrainSettings = _DEFAULTS,
     *,
+    attack: str | Perturbation | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> TrainResult:
     """Train a classifier in place with cross entropy and stochastic gradient descent.
+
+    With an attack such as ``"pgd:eps=8/255"`` this is adversarial training (Madry et al., 2018): every step learns from
+    attacked images alone, which are made from a random start for the network in eval mode.
 
     On the CPU, the same initial weights, data, settings and thread count give the same weights bit for bit, whatever
     the global random generators hold; these are left as they were, as are the model's ``training`` flags, device and
@@ -72,6 +77,7 @@ def train(
         train_data: Gives pairs of a float image (C, H, W) and an integer label.
         test_data: The same; tested after every epoch.
         settings: See :class:`TrainSettings`.
+        attack: What to train against, as :func:`attackroute.attacks.parse_attack` reads it; None for clean images.
         folder: Where a checkpoint is kept from before the first step on; see :mod:`attackroute.checkpoints` for its
             files. None keeps nothing.
         resume: Go on with the run in the folder, to the result of a run that was never broken off. An empty folder
@@ -87,9 +93,28 @@ def train(
             settings in it, or a loss or weights that are no longer finite.
         KeyboardInterrupt: On SIGINT, and in the main thread also on SIGTERM. The folder keeps the last whole epoch.
     """
+    return fit(
+        model, train_data, test_data, settings, Objective(attack),
+        folder=folder, resume=resume, on_epoch=on_epoch, progress=progress,
+    )  # fmt: skip
+
+
+def fit(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    test_data: Dataset[Any] | None,
+    settings: TrainSettings,
+    objective: Objective,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> TrainResult:
+    """Train for any objective; for the rest see :func:`train`."""
     if resume and folder is None:
         raise UserError("resume needs the folder of the run; give the folder too")
-    run = _Run(model, train_data, test_data, settings, RunFolder(folder) if folder is not None else None)
+    run = _Run(model, train_data, test_data, settings, objective, RunFolder(folder) if folder is not None else None)
     with ExitStack() as stack:
         stack.enter_context(terminated_as_interrupted())
         stack.enter_context(kept_modes(model))
@@ -116,10 +141,11 @@ class _Run:
         train_data: Dataset[Any],
         test_data: Dataset[Any] | None,
         settings: TrainSettings,
+        objective: Objective,
         folder: RunFolder | None,
     ) -> None:
         self.model, self.train_data, self.test_data = model, train_data, test_data
-        self.settings, self.folder = settings, folder
+        self.settings, self.objective, self.folder = settings, objective, folder
         self.samples = count_samples(train_data, _TRAIN)
         self.steps = count_steps(self.samples, settings.batch_size)
         self.device, self.dtype = placement(model)
@@ -165,6 +191,7 @@ class _Run:
     def open(self, resume: bool) -> None:
         """Go on from the folder's checkpoint or put the initial one there."""
         if self.folder is None:
+            self.objective.start(self.model, self.train_data, self.settings.seed)
             return
         weights = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
         files = 2 if self.test_data is None else 3  # last, state with the momentum, best
@@ -172,6 +199,7 @@ class _Run:
         if checkpoint is not None:
             self._restore(checkpoint, self.folder.path)
         else:
+            self.objective.start(self.model, self.train_data, self.settings.seed)
             self.folder.save(self._checkpoint(), best=False)
         self.folder.write_text(SETTINGS, json.dumps(self._terms(), indent=2) + "\n")
         self._write_log(self.folder)
@@ -192,10 +220,12 @@ class _Run:
         views = derived_generator(settings.seed, "augment", epoch)
         batches = shuffled(self.samples, settings.batch_size, settings.seed, epoch)
         interval = _loss_interval(self.device)
-        losses: list[float] = []
+        losses: list[list[float]] = []
         unread: list[Tensor] = []
+        names: list[str] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         rate = settings.lr
+        self.objective.begin_epoch(self.model, self.train_data, epoch)
         self.model.train()
         loader = load(
             self.train_data,
@@ -206,31 +236,47 @@ class _Run:
         )
         for step, batch in enumerate(loader, start=1):
             rate = learning_rate(settings.schedule, settings.lr, first + step - 1, total)
-            loss, hits = self._step(*checked(batch, _TRAIN), rate, views)
+            draws = derived_generator(settings.seed, "attack", first + step)
+            try:
+                step_losses, hits = self._step(*checked(batch, _TRAIN), rate, views, draws)
+            except UserError as error:
+                if self._finite_weights():
+                    raise
+                raise self._diverged(epoch, step, f"the weights are no longer finite ({error})") from error
             correct += hits
-            unread.append(loss)
+            names = list(step_losses.penalties)
+            unread.append(torch.stack([step_losses.task, *step_losses.penalties.values()]))
             if len(unread) == interval or step == len(batches):
                 losses += self._finite(torch.stack(unread).tolist(), epoch, len(losses))
                 unread.clear()
             if progress is not None:
-                latest = f", loss {losses[-1]:.3f}" if losses else ""
+                latest = f", loss {losses[-1][0]:.3f}" if losses else ""
                 progress(first + step, total, f"epoch {epoch}/{settings.epochs}{latest}")
         self._check_weights(epoch)
-        mean = math.fsum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / self.samples
+        loss, *penalties = (
+            math.fsum(value * len(batch) for value, batch in zip(column, batches, strict=True)) / self.samples
+            for column in zip(*losses, strict=True)
+        )
         hits_in_all = Accuracy(int(correct), self.samples)
-        return EpochRecord(epoch, mean, hits_in_all, self._test(epoch), rate, time.perf_counter() - started)
+        test, robust = self._test(epoch), self._test(epoch, self.objective.attack) if self.objective.attack else None
+        seconds = time.perf_counter() - started
+        return EpochRecord(
+            epoch, loss, hits_in_all, test, rate, seconds, robust, dict(zip(names, penalties, strict=True))
+        )
 
-    def _step(self, images: Tensor, labels: Tensor, rate: float, views: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, images: Tensor, labels: Tensor, rate: float, views: torch.Generator, draws: torch.Generator
+    ) -> tuple[StepLosses, Tensor]:
         images = augment(images.to(self.device, self.dtype, non_blocking=True), self.settings.augment, views)
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with self._autocast():
-            logits = self.model(images)
-        check_logits(logits, labels, _TRAIN)
         targets = labels.to(self.device, non_blocking=True)
-        loss = functional.cross_entropy(logits.to(self.dtype), targets)
+        losses = self.objective.losses(self.model, Batch(images, labels, targets, draws, self._autocast))
         self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        try:
+            self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise self.objective.explained(error) from error
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.clip_norm)
@@ -238,25 +284,36 @@ class _Run:
             group["lr"] = rate
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return loss.detach(), (logits.detach().argmax(1) == targets).sum()
+        return losses, (losses.logits.argmax(1) == targets).sum()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.amp is None else torch.autocast(self.device.type, dtype=self.amp)
 
-    def _test(self, epoch: int) -> Accuracy | None:
+    def _test(self, epoch: int, attack: Perturbation | None = None) -> Accuracy | None:
         if self.test_data is None:
             return None
+        data = self.test_data if attack is None else self._robust_data(self.test_data)
         try:
             with self._autocast():
-                return count_correct(self.model, self.test_data, workers=self.settings.workers)
+                return count_correct(self.model, data, workers=self.settings.workers, attack=attack)
         except BrokenLogits as error:  # weights can be finite and yet too large
             raise self._diverged(epoch, self.steps, f"the logits for the {_TEST} are NaN") from error
 
-    def _finite(self, losses: list[float], epoch: int, done: int) -> list[float]:
-        for step, loss in enumerate(losses, start=done + 1):
-            if not math.isfinite(loss):
-                raise self._diverged(epoch, step, f"the loss is {loss}")
+    def _robust_data(self, data: Dataset[Any]) -> Dataset[Any]:
+        """The test images that are attacked, the same after every epoch."""
+        samples = count_samples(data, _TEST)
+        order = torch.randperm(samples, generator=derived_generator(self.settings.seed, "robust", 0))
+        return Subset(data, order[: self.settings.robust_samples].sort().values.tolist())
+
+    def _finite(self, losses: list[list[float]], epoch: int, done: int) -> list[list[float]]:
+        for step, values in enumerate(losses, start=done + 1):
+            for name, value in zip(("loss", *("penalty",) * len(values)), values, strict=False):
+                if not math.isfinite(value):
+                    raise self._diverged(epoch, step, f"the {name} is {value}")
         return losses
+
+    def _finite_weights(self) -> bool:
+        return all(bool(value.isfinite().all()) for value in self.model.parameters())
 
     def _check_weights(self, epoch: int) -> None:
         """The last step can spoil the weights after the last loss was looked at."""
@@ -275,6 +332,7 @@ class _Run:
         """All that must be the same for a run to go on."""
         return {
             **asdict(self.settings),
+            **self.objective.terms,
             "train_samples": self.samples,
             "test_samples": None if self.test_data is None else count_samples(self.test_data, _TEST),
             "trainable": list(self.trainable),
@@ -288,6 +346,7 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": [to_plain(record) for record in self.history],
+            "objective": self.objective.state(),
         }
         return Checkpoint(self.model.state_dict(), state)
 
@@ -299,6 +358,7 @@ class _Run:
         if checkpoint.state["scaler"]:  # empty where the loss was not scaled
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.history = [from_plain(stored) for stored in checkpoint.state["history"]]
+        self.objective.restore(self.model, self.train_data, checkpoint.state["objective"])
 
     def _write_log(self, folder: RunFolder) -> None:
         folder.write_text(LOG, "".join(log_line(record) + "\n" for record in self.history))
