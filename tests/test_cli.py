@@ -23,7 +23,7 @@ from attackroute.cli.commands import Group, add_command
 from attackroute.cli.console import Output
 from attackroute.errors import UserError
 
-COMMANDS = ("demo", "train", "trace", "hardness", "benchmark")
+COMMANDS = ("demo", "train", "trace", "hardness", "evaluate", "benchmark")
 
 
 def run(*arguments: str):
