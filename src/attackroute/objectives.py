@@ -92,10 +92,6 @@ class Objective:
         task = task_loss(logits, batch.targets)
         return StepLosses(task, task.detach(), logits.detach())
 
-    def explained(self, error: RuntimeError) -> Exception:
-        """What went wrong in the backward pass, in words for the user where they are known."""
-        return error
-
     def attacked(self, model: nn.Module, batch: Batch) -> Tensor:
         """The images that the step learns from."""
         if self.attack is None:

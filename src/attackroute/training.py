@@ -273,10 +273,7 @@ class _Run:
         targets = labels.to(self.device, non_blocking=True)
         losses = self.objective.losses(self.model, Batch(images, labels, targets, draws, self._autocast))
         self.optimiser.zero_grad(set_to_none=True)
-        try:
-            self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise self.objective.explained(error) from error
+        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.clip_norm)
@@ -365,7 +362,8 @@ class _Run:
 
 
 def _check_terms(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    for name, value in wanted.items():
+    for name in dict.fromkeys([*wanted, *stored]):
+        value = wanted.get(name)
         if stored.get(name) == value:
             continue
         if name == "trainable":

@@ -1,0 +1,239 @@
+"""The objective of hardening: a training loss plus penalties on a route's neurons (Eqs. (11), (12), (14), (15))."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from attackroute.attacks import Perturbation
+from attackroute.batches import check_logits, checked, count_samples, derived_generator, load, placement
+from attackroute.errors import UserError
+from attackroute.fingerprint import require_model
+from attackroute.modes import kept_modes
+from attackroute.nearest import did_you_mean
+from attackroute.objectives import Batch, Objective, StepLosses, task_loss
+from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty, WeightPenalty
+from attackroute.penalties.gradient import METHODS
+from attackroute.penalties.passes import spared_buffers
+from attackroute.route_tracing import (
+    TARGETS,
+    RouteChange,
+    RouteTracing,
+    route_from_state,
+    route_state,
+    targeted,
+)
+from attackroute.routes import Route
+
+GRADIENT, WEIGHT = "gradient", "weight"
+PENALTIES = (GRADIENT, WEIGHT)
+
+_TRAIN = "training data"
+_STRENGTH_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class PenaltySettings:
+    """What is punished, and how much.
+
+    Attributes:
+        factors: Lambda for each penalty, ``"gradient"`` or ``"weight"``.
+        target: ``"route"``, or for controls ``"random"`` (as many neurons off it) or ``"all"`` of its layers' neurons.
+        method: As :class:`attackroute.penalties.GradientPenalty` has it.
+        folded: As :class:`attackroute.penalties.WeightPenalty` has it.
+
+    Raises:
+        UserError: A name is unknown, or a factor is not a number of at least 0.
+    """
+
+    factors: Mapping[str, float]
+    target: str = "route"
+    method: str = EXACT
+    folded: bool = True
+
+    def __post_init__(self) -> None:
+        for name, factor in self.factors.items():
+            _require_known("penalty", name, PENALTIES)
+            if isinstance(factor, bool) or not (isinstance(factor, (int, float)) and 0 <= factor < float("inf")):
+                raise UserError(f"the factor lambda of the {name} penalty is {factor!r}; give a number of at least 0")
+        _require_known("target", self.target, TARGETS)
+        _require_known("method", self.method, METHODS)
+
+
+class Penalised(Objective):
+    """Plain or adversarial training plus penalties; the route is traced when the run starts, unless it is given.
+
+    The gradient penalty takes the images that the network learns from, and with an attack the clean ones too (Eq.
+    (12)), in a pass of their own that leaves the batch norms' running statistics alone.
+
+    Args:
+        settings: What is punished.
+        attack: As for :class:`Objective`.
+        route: The route; None traces it.
+        tracing: How it is traced.
+
+    Attributes:
+        route: The route, once it is known.
+        changes: What each new trace changed.
+        strengths: For each penalty, the norm of its gradient over that of the task's, both by the parameters and on
+            some of the training samples before the first step.
+        overlap: The least share of the route's neurons, over layers, that the route of all the training samples has
+            too, both for the initial network; None where they are not compared.
+    """
+
+    def __init__(
+        self,
+        settings: PenaltySettings,
+        attack: str | Perturbation | None,
+        route: Route | None,
+        tracing: RouteTracing,
+    ) -> None:
+        super().__init__(attack)
+        if route is not None and tracing.refresh is not None:
+            raise UserError("a route that is given is not traced anew: leave out the route, or refresh")
+        self.route, self.changes, self.strengths = route, list[RouteChange](), dict[str, float]()
+        self.overlap: float | None = None
+        self._settings, self._given, self._tracing = settings, route, tracing
+        self._gradient: GradientPenalty | None = None
+        self._weight: WeightPenalty | None = None
+        self._seed = 0
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """See :class:`Objective`."""
+        settings = asdict(self._settings)
+        route = asdict(self._tracing) if self._given is None else _digest(self._given)
+        return {**super().terms, **settings, "factors": dict(self._settings.factors), "route": route}
+
+    def start(self, model: nn.Module, data: Dataset[Any], seed: int) -> None:
+        """Trace the route and compare the penalties' gradients with the task's."""
+        self._seed = seed
+        if self.route is None:
+            self.route = self._tracing.trace(model, data, seed)
+        if self._tracing.compare_full:
+            self.overlap = min(self.route.overlap(replace(self._tracing, share=1.0).trace(model, data, seed)).values())
+        self._aim(model, data)
+        self.strengths = self._measured_strengths(model, data)
+
+    def begin_epoch(self, model: nn.Module, data: Dataset[Any], epoch: int) -> None:
+        """Trace the route anew, where that is due."""
+        if self._tracing.due(epoch):
+            assert self.route is not None
+            old, self.route = self.route, self._tracing.trace(model, data, self._seed)
+            self.changes.append(RouteChange.between(old, self.route, epoch))
+            self._aim(model, data)
+
+    def state(self) -> dict[str, Any]:
+        """The route and what is known about it."""
+        assert self.route is not None
+        return {
+            "seed": self._seed,
+            "route": route_state(self.route),
+            "changes": [asdict(change) for change in self.changes],
+            "strengths": dict(self.strengths),
+            "overlap": self.overlap,
+        }
+
+    def restore(self, model: nn.Module, data: Dataset[Any], state: Mapping[str, Any]) -> None:
+        """Take the route back."""
+        self._seed = state["seed"]
+        self.route = route_from_state(state["route"], model)
+        self.changes = [RouteChange(**change) for change in state["changes"]]
+        self.strengths, self.overlap = dict(state["strengths"]), state["overlap"]
+        self._aim(model, data)
+
+    def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
+        """Eq. (11), (12), (14) or (15)."""
+        images = self.attacked(model, batch)
+        factors = self._settings.factors
+        with self._gradient.watch() if self._gradient else nullcontext(), batch.autocast():
+            logits = model(images)
+        check_logits(logits, batch.labels, _TRAIN)
+        values: dict[str, Tensor] = {}
+        task = task_loss(logits, batch.targets)
+        total = task
+        if self._gradient is not None:
+            total, values[GRADIENT] = self._gradient.with_task(logits, batch.targets, factors[GRADIENT])
+            if self.attack is not None:
+                clean = self._clean_penalty(self._gradient, model, batch)
+                total = total + factors[GRADIENT] * clean
+                values[GRADIENT] = values[GRADIENT] + clean.detach()
+        if self._weight is not None:
+            value = self._weight()
+            total = total + factors[WEIGHT] * value
+            values[WEIGHT] = value.detach()
+        return StepLosses(total, task.detach(), logits.detach(), values)
+
+    def _clean_penalty(self, penalty: GradientPenalty, model: nn.Module, batch: Batch) -> Tensor:
+        """``L_g(x, y)`` of Eq. (12), at no cost to statistics and random numbers."""
+        devices = [batch.images.device] if batch.images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), spared_buffers(model):
+            with penalty.watch(), batch.autocast():
+                logits = model(batch.images)
+            return penalty(logits, batch.targets)
+
+    def _aim(self, model: nn.Module, data: Dataset[Any]) -> None:
+        """Make the penalties for the route as it is."""
+        assert self.route is not None
+        require_model(self.route.channels, model)
+        settings = self._settings
+        punished = targeted(self.route, settings.target, self._seed)
+        if GRADIENT in settings.factors:
+            self._gradient = GradientPenalty(model, punished, method=settings.method)
+        if WEIGHT in settings.factors:
+            device, dtype = placement(model)
+            (probe,) = load(data, [[0, 0]], generator=torch.Generator())
+            images, _ = checked(probe, _TRAIN)
+            self._weight = WeightPenalty(model, punished, images.to(device, dtype), folded=settings.folded)
+
+    def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
+        """See the attribute; the model and the generators come back as they were."""
+        count = min(_STRENGTH_SAMPLES, count_samples(data, _TRAIN))
+        (batch,) = load(data, [list(range(count))], generator=torch.Generator())
+        images, labels = checked(batch, _TRAIN)
+        device, dtype = placement(model)
+        images, targets = images.to(device, dtype), labels.to(device)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def norm(loss: Tensor) -> float:
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return float(torch.stack([part.norm() for part in found if part is not None]).norm())
+
+        norms = {}
+        if self._weight is not None:
+            norms[WEIGHT] = norm(self._weight())  # before any pass in training mode moves running variances
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_modes(model), spared_buffers(model):
+            model.train()
+            draws = derived_generator(self._seed, "strength", 0)
+            images = self.attacked(model, Batch(images, labels, targets, draws, nullcontext))
+            if self._gradient is not None:
+                with self._gradient.watch():
+                    logits = model(images)
+                try:
+                    norms[GRADIENT] = norm(self._gradient(logits, targets))
+                except RuntimeError as error:
+                    if "is not implemented" not in str(error):
+                        raise
+                    raise UserError(
+                        f"the network has an operation without a second derivative ({str(error).splitlines()[0]}); "
+                        f"take the method {APPROXIMATE!r} (--approximate)"
+                    ) from error
+            task = norm(task_loss(model(images), targets))
+        return {name: value / task for name, value in norms.items()}
+
+
+def _digest(route: Route) -> str:
+    return hashlib.sha256(json.dumps(route_state(route)["indices"]).encode()).hexdigest()
+
+
+def _require_known(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)}; choose from {', '.join(known)}")

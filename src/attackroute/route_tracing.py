@@ -1,0 +1,107 @@
+"""Which neurons a hardening run punishes: a route that is given, or traced from some samples, anew every few epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from attackroute.batches import count_samples, derived_generator, derived_seed, in_order, load
+from attackroute.errors import UserError
+from attackroute.fingerprint import require_model
+from attackroute.provenance import Provenance
+from attackroute.routes import Route
+from attackroute.trace import trace_routes
+
+ROUTE, RANDOM, ALL = "route", "random", "all"
+TARGETS = (ROUTE, RANDOM, ALL)
+
+_INSTANCE_WIDTH, _WIDTH = 0.2, 0.3  # the paper's
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class RouteTracing:
+    """How the route is traced.
+
+    Attributes:
+        share: Share of the training samples, drawn with the seed, in (0, 1]; the paper's is a tenth.
+        refresh: Trace anew before every so manyth epoch; None traces once, before the first.
+        compare_full: Compare the first route with that of all training samples.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    share: float = 0.1
+    refresh: int | None = None
+    compare_full: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
+            raise UserError(f"a share of {self.share} of the samples is outside (0, 1]; the paper takes 0.1")
+        if self.refresh is not None and (not isinstance(self.refresh, int) or self.refresh < 1):
+            raise UserError(f"refresh {self.refresh!r} is not a number of epochs; give 1 or more, or None")
+
+    def due(self, epoch: int) -> bool:
+        """Whether the route is traced anew before this epoch; the one before the first is no renewal."""
+        return self.refresh is not None and epoch > 1 and (epoch - 1) % self.refresh == 0
+
+    def trace(self, model: nn.Module, data: Dataset[Any], seed: int) -> Route:
+        """The model route of the drawn samples (Eqs. (1)-(8))."""
+        total = count_samples(data, "training data")
+        samples = max(1, round(self.share * total))
+        order = torch.randperm(total, generator=derived_generator(seed, "route", 0))
+        part = Subset(data, order[:samples].sort().values.tolist())
+        loader = load(part, in_order(samples, _BATCH), generator=torch.Generator())
+        return trace_routes(model, loader, _INSTANCE_WIDTH).aggregate(_WIDTH)
+
+
+@dataclass(frozen=True)
+class RouteChange:
+    """What a new trace changed.
+
+    Attributes:
+        epoch: Before which epoch it was made.
+        changed: Neurons of the new route that were not on the old one.
+        size: Neurons of the new route.
+        overlap: The least share of the old route, over layers, that is still on the new one.
+    """
+
+    epoch: int
+    changed: int
+    size: int
+    overlap: float
+
+    @classmethod
+    def between(cls, old: Route, new: Route, epoch: int) -> RouteChange:
+        """Compare two routes of one network."""
+        return cls(epoch, (new - old).size, new.size, min(old.overlap(new).values()))
+
+
+def targeted(route: Route, target: str, seed: int) -> Route:
+    """The neurons to punish: the route's, as many random ones off it in each layer, or all of its layers."""
+    if target == RANDOM:
+        return route.random_like(derived_seed(seed, "random target", 0))
+    if target == ALL:
+        return Route({layer: range(count) for layer, count in route.channels.items()}, route.channels)
+    return route
+
+
+def route_state(route: Route) -> dict[str, Any]:
+    """A route as plain values, its frequencies left out, for :func:`route_from_state`."""
+    origin = None if route.provenance is None else route.provenance.to_json()
+    indices = {layer: list(chosen) for layer, chosen in route.indices.items()}
+    return {"indices": indices, "channels": dict(route.channels), "provenance": origin}
+
+
+def route_from_state(state: Mapping[str, Any], model: nn.Module) -> Route:
+    """The route that :func:`route_state` took apart."""
+    origin = state["provenance"]
+    route = Route(state["indices"], state["channels"], None, None if origin is None else Provenance.from_json(origin))
+    require_model(route.channels, model)
+    return route

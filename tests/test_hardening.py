@@ -1,0 +1,354 @@
+"""Hardening: the losses of Eqs. (11), (12), (14) and (15), routes, controls, and runs that go on after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from attackroute.attacks import PGD
+from attackroute.batches import derived_generator, shuffled
+from attackroute.checkpoints import BEST, LAST
+from attackroute.errors import UserError
+from attackroute.hardening import ROUTE_FILE, HardenResult, harden
+from attackroute.penalties import APPROXIMATE
+from attackroute.routes import Route
+from attackroute.trace import trace_routes
+from attackroute.train_settings import TrainSettings
+from attackroute.training import train
+from toy_training import Killed, identical, raises, toy_data, weights_of, without_time
+
+SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
+ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def toy_network(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout),
+            nn.Linear(128, 4),
+        )  # fmt: skip
+
+
+def hardened(model: nn.Module | None = None, **options: Any) -> tuple[dict[str, Tensor], HardenResult]:
+    model = toy_network() if model is None else model
+    given = {"settings": SETTINGS, "lam": 0.05, "route_samples": 0.5, **options}
+    result = harden(model, toy_data(), toy_data(12, seed=1), **given)
+    return weights_of(model), result
+
+
+HALF = Route({"0": [0, 2, 3], "4": [1, 5, 6, 7]}, {"0": 6, "4": 8})
+
+
+# --- the losses ---------------------------------------------------------------------------------------------------
+
+
+def by_hand(model: nn.Sequential, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The toy network without dropout, and its layers' outputs."""
+    first = model[0](images)
+    second = model[4](model[3](model[2](model[1](first))))
+    return model[9](model[7](model[6](model[5](second)))), [first, second]
+
+
+def gradient_penalty(model: nn.Sequential, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits, outputs = by_hand(model, images)
+    loss = functional.cross_entropy(logits, labels)
+    found = torch.autograd.grad(loss, outputs, create_graph=True)
+    return loss, sum(g[:, HALF[name]].abs().sum() for name, g in zip(HALF, found, strict=True))
+
+
+def weight_penalty(model: nn.Sequential) -> Tensor:
+    gain = (model[5].weight / (model[5].running_var + 1e-5).sqrt()).abs()
+    return (gain[HALF["4"]] * model[4].weight[HALF["4"]][:, HALF["0"]].abs().sum((1, 2, 3))).sum()
+
+
+@pytest.mark.parametrize("attacked", [False, True])
+@pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
+def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> None:
+    settings = replace(SETTINGS, augment="none", epochs=1, schedule="cosine", momentum=0.0, weight_decay=0.0)
+    attack = PGD(eps=0.1, steps=2, step_size=0.05)
+    model = toy_network(dropout=0.0)
+    _, result = hardened(
+        model, penalty=penalty, settings=settings, attack=attack if attacked else None, route=HALF,
+        lam={"gradient": 0.05, "weight": 0.02},
+    )  # fmt: skip
+
+    plain = toy_network(dropout=0.0)
+    images, labels = toy_data().tensors
+    sums = {"gradient": 0.0, "weight": 0.0}
+    for step, batch in enumerate(shuffled(24, 8, settings.seed, 1), start=1):
+        x, y = images[batch], labels[batch]
+        used = x
+        if attacked:
+            used = attack(plain, x, y, generator=derived_generator(settings.seed, "attack", step))
+        plain.train()
+        loss, on_used = gradient_penalty(plain, used, y)
+        if "gradient" in penalty:
+            loss = loss + 0.05 * on_used
+            sums["gradient"] += on_used.item() * len(batch)
+        if attacked and "gradient" in penalty:
+            kept = {name: value.clone() for name, value in plain.named_buffers()}
+            _, on_clean = gradient_penalty(plain, x, y)
+            loss = loss + 0.05 * on_clean
+            sums["gradient"] += on_clean.item() * len(batch)
+            for name, value in plain.named_buffers():
+                value.data.copy_(kept[name])
+        if "weight" in penalty:
+            value = weight_penalty(plain)
+            loss = loss + 0.02 * value
+            sums["weight"] += value.item() * len(batch)
+        rate = 0.05 / 2 * (1 + torch.cos(torch.tensor(torch.pi * (step - 1) / 3)).item())
+        parameters = list(plain.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data.sub_(rate * gradient)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    names = (penalty,) if isinstance(penalty, str) else penalty
+    assert result.training.last.penalties == pytest.approx({name: sums[name] / 24 for name in names}, rel=1e-4)
+
+
+@pytest.mark.parametrize("attack", [None, ATTACK])
+@pytest.mark.parametrize("options", [{"penalty": "gradient"}, {"penalty": "weight"}, {"method": APPROXIMATE}])
+def test_a_factor_of_zero_is_plain_training_bit_for_bit(attack: str | None, options: dict[str, Any]) -> None:
+    plain = toy_network()
+    wanted = train(plain, toy_data(), toy_data(12, seed=1), SETTINGS, attack=attack)
+    found, result = hardened(lam=0.0, attack=attack, **options)
+    assert identical(found, weights_of(plain))
+    assert [record.test for record in result.training.history] == [record.test for record in wanted.history]
+    assert all(value > 0 for record in result.training.history for value in record.penalties.values())
+    none, _ = hardened(penalty=None, attack=attack)
+    assert identical(none, found)
+
+
+def test_the_approximation_trains_nearly_the_same() -> None:
+    """After a few steps, before differences of the last digit have grown."""
+    settings = replace(SETTINGS, epochs=1, lr=0.01)
+    exact, _ = hardened(settings=settings)
+    found, _ = hardened(settings=settings, method=APPROXIMATE)
+    plain, _ = hardened(settings=settings, penalty=None)
+    distance = sum(float((exact[name] - found[name]).double().norm()) for name in exact)
+    assert 0 < distance < 0.05 * sum(float((exact[name] - plain[name]).double().norm()) for name in exact)
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "weight"])
+def test_punishing_lowers_what_is_punished(penalty: str) -> None:
+    lam = {"gradient": 0.3, "weight": 0.05}
+    settings = replace(SETTINGS, epochs=6, augment="none")
+    _, free = hardened(toy_network(dropout=0.0), penalty=penalty, lam=0.0, settings=settings)
+    _, result = hardened(toy_network(dropout=0.0), penalty=penalty, lam=lam, settings=settings)
+    assert result.training.last.penalties[penalty] < 0.7 * free.training.last.penalties[penalty]
+
+
+def test_pgd_training_makes_robust() -> None:
+    settings = replace(SETTINGS, epochs=12, augment="none", robust_samples=80)
+    robust = {}
+    for attack in (None, "pgd:eps=0.3,steps=5,step_size=0.1"):
+        model = toy_network(dropout=0.0)
+        train(model, toy_data(96), None, settings, attack=attack)
+        record = train(
+            model, toy_data(8), toy_data(80, seed=1), replace(settings, epochs=1, lr=1e-12),
+            attack="pgd:eps=0.3,steps=5,step_size=0.1",
+        ).last  # fmt: skip
+        robust[attack] = record.robust.value if record.robust else 0.0
+    assert robust["pgd:eps=0.3,steps=5,step_size=0.1"] > robust[None] + 0.1
+
+
+# --- routes -------------------------------------------------------------------------------------------------------
+
+
+def test_the_route_is_traced_from_a_share_of_the_samples(tmp_path: Path) -> None:
+    model = toy_network()
+    order = torch.randperm(24, generator=derived_generator(SETTINGS.seed, "route", 0))[:12].sort().values
+    images, labels = (part[order] for part in toy_data().tensors)
+    expected = trace_routes(model, (images, labels), 0.2).aggregate(0.3)
+    weights, result = hardened(model, folder=tmp_path / "a", compare_full=True)
+    assert result.route == expected == Route.load(tmp_path / "a" / ROUTE_FILE)
+    everything = trace_routes(toy_network(), toy_data().tensors, 0.2).aggregate(0.3)
+    assert result.overlap == min(expected.overlap(everything).values())
+    expected.save(tmp_path / "route.json")
+    for route in (expected, tmp_path / "route.json"):
+        assert identical(hardened(route=route)[0], weights)
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "weight"])
+def test_controls_punish_other_neurons(penalty: str) -> None:
+    weights = {target: hardened(penalty=penalty, target=target, route=HALF)[0] for target in ("route", "random", "all")}
+    assert not any(identical(weights["route"], weights[target]) for target in ("random", "all"))
+    everything = Route({"0": range(6), "4": range(8)}, {"0": 6, "4": 8})
+    assert identical(weights["all"], hardened(penalty=penalty, route=everything)[0])
+
+
+def test_a_route_is_traced_anew(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, epochs=5, lr=0.3)
+    weights, result = hardened(settings=settings, refresh=2, folder=tmp_path)
+    assert [change.epoch for change in result.changes] == [3, 5]
+    first = trace_of(toy_network())
+    assert result.route is not None
+    sizes = {change.size for change in result.changes}
+    assert sizes == {result.route.size} == {first.size}
+    once, other = hardened(settings=settings)
+    assert other.changes == ()
+    assert other.route == first
+    if any(change.changed for change in result.changes):
+        assert not identical(weights, once)
+    assert Route.load(tmp_path / ROUTE_FILE) == result.route
+
+
+def trace_of(model: nn.Module) -> Route:
+    order = torch.randperm(24, generator=derived_generator(SETTINGS.seed, "route", 0))[:12].sort().values
+    images, labels = (part[order] for part in toy_data().tensors)
+    return trace_routes(model, (images, labels), 0.2).aggregate(0.3)
+
+
+def test_strengths_are_ratios_of_gradient_norms() -> None:
+    _, result = hardened(toy_network(dropout=0.0), penalty=("gradient", "weight"), route=HALF)
+    model = toy_network(dropout=0.0).train()
+    images, labels = toy_data().tensors
+    loss, penalty = gradient_penalty(model, images, labels)
+    fresh = toy_network(dropout=0.0)  # its running variances have not moved
+
+    def norm(value: Tensor, of: nn.Module) -> float:
+        found = torch.autograd.grad(value, list(of.parameters()), retain_graph=True, allow_unused=True)
+        return sum(float(part.double().square().sum()) for part in found if part is not None) ** 0.5
+
+    assert result.strengths == pytest.approx(
+        {
+            "gradient": norm(penalty, model) / norm(loss, model),
+            "weight": norm(weight_penalty(fresh), fresh) / norm(loss, model),
+        },
+        rel=1e-4,
+    )
+
+
+def test_data_in_every_form() -> None:
+    wanted, _ = hardened()
+    for data in (toy_data().tensors, DataLoader(toy_data(), batch_size=3)):
+        model = toy_network()
+        harden(model, data, toy_data(12, seed=1), lam=0.05, route_samples=0.5, settings=SETTINGS)
+        assert identical(weights_of(model), wanted)
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+VARIANTS: list[dict[str, Any]] = [
+    {"penalty": "gradient", "attack": ATTACK, "refresh": 1},
+    {"penalty": "weight", "attack": ATTACK},
+    {"penalty": ("gradient", "weight"), "target": "random"},
+    {"method": APPROXIMATE, "attack": ATTACK},
+    {"penalty": None, "attack": ATTACK},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoch: int) -> None:
+    settings = replace(SETTINGS, epochs=3)
+    whole, wanted = hardened(settings=settings, folder=tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        hardened(settings=settings, folder=tmp_path / "broken", on_epoch=raises(Killed(), epoch), **options)
+    found, result = hardened(toy_network(seed=9), settings=settings, folder=tmp_path / "broken", resume=True, **options)
+    assert identical(found, whole)
+    for name in (LAST, BEST):
+        assert identical(load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name))
+    assert without_time(result.training.history) == without_time(wanted.training.history)
+    assert (result.route, result.changes, result.strengths) == (wanted.route, wanted.changes, wanted.strengths)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lam": 0.1}, "factors"), ({"target": "all"}, "target"), ({"attack": "pgd"}, "attack"),
+        ({"penalty": "weight"}, "factors"), ({"route": HALF}, "route"), ({"refresh": 3}, "route"),
+        ({"method": APPROXIMATE}, "method"), ({"folded": False}, "folded"), ({"penalty": None}, "factors"),
+    ],
+)  # fmt: skip
+def test_resuming_on_other_terms_names_them(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    hardened(folder=tmp_path, settings=replace(SETTINGS, epochs=1))
+    with pytest.raises(UserError, match=named):
+        hardened(folder=tmp_path, settings=replace(SETTINGS, epochs=1), resume=True, **change)
+
+
+def test_the_best_epoch_is_the_most_robust(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, epochs=4, robust_samples=12)
+    _, result = hardened(settings=settings, attack=ATTACK, folder=tmp_path)
+    robust = [record.robust.value for record in result.training.history if record.robust]
+    assert len(robust) == 4
+    best = result.training.best
+    assert best is not None
+    assert best.epoch == 1 + robust.index(max(robust))
+    assert all(record.robust.total == 12 for record in result.training.history if record.robust)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unusable_folder_is_found_before_the_route_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setattr("attackroute.route_tracing.trace_routes", lambda *_, **__: pytest.fail("traced"))
+    with pytest.raises(UserError, match="file"):
+        hardened(folder=file)
+
+
+@pytest.mark.parametrize("attack", [None, ATTACK])
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_epoch(tmp_path: Path, attack: str | None) -> None:
+    def spoil(record: Any) -> None:
+        if record.epoch == 1:
+            model[0].weight.data[0, 0, 0, 0] = float("nan")
+
+    model = toy_network()
+    with pytest.raises(UserError, match=r"epoch 2, step 1: .*keeps epoch 1"):
+        hardened(model, folder=tmp_path, attack=attack, on_epoch=spoil)
+    assert all(value.isfinite().all() for value in load_file(tmp_path / LAST).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": "grad"}, "penalty 'grad'"),
+        ({"target": "none"}, "target 'none'"),
+        ({"method": "fast"}, "method 'fast'"),
+        ({"lam": -1}, "lambda of the gradient"),
+        ({"lam": {"weight": 1.0}}, "no factor for the gradient"),
+        ({"attack": "pdg"}, "pdg"),
+        ({"route_samples": 0}, "share of 0"),
+        ({"refresh": 0}, "refresh 0"),
+        ({"route": HALF, "refresh": 1}, "leave out the route"),
+        ({"route": Route({"9": [0]}, {"9": 3})}, "'9'"),
+        ({"route": "missing.json"}, "missing.json"),
+        ({"resume": True}, "folder"),
+    ],
+)
+def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        hardened(**options)
+
+
+def test_an_operation_without_a_second_derivative_asks_for_the_approximation() -> None:
+    model = toy_network()
+    model[6] = nn.Hardsigmoid()
+    with pytest.raises(UserError, match="finite-difference"):
+        hardened(model)
+    model = toy_network()
+    model[6] = nn.Hardsigmoid()
+    assert hardened(model, method=APPROXIMATE)[1].training.last.epoch == 2
