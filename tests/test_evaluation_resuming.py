@@ -159,6 +159,7 @@ def test_a_mistake_does_not_cost_the_results_that_are_there(tmp_path: Path) -> N
         ({"twin": small_model(1)}, "twin None, not"),
         ({"origin": {"data": "others"}}, "data None, not 'others'"),
         ({"save_examples": "examples"}, "save_examples False, not True"),
+        ({"data": images_and_labels(16)}, "samples_in_all 23, not 16"),
         ({"data": images_and_labels(seed=2)}, "samples / 0 / one / clean of other images"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

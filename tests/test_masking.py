@@ -40,7 +40,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 def fitted(eps: float, epochs: int) -> nn.Sequential:
     """Trained on clean images, or on PGD's."""
-    images, labels = (part[:2500] for part in digits("train"))
+    images, labels = (part[:1500] for part in digits("train"))
     model = small_net()
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     draws = torch.Generator().manual_seed(0)
@@ -110,7 +110,8 @@ def test_silent_for_a_pgd_trained_model(plain: nn.Module, defended: nn.Module, s
 
 
 def test_loud_for_overlarge_logits(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    checks = check_masking(Changed(plain, scale=1000.0), *samples, eps=EPS)
+    images, labels = (part[:16] for part in samples)
+    checks = check_masking(Changed(plain, scale=1000.0), images, labels, eps=EPS)
     assert suspicious(checks) == {"vanishing loss gradient"}  # attacks here are not fooled by it
 
 
@@ -118,18 +119,18 @@ def test_loud_for_a_quantiser(plain: nn.Module, samples: tuple[Tensor, Tensor]) 
     checks = check_masking(Changed(plain, levels=15), *samples, eps=EPS, twin=plain)
     found = {"no limit on the change", "transfer from a twin", "vanishing gradient of the logits"}
     assert found | {"vanishing loss gradient"} <= suspicious(checks)
+    if verdicts(checks)["black box against white box"] != SKIPPED:  # it needs an extra
+        assert "black box against white box" in suspicious(checks)
 
 
-def test_loud_for_a_quantiser_without_gradients(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    pytest.importorskip("pyautoattack")
-    checks = check_masking(Changed(plain, levels=15), *samples, eps=EPS)
-    assert "black box against white box" in suspicious(checks)
-    assert verdicts(checks)["transfer from a twin"] == SKIPPED
+def test_no_twin_no_transfer(samples: tuple[Tensor, Tensor]) -> None:
+    images, labels = (part[:2] for part in samples)
+    assert verdicts(check_masking(small_net(), images, labels, eps=EPS))["transfer from a twin"] == SKIPPED
 
 
 def test_loud_for_random_answers(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    assert "random answers" in suspicious(check_masking(Changed(plain, noise=0.1), *samples, eps=EPS))
     images, labels = (part[:4] for part in samples)
+    assert "random answers" in suspicious(check_masking(Changed(plain, noise=0.1), images, labels, eps=EPS))
     assert "random answers" not in suspicious(check_masking(Changed(plain, noise=1e-8), images, labels, eps=EPS))
 
 
@@ -208,9 +209,9 @@ def test_a_missing_extra_skips_its_check_and_says_so(monkeypatch: pytest.MonkeyP
     assert "needs the package pyautoattack" in check.sentence
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 2])
 def test_batches_do_not_matter(plain: nn.Module, samples: tuple[Tensor, Tensor], batch_size: int) -> None:
-    images, labels = (part[:6] for part in samples)
+    images, labels = (part[:3] for part in samples)
     wanted = check_masking(plain.double(), images.double(), labels, eps=EPS)
     found = check_masking(plain, images.double(), labels, eps=EPS, batch_size=batch_size)
     plain.float()

@@ -96,11 +96,13 @@ def evaluate(
         raise UserError(f"checks {checks} is not a number of images; give 0 for no checks")
     if resume and folder is None:
         raise UserError("resume goes on with the evaluation in a folder; name the folder")
+    total = samples_in(data)
     digests = {name: weights_digest(network) for name, network in models.items()}
     about = {
         **(origin or {}),
         "models": digests,
         "attacks": [attack.to_json() for attack in chosen],
+        "samples_in_all": total,
         "batch_size": batch_size,
         "seed": seed,
         "check_samples": checks,
@@ -113,7 +115,6 @@ def evaluate(
     if save_examples is not None:
         names = [*models, *map(str, chosen)]
         examples = ExampleFolder.open(save_examples, names, resume=resume and len(journal) > 0)
-    total = samples_in(data)
     with ExitStack() as stack:
         for network in {id(item): item for item in (*models.values(), *([twin] if twin is not None else []))}.values():
             stack.enter_context(frozen(network))
@@ -247,9 +248,10 @@ class _Run:
 
     def _probe_corruptions(self, image: Tensor, label: Tensor) -> None:
         """Let a corruption that cannot take such images say so before any work is done."""
-        for attack in self.attacks:
-            if not attack.uses_model:
-                attack(next(iter(self.models.values())), image, label)
+        with seeded(self.seed):
+            for attack in self.attacks:
+                if not attack.uses_model:
+                    attack(next(iter(self.models.values())), image, label)
 
 
 def _check(

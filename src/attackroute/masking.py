@@ -151,7 +151,7 @@ _CHECKS: tuple[_Paired | _Rare, ...] = (
         "black box against white box",
         "square",
         "many steps",
-        ("Square", f"PGD-{_MANY_STEPS}"),
+        (f"Square-{_QUERIES}", f"PGD-{_MANY_STEPS}"),
         "An attack without gradients finds no more than PGD does, as it should be.",
         "An attack that never asks for a gradient fools images that PGD does not: the gradient hides the way.",
     ),
