@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from attackroute import checkpoints
 from attackroute.attacks import PGD
 from attackroute.batches import derived_generator, shuffled
 from attackroute.checkpoints import BEST, LAST
@@ -352,3 +359,74 @@ def test_an_operation_without_a_second_derivative_asks_for_the_approximation() -
     model = toy_network()
     model[6] = nn.Hardsigmoid()
     assert hardened(model, method=APPROXIMATE)[1].training.last.epoch == 2
+
+
+# --- kills of a real process ------------------------------------------------------------------------------------------
+
+KILLED: dict[str, Any] = {"attack": ATTACK, "penalty": ("gradient", "weight"), "refresh": 2}
+
+
+def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
+    settings = replace(SETTINGS, epochs=epochs)
+    hardened(settings=replace(SETTINGS, epochs=1), **KILLED)  # the first optimiser step imports a lot
+    started = time.perf_counter()
+    whole, wanted = hardened(settings=settings, folder=folder.with_name("whole"), **KILLED)
+    length = time.perf_counter() - started
+    command = [sys.executable, __file__, str(folder), str(epochs)]
+    paths = (str(Path(checkpoints.__file__).parents[1]), str(Path(__file__).parent))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    killed = 0
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        for _ in range(kills):
+            print("start", file=server.stdin, flush=True)
+            child = int(server.stdout.readline())
+            time.sleep(random.uniform(0.3, 1.3) * length / kills)
+            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
+            print("reap", file=server.stdin, flush=True)
+            killed += int(server.stdout.readline()) == -signal.SIGKILL
+        server.stdin.close()
+    assert killed >= kills / 4
+    found, result = hardened(settings=settings, folder=folder, resume=True, **KILLED)
+    assert result.training.resumed_from > 0
+    assert identical(found, whole)
+    for name in (LAST, BEST):
+        assert identical(load_file(folder / name), load_file(folder.with_name("whole") / name))
+    assert without_time(result.training.history) == without_time(wanted.training.history)
+    assert (result.route, result.changes) == (wanted.route, wanted.changes)
+
+
+def serve(folder: Path, epochs: int) -> None:
+    """Start a run for every line of input, in a child that has nothing left to import."""
+    import torch._dynamo  # the first optimiser step would import it
+
+    torch.set_num_threads(1)
+    while sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            lines = iter([os.getpid()])
+
+            def announce(*_: object, lines: Iterator[int] = lines) -> None:
+                for line in lines:
+                    print(line, flush=True)
+
+            hardened(settings=replace(SETTINGS, epochs=epochs), folder=folder, resume=True, progress=announce, **KILLED)
+            announce()
+            os._exit(0)
+        sys.stdin.readline()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    os._exit(0)  # PyTorch takes a second to leave
+
+
+def test_resuming_after_sigkill(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "run", kills=2, epochs=8)
+
+
+@pytest.mark.slow
+def test_resuming_after_many_sigkills(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "run", kills=20, epochs=80)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from attackroute.errors import UserError
     from attackroute.evaluation import evaluate
     from attackroute.evaluation_table import Evaluation
+    from attackroute.hardening import HardenResult, harden
     from attackroute.hardness_metric import Hardness, hardness
     from attackroute.instances import InstanceRoutes
     from attackroute.interventions import deactivate, record_outputs, transplant, weaken
     from attackroute.models import build_model, load_weights
+    from attackroute.penalties import GradientPenalty, WeightPenalty
     from attackroute.rivals import rank_channels
     from attackroute.routes import Route
     from attackroute.trace import influence, trace_routes
@@ -28,16 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
+    "GradientPenalty",
+    "HardenResult",
     "Hardness",
     "InstanceRoutes",
     "Route",
     "TrainSettings",
     "UserError",
+    "WeightPenalty",
     "__version__",
     "build_model",
     "deactivate",
     "evaluate",
     "gradient",
+    "harden",
     "hardness",
     "influence",
     "load_data",
@@ -55,15 +61,19 @@ __all__ = [
 # A module must never bear the name of a public function: importing it would shadow the function.
 _HOMES = {
     "Evaluation": "evaluation_table",
+    "GradientPenalty": "penalties",
+    "HardenResult": "hardening",
     "Hardness": "hardness_metric",
     "InstanceRoutes": "instances",
     "Route": "routes",
     "TrainSettings": "training",
     "UserError": "errors",
+    "WeightPenalty": "penalties",
     "build_model": "models",
     "deactivate": "interventions",
     "evaluate": "evaluation",
     "gradient": "channel_measurements",
+    "harden": "hardening",
     "hardness": "hardness_metric",
     "influence": "trace",
     "load_data": "data",

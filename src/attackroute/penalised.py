@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -84,7 +85,7 @@ class Penalised(Objective):
         route: The route, once it is known.
         changes: What each new trace changed.
         strengths: For each penalty, the norm of its gradient over that of the task's, both by the parameters and on
-            some of the training samples before the first step.
+            some of the training samples before the first step; infinite where the task has no gradient left.
         overlap: The least share of the route's neurons, over layers, that the route of all the training samples has
             too, both for the initial network; None where they are not compared.
     """
@@ -227,7 +228,7 @@ class Penalised(Objective):
                         f"take the method {APPROXIMATE!r} (--approximate)"
                     ) from error
             task = norm(task_loss(model(images), targets))
-        return {name: value / task for name, value in norms.items()}
+        return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
 
 
 def _digest(route: Route) -> str:

@@ -1,0 +1,275 @@
+"""``attackroute harden``: fine-tune a network with penalties on its critical attacking route."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attackroute.cli import options, train_options
+from attackroute.cli.console import Output
+from attackroute.errors import UserError
+
+EXAMPLES = """
+ Examples:
+
+   Which lambda? Train briefly with several, write nothing, and compare
+   $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --sweep 0.003,0.03,0.3 \\
+       --epochs 1 --eps 0.1
+
+   The paper's Vanilla_g and Vanilla_w (Eqs. (11), (14)): penalties without an attack
+   $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 --eps 0.1 \\
+       --out runs/vanilla-g
+   $ attackroute harden --model runs/digits --data mnist-sample --penalty weight --lam 0.001 --eps 0.1 \\
+       --out runs/vanilla-w
+
+   PAT_g and PAT_w (Eqs. (12), (15)), from a network of attackroute train --attack
+   $ attackroute harden --model runs/robust --data mnist-sample --penalty gradient --lam 0.01 \\
+       --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-g
+
+   Controls of the same size: random neurons off the route, all neurons, no penalty
+   $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 \\
+       --target random --out runs/vanilla-g-random
+   $ attackroute harden --model runs/digits --data mnist-sample --penalty none --out runs/vanilla-longer
+
+ The folder, which other commands take as --model, is that of attackroute train, and:
+
+   route.json        the route whose neurons were punished, or from which the control was drawn
+   hardening.json    before and after, how the route changed, and each penalty's strength
+
+ Lambda times a penalty's strength is its share in the gradient of the first step; begin where that is about 0.1.
+"""
+
+_PENALTY = "The penalty"
+_EVALUATION = "Before and after"
+_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
+
+
+class Penalties(str, Enum):
+    """What is punished."""
+
+    GRADIENT = "gradient"
+    WEIGHT = "weight"
+    BOTH = "both"
+    NONE = "none"
+
+
+class Targets(str, Enum):
+    """Whose neurons are punished."""
+
+    ROUTE = "route"
+    RANDOM = "random"
+    ALL = "all"
+
+
+def harden(
+    model: options.Model,
+    data: options.Data,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where checkpoints, log and route go; not needed with --sweep."),
+    ] = None,
+    weights: options.Weights = None,
+    image_size: options.ImageSize = None,
+    skip_unreadable: options.SkipUnreadable = False,
+    penalty: Annotated[
+        Penalties,
+        typer.Option(
+            "--penalty",
+            rich_help_panel=_PENALTY,
+            help="The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), or both.",
+        ),
+    ] = Penalties.GRADIENT,
+    lam: Annotated[
+        float | None,
+        typer.Option(
+            "--lam",
+            metavar="FACTOR",
+            parser=options.parse_number,
+            rich_help_panel=_PENALTY,
+            help="Lambda, the penalty's factor; see below how to choose it.",
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", metavar="F,F,...", rich_help_panel=_PENALTY, help="Try these lambdas and write nothing."
+        ),
+    ] = None,
+    target: Annotated[
+        Targets,
+        typer.Option(
+            "--target",
+            rich_help_panel=_PENALTY,
+            help="The route's neurons, or for controls as many random ones off it, or all.",
+        ),
+    ] = Targets.ROUTE,
+    route: Annotated[
+        Path | None,
+        typer.Option(
+            "--route",
+            metavar="FILE",
+            rich_help_panel=_PENALTY,
+            help="A route of attackroute trace; else one is traced.",
+        ),
+    ] = None,
+    route_samples: Annotated[
+        float,
+        typer.Option(
+            "--route-samples",
+            metavar="SHARE",
+            parser=options.parse_share,
+            rich_help_panel=_PENALTY,
+            help="Share of the training images to trace.",
+        ),
+    ] = 0.1,
+    compare_full: Annotated[
+        bool,
+        typer.Option(
+            "--compare-full", rich_help_panel=_PENALTY, help="Compare the route with that of all training images."
+        ),
+    ] = False,
+    refresh: Annotated[
+        int | None,
+        typer.Option(
+            "--refresh", metavar="N", min=1, rich_help_panel=_PENALTY, help="Trace the route anew every N epochs."
+        ),
+    ] = None,
+    approximate: Annotated[
+        bool,
+        typer.Option(
+            "--approximate",
+            rich_help_panel=_PENALTY,
+            help="Gradient penalty by finite differences (an approximation) instead of double backward.",
+        ),
+    ] = False,
+    folded: Annotated[
+        bool,
+        typer.Option(
+            "--folded/--raw",
+            rich_help_panel=_PENALTY,
+            help="Weight penalty on kernels with batch norm folded in, or on kernels as they are.",
+        ),
+    ] = True,
+    epochs: train_options.Epochs = 10,
+    lr: train_options.Rate = 0.01,
+    schedule: train_options.Schedule = train_options.Schedules.ONE_CYCLE,
+    weight_decay: train_options.WeightDecay = 5e-4,
+    augment: train_options.Augment = train_options.Augmentations.NONE,
+    attack: train_options.Attack = None,
+    robust_samples: train_options.RobustSamples = 500,
+    amp: train_options.Amp = False,
+    evaluate_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--evaluate",
+            metavar="NAME",
+            rich_help_panel=_EVALUATION,
+            help="An attack or corruption to compare under, as in attackroute evaluate; repeat it for several.",
+            show_default=", ".join(_ATTACKS),
+        ),
+    ] = None,
+    eps: Annotated[
+        float | None,
+        typer.Option(
+            "--eps",
+            metavar="RADIUS",
+            parser=options.parse_number,
+            rich_help_panel=_EVALUATION,
+            help="Radius of those that do not state their own.",
+            show_default="that of --attack, or 8/255",
+        ),
+    ] = None,
+    evaluate_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--evaluate-samples",
+            metavar="N",
+            min=1,
+            rich_help_panel=_EVALUATION,
+            help="Only so many test images.",
+            show_default="all",
+        ),
+    ] = None,
+    batch_size: options.BatchSize = 128,
+    workers: train_options.Workers = 0,
+    resume: train_options.Resume = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fine-tune a network with a penalty on its critical attacking route, and compare it with what it was.
+
+    Runs repeat bit for bit and go on with --resume, as those of attackroute train.
+    """
+    from attackroute.attacks import parse_attack
+    from attackroute.cli.harden_run import HardenRun, compared_by
+    from attackroute.hardening import FINE_TUNING
+    from attackroute.penalties import APPROXIMATE, EXACT
+    from attackroute.train_settings import TrainSettings
+
+    output = Output(as_json, quiet)
+    factors = _factors(penalty, lam, sweep)
+    if sweep is None and out is None:
+        raise UserError("name the folder of the hardened network with --out, or try lambdas with --sweep")
+    if sweep is not None and (out is not None or resume):
+        raise UserError("--sweep writes nothing; leave out --out and --resume")
+    settings = TrainSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=FINE_TUNING.momentum,
+        weight_decay=weight_decay,
+        schedule=schedule.value,
+        augment=augment.value,
+        amp=amp,
+        seed=seed,
+        workers=workers,
+        robust_samples=robust_samples,
+    )
+    against = None if attack is None else parse_attack(attack)
+    names = {
+        Penalties.BOTH: (Penalties.GRADIENT.value, Penalties.WEIGHT.value),
+        Penalties.NONE: (),
+    }.get(penalty, (penalty.value,))
+    run = HardenRun.open(
+        model,
+        data,
+        weights=weights,
+        image_size=image_size,
+        skip_unreadable=skip_unreadable,
+        evaluate_samples=evaluate_samples,
+        device=options.resolve_device(device),
+        attacks=compared_by(evaluate_by or _ATTACKS, eps, against, seed),
+        options={
+            "penalty": names,
+            "target": target.value,
+            "attack": against,
+            "route": route,
+            "route_samples": route_samples,
+            "refresh": refresh,
+            "compare_full": compare_full,
+            "method": APPROXIMATE if approximate else EXACT,
+            "folded": folded,
+            "settings": settings,
+        },
+        output=output,
+    )
+    if out is None:
+        run.sweep(factors)
+    else:
+        run.harden(options.open_folder(out), factors[0], resume=resume)
+
+
+def _factors(penalty: Penalties, lam: float | None, sweep: str | None) -> list[float]:
+    """The lambdas to train with."""
+    if penalty is Penalties.NONE:
+        if lam is not None or sweep is not None:
+            raise UserError("--penalty none has no lambda; leave out --lam and --sweep")
+        return [0.0]
+    if (lam is None) == (sweep is None):
+        raise UserError("give the penalty's factor with --lam, or several to try with --sweep 0.01,0.1,1")
+    return [options.parse_number(text) for text in sweep.split(",")] if sweep is not None else [lam or 0.0]

@@ -1,0 +1,89 @@
+"""Options that the commands which train share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from attackroute.cli import options
+
+
+class Schedules(str, Enum):
+    """Names of learning rate schedules."""
+
+    ONE_CYCLE = "one-cycle"
+    COSINE = "cosine"
+
+
+class Augmentations(str, Enum):
+    """Names of augmentations."""
+
+    NONE = "none"
+    CROP = "crop"
+    CROP_FLIP = "crop-flip"
+
+
+_TRAINING = "The training"
+_RUN = "The run"
+
+Epochs = Annotated[
+    int, typer.Option("--epochs", metavar="N", min=1, rich_help_panel=_TRAINING, help="Passes over the images.")
+]
+Rate = Annotated[
+    float,
+    typer.Option(
+        "--lr",
+        metavar="RATE",
+        parser=options.parse_factor,
+        rich_help_panel=_TRAINING,
+        help="Largest learning rate.",
+    ),
+]
+Schedule = Annotated[
+    Schedules, typer.Option("--schedule", rich_help_panel=_TRAINING, help="Course of the learning rate.")
+]
+WeightDecay = Annotated[
+    float,
+    typer.Option(
+        "--weight-decay",
+        metavar="FACTOR",
+        parser=options.parse_number,
+        rich_help_panel=_TRAINING,
+        help="L2 penalty on all parameters.",
+    ),
+]
+Augment = Annotated[
+    Augmentations,
+    typer.Option("--augment", rich_help_panel=_TRAINING, help="Random shifts, also with mirror images."),
+]
+Attack = Annotated[
+    str | None,
+    typer.Option(
+        "--attack",
+        metavar="NAME",
+        rich_help_panel=_TRAINING,
+        help="Train against this attack, as pgd or pgd:eps=4/255,steps=7.",
+        show_default="clean images",
+    ),
+]
+RobustSamples = Annotated[
+    int,
+    typer.Option(
+        "--robust-samples",
+        metavar="N",
+        min=1,
+        rich_help_panel=_TRAINING,
+        help="Test images that are attacked after every epoch, with --attack.",
+    ),
+]
+Amp = Annotated[bool, typer.Option("--amp", rich_help_panel=_TRAINING, help="Mixed precision, for speed on GPUs.")]
+Workers = Annotated[
+    int,
+    typer.Option("--workers", metavar="N", min=0, rich_help_panel=_RUN, help="Processes that read the images."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", rich_help_panel=_RUN, help="Go on with the run in --out; start one if there is none."),
+]

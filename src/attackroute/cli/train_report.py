@@ -1,0 +1,62 @@
+"""What the commands which train have in common: the test data, the folder, and what they say of an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attackroute.cli.console import Output
+from attackroute.errors import UserError
+
+if TYPE_CHECKING:
+    from attackroute.accuracy import Accuracy
+    from attackroute.data import ImageData
+    from attackroute.history import EpochRecord
+
+
+def test_data(
+    spec: str, train_data: ImageData, output: Output, image_size: int | None, skip_unreadable: bool
+) -> ImageData | None:
+    """The test images that belong to the training images; None, with a note, where the folder has none."""
+    if train_data.split == "all":
+        output.note("note: the folder has no train/ and test/ (or val/), so there is nothing to test on")
+        return None
+    from attackroute.data import load_data
+
+    return load_data(spec, split="test", image_size=image_size, skip_unreadable=skip_unreadable)
+
+
+def prepare(folder: Path, card: Any, *, resume: bool) -> None:
+    """Describe the network in its folder before the first step, so that a run that is killed can be opened too."""
+    from attackroute.checkpoints import STATE
+
+    if (folder / STATE).exists() and not resume:
+        raise UserError(f"{folder} already holds a run; pass --resume to go on with it, or choose another folder")
+    card.save(folder)
+
+
+def epoch_line(record: EpochRecord, epochs: int) -> str:
+    """What an epoch did, in one line."""
+    test = "" if record.test is None else f", test accuracy {record.test.value:.2%}"
+    robust = "" if record.robust is None else f", under the attack {record.robust.value:.2%}"
+    penalties = "".join(f", {name} penalty {value:.4g}" for name, value in record.penalties.items())
+    return (
+        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}{penalties}, "
+        f"training accuracy {record.train.value:.2%}{test}{robust}, {record.seconds:.0f} s"
+    )
+
+
+def best_line(best: EpochRecord, epochs: int) -> str:
+    """What the best epoch reached, with intervals; it was tested."""
+    parts = [
+        f"{name} {with_interval(found)}"
+        for name, found in (("test accuracy", best.test), ("under the attack", best.robust))
+        if found is not None
+    ]
+    return f"best epoch {best.epoch} of {epochs}: {', '.join(parts)}"
+
+
+def with_interval(accuracy: Accuracy) -> str:
+    """An accuracy and its interval."""
+    low, high = accuracy.interval
+    return f"{accuracy.value:.2%} (95 % interval {low:.2%} to {high:.2%})"

@@ -1,0 +1,150 @@
+"""``attackroute train --attack`` and ``attackroute harden`` on a folder of tiny pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import attackroute
+from attackroute.cli.app import app
+from attackroute.routes import Route
+
+ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_bad_input(result: Any, *named: object) -> None:
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len([line for line in lines if line.startswith("error:")]) == 1
+    for word in named:
+        assert str(word) in lines[-1]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 12 test pictures of two classes, dark and bright."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 12), ("test", 6)):
+        for label, level in (("dark", 60), ("bright", 180)):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (32, 32), (level + 3 * index,) * 3).save(folder / split / label / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A train folder of adversarial training."""
+    folder = tmp_path_factory.mktemp("runs") / "robust"
+    result = run(
+        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+        "--batch-size", 8, "--attack", ATTACK, "--robust-samples", 6, "--out", folder, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["best_robust_accuracy"] is not None
+    return folder
+
+
+def hardened(trained: Path, pictures: Path, *arguments: object) -> Any:
+    return run(
+        "harden", "--model", trained, "--data", f"folder:{pictures}", "--epochs", 2, "--batch-size", 8,
+        "--route-samples", 0.5, "--evaluate", "fgsm", "--evaluate", "pgd:steps=2", *arguments,
+    )  # fmt: skip
+
+
+def test_adversarial_training_is_logged(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert all("robust_accuracy" in line and "test_accuracy" in line for line in lines)
+    assert json.loads((trained / "settings.json").read_text())["attack"].startswith("pgd:eps=25.5/255,steps=2")
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "weight", "both"])
+def test_files_and_json_agree_with_the_python_interface(
+    trained: Path, pictures: Path, tmp_path: Path, penalty: str
+) -> None:
+    arguments = ("--penalty", penalty, "--lam", "1/100", "--attack", ATTACK, "--json")
+    result = hardened(trained, pictures, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found == json.loads((tmp_path / "out" / "hardening.json").read_text())
+
+    train, test = (attackroute.load_data(f"folder:{pictures}", split=part, image_size=32) for part in ("train", "test"))
+    model = attackroute.build_model("vgg_small", num_classes=2, width=0.2, image_size=32)
+    attackroute.load_weights(model, trained / "best.safetensors")
+    settings = attackroute.TrainSettings(epochs=2, batch_size=8, lr=0.01)
+    names = ("gradient", "weight") if penalty == "both" else penalty
+    expected = attackroute.harden(
+        model, train, test, penalty=names, lam=0.01, attack=ATTACK, route_samples=0.5, settings=settings
+    )
+    for name, value in load_file(tmp_path / "out" / "last.safetensors").items():
+        assert value.equal(model.state_dict()[name]), name
+    assert found["penalties"] == expected.training.last.penalties
+    assert found["strengths"] == expected.strengths
+    assert Route.load(tmp_path / "out" / "route.json", model) == expected.route
+    rows = {(row["model"], row["attack"].partition(":")[0]) for row in found["evaluation"]["rows"]}
+    assert rows == {(name, attack) for name in ("before", "after") for attack in ("clean", "fgsm", "pgd")}
+    assert "eps=25.5/255" in next(row["attack"] for row in found["evaluation"]["rows"] if "fgsm" in row["attack"])
+
+
+def test_hardening_resumes_and_refuses_to_overwrite(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert hardened(trained, pictures, "--lam", 0.01, "--out", whole).exit_code == 0
+    assert_bad_input(hardened(trained, pictures, "--lam", 0.01, "--out", whole), "--resume")
+    shutil.copytree(whole, broken)
+    result = hardened(trained, pictures, "--lam", 0.01, "--out", broken, "--resume", "--json")
+    assert json.loads(result.stdout)["resumed_from"] == 2
+    assert_bad_input(hardened(trained, pictures, "--lam", 0.02, "--out", broken, "--resume"), "factors")
+    assert (broken / "last.safetensors").read_bytes() == (whole / "last.safetensors").read_bytes()
+    again = run("evaluate", "--model", whole, "--data", f"folder:{pictures}", "--attack", "fgsm", "--no-checks")
+    assert again.exit_code == 0, again.output
+
+
+def test_a_sweep_writes_nothing_and_shows_every_factor(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in trained.iterdir())
+    result = hardened(trained, pictures, "--sweep", "0.01,1/10")
+    assert result.exit_code == 0, result.output
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.split() and "%" in line]
+    assert rows == ["before", "0.01", "0.1"]
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_a_given_route_a_control_and_no_penalty(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    assert hardened(trained, pictures, "--lam", 0.1, "--out", tmp_path / "a").exit_code == 0
+    again = hardened(trained, pictures, "--lam", 0.1, "--route", tmp_path / "a" / "route.json", "--out", tmp_path / "b")
+    assert again.exit_code == 0, again.output
+    weights = [(tmp_path / name / "last.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    control = hardened(trained, pictures, "--lam", 0.1, "--target", "random", "--out", tmp_path / "c")
+    assert control.exit_code == 0
+    none = hardened(trained, pictures, "--penalty", "none", "--out", tmp_path / "d")
+    assert none.exit_code == 0, none.output
+    assert not (tmp_path / "d" / "route.json").exists()
+
+
+def test_bad_input(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    assert_bad_input(hardened(trained, pictures, *out), "--lam")
+    assert_bad_input(hardened(trained, pictures, "--lam", 1), "--out")
+    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--sweep", "1,2", *out), "--lam")
+    assert_bad_input(hardened(trained, pictures, "--sweep", "1,2", *out), "--sweep")
+    assert_bad_input(hardened(trained, pictures, "--sweep", "1,x"), "x")
+    assert_bad_input(hardened(trained, pictures, "--lam", -1, *out), "lambda")
+    assert_bad_input(hardened(trained, pictures, "--penalty", "none", "--lam", 1, *out), "--penalty none")
+    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--attack", "pdg", *out), "pdg", "pgd")
+    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--route", tmp_path / "none.json", *out), "none.json")
+    assert_bad_input(run("harden", "--model", "vgg_small", "--data", f"folder:{pictures}", "--lam", 1, *out), "weights")
+    assert_bad_input(
+        run("train", "--model", "vgg_small", "--data", f"folder:{pictures}", "--attack", "pgd:steps=0", *out), "steps"
+    )
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.pt"))
