@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from attackroute.benchmark import breakdown
+from attackroute.benchmark import breakdown, hardening_speed
 from attackroute.benchmark.attack_speed import AttackSpeed
 from attackroute.benchmark.cases import Case
 from attackroute.benchmark.extrapolation import LayerWork, NaiveResult
+from attackroute.benchmark.hardening_speed import HardeningSpeed
 from attackroute.benchmark.memory import MemoryResult, Peaks
 from attackroute.benchmark.speed import SpeedResult
 from attackroute.benchmark.timing import Runs
@@ -77,3 +78,13 @@ def memory_result(before: int = 100) -> MemoryResult:
         few_samples=64,
         many_samples=84,
     )
+
+
+def hardening_result() -> HardeningSpeed:
+    times = {
+        hardening_speed.PLAIN: runs(2.0, 2.0, 4.0),
+        hardening_speed.GRADIENT: runs(4.0, 5.0, 12.0),
+        hardening_speed.PAT: runs(10.0, 10.0, 10.0),
+        hardening_speed.PAT_GRADIENT: runs(20.0, 15.0, 11.0),
+    }
+    return HardeningSpeed(128, times, {"float32": {3e-4: (0.99, 0.0125)}, "float64": {3e-4: (1.0, 0.002)}})

@@ -14,7 +14,7 @@ from attackroute.benchmark.plan import CASE_NAMES
 from attackroute.cli import benchmark as command
 from attackroute.cli.app import app
 from attackroute.errors import UserError
-from benchmark_samples import attack_result, memory_result, naive_result, speed_result
+from benchmark_samples import attack_result, hardening_result, memory_result, naive_result, speed_result
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,13 @@ def fake_parts(monkeypatch) -> list[tuple[str, bool]]:
 
     monkeypatch.setattr(report, "measure_memory", remember)
     monkeypatch.setattr(report, "measure_attack", attack)
+
+    def hardening(plan, advance):
+        for _ in range(plan.turns + 1):
+            advance()
+        return hardening_result()
+
+    monkeypatch.setattr(report, "measure_hardening", hardening)
     return asked
 
 
@@ -80,12 +87,13 @@ def test_all_cases_are_measured_and_every_step_is_counted(monkeypatch):
     result = run_benchmark(Plan(channels_last=True), lambda *step: steps.append(step))
     assert asked == [(case.name, form) for case in SPEED_CASES for form in (False, True)]
     assert result.naive is not None and result.memory is not None and result.attack is not None
+    assert result.hardening is not None
     done, totals, messages = zip(*steps, strict=True)
     assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]} == {10 * 8 + 12}
+    assert set(totals) == {done[-1]} == {11 * 8 + 12}
     assert "resnet50, channels_last" in messages
     only = run_benchmark(Plan(cases=("memory",)))
-    assert (only.speed, only.naive, only.attack) == ((), None, None) and only.memory is not None
+    assert (only.speed, only.naive, only.attack, only.hardening) == ((), None, None, None) and only.memory is not None
 
 
 def test_want_of_memory_is_one_line(monkeypatch):
@@ -122,6 +130,9 @@ def test_tables(monkeypatch):
     assert "torchattack 1.7.2 5,000 (3,000-5,000) ms 1.25 (1.00-1.50)" in rows
     assert "Ours / 10 bare forward and backward passes: 1.25 (1.00-2.00)" in rows
     assert "Not installed, and left out: foolbox" in rows
+    assert "gradient, exact 5,000 (4,000-12,000) ms 2.50 (2.00-3.00) 3.20" in rows
+    assert "PAT, gradient, exact 15,000 (11,000-20,000) ms 1.50 (1.10-2.00) -" in rows
+    assert "0.0003 0.9900 0.0125 1.0000 0.0020" in rows
 
 
 def test_json_and_quiet(monkeypatch):
@@ -130,7 +141,7 @@ def test_json_and_quiet(monkeypatch):
     content = json.loads(result.stdout)
     assert set(content) == {
         *("versions", "device", "threads", "dtype", "repeats", "quick", "seed"),
-        *("speed", "naive", "memory", "attack"),
+        *("speed", "naive", "memory", "attack", "hardening"),
     }
     assert set(content["versions"]) == {"attackroute", "torch", "torchvision", "python"}
     assert (content["repeats"], content["dtype"], content["memory"]) == (7, "float32", None)

@@ -14,7 +14,8 @@ from attackroute.nearest import did_you_mean
 NAIVE = "naive"
 MEMORY = "memory"
 ATTACK = "pgd"
-CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY, ATTACK)
+HARDENING = "hardening"
+CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY, ATTACK, HARDENING)
 
 _QUICK_CASES = (SPEED_CASES[0].name, NAIVE, MEMORY)
 

@@ -12,8 +12,9 @@ import torchvision
 
 from attackroute.benchmark.attack_speed import AttackSpeed, measure_attack
 from attackroute.benchmark.extrapolation import NaiveResult, measure_naive
+from attackroute.benchmark.hardening_speed import HardeningSpeed, measure_hardening
 from attackroute.benchmark.memory import MemoryResult, measure_memory, memory_processes
-from attackroute.benchmark.plan import ATTACK, MEMORY, NAIVE, Plan
+from attackroute.benchmark.plan import ATTACK, HARDENING, MEMORY, NAIVE, Plan
 from attackroute.benchmark.speed import SpeedResult, measure_speed
 from attackroute.benchmark.timing import in_threads
 from attackroute.errors import UserError
@@ -83,6 +84,7 @@ class BenchmarkReport:
         naive: Time against the naive way; None where it was not asked for.
         memory: Peak memory; None where it was not asked for.
         attack: Time of an attack against other libraries; None where it was not asked for.
+        hardening: Time of penalised training steps against plain ones; None where it was not asked for.
     """
 
     environment: Environment
@@ -91,6 +93,7 @@ class BenchmarkReport:
     naive: NaiveResult | None
     memory: MemoryResult | None
     attack: AttackSpeed | None
+    hardening: HardeningSpeed | None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, each repeat included, as JSON values."""
@@ -103,6 +106,7 @@ class BenchmarkReport:
             "naive": None if self.naive is None else self.naive.to_json(),
             "memory": None if self.memory is None else self.memory.to_json(),
             "attack": None if self.attack is None else self.attack.to_json(),
+            "hardening": None if self.hardening is None else self.hardening.to_json(),
         }
 
 
@@ -119,7 +123,7 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
     formats = (False, True) if plan.channels_last else (False,)
     loads = [(case, form) for case in plan.speed_cases for form in formats]
     turns = plan.turns + 1
-    timed = len(loads) + plan.includes(NAIVE) + plan.includes(ATTACK)
+    timed = len(loads) + plan.includes(NAIVE) + plan.includes(ATTACK) + plan.includes(HARDENING)
     total = turns * timed + memory_processes(plan) * plan.includes(MEMORY)
     steps = Steps(progress, total)
     try:
@@ -129,7 +133,7 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
             for case, channels_last in loads:
                 steps.begin(f"{case.name}{', channels_last' if channels_last else ''}")
                 speed.append(measure_speed(case, plan, channels_last=channels_last, advance=steps.advance))
-            naive = memory = attack = None
+            naive = memory = attack = hardening = None
             if plan.includes(NAIVE):
                 steps.begin("the naive way, in part")
                 naive = measure_naive(plan, steps.advance)
@@ -139,7 +143,10 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
             if plan.includes(ATTACK):
                 steps.begin("an attack, by several libraries")
                 attack = measure_attack(plan, steps.advance)
+            if plan.includes(HARDENING):
+                steps.begin("penalised training steps")
+                hardening = measure_hardening(plan, steps.advance)
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the device's memory does not suffice ({reason}); give a smaller --batch-size") from error
-    return BenchmarkReport(environment, plan, tuple(speed), naive, memory, attack)
+    return BenchmarkReport(environment, plan, tuple(speed), naive, memory, attack, hardening)

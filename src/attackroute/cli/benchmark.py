@@ -36,6 +36,8 @@ EXAMPLES = """
                   process
    pgd            projected gradient descent, 10 steps on a quarter-width VGG-16, against torchattack, torchattacks and
                   foolbox, where they are installed
+   hardening      training steps with penalties against plain ones, on a quarter-width VGG-16, and how far the
+                  approximate gradient of the gradient penalty is from the exact one
 
  The numbers:
 
@@ -55,6 +57,7 @@ class Cases(str, Enum):
     NAIVE = "naive"
     MEMORY = "memory"
     PGD = "pgd"
+    HARDENING = "hardening"
 
 
 _MEASUREMENTS = "The measurements"

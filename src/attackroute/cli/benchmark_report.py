@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from attackroute.benchmark import BenchmarkReport
+from attackroute.benchmark import BenchmarkReport, hardening_speed
 from attackroute.benchmark.attack_speed import MODEL, STEPS, WIDTH, AttackSpeed
 from attackroute.benchmark.extrapolation import AIM, PAPER_HOURS, PAPER_IMAGES, NaiveResult
+from attackroute.benchmark.hardening_speed import HardeningSpeed
 from attackroute.benchmark.memory import LIMIT, MemoryResult
 from attackroute.benchmark.speed import SpeedResult
 from attackroute.benchmark.timing import Runs, Spread
@@ -31,6 +32,8 @@ def show(output: Output, report: BenchmarkReport) -> None:
         _show_memory(output, report.memory)
     if report.attack is not None:
         _show_attack(output, report.attack)
+    if report.hardening is not None:
+        _show_hardening(output, report.hardening)
 
 
 def _show_speed(output: Output, results: Sequence[SpeedResult]) -> None:
@@ -117,6 +120,25 @@ def _show_attack(output: Output, result: AttackSpeed) -> None:
     output.line(f"Ours / {STEPS} bare forward and backward passes: {_ratio(result.overhead)}")
     if result.left_out:
         output.line(f"Not installed, and left out: {', '.join(result.left_out)}")
+
+
+def _show_hardening(output: Output, result: HardeningSpeed) -> None:
+    limits = {name: f"{limit:.2f}" for name, limit in hardening_speed.LIMITS.items()}
+    output.table(
+        [f"training step, {result.batch_size} images", "time", "time / plain or PAT", "at most"],
+        [
+            [name, _milliseconds(runs), _ratio(result.ratio(name)), limits.get(name, "-")]
+            for name, runs in result.runs.items()
+        ],
+    )
+    output.line("The gradient penalty's approximation beside its exact gradient, in training mode:")
+    output.table(
+        ["eps", *(f"{what}, {dtype}" for dtype in result.deviations for what in ("cosine", "relative error"))],
+        [
+            [f"{eps:g}", *(f"{value:.4f}" for found in result.deviations.values() for value in found[eps])]
+            for eps in next(iter(result.deviations.values()))
+        ],
+    )
 
 
 def _milliseconds(runs: Runs) -> str:
