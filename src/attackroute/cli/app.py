@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attackroute.cli import analyze, benchmark, demo, evaluate, harden, hardness, trace, train
+from attackroute.cli import analyze, benchmark, demo, evaluate, harden, hardness, report, trace, train
 from attackroute.cli.commands import Group, add_command
 from attackroute.version import __version__
 
@@ -71,6 +71,7 @@ add_command(app, analyze.analyze, analyze.EXAMPLES)
 add_command(app, harden.harden, harden.EXAMPLES)
 add_command(app, hardness.hardness, hardness.EXAMPLES)
 add_command(app, evaluate.evaluate, evaluate.EXAMPLES)
+add_command(app, report.report, report.EXAMPLES)
 add_command(app, benchmark.benchmark, benchmark.EXAMPLES)
 
 

@@ -1,0 +1,213 @@
+"""What a run's folder holds: files of trace, analyze, hardness, evaluate and demo, one level deep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attackroute.errors import UserError
+from attackroute.files import shown
+from attackroute.instances import InstanceRoutes
+from attackroute.routes import Route
+
+_ROUTES, _ROUTE, _SUMMARY = "routes.safetensors", "route.json", "summary.json"
+_HARDNESS, _EVALUATION, _CARD = "hardness.json", "evaluation.json", "model.json"
+_PICTURES = (".svg", ".png")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A JSON file of a command, and the figures beside it.
+
+    Attributes:
+        name: What it is called: the experiment's name, or the file's without ending.
+        path: The file, relative to the run's folder.
+        content: What it holds.
+        figures: Files of each figure by ending, by title.
+    """
+
+    name: str
+    path: str
+    content: Mapping[str, Any]
+    figures: Mapping[str, Mapping[str, Path]]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What was found.
+
+    Attributes:
+        path: The folder.
+        routes: Routes of samples as they are; None where no trace is there.
+        attacked: Routes of attacked samples.
+        route: The model's route, of clean samples where there are any.
+        summary: The summary of the trace or of the demo.
+        experiments: What ``attackroute analyze`` measured, in order of name.
+        hardness: What ``attackroute hardness`` found.
+        evaluation: What ``attackroute evaluate`` found.
+        model: The folder of a trained network.
+        left_out: Files of the same kind as one that is shown.
+    """
+
+    path: Path
+    routes: InstanceRoutes | None
+    attacked: InstanceRoutes | None
+    route: Route | None
+    summary: Mapping[str, Any] | None
+    experiments: tuple[Document, ...]
+    hardness: Document | None
+    evaluation: Document | None
+    model: Path | None
+    left_out: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> RunFolder:
+        """Read a run's folder and the folders directly in it; nearer files come first, then by name.
+
+        Raises:
+            UserError: There is no such folder, it holds nothing of this package, or a file is damaged.
+        """
+        places = _places(folder)
+        finds = _Finds(folder)
+        traces = [InstanceRoutes.load(file) for file in _files(places, _ROUTES)]
+        clean, attacked = [[trace for trace in traces if _is_attacked(trace) is wanted] for wanted in (False, True)]
+        routes = [Route.load(file) for file in _files(places, _ROUTE)]
+        summaries = finds.documents(_files(places, _SUMMARY))
+        whole = [item for item in summaries if item.content.get("attack") is None]
+        experiments = finds.documents(
+            [file for place in places for file in sorted(place.glob("*.json")) if _is_experiment(file)]
+        )
+        first = {item.name: item for item in reversed(experiments)}
+        found = cls(
+            folder,
+            finds.first(clean, _ROUTES),
+            finds.first(attacked, f"attacked {_ROUTES}"),
+            next((route for route in routes if route.provenance is None or route.provenance.attack is None), None),
+            next((item.content for item in whole), None),
+            tuple(first[name] for name in sorted(first)),
+            finds.first(finds.documents(_files(places, _HARDNESS)), _HARDNESS),
+            finds.first(finds.documents(_files(places, _EVALUATION)), _EVALUATION),
+            next((file.parent for file in _files(places, _CARD)), None),
+            tuple(finds.left_out),
+        )
+        if found.is_empty:
+            raise UserError(
+                f"{shown(folder)} holds no run: there is no {_ROUTE}, {_ROUTES}, {_HARDNESS}, {_EVALUATION}, "
+                f"{_CARD} or experiment in it or one level below; name a folder that attackroute wrote"
+            )
+        return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to report on."""
+        parts = (self.routes, self.attacked, self.route, self.summary, self.hardness, self.evaluation, self.model)
+        return all(part is None for part in parts) and not self.experiments
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What the files say of the network and the images: ``model``, ``data``, ``split``, ``weights``, ..."""
+        sources: list[Mapping[str, Any]] = [_mapping(item.content.get("terms")) for item in self.experiments]
+        if self.summary is not None:
+            sources = [_mapping(self.summary.get("terms")), self.summary, *sources]
+        if self.evaluation is not None:
+            content = self.evaluation.content
+            sources.append({name: content.get(name) for name in ("data", "split", "seed")})
+        if self.hardness is not None:
+            content = self.hardness.content
+            data, _, split = str(content.get("data") or "").rpartition(" ")  # "cifar10:~/data test"
+            sources.append({"model": content.get("model"), "data": data or None, "split": split or None})
+        found: dict[str, Any] = {}
+        for source in sources:
+            for name, value in source.items():
+                if value is not None:
+                    found.setdefault(name, value)
+        return found
+
+
+class _Finds:
+    """Reads documents, and remembers those of which only the first is shown."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.left_out: list[str] = []
+
+    def documents(self, files: list[Path]) -> list[Document]:
+        return [self._document(file) for file in files]
+
+    def first(self, found: list[Any], what: str) -> Any:
+        if len(found) > 1:
+            self.left_out.append(f"{len(found) - 1} more {what}")
+        return found[0] if found else None
+
+    def _document(self, file: Path) -> Document:
+        content = read_object(file)
+        name = str(content.get("experiment") or file.stem)
+        figures: dict[str, dict[str, Path]] = {}
+        for path in sorted(file.parent.iterdir()):
+            title = path.stem
+            mine = (
+                title == file.stem
+                or title.startswith(f"{file.stem}-")
+                or (file.name == _HARDNESS == f"{name}.json" and title == "images")
+            )
+            if path.suffix in _PICTURES and mine:
+                figures.setdefault(title, {})[path.suffix] = path
+        return Document(name, str(file.relative_to(self._folder)), content, figures)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_bytes(), parse_constant=_refuse)
+    except OSError as error:
+        raise UserError(f"{shown(file)}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown(file)}: not JSON, or damaged ({error}); write it anew, or move it away") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{shown(file)}: holds no JSON object; write it anew, or move it away")
+    return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _places(folder: Path) -> list[Path]:
+    if not folder.exists():
+        raise UserError(f"{shown(folder)}: there is no such folder; name one that attackroute trace or demo wrote")
+    if not folder.is_dir():
+        raise UserError(f"{shown(folder)} is a file; name the folder of a run")
+    try:
+        below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror or error}") from None
+    return [folder, *below]
+
+
+def _files(places: list[Path], name: str) -> list[Path]:
+    return [place / name for place in places if (place / name).is_file()]
+
+
+def _is_experiment(file: Path) -> bool:
+    """Whether ``attackroute analyze`` wrote it; those of other commands have names of their own."""
+    if file.name in (_ROUTE, _SUMMARY, _HARDNESS, _EVALUATION, _CARD, "settings.json"):
+        return False
+    return file.is_file() and file.stem in _EXPERIMENTS
+
+
+_EXPERIMENTS = frozenset({"deactivate", "detect", "gradcam", "occurrence", "sensitivity", "transplant", "weaken"})
+
+
+def _is_attacked(trace: InstanceRoutes) -> bool:
+    return trace.provenance.attack is not None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,302 @@
+"""``attackroute report``: what the page says, that nothing in it is dangerous, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import attackroute as ar
+from attackroute.report.fragments import inlined_json, percent
+from attackroute.report.measuring import Measured
+from attackroute.report.page import Content, build_page
+from attackroute.report.run_folder import RunFolder
+from report_runs import CLASSES, data_of, done, make_network, make_run, run
+
+FIGURE = "<svg onload='alert(1)'></svg>"
+PARTS = ("route", "summary", "occurrence", "experiments", "hardness", "evaluation", "made", "values")
+
+
+class Elements(HTMLParser):
+    """Tags, attributes and text by section, as a browser without scripts sees them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: list[str] = []
+        self.words: dict[str, str] = {}
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self._inside: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag == "section":
+            self.sections.append(dict(attributes)["id"] or "")
+        if tag in self.raw:
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.raw:
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.raw[self._inside[-1]].append(data)
+        elif self.sections:
+            self.words[self.sections[-1]] = self.words.get(self.sections[-1], "") + data
+
+
+def bad(result: Any, *parts: str) -> None:
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything, with its page."""
+    made = make_run(tmp_path_factory.mktemp("report"))
+    done("report", made, "--samples", 8, "--quiet")
+    return made
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    made = tmp_path / "run"
+    made.mkdir()
+    return made
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_the_numbers_are_those_of_the_files(folder: Path) -> None:
+    data = data_of(folder / "report.html")
+    assert data["summary"] == read(folder / "summary.json")
+    assert data["evaluation"] == read(folder / "evaluation" / "evaluation.json")
+    assert data["hardness"] == read(folder / "hardness" / "hardness.json")
+    assert data["experiments"] == {"occurrence": read(folder / "analysis" / "occurrence.json")}
+    view = data["route_view"]
+    for kind, place in (("clean", folder), ("attacked", folder / "attacked")):
+        routes = ar.InstanceRoutes.load(place / "routes.safetensors")
+        frequency = routes.frequency()
+        assert {layer["name"]: layer[kind] for layer in view["layers"]} == {
+            name: values.tolist() for name, values in frequency.items()
+        }
+        assert view["traces"][kind] == routes.provenance.to_json()
+    route = ar.Route.load(folder / "route.json")
+    assert [layer["route"] for layer in view["layers"]] == [list(indices) for indices in route.indices.values()]
+    names = [layer["name"] for layer in view["layers"]]
+    assert [(names[e["source"]], names[e["target"]], e["method"]) for e in view["edges"]] == [
+        (*edge, method) for edge, method in routes.methods.items()
+    ]
+    assert view["influence_samples"] == {"clean": 8, "attacked": 8}
+
+
+def test_every_part_says_what_was_found(folder: Path) -> None:
+    page = Elements((folder / "report.html").read_text())
+    assert page.sections == list(PARTS)  # the route first
+    summary, evaluation = read(folder / "summary.json"), read(folder / "evaluation" / "evaluation.json")
+    for layer in summary["layers"]:
+        assert layer["layer"] in page.words["occurrence"] and percent(layer["occurrence"]) in page.words["occurrence"]
+    assert percent(summary["accuracy"]) in page.words["summary"]
+    for row in evaluation["rows"]:
+        assert row["attack"] in page.words["evaluation"] and percent(row["accuracy"]) in page.words["evaluation"]
+    for check in evaluation["checks"]:
+        assert check["check"] in page.words["evaluation"]
+    for part, document in (
+        ("evaluation", evaluation),
+        ("hardness", read(folder / "hardness" / "hardness.json")),
+        ("experiments", read(folder / "analysis" / "occurrence.json")),
+    ):
+        assert document["reading"] in page.words[part] and document["reading"] in page.words["summary"]
+    for library, version in evaluation["libraries"].items():
+        assert f"{library}: {version}" in page.words["made"]
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    pictures = [base64.b64decode(source.partition(",")[2]) for source in sources]
+    for file in ("analysis/occurrence.svg", "hardness/hardness.svg", "hardness/images.png"):
+        assert (folder / file).read_bytes() in pictures
+    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
+
+
+def test_the_page_needs_nothing_and_may_load_nothing(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    page = Elements(text)
+    assert len(text.encode()) < 10_000_000
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r'base64,[^"]*', "", "".join(page.raw["style"])))
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        assert "style" not in attributes and not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "action", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/"))
+    targets = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    assert {target[1:] for target in targets if target} <= set(PARTS)
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.strip().split(" ", 1) for rule in (policy or "").split(";"))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:"
+    _, script = page.raw["script"]
+    for name, source in (("script-src", script), ("style-src", page.raw["style"][0])):
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert rules[name] == f"'sha256-{digest}'"
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
+
+
+def test_names_of_the_user_are_harmless(tmp_path: Path) -> None:
+    attack = "</script><script>alert('${data}')</script>"
+    home = tmp_path / "<b onclick=x>&"
+    home.mkdir()
+    model = make_network(tmp_path / "net")
+    traced = ar.trace_routes(model, (torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 1])), 0.3)
+    traced = replace(traced, provenance=replace(traced.provenance, data=attack, model=attack))
+    traced.save(home / "routes.safetensors")
+    traced.aggregate(0.3).save(home / "route.json")
+    nasty = {"reading": attack, "rows": [{attack: attack, "n": 1}], "terms": {"model": attack}, "experiment": attack}
+    (home / "detect.json").write_text(json.dumps(nasty))
+    (home / "hardness.json").write_text(
+        json.dumps({"reading": attack, "attacks": {attack: {"bins_hardest_first": [[1, 0]]}}})
+    )
+    (home / "evaluation.json").write_text(
+        json.dumps({"reading": attack, "rows": [{"model": attack, "attack": attack}]})
+    )
+    (home / f"detect-{CLASSES[1]}.svg").write_text(FIGURE)
+    built = build_page(Content(RunFolder.open(home), Measured(traced, None), CLASSES, (attack,)))
+    page = Elements(built.html)
+    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
+    assert {tag for tag, _ in page.tags if tag in ("b", "script")} == {"script"}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "<svg onload" not in built.html and base64.b64encode(FIGURE.encode()).decode() in built.html
+    for part in ("summary", "experiments", "hardness", "evaluation", "made"):
+        assert attack in page.words[part]
+    assert built.html.count("alert(") == built.html.count("alert(&#x27;") + built.html.count("u003ealert(")
+    held = json.loads(page.raw["script"][0])
+    assert held["experiments"] == {attack: nasty} and held["route_view"]["classes"] == list(CLASSES)
+
+
+@pytest.mark.parametrize("value", ["</script>", "<!--<script>", "\u2028", "]]>", "&lt;", "\ud7ff\U0001f600"])
+def test_json_in_a_script_is_the_same_json(value: str) -> None:
+    written = inlined_json({value: [value]})
+    assert json.loads(written) == {value: [value]}
+    assert not set("<>&\u2028") & set(written)
+
+
+def test_what_is_missing_leaves_a_sentence(folder: Path, empty: Path) -> None:
+    shutil.copy(folder / "route.json", empty)
+    result = run("report", empty)
+    assert result.exit_code == 0 and "give --model" in result.stderr
+    page = Elements((empty / "report.html").read_text())
+    assert page.sections == list(PARTS)
+    for part, word in (
+        ("route", "Influence between channels was not measured"),
+        ("route", "There is no trace of attacked samples"),
+        ("summary", "attackroute trace"),
+        ("experiments", "attackroute analyze"),
+        ("hardness", "attackroute hardness"),
+        ("evaluation", "attackroute evaluate"),
+    ):
+        assert word in page.words[part]
+    view = data_of(empty / "report.html")["route_view"]
+    for value in ar.InstanceRoutes.load(folder / "routes.safetensors").occurrence(0.2).values():
+        assert percent(value) in page.words["occurrence"]
+    assert view["edges"] == [] and view["layers"][0]["clean"] is not None
+    shutil.copy(folder / "evaluation" / "evaluation.json", empty)
+    (empty / "route.json").unlink()
+    done("report", empty, "--quiet")
+    page = Elements((empty / "report.html").read_text())
+    assert "attackroute trace" in page.words["occurrence"]
+    assert "no route to draw" in page.words["route"] and data_of(empty / "report.html")["route_view"] is None
+
+
+def test_a_network_alone_is_traced_for_the_page(folder: Path, empty: Path) -> None:
+    shutil.copytree(folder / "model", empty / "model")
+    pictures = f"folder:{folder.parent / 'pictures'}"
+    result = run("report", empty, "--data", pictures, "--samples", 6, "--attack", "fgsm:eps=0.2", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["bytes"] == (empty / "report.html").stat().st_size and told["pruned"] is False
+    assert {"page", "bytes", "pruned", "missing", *data_of(empty / "report.html")} == set(told)
+    origin = told["route_view"]["traces"]
+    assert (origin["clean"]["samples"], origin["clean"]["attack"]) == (6, None)
+    assert origin["attacked"]["attack"].startswith("fgsm:eps=") and origin["attacked"]["samples"] == 6
+    assert any("has no trace of attacked samples" in note for note in told["missing"])
+
+
+def test_other_weights_are_not_taken_in_silence(folder: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "run"
+    shutil.copytree(folder, changed)
+    file = changed / "model" / "best.safetensors"
+    weights = load_file(file)
+    save_file({name: value * 1.01 if value.is_floating_point() else value for name, value in weights.items()}, file)
+    result = run("report", changed)
+    assert result.exit_code == 0 and "has other weights" in result.stderr
+    assert all("clean" not in edge for edge in data_of(changed / "report.html")["route_view"]["edges"])
+
+
+@pytest.mark.parametrize("most", [400_000, 200_000, 80_000])
+def test_a_page_that_is_too_large_is_pruned(folder: Path, most: int) -> None:
+    found = RunFolder.open(folder)
+    content = Content(found, Measured(found.routes, found.attacked))
+    whole = build_page(content)
+    assert not whole.pruned and len(whole.html.encode()) > most
+    page = build_page(content, most)
+    assert page.pruned and len(page.html.encode()) <= most
+    assert "left out to keep the page small" in Elements(page.html).words["made"]
+    assert page.data["summary"] == whole.data["summary"] and Elements(page.html).sections == list(PARTS)
+
+
+def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> None:
+    bad(run("report", tmp_path / "none"), "none", "no such folder")
+    bad(run("report", empty), str(empty), "holds no run")
+    bad(run("report", folder / "route.json"), "is a file")
+    bad(run("report"), "RUN_DIR")
+    bad(run("report", folder, "--model", "nonsense"), "nonsense")
+    bad(run("report", folder, "--data", "nonsense"), "nonsense")
+    bad(run("report", folder, "--attack", "fgsn"), "fgsn")
+    bad(run("report", folder, "--attack", "pgd:eps=0.3"), "leave out --attack")
+    bad(run("report", folder, "--samples", 4, "--out", tmp_path / "none" / "page.html"), "cannot be written")
+    for name in ("summary.json", "detect.json", "hardness.json", "evaluation.json", "route.json", "routes.safetensors"):
+        for content in ("{", "[1]", "", '{"reading": NaN}'):
+            (empty / name).write_text(content)
+            bad(run("report", empty), name)
+            (empty / name).unlink()
+
+
+def test_odd_documents_are_shown_as_far_as_they_go(empty: Path) -> None:
+    odd = {"rows": [1, {"accuracy": "high"}, {"accuracy_low": None}], "checks": 3, "libraries": [], "reading": 7}
+    (empty / "evaluation.json").write_text(json.dumps(odd))
+    (empty / "hardness.json").write_text(
+        json.dumps({"attacks": {"a": 1}, "judgements": "?", "classes": None, "data": 3})
+    )
+    (empty / "weaken.json").write_text(json.dumps({"rows": {}, "verdicts": [None], "terms": [], "seconds": "long"}))
+    done("report", empty, "--quiet")
+    assert data_of(empty / "report.html")["evaluation"] == odd
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom attackroute.cli.app import app\n"
+        "try:\n    app(['report', '--help'], standalone_mode=True)\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'safetensors' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_texts_of_the_page_are_package_data() -> None:
+    home = Path(ar.__file__).parent / "report"
+    assert {"report.js", "report.css", "report.html", "route.html"} <= {path.name for path in home.iterdir()}
