@@ -30,7 +30,7 @@ PAT, PAT_GRADIENT, PAT_WEIGHT = "PAT", "PAT, gradient, exact", "PAT, weight"
 LIMITS = {GRADIENT: 3.2, QUOTIENT: 2.2, WEIGHT: 1.05}
 """Ratios to a plain step's time that are to be kept."""
 
-_EPS = (3e-2, 3e-3, 3e-4, 3e-5)
+_EPS = (1e-2, 1e-3, 1e-4, 1e-5)
 _LAM = 0.01
 
 

@@ -196,6 +196,7 @@ def harden(
     batch_size: options.BatchSize = 128,
     workers: train_options.Workers = 0,
     resume: train_options.Resume = False,
+    tensorboard: train_options.TensorBoard = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -215,8 +216,8 @@ def harden(
     factors = _factors(penalty, lam, sweep)
     if sweep is None and out is None:
         raise UserError("name the folder of the hardened network with --out, or try lambdas with --sweep")
-    if sweep is not None and (out is not None or resume):
-        raise UserError("--sweep writes nothing; leave out --out and --resume")
+    if sweep is not None and (out is not None or resume or tensorboard):
+        raise UserError("--sweep writes nothing; leave out --out, --resume and --tensorboard")
     settings = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,
@@ -261,7 +262,7 @@ def harden(
     if out is None:
         run.sweep(factors)
     else:
-        run.harden(options.open_folder(out), factors[0], resume=resume)
+        run.harden(options.open_folder(out), factors[0], resume=resume, tensorboard=tensorboard)
 
 
 def _factors(penalty: Penalties, lam: float | None, sweep: str | None) -> list[float]:

@@ -84,11 +84,11 @@ class HardenRun:
             )  # fmt: skip
         return cls(network, ModelCard(spec, train.classes), train, test, compared, attacks, options, output)
 
-    def harden(self, folder: Path, lam: float, *, resume: bool) -> None:
+    def harden(self, folder: Path, lam: float, *, resume: bool, tensorboard: bool) -> None:
         """Harden into a folder, and compare."""
         train_report.prepare(folder, self.card, resume=resume)
         hardened = copy.deepcopy(self.network)
-        result = self._train(hardened, lam, folder, resume=resume)
+        result = self._train(hardened, lam, folder, resume=resume, tensorboard=tensorboard)
         best = result.training.best
         if best is not None:  # what other commands load
             load_weights(hardened, folder / BEST)
@@ -115,7 +115,7 @@ class HardenRun:
         for lam in factors:
             name = f"lambda {lam:g}"
             models[name] = copy.deepcopy(self.network)
-            results[name] = self._train(models[name], lam, None, resume=False)
+            results[name] = self._train(models[name], lam, None, resume=False, tensorboard=False)
         evaluation = self._compare(models)
         rows = {name: _summary(result, lam) for (name, result), lam in zip(results.items(), factors, strict=True)}
         self.output.result({"sweep": rows, "evaluation": None if evaluation is None else evaluation.to_json()})
@@ -135,9 +135,14 @@ class HardenRun:
             ],
         )
 
-    def _train(self, network: nn.Module, lam: float, folder: Path | None, *, resume: bool) -> HardenResult:
+    def _train(
+        self, network: nn.Module, lam: float, folder: Path | None, *, resume: bool, tensorboard: bool
+    ) -> HardenResult:
         epochs = self.options["settings"].epochs
-        with self.output.progress("steps") as progress:
+        with (
+            self.output.progress("steps") as progress,
+            train_report.on_epoch(self.output, epochs, folder if tensorboard else None) as on_epoch,
+        ):
             return harden(
                 network,
                 self.train,
@@ -145,7 +150,7 @@ class HardenRun:
                 lam=lam,
                 folder=folder,
                 resume=resume,
-                on_epoch=lambda record: self.output.note(train_report.epoch_line(record, epochs)),
+                on_epoch=on_epoch,
                 progress=progress,
                 **self.options,
             )

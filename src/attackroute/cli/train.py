@@ -71,6 +71,7 @@ def train(
     batch_size: options.BatchSize = 128,
     workers: train_options.Workers = 0,
     resume: train_options.Resume = False,
+    tensorboard: train_options.TensorBoard = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -114,7 +115,10 @@ def train(
     network = build(spec).to(home)
     card = ModelCard(with_own_normalisation(spec, network), train_data.classes)
     train_report.prepare(options.open_folder(out), card, resume=resume)
-    with output.progress("steps") as progress:
+    with (
+        output.progress("steps") as progress,
+        train_report.on_epoch(output, epochs, out if tensorboard else None) as on_epoch,
+    ):
         result = run_training(
             network,
             train_data.dataset,
@@ -123,7 +127,7 @@ def train(
             attack=against,
             folder=out,
             resume=resume,
-            on_epoch=lambda record: output.note(train_report.epoch_line(record, epochs)),
+            on_epoch=on_epoch,
             progress=progress,
         )
     _report(result, out, output)

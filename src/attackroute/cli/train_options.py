@@ -87,3 +87,9 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", rich_help_panel=_RUN, help="Go on with the run in --out; start one if there is none."),
 ]
+TensorBoard = Annotated[
+    bool,
+    typer.Option(
+        "--tensorboard", rich_help_panel=_RUN, help="Log to --out/tensorboard too (needs the extra tensorboard)."
+    ),
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,21 @@ def prepare(folder: Path, card: Any, *, resume: bool) -> None:
     if (folder / STATE).exists() and not resume:
         raise UserError(f"{folder} already holds a run; pass --resume to go on with it, or choose another folder")
     card.save(folder)
+
+
+@contextmanager
+def on_epoch(output: Output, epochs: int, events: Path | None) -> Iterator[Callable[[EpochRecord], None]]:
+    """What to call after every epoch: it says what the epoch did, and logs it for TensorBoard in a run's folder."""
+    from attackroute.event_log import event_log
+
+    with nullcontext() if events is None else event_log(events) as log:
+
+        def report(record: EpochRecord) -> None:
+            output.note(epoch_line(record, epochs))
+            if log is not None:
+                log(record)
+
+        yield report
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
