@@ -292,6 +292,23 @@ def test_misuse_is_named() -> None:
     approximate = GradientPenalty(model.float(), route, method=APPROXIMATE)
     with torch.autocast("cpu", torch.bfloat16), approximate.watch(), pytest.raises(UserError, match="autocast"):
         model(images.float())
+    exact = GradientPenalty(model, route)
+    with torch.autocast("cpu", torch.float16), exact.watch(), pytest.raises(UserError, match="float16"):
+        model(images.float())
+
+
+def test_bfloat16_autocast_is_close() -> None:
+    model, images, labels = ready(smooth, dtype=torch.float32, samples=8)
+    penalty = GradientPenalty(model, some_of(model, images))
+    value, gradients = penalised(penalty, model, images, labels % 5)
+    with penalty.watch(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    coarse = penalty(logits, labels % 5)
+    torch.testing.assert_close(coarse, value, rtol=0.05, atol=0)
+    found = torch.autograd.grad(coarse, list(model.parameters()), allow_unused=True)
+    close = [part for part in found if part is not None]
+    wanted = [gradient for part, gradient in zip(found, gradients, strict=True) if part is not None]
+    assert functional.cosine_similarity(flat(close), flat(wanted), dim=0) > 0.95
 
 
 def test_a_layer_that_does_not_run_is_named() -> None:

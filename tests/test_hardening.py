@@ -344,6 +344,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_epoch(tmp_p
         ({"route": Route({"9": [0]}, {"9": 3})}, "'9'"),
         ({"route": "missing.json"}, "missing.json"),
         ({"resume": True}, "folder"),
+        ({"penalty": None, "route": HALF}, "no penalty"),
     ],
 )
 def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:

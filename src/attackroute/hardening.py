@@ -110,6 +110,8 @@ def harden(
         UserError: As for training and tracing, or a setting is unknown or out of range.
     """
     names = (penalty,) if isinstance(penalty, str) else tuple(penalty or ())
+    if not names and route is not None:
+        raise UserError("a route is given but no penalty, so nothing would be done with it; leave out one")
     tracing = RouteTracing(route_samples, refresh, compare_full)
     factors = {name: _factor(name, lam) for name in names}
     chosen = PenaltySettings(factors, target, method, folded)

@@ -165,8 +165,11 @@ class GradientPenalty:
             return output if shift is None else output + shift.to(output.dtype)
         if not torch.is_grad_enabled():
             raise UserError("the watched pass runs without gradients; call the model outside no_grad")
-        if self._method == APPROXIMATE and torch.is_autocast_enabled(output.device.type):
-            raise UserError(f"autocast is too coarse for the difference quotient; use method={EXACT!r}")
+        if torch.is_autocast_enabled(output.device.type):
+            if self._method == APPROXIMATE:
+                raise UserError(f"autocast is too coarse for the difference quotient; use method={EXACT!r}")
+            if torch.get_autocast_dtype(output.device.type) == torch.float16:
+                raise UserError("float16 loses the small gradients that are punished; use bfloat16, or no autocast")
         if not output.requires_grad:  # all before it is frozen
             output = output.requires_grad_().clone()  # a copy, since what follows may work in place
         watched.dims[call.name] = dim
