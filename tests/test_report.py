@@ -299,4 +299,6 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_the_texts_of_the_page_are_package_data() -> None:
     home = Path(ar.__file__).parent / "report"
-    assert {"report.js", "report.css", "report.html", "route.html"} <= {path.name for path in home.iterdir()}
+    assert {"route_view.js", "page.js", "report.css", "report.html", "route.html"} <= {
+        path.name for path in home.iterdir()
+    }

@@ -26,6 +26,7 @@ _POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 _ROUTE_WIDTH = 0.3
+_SCRIPTS = ("route_numbers.js", "route_view.js", "page.js")  # one after another, as one script
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _filled(content: Content, budget: Budget, *, pruned: bool) -> Page:
         "notes": notes,
     }
     rows, largest = budget.table_rows, budget.figure_bytes
-    script, style = _asset("report.js"), _asset("report.css")
+    script, style = "\n".join(map(_asset, _SCRIPTS)), _asset("report.css")
     model = run.terms.get("model")
     parts = {
         "policy": text(_POLICY.format(script=_digest(script), style=_digest(style))),
