@@ -134,6 +134,17 @@ def test_a_given_route_a_control_and_no_penalty(trained: Path, pictures: Path, t
     assert list((tmp_path / "d" / "tensorboard").iterdir())
 
 
+def test_a_built_in_network_with_weights_can_be_opened_again(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ("--data", f"folder:{pictures}", "--epochs", 1, "--lam", 0.1, "--evaluate", "fgsm", "--image-size", 32)
+    weights = ("--weights", trained / "best.safetensors")
+    result = run("harden", "--model", "vgg_small", "--model-width", 0.2, *weights, *arguments, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    again = run("evaluate", "--model", tmp_path, "--data", f"folder:{pictures}", "--attack", "fgsm", "--no-checks")
+    assert again.exit_code == 0, again.output
+    wide = run("harden", "--model", trained, "--model-width", 0.2, *arguments, "--out", tmp_path / "b")
+    assert_bad_input(wide, "--model-width")
+
+
 def test_bad_input(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     assert_bad_input(hardened(trained, pictures, *out), "--lam")

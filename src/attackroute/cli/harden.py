@@ -72,6 +72,16 @@ def harden(
         typer.Option("--out", metavar="FOLDER", help="Where checkpoints, log and route go; not needed with --sweep."),
     ] = None,
     weights: options.Weights = None,
+    model_width: Annotated[
+        float | None,
+        typer.Option(
+            "--model-width",
+            metavar="FACTOR",
+            parser=options.parse_factor,
+            rich_help_panel="The network",
+            help="Factor on the channels of a built-in network; a train folder knows its own.",
+        ),
+    ] = None,
     image_size: options.ImageSize = None,
     skip_unreadable: options.SkipUnreadable = False,
     penalty: Annotated[
@@ -240,6 +250,7 @@ def harden(
         model,
         data,
         weights=weights,
+        width=model_width,
         image_size=image_size,
         skip_unreadable=skip_unreadable,
         evaluate_samples=evaluate_samples,

@@ -59,6 +59,7 @@ class HardenRun:
         data: str,
         *,
         weights: Path | None,
+        width: float | None,
         image_size: int | None,
         skip_unreadable: bool,
         evaluate_samples: int | None,
@@ -73,8 +74,10 @@ class HardenRun:
         train = load_data(data, split="train", image_size=size, skip_unreadable=skip_unreadable)
         test = train_report.test_data(data, train, output, size, skip_unreadable)
         _report_skipped(train, test, output)
-        network = open_network(model, train, weights=weights).to(device)
-        spec = found[1].spec if found is not None else with_own_normalisation(spec_for(model, train), network)
+        network = open_network(model, train, weights=weights, width=width).to(device)
+        spec = (
+            found[1].spec if found is not None else with_own_normalisation(spec_for(model, train, width=width), network)
+        )
         compared = test
         if test is not None and evaluate_samples is not None:
             seed = options["settings"].seed
