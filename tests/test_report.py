@@ -278,14 +278,39 @@ def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> Non
 
 
 def test_odd_documents_are_shown_as_far_as_they_go(empty: Path) -> None:
-    odd = {"rows": [1, {"accuracy": "high"}, {"accuracy_low": None}], "checks": 3, "libraries": [], "reading": 7}
+    odd = {"rows": [1, {"accuracy": "high"}, {"accuracy_low": None}], "checks": 3, "libraries": [], "reading": "\ud800"}
     (empty / "evaluation.json").write_text(json.dumps(odd))
     (empty / "hardness.json").write_text(
-        json.dumps({"attacks": {"a": 1}, "judgements": "?", "classes": None, "data": 3})
+        json.dumps(
+            {
+                "attacks": {"a": 1, "b": {"bins_hardest_first": 3}, "c": {"bins_hardest_first": [4, [1, 0]]}},
+                "judgements": "?",
+                "classes": None,
+                "data": 3,
+            }
+        )
     )
     (empty / "weaken.json").write_text(json.dumps({"rows": {}, "verdicts": [None], "terms": [], "seconds": "long"}))
     done("report", empty, "--quiet")
     assert data_of(empty / "report.html")["evaluation"] == odd
+
+
+def test_no_file_chooses_code_to_run(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "chosen.py").write_text(f"def factory():\n    open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (empty / "summary.json").write_text(json.dumps({"terms": {"model": "chosen:factory", "data": "mnist-sample"}}))
+    result = run("report", empty)
+    assert result.exit_code == 0 and "give --model" in result.stderr and not (tmp_path / "ran").exists()
+
+
+def test_routes_of_another_network_are_left_aside(folder: Path, empty: Path) -> None:
+    shutil.copy(folder / "routes.safetensors", empty)
+    (empty / "a").mkdir()
+    ar.Route({"other": [0]}, {"other": 3}).save(empty / "a" / "route.json")
+    found = RunFolder.open(empty)
+    assert found.route is None and found.routes == ar.InstanceRoutes.load(folder / "routes.safetensors")
+    (empty / "routes.safetensors").unlink()
+    assert RunFolder.open(empty).route == ar.Route({"other": [0]}, {"other": 3})
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -164,6 +164,8 @@ def _open(
     found = model or (None if run.model is None else str(run.model)) or terms.get("model")
     if not isinstance(found, str):
         raise UserError("the run does not name its network; give --model")
+    if model is None and _calls_code(found):
+        raise UserError(f"the run's network {found} is code to be called; give --model to call it")
     source = data or terms.get("data")
     if not isinstance(source, str):
         raise UserError("the run does not name its images; give --data")
@@ -223,6 +225,12 @@ def _remarks(run: RunFolder, measured: Measured) -> list[str]:
     if measured.clean is not None and not measured.clean.methods and measured.clean_influence is None:
         notes.append("The routes do not say how layers are joined.")
     return notes
+
+
+def _calls_code(model: str) -> bool:
+    """Whether it is a factory: a file that came by mail must not choose what runs."""
+    source, colon, _ = model.partition(":")
+    return bool(colon) and source not in ("torchvision", "timm") and not Path(model).is_dir()
 
 
 def _side(terms: Mapping[str, Any]) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 def text(value: object) -> str:
     """A value as escaped text: numbers short, nothing for None."""
-    return html.escape(_plain(value), quote=True)
+    readable = _plain(value).encode(errors="replace").decode()  # half a surrogate pair has no place in a file
+    return html.escape(readable, quote=True)
 
 
 def sentence(value: object) -> str:

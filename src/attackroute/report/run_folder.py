@@ -73,8 +73,14 @@ class RunFolder:
         places = _places(folder)
         finds = _Finds(folder)
         traces = [InstanceRoutes.load(file) for file in _files(places, _ROUTES)]
-        clean, attacked = [[trace for trace in traces if _is_attacked(trace) is wanted] for wanted in (False, True)]
         routes = [Route.load(file) for file in _files(places, _ROUTE)]
+        clean = finds.first([trace for trace in traces if trace.provenance.attack is None], _ROUTES)
+        attacked = [trace for trace in traces if trace.provenance.attack is not None and _fits(trace, clean)]
+        own = [
+            route
+            for route in routes
+            if (route.provenance is None or route.provenance.attack is None) and _fits(route, clean)
+        ]
         summaries = finds.documents(_files(places, _SUMMARY))
         whole = [item for item in summaries if item.content.get("attack") is None]
         experiments = finds.documents(
@@ -83,9 +89,9 @@ class RunFolder:
         first = {item.name: item for item in reversed(experiments)}
         found = cls(
             folder,
-            finds.first(clean, _ROUTES),
+            clean,
             finds.first(attacked, f"attacked {_ROUTES}"),
-            next((route for route in routes if route.provenance is None or route.provenance.attack is None), None),
+            next(iter(own), None),
             next((item.content for item in whole), None),
             tuple(first[name] for name in sorted(first)),
             finds.first(finds.documents(_files(places, _HARDNESS)), _HARDNESS),
@@ -205,8 +211,9 @@ def _is_experiment(file: Path) -> bool:
 _EXPERIMENTS = frozenset({"deactivate", "detect", "gradcam", "occurrence", "sensitivity", "transplant", "weaken"})
 
 
-def _is_attacked(trace: InstanceRoutes) -> bool:
-    return trace.provenance.attack is not None
+def _fits(found: InstanceRoutes | Route, clean: InstanceRoutes | None) -> bool:
+    """Whether it is of the same network as the clean trace, as far as layers tell."""
+    return clean is None or dict(found.channels) == dict(clean.channels)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -103,7 +103,7 @@ def hardness(found: Document | None, rows: int, largest: int) -> str:
             {"attack": attack, "tenth, hardest first": place, "images": pair[0], "fooled": pair[1]}
             for attack, told in attacks.items()
             if isinstance(told, Mapping)
-            for place, pair in enumerate(told.get("bins_hardest_first") or (), start=1)
+            for place, pair in enumerate(_pairs(told.get("bins_hardest_first")), start=1)
         ]
         parts.append(folded("Images fooled, by hardness", table(bins, rows)))
     for title, name in (("What tells best who is fooled", "judgements"), ("By class", "classes")):
@@ -192,6 +192,10 @@ def _in_order(found: Sequence[Document]) -> list[Document]:
 
 def _records(value: object) -> list[Mapping[str, Any]]:
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def _pairs(value: object) -> list[list[Any]]:
+    return [pair for pair in value if isinstance(pair, list) and len(pair) == 2] if isinstance(value, list) else []
 
 
 def _accuracy(routes: InstanceRoutes) -> float | None:
