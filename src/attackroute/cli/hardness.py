@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from attackroute.data import ImageData
-    from attackroute.experiments.hardness_study import HardnessStudy
     from attackroute.routes import Route
 
 EXAMPLES = """
@@ -52,7 +51,6 @@ EXAMPLES = """
 
 _ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
 _WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
-_SHOWN = 10
 _METRIC = "The metric"
 
 
@@ -115,6 +113,7 @@ def hardness(
     image gets, and V is the sum of its votes. Rivals are judged by the same attacks.
     """
     from attackroute.attacks import parse_attack
+    from attackroute.cli.hardness_files import write_study
     from attackroute.cli.hardness_report import report
     from attackroute.cli.networks import find_card, open_network
     from attackroute.data import load_data, loader
@@ -151,7 +150,7 @@ def hardness(
         "route": None if route is None else str(route),
         "seed": seed,
     }
-    _write(folder, network, images, study, origin, batch_size, output)
+    write_study(folder, network, images, study, origin, batch_size, output)
     report(output, study, folder, origin)
 
 
@@ -168,50 +167,3 @@ def _route(network: nn.Module, images: ImageData, file: Path | None, batch_size:
     )
     with output.progress("images traced") as progress:
         return trace_routes(network, loader(images, batch_size), _WIDTH, progress=progress).aggregate(_ROUTE_WIDTH)
-
-
-def _write(
-    folder: Path,
-    network: nn.Module,
-    images: ImageData,
-    study: HardnessStudy,
-    origin: dict[str, Any],
-    batch_size: int,
-    output: Output,
-) -> None:
-    import io
-
-    import torch
-
-    from attackroute.cli.hardness_report import summarise
-    from attackroute.cli.unfinished import write_json
-    from attackroute.data import loader
-    from attackroute.errors import UserError
-    from attackroute.figures import save_figure
-    from attackroute.figures.hardness_bars import hardness_figure
-    from attackroute.figures.hardness_images import images_figure, pick_images
-    from attackroute.files import replace_file
-    from attackroute.hardness_tables import write_csv, write_parquet
-
-    found = study.hardness
-    write_csv(found, folder / "hardness.csv")
-    try:
-        write_parquet(found, folder / "hardness.parquet")
-    except UserError as error:
-        output.note(f"note: hardness.parquet is left out: {error}")
-    found.save(folder / "hardness.safetensors")
-    save_figure(
-        hardness_figure(study, f"How hard the model is to fool on each of {len(found)} images"), folder, "hardness"
-    )
-    count, right = min(_SHOWN, len(found)), min(_SHOWN, study.correct)
-    rows = {
-        "Learned best: the largest V": found.hardest(count),
-        "Learned worst: the smallest V": found.weakest(count),
-        "The smallest V of those classified correctly": found.weakest(right, found.correct),
-    }
-    picked = pick_images(network, loader(images, batch_size), found, torch.cat(list(rows.values())))
-    parts = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
-    picture = io.BytesIO()
-    images_figure(found, rows, parts, images.classes).savefig(picture, dpi=200)
-    replace_file(folder / "images.png", picture.getvalue())
-    write_json(folder / "hardness.json", summarise(study, origin))
