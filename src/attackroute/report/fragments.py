@@ -38,8 +38,8 @@ def table(rows: Sequence[Mapping[str, Any]], most: int) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    """What a reader opens when wanted; it is printed open."""
-    return f'<details class="table"><summary>{text(title)}</summary>{content}</details>'
+    """What a reader opens when wanted."""
+    return f'<details><summary>{text(title)}</summary>{content}</details>'
 
 
 def numbers(pairs: Iterable[tuple[str, object]]) -> str:

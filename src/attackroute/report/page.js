@@ -1,4 +1,4 @@
-// What the page does besides the route view: its data as a file, tables opened for printing.
+// What the page does besides the route view: its data as a file.
 function fillData() {
   const text = () => JSON.stringify(data, null, 1);
   byId("json-details").addEventListener("toggle", () => { byId("json").textContent = text(); }, { once: true });
@@ -12,14 +12,6 @@ function fillData() {
   byId("save-json").hidden = false;
 }
 
-function openForPrinting() {
-  const closed = () => document.querySelectorAll("details.table:not([open])");
-  let opened = [];
-  addEventListener("beforeprint", () => { opened = [...closed()]; opened.forEach((item) => { item.open = true; }); });
-  addEventListener("afterprint", () => opened.forEach((item) => { item.open = false; }));
-}
-
 const data = JSON.parse(document.getElementById("data").textContent);
 fillData();
-openForPrinting();
 if (data.route_view) routeView(data.route_view);

@@ -13,6 +13,7 @@ function routeView(view) {
   const measured = ["clean", "attacked"].filter((kind) => edges.some((edge) => edge[kind]));
   const state = { width: view.width, rows: 20, share: 0.3, influence: measured[0] || null, channel: null, sample: null };
   let columns = [], COLUMN = 118, focused = null, scheduled = false;
+  const sets = new Map();  // of one drawing
 
   const ranks = layers.map((layer) => {
     const ranked = {};
@@ -31,9 +32,15 @@ function routeView(view) {
   // --- numbers
 
   function chosen(index, kind) {  // the model's route at the slider's width
+    const name = `${kind} ${index}`;
+    if (!sets.has(name)) sets.set(name, new Set(members(index, kind)));
+    return sets.get(name);
+  }
+
+  function members(index, kind) {
     const layer = layers[index], ranked = ranks[index][kind];
-    if (ranked) return new Set(ranked.slice(0, kept(state.width, layer.channels)));
-    return new Set(kind === "clean" && layer.route && !has("attacked") ? layer.route : []);
+    if (ranked) return ranked.slice(0, kept(state.width, layer.channels));
+    return kind === "clean" && layer.route && !has("attacked") ? layer.route : [];
   }
 
   function frequency(index, channel) {
@@ -84,6 +91,7 @@ function routeView(view) {
   }
 
   function render() {
+    sets.clear();
     const room = (byId("route-scroll").clientWidth - 2 * LEFT) / Math.max(1, layers.length - 1);
     COLUMN = Math.round(Math.min(200, Math.max(118, room)));
     columns = layers.map((_, index) => column(index));

@@ -150,7 +150,7 @@ def made(run: RunFolder, measured: Measured, notes: Sequence[str], version: str)
             pairs.append((name, known))
     if run.summary is not None:
         pairs += [(name, run.summary[name]) for name in ("seed", "seconds") if name in run.summary]
-    pairs += [(name, value) for name, value in run.terms.items() if isinstance(value, (str, int, float, list))][:40]
+    pairs += [(name, value) for name, value in run.terms.items() if _is_setting(value)][:40]
     if run.evaluation is not None and isinstance(run.evaluation.content.get("libraries"), Mapping):
         pairs.append(("libraries", run.evaluation.content["libraries"]))
     for document in (*run.experiments, run.hardness, run.evaluation):
@@ -192,6 +192,12 @@ def _in_order(found: Sequence[Document]) -> list[Document]:
 
 def _records(value: object) -> list[Mapping[str, Any]]:
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def _is_setting(value: object) -> bool:
+    """Whether it can stand in one line: plain, or a list of plain values."""
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, (str, int, float)) for part in parts)
 
 
 def _pairs(value: object) -> list[list[Any]]:
