@@ -277,6 +277,30 @@ def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> Non
             (empty / name).unlink()
 
 
+def test_what_the_demo_measures_is_an_experiment(empty: Path) -> None:
+    silencing = {"reading": "silencing costs much", "rows": [{"layers": "a", "accuracy": 0.25}]}
+    (empty / "summary.json").write_text(json.dumps({"silencing": silencing, "seconds": {"training": 3.5}, "seed": 7}))
+    (empty / "route.svg").write_text(FIGURE)
+    done("report", empty, "--quiet")
+    text = (empty / "report.html").read_text()
+    page = Elements(text)
+    assert "silencing costs much" in page.words["experiments"] and "silencing costs much" in page.words["summary"]
+    assert "0.25" in page.words["experiments"] and "training: 3.5" in page.words["made"]
+    assert base64.b64encode(FIGURE.encode()).decode() in text
+    assert data_of(empty / "report.html")["experiments"] == {"silencing": silencing}
+
+
+def test_the_network_called_model_is_the_runs_own(empty: Path) -> None:
+    for name in ("hardened", "model", "other"):
+        (empty / name).mkdir()
+        (empty / name / "model.json").write_text("{}")
+    assert RunFolder.open(empty).model == empty / "model"
+    shutil.rmtree(empty / "model")
+    assert RunFolder.open(empty).model == empty / "hardened"
+    (empty / "model.json").write_text("{}")
+    assert RunFolder.open(empty).model == empty
+
+
 def test_odd_documents_are_shown_as_far_as_they_go(empty: Path) -> None:
     odd = {"rows": [1, {"accuracy": "high"}, {"accuracy_low": None}], "checks": 3, "libraries": [], "reading": "\ud800"}
     (empty / "evaluation.json").write_text(json.dumps(odd))

@@ -39,7 +39,7 @@ def table(rows: Sequence[Mapping[str, Any]], most: int) -> str:
 
 def folded(title: str, content: str) -> str:
     """What a reader opens when wanted."""
-    return f'<details><summary>{text(title)}</summary>{content}</details>'
+    return f"<details><summary>{text(title)}</summary>{content}</details>"
 
 
 def numbers(pairs: Iterable[tuple[str, object]]) -> str:

@@ -86,6 +86,7 @@ class RunFolder:
         experiments = finds.documents(
             [file for place in places for file in sorted(place.glob("*.json")) if _is_experiment(file)]
         )
+        experiments += [part for item in whole[:1] for part in _silencing(item, folder)]
         first = {item.name: item for item in reversed(experiments)}
         found = cls(
             folder,
@@ -96,7 +97,7 @@ class RunFolder:
             tuple(first[name] for name in sorted(first)),
             finds.first(finds.documents(_files(places, _HARDNESS)), _HARDNESS),
             finds.first(finds.documents(_files(places, _EVALUATION)), _EVALUATION),
-            next((file.parent for file in _files(places, _CARD)), None),
+            _network(folder, _files(places, _CARD)),
             tuple(finds.left_out),
         )
         if found.is_empty:
@@ -209,6 +210,22 @@ def _is_experiment(file: Path) -> bool:
 
 
 _EXPERIMENTS = frozenset({"deactivate", "detect", "gradcam", "occurrence", "sensitivity", "transplant", "weaken"})
+
+
+def _silencing(summary: Document, folder: Path) -> list[Document]:
+    """What the demo measures beside its trace, with its figure."""
+    content = summary.content.get("silencing")
+    if not isinstance(content, dict):
+        return []
+    files = {kind: (folder / summary.path).parent / f"route{kind}" for kind in _PICTURES}
+    found = {kind: file for kind, file in files.items() if file.is_file()}
+    return [Document("silencing", summary.path, content, {"route": found} if found else {})]
+
+
+def _network(folder: Path, cards: list[Path]) -> Path | None:
+    """The folder of the run's network: the run's own, or the one called so beside others such as hardened ones."""
+    homes = [card.parent for card in cards]
+    return next((home for home in (folder, folder / "model", *homes) if home in homes), None)
 
 
 def _fits(found: InstanceRoutes | Route, clean: InstanceRoutes | None) -> bool:

@@ -15,7 +15,7 @@ from attackroute.routes import Route
 from attackroute.selection import kept
 
 _SHOWN_FIRST = (
-    "occurrence", "sensitivity", "transplant", "deactivate", "weaken", "gradcam", "detect",
+    "silencing", "occurrence", "sensitivity", "transplant", "deactivate", "weaken", "gradcam", "detect",
 )  # fmt: skip  # the order of the paper's section 4
 _JUDGED = 12
 
@@ -51,9 +51,6 @@ def summary(run: RunFolder, measured: Measured, route: Route | None) -> str:
         reading = None if document is None else document.content.get("reading")
         if document is not None and reading:
             parts.append(f"<p><strong>{text(document.name)}</strong>: {text(reading)}</p>")
-    silencing = {} if run.summary is None else run.summary.get("silencing")
-    if isinstance(silencing, Mapping) and silencing.get("reading"):
-        parts.append(f"<p><strong>silencing</strong>: {text(silencing['reading'])}</p>")
     return "".join(parts)
 
 
