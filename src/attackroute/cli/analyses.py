@@ -119,6 +119,11 @@ class Study:
         route.save(self.folder / "route.json")
         return route
 
+    def check_layers(self) -> None:
+        """Let a layer that is not on the route be named before any experiment has run."""
+        if self.chosen is not None:
+            self.routes[ROUTE].aggregate(self.share).restrict(self.chosen)
+
     @cached_property
     def rivals(self) -> dict[str, ChannelScores]:
         """Channels ranked by other criteria on the reference images; attacks on them are the first one."""

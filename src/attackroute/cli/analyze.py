@@ -168,6 +168,8 @@ def analyze(
         {"model": model, "data": data, "samples": samples, "device": home.type},
         options.open_folder(out), output,
     )  # fmt: skip
+    if not resume:
+        study.check_layers()
     results: dict[str, Any] = {}
     for name in (name for name in EXPERIMENTS if name in names):
         done = study.finished(name) if resume else None
