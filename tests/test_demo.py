@@ -41,6 +41,7 @@ def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPa
     with open(folder / "silencing.csv", newline="") as file:
         assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [row["accuracy"] for row in rows]
     assert json.loads((folder / "summary.json").read_text()) == summary
+    assert "<script" in (folder / "report.html").read_text()
     assert (folder / "route.png").stat().st_size > 10_000 and (folder / "route.svg").stat().st_size > 10_000
 
 

@@ -31,6 +31,7 @@ EXAMPLES = """
 
  The folder:
 
+   report.html                          all of it on one page, with the route as a picture to explore
    route.png, route.svg                 the route, and what silencing it costs
    routes.safetensors                   the route of every test image
    route.json                           the model's route
@@ -70,7 +71,8 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     import torch
 
     from attackroute.cli.demo_chapters import EPS, analysed, hardened, judged_hardness
-    from attackroute.cli.networks import ModelCard, spec_for, with_own_normalisation
+    from attackroute.cli.networks import ModelCard, open_network, spec_for, with_own_normalisation
+    from attackroute.cli.report import report
     from attackroute.data import load_data, loader
     from attackroute.experiments.deactivation import deactivation_accuracy
     from attackroute.figures import save_figure
@@ -100,6 +102,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
             folder=model_folder,
             progress=progress,
         )
+    network = open_network(str(model_folder), digits["test"]).to(home)  # the best epoch, as other commands open it
     seconds = {"training": _lap(started)}
     output.line(f"Trained {_MODEL} on {len(digits['train'])} digits in {seconds['training']:.0f} s: {_tested(trained)}")
 
@@ -153,7 +156,8 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
         seconds[name] = _lap(lap)
     summary = {**_summary(routes, route, silencing, seed, seconds), **found}
     _write(folder, silencing, summary)
-    output.line(f"\nThe whole took {_lap(started):.0f} s. Open {folder / 'route.png'}; all else is in {folder}.")
+    report(folder, attack=f"pgd:eps={EPS}", seed=seed, device=device, quiet=True)
+    output.line(f"\nThe whole took {_lap(started):.0f} s. Open {folder / 'report.html'}; all else is in {folder}.")
     output.result(summary)
 
 
@@ -195,7 +199,14 @@ def _summary(
     from attackroute.cli.trace_report import summarise
     from attackroute.experiments.tables import to_json
 
-    return {**summarise(routes, route), "silencing": to_json(silencing), "seed": seed, "seconds": dict(seconds)}
+    origin = {"data": _DATA, "split": "test"}
+    return {
+        **summarise(routes, route),
+        **origin,
+        "silencing": to_json(silencing),
+        "seed": seed,
+        "seconds": dict(seconds),
+    }
 
 
 def _write(folder: Path, silencing: AccuracyTable, summary: Mapping[str, Any]) -> None:
@@ -220,6 +231,6 @@ def _lap(since: float) -> float:
 
 
 def _tested(result: Any) -> str:
-    test = result.last.test
+    test = result.best.test
     low, high = test.interval
     return f"{test.value:.1%} of the test digits right (95 % interval {low:.1%} to {high:.1%})"

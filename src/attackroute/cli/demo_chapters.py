@@ -27,7 +27,7 @@ from attackroute.routes import Route
 
 EPS = "0.1"  # of what fools a network on digits; the paper's 8/255 is for natural images
 _ATTACKS = (f"fgsm:eps={EPS}", f"pgd:eps={EPS}")
-_NOISE = GaussianNoise(std=0.3)
+_NOISE = GaussianNoise(std=0.1)
 _EXPERIMENTS = ("transplant", "gradcam", "detect")
 _ANALYSED = 400
 _DRAWS = 3
@@ -39,9 +39,9 @@ _HARDENED = (  # name, penalty, on which neurons
     (_ON_ROUTE, "gradient", "route"),
     ("penalty on random neurons", "gradient", "random"),
 )
-_HARDENING_EPOCHS = 3
+_HARDENING_EPOCHS = 2
 _LAMBDA = 0.1
-_HARDNESS_ATTACKS = ("fgsm:eps=16/255", "gaussian-noise:std=0.3")
+_HARDNESS_ATTACKS = ("fgsm:eps=16/255", "gaussian-noise:std=0.15")
 
 
 def analysed(network: nn.Module, digits: ImageData, folder: Path, share: float, seed: int, output: Output) -> Any:
