@@ -75,7 +75,7 @@ def _draw_silencing(axes: Axes, silencing: AccuracyTable) -> None:
     axes.set_xlim(-2, 102)
     axes.set_ylim(len(silencing.layers) - 0.4, -0.6)
     axes.set_yticks(range(len(silencing.layers)), [])
-    axes.set_xlabel(f"accuracy in %, on {untouched.total} images that the untouched network gets right")
+    axes.set_xlabel(f"accuracy in %, on {untouched.total} images that\nthe untouched network gets right")
     where = "after its activation" if silencing.at == "activation" else "at its output, before batch norm"
     axes.set_title(
         f"What is left with {silencing.main_share:.0%} of a layer's channels set to zero\n{where}", fontsize=10
