@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -188,6 +189,7 @@ def networks(draw: Draw) -> tuple[nn.Module, Tensor]:
         blocks.append(block.eval())
         with torch.no_grad():
             x = block(x.clone())
+    assume(any(isinstance(module, nn.Conv2d) for block in blocks for module in block.modules()))
     head = [nn.AdaptiveAvgPool2d(1)] if draw(st.booleans()) else []
     features = x.shape[1] if head else x[0].numel()
     model = randomised(nn.Sequential(*blocks, *head, nn.Flatten(), nn.Linear(features, 4)))

@@ -10,11 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-
-from attackroute.layers import LayerCall, LayerCalls, require_gradients
 
 
 @dataclass(frozen=True)
@@ -30,42 +27,40 @@ class GraphSources:
     custom: frozenset[str]
 
 
-def graph_sources(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, GraphSources]:
-    """Run a frozen ``model`` on a few images with every route layer's output cut, and walk the graph between the cuts.
+class GraphWalk:
+    """Walks the graph of a forward pass back from each route layer's output to the outputs of earlier ones.
 
-    Raises:
-        UserError: A route layer runs where gradients are switched off.
+    Attributes:
+        found: Predecessors of every layer that has run, by name.
     """
-    leaves: dict[Tensor, str] = {}
-    found: dict[str, GraphSources] = {}
 
-    def visit(call: LayerCall) -> Tensor:
-        require_gradients(call.name)
-        output = call.run()
-        reached, passed = _walk([output.grad_fn], leaves)
-        found[call.name] = GraphSources(reached, _walk(passed, leaves)[0])
-        leaf = output.detach().requires_grad_()
-        leaves[leaf] = call.name
-        return leaf.clone()
+    def __init__(self) -> None:
+        self.found: dict[str, GraphSources] = {}
+        self._outputs: dict[Any, str] = {}
 
-    with torch.inference_mode(False), torch.enable_grad(), LayerCalls(model, visit, linear=linear):
-        model(images.clone())
-    return found
+    def visit(self, name: str, output: Tensor) -> Tensor:
+        """Note the predecessors of a layer that has just run; returns the output that is to flow on."""
+        reached, passed = self._walk([output.grad_fn])
+        self.found[name] = GraphSources(reached, self._walk(passed)[0])
+        if output.grad_fn is None:  # behind a detach: what follows depends on the output all the same
+            output = output.requires_grad_().clone()
+        self._outputs[output.grad_fn] = name
+        return output
 
-
-def _walk(start: Iterable[Any], leaves: dict[Tensor, str]) -> tuple[frozenset[str], list[Any]]:
-    """Names of the leaves below some nodes of the graph, and the custom functions on the way."""
-    seen, reached, custom = set[Any](), set[str](), list[Any]()
-    todo = [node for node in start if node is not None]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = leaves.get(getattr(node, "variable", None))  # type: ignore[arg-type]
-        if name is not None:
-            reached.add(name)
-        if isinstance(node, BackwardCFunction):
-            custom.append(node)
-        todo += [following for following, _ in node.next_functions if following is not None]
-    return frozenset(reached), custom
+    def _walk(self, start: Iterable[Any]) -> tuple[frozenset[str], list[Any]]:
+        """Names of the outputs below some nodes of the graph, and the custom functions on the way."""
+        seen, reached, custom = set[Any](), set[str](), list[Any]()
+        todo = [node for node in start if node is not None]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = self._outputs.get(node)
+            if name is not None:
+                reached.add(name)
+                continue
+            if isinstance(node, BackwardCFunction):
+                custom.append(node)
+            todo += [following for following, _ in node.next_functions if following is not None]
+        return frozenset(reached), custom

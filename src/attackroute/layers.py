@@ -9,6 +9,7 @@ are named ``model``.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -170,11 +171,16 @@ def _run(
     return func(*args, **kwargs)
 
 
-def _without_compilation() -> AbstractContextManager[object]:
+@contextmanager
+def _without_compilation() -> Iterator[None]:
     """Compiled code does not pass through Python: where torch.compile was used, run what it was given."""
     if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing is compiled without it
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return,no-untyped-call]
+        yield
+        return
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
+        # the wrapper counts as a module of its own, which the names allow for
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks", UserWarning)
+        yield
 
 
 def require_gradients(name: str) -> None:

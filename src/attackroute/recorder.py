@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attackroute.errors import UserError
 from attackroute.explanations import explained
 from attackroute.gains import EMPTY, Alive, Flow, Path, Term, disentangled, opaque
+from attackroute.graph import GraphWalk
 from attackroute.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.rules import RULES, Operation, without_rule
 from attackroute.windows import Axis, PatternSums, alive_sums, mask_sums, pattern_sums
@@ -106,6 +107,7 @@ def record(
     leaves: frozenset[str] = frozenset(),
     sums: bool = True,
     expected: int | None = None,
+    graph: GraphWalk | None = None,
 ) -> Recording:
     """Run ``model`` on ``images`` and record its route layers.
 
@@ -118,6 +120,7 @@ def record(
         leaves: Layers whose output becomes a leaf that requires grad, so that what follows can be differentiated.
         sums: Whether to gather window sums; without, only the structure is recorded.
         expected: Number of route layers, where it is known: nothing needs following after the last one.
+        graph: Sees every layer's output; the images must then require grad.
     """
     tracker = _Tracker(images.shape[0], gather=sums, expected=expected)
     held: dict[str, Tensor] = {}
@@ -128,6 +131,8 @@ def record(
             output = call.run()
             if call.kind == "linear":
                 tracker.linear(call, output)
+            if graph is not None:
+                output = graph.visit(call.name, output)
         if call.name in leaves:
             held[call.name] = output.detach().requires_grad_()
             output = held[call.name].clone()  # a copy, since what follows may work in place
@@ -139,8 +144,8 @@ def record(
     return Recording(tuple(tracker.layers), output, held)
 
 
-def record_first(model: nn.Module, images: Tensor, *, linear: bool) -> Recording:
-    """Record the structure on a few images, with errors that speak of the input.
+def record_first(model: nn.Module, images: Tensor, *, linear: bool, graph: GraphWalk | None = None) -> Recording:
+    """Record the structure on a few images, with errors that speak of the input; arguments as of :func:`record`.
 
     Raises:
         UserError: The model cannot run on the images, is TorchScript, or runs no route layer.
@@ -148,7 +153,7 @@ def record_first(model: nn.Module, images: Tensor, *, linear: bool) -> Recording
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError("the model is TorchScript, at least in part, which hides its operations: pass the eager model")
     with explained(images):
-        recording = record(model, images, linear=linear, sums=False)
+        recording = record(model, images, linear=linear, sums=False, graph=graph)
     if not recording.layers:
         hint = "" if linear else "; for networks of linear maps pass linear=True (--linear)"
         raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")

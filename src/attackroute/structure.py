@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.errors import UserError
-from attackroute.explanations import explained
-from attackroute.graph import graph_sources
+from attackroute.graph import GraphWalk
 from attackroute.recorder import RecordedLayer, record_first
 
 CLOSED_FORM, AUTOGRAD = "closed-form", "autograd"
@@ -45,18 +44,15 @@ class Structure:
         """
         # two samples, also of one: some networks squeeze a batch of one, and a gate there looks like a constant
         images = torch.cat([images[:1], images[-1:]]).requires_grad_()
-        recording = record_first(model, images, linear=linear)
+        graph = GraphWalk()
+        recording = record_first(model, images, linear=linear, graph=graph)
         _require_independent(images, recording.output)
-        images, layers = images.detach(), recording.layers
-        with explained(images):
-            graph = graph_sources(model, images, linear=linear)
+        layers = recording.layers
         names = tuple(layer.name for layer in layers)
-        if tuple(graph) != names:
-            raise UserError("the model ran other layers on the same images a second time: its structure must not vary")
         closed, jacobian = [], []
         for layer in layers:
-            reached = frozenset(names.index(name) for name in graph[layer.name].reached)
-            custom = frozenset(names.index(name) for name in graph[layer.name].custom)
+            reached = frozenset(names.index(name) for name in graph.found[layer.name].reached)
+            custom = frozenset(names.index(name) for name in graph.found[layer.name].custom)
             shut = layer.sources - layer.jacobian - custom
             closed.append(shut & reached)
             jacobian.append(reached - shut)

@@ -19,7 +19,7 @@ from attackroute.gains import Alive, Windows, neighbours
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
 _SEGMENTS = 64  # beyond this many pieces a matrix product is quicker than slicing
-_SMALL = 200  # so it is for maps of at most this many positions
+_SMALL = 400  # so it is for maps of at most this many positions
 _EXACT = 1 << 24  # float32 counts exactly up to here
 
 
@@ -77,16 +77,13 @@ def window_sums(total: Callable[[slice, slice], Tensor], rows: Axis, columns: Ax
         empty = total(slice(0, 0), slice(0, 0))
         return empty[..., None, None].expand(*empty.shape, len(rows.starts), len(columns.starts))
     members = _members(rows, columns, by_segment=True, dtype=pieces[0].dtype, device=pieces[0].device)
-    return _by_offset(torch.stack(pieces, dim=-1) @ members, rows, columns)
-
-
-def _by_offset(sums: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    sums = torch.stack(pieces, dim=-1) @ members.T
     return sums.view(*sums.shape[:2], len(rows.starts), len(columns.starts))
 
 
 @lru_cache(maxsize=256)
 def _members(rows: Axis, columns: Axis, *, by_segment: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0/1 matrix of which pieces of a map each pair of kernel offsets takes, ``(h * w, kh * kw)``.
+    """0/1 matrix of which pieces of a map each pair of kernel offsets takes, ``(kh * kw, h * w)``.
 
     The pieces are the map's segments, or its single positions.
     """
@@ -94,7 +91,7 @@ def _members(rows: Axis, columns: Axis, *, by_segment: bool, dtype: torch.dtype,
         torch.tensor(_segments(axis)[1], dtype=dtype, device=device) if by_segment else _indicator(axis, dtype, device)
         for axis in (rows, columns)
     )
-    return torch.kron(left, right).T.contiguous()
+    return torch.kron(left, right)
 
 
 @lru_cache(maxsize=512)
@@ -125,6 +122,14 @@ def alive_sums(values: Tensor, alive: Alive, rows: Axis, columns: Axis) -> Tenso
     return torch.cat([sums(alive.counted(block, buffer[: len(block)]), rows, columns) for block in blocks])
 
 
+def _along_rows(matrix: Tensor, values: Tensor) -> Tensor:
+    """``matrix @ row`` for every row of ``values`` ``(..., size)``, with the results first: ``(k, rows)``.
+
+    A product with few columns is several times slower in BLAS than one with few rows.
+    """
+    return matrix @ values.flatten(0, -2).T
+
+
 def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of zeros and ones: column by column, from totals less the border rows, which is exact for counts."""
     dtype = torch.float64 if counted.dtype == torch.float64 or rows.size * columns.size > _EXACT else torch.float32
@@ -147,8 +152,9 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
                 result = result - total(border)
         return result
 
-    by_row = torch.stack([taken(offset) for offset in range(len(rows.starts))], dim=2)  # (n, C, kh, W)
-    return by_row @ _indicator(columns, dtype, counted.device).T
+    by_row = torch.stack([taken(offset) for offset in range(len(rows.starts))])  # (kh, n, C, W)
+    sums = _along_rows(_indicator(columns, dtype, counted.device), by_row)
+    return sums.view(len(columns.starts), *by_row.shape[:-1]).permute(2, 3, 1, 0)
 
 
 def _sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -158,7 +164,8 @@ def _sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
     device = counted.device
     if rows.size * columns.size <= _SMALL:
         members = _members(rows, columns, by_segment=False, dtype=exact, device=device)
-        return _by_offset(counted.to(exact).flatten(2) @ members, rows, columns)
+        sums = _along_rows(members, counted.to(exact).flatten(2))
+        return sums.view(len(rows.starts), len(columns.starts), *counted.shape[:2]).permute(2, 3, 0, 1)
     if len(_segments(rows)[0]) * len(_segments(columns)[0]) > _SEGMENTS:
         return _indicator(rows, exact, device) @ counted.to(exact) @ _indicator(columns, exact, device).T
     return window_sums(lambda row, column: counted[:, :, row, column].sum((2, 3), dtype=dtype).to(exact), rows, columns)

@@ -27,10 +27,10 @@ PHASES: Mapping[str, tuple[tuple[object, str], ...]] = {
     "top-k": ((trace, "top_k"),),
     "packing": ((InstanceRoutesBuilder, "add"), (InstanceRoutesBuilder, "build")),
     "input checks": ((trace, "batches"),),
-    PROBE: ((structure, "record_first"), (structure, "graph_sources")),
+    PROBE: ((structure, "record_first"), (structure, "_require_independent")),
 }
 """The parts of a trace. A phase's time is its functions' own: what they call belongs to the phase of what is called,
-except that all of the structure probe, two forward passes on two images, is its own."""
+except that all of the structure probe, a forward and a backward pass on two images, is its own."""
 
 
 class Stopwatch:
