@@ -141,8 +141,10 @@ def test_a_kernel_that_is_overwritten_later() -> None:
         lambda x: x - x.mean(0),
         lambda x: x.roll(1, 0),
         lambda x: x * torch.sigmoid(x.flip(0)),
+        lambda x: x * torch.sigmoid(x[:1]),
+        lambda x: x * torch.sigmoid(x[1:2]),
     ],
-    ids=["batch norm without statistics", "batch mean", "roll", "gate of another sample"],
+    ids=["batch norm without statistics", "batch mean", "roll", "gate of another sample", "first", "second"],
 )
 def test_networks_that_mix_samples_are_refused(between: Callable[[Tensor], Tensor]) -> None:
     model, images, labels = ready(two(between))

@@ -128,6 +128,17 @@ def test_large_counts_are_exact() -> None:
     assert counts[0, 0].tolist() == [[a * b for b in (2099, 2100, 2099)] for a in (2099, 2100, 2099)]
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [(300, 8), (600, 3), (7, 21), (256, 256)])
+def test_bytes_that_are_added_in_one_word_do_not_run_over(size: tuple[int, int], channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(2, 8, *size, generator=generator) > 0.1).contiguous(memory_format=layout)
+    mask[0] = True  # the most that a column can hold
+    rows, columns = (Line.of(side, 3, stride, 1, 1) for side, stride in zip(size, (1, 2), strict=True))
+    assert torch.equal(mask_sums(mask, rows.axis, columns.axis), naive_sums(mask.float(), rows, columns))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_blocks_do_not_change_the_sums(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values, axis = torch.randn(7, 2, 5, 5).relu(), Axis.of(5, 3, 2, 1, 1)
@@ -197,6 +208,18 @@ def test_patterns_add_weights_before_they_take_absolute_values(case: Pooled) -> 
         kernel = pattern_kernel(case.weight, pattern, rows, columns)
         found += torch.einsum("oiuv,niuv->noi", kernel, pattern.sums.double())
     torch.testing.assert_close(found, naive_influence(case), rtol=1e-12, atol=1e-12)
+
+
+@given(pooled())
+@quick
+def test_patterns_do_not_depend_on_the_memory_format(case: Pooled) -> None:
+    rows, columns = case.rows.axis, case.columns.axis
+    expected = pattern_sums(Windows.of(case.winners, case.reach), case.alive, rows, columns)
+    winners, alive = (x.contiguous(memory_format=torch.channels_last) for x in (case.winners, case.alive))
+    for mask in (alive, case.alive):
+        found = pattern_sums(Windows.of(winners, case.reach), mask, rows, columns)
+        assert [pattern.members for pattern in found] == [pattern.members for pattern in expected]
+        assert all(torch.equal(one.sums, other.sums) for one, other in zip(found, expected, strict=True))
 
 
 def naive_influence(case: Pooled) -> Tensor:

@@ -84,6 +84,8 @@ def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def _chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
     """``sum over chosen j of |W[j]|``: ``(n, C_in, kh, kw)`` for ``chosen`` ``(n, C_out)`` and a grouped kernel."""
     samples, (kh, kw) = chosen.shape[0], weight.shape[2:]
+    if groups == weight.shape[0] and weight.shape[1] == 1:  # depthwise, one neuron per input channel
+        return chosen[..., None, None] * weight.abs().to(chosen.dtype).transpose(0, 1)
     if groups > 1:
         rows = weight.abs().to(chosen.dtype).reshape(groups, weight.shape[0] // groups, -1)
         summed = torch.bmm(

@@ -57,11 +57,17 @@ class Windows:
     def of(cls, winners: Tensor, reach: tuple[int, int]) -> Windows:
         """From the flat index of each output's winner, ``(n, C, H', W')``."""
         offsets = [(0, 1)] * (reach[1] > 1) + [(1, 0)] * (reach[0] > 1) + [(1, -1), (1, 1)] * (min(reach) > 1)
+        winners = winners.to(torch.int32)
         shared = {}
         for dy, dx in offsets:
-            here, there = neighbours(winners.shape[-2:], dy, dx)
             same = torch.zeros_like(winners, dtype=torch.bool)
-            same[(..., *here)] = winners[(..., *here)] == winners[(..., *there)]
+            if winners.shape[-2] > dy and winners.shape[-1] > abs(dx):
+                earlier, later = shifted(winners, dy, dx)
+                torch.eq(earlier, later, out=shifted(same, dy, dx)[0])
+                if dy:
+                    same[..., -1, :] = False
+                if dx:
+                    same[..., -1 if dx > 0 else 0] = False  # there, memory goes on to another row
             shared[dy, dx] = same
         return cls(reach, shared)
 
@@ -70,12 +76,20 @@ class Windows:
         return Windows(self.reach, {offset: same[:, cut] for offset, same in self.shared.items()})
 
 
-def neighbours(size: tuple[int, ...], dy: int, dx: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Slices of all positions that have a neighbour at ``(dy, dx)``, dy >= 0, and of those neighbours."""
-    height, width = size
-    here = (slice(0, height - dy), slice(max(0, -dx), width - max(0, dx)))
-    there = (slice(dy, height), slice(max(0, dx), width - max(0, -dx)))
-    return here, there
+def shifted(values: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
+    """Two views of a dense map ``(n, C, H, W)``, as it lies in memory: every position, and its neighbour.
+
+    The neighbour at ``(dy, dx)`` lies a constant step further on; at the end of a row it is another row's, which
+    the caller leaves aside. The views are ``(size,)``, less the last positions, which have no neighbour.
+    """
+    step = dy * values.stride(2) + dx * values.stride(3)
+    flat = in_memory_order(values)
+    return flat[: len(flat) - step], flat[step:]
+
+
+def in_memory_order(values: Tensor) -> Tensor:
+    """A dense map ``(n, C, H, W)``, contiguous or channels_last, as a flat view."""
+    return (values if values.is_contiguous() else values.permute(0, 2, 3, 1)).view(-1)
 
 
 @dataclass(frozen=True)

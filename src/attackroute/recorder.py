@@ -19,6 +19,7 @@ from attackroute.gains import EMPTY, Alive, Flow, Path, Term, disentangled, opaq
 from attackroute.graph import GraphWalk
 from attackroute.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.rules import RULES, Operation, without_rule
+from attackroute.separation import Separation
 from attackroute.windows import Axis, PatternSums, alive_sums, mask_sums, pattern_sums
 
 aten = torch.ops.aten
@@ -108,6 +109,7 @@ def record(
     sums: bool = True,
     expected: int | None = None,
     graph: GraphWalk | None = None,
+    separation: Separation | None = None,
 ) -> Recording:
     """Run ``model`` on ``images`` and record its route layers.
 
@@ -121,8 +123,9 @@ def record(
         sums: Whether to gather window sums; without, only the structure is recorded.
         expected: Number of route layers, where it is known: nothing needs following after the last one.
         graph: Sees every layer's output; the images must then require grad.
+        separation: Sees every operation; likewise.
     """
-    tracker = _Tracker(images.shape[0], gather=sums, expected=expected)
+    tracker = _Tracker(images.shape[0], gather=sums, expected=expected, separation=separation)
     held: dict[str, Tensor] = {}
 
     def visit(call: LayerCall) -> Tensor:
@@ -144,7 +147,14 @@ def record(
     return Recording(tuple(tracker.layers), output, held)
 
 
-def record_first(model: nn.Module, images: Tensor, *, linear: bool, graph: GraphWalk | None = None) -> Recording:
+def record_first(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    linear: bool,
+    graph: GraphWalk | None = None,
+    separation: Separation | None = None,
+) -> Recording:
     """Record the structure on a few images, with errors that speak of the input; arguments as of :func:`record`.
 
     Raises:
@@ -153,7 +163,7 @@ def record_first(model: nn.Module, images: Tensor, *, linear: bool, graph: Graph
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError("the model is TorchScript, at least in part, which hides its operations: pass the eager model")
     with explained(images):
-        recording = record(model, images, linear=linear, sums=False, graph=graph)
+        recording = record(model, images, linear=linear, sums=False, graph=graph, separation=separation)
     if not recording.layers:
         hint = "" if linear else "; for networks of linear maps pass linear=True (--linear)"
         raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")
@@ -183,9 +193,10 @@ class _Written:
 class _Tracker(TorchDispatchMode):
     """Follows flows through the ATen operations of one forward pass."""
 
-    def __init__(self, samples: int, *, gather: bool, expected: int | None) -> None:
+    def __init__(self, samples: int, *, gather: bool, expected: int | None, separation: Separation | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._expected = expected
+        self._separation = separation
         self.samples = samples
         self.layers: list[RecordedLayer] = []
         self._gather = gather
@@ -241,6 +252,12 @@ class _Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        output = self._followed(func, args, kwargs)
+        if self._separation is not None:
+            self._separation.watch(func, args, kwargs, output)
+        return output
+
+    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten.convolution.default and args[0].ndim == _CONVOLUTION_DIMS and not args[6]:
             return self._convolution(func, args, kwargs)
         if len(self.layers) == self._expected or (self._call is not None and self._call.kind == "linear"):

@@ -46,11 +46,14 @@ def top_k(scores: Tensor, width: float) -> Tensor:
     """
     count = kept(width, scores.shape[-1])
     scores = scores.detach()
-    if scores.isnan().any():
-        raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
     # The order in which torch.topk returns ties depends on the device, the smallest value that it returns does not.
     threshold = torch.topk(scores, count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    if threshold.isnan().any():  # a NaN ranks above all numbers, so it is among those returned
+        raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
+    chosen = scores >= threshold
+    if int(chosen.sum()) == count * threshold.numel():
+        return chosen  # no row has more than it keeps: no ties at the threshold
     above = scores > threshold
-    tied = scores == threshold
+    tied = chosen & ~above
     room = count - above.sum(dim=-1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=-1) <= room))

@@ -43,10 +43,17 @@ def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Ten
         if dtype is None or not images.is_floating_point():
             dtype = dtype or torch.get_default_dtype()
         images = images.detach().to(device=device, dtype=dtype, non_blocking=True)
-        if not torch.isfinite(images).all():
+        if not _finite(images):
             row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
             raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
         yield images, None if labels is None else labels.to(device)
+
+
+def _finite(images: Tensor) -> bool:
+    if images.numel() == 0:
+        return True
+    lowest, highest = images.aminmax()  # NaN passes through both; several times quicker than a test of every value
+    return bool(lowest.isfinite() & highest.isfinite())
 
 
 def samples_in(data: Data) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attackroute.errors import UserError
 from attackroute.graph import GraphWalk
 from attackroute.recorder import RecordedLayer, record_first
+from attackroute.separation import Separation
 
 CLOSED_FORM, AUTOGRAD = "closed-form", "autograd"
 
@@ -44,9 +45,10 @@ class Structure:
         """
         # two samples, also of one: some networks squeeze a batch of one, and a gate there looks like a constant
         images = torch.cat([images[:1], images[-1:]]).requires_grad_()
-        graph = GraphWalk()
-        recording = record_first(model, images, linear=linear, graph=graph)
-        _require_independent(images, recording.output)
+        graph, separation = GraphWalk(), Separation(images.shape[0])
+        recording = record_first(model, images, linear=linear, graph=graph, separation=separation)
+        if not separation.proven:
+            _require_independent(images, recording.output)
         layers = recording.layers
         names = tuple(layer.name for layer in layers)
         closed, jacobian = [], []
@@ -114,18 +116,19 @@ class Structure:
 
 
 def _require_independent(images: Tensor, output: object) -> None:
-    """Check that the first image's logits do not depend on the second image."""
+    """Check that neither of two images' logits depend on the other image."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or not logits.requires_grad or logits.shape[:1] != images.shape[:1]:
         return
-    first = logits[0].flatten()
-    weights = torch.arange(1, len(first) + 1, device=first.device, dtype=first.dtype)  # probabilities sum to a constant
-    try:
-        (gradient,) = torch.autograd.grad(first, images, weights, allow_unused=True)
-    except RuntimeError:  # what cannot be differentiated is found, and named, where the derivative is needed
-        return
-    if gradient is not None and gradient.isfinite().all() and gradient[1].count_nonzero():
-        raise UserError(
-            "the model's answer for one image depends on another image of the batch (a statistic over the batch?), so "
-            "there is no route per sample: give the model statistics of its own"
-        )
+    rows = logits.flatten(1)
+    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype)  # since probabilities sum to 1
+    for row, other in ((0, 1), (1, 0)):
+        try:
+            (gradient,) = torch.autograd.grad(rows[row], images, weights, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # what cannot be differentiated is found, and named, where the derivative is needed
+            return
+        if gradient is not None and gradient.isfinite().all() and gradient[other].count_nonzero():
+            raise UserError(
+                "the model's answer for one image depends on another image of the batch (a statistic over the batch?), "
+                "so there is no route per sample: give the model statistics of its own"
+            )

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from attackroute.gains import Alive, Windows, neighbours
+from attackroute.gains import Alive, Windows, in_memory_order, shifted
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
 _SEGMENTS = 64  # beyond this many pieces a matrix product is quicker than slicing
 _SMALL = 400  # so it is for maps of at most this many positions
 _EXACT = 1 << 24  # float32 counts exactly up to here
+_WORD = 8  # bytes of an int64
+_BYTE = 255  # the largest count in one of them
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _segments(axis: Axis) -> tuple[list[slice], list[list[float]]]:
 
 def mask_sums(mask: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of ``|mask|``, a bool or float map ``(n, C, H, W)``; returns ``(n, C, kh, kw)`` in float."""
-    return _sums(mask.view(torch.uint8) if mask.dtype == torch.bool else mask.abs(), rows, columns)
+    return _count_sums(mask, rows, columns) if mask.dtype == torch.bool else _sums(mask.abs(), rows, columns)
 
 
 def alive_sums(values: Tensor, alive: Alive, rows: Axis, columns: Axis) -> Tensor:
@@ -131,12 +134,13 @@ def _along_rows(matrix: Tensor, values: Tensor) -> Tensor:
 
 
 def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Window sums of zeros and ones: column by column, from totals less the border rows, which is exact for counts."""
-    dtype = torch.float64 if counted.dtype == torch.float64 or rows.size * columns.size > _EXACT else torch.float32
-    totals: dict[int, Tensor] = {}
+    """Window sums of a bool map, or of zeros and ones: column by column, from totals less the border rows.
 
-    def total(part: slice) -> Tensor:
-        return counted[:, :, part].sum(2, dtype=dtype)
+    That is exact for counts.
+    """
+    dtype = torch.float64 if counted.dtype == torch.float64 or rows.size * columns.size > _EXACT else torch.float32
+    total = _byte_totals(counted, dtype) if counted.dtype == torch.bool else _float_totals(counted, dtype)
+    totals: dict[int, Tensor] = {}
 
     def taken(offset: int) -> Tensor:
         span = rows.positions(offset)
@@ -157,18 +161,44 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return sums.view(len(columns.starts), *by_row.shape[:-1]).permute(2, 3, 1, 0)
 
 
-def _sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Window sums of a map of counts (uint8) or of floats that are not negative."""
-    exact = torch.float64 if counted.dtype == torch.float64 else torch.float32
-    dtype = torch.int32 if counted.dtype == torch.uint8 else exact
-    device = counted.device
+def _float_totals(values: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    """Column totals ``(n, C, W)`` of a map over a slice of its rows."""
+    return lambda part: values[:, :, part].sum(2, dtype=dtype)
+
+
+def _byte_totals(mask: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    """Column totals ``(n, C, W)`` of a bool map over a slice of its rows.
+
+    Eight neighbours in memory are added at once, as the bytes of one word; a byte holds a count of up to 255 rows.
+    """
+    width = mask.shape[3]
+    by_channel = not mask.is_contiguous() and mask.is_contiguous(memory_format=torch.channels_last)
+    if by_channel and mask.shape[1] % _WORD == 0:
+        words, dim = mask.permute(0, 2, 3, 1).view(torch.int64), 1
+    else:
+        whole = functional.pad(mask, (0, -width % _WORD)) if width % _WORD else mask  # to pad by nothing is to copy
+        words, dim = whole.contiguous().view(torch.int64), 2
+
+    def total(part: slice) -> Tensor:
+        taken = words[(slice(None),) * dim + (part,)]
+        counts = [some.sum(dim).view(torch.uint8).to(dtype) for some in taken.split(_BYTE, dim)]
+        columns: Tensor = reduce(torch.add, counts)
+        return columns.transpose(1, 2) if dim == 1 else columns[..., :width]
+
+    return total
+
+
+def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Window sums of a map of floats that are not negative."""
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    device = values.device
     if rows.size * columns.size <= _SMALL:
-        members = _members(rows, columns, by_segment=False, dtype=exact, device=device)
-        sums = _along_rows(members, counted.to(exact).flatten(2))
-        return sums.view(len(rows.starts), len(columns.starts), *counted.shape[:2]).permute(2, 3, 0, 1)
+        members = _members(rows, columns, by_segment=False, dtype=dtype, device=device)
+        sums = _along_rows(members, values.to(dtype).flatten(2))
+        return sums.view(len(rows.starts), len(columns.starts), *values.shape[:2]).permute(2, 3, 0, 1)
     if len(_segments(rows)[0]) * len(_segments(columns)[0]) > _SEGMENTS:
-        return _indicator(rows, exact, device) @ counted.to(exact) @ _indicator(columns, exact, device).T
-    return window_sums(lambda row, column: counted[:, :, row, column].sum((2, 3), dtype=dtype).to(exact), rows, columns)
+        return _indicator(rows, dtype, device) @ values.to(dtype) @ _indicator(columns, dtype, device).T
+    return window_sums(lambda row, column: values[:, :, row, column].sum((2, 3), dtype=dtype), rows, columns)
 
 
 @lru_cache(maxsize=512)
@@ -212,25 +242,34 @@ def pattern_sums(windows: Windows, alive: Tensor, rows: Axis, columns: Axis) -> 
         rows: Vertical axis of the convolution that follows.
         columns: Its horizontal axis.
     """
+    layout = torch.contiguous_format if alive.is_contiguous() else torch.channels_last
+    alive = alive.contiguous(memory_format=layout)
+    first = alive.clone(memory_format=layout)
     shared = {}
-    first = alive.clone()
     for (dy, dx), same in windows.shared.items():
-        here, there = neighbours(alive.shape[-2:], dy, dx)
-        both = shared[dy, dx] = same & alive
-        both[(..., *here)] &= alive[(..., *there)]
-        first[(..., *there)] &= ~both[(..., *here)]
+        if alive.shape[-2] <= dy or alive.shape[-1] <= abs(dx):
+            continue  # no position has such a neighbour
+        both = shared[dy, dx] = same.contiguous(memory_format=layout) & alive
+        shifted(both, dy, dx)[0].logical_and_(shifted(alive, dy, dx)[1])
+        shifted(first, dy, dx)[1].logical_and_(~shifted(both, dy, dx)[0])
     sums = []
-    for members, group in _patterns(first, ((0, 0),), list(shared.items())):
+    for members, group in _patterns(_words(first), ((0, 0),), [(at, _words(both)) for at, both in shared.items()]):
         wide_rows = rows.widened(_span(dy for dy, _ in members))
         wide_columns = columns.widened(_span(dx for _, dx in members))
-        sums.append(PatternSums(members, mask_sums(group, wide_rows, wide_columns), wide_rows, wide_columns))
+        mask = group.view(torch.bool).as_strided(alive.shape, alive.stride())
+        sums.append(PatternSums(members, mask_sums(mask, wide_rows, wide_columns), wide_rows, wide_columns))
     return sums
+
+
+def _words(mask: Tensor) -> Tensor:
+    """A dense bool map as a flat view of whole words, on which logic is quicker."""
+    return in_memory_order(mask).view(torch.int64 if mask.numel() % _WORD == 0 else torch.uint8)
 
 
 def _patterns(
     group: Tensor, members: tuple[tuple[int, int], ...], shared: list[tuple[tuple[int, int], Tensor]]
 ) -> Iterator[tuple[tuple[tuple[int, int], ...], Tensor]]:
-    """Split the positions of ``group`` by which further windows their winner won."""
+    """Split the positions of ``group``, given as words and used up, by which further windows their winner won."""
     if not shared:
         yield members, group
         return
@@ -239,8 +278,9 @@ def _patterns(
         yield from _patterns(group, members, rest)  # too far from a window already won to share its winner
         return
     won = group & both
+    group ^= won
     yield from _patterns(won, (*members, offset), rest)
-    yield from _patterns(group ^ won, members, rest)
+    yield from _patterns(group, members, rest)
 
 
 def _span(offsets: Iterator[int]) -> range:

@@ -44,7 +44,8 @@ def mul(operation: Operation) -> Any:
 
 
 def _broadcast(first: Tensor, other: Any) -> torch.Size:
-    return torch.broadcast_shapes(first.shape, other.shape) if isinstance(other, Tensor) else first.shape
+    shape = other.shape if isinstance(other, Tensor) else first.shape
+    return shape if shape == first.shape else torch.broadcast_shapes(first.shape, shape)
 
 
 def _of_shape(flow: Flow, value: Any, shape: torch.Size) -> Flow:
@@ -94,7 +95,7 @@ def index_fill(operation: Operation) -> Any:
     return operation.emit(operation.run(), scaled(flow, kept))
 
 
-_BATCH_NORMS = {
+BATCH_NORMS = {
     # name: index of (weight, mean, variance, training, eps)
     "native_batch_norm": (1, 3, 4, 5, 7),
     "cudnn_batch_norm": (1, 3, 4, 5, 7),
@@ -105,10 +106,10 @@ _BATCH_NORMS = {
 }
 
 
-@rule(*overloads(*_BATCH_NORMS))
+@rule(*overloads(*BATCH_NORMS))
 def batch_norm(operation: Operation) -> Any:
     """Batch norm with running statistics: a factor per channel, of either sign."""
-    weight, _, variance, training, eps = _BATCH_NORMS[operation.func.overloadpacket.__name__]
+    weight, _, variance, training, eps = BATCH_NORMS[operation.func.overloadpacket.__name__]
     flow = operation.flow()
     if training is not None and operation.args[training]:
         if operation.input.shape[0] == operation.ledger.samples > 1:

@@ -84,20 +84,21 @@ def overloads(*names: str) -> list[Any]:
 
 def without_rule(operation: Operation) -> Any:
     """Any other operation: its outputs depend on all that its inputs depend on, opaquely."""
-    tensors = [value for value in _flatten((operation.args, tuple(operation.kwargs.values())))]
+    tensors = [value for value in tensors_in((operation.args, tuple(operation.kwargs.values())))]
     sources = frozenset[int]().union(*(operation.ledger.flow(tensor).sources for tensor in tensors))
     output = operation.run()
     if sources:
-        for tensor in _flatten(output):
+        for tensor in tensors_in(output):
             if tensor.is_floating_point() or tensor.is_complex():
                 written = any(tensor is value for value in tensors)
                 operation.ledger.record(tensor, opaque(sources), written=written)
     return output
 
 
-def _flatten(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples and lists."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _flatten(item)]
+        return [tensor for item in value for tensor in tensors_in(item)]
     return []
