@@ -70,7 +70,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     """
     import torch
 
-    from attackroute.cli.demo_chapters import EPS, analysed, hardened, judged_hardness
+    from attackroute.cli.demo_chapters import EPS, RADII, analysed, hardened, judged_hardness
     from attackroute.cli.networks import ModelCard, open_network, spec_for, with_own_normalisation
     from attackroute.cli.report import report
     from attackroute.data import load_data, loader
@@ -156,7 +156,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
         seconds[name] = _lap(lap)
     summary = {**_summary(routes, route, silencing, seed, seconds), **found}
     _write(folder, silencing, summary)
-    report(folder, attack=f"pgd:eps={EPS}", seed=seed, device=device, quiet=True)
+    report(folder, attack=[f"pgd:eps={eps}" for eps in RADII], seed=seed, device=device, quiet=True)
     output.line(f"\nThe whole took {_lap(started):.0f} s. Open {folder / 'report.html'}; all else is in {folder}.")
     output.result(summary)
 

@@ -30,7 +30,7 @@ def inlined_figures(figures: Mapping[str, Mapping[str, Path]], largest: int) -> 
             continue
         content = base64.b64encode(_bytes(file)).decode()
         source = f"data:{_TYPES[file.suffix]};base64,{content}"
-        shown_.append(f'<figure><img src="{source}" alt="Figure {text(title)}"></figure>')
+        shown_.append(f'<figure data-title="{text(title)}"><img src="{source}" alt="Figure {text(title)}"></figure>')
     note = missing(f"Left out, to keep the page small: {', '.join(left)}.") if left else ""
     return f'<div class="figures">{"".join(shown_)}</div>{note}' if shown_ else note
 

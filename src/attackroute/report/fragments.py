@@ -61,9 +61,9 @@ def meter(share: float | None) -> str:
     return f'<meter min="0" max="1" value="{share:.6g}" aria-hidden="true"></meter> {percent(share)}'
 
 
-def percent(share: float | None) -> str:
+def percent(share: float | None, digits: int = 1) -> str:
     """``0.125`` as ``12.5 %``."""
-    return "" if share is None else f"{100 * share:.1f} %"
+    return "" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def inlined_json(value: object) -> str:

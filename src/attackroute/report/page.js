@@ -1,17 +1,74 @@
-// What the page does besides the route view: its data as a file.
-function fillData() {
-  const text = () => JSON.stringify(data, null, 1);
-  byId("json-details").addEventListener("toggle", () => { byId("json").textContent = text(); }, { once: true });
-  byId("save-json").addEventListener("click", () => {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text()], { type: "application/json" }));
-    link.download = "attackroute-report.json";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  });
-  byId("save-json").hidden = false;
+// What the page does besides the route views: its data and its figures as files.
+
+const INK = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-family", "font-size", "font-weight", "text-anchor"];  // what the page's style decides
+
+function save(content, name) {
+  const link = html("a", undefined, { download: name, href: typeof content === "string" ? content : URL.createObjectURL(content) });
+  link.click();
+  if (typeof content !== "string") setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-const data = JSON.parse(document.getElementById("data").textContent);
-fillData();
-if (data.route_view) routeView(data.route_view);
+function standalone(svg) {  // a copy that looks the same without the page
+  const copy = svg.cloneNode(true), before = svg.querySelectorAll("*"), after = copy.querySelectorAll("*");
+  before.forEach((item, index) => {
+    const style = getComputedStyle(item);
+    for (const name of INK) after[index].setAttribute(name, style.getPropertyValue(name));
+    if (item.classList.contains("target")) after[index].setAttribute("fill", "none");
+  });
+  const paper = drawn("rect", { width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor });
+  copy.prepend(paper);
+  copy.setAttribute("xmlns", svg.namespaceURI);
+  return new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" });
+}
+
+function savePng(source, width, height, name) {
+  const image = new Image();
+  image.addEventListener("load", () => {
+    const canvas = html("canvas", undefined, { width: 2 * width, height: 2 * height });
+    canvas.getContext("2d").drawImage(image, 0, 0, 2 * width, 2 * height);
+    canvas.toBlob((blob) => save(blob, name), "image/png");
+  });
+  image.src = source;
+}
+
+function asAddress(blob, use) {
+  const reader = new FileReader();
+  reader.addEventListener("load", () => use(reader.result));
+  reader.readAsDataURL(blob);
+}
+
+function button(text, act) {
+  const made = html("button", text, { type: "button", class: "save" });
+  made.addEventListener("click", act);
+  return made;
+}
+
+function offerFiles() {
+  for (const figure of document.querySelectorAll("figure")) {
+    const image = figure.querySelector("img"), name = figure.dataset.title, vector = image.src.startsWith("data:image/svg");
+    const row = html("figcaption");
+    if (vector) row.append(button("SVG", () => save(image.src, `${name}.svg`)));
+    row.append(button("PNG", () => (vector ? savePng(image.src, image.naturalWidth, image.naturalHeight, `${name}.png`) : save(image.src, `${name}.png`))));
+    figure.append(row);
+  }
+  for (const [number, v] of views.entries()) {
+    const name = `route${number ? `-${number + 1}` : ""}`;
+    v.part("files").append(
+      button("Drawing as SVG", () => save(standalone(v.svg), `${name}.svg`)),
+      button("as PNG", () => asAddress(standalone(v.svg), (source) => savePng(source, v.svg.clientWidth, v.svg.clientHeight, `${name}.png`))),
+    );
+  }
+}
+
+function offerData(data) {
+  const text = () => JSON.stringify(data, null, 1);
+  document.getElementById("json-details").addEventListener("toggle", () => { document.getElementById("json").textContent = text(); }, { once: true });
+  const saving = document.getElementById("save-json");
+  saving.addEventListener("click", () => save(new Blob([text()], { type: "application/json" }), "attackroute-report.json"));
+  saving.hidden = false;
+}
+
+const pageData = JSON.parse(document.getElementById("data").textContent);
+openViews(pageData);
+offerFiles();
+offerData(pageData);

@@ -1,56 +1,63 @@
-"""The page: a template filled with escaped parts, its data as JSON, and a limit on its size."""
+"""The page of one run: its parts, its data as JSON, and a limit on its size."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 from attackroute.display import plural
 from attackroute.report import sections
-from attackroute.report.fragments import inlined_json, missing, text
+from attackroute.report.fragments import missing, percent, text
+from attackroute.report.frame import Frame, Part, framed, view_html
+from attackroute.report.hardening_section import compared_rows, hardening
 from attackroute.report.measuring import Measured
+from attackroute.report.origin_section import made
+from attackroute.report.route_setup import run_setup
 from attackroute.report.route_view import Limits, route_view
 from attackroute.report.run_folder import Document, RunFolder
 from attackroute.routes import Route
 from attackroute.version import __version__
 
 MOST_BYTES = 10_000_000
-FORMAT, VERSION = "attackroute report", 1
+FORMAT, VERSION = "attackroute report", 2
 
-_POLICY = (
-    "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
-)
 _ROUTE_WIDTH = 0.3
-_SCRIPTS = ("route_numbers.js", "route_view.js", "page.js")  # one after another, as one script
+PRUNED = "Some figures, rows, channels or images are left out to keep the page small; the run's files have them."
 
 
 @dataclass(frozen=True)
 class Content:
-    """All that a page says.
+    """All that a page says of a run.
 
     Attributes:
         run: The run's folder.
-        measured: Traces and influence.
+        measured: Traces, influence, gradients.
         classes: Names of the labels.
         notes: Sentences on what is missing, and why.
+        command: The command line that makes the page.
+        seconds: How long its measurements took.
     """
 
     run: RunFolder
     measured: Measured
     classes: Sequence[str] = ()
     notes: Sequence[str] = ()
+    command: str | None = None
+    seconds: float | None = None
 
     @property
     def route(self) -> Route | None:
         """The model's route: the file's, else that of the traced samples."""
         if self.run.route is not None:
             return self.run.route
-        return None if self.measured.clean is None else self.measured.clean.aggregate(_ROUTE_WIDTH)
+        clean = self.measured.clean.routes
+        return None if clean is None else clean.aggregate(_ROUTE_WIDTH)
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.run.path.resolve().name
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Budget:
         figure_bytes: The largest figure's file.
         table_rows: Rows of each table.
         data_rows: Whether the JSON holds the experiments' rows and verdicts.
+        pictures: Whether images of the samples are in it.
         view: Whether the route is drawn.
         limits: How much the route view carries.
     """
@@ -68,6 +76,7 @@ class Budget:
     figure_bytes: int = 2_000_000
     table_rows: int = 400
     data_rows: bool = True
+    pictures: bool = True
     view: bool = True
     limits: Limits = field(default_factory=Limits)
 
@@ -75,10 +84,10 @@ class Budget:
 _BUDGETS = (
     Budget(),
     Budget(500_000, 200),
-    Budget(200_000, 100, limits=Limits(pairs=20_000)),
-    Budget(100_000, 100, False, limits=Limits(128, 8_000, 20)),
-    Budget(0, 50, False, limits=Limits(32, 2_000, 5)),
-    Budget(0, 20, False, False),
+    Budget(200_000, 100, limits=Limits(pairs=40_000, samples=40)),
+    Budget(100_000, 100, False, limits=Limits(128, 16_000, 20)),
+    Budget(0, 50, False, False, limits=Limits(32, 4_000, 5)),
+    Budget(0, 20, False, False, False),
 )
 
 
@@ -98,95 +107,126 @@ class Page:
 
 
 def build_page(content: Content, most_bytes: int = MOST_BYTES) -> Page:
-    """Fill the template; where that is too large, with less and less, and a sentence that says so.
+    """Fill the page; where that is too large, with less and less, and a sentence that says so.
 
     Args:
         content: What the page says.
         most_bytes: Its largest size; the barest page may exceed a very small one.
     """
-    page = _filled(content, _BUDGETS[0], pruned=False)
+    return fitting(lambda budget, pruned: _filled(content, budget, pruned=pruned), most_bytes)
+
+
+def fitting(fill: Callable[[Budget, bool], Page], most_bytes: int) -> Page:
+    """The page with the largest budget that fits, or the barest one.
+
+    Args:
+        fill: Makes the page of a budget; the second argument says whether it leaves something out.
+        most_bytes: The largest size.
+    """
+    page = fill(_BUDGETS[0], False)
     for budget in _BUDGETS[1:]:
         if len(page.html.encode()) <= most_bytes:
             break
-        page = _filled(content, budget, pruned=True)
+        page = fill(budget, True)
     return page
 
 
 def _filled(content: Content, budget: Budget, *, pruned: bool) -> Page:
-    run, measured, route = content.run, content.measured, content.route
-    view = route_view(measured, route, content.classes, budget.limits) if budget.view else None
-    notes = list(content.notes)
-    if pruned:
-        notes.append("Some figures, rows or channels are left out to keep the page small; the run's files have them.")
+    run, measured = content.run, content.measured
+    view = None
+    if budget.view:
+        view = route_view(
+            measured.conditions, content.classes, measured.pictures if budget.pictures else None, budget.limits
+        )
+    setups = [] if view is None else [run_setup(measured.conditions)]
+    notes = [*content.notes, *([PRUNED] if pruned else [])]
     data = {
         "format": FORMAT,
         "version": VERSION,
         "attackroute": __version__,
-        "run": run.path.resolve().name,
+        **run_data(content, budget),
+        "route_data": [] if view is None else [view],
+        "route_views": [setup.to_json() for setup in setups],
+        "notes": notes,
+    }
+    drawing = (
+        f'{view_html(0)}<p class="notes">{text(" ".join(content.notes))}</p>'
+        if view is not None
+        else missing(no_view(budget))
+    )
+    parts = [Part("route", "The route", drawing), *run_parts(content, budget, notes)]
+    frame = Frame(
+        f"Critical attacking route: {content.name}",
+        subtitle(run.terms.get("model"), measured),
+        f"{WHAT} {HOW}",
+        f"Made by attackroute {__version__}. This page loads nothing and sends nothing.",
+    )
+    return Page(framed(frame, parts, data), data, pruned)
+
+
+WHAT = (
+    "Noise that fools a network does not travel through all of it alike: the channels that pass on the most of what "
+    "changes the loss form its critical attacking route."
+)
+HOW = (
+    "Below, columns are layers from the image to the logits, marks are channels of the route with the most used on top, "
+    "and the width of a line is the mean influence of a channel on one of the next layer."
+)
+
+
+def run_data(content: Content, budget: Budget) -> dict[str, Any]:
+    """A run's files as plain values."""
+    run = content.run
+    return {
+        "run": content.name,
         "summary": run.summary,
         "experiments": {item.name: _values(item, budget) for item in run.experiments},
         "hardness": None if run.hardness is None else run.hardness.content,
+        "hardenings": {item.name: item.content for item in run.hardenings},
         "evaluation": None if run.evaluation is None else run.evaluation.content,
-        "route_view": view,
-        "notes": notes,
     }
+
+
+def run_parts(content: Content, budget: Budget, notes: Sequence[str]) -> list[Part]:
+    """The parts of the page below the route."""
+    run, measured, route = content.run, content.measured, content.route
     rows, largest = budget.table_rows, budget.figure_bytes
-    script, style = "\n".join(map(_asset, _SCRIPTS)), _asset("report.css")
-    model = run.terms.get("model")
-    parts = {
-        "policy": text(_POLICY.format(script=_digest(script), style=_digest(style))),
-        "title": text(f"Critical attacking route: {run.path.resolve().name}"),
-        "subtitle": text(_subtitle(model, measured)),
-        "style": style,
-        "script": script,
-        "data": inlined_json(data),
-        "route": _route(view, content, budget),
-        "summary": sections.summary(run, measured, route),
-        "occurrence": sections.occurrence(measured, route, rows),
-        "experiments": sections.experiments(run.experiments, rows, largest),
-        "hardness": sections.hardness(run.hardness, rows, largest),
-        "evaluation": sections.evaluation(run.evaluation, rows),
-        "made": sections.made(run, measured, notes, __version__),
-        "footer": text(f"Made by attackroute {__version__}. This page loads nothing and sends nothing."),
-    }
-    return Page(_fill(_asset("report.html"), parts), data, pruned)
+    above = compared_rows(run.hardenings)
+    return [
+        Part("summary", "Summary", sections.summary(run, measured, route)),
+        Part("occurrence", "Occurrence", sections.occurrence(measured, route, rows)),
+        Part("responses", "Sensitivity and gradients", sections.responses(measured, route, rows)),
+        Part("experiments", "Experiments", sections.experiments(run.experiments, rows, largest)),
+        Part("hardening", "Hardening", hardening(run.hardenings, rows)),
+        Part("hardness", "Hardness", sections.hardness(run.hardness, rows, largest)),
+        Part("evaluation", "Evaluation under attack", sections.evaluation(run.evaluation, rows, above)),
+        Part("made", "How it was made", made(run, measured, notes, __version__, content.command, content.seconds)),
+    ]
 
 
-def _fill(template: str, parts: Mapping[str, str]) -> str:
-    """Put the parts in their places, in one pass: what looks like a place inside a part stays as it is."""
-    return re.sub(r"\$\{(\w+)\}", lambda match: parts[match[1]], template)
+def no_view(budget: Budget) -> str:
+    """What stands where no route is drawn."""
+    if budget.view:
+        return "There is no route to draw: attackroute trace makes one."
+    return "The network is too large for a drawing in a page of this size; route.json has the route."
 
 
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _digest(source: str) -> str:
-    """What the policy allows to run: this text and no other."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
+def subtitle(model: object, measured: Measured) -> str:
+    """The network, the samples, and what became of them, in one line."""
+    parts = [] if model is None else [f"network {model}"]
+    clean = measured.clean.routes
+    if clean is not None:
+        origin = clean.provenance
+        right = sections.accuracy_of(clean)
+        told = "" if right is None else f", {percent(right)} right"
+        parts.append(f"{plural(len(clean), 'sample')}{'' if origin.data is None else f' of {origin.data}'}{told}")
+    for item in measured.attacked:
+        right = None if item.routes is None else sections.accuracy_of(item.routes)
+        parts.append(f"{item.name}{'' if right is None else f' {percent(right)} right'}")
+    return "; ".join(parts)
 
 
 def _values(document: Document, budget: Budget) -> dict[str, Any]:
     if budget.data_rows:
         return dict(document.content)
     return {name: value for name, value in document.content.items() if name not in ("rows", "verdicts")}
-
-
-def _subtitle(model: object, measured: Measured) -> str:
-    parts = [] if model is None else [f"network {model}"]
-    if measured.clean is not None:
-        origin = measured.clean.provenance
-        parts.append(f"{plural(origin.samples, 'sample')}{'' if origin.data is None else f' of {origin.data}'}")
-    if measured.attacked is not None:
-        parts.append(f"attacked by {measured.attacked.provenance.attack}")
-    return "; ".join(parts)
-
-
-def _route(view: Mapping[str, Any] | None, content: Content, budget: Budget) -> str:
-    if view is None:
-        return missing(
-            "There is no route to draw: attackroute trace makes one."
-            if budget.view
-            else "The network is too large for a drawing in a page of this size; route.json has the route."
-        )
-    return f'{_asset("route.html")}<p class="notes">{text(" ".join(content.notes))}</p>'

@@ -1,9 +1,7 @@
-// Numbers and words of the route view.
+// Numbers, words and elements of the route views.
 "use strict";
 
-function byId(id) { return document.getElementById(id); }
-
-function order(values) {  // by falling frequency, ties to the lower index
+function order(values) {  // by falling value, ties to the lower index
   return values.map((_, index) => index).sort((a, b) => values[b] - values[a] || a - b);
 }
 
@@ -15,12 +13,32 @@ function kept(width, count) {  // as Python rounds: halves to the even number
 
 function percent(value, digits) { return `${(100 * value).toFixed(digits === undefined ? 1 : digits)} %`; }
 
+function brief(value) {  // three digits
+  return value === 0 ? "0" : Math.abs(value) >= 0.001 && Math.abs(value) < 10000 ? String(Number(value.toPrecision(3))) : value.toExponential(2);
+}
+
 function short(name) { return name.length > 15 ? `…${name.slice(-14)}` : name; }
 
 function same(a, b) { return a && b && a.layer === b.layer && a.channel === b.channel; }
 
-function line(name, text) {
+function html(name, text, attributes) {
   const made = document.createElement(name);
-  made.textContent = text;
+  if (text !== undefined) made.textContent = text;
+  for (const key in attributes) made.setAttribute(key, attributes[key]);
+  return made;
+}
+
+function drawn(name, attributes, text) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const key in attributes) made.setAttribute(key, attributes[key]);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function picture(pictures, number, box, mark) {  // a part of an image, or the whole of it with a ring at a place
+  const [height, width] = pictures.size, [x, y, w, h] = box || [0, 0, width, height];
+  const made = drawn("svg", { viewBox: `${x} ${y} ${w} ${h}`, class: "picture", role: "img" });
+  made.append(drawn("image", { href: pictures.sources[number], width, height, preserveAspectRatio: "none" }));
+  if (mark) made.append(drawn("circle", { cx: mark[0], cy: mark[1], r: Math.max(2, w / 12), class: "halo" }), drawn("circle", { cx: mark[0], cy: mark[1], r: Math.max(2, w / 12), class: "spot" }));
   return made;
 }

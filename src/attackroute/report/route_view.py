@@ -1,4 +1,4 @@
-"""What the page's route view draws, as plain values: layers, channels, edges, samples."""
+"""What the page's route view draws, as plain values: layers, channels, edges, samples, under several conditions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from attackroute.instances import InstanceRoutes
 from attackroute.report.mean_influence import MeanInfluence
-from attackroute.report.measuring import Measured
-from attackroute.routes import Route
+from attackroute.report.measuring import Condition
+from attackroute.report.pictures import Peaks, Pictures
 
 _NEIGHBOURS = 5  # strongest edges into and out of each channel, which are always kept
+_FEWEST = 100  # pairs of an edge at least
 
 
 @dataclass(frozen=True)
@@ -22,63 +23,71 @@ class Limits:
     """How much of a large network the page carries.
 
     Attributes:
-        channels: Channels of a layer, the most frequent ones, whose edges are kept.
-        pairs: Pairs of channels of the whole network that are kept for their influence alone.
-        samples: Samples whose own routes are kept.
+        channels: Channels of a layer, the most frequent ones, whose edges and pictures are kept.
+        pairs: Pairs of channels that are kept for their influence alone, over the whole network and all conditions.
+        samples: Samples whose own routes are kept, with their pictures.
     """
 
     channels: int = 256
-    pairs: int = 40_000
-    samples: int = 40
+    pairs: int = 80_000
+    samples: int = 64
 
 
 def route_view(
-    measured: Measured,
-    route: Route | None,
+    conditions: Sequence[Condition],
     classes: Sequence[str] = (),
+    pictures: Pictures | None = None,
     limits: Limits | None = None,
 ) -> dict[str, Any] | None:
     """The route view's data; None where there is neither a trace nor a route.
 
     Args:
-        measured: Traces and influence.
-        route: The model's route, as a file has it; its frequencies serve where there is no trace.
+        conditions: Of one network, or of networks with the same layers.
         classes: Names of the labels.
+        pictures: The images shown.
         limits: How much to keep; None is the default.
     """
     limits = Limits() if limits is None else limits
-    clean = _frequency(measured.clean) or (dict(route.frequency) if route is not None and route.frequency else None)
-    attacked = _frequency(measured.attacked)
-    first = next((item for item in (measured.clean, route, measured.attacked) if item is not None), None)
+    first = next((item for item in conditions if not item.is_empty), None)
     if first is None:
         return None
     channels = dict(first.channels)
-    influences = {"clean": measured.clean_influence, "attacked": measured.attacked_influence}
-    known = next((item.methods for item in influences.values() if item is not None), None)
-    methods = known if known is not None else measured.clean.methods if measured.clean is not None else {}
+    names = list(channels)
+    frequencies = [_frequency(item) for item in conditions]
+    methods = next((dict(item) for item in map(_methods, conditions) if item), {})
+    measured = sum(item.influence is not None for item in conditions)
+    most = max(_FEWEST, limits.pairs // max(1, len(methods) * measured))
     candidates = {
-        layer: _candidates(count, route, layer, [item[layer] for item in (clean, attacked) if item is not None], limits)
+        layer: _candidates(count, conditions, layer, [item[layer] for item in frequencies if item], limits)
         for layer, count in channels.items()
     }
-    names = list(channels)
-    origin = None if route is None else route.provenance
+    samples = _samples(conditions, limits.samples, pictured=pictures is not None)
+    pictured = 0 if pictures is None else min(limits.samples, len(pictures.sources))
+    peaks = {} if pictures is None else pictures.peaks
     return {
-        "width": 0.3 if origin is None else origin.width,
+        "width": next((item.route.provenance.width for item in conditions if item.route and item.route.provenance), 0.3),
         "classes": list(classes),
-        "traces": {"clean": _origin(measured.clean, route), "attacked": _origin(measured.attacked, None)},
-        "influence_samples": {name: item.samples for name, item in influences.items() if item is not None},
+        "conditions": [
+            {
+                "name": item.name,
+                "trace": _origin(item),
+                "influence_samples": None if item.influence is None else item.influence.samples,
+            }
+            for item in conditions
+        ],
         "layers": [
             {
                 "name": layer,
                 "channels": count,
-                "route": None if route is None else list(route.indices[layer]),
-                "clean": None if clean is None else clean[layer].tolist(),
-                "attacked": None if attacked is None else attacked[layer].tolist(),
-                "arriving": {
-                    name: _rounded(_arriving(item, layer, count))
-                    for name, item in influences.items()
-                    if item is not None
-                },
+                "route": [None if item.route is None else list(item.route.indices[layer]) for item in conditions],
+                "frequency": [item[layer].tolist() if item else None for item in frequencies],
+                "gradient": [_values(item.gradient, layer) for item in conditions],
+                "sensitivity": [_values(item.sensitivity, layer) for item in conditions],
+                "arriving": [
+                    None if item.influence is None else _rounded(_arriving(item.influence, layer, count))
+                    for item in conditions
+                ],
+                "peaks": _peaks(peaks.get(layer), candidates[layer], pictured),
             }
             for layer, count in channels.items()
         ],
@@ -87,32 +96,48 @@ def route_view(
                 "source": names.index(source),
                 "target": names.index(target),
                 "method": method,
-                **{
-                    name: _pairs(
-                        item.matrices[source, target],
-                        candidates[target],
-                        candidates[source],
-                        max(100, limits.pairs // len(methods)),
-                    )
-                    for name, item in influences.items()
-                    if item is not None and (source, target) in item.matrices
-                },
+                "influence": [
+                    None
+                    if item.influence is None or (source, target) not in item.influence.matrices
+                    else _pairs(item.influence.matrices[source, target], candidates[target], candidates[source], most)
+                    for item in conditions
+                ],
             }
             for (source, target), method in methods.items()
         ],
-        "samples": _samples(measured, limits.samples),
+        "samples": samples,
+        "pictures": None
+        if pictures is None
+        else {"size": list(pictures.size), "sources": list(pictures.sources[:pictured])},
     }
 
 
-def _frequency(routes: InstanceRoutes | None) -> dict[str, Tensor] | None:
-    return None if routes is None else routes.frequency()
+def spread(count: int, wanted: int) -> list[int]:
+    """At most ``wanted`` of ``count`` rows, evenly apart, since data often come sorted by class."""
+    wanted = min(count, wanted)
+    return [number * count // wanted for number in range(wanted)]
 
 
-def _candidates(count: int, route: Route | None, layer: str, shares: Sequence[Tensor], limits: Limits) -> Tensor:
-    """Channels whose edges are kept: the most frequent ones, those of the route first where nothing is known."""
+def _frequency(condition: Condition) -> Mapping[str, Tensor] | None:
+    if condition.routes is not None:
+        return condition.routes.frequency()
+    return None if condition.route is None else condition.route.frequency
+
+
+def _methods(condition: Condition) -> Mapping[tuple[str, str], str]:
+    if condition.influence is not None:
+        return condition.influence.methods
+    return {} if condition.routes is None else condition.routes.methods
+
+
+def _candidates(
+    count: int, conditions: Sequence[Condition], layer: str, shares: Sequence[Tensor], limits: Limits
+) -> Tensor:
+    """Channels whose edges are kept: the most frequent ones, those of a route first where nothing is known."""
     rank = torch.zeros(count, dtype=torch.float64)
-    if route is not None:
-        rank[route[layer]] = 1e-9
+    for item in conditions:
+        if item.route is not None:
+            rank[item.route[layer]] = 1e-9
     for share in shares:
         rank = torch.maximum(rank, share)
     order = rank.argsort(descending=True, stable=True)[: limits.channels]
@@ -150,45 +175,84 @@ def _pairs(matrix: Tensor, targets: Tensor, sources: Tensor, limit: int) -> dict
     }
 
 
-def _samples(measured: Measured, limit: int) -> list[dict[str, Any]]:
-    """The first samples with their own routes; attacked ones beside them where they are the same samples."""
-    clean, attacked = measured.clean, measured.attacked
-    main = clean if clean is not None else attacked
-    if main is None:
-        return []
-    shown = {"clean": clean, "attacked": attacked if _same_samples(clean, attacked) or clean is None else None}
-    count = min(limit, len(main))
-    traces = {name: routes.select(slice(count)) for name, routes in shown.items() if routes is not None}
-    masks = {name: {layer: routes.masks[layer] for layer in routes.layers} for name, routes in traces.items()}
+def _peaks(peaks: Peaks | None, candidates: Tensor, pictured: int) -> dict[str, Any] | None:
+    """Where channels respond most: image, row and column in turn, the strongest first; of candidates only."""
+    if peaks is None or not pictured:
+        return None
+    kept = set(candidates.tolist())
+    places = torch.cat([peaks.images[:, :, None], peaks.places], dim=2).tolist()
+    return {
+        "field": list(peaks.field),
+        "places": [
+            [place for place in found if place[0] < pictured] if channel in kept else None
+            for channel, found in enumerate(places)
+        ],
+    }
+
+
+def _samples(conditions: Sequence[Condition], limit: int, *, pictured: bool) -> list[dict[str, Any]]:
+    """The samples that are shown, with their own routes under every condition that has them."""
+    pictured = pictured and any(item.rows is not None for item in conditions)
+    rows = _rows(conditions, limit)
+    count = max((len(found) for found in rows if found is not None), default=0)
+    labels = next(
+        (item.routes.labels[list(found)] for item, found in zip(conditions, rows, strict=True) if _labelled(item, found)),
+        None,
+    )
+    shown = [
+        None if item.routes is None or found is None else item.routes.select(list(found))
+        for item, found in zip(conditions, rows, strict=True)
+    ]
+    masks = [None if routes is None else [routes.masks[layer] for layer in routes.layers] for routes in shown]
     return [
         {
-            "index": index,
-            "label": None if main.labels is None else int(main.labels[index]),
-            "routes": {
-                name: [mask[index].nonzero().flatten().tolist() for mask in masks[name].values()] for name in traces
-            },
-            "predictions": {
-                name: None if routes.predictions is None else int(routes.predictions[index])
-                for name, routes in traces.items()
-            },
+            "row": next(found[number] for found in rows if found is not None),
+            "label": None if labels is None else int(labels[number]),
+            "picture": number if pictured else None,
+            "routes": [
+                None if found is None else [mask[number].nonzero().flatten().tolist() for mask in found]
+                for found in masks
+            ],
+            "predictions": [
+                None if routes is None or routes.predictions is None else int(routes.predictions[number])
+                for routes in shown
+            ],
         }
-        for index in range(count)
+        for number in range(count)
     ]
 
 
-def _same_samples(clean: InstanceRoutes | None, attacked: InstanceRoutes | None) -> bool:
+def _labelled(condition: Condition, rows: Sequence[int] | None) -> bool:
+    return rows is not None and condition.routes is not None and condition.routes.labels is not None
+
+
+def _rows(conditions: Sequence[Condition], limit: int) -> list[Sequence[int] | None]:
+    """For each condition which of its routes' samples are shown: those of the pictures, else some of all."""
+    if any(item.rows is not None for item in conditions):
+        return [None if item.rows is None else list(item.rows)[:limit] for item in conditions]
+    main = next((item.routes for item in conditions if item.routes is not None), None)
+    if main is None:
+        return [None for _ in conditions]
+    rows = spread(len(main), limit)
+    return [rows if item.routes is main or same_samples(main, item.routes) else None for item in conditions]
+
+
+def same_samples(ours: InstanceRoutes | None, theirs: InstanceRoutes | None) -> bool:
     """Whether row i of both is the same image, as far as can be told: as many, and their labels agree."""
-    if clean is None or attacked is None or len(clean) != len(attacked):
+    if ours is None or theirs is None or len(ours) != len(theirs):
         return False
-    ours, theirs = clean.provenance, attacked.provenance
-    labels = clean.labels is not None and attacked.labels is not None and torch.equal(clean.labels, attacked.labels)
-    return labels and (ours.data, ours.seed) == (theirs.data, theirs.seed)
+    mine, other = ours.provenance, theirs.provenance
+    labels = ours.labels is not None and theirs.labels is not None and torch.equal(ours.labels, theirs.labels)
+    return labels and (mine.data, mine.seed) == (other.data, other.seed)
 
 
-def _origin(routes: InstanceRoutes | None, route: Route | None) -> Mapping[str, Any] | None:
-    if routes is not None:
-        return routes.provenance.to_json()
-    return None if route is None or route.provenance is None else route.provenance.to_json()
+def _origin(condition: Condition) -> Mapping[str, Any] | None:
+    found = condition.routes if condition.routes is not None else condition.route
+    return None if found is None or found.provenance is None else found.provenance.to_json()
+
+
+def _values(found: Mapping[str, Tensor] | None, layer: str) -> list[float] | None:
+    return None if found is None else _rounded(found[layer])
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -1,20 +1,22 @@
-"""What a run's folder holds: files of trace, analyze, hardness, evaluate and demo, one level deep."""
+"""What a run's folder holds: files of trace, analyze, hardness, evaluate, harden and demo, one level deep."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from attackroute.errors import UserError
 from attackroute.files import shown
 from attackroute.instances import InstanceRoutes
+from attackroute.report.attack_order import by_radius
 from attackroute.routes import Route
 
 _ROUTES, _ROUTE, _SUMMARY = "routes.safetensors", "route.json", "summary.json"
 _HARDNESS, _EVALUATION, _CARD = "hardness.json", "evaluation.json", "model.json"
+_HARDENING, _SETTINGS = "hardening.json", "settings.json"
 _PICTURES = (".svg", ".png")
 
 
@@ -42,24 +44,26 @@ class RunFolder:
     Attributes:
         path: The folder.
         routes: Routes of samples as they are; None where no trace is there.
-        attacked: Routes of attacked samples.
+        attacked: Routes of attacked samples, one for each attack, by rising radius.
         route: The model's route, of clean samples where there are any.
         summary: The summary of the trace or of the demo.
         experiments: What ``attackroute analyze`` measured, in order of name.
         hardness: What ``attackroute hardness`` found.
         evaluation: What ``attackroute evaluate`` found.
+        hardenings: What ``attackroute harden`` compared, its control runs included.
         model: The folder of a trained network.
         left_out: Files of the same kind as one that is shown.
     """
 
     path: Path
     routes: InstanceRoutes | None
-    attacked: InstanceRoutes | None
+    attacked: tuple[InstanceRoutes, ...]
     route: Route | None
     summary: Mapping[str, Any] | None
     experiments: tuple[Document, ...]
     hardness: Document | None
     evaluation: Document | None
+    hardenings: tuple[Document, ...]
     model: Path | None
     left_out: tuple[str, ...]
 
@@ -73,9 +77,13 @@ class RunFolder:
         places = _places(folder)
         finds = _Finds(folder)
         traces = [InstanceRoutes.load(file) for file in _files(places, _ROUTES)]
-        routes = [Route.load(file) for file in _files(places, _ROUTE)]
+        # beside hardening.json lies the route that was punished, which is not that of the hardened network
+        routes = [Route.load(file) for file in _files(places, _ROUTE) if not (file.parent / _HARDENING).is_file()]
         clean = finds.first([trace for trace in traces if trace.provenance.attack is None], _ROUTES)
-        attacked = [trace for trace in traces if trace.provenance.attack is not None and _fits(trace, clean)]
+        attacked: dict[str, InstanceRoutes] = {}
+        for trace in traces:
+            if trace.provenance.attack is not None and _fits(trace, clean or next(iter(attacked.values()), None)):
+                attacked.setdefault(trace.provenance.attack, trace)
         own = [
             route
             for route in routes
@@ -91,12 +99,18 @@ class RunFolder:
         found = cls(
             folder,
             clean,
-            finds.first(attacked, f"attacked {_ROUTES}"),
+            tuple(attacked[name] for name in sorted(attacked, key=by_radius)),
             next(iter(own), None),
             next((item.content for item in whole), None),
             tuple(first[name] for name in sorted(first)),
             finds.first(finds.documents(_files(places, _HARDNESS)), _HARDNESS),
             finds.first(finds.documents(_files(places, _EVALUATION)), _EVALUATION),
+            tuple(
+                [
+                    *map(_hardening, finds.documents(_files(places, _HARDENING))),
+                    *(part for item in whole[:1] for part in _demo_hardening(item)),
+                ]
+            ),
             _network(folder, _files(places, _CARD)),
             tuple(finds.left_out),
         )
@@ -110,8 +124,8 @@ class RunFolder:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to report on."""
-        parts = (self.routes, self.attacked, self.route, self.summary, self.hardness, self.evaluation, self.model)
-        return all(part is None for part in parts) and not self.experiments
+        parts = (self.routes, self.route, self.summary, self.hardness, self.evaluation, self.model)
+        return all(part is None for part in parts) and not (self.attacked or self.experiments or self.hardenings)
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -151,6 +165,8 @@ class _Finds:
 
     def _document(self, file: Path) -> Document:
         content = read_object(file)
+        if file.name == _HARDENING and (file.parent / _SETTINGS).is_file():
+            content = {**content, "settings": read_object(file.parent / _SETTINGS)}
         name = str(content.get("experiment") or file.stem)
         figures: dict[str, dict[str, Path]] = {}
         for path in sorted(file.parent.iterdir()):
@@ -204,7 +220,7 @@ def _files(places: list[Path], name: str) -> list[Path]:
 
 def _is_experiment(file: Path) -> bool:
     """Whether ``attackroute analyze`` wrote it; those of other commands have names of their own."""
-    if file.name in (_ROUTE, _SUMMARY, _HARDNESS, _EVALUATION, _CARD, "settings.json"):
+    if file.name in (_ROUTE, _SUMMARY, _HARDNESS, _EVALUATION, _CARD, _HARDENING, _SETTINGS):
         return False
     return file.is_file() and file.stem in _EXPERIMENTS
 
@@ -220,6 +236,23 @@ def _silencing(summary: Document, folder: Path) -> list[Document]:
     files = {kind: (folder / summary.path).parent / f"route{kind}" for kind in _PICTURES}
     found = {kind: file for kind, file in files.items() if file.is_file()}
     return [Document("silencing", summary.path, content, {"route": found} if found else {})]
+
+
+def _hardening(found: Document) -> Document:
+    """A comparison, called after its folder."""
+    home, place = Path(found.path).parent, found.content.get("folder")
+    name = home.name or (Path(place).name if isinstance(place, str) and place else found.name)
+    return replace(found, name=name)
+
+
+def _demo_hardening(summary: Document) -> list[Document]:
+    """What the demo compares, as if ``attackroute harden`` had."""
+    content = summary.content.get("hardening")
+    if not isinstance(content, dict):
+        return []
+    own = {name: content[name] for name in ("lambda", "epochs", "penalty_shares") if name in content}
+    compared = {name: value for name, value in content.items() if name not in own}
+    return [Document("hardening", summary.path, {**own, "evaluation": compared}, {})]
 
 
 def _network(folder: Path, cards: list[Path]) -> Path | None:

@@ -1,0 +1,145 @@
+// What a route view says of the channel under the pointer, and of the whole.
+
+const Panel = {
+  spoken(v, node) {
+    const layer = v.data.layers[node.layer], sides = Columns.sides(v), words = { ...v.setup, own: "off the model's route" };
+    const often = [sides.first, sides.second].filter((at) => at !== null && layer.frequency[at])
+      .map((at) => `on ${percent(layer.frequency[at][node.channel])} of the routes of ${v.data.conditions[at].name}`);
+    return [`${layer.name} channel ${node.channel}`, words[node.kind], ...often].join(", ");
+  },
+
+  pick(v, node) {  // what is under the pointer, has the focus, or was clicked
+    v.groups.picked.replaceChildren();
+    v.svg.classList.toggle("picking", Boolean(node));
+    v.svg.querySelectorAll(".picked").forEach((item) => item.classList.remove("picked"));
+    if (!node) { Panel.describe(v, null); return; }
+    const incoming = Columns.neighbours(v, node, true), outgoing = Columns.neighbours(v, node, false);
+    const me = Drawing.find(v, Drawing.key(node));
+    if (me) {
+      me.element.classList.add("picked");
+      const most = Math.max(...[...incoming, ...outgoing].map((item) => item.share));
+      for (const [list, into] of [[incoming, true], [outgoing, false]]) {
+        for (const item of list) {
+          const place = Drawing.find(v, Drawing.key(item.other));
+          const other = place || { x: LEFT + item.other.layer * v.column, y: v.height - 8 };
+          if (place) place.element.classList.add("picked");
+          v.groups.picked.append(drawn("path", {
+            class: `edge ${place ? "strong" : "strong off"} w${Math.max(1, Math.ceil((LEVELS * item.share) / most))}`,
+            d: into ? Drawing.curve(other, me) : Drawing.curve(me, other),
+          }));
+        }
+      }
+    }
+    Panel.describe(v, node, incoming, outgoing);
+  },
+
+  describe(v, node, incoming, outgoing) {
+    const panel = v.part("channel");
+    if (!node) {
+      panel.replaceChildren(html("p", "Point at a channel to see how often samples use it, how strongly an attack moves it, what it responds to, and its strongest edges. Click to keep it, Escape to let go; the arrow keys move."));
+      return;
+    }
+    const layer = v.data.layers[node.layer], parts = [html("h3", `${layer.name}, channel ${node.channel}`), Panel.numbers(v, node)];
+    parts.push(...Panel.peaks(v, layer, node.channel));
+    if (!Panel.measured(v)) parts.push(html("p", "Its influence was not measured."));
+    else {
+      parts.push(...Panel.listing(v, "Strongest in", incoming, "of what arrives here"));
+      parts.push(...Panel.listing(v, "Strongest out", outgoing, "of what arrives there"));
+    }
+    panel.replaceChildren(...parts);
+  },
+
+  measured(v) {
+    const at = Columns.influence(v);
+    return at !== null && at !== undefined && v.data.edges.some((edge) => edge.influence[at]);
+  },
+
+  numbers(v, node) {  // a column a condition
+    const layer = v.data.layers[node.layer], sides = Columns.sides(v);
+    const shown = ["first", "second"].filter((side) => Columns.has(v, side));
+    const table = html("table", undefined, { class: "facts" }), head = html("tr");
+    head.append(html("td", ""), ...shown.map((side) => html("th", v.data.conditions[sides[side]].name, { scope: "col" })));
+    table.append(head);
+    const row = (name, title, tell) => {
+      const cells = shown.map((side) => tell(sides[side], side));
+      if (cells.every((cell) => cell === null)) return;
+      const made = html("tr");
+      made.append(html("th", name, { scope: "row", title }), ...cells.map((cell) => html("td", cell === null ? "–" : cell)));
+      table.append(made);
+    };
+    const ranked = (by, show) => (at) => {
+      const values = layer[by][at];
+      return values ? `${show(values[node.channel])} (${Columns.ranked(v, node.layer, at, by).indexOf(node.channel) + 1}.)` : null;
+    };
+    row("on the model's route", "at the width of the slider", (_, side) => (Columns.chosen(v, node.layer, side).has(node.channel) ? "yes" : "no"));
+    row("on samples' routes", "share of the samples, and rank in the layer", ranked("frequency", (value) => percent(value)));
+    row("sensitivity", "mean |Z(x') - Z(x)| over images and positions, and rank in the layer", ranked("sensitivity", brief));
+    row("gradient", "mean over images of the sum over positions of |dL/dZ|, and rank in the layer", ranked("gradient", brief));
+    const note = html("p", `In brackets: rank among ${layer.channels} channels.`, { class: "quiet" });
+    const box = html("div");
+    box.append(table, note);
+    return box;
+  },
+
+  peaks(v, layer, channel) {  // parts of images around the strongest responses
+    const places = layer.peaks && v.data.pictures ? layer.peaks.places[channel] : null;
+    if (!places || !places.length) return [];
+    const [height, width] = v.data.pictures.size, [h, w] = layer.peaks.field;
+    const whole = h * w > 0.6 * height * width, list = html("div", undefined, { class: "peaks" });
+    for (const [number, row, column] of places) {
+      const box = [Math.min(Math.max(0, column + 0.5 - w / 2), width - w), Math.min(Math.max(0, row + 0.5 - h / 2), height - h), w, h];
+      const made = whole ? picture(v.data.pictures, number, null, [column + 0.5, row + 0.5]) : picture(v.data.pictures, number, box);
+      made.append(drawn("title", {}, `${Panel.title(v, number)}, at row ${row}, column ${column}`));
+      list.append(made);
+    }
+    const what = whole ? "it sees most of an image; rings mark the places" : `about ${h} x ${w} pixels around the places`;
+    return [html("h4", "Responds most to"), list, html("p", `Of the ${v.data.pictures.sources.length} images in this page; ${what}.`, { class: "quiet" })];
+  },
+
+  title(v, number) {
+    const name = (label) => (v.data.classes[label] === undefined ? String(label) : v.data.classes[label]);
+    const sample = v.data.samples.find((item) => item.picture === number);
+    return sample === undefined ? `image ${number}` : `image ${sample.row}${sample.label === null ? "" : `, ${name(sample.label)}`}`;
+  },
+
+  listing(v, title, items, of) {
+    if (!items.length) return [html("h4", title), html("p", "None is kept.")];
+    const list = html("ol");
+    for (const item of items) {
+      const entry = html("li"), button = html("button", `${v.data.layers[item.other.layer].name} ${item.other.channel}`, { type: "button" });
+      button.addEventListener("click", () => Controls.keep(v, item.other));
+      entry.append(button, ` ${percent(item.share)} ${of}`);
+      list.append(entry);
+    }
+    return [html("h4", title), list];
+  },
+
+  mark(v) {
+    Panel.pick(v, v.shared.channel);
+    for (const button of v.root.querySelectorAll("[data-sample]")) {
+      button.setAttribute("aria-pressed", String(Number(button.dataset.sample) === v.shared.sample));
+    }
+    const node = v.shared.channel && Drawing.find(v, Drawing.key(v.shared.channel));
+    if (node) node.element.setAttribute("aria-pressed", "true");
+  },
+
+  say(v) {
+    const parts = [], { layers } = v.data, sides = Columns.sides(v);
+    const known = (at) => at !== null && layers.every((layer) => layer.frequency[at]);
+    if (known(sides.first) || known(sides.second)) parts.push(`The route holds the most frequent ${percent(v.shared.width, 0)} of each layer's channels.`);
+    if (known(sides.first) && known(sides.second)) {
+      let both = 0, all = 0;
+      layers.forEach((_, index) => {
+        const first = Columns.chosen(v, index, "first"), second = Columns.chosen(v, index, "second");
+        all += new Set([...first, ...second]).size;
+        both += [...first].filter((channel) => second.has(channel)).length;
+      });
+      parts.push(`The routes of ${v.data.conditions[sides.first].name} and of ${v.data.conditions[sides.second].name} share ${both} of ${all} channels that are on either.`);
+    }
+    if (v.shared.sample !== null) {
+      const own = v.columns.reduce((sum, item) => sum + item.size, 0), agreed = v.columns.reduce((sum, item) => sum + item.agreed, 0);
+      parts.push(own ? `Of this sample's ${own} channels ${agreed} are on the model's route.` : "This sample has no route here.");
+    }
+    v.part("says").textContent = parts.join(" ");
+  },
+};
