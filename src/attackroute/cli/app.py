@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attackroute.cli import analyze, benchmark, demo, evaluate, harden, hardness, report, trace, train
+from attackroute.cli import analyze, benchmark, compare, demo, evaluate, harden, hardness, report, trace, train
 from attackroute.cli.commands import Group, add_command
 from attackroute.version import __version__
 
@@ -25,6 +25,7 @@ _EXAMPLES = """
    attackroute trace --model torchvision:resnet18 --weights resnet18.pth --classes 1000 \\
      --data folder:photos --image-size 224 --out runs/photos
    attackroute evaluate --model runs/digits --data mnist-sample --eps 0.1 --out runs/digits/evaluation
+   attackroute report runs/digits
    attackroute trace --help
 
  Exit codes:
@@ -72,6 +73,7 @@ add_command(app, harden.harden, harden.EXAMPLES)
 add_command(app, hardness.hardness, hardness.EXAMPLES)
 add_command(app, evaluate.evaluate, evaluate.EXAMPLES)
 add_command(app, report.report, report.EXAMPLES)
+add_command(app, compare.compare, compare.EXAMPLES)
 add_command(app, benchmark.benchmark, benchmark.EXAMPLES)
 
 

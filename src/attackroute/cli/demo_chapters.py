@@ -26,7 +26,7 @@ from attackroute.measurements import MEASUREMENTS
 from attackroute.routes import Route
 
 EPS = "0.1"  # of what fools a network on digits; the paper's 8/255 is for natural images
-RADII = ("0.03", "0.06", EPS)  # those of the report
+RADII = ("8/255", "16/255", EPS)  # those of the report
 _ATTACKS = (f"fgsm:eps={EPS}", f"pgd:eps={EPS}")
 _NOISE = GaussianNoise(std=0.1)
 _EXPERIMENTS = ("transplant", "gradcam", "detect")

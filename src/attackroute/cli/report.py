@@ -74,7 +74,7 @@ def report(
 
     The page needs no server and no network, so that it can be mailed as it is.
     """
-    from attackroute.cli.report_source import Source, Wanted, remarks
+    from attackroute.cli.report_source import Source, Wanted, chosen_attacks, remarks
     from attackroute.files import replace_file
     from attackroute.report.measuring import unmeasured
     from attackroute.report.page import Content, build_page
@@ -93,7 +93,7 @@ def report(
     try:
         source = Source.open(run, wanted)
         names = source.images.classes
-        measured = source.measure(run, wanted, output)
+        measured = source.measure(run, chosen_attacks(run, wanted), batch_size, output)
     except UserError as error:
         if wanted.is_anything:
             raise

@@ -75,29 +75,34 @@ class Source:
     rows: Sequence[int] | None
 
     @classmethod
-    def open(cls, run: RunFolder, wanted: Wanted) -> Source:
+    def open(cls, run: RunFolder, wanted: Wanted, images_of: RunFolder | None = None) -> Source:
         """Load them from where the run's files or the user say.
+
+        Args:
+            run: The run of the network.
+            wanted: What the user says.
+            images_of: The run whose images to take; None for the same run.
 
         Raises:
             UserError: Neither names them, or they are not those of the run.
         """
-        terms = run.terms
+        terms, chosen_by = run.terms, (run if images_of is None else images_of).terms
         found = wanted.model or (None if run.model is None else str(run.model)) or terms.get("model")
         if not isinstance(found, str):
             raise UserError("the run does not name its network; give --model")
         if wanted.model is None and _calls_code(found):
             raise UserError(f"the run's network {found} is code to be called; give --model to call it")
-        data = wanted.data or terms.get("data")
+        data = wanted.data or chosen_by.get("data")
         if not isinstance(data, str):
             raise UserError("the run does not name its images; give --data")
         home = options.resolve_device(wanted.device)
         card = find_card(found)
         images = load_data(
             data,
-            split=wanted.split or ("train" if terms.get("split") == "train" else "test"),  # type: ignore[arg-type]
-            image_size=_side(terms) if card is None else card[1].spec.image_size,
-            samples=terms["samples"] if isinstance(terms.get("samples"), int) and terms["samples"] > 0 else None,
-            seed=terms["seed"] if isinstance(terms.get("seed"), int) else 0,
+            split=wanted.split or ("train" if chosen_by.get("split") == "train" else "test"),  # type: ignore[arg-type]
+            image_size=_side(chosen_by) if card is None else card[1].spec.image_size,
+            samples=_count(chosen_by.get("samples")),
+            seed=_count(chosen_by.get("seed")) or 0,
         )
         rows = spread(len(images), wanted.samples)
         chosen = replace(images, dataset=Subset(images.dataset, rows))
@@ -112,14 +117,14 @@ class Source:
         routes = run.routes if run.routes is not None else next(iter(run.attacked), None)
         return cls(network, chosen, rows if _are_samples(chosen, len(images), rows, routes) else None)
 
-    def measure(self, run: RunFolder, wanted: Wanted, output: Output) -> Measured:
+    def measure(self, run: RunFolder, attacks: Mapping[str, Perturbation], batch_size: int, output: Output) -> Measured:
         """Influence, gradients and sensitivities, and the traces that the run lacks."""
         with output.progress("images") as progress:
             return measure(
                 self.network,
-                loader(self.images, wanted.batch_size),
+                loader(self.images, batch_size),
                 unmeasured(run.routes, run.attacked, run.route),
-                chosen_attacks(run, wanted),
+                attacks,
                 rows=self.rows,
                 linear=run.terms.get("linear") is True,
                 width=_WIDTH if run.routes is None else run.routes.width,
@@ -154,8 +159,7 @@ def remarks(measured: Measured) -> list[str]:
     notes = []
     for item in measured.conditions:
         if item.traced and item.routes is not None:
-            what = "clean samples" if item.attack is None else f"samples {item.name}"
-            notes.append(f"The run has no trace of {what}: {len(item.routes)} images were traced for this page.")
+            notes.append(f"The run has no trace of {item.name}: {len(item.routes)} images were traced for this page.")
     measurements = [item for item in measured.conditions if item.influence is not None]
     if measurements:
         first = measurements[0].influence
@@ -184,6 +188,11 @@ def _are_samples(chosen: ImageData, count: int, rows: Sequence[int], routes: Ins
         return False
     labels = [label for _, label in loader(chosen, 1)]
     return all(int(label) == int(routes.labels[row]) for label, row in zip(labels, rows, strict=True))
+
+
+def _count(value: object) -> int | None:
+    """A number above zero from a file; None for anything else."""
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _calls_code(model: str) -> bool:

@@ -59,7 +59,7 @@ def _shares(table: AccuracyTable, attack: str | None) -> Figure:
     _name_accuracy(figure, table)
     title = f"A share of the channels transplanted, {attack}" if attack else "A share of the channels set to zero"
     dotted = "attacked, nothing transplanted" if attack else "untouched network"
-    figure.suptitle(f"{title}, {_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
+    figure.suptitle(f"{title}\n{_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
     shared_legend(figure, handles, min(3, len(handles)))
     return figure
 

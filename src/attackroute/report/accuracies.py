@@ -38,4 +38,4 @@ def _cell(row: Mapping[str, Any]) -> str:
     ends = [row.get(name) for name in ("accuracy_low", "accuracy_high")]
     known = [end for end in ends if isinstance(end, (int, float))]
     interval = f" ({text(percent(known[0], 0))} to {text(percent(known[1], 0))})" if len(known) == 2 else ""
-    return f"{meter(value)}<span class=\"quiet\">{interval}</span>"
+    return f'{meter(value)}<span class="quiet">{interval}</span>'

@@ -74,7 +74,9 @@ def _hardening(document: Document, rows: int, *, shown: bool) -> str:
     if changes:
         parts.append(folded("How the route changed while it was traced anew", table(changes, rows)))
     plain = {name: value for name, value in content.items() if name not in _OPENED and value not in (None, {}, [])}
-    chosen = {name: value for name, value in settings.items() if name not in (*plain, "trainable") and value is not None}
+    chosen = {
+        name: value for name, value in settings.items() if name not in (*plain, "trainable") and value is not None
+    }
     parts.append(folded("Settings", terms([*plain.items(), *chosen.items()])))
     return "".join(parts)
 

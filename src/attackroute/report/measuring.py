@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,7 +53,7 @@ class Condition:
     @property
     def name(self) -> str:
         """What the images are, in short."""
-        return "clean images" if self.attack is None else f"after {brief(self.attack)}"
+        return "clean images" if self.attack is None else f"images after {brief(self.attack)}"
 
     @property
     def is_empty(self) -> bool:
@@ -90,7 +90,6 @@ class Measured:
     def strongest(self) -> Condition | None:
         """After the last attack; None without any."""
         return self.attacked[-1] if self.attacked else None
-
 
 
 def unmeasured(
@@ -131,9 +130,9 @@ def measure(
     """
     influence = mean_influence(model, data, linear=linear, progress=progress)
     for condition in known.conditions:
-        for found in (condition.routes, condition.route):
-            if found is not None:
-                require_same(found.channels, influence.channels, "the model")
+        for part in (condition.routes, condition.route):
+            if part is not None:
+                require_same(part.channels, influence.channels, "the model")
     trace = partial(trace_routes, model, width=width, linear=linear, progress=progress)
     here = known.clean.routes is not None
     clean = replace(
@@ -174,10 +173,8 @@ def _as_many(routes: InstanceRoutes, others: InstanceRoutes | None) -> bool:
 
 
 def _images(data: Data) -> Data:
-    """The images without labels, which would not matter."""
-    if isinstance(data, tuple):
-        return data[0]
-    return data
+    """Tensors without their labels, as pairs of images take them; batches keep theirs, which do not matter."""
+    return data[0] if isinstance(data, tuple) else data
 
 
 def _attacked_batches(model: nn.Module, data: Data, attack: Attack) -> list[tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from attackroute.report.hardening_section import compared_rows, hardening
 from attackroute.report.measuring import Measured
 from attackroute.report.origin_section import made
 from attackroute.report.route_setup import run_setup
-from attackroute.report.route_view import Limits, route_view
+from attackroute.report.route_view import Limits, Network, route_view
 from attackroute.report.run_folder import Document, RunFolder
 from attackroute.routes import Route
 from attackroute.version import __version__
@@ -135,9 +135,7 @@ def _filled(content: Content, budget: Budget, *, pruned: bool) -> Page:
     run, measured = content.run, content.measured
     view = None
     if budget.view:
-        view = route_view(
-            measured.conditions, content.classes, measured.pictures if budget.pictures else None, budget.limits
-        )
+        view = route_view([network_of(content, budget)], content.classes, budget.limits)
     setups = [] if view is None else [run_setup(measured.conditions)]
     notes = [*content.notes, *([PRUNED] if pruned else [])]
     data = {
@@ -157,11 +155,17 @@ def _filled(content: Content, budget: Budget, *, pruned: bool) -> Page:
     parts = [Part("route", "The route", drawing), *run_parts(content, budget, notes)]
     frame = Frame(
         f"Critical attacking route: {content.name}",
-        subtitle(run.terms.get("model"), measured),
+        subtitle(run.network, measured),
         f"{WHAT} {HOW}",
         f"Made by attackroute {__version__}. This page loads nothing and sends nothing.",
     )
     return Page(framed(frame, parts, data), data, pruned)
+
+
+def network_of(content: Content, budget: Budget, name: str = "") -> Network:
+    """A run's network as the route view takes it."""
+    measured = content.measured
+    return Network(name, measured.conditions, measured.pictures if budget.pictures else None)
 
 
 WHAT = (
@@ -169,8 +173,8 @@ WHAT = (
     "changes the loss form its critical attacking route."
 )
 HOW = (
-    "Below, columns are layers from the image to the logits, marks are channels of the route with the most used on top, "
-    "and the width of a line is the mean influence of a channel on one of the next layer."
+    "Below, columns are layers from the image to the logits, marks are channels of the route with the most used on "
+    "top, and the width of a line is the mean influence of a channel on one of the next layer."
 )
 
 
@@ -211,18 +215,18 @@ def no_view(budget: Budget) -> str:
     return "The network is too large for a drawing in a page of this size; route.json has the route."
 
 
-def subtitle(model: object, measured: Measured) -> str:
+def subtitle(network: str | None, measured: Measured) -> str:
     """The network, the samples, and what became of them, in one line."""
-    parts = [] if model is None else [f"network {model}"]
+    parts = [] if network is None else [f"network {network}"]
     clean = measured.clean.routes
     if clean is not None:
         origin = clean.provenance
         right = sections.accuracy_of(clean)
-        told = "" if right is None else f", {percent(right)} right"
+        told = "" if right is None else f", {percent(right)} classified correctly"
         parts.append(f"{plural(len(clean), 'sample')}{'' if origin.data is None else f' of {origin.data}'}{told}")
     for item in measured.attacked:
         right = None if item.routes is None else sections.accuracy_of(item.routes)
-        parts.append(f"{item.name}{'' if right is None else f' {percent(right)} right'}")
+        parts.append(f"{item.name.removeprefix('images ')}{'' if right is None else f': {percent(right)}'}")
     return "; ".join(parts)
 
 

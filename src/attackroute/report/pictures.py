@@ -158,7 +158,9 @@ def _fields(model: nn.Module, image: Tensor, *, linear: bool) -> dict[str, tuple
     for layer, middle in middles.items():
         (slope,) = torch.autograd.grad(middle, start, retain_graph=True, allow_unused=True)
         touched = None if slope is None else slope[0].abs().sum(0) > 0
-        found[layer] = whole if touched is None else (_extent(touched.any(1), whole[0]), _extent(touched.any(0), whole[1]))
+        found[layer] = (
+            whole if touched is None else (_extent(touched.any(1), whole[0]), _extent(touched.any(0), whole[1]))
+        )
     return found
 
 

@@ -15,7 +15,7 @@ const Drawing = {
     const span = Math.max(0, ...edges.map((edge) => edge.target - edge.source));
     const sky = span > 1 ? Math.min(100, 24 + 8 * span) : 8, top = sky + HEAD;
     for (const item of v.columns) for (const node of item.nodes) node.y += top;
-    const size = [2 * LEFT + (layers.length - 1) * v.column, top + (tallest + 2) * ROW];
+    const size = [2 * LEFT + (layers.length - 1) * v.column, top + (tallest + 3) * ROW];
     v.svg.setAttribute("viewBox", `0 0 ${size[0]} ${size[1]}`);
     v.svg.setAttribute("width", size[0]);
     v.svg.setAttribute("height", size[1]);

@@ -43,8 +43,8 @@ const Panel = {
     parts.push(...Panel.peaks(v, layer, node.channel));
     if (!Panel.measured(v)) parts.push(html("p", "Its influence was not measured."));
     else {
-      parts.push(...Panel.listing(v, "Strongest in", incoming, "of what arrives here"));
-      parts.push(...Panel.listing(v, "Strongest out", outgoing, "of what arrives there"));
+      parts.push(...Panel.listing(v, "Strongest in", incoming, "share of the influence that arrives here"));
+      parts.push(...Panel.listing(v, "Strongest out", outgoing, "share of the influence that arrives there"));
     }
     panel.replaceChildren(...parts);
   },
@@ -69,22 +69,28 @@ const Panel = {
     };
     const ranked = (by, show) => (at) => {
       const values = layer[by][at];
-      return values ? `${show(values[node.channel])} (${Columns.ranked(v, node.layer, at, by).indexOf(node.channel) + 1}.)` : null;
+      return values ? `${show(values[node.channel])}, rank ${Columns.ranked(v, node.layer, at, by).indexOf(node.channel) + 1}` : null;
     };
     row("on the model's route", "at the width of the slider", (_, side) => (Columns.chosen(v, node.layer, side).has(node.channel) ? "yes" : "no"));
     row("on samples' routes", "share of the samples, and rank in the layer", ranked("frequency", (value) => percent(value)));
     row("sensitivity", "mean |Z(x') - Z(x)| over images and positions, and rank in the layer", ranked("sensitivity", brief));
     row("gradient", "mean over images of the sum over positions of |dL/dZ|, and rank in the layer", ranked("gradient", brief));
-    const note = html("p", `In brackets: rank among ${layer.channels} channels.`, { class: "quiet" });
+    const note = html("p", `Ranks are among the layer's ${layer.channels} channels.`, { class: "quiet" });
     const box = html("div");
     box.append(table, note);
     return box;
   },
 
-  peaks(v, layer, channel) {  // parts of images around the strongest responses
-    const places = layer.peaks && v.data.pictures ? layer.peaks.places[channel] : null;
+  peaks(v, layer, channel) {  // parts of images around the strongest responses, of each network shown
+    const sides = Columns.sides(v), shown = [sides.first, sides.second].filter((at) => at !== null);
+    const networks = [...new Set(shown.map((at) => v.data.conditions[at].network))];
+    return networks.flatMap((network) => Panel.responses(v, layer.peaks[network], channel, v.data.networks[network]));
+  },
+
+  responses(v, peaks, channel, network) {
+    const places = peaks && v.data.pictures ? peaks.places[channel] : null;
     if (!places || !places.length) return [];
-    const [height, width] = v.data.pictures.size, [h, w] = layer.peaks.field;
+    const [height, width] = v.data.pictures.size, [h, w] = peaks.field;
     const whole = h * w > 0.6 * height * width, list = html("div", undefined, { class: "peaks" });
     for (const [number, row, column] of places) {
       const box = [Math.min(Math.max(0, column + 0.5 - w / 2), width - w), Math.min(Math.max(0, row + 0.5 - h / 2), height - h), w, h];
@@ -92,8 +98,9 @@ const Panel = {
       made.append(drawn("title", {}, `${Panel.title(v, number)}, at row ${row}, column ${column}`));
       list.append(made);
     }
-    const what = whole ? "it sees most of an image; rings mark the places" : `about ${h} x ${w} pixels around the places`;
-    return [html("h4", "Responds most to"), list, html("p", `Of the ${v.data.pictures.sources.length} images in this page; ${what}.`, { class: "quiet" })];
+    const what = whole ? "it sees most of an image; rings mark the places" : `approximately the ${h} x ${w} pixels that it sees there`;
+    const note = `The strongest responses among the ${v.data.pictures.sources.length} images in this page; ${what}.`;
+    return [html("h4", `${network ? `${network}: r` : "R"}esponds most to`), list, html("p", note, { class: "quiet" })];
   },
 
   title(v, number) {
@@ -104,14 +111,16 @@ const Panel = {
 
   listing(v, title, items, of) {
     if (!items.length) return [html("h4", title), html("p", "None is kept.")];
+    const heading = html("h4", title);
+    heading.append(html("span", ` ${of}`, { class: "quiet" }));
     const list = html("ol");
     for (const item of items) {
       const entry = html("li"), button = html("button", `${v.data.layers[item.other.layer].name} ${item.other.channel}`, { type: "button" });
       button.addEventListener("click", () => Controls.keep(v, item.other));
-      entry.append(button, ` ${percent(item.share)} ${of}`);
+      entry.append(button, ` ${percent(item.share)}`);
       list.append(entry);
     }
-    return [html("h4", title), list];
+    return [heading, list];
   },
 
   mark(v) {

@@ -33,21 +33,33 @@ class Limits:
     samples: int = 64
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network under its conditions.
+
+    Attributes:
+        name: What tells it from others; empty where there is one alone.
+        conditions: What is known of it.
+        pictures: The images shown, and where in them its channels respond most.
+    """
+
+    name: str
+    conditions: Sequence[Condition]
+    pictures: Pictures | None = None
+
+
 def route_view(
-    conditions: Sequence[Condition],
-    classes: Sequence[str] = (),
-    pictures: Pictures | None = None,
-    limits: Limits | None = None,
+    networks: Sequence[Network], classes: Sequence[str] = (), limits: Limits | None = None
 ) -> dict[str, Any] | None:
     """The route view's data; None where there is neither a trace nor a route.
 
     Args:
-        conditions: Of one network, or of networks with the same layers.
+        networks: One, or several with the same layers, with pictures of the same images.
         classes: Names of the labels.
-        pictures: The images shown.
         limits: How much to keep; None is the default.
     """
     limits = Limits() if limits is None else limits
+    conditions = [item for network in networks for item in network.conditions]
     first = next((item for item in conditions if not item.is_empty), None)
     if first is None:
         return None
@@ -61,19 +73,24 @@ def route_view(
         layer: _candidates(count, conditions, layer, [item[layer] for item in frequencies if item], limits)
         for layer, count in channels.items()
     }
+    pictures = next((network.pictures for network in networks if network.pictures is not None), None)
     samples = _samples(conditions, limits.samples, pictured=pictures is not None)
     pictured = 0 if pictures is None else min(limits.samples, len(pictures.sources))
-    peaks = {} if pictures is None else pictures.peaks
     return {
-        "width": next((item.route.provenance.width for item in conditions if item.route and item.route.provenance), 0.3),
+        "width": next(
+            (item.route.provenance.width for item in conditions if item.route and item.route.provenance), 0.3
+        ),
         "classes": list(classes),
+        "networks": [network.name for network in networks],
         "conditions": [
             {
-                "name": item.name,
+                "name": f"{network.name}: {item.name}" if network.name else item.name,
+                "network": number,
                 "trace": _origin(item),
                 "influence_samples": None if item.influence is None else item.influence.samples,
             }
-            for item in conditions
+            for number, network in enumerate(networks)
+            for item in network.conditions
         ],
         "layers": [
             {
@@ -87,7 +104,12 @@ def route_view(
                     None if item.influence is None else _rounded(_arriving(item.influence, layer, count))
                     for item in conditions
                 ],
-                "peaks": _peaks(peaks.get(layer), candidates[layer], pictured),
+                "peaks": [
+                    None
+                    if network.pictures is None
+                    else _peaks(network.pictures.peaks.get(layer), candidates[layer], pictured)
+                    for network in networks
+                ],
             }
             for layer, count in channels.items()
         ],
@@ -195,14 +217,11 @@ def _samples(conditions: Sequence[Condition], limit: int, *, pictured: bool) -> 
     pictured = pictured and any(item.rows is not None for item in conditions)
     rows = _rows(conditions, limit)
     count = max((len(found) for found in rows if found is not None), default=0)
-    labels = next(
-        (item.routes.labels[list(found)] for item, found in zip(conditions, rows, strict=True) if _labelled(item, found)),
-        None,
-    )
     shown = [
         None if item.routes is None or found is None else item.routes.select(list(found))
         for item, found in zip(conditions, rows, strict=True)
     ]
+    labels = next((routes.labels for routes in shown if routes is not None and routes.labels is not None), None)
     masks = [None if routes is None else [routes.masks[layer] for layer in routes.layers] for routes in shown]
     return [
         {
@@ -220,10 +239,6 @@ def _samples(conditions: Sequence[Condition], limit: int, *, pictured: bool) -> 
         }
         for number in range(count)
     ]
-
-
-def _labelled(condition: Condition, rows: Sequence[int] | None) -> bool:
-    return rows is not None and condition.routes is not None and condition.routes.labels is not None
 
 
 def _rows(conditions: Sequence[Condition], limit: int) -> list[Sequence[int] | None]:

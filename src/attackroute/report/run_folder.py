@@ -128,6 +128,13 @@ class RunFolder:
         return all(part is None for part in parts) and not (self.attacked or self.experiments or self.hardenings)
 
     @property
+    def network(self) -> str | None:
+        """What the files call the network: its folder's own description, else what commands were given."""
+        card = None if self.model is None else read_object(self.model / _CARD).get("model")
+        name = _mapping(card).get("name") or self.terms.get("model")
+        return name if isinstance(name, str) else None
+
+    @property
     def terms(self) -> dict[str, Any]:
         """What the files say of the network and the images: ``model``, ``data``, ``split``, ``weights``, ..."""
         sources: list[Mapping[str, Any]] = [_mapping(item.content.get("terms")) for item in self.experiments]

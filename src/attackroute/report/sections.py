@@ -68,13 +68,13 @@ def key_numbers(run: RunFolder, measured: Measured, route: Route | None) -> list
     for item in measured.attacked:
         found = None if item.routes is None else accuracy_of(item.routes)
         if found is not None and item.routes is not None:
-            pairs.append((f"accuracy {item.name}, {plural(len(item.routes), 'image')}", percent(found)))
+            pairs.append((f"accuracy on {len(item.routes)} {item.name}", percent(found)))
     if route is not None:
         pairs.append(("layers", len(route)))
         pairs.append(("channels on the model's route", f"{route.size} of {sum(route.channels.values())}"))
     shared = overlap(measured, route)
     if shared is not None:
-        pairs.append(("overlap of clean and attacked route (Jaccard index, mean over layers)", shared))
+        pairs.append(("of clean and attacked route shared (Jaccard index, mean over layers)", percent(shared)))
     return pairs
 
 
@@ -84,6 +84,9 @@ def overlap(measured: Measured, route: Route | None) -> float | None:
     if clean is None or last is None or last.routes is None:
         return None
     width = 0.3 if route is None or route.provenance is None else route.provenance.width
+    rows = measured.clean.rows
+    if rows is not None and len(rows) == len(last.routes) < len(clean):  # the same images
+        clean = clean.select(list(rows))
     shared = clean.aggregate(width).jaccard(last.routes.aggregate(width))
     return sum(shared.values()) / len(shared)
 
@@ -119,9 +122,7 @@ def occurrence(measured: Measured, route: Route | None, most: int) -> str:
 def occurrences(measured: Measured, route: Route | None) -> dict[str, Mapping[str, float]]:
     """Occurrence by layer, by what the images are; empty where it is unknown."""
     found: dict[str, Mapping[str, float]] = {
-        item.name: item.routes.occurrence(item.routes.width)
-        for item in measured.conditions
-        if item.routes is not None
+        item.name: item.routes.occurrence(item.routes.width) for item in measured.conditions if item.routes is not None
     }
     return found or ({} if route is None else _occurrence_of(route))
 
@@ -148,9 +149,9 @@ def responses(measured: Measured, route: Route | None, most: int) -> str:
         for layer in route
     ]
     return sentence(
-        "Means over a layer's channels. Sensitivity is how far an attack moves a channel (mean over images and positions "
-        "of |Z(x') - Z(x)|, Fig. 2a of the paper); the gradient is how much the loss depends on it (mean over images of "
-        "the sum over positions of |dL/dZ|, Fig. 2b). Hover over a channel above for its own."
+        "Means over a layer's channels. Sensitivity is how far an attack moves a channel (mean over images and "
+        "positions of |Z(x') - Z(x)|, Fig. 2a of the paper); the gradient is how much the loss depends on it (mean "
+        "over images of the sum over positions of |dL/dZ|, Fig. 2b). Hover over a channel above for its own."
     ) + table(rows, most)
 
 
