@@ -100,7 +100,7 @@ def _filled(comparison: Comparison, budget: Budget, *, pruned: bool) -> Page:
             for name, content in zip(comparison.names, (first, second), strict=True)
         ),
         f"{WHAT} This page lays the routes of two networks over one another: columns are layers, marks are channels, "
-        "colours say which of them left the route, entered it or stayed.",
+        f"colours say which of them left the route, entered it or stayed. {differences.finding(first, second)}",
         f"Made by attackroute {__version__}. This page loads nothing and sends nothing.",
     )
     return Page(framed(frame, parts, data), data, pruned)
@@ -131,14 +131,14 @@ def _views(comparison: Comparison, budget: Budget) -> tuple[list[dict[str, Any]]
 
 
 def _pairs(ours: Sequence[Condition], theirs: Sequence[Condition]) -> tuple[Pair, ...]:
-    """The same kind of images on both networks, clean ones last, where the view begins."""
+    """The same kind of images on both networks."""
     places = {item.attack: number for number, item in enumerate(theirs, start=len(ours))}
     found = [
         Pair(number, places[item.attack], "clean" if item.attack is None else f"after {brief(item.attack)}")
         for number, item in enumerate(ours)
         if item.attack in places
     ]
-    return (*found[1:], *found[:1])
+    return tuple(found)
 
 
 def _routes(comparison: Comparison, setups: Sequence[RouteSetup], budget: Budget) -> str:

@@ -59,6 +59,22 @@ def channels(first: Content, second: Content, names: tuple[str, str], most: int)
     return "".join(parts)
 
 
+def finding(first: Content, second: Content) -> str:
+    """What changed, in a sentence or two for the top of the page."""
+    parts = []
+    for mine, theirs in _matched(first, second):
+        ours, others = _route(mine), _route(theirs)
+        if ours is not None and others is not None and dict(ours.channels) == dict(others.channels):
+            left = (ours - others).size
+            parts.append(f"Of {ours.size} channels on the route of {mine.name}, {left} left and "
+                         f"{(others - ours).size} entered.")  # fmt: skip
+        if mine.routes is not None and theirs.routes is not None:
+            before, after = sections.accuracy_of(mine.routes), sections.accuracy_of(theirs.routes)
+            if before is not None and after is not None:
+                parts.append(f"Accuracy on {mine.name} went from {percent(before)} to {percent(after)}.")
+    return " ".join(parts)
+
+
 def summary(first: Content, second: Content, names: tuple[str, str], most: int) -> str:
     """Key numbers of both, accuracies under attack, and by layer occurrence, sensitivity and gradient."""
     found = numbers_of(first, second)

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+_NUMBER = ' class="number"'
+
 
 def text(value: object) -> str:
     """A value as escaped text: numbers short, nothing for None."""
@@ -28,7 +30,8 @@ def missing(value: str) -> str:
 def table(rows: Sequence[Mapping[str, Any]], most: int) -> str:
     """Rows of one table, with the columns of the first that names them; the first ``most`` are shown."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
+    counted = {name for name in columns if any(_is_number(row.get(name)) for row in rows)}
+    head = "".join(f'<th scope="col"{_NUMBER * (name in counted)}>{text(name)}</th>' for name in columns)
     body = "".join(f"<tr>{''.join(_cell(row.get(name)) for name in columns)}</tr>" for row in rows[:most])
     more = f"<p>{len(rows) - most} more rows are in the data below.</p>" if len(rows) > most else ""
     return (
@@ -62,8 +65,8 @@ def meter(share: float | None) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """``0.125`` as ``12.5 %``."""
-    return "" if share is None else f"{100 * share:.{digits}f} %"
+    """``0.125`` as ``12.5 %``, with a space that does not break."""
+    return "" if share is None else f"{100 * share:.{digits}f}\u00a0%"
 
 
 def inlined_json(value: object) -> str:
@@ -75,8 +78,11 @@ def inlined_json(value: object) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, Markup):
         return f"<td>{value.html}</td>"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f'<td class="number">{text(value)}</td>' if number else f"<td>{text(value)}</td>"
+    return f"<td{_NUMBER * _is_number(value)}>{text(value)}</td>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Markup:

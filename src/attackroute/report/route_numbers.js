@@ -28,8 +28,14 @@ function html(name, text, attributes) {
   return made;
 }
 
+const SPACE = (() => {  // of the elements of a drawing
+  const made = document.createElement("template");
+  made.innerHTML = "<svg></svg>";
+  return made.content.firstChild.namespaceURI;
+})();
+
 function drawn(name, attributes, text) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  const made = document.createElementNS(SPACE, name);
   for (const key in attributes) made.setAttribute(key, attributes[key]);
   if (text !== undefined) made.textContent = text;
   return made;

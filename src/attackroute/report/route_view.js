@@ -9,7 +9,7 @@ function openViews(data) {
     const root = document.querySelector(`.route-view[data-view="${number}"]`), view = data.route_data[setup.data];
     if (!states.has(setup.data)) states.set(setup.data, { width: view.width, rows: 20, share: 0.3, order: "frequency", channel: null, sample: null });
     const v = {
-      root, setup, data: view, shared: states.get(setup.data), own: { pair: setup.pairs.length - 1, side: "first" },
+      root, setup, data: view, shared: states.get(setup.data), own: { pair: setup.control === "eps" ? setup.pairs.length - 1 : 0, side: "first" },
       part: (name) => root.querySelector(`[data-part="${name}"]`), svg: root.querySelector("svg.drawing"),
       sets: new Map(), ranks: new Map(), columns: [], groups: null, column: 118, height: 0, focused: null,
     };

@@ -57,12 +57,12 @@ def key_numbers(run: RunFolder, measured: Measured, route: Route | None) -> list
     """What a reader wants to know first."""
     first = _first(measured)
     pairs: list[tuple[str, object]] = []
-    accuracy = None if run.summary is None else run.summary.get("accuracy")
+    accuracy = None if first is None or first is not measured.clean.routes else accuracy_of(first)
+    if accuracy is None and run.summary is not None:
+        accuracy = run.summary.get("accuracy")
     if first is not None:
         pairs.append(("samples traced", len(first)))
         pairs.append(("of a layer's channels on a sample's route", percent(first.width)))
-        if accuracy is None and first is measured.clean.routes:
-            accuracy = accuracy_of(first)
     if isinstance(accuracy, (int, float)):
         pairs.append(("accuracy on them", percent(accuracy)))
     for item in measured.attacked:
