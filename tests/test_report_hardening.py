@@ -29,9 +29,15 @@ def write(folder: Path, target: str, after: tuple[int, int], before: tuple[int, 
         for attack, correct in zip(("clean", "pgd:eps=0.1"), found, strict=True)
     ]
     content = {
-        "folder": str(folder), "lambda": 0.1, "epochs": 3, "penalties": {"gradient": 0.5},
-        "strengths": {"gradient": 2.5}, "route_changes": [], "overlap_with_full_route": None, "evaluation": {"rows": rows, "checks": []},
-    }  # fmt: skip
+        "folder": str(folder),
+        "lambda": 0.1,
+        "epochs": 3,
+        "penalties": {"gradient": 0.5},
+        "strengths": {"gradient": 2.5},
+        "route_changes": [],
+        "overlap_with_full_route": None,
+        "evaluation": {"rows": rows, "checks": []},
+    }
     (folder / "hardening.json").write_text(json.dumps(content))
     (folder / "settings.json").write_text(
         json.dumps({"target": target, "lr": 0.01, "attack": None, "trainable": ["w"]})
