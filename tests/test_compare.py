@@ -146,7 +146,7 @@ def test_networks_with_other_layers_stand_side_by_side(runs: Path, tmp_path: Pat
     assert "channels" not in words.sections and len(page.data["route_data"]) == len(page.data["route_views"]) == 2
     assert "<b>" in words.words["route"] and not any(tag == "b" for tag, _ in words.tags)
     most = len(page.html.encode()) - 1
-    small = build_comparison(Comparison(content, other, ("a", "b")), most)
+    small = build_comparison(Comparison(content, other, ("a", "<b>")), most)
     assert small.pruned and len(small.html.encode()) <= most
 
 

@@ -61,6 +61,7 @@ def compare(
         Path | None,
         typer.Option("--weights-b", metavar="FILE", rich_help_panel="The networks", help="Weights of RUN_B's network."),
     ] = None,
+    model_width: report_options.ModelWidth = None,
     classes: options.Classes = None,
     data: report_options.Data = None,
     split: report_options.Split = None,
@@ -88,7 +89,7 @@ def compare(
     output = Output(as_json, quiet)
     runs = RunFolder.open(run_a), RunFolder.open(run_b)
     part = None if split is None else split.value
-    shared = (classes, data, part, samples, attack or (), batch_size, seed, device)
+    shared = (model_width, classes, data, part, samples, attack or (), batch_size, seed, device)
     wanted = Wanted(model_a, weights_a, *shared), Wanted(model_b, weights_b, *shared)
     comparison = _comparison(runs, wanted, output)
     page = build_comparison(comparison)

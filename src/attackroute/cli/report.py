@@ -56,6 +56,7 @@ def report(
         ),
     ] = None,
     weights: options.Weights = None,
+    model_width: report_options.ModelWidth = None,
     classes: options.Classes = None,
     data: report_options.Data = None,
     split: report_options.Split = None,
@@ -83,7 +84,7 @@ def report(
     output = Output(as_json, quiet)
     run = RunFolder.open(run_dir)
     wanted = Wanted(
-        model, weights, classes, data, None if split is None else split.value, samples, attack or (), batch_size, seed,
+        model, weights, model_width, classes, data, None if split is None else split.value, samples, attack or (), batch_size, seed,
         device,
     )  # fmt: skip
     notes: list[str] = []

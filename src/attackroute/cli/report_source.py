@@ -33,6 +33,7 @@ class Wanted:
     Attributes:
         model: The network.
         weights: Its weights.
+        width: Factor on a built-in network's channels.
         classes: Number of its outputs.
         data: The images.
         split: Which part of them.
@@ -45,6 +46,7 @@ class Wanted:
 
     model: str | None
     weights: Path | None
+    width: float | None
     classes: int | None
     data: str | None
     split: str | None
@@ -106,7 +108,9 @@ class Source:
         )
         rows = spread(len(images), wanted.samples)
         chosen = replace(images, dataset=Subset(images.dataset, rows))
-        network = open_network(found, images, weights=wanted.weights, classes=wanted.classes).to(home)
+        network = open_network(found, images, weights=wanted.weights, width=wanted.width, classes=wanted.classes).to(
+            home
+        )
         if terms.get("dtype") == "float64":
             network = network.double()
         traced = terms.get("weights")
