@@ -55,7 +55,7 @@ def test_before_and_after_with_settings(tmp_path: Path) -> None:
     text = words(tmp_path)
     for share in (48 / 50, 10 / 50, 47 / 50, 30 / 50):
         assert percent(share) in text
-    assert "A penalty on gradient of the route neurons, lambda 0.1, 3 epochs" in text
+    assert "A gradient penalty on the route's neurons, lambda 0.1, 3 epochs" in text
     assert "the gradient penalty's gradient was 2.5 times the task's" in text
     assert "lr" in text and "0.01" in text and "trainable" not in text
     assert "No check for masked gradients" in text
@@ -77,7 +77,7 @@ def test_controls_stand_beside_it(tmp_path: Path) -> None:
         table.index(name) for name in ("before", "on-route", "random")
     )
     assert all(percent(share) in table for share in (10 / 50, 30 / 50, 25 / 50))
-    assert "random neurons off the route" in html
+    assert "as many random neurons off the route" in html
 
 
 def test_hardenings_of_other_networks_are_not_mixed(tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def report(
 
     output = Output(as_json, quiet)
     run = RunFolder.open(run_dir)
+    part = None if split is None else split.value
     wanted = Wanted(
-        model, weights, model_width, classes, data, None if split is None else split.value, samples, attack or (), batch_size, seed,
-        device,
+        model, weights, model_width, classes, data, part, samples, attack or (), batch_size, seed, device
     )  # fmt: skip
     notes: list[str] = []
     names: tuple[str, ...] = ()

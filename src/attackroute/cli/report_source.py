@@ -161,19 +161,16 @@ def chosen_attacks(run: RunFolder, wanted: Wanted) -> dict[str, Perturbation]:
 def remarks(measured: Measured) -> list[str]:
     """What a reader of the drawing must know."""
     notes = []
-    for item in measured.conditions:
-        if item.traced and item.routes is not None:
-            notes.append(f"The run has no trace of {item.name}: {len(item.routes)} images were traced for this page.")
+    traced = [item for item in measured.conditions if item.traced and item.routes is not None]
+    if traced and traced[0].routes is not None:
+        names = ", ".join(item.name for item in traced)
+        notes.append(f"The run has no trace of {names}: {len(traced[0].routes)} images were traced for this page.")
     measurements = [item for item in measured.conditions if item.influence is not None]
     if measurements:
         first = measurements[0].influence
         assert first is not None
         left = f"; {len(first.unmeasured)} edges without a closed form were left out" if first.unmeasured else ""
-        names = ", ".join(item.name for item in measurements)
-        notes.append(
-            f"Influence, gradient and sensitivity are means over {first.samples} images of the run, by kind "
-            f"({names}){left}."
-        )
+        notes.append(f"Influence, gradient and sensitivity are means over {first.samples} images of each kind{left}.")
     if not measured.attacked:
         notes.append("There is no trace of attacked samples; attackroute trace --attack makes one.")
     clean = measured.clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attackroute.report.attack_order import brief
 from attackroute.report.fragments import Markup, meter, percent, table, text
 
 
@@ -23,7 +24,7 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], most: int) -> str:
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         attack = str(row.get("attack"))
-        line = found.setdefault(attack, {"attack": attack})
+        line = found.setdefault(attack, {"attack": brief(attack)})
         line[str(row.get("model"))] = Markup(_cell(row))
         line["images"] = row.get("samples")
     ordered = [{**{key: value for key, value in line.items() if key != "images"}, "images": line["images"]}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attackroute.report import sections
 from attackroute.report.accuracies import records
+from attackroute.report.attack_order import brief
 from attackroute.report.fragments import folded, missing, percent, sentence, table, text
 from attackroute.report.measuring import Condition
 from attackroute.report.page import Content
@@ -155,7 +156,7 @@ def _accuracies(first: Content, second: Content) -> list[dict[str, Any]]:
         theirs = sides[1].get(key)
         values = [row.get("accuracy") for row in (mine, theirs) if row is not None]
         if theirs is not None and all(isinstance(value, (int, float)) for value in values):
-            row = _difference({"attack": key[0], "images": key[1]}, tuple(values), "points")
+            row = _difference({"attack": brief(str(key[0])), "images": key[1]}, tuple(values), "points")
             rows.append({**row, "intervals": [_interval(mine), _interval(theirs)]})
     return rows
 

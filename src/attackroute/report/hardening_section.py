@@ -10,7 +10,14 @@ from attackroute.report.fragments import folded, missing, sentence, table, terms
 from attackroute.report.run_folder import Document
 from attackroute.report.sections import masking
 
-_OPENED = ("evaluation", "settings", "route_changes", "folder")  # what is not one setting among others
+_OPENED = (
+    "evaluation",
+    "settings",
+    "route_changes",
+    "folder",
+    "penalty_shares",
+)  # what is not one setting among others
+_TARGETS = {"route": "the route's neurons", "random": "as many random neurons off the route", "all": "all neurons"}
 _BEFORE, _AFTER = "before", "after"
 
 
@@ -84,10 +91,10 @@ def _hardening(document: Document, rows: int, *, shown: bool) -> str:
 def _told(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """What was done, and how strong the penalty was, in words."""
     names = ", ".join(_mapping(content.get("penalties"))) or ", ".join(_mapping(settings.get("factors")))
-    parts = [f"A penalty on {names}" if names else "Fine-tuning"]
+    parts = [f"A {names} penalty" if names else "Fine-tuning"]
     target, attack = settings.get("target"), settings.get("attack")
     if names and isinstance(target, str):
-        parts.append(f" of {'random neurons off the route' if target == 'random' else f'the {target} neurons'}")
+        parts.append(f" on {_TARGETS.get(target, target)}")
     if isinstance(content.get("lambda"), (int, float)):
         parts.append(f", lambda {content['lambda']:g}")
     if isinstance(content.get("epochs"), int):
@@ -98,6 +105,10 @@ def _told(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     for name, strength in strengths.items():
         if isinstance(strength, (int, float)):
             parts.append(f"; the {name} penalty's gradient was {strength:.3g} times the task's at first")
+    for name, shares in _mapping(content.get("penalty_shares")).items():
+        for by, share in _mapping(shares).items():
+            if isinstance(share, (int, float)):
+                parts.append(f"; {name}: the {by} penalty's share in the first step's gradient was {share:.3g}")
     overlap = content.get("overlap_with_full_route")
     if isinstance(overlap, (int, float)):
         parts.append(f"; its route agrees with that of all training images on {overlap:.0%} or more a layer")
