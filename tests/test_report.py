@@ -240,7 +240,7 @@ def test_a_network_alone_is_traced_for_the_page(folder: Path, empty: Path) -> No
     clean, attacked = (condition["trace"] for condition in told["route_data"][0]["conditions"])
     assert (clean["samples"], clean["attack"]) == (6, None)
     assert attacked["attack"].startswith("fgsm:eps=") and attacked["samples"] == 6
-    assert any("has no trace of images after fgsm:eps=" in note for note in told["missing"])
+    assert any("has no trace of clean images, images after fgsm:eps=" in note for note in told["missing"])
 
 
 def test_other_weights_are_not_taken_in_silence(folder: Path, tmp_path: Path) -> None:

@@ -43,8 +43,11 @@ const Panel = {
     parts.push(...Panel.peaks(v, layer, node.channel));
     if (!Panel.measured(v)) parts.push(html("p", "Its influence was not measured."));
     else {
-      parts.push(...Panel.listing(v, "Strongest in", incoming, "share of the influence that arrives here"));
-      parts.push(...Panel.listing(v, "Strongest out", outgoing, "share of the influence that arrives there"));
+      const joined = (end) => v.data.edges.some((edge) => edge[end] === node.layer);
+      parts.push(...Panel.listing(v, "Strongest in", incoming, "share of the influence that arrives here",
+        joined("target") ? "None is kept." : "This layer reads the image."));
+      parts.push(...Panel.listing(v, "Strongest out", outgoing, "share of the influence that arrives there",
+        joined("source") ? "None is kept." : "No route layer follows, only the logits."));
     }
     panel.replaceChildren(...parts);
   },
@@ -109,8 +112,8 @@ const Panel = {
     return sample === undefined ? `image ${number}` : `image ${sample.row}${sample.label === null ? "" : `, ${name(sample.label)}`}`;
   },
 
-  listing(v, title, items, of) {
-    if (!items.length) return [html("h4", title), html("p", "None is kept.")];
+  listing(v, title, items, of, none) {
+    if (!items.length) return [html("h4", title), html("p", none)];
     const heading = html("h4", title);
     heading.append(html("span", ` ${of}`, { class: "quiet" }));
     const list = html("ol");
