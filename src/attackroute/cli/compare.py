@@ -156,7 +156,7 @@ def _comparison(runs: tuple[RunFolder, RunFolder], wanted: tuple[Wanted, Wanted]
 
 def comparable(first: RunFolder, second: RunFolder) -> bool:
     """Whether both runs hold traces of the same samples at the same width."""
-    from attackroute.report.route_view import same_samples
+    from attackroute.report.measuring import same_samples
 
     ours, theirs = first.routes, second.routes
     return ours is not None and theirs is not None and same_samples(ours, theirs) and ours.width == theirs.width

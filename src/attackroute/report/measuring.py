@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from attackroute.attacks.application import Attack, attack_name, attacked
@@ -100,6 +101,15 @@ def unmeasured(
     return Measured(Condition(None, clean, route), found)
 
 
+def same_samples(ours: InstanceRoutes | None, theirs: InstanceRoutes | None) -> bool:
+    """Whether row i of both is the same image, as far as can be told: as many, and their labels agree."""
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return False
+    mine, other = ours.provenance, theirs.provenance
+    labels = ours.labels is not None and theirs.labels is not None and torch.equal(ours.labels, theirs.labels)
+    return labels and (mine.data, mine.seed) == (other.data, other.seed)
+
+
 def measure(
     model: nn.Module,
     data: Data,
@@ -156,7 +166,11 @@ def measure(
             Condition(
                 name,
                 routes,
-                rows=range(influence.samples) if found is None else rows if _as_many(routes, clean.routes) else None,
+                rows=range(influence.samples)
+                if found is None
+                else rows
+                if same_samples(clean.routes, routes)
+                else None,
                 influence=mean_influence(model, images, linear=linear, progress=progress),
                 gradient=gradient(model, images, linear=linear, progress=progress),
                 sensitivity=sensitivity(model, _images(data), _images(images), linear=linear, progress=progress),
@@ -166,10 +180,6 @@ def measure(
     pictures = take_pictures(model, data, shown, linear=linear) if shown else None
     together = sorted([*traced.values(), *conditions], key=lambda item: by_radius(item.attack or ""))
     return Measured(clean, tuple(together), pictures)
-
-
-def _as_many(routes: InstanceRoutes, others: InstanceRoutes | None) -> bool:
-    return others is not None and len(routes) == len(others)
 
 
 def _images(data: Data) -> Data:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attackroute.instances import InstanceRoutes
 from attackroute.report.mean_influence import MeanInfluence
-from attackroute.report.measuring import Condition
+from attackroute.report.measuring import Condition, same_samples
 from attackroute.report.pictures import Peaks, Pictures
 
 _NEIGHBOURS = 5  # strongest edges into and out of each channel, which are always kept
@@ -250,15 +249,6 @@ def _rows(conditions: Sequence[Condition], limit: int) -> list[Sequence[int] | N
         return [None for _ in conditions]
     rows = spread(len(main), limit)
     return [rows if item.routes is main or same_samples(main, item.routes) else None for item in conditions]
-
-
-def same_samples(ours: InstanceRoutes | None, theirs: InstanceRoutes | None) -> bool:
-    """Whether row i of both is the same image, as far as can be told: as many, and their labels agree."""
-    if ours is None or theirs is None or len(ours) != len(theirs):
-        return False
-    mine, other = ours.provenance, theirs.provenance
-    labels = ours.labels is not None and theirs.labels is not None and torch.equal(ours.labels, theirs.labels)
-    return labels and (mine.data, mine.seed) == (other.data, other.seed)
 
 
 def _origin(condition: Condition) -> Mapping[str, Any] | None:
