@@ -1,5 +1,7 @@
 // What a route view says of the channel under the pointer, and of the whole.
 
+const RARE = "Not in this page, which keeps the edges of the channels that samples use most.";
+
 const Panel = {
   spoken(v, node) {
     const layer = v.data.layers[node.layer], sides = Columns.sides(v), words = { ...v.setup, own: "off the model's route" };
@@ -45,9 +47,9 @@ const Panel = {
     else {
       const joined = (end) => v.data.edges.some((edge) => edge[end] === node.layer);
       parts.push(...Panel.listing(v, "Strongest in", incoming, "share of the influence that arrives here",
-        joined("target") ? "None is kept." : "This layer reads the image."));
+        joined("target") ? RARE : "This layer reads the image."));
       parts.push(...Panel.listing(v, "Strongest out", outgoing, "share of the influence that arrives there",
-        joined("source") ? "None is kept." : "No route layer follows, only the logits."));
+        joined("source") ? RARE : "No route layer follows, only the logits."));
     }
     panel.replaceChildren(...parts);
   },
