@@ -331,6 +331,9 @@ def test_light_dark_narrow_and_on_paper(browser: Any, page: str, tmp_path: Path)
         for hidden in ("controls", "panel", "samples-part", "files"):
             assert not part(view, hidden).is_visible()
         assert view.pdf(format="A4").startswith(b"%PDF")
+        view.evaluate("dispatchEvent(new Event('beforeprint'))")
+        strips = part(view, "paper").locator("svg")  # 20 layers, eight side by side
+        assert strips.count() == 3 and strips.first.is_visible() and not part(view, "scroll").is_visible()
 
 
 def test_a_run_with_nothing_but_a_trace(browser: Any, measured: Measured, tmp_path: Path) -> None:

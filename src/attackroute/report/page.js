@@ -1,5 +1,6 @@
 // What the page does besides the route views: its data and its figures as files.
 
+const PAPER = 8;  // layers side by side on paper
 const INK = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-family", "font-size", "font-weight", "text-anchor"];  // what the page's style decides
 
 function save(content, name) {
@@ -37,6 +38,22 @@ function asAddress(blob, use) {
   reader.readAsDataURL(blob);
 }
 
+function layOutOnPaper() {  // a wide drawing in strips below one another, since paper does not scroll
+  for (const v of views) {
+    const strip = PAPER * v.column, width = Number(v.svg.getAttribute("width")), strips = [];
+    const height = v.height, wanted = width > 1.3 * strip ? Math.ceil(width / strip) : 0;
+    for (let at = 0; at < wanted; at++) {
+      const copy = v.svg.cloneNode(true);
+      copy.setAttribute("viewBox", `${at * strip} 0 ${strip + LEFT} ${height}`);
+      copy.removeAttribute("width");
+      copy.removeAttribute("height");
+      strips.push(copy);
+    }
+    v.part("paper").replaceChildren(...strips);
+    v.part("scroll").classList.toggle("split", wanted > 0);
+  }
+}
+
 function button(text, act) {
   const made = html("button", text, { type: "button", class: "save" });
   made.addEventListener("click", act);
@@ -71,4 +88,6 @@ function offerData(data) {
 const pageData = JSON.parse(document.getElementById("data").textContent);
 openViews(pageData);
 offerFiles();
+addEventListener("beforeprint", layOutOnPaper);
+addEventListener("afterprint", () => { for (const v of views) v.part("paper").replaceChildren(); });
 offerData(pageData);

@@ -19,6 +19,8 @@ function brief(value) {  // three digits
 
 function short(name) { return name.length > 15 ? `…${name.slice(-14)}` : name; }
 
+function breakable(name) { return name.replace(/[:,=]/g, "$&\u200b"); }  // a long name may go on in the next line there
+
 function same(a, b) { return a && b && a.layer === b.layer && a.channel === b.channel; }
 
 function html(name, text, attributes) {

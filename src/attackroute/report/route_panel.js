@@ -63,7 +63,7 @@ const Panel = {
     const layer = v.data.layers[node.layer], sides = Columns.sides(v);
     const shown = ["first", "second"].filter((side) => Columns.has(v, side));
     const table = html("table", undefined, { class: "facts" }), head = html("tr");
-    head.append(html("td", ""), ...shown.map((side) => html("th", v.data.conditions[sides[side]].name, { scope: "col" })));
+    head.append(html("td", ""), ...shown.map((side) => html("th", breakable(v.data.conditions[sides[side]].name), { scope: "col" })));
     table.append(head);
     const row = (name, title, tell) => {
       const cells = shown.map((side) => tell(sides[side], side));
