@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -14,17 +15,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import attackroute as ar
+from attackroute.data import load_data
 from attackroute.report.fragments import inlined_json, percent
 from attackroute.report.frame import _SCRIPTS
 from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content, build_page
 from attackroute.report.run_folder import RunFolder
-from report_runs import CLASSES, data_of, done, make_network, make_run, run
+from report_runs import CLASSES, data_of, done, make_network, make_pictures, make_run, run
 
 FIGURE = "<svg onload='alert(1)'></svg>"
 PARTS = (
@@ -241,6 +245,40 @@ def test_a_network_alone_is_traced_for_the_page(folder: Path, empty: Path) -> No
     assert (clean["samples"], clean["attack"]) == (6, None)
     assert attacked["attack"].startswith("fgsm:eps=") and attacked["samples"] == 6
     assert any("has no trace of clean images, images after fgsm:eps=" in note for note in told["missing"])
+
+
+def test_pictures_are_those_of_the_runs_samples(folder: Path, tmp_path: Path) -> None:
+    (view,) = data_of(folder / "report.html")["route_data"]
+    routes = ar.InstanceRoutes.load(folder / "routes.safetensors")
+    pictures = load_data(f"folder:{folder.parent / 'pictures'}", image_size=32)
+    assert [(item["row"], item["picture"]) for item in view["samples"]] == [(2 * n, n) for n in range(8)]
+    for item, source in zip(view["samples"], view["pictures"]["sources"], strict=True):
+        image, label = pictures.dataset[item["row"]]
+        assert item["label"] == label == int(routes.labels[item["row"]])
+        shown = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
+        assert torch.equal(torch.from_numpy(np.array(shown)).movedim(2, 0), (image * 255).round().byte())
+    make_pictures(tmp_path / "others", 5)
+    result = run("report", folder, "--data", f"folder:{tmp_path / 'others'}", "--out", tmp_path / "page.html")
+    assert result.exit_code == 0 and "samples have no pictures" in result.stdout
+    (view,) = data_of(tmp_path / "page.html")["route_data"]
+    assert all(item["picture"] is None for item in view["samples"]) and len(view["pictures"]["sources"]) == 10
+
+
+def test_traces_after_several_radii_stand_in_order(folder: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "run"
+    shutil.copytree(folder, changed)
+    routes = ar.InstanceRoutes.load(folder / "attacked" / "routes.safetensors")
+    for place, eps in (("a", "16/255"), ("b", "2/255"), ("c", "2/255")):
+        (changed / place).mkdir()
+        origin = replace(routes.provenance, attack=f"fgsm:eps={eps}")
+        replace(routes, provenance=origin).save(changed / place / "routes.safetensors")
+    done("report", changed, "--samples", 4, "--attack", "fgsm:eps=8/255", "--quiet")
+    data = data_of(changed / "report.html")
+    (setup,), (view,) = data["route_views"], data["route_data"]
+    assert setup["control"] == "eps"
+    assert [pair["label"] for pair in setup["pairs"]] == ["2/255", "8/255", "16/255", "25.5/255"]
+    samples = [view["conditions"][pair["second"]]["trace"]["samples"] for pair in setup["pairs"]]
+    assert samples == [16, 4, 16, 16]  # the one that was asked for was traced on the images of the page
 
 
 def test_other_weights_are_not_taken_in_silence(folder: Path, tmp_path: Path) -> None:

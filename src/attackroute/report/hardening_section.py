@@ -18,6 +18,7 @@ _OPENED = (
     "penalty_shares",
 )  # what is not one setting among others
 _TARGETS = {"route": "the route's neurons", "random": "as many random neurons off the route", "all": "all neurons"}
+_DEMO = "hardening"  # what the demo's comparison is called, which has no folder of its own
 _BEFORE, _AFTER = "before", "after"
 
 
@@ -62,7 +63,8 @@ def _hardening(document: Document, rows: int, *, shown: bool) -> str:
     content = document.content
     compared = _mapping(content.get("evaluation"))
     settings = _mapping(content.get("settings"))
-    parts = [f"<h3>{text(document.name)}</h3>", sentence(_told(content, settings))]
+    heading = "" if document.name == _DEMO else f"<h3>{text(document.name)}</h3>"
+    parts = [heading, sentence(_told(content, settings))]
     listed = records(compared.get("rows"))
     if not listed:
         parts.append(missing("Before and after were not compared: there were no test images."))

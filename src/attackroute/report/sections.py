@@ -10,7 +10,6 @@ from torch import Tensor
 from attackroute.display import plural
 from attackroute.instances import InstanceRoutes
 from attackroute.report.accuracies import accuracy_table, records
-from attackroute.report.attack_order import brief
 from attackroute.report.figures import inlined_figures
 from attackroute.report.fragments import Markup, folded, meter, missing, numbers, percent, sentence, table, text
 from attackroute.report.measuring import Condition, Measured
@@ -278,8 +277,3 @@ def _words(routes: InstanceRoutes, route: Route) -> str:
         f"The most frequent {routes.width:.0%} of a layer's channels are on {values[low]:.0%} ({low}) to "
         f"{values[high]:.0%} ({high}) of the samples' own routes."
     )
-
-
-def attacks_in_words(measured: Measured) -> str:
-    """The attacks as a reader says them."""
-    return ", ".join(brief(item.attack) for item in measured.attacked if item.attack is not None)
