@@ -287,7 +287,7 @@ def test_known_connections_save_the_look_at_the_first_batch() -> None:
     with weaken(model, route, 0.5):
         expected = model(x)
         model(x)
-    assert sizes == [3, 2, 2, 2, 2, 3]  # the first pass is under way when the model is looked at
+    assert sizes == [3, 2, 2, 2, 3]  # the first pass is under way when the model is looked at
     known = Connections.find(model, x[:1])
     sizes.clear()
     with weaken(model, route, 0.5, connections=known):
