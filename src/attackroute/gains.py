@@ -205,6 +205,8 @@ def cut_channels(mask: Tensor, cut: slice) -> Tensor:
 
 def settled(flow: Flow, values: Tensor) -> Flow:
     """``flow`` with every lazy mask turned into a tensor: needed before the tensor's own values change."""
+    if not any(isinstance(term.mask, Alive) for term in flow.terms):
+        return flow
     masks: dict[Alive, Tensor] = {}
     terms = []
     for term in flow.terms:
@@ -223,7 +225,7 @@ def scaled(flow: Flow, scale: Tensor) -> Flow:
     """``flow`` times a factor per channel, ``scale`` of shape ``(C,)``; masks must be settled."""
     terms = []
     for term in flow.terms:
-        part = scale[term.dst : term.dst + term.length]
+        part = scale if term.length == len(scale) else scale[term.dst : term.dst + term.length]
         terms.append(replace(term, scale=part if term.scale is None else term.scale * part))
     return replace(flow, terms=tuple(terms))
 
