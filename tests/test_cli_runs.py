@@ -321,7 +321,7 @@ class TestBadInput:
 
     def test_networks(self, trained, pictures, tmp_path, monkeypatch):
         data = ("--data", f"folder:{pictures}")
-        assert_bad_input(run("trace", "--model", "vgg61", *data), "vgg61")
+        assert_bad_input(run("trace", "--model", "vgg61", *data), "no model 'vgg61'; did you mean vgg16?")
         assert_bad_input(run("trace", "--model", "vgg16", *data), "vgg16", "--weights")
         assert_bad_input(run("trace", "--model", "torchvision:resnet18", *data), "--weights")
         assert_bad_input(run("trace", "--model", tmp_path, *data), "model.json")

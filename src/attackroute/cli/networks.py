@@ -118,9 +118,10 @@ def open_network(
             raise UserError(f"{folder} says itself how wide its network is; leave out --model-width and --classes")
         spec, weights = card.spec, weights or _kept_weights(folder)
     else:
-        _require_weights(model, weights)
         spec = spec_for(model, data, width=width, classes=classes)
     network = build(spec)
+    if found is None:  # after a name that nothing bears is refused
+        _require_weights(model, weights)
     if weights is not None:
         load_weights(network, weights)
     check_input(network, data.shape)
