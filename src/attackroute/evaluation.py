@@ -142,6 +142,7 @@ class _Tally:
     correct: int = 0
     total: int = 0
     seconds: float = 0.0
+    right: list[bool] = field(default_factory=list)
 
 
 @dataclass
@@ -184,6 +185,7 @@ class _Run:
                 Accuracy(tally.correct, tally.total),
                 {} if attack is None else attack.to_json(),
                 tally.seconds,
+                tuple(tally.right),
             )
             for name in self.models
             for attack in (None, *self.attacks)
@@ -212,11 +214,13 @@ class _Run:
             record = self.journal.keep(
                 key, digest, labels=labels.tolist(), predictions=predictions, seconds=round(seconds, 4)
             )
-        correct = sum(map(int.__eq__, record["labels"], record["predictions"]))
+        right = list(map(int.__eq__, record["labels"], record["predictions"]))
+        correct = sum(right)
         tally = self.tallies.setdefault((name, title), _Tally())
         tally.correct += correct
         tally.total += len(labels)
         tally.seconds += record["seconds"]
+        tally.right += right
         self.done += len(labels)
         if self.examples is not None and attack is not None:
             self.examples.note(name, title, self.batches, self.start, len(labels), correct)

@@ -37,6 +37,7 @@ class Row:
         settings: Name and parameters of the attack as plain values; empty for clean images.
         seconds: What attack and classification took, those before an interruption included. A corruption's images are
             made once, in the time of the first model.
+        right: Whether the model is right on each image, in the data's order, for paired comparisons.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Row:
     accuracy: Accuracy
     settings: Mapping[str, Any]
     seconds: float
+    right: tuple[bool, ...] = ()
 
     def cells(self) -> list[str]:
         """The row as text, for :data:`COLUMNS`."""

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from attackroute.cli import analyze, benchmark, compare, demo, evaluate, harden, hardness, report, trace, train
+from attackroute.cli import (
+    analyze,
+    benchmark,
+    compare,
+    demo,
+    evaluate,
+    harden,
+    harden_study,
+    hardness,
+    report,
+    trace,
+    train,
+)
 from attackroute.cli.commands import Group, add_command
 from attackroute.version import __version__
 
@@ -70,6 +82,7 @@ add_command(app, train.train, train.EXAMPLES)
 add_command(app, trace.trace, trace.EXAMPLES)
 add_command(app, analyze.analyze, analyze.EXAMPLES)
 add_command(app, harden.harden, harden.EXAMPLES)
+add_command(app, harden_study.harden_study, harden_study.EXAMPLES)
 add_command(app, hardness.hardness, hardness.EXAMPLES)
 add_command(app, evaluate.evaluate, evaluate.EXAMPLES)
 add_command(app, report.report, report.EXAMPLES)

@@ -70,4 +70,4 @@ def add_command(app: typer.Typer, function: Callable[..., None], examples: str) 
     """Make a function a command of its name, with its docstring and the examples as help."""
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    app.command(function.__name__, cls=Command, help=text, epilog=examples)(function)
+    app.command(function.__name__.replace("_", "-"), cls=Command, help=text, epilog=examples)(function)

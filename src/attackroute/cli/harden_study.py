@@ -1,0 +1,222 @@
+"""``attackroute harden-study``: does a penalty on the route harden, and more than on other neurons?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attackroute.cli import options
+from attackroute.cli.console import Output
+from attackroute.errors import UserError
+
+if TYPE_CHECKING:
+    from attackroute.experiments.hardening_results import HardeningStudy
+
+EXAMPLES = """
+ Examples:
+
+   On digits that an installed package carries: about 40 minutes on one processor core
+   $ attackroute harden-study --data mnist-sample --out runs/study
+
+   Go on after an interruption: the same command with --resume; --seeds may be raised
+   $ attackroute harden-study --data mnist-sample --out runs/study --seeds 5 --resume
+
+   The paper's network and radius
+   $ attackroute harden-study --model vgg16 --data cifar10:~/data --width 1 --epochs 60 --fine-epochs 10 \\
+       --eps 8/255 --noise 0.1 --out runs/study-cifar
+
+ What is done:
+
+   For every seed a network is trained without and with PGD (Vanilla, PAT). Each is fine-tuned without a penalty, and
+   with each penalty on the route's neurons, on random ones off it, and on all. Before that, the network of seed 0 has
+   chosen each variant's lambda, on training images that were kept out. The test images decide nothing.
+
+ The files:
+
+   study.json, study.csv    accuracies; in the JSON also paired differences, how lambda was chosen, and checks
+   seed-N/NAME/             a variant's network and its evaluation
+   tuning.jsonl             what the lambdas were chosen from
+"""
+
+_STUDY = "The study"
+
+
+def harden_study(
+    data: options.Data,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where everything goes.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            rich_help_panel="The network",
+            help="vgg_small, vgg16, alexnet, resnet18, or package.module:factory.",
+        ),
+    ] = "vgg_small",
+    width: Annotated[
+        float,
+        typer.Option(
+            "--width",
+            metavar="FACTOR",
+            parser=options.parse_factor,
+            rich_help_panel="The network",
+            help="Factor on the channels of a built-in network.",
+        ),
+    ] = 0.25,
+    image_size: options.ImageSize = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", min=1, rich_help_panel=_STUDY, help="Networks that are judged.")
+    ] = 3,
+    epochs: Annotated[
+        int, typer.Option("--epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Passes of the training.")
+    ] = 8,
+    fine_epochs: Annotated[
+        int, typer.Option("--fine-epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Of the fine-tuning.")
+    ] = 2,
+    eps: Annotated[
+        float,
+        typer.Option(
+            "--eps", metavar="RADIUS", parser=options.parse_number, rich_help_panel=_STUDY, help="Of all attacks."
+        ),
+    ] = 0.1,
+    noise: Annotated[
+        float,
+        typer.Option(
+            "--noise",
+            metavar="STD",
+            parser=options.parse_number,
+            rich_help_panel=_STUDY,
+            help="Standard deviation of the Gaussian noise.",
+        ),
+    ] = 0.2,
+    shares: Annotated[
+        str,
+        typer.Option(
+            "--shares",
+            metavar="F,F,...",
+            rich_help_panel=_STUDY,
+            help="Try the lambdas that make the penalty's gradient these shares of the task's.",
+        ),
+    ] = "0.03,0.1,0.3,1,3",
+    autoattack_samples: Annotated[
+        int,
+        typer.Option(
+            "--autoattack-samples",
+            metavar="N",
+            min=0,
+            rich_help_panel=_STUDY,
+            help="Test images for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it out.",
+        ),
+    ] = 24,
+    check_samples: Annotated[
+        int,
+        typer.Option(
+            "--check-samples",
+            metavar="N",
+            min=0,
+            rich_help_panel=_STUDY,
+            help="Test images on which the first seed's networks are checked for masked gradients.",
+        ),
+    ] = 96,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel="The run", help="Go on with the study in --out.")
+    ] = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare Vanilla, PAT and their hardened variants with penalties on random and on all neurons.
+
+    Lambda is chosen for each variant by a fixed rule on images that the final numbers do not use.
+    """
+    import torch
+    from torch import nn
+
+    from attackroute.cli.networks import spec_for
+    from attackroute.data import load_data
+    from attackroute.experiments.hardening_plan import StudyPlan
+    from attackroute.experiments.hardening_study import study_hardening
+    from attackroute.experiments.tables import save_result
+    from attackroute.models import build
+    from attackroute.train_settings import TrainSettings
+
+    output = Output(as_json, quiet)
+    home = options.resolve_device(device)
+    plan = StudyPlan(
+        eps=eps,
+        seeds=tuple(range(1, seeds + 1)),
+        shares=tuple(options.parse_number(text) for text in shares.split(",")),
+        training=TrainSettings(epochs=epochs, augment="crop"),
+        fine_tuning=TrainSettings(epochs=fine_epochs, lr=0.01, augment="crop"),
+        noise=noise,
+        autoattack_samples=autoattack_samples,
+        check_samples=check_samples,
+    )
+    train, test = (load_data(data, split=split, image_size=image_size) for split in ("train", "test"))
+    if train.split == "all":
+        raise UserError("the folder has no train/ and test/ (or val/), so there is nothing to judge on; divide it")
+    spec = spec_for(model, train, width=width)
+
+    def made(seed: int) -> nn.Module:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return build(spec).to(home)
+
+    folder = options.open_folder(out)
+    with output.progress("networks") as progress:
+        study = study_hardening(
+            made, train.dataset, test.dataset, plan, folder,
+            resume=resume, origin={"model": model, "width": width, "data": data}, progress=progress,
+        )  # fmt: skip
+    save_result(study, {}, folder, "study")
+    output.result({**study.about(), "rows": study.records()})
+    _show(output, study)
+    output.line(f"all numbers are in {folder / 'study.json'} and {folder / 'study.csv'}")
+
+
+def _show(output: Output, study: HardeningStudy) -> None:
+    from attackroute.experiments.hardening_plan import compared, judged
+    from attackroute.experiments.hardening_results import over_seeds, shown
+
+    output.line(f"Lambda, chosen on {study.tuning[0].reference.clean.total} validation images: {study.plan.rule}.")
+    output.table(
+        ["variant", *("lambda: clean, attacked" for _ in study.tuning[0].trials), "chosen"],
+        [
+            [
+                found.variant.name,
+                *(f"{t.lam:g}: {t.clean.value:.1%}, {t.attacked.value:.1%}" for t in found.trials),
+                f"{found.chosen.lam:g}",
+            ]
+            for found in study.tuning
+        ],
+    )
+    output.line(f"Test images, mean of {len(study.plan.seeds)} seeds (lowest-highest), eps {study.plan.eps:g}:")
+    output.table(
+        ["variant", *study.attacks, "signs of masking"],
+        [
+            [
+                variant.name,
+                *(over_seeds(study.accuracies(variant, attack)) for attack in study.attacks),
+                ", ".join(check.name for check in study.suspicious(variant)) or "none",
+            ]
+            for variant in judged()
+        ],
+    )
+    output.line(f"Paired differences under {study.plan.judge} in points, with 95 % intervals over images and seeds:")
+    output.table(
+        ["first", "verdict", "second", "difference"],
+        [
+            [first.name, found.verdict, second.name, shown(found)]
+            for first, second in compared()
+            for found in [study.difference(first, second, study.judge)]
+        ],
+    )
+    for found in study.outcomes:
+        if found.overlap is not None:
+            output.line(f"{found.variant.name}, seed {found.seed}: route of 10 % and of all images share at least "
+                        f"{found.overlap:.0%} a layer")
+        if found.departure is not None:
+            output.line(f"{found.variant.name}, seed {found.seed}: its weights end {found.departure:.1%} of the way "
+                        "from where the exact gradient leads, measured by what the penalty changed")

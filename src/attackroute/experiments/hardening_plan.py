@@ -1,0 +1,203 @@
+"""The plan of a hardening study: who is compared, with which lambda, on what. It is fixed before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attackroute.accuracy import Accuracy
+from attackroute.attacks import Perturbation, parse_attack
+from attackroute.errors import UserError
+from attackroute.penalised import GRADIENT, PENALTIES, WEIGHT
+from attackroute.penalties import APPROXIMATE, EXACT
+from attackroute.route_tracing import ROUTE, TARGETS
+from attackroute.train_settings import TrainSettings
+
+VANILLA, PAT = "Vanilla", "PAT"
+BASES = (VANILLA, PAT)
+
+RULE = (
+    "of the lambdas with which clean accuracy on the validation images is at most {tolerance:.0%} below that of the "
+    "same fine-tuning without a penalty, the one with the highest accuracy under {judge} there, the smaller one of "
+    "equals; if there is none, the smallest"
+)
+
+_LETTERS = {GRADIENT: "g", WEIGHT: "w"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        base: ``"Vanilla"`` or ``"PAT"``: what the network was trained with, and is fine-tuned with.
+        tuned: Whether it is fine-tuned at all.
+        penalty: ``"gradient"``, ``"weight"``, or None for fine-tuning alone.
+        target: Whose neurons are punished.
+        method: Of the gradient penalty.
+    """
+
+    base: str
+    tuned: bool = True
+    penalty: str | None = None
+    target: str = ROUTE
+    method: str = EXACT
+
+    @property
+    def name(self) -> str:
+        """As the paper has it, with what is different from the paper: ``"PAT_g, random"``."""
+        if not self.tuned:
+            return self.base
+        if self.penalty is None:
+            return f"{self.base}, no penalty"
+        notes = [] if self.target == ROUTE else [self.target]
+        notes += [] if self.method == EXACT else ["approximation"]
+        return ", ".join([f"{self.base}_{_LETTERS[self.penalty]}", *notes])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One lambda that was tried.
+
+    Attributes:
+        lam: The factor.
+        clean: On clean validation images.
+        attacked: On the same under the attack that judges.
+    """
+
+    lam: float
+    clean: Accuracy
+    attacked: Accuracy
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Everything that is decided beforehand.
+
+    Attributes:
+        eps: Radius of all attacks, in training and after it.
+        seeds: One network is trained, fine-tuned and judged for each.
+        tuning_seed: The network on which lambda is chosen; none of the above.
+        shares: Lambda is tried where it makes the penalty's gradient these shares of the task's, for the route's
+            neurons; the same lambdas are tried for the controls.
+        tolerance: Clean accuracy that a lambda may cost.
+        validation: Share of the training images that choose lambda; no network learns from them.
+        training: Of the networks; ``seed`` is replaced.
+        fine_tuning: Of the variants; ``seed`` is replaced.
+        noise: Standard deviation of the Gaussian noise.
+        autoattack_samples: Test images for AutoAttack; 0 leaves it out.
+        check_samples: Test images on which the first seed's networks are checked for masked gradients; 0 for none.
+
+    Raises:
+        UserError: A number is out of range, or the tuning network is among those that are judged.
+    """
+
+    eps: float = 0.1
+    seeds: Sequence[int] = (1, 2, 3)
+    tuning_seed: int = 0
+    shares: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    tolerance: float = 0.02
+    validation: float = 0.2
+    training: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=8, augment="crop"))
+    fine_tuning: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=2, lr=0.01, augment="crop"))
+    noise: float = 0.2
+    autoattack_samples: int = 16
+    check_samples: int = 96
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError("a study needs seeds, each once")
+        if self.tuning_seed in self.seeds:
+            raise UserError(f"seed {self.tuning_seed} chooses lambda, so it cannot be judged too; take other seeds")
+        if not self.shares or not all(0 < share < float("inf") for share in self.shares):
+            raise UserError("the shares to try must be numbers above 0")
+        if not 0 < self.validation < 1:
+            raise UserError(f"a share of {self.validation} of the training images cannot choose lambda; take 0.2")
+        if not 0 <= self.tolerance <= 1:
+            raise UserError(f"a tolerance of {self.tolerance} is outside [0, 1]; 0.02 allows two points")
+        if self.autoattack_samples < 0 or self.check_samples < 0:
+            raise UserError("numbers of images are at least 0")
+
+    @property
+    def training_attack(self) -> str:
+        """What PAT trains against."""
+        return f"pgd:eps={self.eps},steps=3,step_size={self.eps / 2}"
+
+    @property
+    def judge(self) -> Perturbation:
+        """The attack that chooses lambda and that the verdict is about: its steps reach all of the ball."""
+        return parse_attack(f"pgd:eps={self.eps},steps=10,step_size={self.eps / 4}")
+
+    @property
+    def attacks(self) -> tuple[Perturbation, ...]:
+        """What all test images are judged under."""
+        paper = [parse_attack(name, eps=self.eps) for name in ("fgsm", "mi-fgsm")]
+        return (*paper, self.judge, parse_attack(f"gaussian-noise:std={self.noise}"))
+
+    @property
+    def rule(self) -> str:
+        """How lambda is chosen."""
+        return RULE.format(tolerance=self.tolerance, judge=self.judge)
+
+    def choose(self, trials: Sequence[Trial], reference: Accuracy) -> Trial:
+        """Apply the rule.
+
+        Args:
+            trials: At least one, by rising lambda.
+            reference: Clean accuracy without a penalty.
+        """
+        allowed = [trial for trial in trials if trial.clean.value >= reference.value - self.tolerance]
+        return max(allowed or trials[:1], key=lambda trial: (trial.attacked.value, -trial.lam))
+
+    def terms(self) -> dict[str, Any]:
+        """All that must be the same for a study to go on; seeds may be added."""
+        return {
+            "eps": self.eps,
+            "tuning_seed": self.tuning_seed,
+            "shares": list(self.shares),
+            "tolerance": self.tolerance,
+            "validation": self.validation,
+            "training": _plain(self.training),
+            "fine_tuning": _plain(self.fine_tuning),
+            "noise": self.noise,
+            "autoattack_samples": self.autoattack_samples,
+            "check_samples": self.check_samples,
+        }
+
+
+def punished() -> Iterator[Variant]:
+    """The variants that have a lambda of their own to be chosen."""
+    for base in BASES:
+        for penalty in PENALTIES:
+            for target in TARGETS:
+                yield Variant(base, True, penalty, target)
+
+
+def judged() -> Iterator[Variant]:
+    """All variants, in the order of the tables."""
+    for base in BASES:
+        yield Variant(base, tuned=False)
+        yield Variant(base)
+        for variant in punished():
+            if variant.base == base:
+                yield variant
+            if variant == Variant(base, True, GRADIENT, TARGETS[-1]):
+                yield Variant(base, True, GRADIENT, ROUTE, APPROXIMATE)
+
+
+def compared() -> Iterator[tuple[Variant, Variant]]:
+    """Pairs whose difference is looked at: a variant, and what it should beat."""
+    for base in BASES:
+        yield Variant(base), Variant(base, tuned=False)
+        for penalty in PENALTIES:
+            ours = Variant(base, True, penalty)
+            yield ours, Variant(base)
+            for target in TARGETS:
+                if target != ROUTE:
+                    yield ours, Variant(base, True, penalty, target)
+        yield Variant(base, True, GRADIENT, ROUTE, APPROXIMATE), Variant(base, True, GRADIENT)
+
+
+def _plain(settings: TrainSettings) -> Mapping[str, Any]:
+    return {name: value for name, value in vars(settings).items() if name != "seed"}

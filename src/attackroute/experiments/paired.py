@@ -1,0 +1,63 @@
+"""The difference between two ways to train, on the same images and from the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+BEATS, LOSES, UNDECIDED = "beats", "loses to", "undecided against"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much more accurate one of two is, with two 95 % intervals.
+
+    Attributes:
+        value: Mean over seeds and images, in [-1, 1].
+        over_images: For other images and these very networks: the normal interval of the images' mean differences.
+        over_seeds: For other networks and these very images: Student's interval of the seeds' differences; None with
+            a single seed.
+    """
+
+    value: float
+    over_images: tuple[float, float]
+    over_seeds: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> PairedDifference:
+        """Compare two.
+
+        Args:
+            first: For each seed, whether each image was classified correctly.
+            second: The same of the other, for the same seeds and images in the same order.
+        """
+        from scipy.stats import t
+
+        gains = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+        seeds, images = gains.shape
+        value = float(gains.mean())
+        spread = _Z95 * _deviation(gains.mean(0)) / math.sqrt(images)
+        over_images = value - spread, value + spread
+        if seeds == 1:
+            return cls(value, over_images, None)
+        spread = float(t.ppf(0.975, seeds - 1)) * _deviation(gains.mean(1)) / math.sqrt(seeds)
+        return cls(value, over_images, (value - spread, value + spread))
+
+    @property
+    def verdict(self) -> str:
+        """``"beats"`` or ``"loses to"`` where both intervals leave out zero on the same side."""
+        intervals = (self.over_images, self.over_seeds)
+        if all(interval is not None and interval[0] > 0 for interval in intervals):
+            return BEATS
+        if all(interval is not None and interval[1] < 0 for interval in intervals):
+            return LOSES
+        return UNDECIDED
+
+
+def _deviation(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
