@@ -308,7 +308,7 @@ def test_a_hostile_state_is_not_run(tmp_path: Path, archive: bool) -> None:
 
 @pytest.mark.parametrize(
     ("stored", "message"),
-    [({"format": 2, "sums": {}, "run": {}}, "format 2"), ({"model": 1}, STATE), ([1, 2], STATE)],
+    [({"format": 1, "sums": {}, "run": {}}, "format 1"), ({"model": 1}, STATE), ([1, 2], STATE)],
 )
 def test_a_foreign_state_is_refused(tmp_path: Path, stored: object, message: str) -> None:
     torch.save(stored, tmp_path / STATE)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from attackroute import checkpoints
+from attackroute import checkpoints, training
 from attackroute.attacks import PGD
 from attackroute.batches import derived_generator, shuffled
 from attackroute.checkpoints import BEST, LAST
@@ -176,6 +176,43 @@ def test_pgd_training_makes_robust() -> None:
         ).last  # fmt: skip
         robust[attack] = record.robust.value if record.robust else 0.0
     assert robust["pgd:eps=0.3,steps=5,step_size=0.1"] > robust[None] + 0.1
+
+
+class HeldNorm(nn.BatchNorm2d):
+    """Normalises by its running statistics, in training too."""
+
+    def train(self, mode: bool = True) -> HeldNorm:
+        return super().train(False)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8, 50])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"penalty": None}, {"penalty": None, "attack": ATTACK}, {"penalty": ("gradient", "weight")},
+        {"penalty": "gradient", "attack": ATTACK},
+    ],
+)  # fmt: skip
+def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
+    options: dict[str, Any], parts: int
+) -> None:
+    def run(accumulate: int) -> tuple[dict[str, Tensor], HardenResult]:
+        model = toy_network(dropout=0.0)
+        for place in (1, 5):
+            norm = HeldNorm(model[place].num_features)
+            norm.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(place))
+            model[place] = norm
+        settings = replace(SETTINGS, batch_size=11, accumulate=accumulate, clip_norm=0.5)
+        route = None if options["penalty"] is None else HALF
+        return hardened(model, settings=settings, route=route, **options)
+
+    (wanted, whole), (found, result) = run(1), run(parts)
+    start = weights_of(toy_network())
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(start[name], wanted[name]) for name in ("0.weight", "4.weight", "9.weight"))
+    assert result.training.last.loss == pytest.approx(whole.training.last.loss, rel=1e-4)
+    assert result.training.last.penalties == pytest.approx(whole.training.last.penalties, rel=1e-3)
 
 
 # --- routes -------------------------------------------------------------------------------------------------------
@@ -403,6 +440,7 @@ def serve(folder: Path, epochs: int) -> None:
     import torch._dynamo  # the first optimiser step would import it
 
     torch.set_num_threads(1)
+    training._SAVE_SECONDS = 0.0  # after every step
     while sys.stdin.readline():
         child = os.fork()
         if child == 0:

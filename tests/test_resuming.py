@@ -184,21 +184,117 @@ def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path, monkeypatch
     assert operations > 30
 
 
-def test_an_interruption_keeps_the_last_whole_epoch(tmp_path: Path) -> None:
-    whole, _ = trained()
-    for number, sent in enumerate((signal.SIGINT, signal.SIGTERM)):
-        folder = tmp_path / str(number)
-
-        def interrupt(done: int, total: int, message: str, sent: int = sent) -> None:
-            assert total == 9
-            if done == 5:
-                os.kill(os.getpid(), sent)
-
-        with pytest.raises(KeyboardInterrupt):
-            trained(folder=folder, progress=interrupt)
-        assert torch.load(folder / STATE, weights_only=True)["run"]["epoch"] == 1
-        assert identical(trained(folder=folder, resume=True)[0], whole)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("steps", [1, 3, 5, 9])
+def test_an_interruption_keeps_every_step(tmp_path: Path, steps: int, sent: signal.Signals) -> None:
+    whole, wanted = trained()
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder=tmp_path, progress=at_step(steps, lambda: os.kill(os.getpid(), sent)))
+    state = torch.load(tmp_path / STATE, weights_only=True)["run"]
+    assert (state["epoch"], state["step"]) == ((steps - 1) // 3, steps)
+    taken: list[int] = []
+    weights, result = trained(folder=tmp_path, resume=True, progress=lambda done, *_: taken.append(done))
+    assert taken == list(range(steps + 1, 10))
+    assert identical(weights, whole)
+    assert without_time(result.history) == without_time(wanted.history)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def at_step(step: int, action: Callable[[], object]) -> Callable[[int, int, str], None]:
+    return lambda done, *_: action() if done == step else None  # type: ignore[func-returns-value]
+
+
+def test_an_interruption_waits_for_the_step_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = trained()
+    step = torch.optim.SGD.step
+    countdown = iter(range(4, -1, -1))
+
+    def interrupted(optimiser: torch.optim.SGD, *args: Any) -> Any:
+        if next(countdown, None) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(optimiser, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder=tmp_path)
+    assert torch.load(tmp_path / STATE, weights_only=True)["run"]["step"] == 5
+    assert identical(trained(folder=tmp_path, resume=True)[0], whole)
+
+
+def test_a_second_interruption_does_not_wait_and_keeps_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = trained()
+    step = torch.optim.SGD.step
+    countdown = iter(range(4, -1, -1))
+
+    def interrupted(optimiser: torch.optim.SGD, *args: Any) -> Any:
+        if next(countdown, None) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the step went on")
+        return step(optimiser, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder=tmp_path)
+    assert torch.load(tmp_path / STATE, weights_only=True)["run"]["step"] == 3
+    assert identical(trained(folder=tmp_path, resume=True)[0], whole)
+
+
+@pytest.mark.parametrize("change", [*VARIANTS, {"accumulate": 3}])
+def test_long_epochs_are_saved_as_they_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    settings = replace(SETTINGS_USED, **change)
+    whole, wanted = trained(settings)
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+
+    def kill() -> None:
+        raise Killed
+
+    for steps in (1, 5, 8):
+        folder = tmp_path / str(steps)
+        with pytest.raises(Killed):  # before the step's own checkpoint
+            trained(settings, folder=folder, progress=at_step(steps + 1, kill))
+        assert torch.load(folder / STATE, weights_only=True)["run"]["step"] == steps
+        weights, result = trained(settings, folder=folder, resume=True)
+        assert identical(weights, whole)
+        assert without_time(result.history) == without_time(wanted.history)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_is_resumed_draws_the_same_random_data(tmp_path: Path, workers: int) -> None:
+    def run(**options: Any) -> dict[str, Tensor]:
+        model = toy_model()
+        train(model, Jittered(), None, replace(SETTINGS_USED, workers=workers, epochs=2), **options)
+        return weights_of(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder=tmp_path, progress=at_step(5, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert identical(run(folder=tmp_path, resume=True), run())
+
+
+def test_an_interrupted_test_is_all_that_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, wanted = trained()
+    count_correct = training.count_correct
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return count_correct(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "count_correct", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder=tmp_path)
+    taken: list[int] = []
+    weights, result = trained(folder=tmp_path, resume=True, progress=lambda done, *_: taken.append(done))
+    assert taken == list(range(4, 10))
+    assert identical(weights, whole)
+    assert without_time(result.history) == without_time(wanted.history)
 
 
 def test_progress_counts_every_step(tmp_path: Path) -> None:
@@ -215,7 +311,7 @@ def test_progress_counts_every_step(tmp_path: Path) -> None:
     [
         {"epochs": 4}, {"batch_size": 4}, {"lr": 0.06}, {"momentum": 0.8}, {"weight_decay": 0.0}, {"seed": 12},
         {"schedule": "cosine"}, {"augment": "none"}, {"clip_norm": 1.0}, {"amp": True}, {"channels_last": True},
-        {"workers": 1},
+        {"workers": 1}, {"accumulate": 2},
     ],
 )  # fmt: skip
 def test_resuming_with_other_settings_names_the_setting(tmp_path: Path, change: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ STATE = "state.pt"
 LOG = "log.jsonl"
 SETTINGS = "settings.json"
 
-_FORMAT = 1
+_FORMAT = 2
 _NEW = ".new"
 
 
@@ -50,6 +50,15 @@ class Checkpoint:
 
     weights: Mapping[str, Tensor]
     state: Mapping[str, Any]
+
+    def require_fit(self, terms: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
+        """Require that a run on these terms, of a model with such weights, is the one in the folder.
+
+        Raises:
+            UserError: It is another one, and what is different.
+        """
+        _check_terms(self.state["terms"], terms, path)
+        _check_weights_fit(self.weights, weights, path)
 
 
 class RunFolder:
@@ -170,6 +179,31 @@ class RunFolder:
         if not new.exists() or _digest(new.read_bytes()) != expected:
             raise _damaged(path)
         self._publish(name)
+
+
+def _check_terms(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    for name in dict.fromkeys([*wanted, *stored]):
+        value = wanted.get(name)
+        if stored.get(name) == value:
+            continue
+        if name == "trainable":
+            raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
+        raise UserError(
+            f"the run in {path} has {name} {stored.get(name)!r}, not {value!r}; "
+            "give the same value to resume it, or choose another folder"
+        )
+
+
+def _check_weights_fit(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    for name in [*wanted, *stored]:
+        kinds = [
+            f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing" for side in (stored, wanted)
+        ]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"the run in {path} is of another model: {name} is {kinds[0]} there and {kinds[1]} here; "
+                "give the same model or choose another folder"
+            )
 
 
 def _read_state(path: Path) -> dict[str, Any]:

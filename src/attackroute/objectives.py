@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,46 @@ class Objective:
         with batch.autocast():
             attacked = self.attack(model, batch.images, batch.targets, generator=batch.draws)
         return attacked.detach().to(batch.images)
+
+
+def backward_in_parts(
+    objective: Objective, model: nn.Module, batch: Batch, parts: int, scale: Callable[[Tensor], Tensor]
+) -> StepLosses:
+    """Add a batch's gradients to those of the parameters, part by part, so that memory is that of one part.
+
+    The losses are means over samples, so that in a network whose samples do not meet (batch norms in eval mode, no
+    dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included.
+
+    Args:
+        objective: What is minimised.
+        model: The network.
+        batch: The whole batch.
+        parts: In how many parts of nearly equal size it is taken, at most one a sample.
+        scale: Applied to every loss before its backward pass.
+
+    Returns:
+        The whole batch's losses; ``total`` is detached.
+    """
+    count = len(batch.images)
+    found, start = [], batch.draws.get_state()
+    for images, labels, targets in zip(
+        *(values.tensor_split(min(parts, count)) for values in (batch.images, batch.labels, batch.targets)), strict=True
+    ):
+        batch.draws.set_state(start)  # an attack's random numbers belong to the image, not to its part
+        losses = objective.losses(model, replace(batch, images=images, labels=labels, targets=targets))
+        share = len(images) / count
+        scale(losses.total * share).backward()  # type: ignore[no-untyped-call]
+        found.append((share, losses))
+
+    def mean(value: Callable[[StepLosses], Tensor]) -> Tensor:
+        return torch.stack([share * value(losses).detach() for share, losses in found]).sum()
+
+    return StepLosses(
+        mean(lambda losses: losses.total),
+        mean(lambda losses: losses.task),
+        torch.cat([losses.logits for _, losses in found]),
+        {name: mean(lambda losses, name=name: losses.penalties[name]) for name in found[0][1].penalties},  # type: ignore[misc]
+    )
 
 
 def task_loss(logits: Tensor, targets: Tensor) -> Tensor:

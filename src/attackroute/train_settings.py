@@ -27,6 +27,8 @@ class TrainSettings:
         weight_decay: L2 penalty on all parameters.
         schedule: ``"one-cycle"`` or ``"cosine"``, see :func:`attackroute.schedules.learning_rate`.
         augment: ``"none"``, ``"crop"`` or ``"crop-flip"``, see :func:`attackroute.augmentation.augment`.
+        accumulate: Take each batch in so many parts, one after the other, and step once: memory is that of a part.
+            Batch norms and the gradient penalty's approximation then see a part at a time.
         clip_norm: Largest norm of the whole gradient; None leaves it as it is.
         amp: Mixed precision where the device has autocast: bfloat16, or float16 with a scaled loss on GPUs without
             it.
@@ -47,6 +49,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     schedule: Schedule = "one-cycle"
     augment: Augment = "none"
+    accumulate: int = 1
     clip_norm: float | None = None
     amp: bool = False
     channels_last: bool = False
@@ -65,6 +68,7 @@ class TrainSettings:
         )  # fmt: skip
         _check(self.schedule in get_args(Schedule), "schedule", self.schedule, _one_of(Schedule))
         _check(self.augment in get_args(Augment), "augment", self.augment, _one_of(Augment))
+        _check(_is_integer(self.accumulate, 1), "accumulate", self.accumulate, "an integer of at least 1")
         _check(
             self.clip_norm is None or (_is_number(self.clip_norm) and self.clip_norm > 0),
             "clip_norm", self.clip_norm, "a number above 0, or None",

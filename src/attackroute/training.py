@@ -2,18 +2,20 @@
 
 Data order, augmentation and dropout of an epoch derive from the seed and the epoch's number, and the learning rate and
 an attack's random numbers from the step's, so a checkpoint at an epoch's end needs no generator or schedule state:
-weights, momentum, counters and what the objective holds are all there is. An epoch that was cut short is repeated.
+weights, momentum, counters and what the objective holds are all there is. Within an epoch, which is saved every ten
+minutes and when it is interrupted, the generators' states join them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,10 @@ from attackroute.batches import (
 from attackroute.checkpoints import LOG, SETTINGS, Checkpoint, RunFolder
 from attackroute.errors import UserError
 from attackroute.history import EpochRecord, TrainResult, best_epoch, from_plain, log_line, to_plain
-from attackroute.interruption import terminated_as_interrupted
+from attackroute.interruption import HeldSignals, terminated_as_interrupted
 from attackroute.modes import in_channels_last, kept_modes
-from attackroute.objectives import Batch, Objective, StepLosses
+from attackroute.objectives import Batch, Objective, StepLosses, backward_in_parts
+from attackroute.partial_epoch import PartialEpoch, RandomStates
 from attackroute.schedules import learning_rate
 from attackroute.train_settings import TrainSettings
 
@@ -48,6 +51,7 @@ __all__ = ["EpochRecord", "TrainResult", "TrainSettings", "fit", "train"]
 
 _TRAIN, _TEST = "training data", "test data"
 _DEFAULTS = TrainSettings()
+_SAVE_SECONDS = 600.0
 
 
 def train(
@@ -91,7 +95,8 @@ def train(
     Raises:
         UserError: Malformed data or labels outside the logits, a folder that cannot be used, a run with other
             settings in it, or a loss or weights that are no longer finite.
-        KeyboardInterrupt: On SIGINT, and in the main thread also on SIGTERM. The folder keeps the last whole epoch.
+        KeyboardInterrupt: On SIGINT, and in the main thread also on SIGTERM, after the step that is under way; the
+            folder keeps all steps. A second one does not wait, and the folder keeps what was saved before.
     """
     return fit(
         model, train_data, test_data, settings, Objective(attack),
@@ -117,6 +122,7 @@ def fit(
     run = _Run(model, train_data, test_data, settings, objective, RunFolder(folder) if folder is not None else None)
     with ExitStack() as stack:
         stack.enter_context(terminated_as_interrupted())
+        stack.enter_context(run.signals)
         stack.enter_context(kept_modes(model))
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
         if settings.channels_last:
@@ -161,6 +167,11 @@ class _Run:
         self.amp = _autocast_type(self.device) if settings.amp else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
         self.history: list[EpochRecord] = []
+        self.partial: PartialEpoch | None = None
+        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.torn = False
+        self.started = 0.0
+        self.signals = HeldSignals()
 
     def _check_model(self) -> None:
         if not self.trainable:
@@ -207,62 +218,115 @@ class _Run:
     def save(self, record: EpochRecord) -> None:
         """Add an epoch to the history and put its checkpoint on disk."""
         self.history.append(record)
+        self.partial = None
         if self.folder is not None:
             self.folder.save(self._checkpoint(), best=best_epoch(self.history) is record)
             self._write_log(self.folder)
 
     def epoch(self, epoch: int, progress: Callable[[int, int, str], None] | None) -> EpochRecord:
-        """Train for one epoch and test."""
-        started = time.perf_counter()
+        """Train for one epoch and test; an interruption leaves a checkpoint of the steps that were taken."""
         settings = self.settings
-        first, total = (epoch - 1) * self.steps, settings.epochs * self.steps
-        _seed_device(self.device, derived_seed(settings.seed, "model", epoch))
+        self.started = time.perf_counter()
         views = derived_generator(settings.seed, "augment", epoch)
+        if self.partial is None:
+            _seed_device(self.device, derived_seed(settings.seed, "model", epoch))
+            self.objective.begin_epoch(self.model, self.train_data, epoch)
+            self.partial = PartialEpoch(RandomStates.read(views, self.device))
         batches = shuffled(self.samples, settings.batch_size, settings.seed, epoch)
+        try:
+            self._learn(self.partial, batches, views, epoch, progress)
+            return self._finished(self.partial, batches, epoch)
+        except KeyboardInterrupt:
+            self._save_partial(epoch)
+            raise
+
+    def _learn(
+        self,
+        part: PartialEpoch,
+        batches: list[list[int]],
+        views: torch.Generator,
+        epoch: int,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        """Take the epoch's steps that are left."""
+        settings, saved = self.settings, time.monotonic()
+        first, total = (epoch - 1) * self.steps, settings.epochs * self.steps
         interval = _loss_interval(self.device)
-        losses: list[list[float]] = []
-        unread: list[Tensor] = []
-        names: list[str] = []
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        rate = settings.lr
-        self.objective.begin_epoch(self.model, self.train_data, epoch)
         self.model.train()
+        # workers have random states of their own, which only replaying brings back
+        skipped = part.step if settings.workers == 0 else 0
+        replayed = part.step - skipped
         loader = load(
             self.train_data,
-            batches,
+            batches[skipped:],
             generator=derived_generator(settings.seed, "workers", epoch),
             workers=settings.workers,
             pin_memory=self.device.type == "cuda",
         )
-        for step, batch in enumerate(loader, start=1):
-            rate = learning_rate(settings.schedule, settings.lr, first + step - 1, total)
-            draws = derived_generator(settings.seed, "attack", first + step)
-            try:
-                step_losses, hits = self._step(*checked(batch, _TRAIN), rate, views, draws)
-            except UserError as error:
-                if self._finite_weights():
-                    raise
-                raise self._diverged(epoch, step, f"the weights are no longer finite ({error})") from error
-            correct += hits
-            names = list(step_losses.penalties)
-            unread.append(torch.stack([step_losses.task, *step_losses.penalties.values()]))
-            if len(unread) == interval or step == len(batches):
-                losses += self._finite(torch.stack(unread).tolist(), epoch, len(losses))
-                unread.clear()
+        part.random.write(views, self.device)
+        for batch in itertools.islice(loader, replayed, None):
+            number = first + part.step
+            rate = learning_rate(settings.schedule, settings.lr, number, total)
+            draws = derived_generator(settings.seed, "attack", number + 1)
+            with self.signals.held():
+                self.torn = True
+                try:
+                    step_losses, hits = self._step(*checked(batch, _TRAIN), rate, views, draws)
+                except UserError as error:
+                    if self._finite_weights():
+                        raise
+                    reason = f"the weights are no longer finite ({error})"
+                    raise self._diverged(epoch, part.step + 1, reason) from error
+                part.names = list(step_losses.penalties)
+                self.unread.append((torch.stack([step_losses.task, *step_losses.penalties.values()]), hits))
+                part.step += 1
+                part.random = RandomStates.read(views, self.device)
+                self.torn = False
+            if len(self.unread) == interval or part.step == len(batches):
+                self._read_losses(part, epoch)
             if progress is not None:
-                latest = f", loss {losses[-1][0]:.3f}" if losses else ""
-                progress(first + step, total, f"epoch {epoch}/{settings.epochs}{latest}")
+                latest = f", loss {part.losses[-1][0]:.3f}" if part.losses else ""
+                progress(first + part.step, total, f"epoch {epoch}/{settings.epochs}{latest}")
+            if time.monotonic() - saved > _SAVE_SECONDS and part.step < len(batches):
+                self._save_partial(epoch)
+                saved = time.monotonic()
+
+    def _finished(self, part: PartialEpoch, batches: list[list[int]], epoch: int) -> EpochRecord:
+        """Test, and sum up."""
         self._check_weights(epoch)
-        loss, *penalties = (
-            math.fsum(value * len(batch) for value, batch in zip(column, batches, strict=True)) / self.samples
-            for column in zip(*losses, strict=True)
-        )
-        hits_in_all = Accuracy(int(correct), self.samples)
+        loss, *penalties = part.means([len(batch) for batch in batches])
         test, robust = self._test(epoch), self._test(epoch, self.objective.attack) if self.objective.attack else None
-        seconds = time.perf_counter() - started
-        return EpochRecord(
-            epoch, loss, hits_in_all, test, rate, seconds, robust, dict(zip(names, penalties, strict=True))
+        rate = learning_rate(
+            self.settings.schedule, self.settings.lr, epoch * self.steps - 1, self.settings.epochs * self.steps
         )
+        return EpochRecord(
+            epoch,
+            loss,
+            Accuracy(part.correct, self.samples),
+            test,
+            rate,
+            part.seconds + time.perf_counter() - self.started,
+            robust,
+            dict(zip(part.names, penalties, strict=True)),
+        )
+
+    def _read_losses(self, part: PartialEpoch, epoch: int) -> None:
+        """Look at the losses of the last steps; on an accelerator, this waits for it."""
+        if not self.unread:
+            return
+        losses, hits = zip(*self.unread, strict=True)
+        self.unread.clear()
+        part.losses += self._finite(torch.stack(losses).tolist(), epoch, len(part.losses))
+        part.correct += int(torch.stack(hits).sum())
+
+    def _save_partial(self, epoch: int) -> None:
+        """Put the steps of the epoch so far on disk, unless a step broke off in the middle."""
+        if self.folder is None or self.partial is None or self.torn:
+            return
+        self._read_losses(self.partial, epoch)
+        self._check_weights(epoch)
+        seconds = self.partial.seconds + time.perf_counter() - self.started
+        self.folder.save(self._checkpoint(replace(self.partial, seconds=seconds)), best=False)
 
     def _step(
         self, images: Tensor, labels: Tensor, rate: float, views: torch.Generator, draws: torch.Generator
@@ -271,9 +335,9 @@ class _Run:
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         targets = labels.to(self.device, non_blocking=True)
-        losses = self.objective.losses(self.model, Batch(images, labels, targets, draws, self._autocast))
+        batch = Batch(images, labels, targets, draws, self._autocast)
         self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        losses = backward_in_parts(self.objective, self.model, batch, self.settings.accumulate, self.scaler.scale)
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.clip_norm)
@@ -335,11 +399,12 @@ class _Run:
             "trainable": list(self.trainable),
         }
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self, partial: PartialEpoch | None = None) -> Checkpoint:
         state = {
             "terms": self._terms(),
             "epoch": len(self.history),
-            "step": len(self.history) * self.steps,
+            "step": len(self.history) * self.steps + (partial.step if partial is not None else 0),
+            "partial": None if partial is None else partial.to_plain(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": [to_plain(record) for record in self.history],
@@ -348,42 +413,18 @@ class _Run:
         return Checkpoint(self.model.state_dict(), state)
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
-        _check_terms(checkpoint.state["terms"], self._terms(), path)
-        _check_weights_fit(checkpoint.weights, self.model.state_dict(), path)
+        checkpoint.require_fit(self._terms(), self.model.state_dict(), path)
         self.model.load_state_dict(dict(checkpoint.weights))
         self.optimiser.load_state_dict(checkpoint.state["optimiser"])
         if checkpoint.state["scaler"]:  # empty where the loss was not scaled
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.history = [from_plain(stored) for stored in checkpoint.state["history"]]
+        partial = checkpoint.state["partial"]
+        self.partial = None if partial is None else PartialEpoch.from_plain(partial)
         self.objective.restore(self.model, self.train_data, checkpoint.state["objective"])
 
     def _write_log(self, folder: RunFolder) -> None:
         folder.write_text(LOG, "".join(log_line(record) + "\n" for record in self.history))
-
-
-def _check_terms(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    for name in dict.fromkeys([*wanted, *stored]):
-        value = wanted.get(name)
-        if stored.get(name) == value:
-            continue
-        if name == "trainable":
-            raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
-        raise UserError(
-            f"the run in {path} has {name} {stored.get(name)!r}, not {value!r}; "
-            "give the same value to resume it, or choose another folder"
-        )
-
-
-def _check_weights_fit(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    for name in [*wanted, *stored]:
-        kinds = [
-            f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing" for side in (stored, wanted)
-        ]
-        if kinds[0] != kinds[1]:
-            raise UserError(
-                f"the run in {path} is of another model: {name} is {kinds[0]} there and {kinds[1]} here; "
-                "give the same model or choose another folder"
-            )
 
 
 def _loss_interval(device: torch.device) -> int:

@@ -109,7 +109,7 @@ def harden_study(
             rich_help_panel=_STUDY,
             help="Test images for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it out.",
         ),
-    ] = 24,
+    ] = 16,
     check_samples: Annotated[
         int,
         typer.Option(
@@ -215,8 +215,12 @@ def _show(output: Output, study: HardeningStudy) -> None:
     )
     for found in study.outcomes:
         if found.overlap is not None:
-            output.line(f"{found.variant.name}, seed {found.seed}: route of 10 % and of all images share at least "
-                        f"{found.overlap:.0%} a layer")
+            output.line(
+                f"{found.variant.name}, seed {found.seed}: route of 10 % and of all images share at least "
+                f"{found.overlap:.0%} a layer"
+            )
         if found.departure is not None:
-            output.line(f"{found.variant.name}, seed {found.seed}: its weights end {found.departure:.1%} of the way "
-                        "from where the exact gradient leads, measured by what the penalty changed")
+            output.line(
+                f"{found.variant.name}, seed {found.seed}: its weights end {found.departure:.1%} of the way "
+                "from where the exact gradient leads, measured by what the penalty changed"
+            )

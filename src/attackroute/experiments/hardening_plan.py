@@ -1,4 +1,4 @@
-"""The plan of a hardening study: who is compared, with which lambda, on what. It is fixed before anything is measured."""
+"""The plan of a hardening study: who is compared, with which lambda, on what; fixed before anything is measured."""
 
 from __future__ import annotations
 
@@ -154,6 +154,9 @@ class StudyPlan:
         """All that must be the same for a study to go on; seeds may be added."""
         return {
             "eps": self.eps,
+            "training_attack": self.training_attack,
+            "attacks": [str(attack) for attack in self.attacks],
+            "judge": str(self.judge),
             "tuning_seed": self.tuning_seed,
             "shares": list(self.shares),
             "tolerance": self.tolerance,

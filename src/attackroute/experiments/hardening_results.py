@@ -131,9 +131,6 @@ class HardeningStudy:
         return {
             **self.terms,
             "seeds": list(self.plan.seeds),
-            "training_attack": self.plan.training_attack,
-            "attacks": [str(attack) for attack in self.plan.attacks],
-            "judge": str(self.plan.judge),
             "rule": self.plan.rule,
             "tuning": [_tuning(found) for found in self.tuning],
             "differences": [

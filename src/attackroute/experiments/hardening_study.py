@@ -4,8 +4,8 @@ A network is trained without and with PGD; each is fine-tuned without a penalty 
 neurons, on as many random ones off it, and on all. Every penalised variant gets the lambda that a fixed rule chooses on
 validation images, on a network of another seed. Only then are the test images looked at.
 
-In the folder every variant has a folder of its own, with its weights and its evaluation; ``tuning.jsonl`` holds what the
-lambdas were chosen from. A study that was broken off goes on where it was.
+In the folder every variant has a folder of its own, with its weights and its evaluation; ``tuning.jsonl`` holds what
+the lambdas were chosen from. A study that was broken off goes on where it was.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def study_hardening(
         UserError: The folder holds a study although ``resume`` is false, or one on other terms; or what training,
             hardening and evaluation raise.
     """
-    sizes = {"train_samples": count_samples(train_data, "training data"), "test_samples": count_samples(test_data, "test data")}
+    sizes = {
+        "train_samples": count_samples(train_data, "training data"),
+        "test_samples": count_samples(test_data, "test data"),
+    }
     terms = {**(origin or {}), **plan.terms(), **sizes}
     journal = Journal(folder / TUNING, terms)
     if resume:
@@ -210,9 +213,7 @@ class _Study:
             progress=self._steps(title),
         )
 
-    def _judged(
-        self, networks: Mapping[str, nn.Module], variant: Variant, seed: int, lam: float | None
-    ) -> Outcome:
+    def _judged(self, networks: Mapping[str, nn.Module], variant: Variant, seed: int, lam: float | None) -> Outcome:
         title, home = f"{variant.name}, seed {seed}", self._home(seed, variant.name)
         self.count.begin(title)
         model = copy.deepcopy(networks[variant.base])
