@@ -59,7 +59,8 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hardened(trained: Path, pictures: Path, *arguments: object) -> Any:
     return run(
         "harden", "--model", trained, "--data", f"folder:{pictures}", "--epochs", 2, "--batch-size", 8,
-        "--route-samples", 0.5, "--evaluate", "fgsm", "--evaluate", "pgd:steps=2", *arguments,
+        "--route-samples", 0.5, "--evaluate", "fgsm", "--evaluate", "pgd:steps=2", "--check-samples", 0,
+        "--holdout", 0, *arguments,
     )  # fmt: skip
 
 
@@ -114,8 +115,11 @@ def test_a_sweep_writes_nothing_and_shows_every_factor(trained: Path, pictures: 
     before = sorted(path.name for path in trained.iterdir())
     result = hardened(trained, pictures, "--sweep", "0.01,1/10")
     assert result.exit_code == 0, result.output
-    rows = [line.split()[0] for line in result.stdout.splitlines() if line.split() and "%" in line]
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.count("%") == 3]
     assert rows == ["before", "0.01", "0.1"]
+    assert "on 12 test images" in result.stdout
+    held = hardened(trained, pictures, "--sweep", "0.01,0.1", "--holdout", 0.25)
+    assert "on 6 held-out images" in held.stdout
     assert sorted(path.name for path in trained.iterdir()) == before
 
 

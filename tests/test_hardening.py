@@ -223,10 +223,16 @@ def test_the_route_is_traced_from_a_share_of_the_samples(tmp_path: Path) -> None
     order = torch.randperm(24, generator=derived_generator(SETTINGS.seed, "route", 0))[:12].sort().values
     images, labels = (part[order] for part in toy_data().tensors)
     expected = trace_routes(model, (images, labels), 0.2).aggregate(0.3)
-    weights, result = hardened(model, folder=tmp_path / "a", compare_full=True)
+    weights, result = hardened(model, folder=tmp_path / "a")
     assert result.route == expected == Route.load(tmp_path / "a" / ROUTE_FILE)
     everything = trace_routes(toy_network(), toy_data().tensors, 0.2).aggregate(0.3)
-    assert result.overlap == min(expected.overlap(everything).values())
+    assert result.overlap is not None
+    shared = sum(len({*expected[layer].tolist()} & {*everything[layer].tolist()}) for layer in expected)
+    assert (result.overlap.shared, result.overlap.size) == (shared, expected.size)
+    assert result.overlap.least == min(expected.overlap(everything).values())
+    assert result.overlap.share == shared / expected.size
+    assert hardened(toy_network(), compare_full=False)[1].overlap is None
+    assert hardened(toy_network(), route_samples=1.0)[1].overlap is None
     expected.save(tmp_path / "route.json")
     for route in (expected, tmp_path / "route.json"):
         assert identical(hardened(route=route)[0], weights)
@@ -314,6 +320,7 @@ def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoc
         assert identical(load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name))
     assert without_time(result.training.history) == without_time(wanted.training.history)
     assert (result.route, result.changes, result.strengths) == (wanted.route, wanted.changes, wanted.strengths)
+    assert result.overlap == wanted.overlap
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from attackroute.history import EpochRecord, TrainResult
 from attackroute.objectives import Objective
 from attackroute.penalised import PENALTIES, Penalised, PenaltySettings
 from attackroute.penalties import EXACT
-from attackroute.route_tracing import ROUTE, RouteChange, RouteTracing
+from attackroute.route_tracing import ROUTE, RouteChange, RouteOverlap, RouteTracing
 from attackroute.routes import Route
 from attackroute.train_settings import TrainSettings
 from attackroute.training import fit
@@ -28,6 +28,10 @@ ROUTE_FILE = "route.json"
 
 Samples = Dataset[Any] | DataLoader[Any] | ImageData | tuple[Tensor, Tensor]
 """A data set, a DataLoader (for its data set), the images of ``ar.load_data``, or a pair of tensors."""
+
+
+Factor = float | Mapping[str, float]
+"""Lambda: one for all penalties, or one for each by its name."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,15 @@ class HardenResult:
         changes: What each new trace of the route changed.
         strengths: For each penalty, the norm of its gradient over that of the task's, before the first step and for a
             lambda of 1. Lambda times this number is the penalty's share in the first step.
-        overlap: The least share of the route's neurons, over layers, that the route of all the training samples has
-            too, both for the initial network; None where it was not asked for.
+        overlap: How much of the first route that of all the training samples has too; None where it was not traced from
+            a part of them, or the comparison was not asked for.
     """
 
     training: TrainResult
     route: Route | None
     changes: tuple[RouteChange, ...]
     strengths: Mapping[str, float]
-    overlap: float | None
+    overlap: RouteOverlap | None
 
 
 def harden(
@@ -57,13 +61,13 @@ def harden(
     test_data: Samples | None = None,
     *,
     penalty: str | tuple[str, ...] | None = "gradient",
-    lam: float | Mapping[str, float] = 0.01,
+    lam: Factor = 0.01,
     target: str = ROUTE,
     attack: str | Perturbation | None = None,
     route: Route | str | os.PathLike[str] | None = None,
     route_samples: float = 0.1,
     refresh: int | None = None,
-    compare_full: bool = False,
+    compare_full: bool = True,
     method: str = EXACT,
     folded: bool = True,
     settings: TrainSettings = FINE_TUNING,
@@ -93,7 +97,7 @@ def harden(
         route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model).
         route_samples: Share of the training samples to trace.
         refresh: Trace the route anew before every so manyth epoch; None keeps the first.
-        compare_full: Trace all training samples too, and compare.
+        compare_full: Trace all training samples too, and compare; False saves that trace.
         method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
         folded: For the weight penalty, whether batch norms are folded into the kernels; see
             :class:`attackroute.penalties.WeightPenalty`.
@@ -113,7 +117,7 @@ def harden(
     if not names and route is not None:
         raise UserError("a route is given but no penalty, so nothing would be done with it; leave out one")
     tracing = RouteTracing(route_samples, refresh, compare_full)
-    factors = {name: _factor(name, lam) for name in names}
+    factors = {name: factor_of(name, lam) for name in names}
     chosen = PenaltySettings(factors, target, method, folded)
     if isinstance(route, (str, os.PathLike)):
         route = Route.load(route, model)
@@ -154,7 +158,12 @@ def as_dataset(data: Samples) -> Dataset[Any]:
     raise UserError(f"data to train on is {type(data).__name__}; give a data set, a DataLoader or (images, labels)")
 
 
-def _factor(name: str, lam: float | Mapping[str, float]) -> float:
+def factor_of(name: str, lam: Factor) -> float:
+    """Lambda of the penalty of that name.
+
+    Raises:
+        UserError: There is none for it.
+    """
     if not isinstance(lam, Mapping):
         return lam
     if name not in lam:

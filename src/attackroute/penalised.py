@@ -27,6 +27,7 @@ from attackroute.penalties.passes import spared_buffers
 from attackroute.route_tracing import (
     TARGETS,
     RouteChange,
+    RouteOverlap,
     RouteTracing,
     route_from_state,
     route_state,
@@ -86,8 +87,8 @@ class Penalised(Objective):
         changes: What each new trace changed.
         strengths: For each penalty, the norm of its gradient over that of the task's, both by the parameters and on
             some of the training samples before the first step; infinite where the task has no gradient left.
-        overlap: The least share of the route's neurons, over layers, that the route of all the training samples has
-            too, both for the initial network; None where they are not compared.
+        overlap: How much of the route that of all the training samples has too, both for the initial network; None
+            where they are not compared, and for a route that is given or traced from all of them.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Penalised(Objective):
         if route is not None and tracing.refresh is not None:
             raise UserError("a route that is given is not traced anew: leave out the route, or refresh")
         self.route, self.changes, self.strengths = route, list[RouteChange](), dict[str, float]()
-        self.overlap: float | None = None
+        self.overlap: RouteOverlap | None = None
         self._settings, self._given, self._tracing = settings, route, tracing
         self._gradient: GradientPenalty | None = None
         self._weight: WeightPenalty | None = None
@@ -119,8 +120,9 @@ class Penalised(Objective):
         self._seed = seed
         if self.route is None:
             self.route = self._tracing.trace(model, data, seed)
-        if self._tracing.compare_full:
-            self.overlap = min(self.route.overlap(replace(self._tracing, share=1.0).trace(model, data, seed)).values())
+            if self._tracing.compare_full and self._tracing.share < 1:
+                full = replace(self._tracing, share=1.0).trace(model, data, seed)
+                self.overlap = RouteOverlap.between(self.route, full)
         self._aim(model, data)
         self.strengths = self._measured_strengths(model, data)
 
@@ -140,7 +142,7 @@ class Penalised(Objective):
             "route": route_state(self.route),
             "changes": [asdict(change) for change in self.changes],
             "strengths": dict(self.strengths),
-            "overlap": self.overlap,
+            "overlap": None if self.overlap is None else asdict(self.overlap),
         }
 
     def restore(self, model: nn.Module, data: Dataset[Any], state: Mapping[str, Any]) -> None:
@@ -148,7 +150,8 @@ class Penalised(Objective):
         self._seed = state["seed"]
         self.route = route_from_state(state["route"], model)
         self.changes = [RouteChange(**change) for change in state["changes"]]
-        self.strengths, self.overlap = dict(state["strengths"]), state["overlap"]
+        self.strengths = dict(state["strengths"])
+        self.overlap = None if state["overlap"] is None else RouteOverlap(**state["overlap"])
         self._aim(model, data)
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from attackroute.cli import options, train_options
 from attackroute.cli.console import Output
 from attackroute.errors import UserError
+
+if TYPE_CHECKING:
+    from attackroute.hardening import Factor
 
 EXAMPLES = """
  Examples:
@@ -44,7 +48,6 @@ EXAMPLES = """
 
 _PENALTY = "The penalty"
 _EVALUATION = "Before and after"
-_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 
 
 class Penalties(str, Enum):
@@ -93,13 +96,12 @@ def harden(
         ),
     ] = Penalties.GRADIENT,
     lam: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--lam",
             metavar="FACTOR",
-            parser=options.parse_number,
             rich_help_panel=_PENALTY,
-            help="Lambda, the penalty's factor; see below how to choose it.",
+            help="Lambda, the penalty's factor; with both penalties also as gradient=0.03,weight=0.001.",
         ),
     ] = None,
     sweep: Annotated[
@@ -138,9 +140,11 @@ def harden(
     compare_full: Annotated[
         bool,
         typer.Option(
-            "--compare-full", rich_help_panel=_PENALTY, help="Compare the route with that of all training images."
+            "--compare-full/--no-compare-full",
+            rich_help_panel=_PENALTY,
+            help="Trace all training images too, and say how much of the route they agree on.",
         ),
-    ] = False,
+    ] = True,
     refresh: Annotated[
         int | None,
         typer.Option(
@@ -170,7 +174,11 @@ def harden(
     augment: train_options.Augment = train_options.Augmentations.NONE,
     attack: train_options.Attack = None,
     robust_samples: train_options.RobustSamples = 500,
+    accumulate: train_options.Accumulate = 1,
+    clip_norm: train_options.ClipNorm = None,
+    holdout: train_options.Holdout = 0.1,
     amp: train_options.Amp = False,
+    channels_last: train_options.ChannelsLast = False,
     evaluate_by: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,7 +186,7 @@ def harden(
             metavar="NAME",
             rich_help_panel=_EVALUATION,
             help="An attack or corruption to compare under, as in attackroute evaluate; repeat it for several.",
-            show_default=", ".join(_ATTACKS),
+            show_default="fgsm, mi-fgsm, pgd, gaussian-noise, and autoattack on a subset",
         ),
     ] = None,
     eps: Annotated[
@@ -203,6 +211,27 @@ def harden(
             show_default="all",
         ),
     ] = None,
+    autoattack_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--autoattack-samples",
+            metavar="N",
+            min=0,
+            rich_help_panel=_EVALUATION,
+            help="AutoAttack on so many of them (needs the extra autoattack); 0 leaves it out.",
+            show_default="50, none with --evaluate",
+        ),
+    ] = None,
+    check_samples: Annotated[
+        int,
+        typer.Option(
+            "--check-samples",
+            metavar="N",
+            min=0,
+            rich_help_panel=_EVALUATION,
+            help="On how many of them to look for masked gradients; 0 for no checks.",
+        ),
+    ] = 128,
     batch_size: options.BatchSize = 128,
     workers: train_options.Workers = 0,
     resume: train_options.Resume = False,
@@ -217,13 +246,18 @@ def harden(
     Runs repeat bit for bit and go on with --resume, as those of attackroute train.
     """
     from attackroute.attacks import parse_attack
-    from attackroute.cli.harden_run import HardenRun, compared_by
+    from attackroute.cli.harden_comparison import DEFAULT_ATTACKS, autoattack_by, compared_by
+    from attackroute.cli.harden_run import HardenRun
     from attackroute.hardening import FINE_TUNING
     from attackroute.penalties import APPROXIMATE, EXACT
     from attackroute.train_settings import TrainSettings
 
     output = Output(as_json, quiet)
-    factors = _factors(penalty, lam, sweep)
+    names = {Penalties.BOTH: (Penalties.GRADIENT.value, Penalties.WEIGHT.value), Penalties.NONE: ()}.get(
+        penalty, (penalty.value,)
+    )
+    _check_factors(names, lam, sweep)
+    factor, tried = _factor(names, lam), None if sweep is None else _tried(sweep)
     if sweep is None and out is None:
         raise UserError("name the folder of the hardened network with --out, or try lambdas with --sweep")
     if sweep is not None and (out is not None or resume or tensorboard):
@@ -236,16 +270,15 @@ def harden(
         weight_decay=weight_decay,
         schedule=schedule.value,
         augment=augment.value,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
         amp=amp,
+        channels_last=channels_last,
         seed=seed,
         workers=workers,
         robust_samples=robust_samples,
     )
     against = None if attack is None else parse_attack(attack)
-    names = {
-        Penalties.BOTH: (Penalties.GRADIENT.value, Penalties.WEIGHT.value),
-        Penalties.NONE: (),
-    }.get(penalty, (penalty.value,))
     run = HardenRun.open(
         model,
         data,
@@ -253,9 +286,12 @@ def harden(
         width=model_width,
         image_size=image_size,
         skip_unreadable=skip_unreadable,
+        holdout=holdout,
         evaluate_samples=evaluate_samples,
         device=options.resolve_device(device),
-        attacks=compared_by(evaluate_by or _ATTACKS, eps, against, seed),
+        attacks=compared_by(evaluate_by or DEFAULT_ATTACKS, eps, against, seed),
+        autoattack=autoattack_by(autoattack_samples, evaluate_by, eps, against, seed, output),
+        checks=check_samples,
         options={
             "penalty": names,
             "target": target.value,
@@ -270,18 +306,35 @@ def harden(
         },
         output=output,
     )
-    if out is None:
-        run.sweep(factors)
-    else:
-        run.harden(options.open_folder(out), factors[0], resume=resume, tensorboard=tensorboard)
+    if tried is not None:
+        run.sweep(tried)
+    elif out is not None:
+        run.harden(options.open_folder(out), factor, resume=resume, tensorboard=tensorboard)
 
 
-def _factors(penalty: Penalties, lam: float | None, sweep: str | None) -> list[float]:
-    """The lambdas to train with."""
-    if penalty is Penalties.NONE:
-        if lam is not None or sweep is not None:
-            raise UserError("--penalty none has no lambda; leave out --lam and --sweep")
-        return [0.0]
-    if (lam is None) == (sweep is None):
+def _check_factors(penalties: Sequence[str], lam: str | None, sweep: str | None) -> None:
+    if not penalties and (lam is not None or sweep is not None):
+        raise UserError("--penalty none has no lambda; leave out --lam and --sweep")
+    if penalties and (lam is None) == (sweep is None):
         raise UserError("give the penalty's factor with --lam, or several to try with --sweep 0.01,0.1,1")
-    return [options.parse_number(text) for text in sweep.split(",")] if sweep is not None else [lam or 0.0]
+
+
+def _factor(penalties: Sequence[str], lam: str | None) -> Factor:
+    """Lambda, for all penalties or for each."""
+    if lam is None:
+        return 0.0
+    if "=" not in lam:
+        return options.parse_number(lam)
+    named = [part.partition("=")[::2] for part in lam.split(",")]
+    if sorted(name.strip() for name, _ in named) != sorted(penalties):
+        example = ",".join(f"{name}=0.01" for name in penalties)
+        raise UserError(f"--lam {lam} does not name each penalty once; write {example}, or one number for all")
+    return {name.strip(): options.parse_number(text) for name, text in named}
+
+
+def _tried(sweep: str) -> list[float]:
+    """The lambdas of a sweep."""
+    factors = [options.parse_number(text) for text in sweep.split(",")]
+    if len({f"{factor:g}" for factor in factors}) < len(factors):
+        raise UserError(f"--sweep {sweep} has a factor twice; give each once")
+    return factors

@@ -5,25 +5,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from attackroute.attacks import Perturbation, parse_attack
-from attackroute.balls import ball_of
+from attackroute.attacks import Perturbation
 from attackroute.checkpoints import BEST
 from attackroute.cli import options, train_report
 from attackroute.cli.console import Output
+from attackroute.cli.harden_comparison import AFTER, BEFORE, Comparison, show
 from attackroute.cli.networks import ModelCard, find_card, open_network, spec_for, with_own_normalisation
 from attackroute.cli.unfinished import write_json
-from attackroute.data import ImageData, load_data, loader
-from attackroute.evaluation import evaluate
-from attackroute.evaluation_table import COLUMNS, Evaluation
-from attackroute.hardening import ROUTE_FILE, HardenResult, harden
+from attackroute.data import ImageData, load_data
+from attackroute.data.holdout import drawn
+from attackroute.hardening import ROUTE_FILE, Factor, HardenResult, factor_of, harden
 from attackroute.models import load_weights
+from attackroute.penalties import EXACT
+from attackroute.published import PaperSetting
+from attackroute.route_tracing import ROUTE
 
 SUMMARY = "hardening.json"
 
@@ -35,20 +37,24 @@ class HardenRun:
     Attributes:
         network: As it was, on its device.
         card: How to build it again.
-        train: The training images.
-        test: The test images that are tested after every epoch; None without any.
-        compared: Those on which before and after are compared.
-        attacks: Under what they are compared.
+        learnt: The training images, less those that are held out.
+        chosen_by: The images that choose the best epoch, and lambda in a sweep; None without any.
+        chosen_on: What images these are, in a word.
+        final: How before and after are compared; None without images for it.
+        trials: How the networks of a sweep are compared; None without images for it.
+        setting: What the run shares with the paper.
         options: For :func:`attackroute.hardening.harden`.
         output: Where to talk.
     """
 
     network: nn.Module
     card: ModelCard
-    train: ImageData
-    test: ImageData | None
-    compared: ImageData | None
-    attacks: Sequence[Perturbation]
+    learnt: ImageData
+    chosen_by: ImageData | None
+    chosen_on: str
+    final: Comparison | None
+    trials: Comparison | None
+    setting: PaperSetting
     options: Mapping[str, Any]
     output: Output
 
@@ -62,7 +68,10 @@ class HardenRun:
         width: float | None,
         image_size: int | None,
         skip_unreadable: bool,
+        holdout: float,
         evaluate_samples: int | None,
+        autoattack: tuple[int, Perturbation | None],
+        checks: int,
         device: torch.device,
         attacks: Sequence[Perturbation],
         options: Mapping[str, Any],
@@ -71,6 +80,7 @@ class HardenRun:
         """Load the images and the network; arguments as on the command line."""
         found = find_card(model)
         size = image_size if image_size is not None or found is None else found[1].spec.image_size
+        seed = options["settings"].seed
         train = load_data(data, split="train", image_size=size, skip_unreadable=skip_unreadable)
         test = train_report.test_data(data, train, output, size, skip_unreadable)
         _report_skipped(train, test, output)
@@ -78,16 +88,31 @@ class HardenRun:
         spec = (
             found[1].spec if found is not None else with_own_normalisation(spec_for(model, train, width=width), network)
         )
-        compared = test
-        if test is not None and evaluate_samples is not None:
-            seed = options["settings"].seed
-            compared = load_data(
-                data, split="test", image_size=size, samples=evaluate_samples, seed=seed,
-                skip_unreadable=skip_unreadable,
-            )  # fmt: skip
-        return cls(network, ModelCard(spec, train.classes), train, test, compared, attacks, options, output)
+        learnt, chosen_by = train_report.divided(train, test, holdout, seed)
+        final, trials = None, None
+        judged_on = test if test is not None else chosen_by
+        if judged_on is not None and chosen_by is not None:
+            count, attack = autoattack
+            shown = _some(judged_on, evaluate_samples, seed)
+            final = Comparison(
+                shown, attacks, _some(shown, count, seed) if count else None, attack, checks, seed, output
+            )
+            trials = Comparison(_some(chosen_by, evaluate_samples, seed), attacks, None, None, 0, seed, output)
+        names = tuple(options["penalty"])
+        setting = PaperSetting(
+            model=spec.name,
+            width=spec.width,
+            data=train.name,
+            image_size=spec.image_size,
+            attack=options["attack"],
+            penalties=names,
+            on_route=options["target"] == ROUTE and options["method"] == EXACT and not options["folded"],
+        )
+        card = ModelCard(spec, train.classes)
+        chosen_on = train_report.HELD_OUT if holdout else train_report.TEST
+        return cls(network, card, learnt, chosen_by, chosen_on, final, trials, setting, options, output)
 
-    def harden(self, folder: Path, lam: float, *, resume: bool, tensorboard: bool) -> None:
+    def harden(self, folder: Path, lam: Factor, *, resume: bool, tensorboard: bool) -> None:
         """Harden into a folder, and compare."""
         train_report.prepare(folder, self.card, resume=resume)
         hardened = copy.deepcopy(self.network)
@@ -95,31 +120,36 @@ class HardenRun:
         best = result.training.best
         if best is not None:  # what other commands load
             load_weights(hardened, folder / BEST)
-        evaluation = self._compare({"before": self.network, "after": hardened})
+        evaluation = None
+        if self.final is not None:
+            models = {BEFORE: self.network, AFTER: hardened}
+            evaluation = self.final.of(models, folder, resume=resume)
         summary = {
             "folder": str(folder),
             **_summary(result, lam),
             "best_epoch": None if best is None else best.epoch,
+            "best_epoch_by": f"{self.chosen_on} images",
             "evaluation": None if evaluation is None else evaluation.to_json(),
+            "published": self.setting.rows(),
         }
         write_json(folder / SUMMARY, summary)
         self.output.result(summary)
         self._show_route(result, lam)
         if best is not None:
-            self.output.line(train_report.best_line(best, len(result.training.history)))
+            self.output.line(train_report.best_line(best, len(result.training.history), self.chosen_on))
         if evaluation is not None:
-            self.output.table(COLUMNS, [row.cells() for row in evaluation.rows])
+            show(self.output, evaluation, self.setting)
         self.output.line(f"weights, log, {SUMMARY}{f', {ROUTE_FILE}' if result.route else ''} are in {folder}")
 
     def sweep(self, factors: Sequence[float]) -> None:
         """Harden a copy with each lambda, and compare all of them."""
-        models: dict[str, nn.Module] = {"before": self.network}
+        models: dict[str, nn.Module] = {BEFORE: self.network}
         results = {}
         for lam in factors:
             name = f"lambda {lam:g}"
             models[name] = copy.deepcopy(self.network)
             results[name] = self._train(models[name], lam, None, resume=False, tensorboard=False)
-        evaluation = self._compare(models)
+        evaluation = None if self.trials is None else self.trials.of(models, None, resume=False)
         rows = {name: _summary(result, lam) for (name, result), lam in zip(results.items(), factors, strict=True)}
         self.output.result({"sweep": rows, "evaluation": None if evaluation is None else evaluation.to_json()})
         first = next(iter(results.values()))
@@ -127,6 +157,7 @@ class HardenRun:
         if evaluation is None:
             return
         attacks = dict.fromkeys(row.attack for row in evaluation.rows)
+        self.output.line(f"on {evaluation.rows[0].accuracy.total} {self.chosen_on} images:")
         self.output.table(
             ["lambda", *(attack.partition(":")[0] for attack in attacks)],
             [
@@ -139,17 +170,17 @@ class HardenRun:
         )
 
     def _train(
-        self, network: nn.Module, lam: float, folder: Path | None, *, resume: bool, tensorboard: bool
+        self, network: nn.Module, lam: Factor, folder: Path | None, *, resume: bool, tensorboard: bool
     ) -> HardenResult:
         epochs = self.options["settings"].epochs
         with (
             self.output.progress("steps") as progress,
-            train_report.on_epoch(self.output, epochs, folder if tensorboard else None) as on_epoch,
+            train_report.on_epoch(self.output, epochs, folder if tensorboard else None, self.chosen_on) as on_epoch,
         ):
             return harden(
                 network,
-                self.train,
-                self.test,
+                self.learnt,
+                self.chosen_by,
                 lam=lam,
                 folder=folder,
                 resume=resume,
@@ -158,54 +189,37 @@ class HardenRun:
                 **self.options,
             )
 
-    def _compare(self, models: Mapping[str, nn.Module]) -> Evaluation | None:
-        if self.compared is None:
-            return None
-        with self.output.progress("images attacked") as progress:
-            return evaluate(models, loader(self.compared), self.attacks, checks=0, progress=progress)
-
-    def _show_route(self, result: HardenResult, lam: float | None) -> None:
+    def _show_route(self, result: HardenResult, lam: Factor | None) -> None:
         if result.route is None:
             return
-        share = "" if result.overlap is None else f"; all training images agree on {result.overlap:.0%} or more a layer"
-        self.output.line(f"route: {result.route.size} of {sum(result.route.channels.values())} neurons{share}")
+        self.output.line(f"route: {result.route.size} of {sum(result.route.channels.values())} neurons")
+        if result.overlap is not None:
+            self.output.line(f"  the route of all training images shares {result.overlap}; the paper reports 94.6 %")
         for change in result.changes:
             self.output.line(f"  before epoch {change.epoch}: {change.changed} of {change.size} neurons are new")
         for name, strength in result.strengths.items():
-            first = "" if lam is None else f", {lam * strength:.3g} of it at lambda {lam:g}"
+            factor = None if lam is None else factor_of(name, lam)
+            first = "" if factor is None else f", {factor * strength:.3g} of it at lambda {factor:g}"
             self.output.line(f"{name} penalty: its gradient is {strength:.3g} times the task's at first{first}")
 
 
-def compared_by(
-    names: Sequence[str], eps: float | None, against: Perturbation | None, seed: int
-) -> tuple[Perturbation, ...]:
-    """The attacks of the comparison; ``eps``, or the radius trained against, is for those that do not state theirs."""
-    own = None if against is None else ball_of(against)
-    if eps is None and own is not None and own.norm == "linf":
-        eps = own.eps
-    attacks = []
-    for text in names:
-        attack = parse_attack(text, seed=seed)
-        ball = ball_of(attack)
-        if eps is not None and ball is not None and ball.norm == "linf":  # a radius in another norm is another thing
-            attack = parse_attack(text, eps=eps, seed=seed)
-        attacks.append(attack)
-    return tuple(attacks)
-
-
-def _summary(result: HardenResult, lam: float) -> dict[str, Any]:
+def _summary(result: HardenResult, lam: Factor) -> dict[str, Any]:
     last = result.training.last
     return {
-        "lambda": lam,
+        "lambda": lam if isinstance(lam, float) else dict(lam),
         "epochs": last.epoch,
         "resumed_from": result.training.resumed_from,
         "penalties": dict(last.penalties),
         "strengths": {name: value if math.isfinite(value) else None for name, value in result.strengths.items()},
         "route_changes": [asdict(change) for change in result.changes],
-        "overlap_with_full_route": result.overlap,
-        "test_accuracy": None if last.test is None else last.test.value,
+        "overlap_with_full_route": None if result.overlap is None else result.overlap.to_json(),
+        "accuracy": None if last.test is None else last.test.value,
         "robust_accuracy": None if last.robust is None else last.robust.value,
     }
+
+
+def _some(images: ImageData, count: int | None, seed: int) -> ImageData:
+    return images if count is None else replace(images, dataset=drawn(images.dataset, count, seed))
 
 
 def _report_skipped(train: ImageData, test: ImageData | None, output: Output) -> None:

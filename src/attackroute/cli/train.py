@@ -37,7 +37,8 @@ EXAMPLES = """
  The folder, which other commands take as --model:
 
    best.safetensors, last.safetensors   weights; the best ones are loaded: those of the epoch with the highest
-                                        test accuracy, or with --attack the highest accuracy under the attack
+                                        test accuracy, or with --attack the highest accuracy under the attack;
+                                        with --holdout, on the images held out
    model.json                           how to build the network
    log.jsonl, settings.json             one line an epoch; how it was trained
    state.pt                             what --resume needs besides
@@ -67,7 +68,11 @@ def train(
     augment: train_options.Augment = train_options.Augmentations.NONE,
     attack: train_options.Attack = None,
     robust_samples: train_options.RobustSamples = 500,
+    accumulate: train_options.Accumulate = 1,
+    clip_norm: train_options.ClipNorm = None,
+    holdout: train_options.Holdout = 0.0,
     amp: train_options.Amp = False,
+    channels_last: train_options.ChannelsLast = False,
     batch_size: options.BatchSize = 128,
     workers: train_options.Workers = 0,
     resume: train_options.Resume = False,
@@ -99,7 +104,10 @@ def train(
         weight_decay=weight_decay,
         schedule=schedule.value,
         augment=augment.value,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
         amp=amp,
+        channels_last=channels_last,
         seed=seed,
         workers=workers,
         robust_samples=robust_samples,
@@ -107,9 +115,13 @@ def train(
     against = None if attack is None else parse_attack(attack)
     home = options.resolve_device(device)
     train_data = load_data(data, split="train", image_size=image_size, skip_unreadable=skip_unreadable)
-    test_data = train_report.test_data(data, train_data, output, image_size, skip_unreadable)
+    test_data = None
+    if not holdout:
+        test_data = train_report.test_data(data, train_data, output, image_size, skip_unreadable)
     for part in (train_data, test_data):
         options.report_skipped(part, output)
+    on = train_report.HELD_OUT if holdout else train_report.TEST
+    learnt, chosen_by = train_report.divided(train_data, test_data, holdout, seed)
     spec = spec_for(model, train_data, width=width)
     torch.manual_seed(seed)
     network = build(spec).to(home)
@@ -117,12 +129,12 @@ def train(
     train_report.prepare(options.open_folder(out), card, resume=resume)
     with (
         output.progress("steps") as progress,
-        train_report.on_epoch(output, epochs, out if tensorboard else None) as on_epoch,
+        train_report.on_epoch(output, epochs, out if tensorboard else None, on) as on_epoch,
     ):
         result = run_training(
             network,
-            train_data.dataset,
-            None if test_data is None else test_data.dataset,
+            learnt.dataset,
+            None if chosen_by is None else chosen_by.dataset,
             settings,
             attack=against,
             folder=out,
@@ -130,10 +142,10 @@ def train(
             on_epoch=on_epoch,
             progress=progress,
         )
-    _report(result, out, output)
+    _report(result, out, output, on)
 
 
-def _report(result: TrainResult, folder: Path, output: Output) -> None:
+def _report(result: TrainResult, folder: Path, output: Output, on: str) -> None:
     best, last = result.best, result.last
     output.result(
         {
@@ -143,12 +155,13 @@ def _report(result: TrainResult, folder: Path, output: Output) -> None:
             "loss": last.loss,
             "train_accuracy": last.train.value,
             "test_accuracy": None if last.test is None else last.test.value,
+            "tested_on": f"{on} images",
             "best_epoch": None if best is None else best.epoch,
             "best_test_accuracy": None if best is None or best.test is None else best.test.value,
             "best_robust_accuracy": None if best is None or best.robust is None else best.robust.value,
         }
     )
     if best is not None:
-        output.line(train_report.best_line(best, last.epoch))
+        output.line(train_report.best_line(best, last.epoch, on))
     output.line(f"training accuracy {last.train.value:.2%}; weights and log are in {folder}")
     output.line(f"next: attackroute trace --model {folder} --data ...")

@@ -75,10 +75,48 @@ RobustSamples = Annotated[
         metavar="N",
         min=1,
         rich_help_panel=_TRAINING,
-        help="Test images that are attacked after every epoch, with --attack.",
+        help="Images that are attacked to choose the best epoch, with --attack.",
     ),
 ]
 Amp = Annotated[bool, typer.Option("--amp", rich_help_panel=_TRAINING, help="Mixed precision, for speed on GPUs.")]
+ClipNorm = Annotated[
+    float | None,
+    typer.Option(
+        "--clip-norm",
+        metavar="NORM",
+        parser=options.parse_factor,
+        rich_help_panel=_TRAINING,
+        help="Largest norm of a step's whole gradient.",
+        show_default="no limit",
+    ),
+]
+Accumulate = Annotated[
+    int,
+    typer.Option(
+        "--accumulate",
+        metavar="N",
+        min=1,
+        rich_help_panel=_TRAINING,
+        help="Take each batch in N parts, one after the other, for less memory.",
+    ),
+]
+Holdout = Annotated[
+    float,
+    typer.Option(
+        "--holdout",
+        metavar="SHARE",
+        parser=options.parse_number,
+        rich_help_panel=_TRAINING,
+        help="Share of the training images that is not learnt from but chooses the best epoch; with 0, the test images "
+        "do, and their accuracy is a little too good.",
+    ),
+]
+ChannelsLast = Annotated[
+    bool,
+    typer.Option(
+        "--channels-last", rich_help_panel=_TRAINING, help="Hold images and weights channels last, for speed on GPUs."
+    ),
+]
 Workers = Annotated[
     int,
     typer.Option("--workers", metavar="N", min=0, rich_help_panel=_RUN, help="Processes that read the images."),

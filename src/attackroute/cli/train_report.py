@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from attackroute.history import EpochRecord
 
 
+TEST, HELD_OUT = "test", "held-out"
+
+
 def test_data(
     spec: str, train_data: ImageData, output: Output, image_size: int | None, skip_unreadable: bool
 ) -> ImageData | None:
@@ -28,6 +31,22 @@ def test_data(
     return load_data(spec, split="test", image_size=image_size, skip_unreadable=skip_unreadable)
 
 
+def divided(
+    train_data: ImageData, test_data: ImageData | None, holdout: float, seed: int
+) -> tuple[ImageData, ImageData | None]:
+    """The images to learn from, and those that choose the best epoch: held out of the former, or the test images."""
+    if not holdout:
+        return train_data, test_data
+    if not 0 < holdout < 1:
+        raise UserError(f"--holdout {holdout:g} is not a share of the training images; give 0.1, or 0 for none")
+    from dataclasses import replace
+
+    from attackroute.data.holdout import held_out
+
+    learnt, kept = held_out(train_data.dataset, holdout, seed)
+    return replace(train_data, dataset=learnt), replace(train_data, dataset=kept)
+
+
 def prepare(folder: Path, card: Any, *, resume: bool) -> None:
     """Describe the network in its folder before the first step, so that a run that is killed can be opened too."""
     from attackroute.checkpoints import STATE
@@ -38,23 +57,23 @@ def prepare(folder: Path, card: Any, *, resume: bool) -> None:
 
 
 @contextmanager
-def on_epoch(output: Output, epochs: int, events: Path | None) -> Iterator[Callable[[EpochRecord], None]]:
+def on_epoch(output: Output, epochs: int, events: Path | None, on: str) -> Iterator[Callable[[EpochRecord], None]]:
     """What to call after every epoch: it says what the epoch did, and logs it for TensorBoard in a run's folder."""
     from attackroute.event_log import event_log
 
     with nullcontext() if events is None else event_log(events) as log:
 
         def report(record: EpochRecord) -> None:
-            output.note(epoch_line(record, epochs))
+            output.note(epoch_line(record, epochs, on))
             if log is not None:
                 log(record)
 
         yield report
 
 
-def epoch_line(record: EpochRecord, epochs: int) -> str:
-    """What an epoch did, in one line."""
-    test = "" if record.test is None else f", test accuracy {record.test.value:.2%}"
+def epoch_line(record: EpochRecord, epochs: int, on: str) -> str:
+    """What an epoch did, in one line; ``on`` which images it was tested."""
+    test = "" if record.test is None else f", {on} accuracy {record.test.value:.2%}"
     robust = "" if record.robust is None else f", under the attack {record.robust.value:.2%}"
     penalties = "".join(f", {name} penalty {value:.4g}" for name, value in record.penalties.items())
     return (
@@ -63,11 +82,11 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
     )
 
 
-def best_line(best: EpochRecord, epochs: int) -> str:
-    """What the best epoch reached, with intervals; it was tested."""
+def best_line(best: EpochRecord, epochs: int, on: str) -> str:
+    """What the best epoch reached, with intervals; ``on`` which images it was tested."""
     parts = [
         f"{name} {with_interval(found)}"
-        for name, found in (("test accuracy", best.test), ("under the attack", best.robust))
+        for name, found in ((f"{on} accuracy", best.test), ("under the attack", best.robust))
         if found is not None
     ]
     return f"best epoch {best.epoch} of {epochs}: {', '.join(parts)}"

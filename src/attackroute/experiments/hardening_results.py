@@ -12,6 +12,7 @@ from attackroute.experiments.hardening_plan import StudyPlan, Trial, Variant, co
 from attackroute.experiments.paired import PairedDifference
 from attackroute.experiments.tables import Record
 from attackroute.masking import SUSPICIOUS, Check
+from attackroute.route_tracing import RouteOverlap
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Outcome:
         lam: The penalty's factor; None without one.
         right: For each attack, and ``"clean"``, whether each image was classified correctly.
         checks: For masked gradients, where they were made.
-        overlap: The least share of the route's neurons, over layers, that the route of all images has too, where
-            that was compared.
+        overlap: How much of the route that of all images has too, where that was compared.
         departure: For the approximation: the distance of its weights from those that the exact gradient led to, over
             the distance of the latter from the weights without a penalty.
     """
@@ -52,7 +52,7 @@ class Outcome:
     lam: float | None
     right: Mapping[str, tuple[bool, ...]]
     checks: tuple[Check, ...]
-    overlap: float | None
+    overlap: RouteOverlap | None
     departure: float | None
 
     def accuracy(self, attack: str) -> Accuracy:
@@ -144,7 +144,7 @@ class HardeningStudy:
                 for check in outcome.checks
             ],
             "overlap_with_full_route": [
-                {"variant": found.variant.name, "seed": found.seed, "least": found.overlap}
+                {"variant": found.variant.name, "seed": found.seed, **found.overlap.to_json()}
                 for found in self.outcomes
                 if found.overlap is not None
             ],

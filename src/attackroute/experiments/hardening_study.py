@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from attackroute.accuracy import Accuracy
 from attackroute.attacks import parse_attack
-from attackroute.batches import count_samples, derived_generator
+from attackroute.batches import count_samples
 from attackroute.checkpoints import LAST
+from attackroute.data.holdout import held_out
 from attackroute.errors import UserError
 from attackroute.evaluation import evaluate
 from attackroute.experiments.hardening_plan import (
@@ -94,7 +95,7 @@ def study_hardening(
         raise UserError(f"{folder} already holds a study; pass --resume to go on with it, or choose another folder")
     else:
         journal.keep(("begun",), "")
-    learnt, validation = _split(train_data, plan)
+    learnt, validation = held_out(train_data, plan.validation, plan.tuning_seed)
     run = _Study(build, learnt, validation, test_data, plan, folder, journal, _Count(progress, plan))
     tuning = tuple(run.tuned())
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
@@ -206,7 +207,7 @@ class _Study:
             target=variant.target,
             method=variant.method,
             attack=self._attack(variant.base),
-            compare_full=variant == Variant(variant.base, True, GRADIENT),
+            compare_full=folder.parent.name != _SCRATCH and variant == Variant(variant.base, True, GRADIENT),
             settings=replace(self.plan.fine_tuning, seed=seed),
             folder=folder,
             resume=True,
@@ -258,16 +259,6 @@ class _Study:
 def _weights(home: Path) -> Tensor:
     stored = safetensors.torch.load_file(home / LAST)
     return torch.cat([value.flatten().double() for _, value in sorted(stored.items()) if value.is_floating_point()])
-
-
-def _split(data: Dataset[Any], plan: StudyPlan) -> tuple[Subset[Any], Subset[Any]]:
-    """The images to learn from, and those that choose lambda."""
-    samples = count_samples(data, "training data")
-    held = round(plan.validation * samples)
-    if not 0 < held < samples:
-        raise UserError(f"{samples} training images cannot be divided by a share of {plan.validation}; give more")
-    order = torch.randperm(samples, generator=derived_generator(plan.tuning_seed, "validation", 0))
-    return tuple(Subset(data, part.sort().values.tolist()) for part in (order[held:], order[:held]))  # type: ignore[return-value]
 
 
 def _words(name: str) -> str:

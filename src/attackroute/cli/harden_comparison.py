@@ -1,0 +1,142 @@
+"""Before and after a hardening: accuracies, AutoAttack on a subset, signs of masking, the paper's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from attackroute.attacks import Perturbation, parse_attack
+from attackroute.balls import ball_of
+from attackroute.cli.console import Output
+from attackroute.data import ImageData, loader
+from attackroute.errors import UserError
+from attackroute.evaluation import evaluate
+from attackroute.evaluation_table import COLUMNS, Evaluation, Row
+from attackroute.published import PaperSetting, is_paper_attack
+
+BEFORE, AFTER = "before", "after"
+EVALUATION, SUBSET = "evaluation", "evaluation-autoattack"
+DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
+
+_AUTOATTACK_SAMPLES = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """On what networks are compared.
+
+    Attributes:
+        images: What all attacks but AutoAttack run on.
+        attacks: All but AutoAttack.
+        subset: What AutoAttack runs on.
+        autoattack: AutoAttack; None leaves it out.
+        checks: Images on which to look for masked gradients.
+        seed: Of the evaluation.
+        output: Where to talk.
+    """
+
+    images: ImageData
+    attacks: Sequence[Perturbation]
+    subset: ImageData | None
+    autoattack: Perturbation | None
+    checks: int
+    seed: int
+    output: Output
+
+    def of(self, models: Mapping[str, nn.Module], folder: Path | None, *, resume: bool) -> Evaluation:
+        """Compare networks; in a folder, what is done is kept for ``resume``."""
+        twin = models.get(BEFORE)
+        with self.output.progress("images attacked") as progress:
+            found = evaluate(
+                models, loader(self.images), self.attacks, checks=self.checks, twin=twin, seed=self.seed,
+                folder=None if folder is None else folder / EVALUATION, resume=resume, progress=progress,
+            )  # fmt: skip
+            if self.subset is None or self.autoattack is None:
+                return found
+            more = evaluate(
+                models, loader(self.subset), [self.autoattack], checks=0, seed=self.seed,
+                folder=None if folder is None else folder / SUBSET, resume=resume, progress=progress,
+            )  # fmt: skip
+        rows = [
+            row
+            for model in models
+            for part in (found.rows, [row for row in more.rows if row.settings])
+            for row in part
+            if row.model == model
+        ]
+        return replace(found, rows=tuple(rows))
+
+
+def compared_by(
+    names: Sequence[str], eps: float | None, against: Perturbation | None, seed: int
+) -> tuple[Perturbation, ...]:
+    """The attacks of the comparison; ``eps``, or the radius trained against, is for those that do not state theirs."""
+    own = None if against is None else ball_of(against)
+    if eps is None and own is not None and own.norm == "linf":
+        eps = own.eps
+    attacks = []
+    for text in names:
+        attack = parse_attack(text, seed=seed)
+        ball = ball_of(attack)
+        if eps is not None and ball is not None and ball.norm == "linf":  # a radius in another norm is another thing
+            attack = parse_attack(text, eps=eps, seed=seed)
+        attacks.append(attack)
+    return tuple(attacks)
+
+
+def autoattack_by(
+    wanted: int | None,
+    chosen: Sequence[str] | None,
+    eps: float | None,
+    against: Perturbation | None,
+    seed: int,
+    output: Output,
+) -> tuple[int, Perturbation | None]:
+    """On how many images AutoAttack runs, and how: on 50 beside the usual attacks, where it is installed.
+
+    Args:
+        wanted: As asked for.
+        chosen: Attacks that were asked for in the place of the usual ones.
+        eps: As for :func:`compared_by`, as are the next two.
+        against: What the network is trained against.
+        seed: Of its random numbers.
+        output: Where to say that it is left out.
+
+    Raises:
+        UserError: It is asked for and not installed.
+    """
+    if wanted == 0 or (wanted is None and chosen):
+        return 0, None
+    try:
+        (attack,) = compared_by(["autoattack"], eps, against, seed)
+    except UserError as error:
+        if wanted is not None:
+            raise
+        output.note(f"note: the comparison is without AutoAttack: {error}")
+        return 0, None
+    return wanted or _AUTOATTACK_SAMPLES, attack
+
+
+def show(output: Output, evaluation: Evaluation, setting: PaperSetting) -> None:
+    """Print the table, with the paper's numbers where they belong, and what the checks say."""
+    published = setting.rows()
+    rows = [(row, _paper(row, published)) for row in evaluation.rows]
+    beside = any(value is not None for _, value in rows)
+    output.table(
+        [*COLUMNS, "paper"] if beside else COLUMNS,
+        [[*row.cells(), *(["-" if value is None else f"{value:.2%}"] if beside else [])] for row, value in rows],
+    )
+    if beside:
+        output.line("paper: Li et al. (2021), Tables 2 and 3; they do not state the spread of their Gaussian noise.")
+    output.line(evaluation.reading())
+
+
+def _paper(row: Row, published: Mapping[str, Mapping[str, float]]) -> float | None:
+    own = published.get(row.model)
+    name = row.attack.partition(":")[0]
+    if own is None or name not in own:
+        return None
+    return own[name] if not row.settings or is_paper_attack(parse_attack(row.attack)) else None
