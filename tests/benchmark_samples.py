@@ -6,7 +6,7 @@ from attackroute.benchmark import breakdown, hardening_speed
 from attackroute.benchmark.attack_speed import AttackSpeed
 from attackroute.benchmark.cases import Case
 from attackroute.benchmark.extrapolation import LayerWork, NaiveResult
-from attackroute.benchmark.hardening_speed import HardeningSpeed
+from attackroute.benchmark.hardening_speed import Deviation, HardeningSpeed
 from attackroute.benchmark.memory import MemoryResult, Peaks
 from attackroute.benchmark.speed import SpeedResult
 from attackroute.benchmark.timing import Runs
@@ -87,4 +87,9 @@ def hardening_result() -> HardeningSpeed:
         hardening_speed.PAT: runs(10.0, 10.0, 10.0),
         hardening_speed.PAT_GRADIENT: runs(20.0, 15.0, 11.0),
     }
-    return HardeningSpeed(128, times, {"float32": {3e-4: (0.99, 0.0125)}, "float64": {3e-4: (1.0, 0.002)}})
+    deviations = {"float32": {3e-4: Deviation(0.99, 1.01, 0.0125)}, "bfloat16": {3e-4: Deviation(0.5, 2.0, 1.5)}}
+    peaks = {
+        hardening_speed.PAT: Peaks((100, 100), (200, 400)),
+        hardening_speed.PAT_GRADIENT: Peaks((100, 100), (500, 600)),
+    }
+    return HardeningSpeed(128, times, deviations, peaks)

@@ -292,7 +292,7 @@ def test_arithmetic_of_memory():
 
 def test_memory_jobs_differ_in_what_is_compared_alone(monkeypatch):
     jobs = []
-    monkeypatch.setattr(memory, "_measured", lambda job: jobs.append(job) or (len(jobs), 10 * len(jobs)))
+    monkeypatch.setattr(memory, "measured", lambda module, job, case: jobs.append(job) or (len(jobs), 10 * len(jobs)))
     done = []
     result = measure_memory(Plan(repeats=2, batch_size=5, seed=6), lambda: done.append(1))
     assert len(jobs) == len(done) == memory.memory_processes(Plan(repeats=2)) == 8
@@ -347,12 +347,11 @@ def test_a_peak_holds_what_was_given_back_at_once_and_nothing_from_before(traced
 
 
 def test_jobs_run_in_processes_of_their_own():
-    before, peak = memory._measured(TINY_JOB)
+    before, peak = memory.measured(memory._PROBE, TINY_JOB, "memory")
     assert 10_000_000 < before <= peak
 
 
-def test_failed_processes_are_one_line(monkeypatch):
-    monkeypatch.setattr(memory, "_MODULE", "no_such_module")
+def test_failed_processes_are_one_line():
     with pytest.raises(UserError, match=r"no_such_module.*smaller --batch-size") as caught:
-        memory._measured(TINY_JOB)
+        memory.measured("no_such_module", TINY_JOB, "memory")
     assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from attackroute.benchmark import Plan, memory, report, run_benchmark
 from attackroute.benchmark.cases import SPEED_CASES
+from attackroute.benchmark.hardening_speed import step_processes
 from attackroute.benchmark.plan import CASE_NAMES
 from attackroute.cli import benchmark as command
 from attackroute.cli.app import app
@@ -73,7 +74,7 @@ def fake_parts(monkeypatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(report, "measure_attack", attack)
 
     def hardening(plan, advance):
-        for _ in range(plan.turns + 1):
+        for _ in range(plan.turns + 1 + step_processes(plan)):
             advance()
         return hardening_result()
 
@@ -90,7 +91,7 @@ def test_all_cases_are_measured_and_every_step_is_counted(monkeypatch):
     assert result.hardening is not None
     done, totals, messages = zip(*steps, strict=True)
     assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]} == {11 * 8 + 12}
+    assert set(totals) == {done[-1]} == {11 * 8 + 12 + 21}
     assert "resnet50, channels_last" in messages
     only = run_benchmark(Plan(cases=("memory",)))
     assert (only.speed, only.naive, only.attack, only.hardening) == ((), None, None, None) and only.memory is not None
@@ -132,7 +133,9 @@ def test_tables(monkeypatch):
     assert "Not installed, and left out: foolbox" in rows
     assert "gradient, exact 5,000 (4,000-12,000) ms 2.50 (2.00-3.00) 3.20" in rows
     assert "PAT, gradient, exact 15,000 (11,000-20,000) ms 1.50 (1.10-2.00) -" in rows
-    assert "0.0003 0.9900 0.0125 1.0000 0.0020" in rows
+    assert "float32 0.0003 0.9900 1.0100 0.0125" in rows
+    assert "bfloat16 0.0003 0.5000 2.0000 1.5000" in rows
+    assert "PAT, gradient, exact 0 MB 0 MB 2.00 (1.50-2.50)" in rows
 
 
 def test_json_and_quiet(monkeypatch):

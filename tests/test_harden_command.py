@@ -115,7 +115,7 @@ def test_a_sweep_writes_nothing_and_shows_every_factor(trained: Path, pictures: 
     before = sorted(path.name for path in trained.iterdir())
     result = hardened(trained, pictures, "--sweep", "0.01,1/10")
     assert result.exit_code == 0, result.output
-    rows = [line.split()[0] for line in result.stdout.splitlines() if line.count("%") == 3]
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.count("%") == 3 and "(" not in line]
     assert rows == ["before", "0.01", "0.1"]
     assert "on 12 test images" in result.stdout
     held = hardened(trained, pictures, "--sweep", "0.01,0.1", "--holdout", 0.25)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import pytest
 import torch
 from torch.nn import functional
 
@@ -9,13 +12,17 @@ from attackroute.benchmark import Plan
 from attackroute.benchmark.hardening_speed import (
     GRADIENT,
     LIMITS,
+    PAT_GRADIENT,
     PLAIN,
     QUOTIENT,
     WEIGHT,
+    Deviation,
     deviation,
     measure_hardening,
+    step_processes,
     training_steps,
 )
+from attackroute.benchmark.memory import measured
 from attackroute.benchmark.timing import Spread
 from attackroute.models import build_model
 from attackroute.rivals import rank_channels
@@ -40,16 +47,48 @@ def test_the_deviation_falls_with_eps_in_double_precision() -> None:
     torch.manual_seed(0)
     model = build_model("vgg_small", width=0.2, num_classes=3).double()
     images, labels = torch.rand(4, 3, 32, 32).double(), torch.tensor([0, 1, 2, 0])
-    errors = [error for _, error in deviation(model, images, labels, rank_channels(model, images, "random")).values()]
+    route = rank_channels(model, images, "random")
+    found = list(deviation(model, images, labels, route, torch.float64).values())
+    errors = [near.relative_error for near in found]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
+    assert abs(found[-1].relative_norm - 1) < 0.01
+    assert found[-1].cosine > 0.999
+    coarse = deviation(model, images, labels, route, torch.bfloat16)
+    assert min(near.relative_error for near in coarse.values()) > 10 * errors[-1]
+
+
+def test_a_deviation_by_hand() -> None:
+    near = Deviation.between(torch.tensor([3.0, 4.0, 0.0]), torch.tensor([3.0, 0.0, 0.0]))
+    assert near == Deviation(pytest.approx(0.6), pytest.approx(5 / 3), pytest.approx(4 / 3))
 
 
 def test_the_report_has_every_ratio() -> None:
-    result = measure_hardening(Plan(repeats=1, batch_size=2), lambda: None)
+    jobs = []
+
+    def probe(module: str, job: Mapping[str, object], case: str) -> tuple[int, int]:
+        jobs.append((module, job, case))
+        return 100, 100 * (1 + len(jobs))
+
+    plan = Plan(repeats=1, batch_size=2)
+    turns = []
+    result = measure_hardening(plan, lambda: turns.append(None), probe)
+    assert len(turns) == plan.turns + 1 + step_processes(plan)
     found = result.to_json()
+    assert [job["step"] for _, job, _ in jobs] == list(result.runs)
+    assert found["memory_ratios"][PAT_GRADIENT]["median"] == pytest.approx(700 / 600)
+    assert found["memory_ratios"][GRADIENT]["median"] == pytest.approx(300 / 200)
     assert set(LIMITS) < set(found["ratios"])
     seconds = found["seconds"]
     for name in LIMITS:
         assert result.ratio(name) == Spread((seconds[name][0] / seconds[PLAIN][0],))
-    assert set(found["deviations"]) == {"float32", "float64"}
+    assert set(found["deviations"]) == {"float64", "float32", "bfloat16"}
+
+
+def test_the_peak_of_a_step_grows_with_the_batch() -> None:
+    job = {"step": GRADIENT, "threads": 1, "device": "cpu", "seed": 0}
+    few, many = (
+        measured("attackroute.benchmark.step_probe", {**job, "batch_size": size}, "hardening") for size in (2, 64)
+    )
+    assert few[1] >= few[0] > 0
+    assert many[1] - many[0] > few[1] - few[0] + 10e6

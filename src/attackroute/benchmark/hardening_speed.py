@@ -1,10 +1,10 @@
-"""The time of hardening's training steps against a plain step, and what the approximate penalty gradient is off by."""
+"""Time and memory of hardening's training steps against a plain step, and how far the approximate gradient is off."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from attackroute.attacks import PGD
 from attackroute.benchmark.cases import adapt_batch_norms, seeded
-from attackroute.benchmark.plan import Plan
+from attackroute.benchmark.memory import Peaks, measured, memory_repeats
+from attackroute.benchmark.plan import HARDENING, Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
 from attackroute.models import build_model
 from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty, WeightPenalty
@@ -27,11 +28,39 @@ STEPS = 10
 
 PLAIN, GRADIENT, QUOTIENT, WEIGHT = "plain", "gradient, exact", "gradient, approximation", "weight"
 PAT, PAT_GRADIENT, PAT_WEIGHT = "PAT", "PAT, gradient, exact", "PAT, weight"
+_STEP_NAMES = (PLAIN, GRADIENT, QUOTIENT, WEIGHT, PAT, PAT_GRADIENT, PAT_WEIGHT)
 LIMITS = {GRADIENT: 3.2, QUOTIENT: 2.2, WEIGHT: 1.05}
 """Ratios to a plain step's time that are to be kept."""
 
 _EPS = (1e-2, 1e-3, 1e-4, 1e-5)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _LAM = 0.01
+_PROBE = "attackroute.benchmark.step_probe"
+
+Probe = Callable[[str, Mapping[str, object], str], tuple[int, int]]
+"""See :func:`attackroute.benchmark.memory.measured`."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far the approximate gradient is from the exact one, in double precision, of the same weights.
+
+    Attributes:
+        cosine: Between the two.
+        relative_norm: Norm of the approximate one / of the exact one.
+        relative_error: Norm of the difference / of the exact one.
+    """
+
+    cosine: float
+    relative_norm: float
+    relative_error: float
+
+    @classmethod
+    def between(cls, near: Tensor, exact: Tensor) -> Deviation:
+        """Compare two gradients, flattened."""
+        size = exact.norm()
+        cosine = functional.cosine_similarity(near, exact, dim=0)
+        return cls(float(cosine), float(near.norm() / size), float((near - exact).norm() / size))
 
 
 @dataclass(frozen=True)
@@ -41,18 +70,22 @@ class HardeningSpeed:
     Attributes:
         batch_size: Images in the step.
         runs: By the names in this module.
-        deviations: For each type of number and each step eps, the cosine between the approximate and the exact
-            gradient of the gradient penalty, and the norm of their difference over that of the exact one.
+        deviations: Of the gradient penalty's approximate gradient, for each type of number and each step eps.
+        peaks: Memory of two such steps, each kind in processes of its own.
     """
 
     batch_size: int
     runs: Mapping[str, Runs]
-    deviations: Mapping[str, Mapping[float, tuple[float, float]]]
+    deviations: Mapping[str, Mapping[float, Deviation]]
+    peaks: Mapping[str, Peaks]
 
     def ratio(self, name: str) -> Spread:
         """A step's time / that of the plain step, or of plain adversarial training, in the same turn."""
-        base = PAT if name.startswith(PAT) else PLAIN
-        return Spread.of_ratios(self.runs[name].totals, self.runs[base].totals)
+        return Spread.of_ratios(self.runs[name].totals, self.runs[_base(name)].totals)
+
+    def memory_ratio(self, name: str) -> Spread:
+        """A step's peak memory / that of the plain step, or of plain adversarial training."""
+        return Spread.of_ratios(self.peaks[name].peak, self.peaks[_base(name)].peak)
 
     def to_json(self) -> dict[str, Any]:
         """All that was measured."""
@@ -65,39 +98,63 @@ class HardeningSpeed:
             "limits": LIMITS,
             "ratios": {name: self.ratio(name).to_json() for name in self.runs if name not in (PLAIN, PAT)},
             "deviations": {
-                dtype: [
-                    {"eps": eps, "cosine": cosine, "relative_error": error} for eps, (cosine, error) in found.items()
-                ]
+                dtype: [{"eps": eps, **asdict(deviation)} for eps, deviation in found.items()]
                 for dtype, found in self.deviations.items()
             },
+            "memory_ratios": {
+                name: self.memory_ratio(name).to_json() for name in self.peaks if name not in (PLAIN, PAT)
+            },
+            "bytes": {name: asdict(peaks) for name, peaks in self.peaks.items()},
             "seconds": {name: list(run.totals) for name, run in self.runs.items()},
         }
 
 
-def measure_hardening(plan: Plan, advance: Callable[[], None]) -> HardeningSpeed:
-    """Measure the steps and the deviations.
+def measure_hardening(plan: Plan, advance: Callable[[], None], probe: Probe = measured) -> HardeningSpeed:
+    """Measure the steps, their memory and the deviations.
 
     Args:
         plan: Repeats, batch size, device, seed.
-        advance: Called after every turn.
+        advance: Called after every turn, and after every process.
+        probe: Measures a peak.
+
+    Raises:
+        UserError: A process failed, for want of memory or since the system does not tell a process's peak.
     """
     batch_size = plan.batch_size or BATCH_SIZE
     clock = Stopclock.of(plan.device)
     with seeded(plan.seed):
-        model = build_model(MODEL, width=WIDTH, num_classes=CLASSES, image_size=IMAGE_SIZE).to(plan.device)
-        images = torch.rand(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE).to(plan.device)
-        labels = torch.randint(CLASSES, (batch_size,)).to(plan.device)
-        adapt_batch_norms(model, images)
-        route = rank_channels(model, images, "random", seed=plan.seed)
+        model, images, labels, route = network_and_batch(batch_size, plan.device, plan.seed)
         deviations = {
-            str(dtype).removeprefix("torch."): deviation(
-                copy.deepcopy(model).to(dtype), images.to(dtype), labels, route
-            )
-            for dtype in (torch.float32, torch.float64)
+            str(dtype).removeprefix("torch."): deviation(model, images, labels, route, dtype) for dtype in _DTYPES
         }
         steps = training_steps(model.train(), images, labels, route)
         runs = interleaved({name: clock.whole(step) for name, step in steps.items()}, plan.turns, advance)
-    return HardeningSpeed(batch_size, runs, deviations)
+    found: dict[str, list[tuple[int, int]]] = {name: [] for name in steps}
+    for _ in range(memory_repeats(plan)):
+        for name in steps:
+            job = {
+                "step": name, "batch_size": batch_size, "threads": torch.get_num_threads(),
+                "device": str(plan.device), "seed": plan.seed,
+            }  # fmt: skip
+            found[name].append(probe(_PROBE, job, HARDENING))
+            advance()
+    peaks = {name: Peaks(*(tuple(column) for column in zip(*rows, strict=True))) for name, rows in found.items()}
+    return HardeningSpeed(batch_size, runs, deviations, peaks)
+
+
+def step_processes(plan: Plan) -> int:
+    """How many processes :func:`measure_hardening` starts."""
+    return len(_STEP_NAMES) * memory_repeats(plan)
+
+
+def network_and_batch(batch_size: int, device: torch.device, seed: int) -> tuple[nn.Module, Tensor, Tensor, Route]:
+    """A network with random weights, images, labels and a random route."""
+    with seeded(seed):
+        model = build_model(MODEL, width=WIDTH, num_classes=CLASSES, image_size=IMAGE_SIZE).to(device)
+        images = torch.rand(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE).to(device)
+        labels = torch.randint(CLASSES, (batch_size,)).to(device)
+        adapt_batch_norms(model, images)
+        return model, images, labels, rank_channels(model, images, "random", seed=seed)
 
 
 def training_steps(model: nn.Module, images: Tensor, labels: Tensor, route: Route) -> dict[str, Callable[[], None]]:
@@ -142,20 +199,22 @@ def training_steps(model: nn.Module, images: Tensor, labels: Tensor, route: Rout
     }
 
 
-def deviation(model: nn.Module, images: Tensor, labels: Tensor, route: Route) -> dict[float, tuple[float, float]]:
-    """How far the approximation is from the exact gradient in training mode, by eps: cosine and relative error."""
-    model.train()
+def deviation(
+    model: nn.Module, images: Tensor, labels: Tensor, route: Route, dtype: torch.dtype
+) -> dict[float, Deviation]:
+    """How far the approximation in that type of number is from the exact gradient in training mode, by eps."""
+    rounded = copy.deepcopy(model).train().to(dtype)
 
-    def gradient(penalty: GradientPenalty) -> Tensor:
+    def gradient(network: nn.Module, method: str, eps: float = _EPS[0]) -> Tensor:
+        penalty = GradientPenalty(network, route, method=method, eps=eps)
         with penalty.watch():
-            logits = model(images)
-        found = torch.autograd.grad(penalty(logits, labels), list(model.parameters()), allow_unused=True)
+            logits = network(images.to(next(network.parameters())))
+        found = torch.autograd.grad(penalty(logits, labels), list(network.parameters()), allow_unused=True)
         return torch.cat([part.flatten().double() for part in found if part is not None])
 
-    exact = gradient(GradientPenalty(model, route, method=EXACT))
-    found = {}
-    for eps in _EPS:
-        near = gradient(GradientPenalty(model, route, method=APPROXIMATE, eps=eps))
-        cosine = functional.cosine_similarity(near, exact, dim=0)
-        found[eps] = float(cosine), float((near - exact).norm() / exact.norm())
-    return found
+    exact = gradient(copy.deepcopy(rounded).double(), EXACT)
+    return {eps: Deviation.between(gradient(rounded, APPROXIMATE, eps), exact) for eps in _EPS}
+
+
+def _base(name: str) -> str:
+    return PAT if name.startswith(PAT) else PLAIN

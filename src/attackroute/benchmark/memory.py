@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from attackroute.benchmark.plan import Plan
+from attackroute.benchmark.plan import MEMORY, Plan
 from attackroute.benchmark.timing import Spread
 from attackroute.errors import UserError
 
 LIMIT = 1.5
 """Peak memory of a trace / of plain inference that is to be kept, VGG-16 at 224x224."""
 
-_MODULE = "attackroute.benchmark.memory_probe"
+_PROBE = "attackroute.benchmark.memory_probe"
 _REPEATS = 3
 _LARGE = {"model": "vgg16", "image_size": 224, "classes": 1000}
 _SMALL = {"model": "vgg16", "image_size": 32, "classes": 10}
@@ -139,7 +139,7 @@ def measure_memory(plan: Plan, advance: Callable[[], None]) -> MemoryResult:
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in jobs}
     for _ in range(memory_repeats(plan)):
         for name, job in jobs.items():
-            found[name].append(_measured(job))
+            found[name].append(measured(_PROBE, job, MEMORY))
             advance()
     peaks = {name: Peaks(*(tuple(column) for column in zip(*rows, strict=True))) for name, rows in found.items()}
     return MemoryResult(batch_size, **peaks, few_samples=few * _SMALL_BATCH, many_samples=many * _SMALL_BATCH)
@@ -155,15 +155,25 @@ def memory_processes(plan: Plan) -> int:
     return 4 * memory_repeats(plan)
 
 
-def _measured(job: Mapping[str, object]) -> tuple[int, int]:
-    command = [sys.executable, "-m", _MODULE, json.dumps(job)]
+def measured(module: str, job: Mapping[str, object], case: str) -> tuple[int, int]:
+    """Run a module in a process of its own: bytes in use before its job began, and at the highest.
+
+    Args:
+        module: Prints these two, as JSON, for a job that it is given as JSON.
+        job: The job.
+        case: Name of the benchmark's case.
+
+    Raises:
+        UserError: The process failed.
+    """
+    command = [sys.executable, "-m", module, json.dumps(job)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         lines = process.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"it ended with code {process.returncode}"
         raise UserError(
             f"the process whose memory was to be measured failed ({reason}); "
-            "give a smaller --batch-size, or leave out the case memory"
+            f"give a smaller --batch-size, or leave out the case {case}"
         )
     before, peak = json.loads(process.stdout)
     return before, peak

@@ -52,14 +52,14 @@ def run(job: Job) -> tuple[int, int]:
     torch.manual_seed(job.seed)
     device = torch.device(job.device)
     model = build_model(job.model, num_classes=job.classes, image_size=job.image_size).to(device).eval()
-    before = _start(device)
+    before = start(device)
     if job.trace:
         trace_routes(model, _images(job))
     else:
         with torch.no_grad():
             for images in _images(job):
                 model(images.to(device))
-    return before, _peak(device)
+    return before, peak(device)
 
 
 def _images(job: Job) -> Iterator[Tensor]:
@@ -67,17 +67,18 @@ def _images(job: Job) -> Iterator[Tensor]:
         yield torch.rand(job.batch_size, 3, job.image_size, job.image_size)
 
 
-def _start(device: torch.device) -> int:
+def start(device: torch.device) -> int:
     """Bytes in use; a peak so far is forgotten, where the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError):
         _RESET.write_text("5")
-    return _status("VmRSS") if _STATUS.exists() else _peak(device)
+    return _status("VmRSS") if _STATUS.exists() else peak(device)
 
 
-def _peak(device: torch.device) -> int:
+def peak(device: torch.device) -> int:
+    """Bytes in use at the highest since :func:`start`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():  # elsewhere getrusage, which on Linux would begin with the parent's peak

@@ -12,7 +12,7 @@ import torchvision
 
 from attackroute.benchmark.attack_speed import AttackSpeed, measure_attack
 from attackroute.benchmark.extrapolation import NaiveResult, measure_naive
-from attackroute.benchmark.hardening_speed import HardeningSpeed, measure_hardening
+from attackroute.benchmark.hardening_speed import HardeningSpeed, measure_hardening, step_processes
 from attackroute.benchmark.memory import MemoryResult, measure_memory, memory_processes
 from attackroute.benchmark.plan import ATTACK, HARDENING, MEMORY, NAIVE, Plan
 from attackroute.benchmark.speed import SpeedResult, measure_speed
@@ -125,6 +125,7 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
     turns = plan.turns + 1
     timed = len(loads) + plan.includes(NAIVE) + plan.includes(ATTACK) + plan.includes(HARDENING)
     total = turns * timed + memory_processes(plan) * plan.includes(MEMORY)
+    total += step_processes(plan) * plan.includes(HARDENING)
     steps = Steps(progress, total)
     try:
         with in_threads(plan.threads):

@@ -36,8 +36,9 @@ EXAMPLES = """
                   process
    pgd            projected gradient descent, 10 steps on a quarter-width VGG-16, against torchattack, torchattacks and
                   foolbox, where they are installed
-   hardening      training steps with penalties against plain ones, on a quarter-width VGG-16, and how far the
-                  approximate gradient of the gradient penalty is from the exact one
+   hardening      training steps with penalties against plain ones, on a quarter-width VGG-16: time, peak memory
+                  (each in its own process), and how far the approximate gradient of the gradient penalty is from the
+                  exact one
 
  The numbers:
 

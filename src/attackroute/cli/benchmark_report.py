@@ -131,12 +131,20 @@ def _show_hardening(output: Output, result: HardeningSpeed) -> None:
             for name, runs in result.runs.items()
         ],
     )
-    output.line("The gradient penalty's approximation beside its exact gradient, in training mode:")
     output.table(
-        ["eps", *(f"{what}, {dtype}" for dtype in result.deviations for what in ("cosine", "relative error"))],
+        ["two such steps, peak memory", "memory", "beyond libraries and weights", "memory / plain or PAT"],
         [
-            [f"{eps:g}", *(f"{value:.4f}" for found in result.deviations.values() for value in found[eps])]
-            for eps in next(iter(result.deviations.values()))
+            [name, _megabytes(peaks.peak), _megabytes(peaks.own), _ratio(result.memory_ratio(name))]
+            for name, peaks in result.peaks.items()
+        ],
+    )
+    output.line("The gradient penalty's approximation beside its exact gradient in float64, in training mode:")
+    output.table(
+        ["numbers", "eps", "cosine", "relative norm", "relative error"],
+        [
+            [dtype, f"{eps:g}", f"{found.cosine:.4f}", f"{found.relative_norm:.4f}", f"{found.relative_error:.4f}"]
+            for dtype, deviations in result.deviations.items()
+            for eps, found in deviations.items()
         ],
     )
 
