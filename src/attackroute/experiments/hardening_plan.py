@@ -20,8 +20,10 @@ BASES = (VANILLA, PAT)
 RULE = (
     "of the lambdas with which clean accuracy on the validation images is at most {tolerance:.0%} below that of the "
     "same fine-tuning without a penalty, the one with the highest accuracy under {judge} there, the smaller one of "
-    "equals; if there is none, the smallest"
+    "equals; if there is none, the smallest. Where the largest lambda that was tried is chosen, {step:g} times as much "
+    "is tried too, at most {more} times"
 )
+_STEP, _MORE = 3.0, 4
 
 _LETTERS = {GRADIENT: "g", WEIGHT: "w"}
 
@@ -138,7 +140,7 @@ class StudyPlan:
     @property
     def rule(self) -> str:
         """How lambda is chosen."""
-        return RULE.format(tolerance=self.tolerance, judge=self.judge)
+        return RULE.format(tolerance=self.tolerance, judge=self.judge, step=_STEP, more=_MORE)
 
     def choose(self, trials: Sequence[Trial], reference: Accuracy) -> Trial:
         """Apply the rule.
@@ -149,6 +151,11 @@ class StudyPlan:
         """
         allowed = [trial for trial in trials if trial.clean.value >= reference.value - self.tolerance]
         return max(allowed or trials[:1], key=lambda trial: (trial.attacked.value, -trial.lam))
+
+    def larger(self, trials: Sequence[Trial], reference: Accuracy) -> float | None:
+        """A further lambda to try, where the rule asks for one."""
+        at_edge = self.choose(trials, reference) is trials[-1]
+        return float(f"{_STEP * trials[-1].lam:.2g}") if at_edge and len(trials) < len(self.shares) + _MORE else None
 
     def terms(self) -> dict[str, Any]:
         """All that must be the same for a study to go on; seeds may be added."""

@@ -113,6 +113,10 @@ class _Count:
         self._report, self._done = report, 0
         self._total = len(BASES) + trials + len(plan.seeds) * variants
 
+    def expect(self) -> None:
+        """One network more than was planned."""
+        self._total += 1
+
     def begin(self, message: str) -> None:
         self._report(self._done, self._total, message)
 
@@ -141,8 +145,11 @@ class _Study:
                 grid = self._grid(network, base, penalty)
                 for variant in punished():
                     if (variant.base, variant.penalty) == (base, penalty):
-                        trials = tuple(self._trial(network, variant, lam) for lam in grid)
-                        yield Tuning(variant, reference, trials, self.plan.choose(trials, reference.clean))
+                        trials = [self._trial(network, variant, lam) for lam in grid]
+                        while (lam := self.plan.larger(trials, reference.clean)) is not None:
+                            self.count.expect()
+                            trials.append(self._trial(network, variant, lam))
+                        yield Tuning(variant, reference, tuple(trials), self.plan.choose(trials, reference.clean))
 
     def outcomes(self, chosen: Mapping[Variant, float]) -> Iterator[Outcome]:
         """Every variant of every seed, on the test images."""
