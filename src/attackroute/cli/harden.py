@@ -324,17 +324,24 @@ def _factor(penalties: Sequence[str], lam: str | None) -> Factor:
     if lam is None:
         return 0.0
     if "=" not in lam:
-        return options.parse_number(lam)
+        return _number("--lam", lam)
     named = [part.partition("=")[::2] for part in lam.split(",")]
     if sorted(name.strip() for name, _ in named) != sorted(penalties):
         example = ",".join(f"{name}=0.01" for name in penalties)
         raise UserError(f"--lam {lam} does not name each penalty once; write {example}, or one number for all")
-    return {name.strip(): options.parse_number(text) for name, text in named}
+    return {name.strip(): _number("--lam", text) for name, text in named}
 
 
 def _tried(sweep: str) -> list[float]:
     """The lambdas of a sweep."""
-    factors = [options.parse_number(text) for text in sweep.split(",")]
+    factors = [_number("--sweep", text) for text in sweep.split(",")]
     if len({f"{factor:g}" for factor in factors}) < len(factors):
         raise UserError(f"--sweep {sweep} has a factor twice; give each once")
     return factors
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return options.parse_number(text)
+    except typer.BadParameter as error:
+        raise UserError(f"{option}: {error.message}") from None

