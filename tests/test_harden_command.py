@@ -111,6 +111,59 @@ def test_hardening_resumes_and_refuses_to_overwrite(trained: Path, pictures: Pat
     assert again.exit_code == 0, again.output
 
 
+def test_images_are_held_out_of_the_training_and_choose_the_epoch(
+    trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    result = hardened(trained, pictures, "--lam", 0.01, "--holdout", 0.25, "--out", tmp_path / "a", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text())
+    assert (settings["train_samples"], settings["test_samples"]) == (18, 6)
+    assert found["best_epoch_by"] == "held-out images"
+    assert {row["samples"] for row in found["evaluation"]["rows"]} == {12}
+    command = ("train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 1)
+    plain = run(*command, "--batch-size", 8, "--holdout", 0.25, "--clip-norm", 1, "--channels-last", "--accumulate", 2,
+                "--out", tmp_path / "b", "--json")  # fmt: skip
+    assert plain.exit_code == 0, plain.output
+    assert json.loads(plain.stdout)["tested_on"] == "held-out images"
+    settings = json.loads((tmp_path / "b" / "settings.json").read_text())
+    wanted = {"train_samples": 18, "clip_norm": 1.0, "channels_last": True, "accumulate": 2}
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+@pytest.mark.filterwarnings("ignore:autoattack runs without")
+def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
+    trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyautoattack")
+    arguments = ("--lam", "gradient=0.01", "--out", tmp_path, "--eps", 0.1, "--autoattack-samples", 3)
+    result = hardened(trained, pictures, *arguments, "--check-samples", 4, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    rows = {(row["model"], row["attack"].partition(":")[0]): row for row in found["evaluation"]["rows"]}
+    assert rows["after", "autoattack"]["samples"] == 3
+    assert "eps=25.5/255" in rows["before", "autoattack"]["attack"]
+    assert rows["after", "fgsm"]["samples"] == 12
+    assert [model for model, _ in rows] == ["before"] * 4 + ["after"] * 4
+    checks = {(check["model"], check["check"]): check for check in found["evaluation"]["checks"]}
+    assert checks["after", "transfer from a twin"]["samples"] == 4
+    assert found["overlap_with_full_route"]["size"] == Route.load(tmp_path / "route.json").size
+    assert found["published"] == {}
+    again = hardened(trained, pictures, *arguments, "--check-samples", 4, "--resume", "--json")
+    assert json.loads(again.stdout)["evaluation"] == found["evaluation"]
+
+
+def test_without_its_package_autoattack_is_left_out_unless_it_is_asked_for(
+    trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attackroute.attacks.contract.find_spec", lambda name: None)
+    command = ("harden", "--model", trained, "--data", f"folder:{pictures}", "--epochs", 1, "--lam", 0.01)
+    result = run(*command, "--out", tmp_path / "a", "--check-samples", 0, "--evaluate-samples", 2)
+    assert result.exit_code == 0, result.output
+    assert "without AutoAttack" in result.stderr
+    assert_bad_input(run(*command, "--out", tmp_path / "b", "--autoattack-samples", 2), "attackroute[autoattack]")
+
+
 def test_a_sweep_writes_nothing_and_shows_every_factor(trained: Path, pictures: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in trained.iterdir())
     result = hardened(trained, pictures, "--sweep", "0.01,1/10")
@@ -140,6 +193,7 @@ def test_a_given_route_a_control_and_no_penalty(trained: Path, pictures: Path, t
 
 def test_a_built_in_network_with_weights_can_be_opened_again(trained: Path, pictures: Path, tmp_path: Path) -> None:
     arguments = ("--data", f"folder:{pictures}", "--epochs", 1, "--lam", 0.1, "--evaluate", "fgsm", "--image-size", 32)
+    arguments += ("--check-samples", 0)
     weights = ("--weights", trained / "best.safetensors")
     result = run("harden", "--model", "vgg_small", "--model-width", 0.2, *weights, *arguments, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -155,7 +209,13 @@ def test_bad_input(trained: Path, pictures: Path, tmp_path: Path) -> None:
     assert_bad_input(hardened(trained, pictures, "--lam", 1), "--out")
     assert_bad_input(hardened(trained, pictures, "--lam", 1, "--sweep", "1,2", *out), "--lam")
     assert_bad_input(hardened(trained, pictures, "--sweep", "1,2", *out), "--sweep")
-    assert_bad_input(hardened(trained, pictures, "--sweep", "1,x"), "x")
+    assert_bad_input(hardened(trained, pictures, "--sweep", "1,x"), "--sweep", "x")
+    assert_bad_input(hardened(trained, pictures, "--sweep", "1,1.0"), "twice")
+    assert_bad_input(hardened(trained, pictures, "--lam", "nan", *out), "--lam", "nan")
+    assert_bad_input(hardened(trained, pictures, "--lam", "weight=1", *out), "gradient=0.01")
+    assert_bad_input(hardened(trained, pictures, "--lam", "gradient=1,gradient=2", *out), "gradient=0.01")
+    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--holdout", 1, *out), "--holdout 1")
+    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--holdout", 0.001, *out), "24 training images")
     assert_bad_input(hardened(trained, pictures, "--lam", -1, *out), "lambda")
     assert_bad_input(hardened(trained, pictures, "--penalty", "none", "--lam", 1, *out), "--penalty none")
     assert_bad_input(hardened(trained, pictures, "--lam", 1, "--attack", "pdg", *out), "pdg", "pgd")

@@ -68,7 +68,7 @@ class PaperSetting:
         after = base + "".join(_LETTERS[name] for name in self.penalties)
         names = ("clean", "fgsm", "mi-fgsm" if base == "Vanilla" else "pgd", "gaussian-noise")
         return {
-            when: {name: value / 100 for name, value in zip(names, table[title], strict=True)}
+            when: {name: round(value / 100, 4) for name, value in zip(names, table[title], strict=True)}
             for when, title in (("before", base), ("after", after))
         }
 
