@@ -136,13 +136,13 @@ def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
     trained: Path, pictures: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("pyautoattack")
-    arguments = ("--lam", "gradient=0.01", "--out", tmp_path, "--eps", 0.1, "--autoattack-samples", 3)
+    arguments = ("--lam", "gradient=0.01", "--out", tmp_path, "--eps", 0.5, "--autoattack-samples", 1)
     result = hardened(trained, pictures, *arguments, "--check-samples", 4, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     rows = {(row["model"], row["attack"].partition(":")[0]): row for row in found["evaluation"]["rows"]}
-    assert rows["after", "autoattack"]["samples"] == 3
-    assert "eps=25.5/255" in rows["before", "autoattack"]["attack"]
+    assert rows["after", "autoattack"]["samples"] == 1
+    assert "eps=127.5/255" in rows["before", "autoattack"]["attack"]
     assert rows["after", "fgsm"]["samples"] == 12
     assert [model for model, _ in rows] == ["before"] * 4 + ["after"] * 4
     checks = {(check["model"], check["check"]): check for check in found["evaluation"]["checks"]}
