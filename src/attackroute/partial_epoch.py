@@ -35,7 +35,7 @@ class RandomStates:
         """Put the generators back."""
         views.set_state(self.views)
         torch.set_rng_state(self.host)
-        if self.device is not None:
+        if self.device is not None and device.type == "cuda":  # else the run goes on elsewhere
             torch.cuda.set_rng_state(self.device, device)
 
 

@@ -132,7 +132,8 @@ def fit(
         resumed_from = len(run.history)
         for epoch in range(resumed_from + 1, settings.epochs + 1):
             record = run.epoch(epoch, progress)
-            run.save(record)
+            with run.signals.held():
+                run.save(record)
             if on_epoch is not None:
                 on_epoch(record)
     return TrainResult(tuple(run.history), resumed_from, Path(folder) if folder is not None else None)
