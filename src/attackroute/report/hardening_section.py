@@ -111,9 +111,9 @@ def _told(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         for by, share in _mapping(shares).items():
             if isinstance(share, (int, float)):
                 parts.append(f"; {name}: the {by} penalty's share in the first step's gradient was {share:.3g}")
-    overlap = content.get("overlap_with_full_route")
-    if isinstance(overlap, (int, float)):
-        parts.append(f"; its route agrees with that of all training images on {overlap:.0%} or more a layer")
+    overlap = _mapping(content.get("overlap_with_full_route"))
+    if isinstance(overlap.get("share"), (int, float)):
+        parts.append(f"; the route of all training images shares {overlap['share']:.1%} of its neurons")
     return "".join(parts) + "."
 
 
