@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
  Examples:
 
-   On digits that an installed package carries: about 40 minutes on one processor core
+   On digits that an installed package carries: about 45 minutes on one processor core
    $ attackroute harden-study --data mnist-sample --out runs/study
 
    Go on after an interruption: the same command with --resume; --seeds may be raised
