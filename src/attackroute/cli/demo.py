@@ -45,6 +45,7 @@ EXAMPLES = """
 _DATA = "mnist-sample"
 _MODEL = "vgg_small"
 _WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
+_HOLDOUT = 0.1  # of the digits to learn from: they choose the best epoch
 _RIVALS = ("activation", "weight", "gradient")
 
 
@@ -73,6 +74,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     from attackroute.cli.demo_chapters import EPS, RADII, analysed, hardened, judged_hardness
     from attackroute.cli.networks import ModelCard, open_network, spec_for, with_own_normalisation
     from attackroute.cli.report import report
+    from attackroute.cli.train_report import divided
     from attackroute.data import load_data, loader
     from attackroute.experiments.deactivation import deactivation_accuracy
     from attackroute.figures import save_figure
@@ -93,18 +95,19 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     model_folder = options.open_folder(folder / "model")
     _clear(model_folder)
     ModelCard(with_own_normalisation(spec, network), digits["train"].classes).save(model_folder)
+    learnt, chosen_by = divided(digits["train"], None, _HOLDOUT, seed)
     with output.progress("training steps") as progress:
         trained = train(
             network,
-            digits["train"].dataset,
-            digits["test"].dataset,
+            learnt.dataset,
+            None if chosen_by is None else chosen_by.dataset,
             TrainSettings(epochs=epochs, augment="crop", seed=seed),
             folder=model_folder,
             progress=progress,
         )
     network = open_network(str(model_folder), digits["test"]).to(home)  # the best epoch, as other commands open it
     seconds = {"training": _lap(started)}
-    output.line(f"Trained {_MODEL} on {len(digits['train'])} digits in {seconds['training']:.0f} s: {_tested(trained)}")
+    output.line(f"Trained {_MODEL} on {len(learnt)} digits in {seconds['training']:.0f} s: {_tested(trained)}")
 
     lap = time.perf_counter()
     batches = loader(digits["test"])
@@ -146,7 +149,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
         (
             "hardening",
             "Can the route be hardened? Fine-tuning with a penalty on its loss gradients, beside controls:",
-            lambda: hardened(network, digits, route, folder, seed, output),
+            lambda: hardened(network, learnt, digits["test"], folder, seed, output),
         ),
     )
     for name, question, chapter in chapters:
@@ -233,4 +236,4 @@ def _lap(since: float) -> float:
 def _tested(result: Any) -> str:
     test = result.best.test
     low, high = test.interval
-    return f"{test.value:.1%} of the test digits right (95 % interval {low:.1%} to {high:.1%})"
+    return f"{test.value:.1%} of {test.total} others right, which chose the epoch ({low:.1%} to {high:.1%})"

@@ -37,8 +37,8 @@ EXAMPLES = """
  The folder, which other commands take as --model:
 
    best.safetensors, last.safetensors   weights; the best ones are loaded: those of the epoch with the highest
-                                        test accuracy, or with --attack the highest accuracy under the attack;
-                                        with --holdout, on the images held out
+                                        accuracy, with --attack that under the attack, on images held out of
+                                        training (--holdout)
    model.json                           how to build the network
    log.jsonl, settings.json             one line an epoch; how it was trained
    state.pt                             what --resume needs besides
@@ -70,7 +70,7 @@ def train(
     robust_samples: train_options.RobustSamples = 500,
     accumulate: train_options.Accumulate = 1,
     clip_norm: train_options.ClipNorm = None,
-    holdout: train_options.Holdout = 0.0,
+    holdout: train_options.Holdout = 0.1,
     amp: train_options.Amp = False,
     channels_last: train_options.ChannelsLast = False,
     batch_size: options.BatchSize = 128,
