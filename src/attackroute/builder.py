@@ -15,6 +15,7 @@ from attackroute.instances import InstanceRoutes
 from attackroute.invariants import Edge
 from attackroute.provenance import Provenance
 from attackroute.selection import check_width
+from attackroute.sketch_notes import SketchNotes
 
 
 class InstanceRoutesBuilder:
@@ -41,6 +42,7 @@ class InstanceRoutesBuilder:
         self._packed = {layer: bytearray() for layer in layers}
         self._scores: dict[str, list[Tensor]] = {layer: [] for layer in layers}
         self._notes: dict[str, list[Tensor]] = {"labels": [], "predictions": []}
+        self._sketched: list[SketchNotes] = []
         self._batches = 0
         self._samples = 0
 
@@ -54,6 +56,7 @@ class InstanceRoutesBuilder:
         labels: Tensor | None,
         predictions: Tensor | None,
         scores: Mapping[str, Tensor] | None = None,
+        sketched: SketchNotes | None = None,
     ) -> None:
         """Add a batch; a batch that is refused leaves what was collected as it was.
 
@@ -62,6 +65,7 @@ class InstanceRoutesBuilder:
             labels: the samples' labels, integers (n,), or None; all batches have them or none has.
             predictions: the network's predictions, likewise.
             scores: for each layer what the masks were chosen by, float (n, C); kept only with ``keep_scores``.
+            sketched: what is known of the errors, where edges were sketched; all batches have it or none has.
 
         Raises:
             UserError: a layer is missing, a shape is wrong, or labels come with some batches only.
@@ -76,6 +80,9 @@ class InstanceRoutesBuilder:
         for layer in self._channels if kept_scores else ():
             _check_shape("scores", layer, kept_scores, (samples, self._channels[layer]))
 
+        if self._batches and (sketched is None) == bool(self._sketched):
+            raise UserError("notes on sketches must come with every batch or with none")
+
         for layer in self._channels:
             self._packed[layer] += bits.pack(masks[layer]).numpy().tobytes()
         for layer in kept_scores:
@@ -83,6 +90,8 @@ class InstanceRoutesBuilder:
         for name, values in notes.items():
             if values is not None:
                 self._notes[name].append(values.detach().to("cpu", torch.int64, copy=True))
+        if sketched is not None:
+            self._sketched.append(sketched)
         self._batches += 1
         self._samples += samples
 
@@ -108,6 +117,7 @@ class InstanceRoutesBuilder:
             notes["predictions"],
             methods,
             {layer: torch.cat(batches) for layer, batches in self._scores.items()} if self._keep_scores else None,
+            SketchNotes.concatenate(self._sketched) if self._sketched else None,
         )
 
     def _masks(self, layer: str) -> Tensor:

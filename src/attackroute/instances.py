@@ -17,8 +17,9 @@ from attackroute.invariants import Edge, check_masks, check_methods, check_note,
 from attackroute.provenance import Provenance
 from attackroute.routes import Route
 from attackroute.selection import kept, top_k
+from attackroute.sketch_notes import SketchNotes
 
-_MASKS, _SCORES = "masks/", "scores/"
+_MASKS, _SCORES, _SKETCHED = "masks/", "scores/", "sketched/"
 _NOTES = ("labels", "predictions")
 _SHOWN_TARGETS = 2
 
@@ -52,6 +53,7 @@ class InstanceRoutes:
         predictions: the network's predictions, int64 (N,), or None.
         methods: for each edge (source layer, target layer), how its influence was computed.
         kept_scores: for each layer the scores that were ranked, float (N, C); None when they were not kept.
+        sketched: where edges were sketched, how far the routes can be trusted; None for exact routes.
 
     Raises:
         UserError: tensors, channel counts and sample count do not agree.
@@ -64,6 +66,7 @@ class InstanceRoutes:
     predictions: Tensor | None = None
     methods: Mapping[Edge, str] = field(default_factory=dict)
     kept_scores: Mapping[str, Tensor] | None = None
+    sketched: SketchNotes | None = None
 
     def __post_init__(self) -> None:
         channels = channel_counts(self.channels)
@@ -77,6 +80,8 @@ class InstanceRoutes:
         if self.kept_scores is not None:
             check_scores(self.kept_scores, channels, len(self))
             object.__setattr__(self, "kept_scores", LayerMap({layer: self.kept_scores[layer] for layer in channels}))
+        if self.sketched is not None and len(self.sketched) != len(self):
+            raise UserError(f"there are notes on {len(self.sketched)} sketched samples, and {len(self)} samples")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -127,6 +132,7 @@ class InstanceRoutes:
     def __repr__(self) -> str:
         sizes = [plural(len(self), "sample"), plural(len(self.channels), "layer")]
         title = ", ".join([*sizes, plural(sum(self.channels.values()), "channel"), f"width {self.width:g}"])
+        title += "" if self.sketched is None else f", {self.provenance.criterion}"
         targets: dict[str, list[str]] = {layer: [] for layer in self.channels}
         for (source, target), method in self.methods.items():
             targets[source].append(f"{target} ({method})")
@@ -207,6 +213,7 @@ class InstanceRoutes:
             pick(self.predictions),
             self.methods,
             None if self.kept_scores is None else {layer: tensor[rows] for layer, tensor in self.kept_scores.items()},
+            None if self.sketched is None else self.sketched.select(rows),
         )
 
     @classmethod
@@ -247,6 +254,7 @@ class InstanceRoutes:
             _join("predictions", [part.predictions for part in parts]),
             {edge: " + ".join(dict.fromkeys(names)) for edge, names in methods.items()},
             {layer: values for layer, values in scores.items() if values is not None} or None,
+            _join_notes([part.sketched for part in parts]),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -257,6 +265,7 @@ class InstanceRoutes:
         """
         tensors = {_MASKS + layer: packed for layer, packed in self.packed.items()}
         tensors |= {_SCORES + layer: values for layer, values in (self.kept_scores or {}).items()}
+        tensors |= {} if self.sketched is None else self.sketched.tensors(_SKETCHED)
         tensors |= {name: values for name in _NOTES if (values := getattr(self, name)) is not None}
         body = {
             "provenance": self.provenance.to_json(),
@@ -281,7 +290,8 @@ class InstanceRoutes:
             notes = {name: tensors.pop(name, None) for name in _NOTES}
             packed = _with_prefix(tensors, _MASKS)
             scores = _with_prefix(tensors, _SCORES)
-            if len(packed) + len(scores) != len(tensors):
+            sketched = _with_prefix(tensors, _SKETCHED)
+            if len(packed) + len(scores) + len(sketched) != len(tensors):
                 raise UserError("has tensors that are no part of instance routes")
             routes = cls(
                 packed,
@@ -289,6 +299,7 @@ class InstanceRoutes:
                 Provenance.from_json(body.get("provenance")),
                 methods=_read_methods(body.get("methods")),
                 kept_scores=scores or None,
+                sketched=SketchNotes.from_tensors(sketched, routefile.expect_mapping(body, "fingerprint")),
                 **notes,
             )
             if model is not None:
@@ -304,6 +315,15 @@ def _join(what: str, parts: Sequence[Tensor | None]) -> Tensor | None:
         lacking = next(number for number, part in enumerate(parts, start=1) if part is None)
         raise UserError(f"part {lacking} has no {what} but others have: trace all parts in the same way")
     return torch.cat(present)
+
+
+def _join_notes(parts: Sequence[SketchNotes | None]) -> SketchNotes | None:
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    if len(present) != len(parts):
+        raise UserError("some parts are exact and others approximate (sketches): trace all parts in the same way")
+    return SketchNotes.concatenate(present)
 
 
 def _preview(targets: Sequence[str]) -> str:

@@ -1,19 +1,24 @@
-"""Exact influence by vector-Jacobian products, for edges that have no closed form.
+"""Influence by vector-Jacobian products, for edges that have no closed form.
 
-Each route layer's output becomes a leaf, so derivatives run along direct paths only. One product per output element
-and critical channel, for all samples at once: exact for any network that PyTorch can differentiate, and slow.
+Each route layer's output becomes a leaf, so derivatives run along direct paths only. The exact way takes one product
+per output element and critical channel, for all samples at once; sketches (:mod:`attackroute.sketches`) take a few
+products of random combinations of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attackroute.cauchy import cauchies, derived_keys
 from attackroute.explanations import differentiated
 from attackroute.layers import LayerCall, LayerCalls
+from attackroute.sketches import Estimate, ScaleSums, groups
 
 _ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
 
@@ -36,18 +41,22 @@ class Segments:
         self._leaves: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._kinds: dict[str, str] = {}
+        self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
 
         def visit(call: LayerCall) -> Tensor:
             output = call.run()
             self._kinds[call.name] = call.kind
             if call.name in self._sources:
                 self._outputs[call.name] = output
+                if call.kind == "linear" and not call.weight.requires_grad:
+                    self._inputs[call.name] = call.input, call.weight
             if call.name not in wanted:
                 return output.detach()
             leaf = self._leaves[call.name] = output.detach().requires_grad_()
             return leaf.clone()
 
-        with torch.inference_mode(False), torch.enable_grad(), LayerCalls(model, visit, linear=linear):
+        whole = sdpa_kernel(SDPBackend.MATH)  # backward passes of fused attention cannot be batched
+        with torch.inference_mode(False), torch.enable_grad(), whole, LayerCalls(model, visit, linear=linear):
             model(images.clone())
 
     def influence(self, target: str) -> dict[str, Tensor]:
@@ -75,7 +84,7 @@ class Segments:
         """
         output = self._outputs[target]
         leaves = {source: self._leaves[source] for source in self._sources[target]}
-        ranked = critical.nonzero()[:, 1].view(output.shape[0], -1)  # (n, k): each sample's critical channels
+        ranked = _ranked(critical)
         dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
         totals = {
             source: leaf.new_zeros(leaf.shape[0], self._channels_last(source, leaf).shape[-1], dtype=dtype)
@@ -91,6 +100,69 @@ class Segments:
                     sized = self._channels_last(source, gradient.abs(), batched=True)
                     totals[source] += sized.flatten(2, -2).sum((0, 2), dtype=dtype)
         return totals
+
+    def sketched(
+        self, target: str, critical: Tensor, keys: Tensor, draws: range, sources: Iterable[str] | None = None
+    ) -> dict[str, Estimate]:
+        """An estimate of :meth:`scores` from as many products as there are draws.
+
+        Args:
+            target: Name of the target layer.
+            critical: Bool ``(n, C_target)``, with the same number of channels set in each row.
+            keys: ``(n,)`` int64, one for each sample.
+            draws: Which draws of these keys are taken.
+            sources: Some of the target's sources; None means all.
+        """
+        output, names = self._outputs[target], tuple(sources or self._sources[target])
+        leaves = [self._leaves[name] for name in names]
+        start, weight = self._inputs.get(target, (output, None))
+        ranked = _ranked(critical)
+        widest = max(output.numel(), start.numel(), *(leaf.numel() for leaf in leaves))
+        sums: dict[str, ScaleSums] = {}
+        alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
+        for part in groups(draws, _ELEMENTS // widest) if start.requires_grad else []:
+            cotangents = self._random(target, ranked, derived_keys(keys, target, part), weight)
+            gradients = {
+                name: gradient
+                for name, gradient in zip(names, _products(start, leaves, cotangents), strict=True)
+                if gradient is not None
+            }
+            if not sums:
+                first: dict[object, str] = {}
+                for name, gradient in gradients.items():
+                    place = (gradient.data_ptr(), gradient.shape, gradient.stride(), self._kinds[name])
+                    alike[name] = first.setdefault(place, name)
+                sums = {name: ScaleSums(len(draws), partial(self._per_channel, name)) for name in set(alike.values())}
+            for name, total in sums.items():
+                total.add(gradients[name])
+        found = {name: total.estimate() for name, total in sums.items()}
+        return {
+            name: found[alike[name]] if name in alike else Estimate.zero(self._per_channel(name, leaf.detach()))
+            for name, leaf in zip(names, leaves, strict=True)
+        }
+
+    def _random(self, target: str, ranked: Tensor, keys: Tensor, weight: Tensor | None) -> Tensor:
+        """Cauchy cotangents over a target's critical channels, for keys ``(n, draws)``; the draws come first.
+
+        With the weight of a linear map they are those of its input: a product with the critical rows alone.
+        """
+        output = self._outputs[target]
+        shape = self._channels_last(target, output).shape
+        samples, draws, critical = *keys.shape, ranked.shape[1]
+        numbers = cauchies(keys.flatten(), math.prod(shape[1:-1]) * critical).to(output.dtype)
+        if weight is not None:
+            rows = weight.detach()[ranked].to(output.dtype)  # (n, k, C_in)
+            batch = torch.bmm(numbers.view(samples, -1, critical), rows)
+            return batch.view(samples, draws, *shape[1:-1], rows.shape[-1]).movedim(1, 0)
+        numbers = numbers.view(samples, draws, *shape[1:-1], critical)
+        batch = output.new_zeros(samples, draws, *shape[1:])
+        batch.scatter_(-1, ranked.view(samples, *(1,) * (batch.ndim - 2), critical).expand(numbers.shape), numbers)
+        return (batch if self._kinds[target] == "linear" else batch.movedim(-1, 2)).movedim(1, 0)
+
+    def _per_channel(self, name: str, values: Tensor) -> Tensor:
+        """Sum over positions of values shaped like a layer's output: ``(n, C)``."""
+        values = self._channels_last(name, values)
+        return values.flatten(1, -2).sum(1) if values.ndim > 2 else values
 
     def _cotangents(self, target: str, ranked: Tensor, chunk: int) -> Iterator[Tensor]:
         """Batches of one-hot cotangents over all pairs of (rank of critical channel, position)."""
@@ -109,6 +181,11 @@ class Segments:
 
     def _channels_last(self, name: str, tensor: Tensor, *, batched: bool = False) -> Tensor:
         return tensor if self._kinds[name] == "linear" else tensor.movedim(2 if batched else 1, -1)
+
+
+def _ranked(critical: Tensor) -> Tensor:
+    """Each sample's critical channels, ``(n, k)``."""
+    return critical.nonzero()[:, 1].view(len(critical), -1)
 
 
 def _products(output: Tensor, leaves: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from attackroute.errors import UserError
 from attackroute.graph import GraphWalk
+from attackroute.layers import LayerCall, LayerCalls
 from attackroute.recorder import RecordedLayer, record_first
 from attackroute.separation import Separation
 
-CLOSED_FORM, AUTOGRAD = "closed-form", "autograd"
+CLOSED_FORM, AUTOGRAD, SKETCH = "closed-form", "autograd", "sketch"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Structure:
         closed: For each layer, the sources whose influence has a closed form.
         jacobian: For each layer, the sources whose influence the Jacobian path computes.
         recorded: For each layer, all sources that the recording found, also those that autograd denies.
+        elsewhere: How the Jacobian path computes, ``"autograd"`` (exact) or ``"sketch"``.
     """
 
     names: tuple[str, ...]
@@ -33,9 +35,12 @@ class Structure:
     closed: tuple[frozenset[int], ...]
     jacobian: tuple[frozenset[int], ...]
     recorded: tuple[frozenset[int], ...]
+    elsewhere: str = AUTOGRAD
 
     @classmethod
-    def probe(cls, model: nn.Module, images: Tensor, *, linear: bool) -> tuple[Structure, object]:
+    def probe(
+        cls, model: nn.Module, images: Tensor, *, linear: bool, elsewhere: str = AUTOGRAD
+    ) -> tuple[Structure, object]:
         """Run a frozen model on the first images of a batch; returns the structure and the model's output.
 
         Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
@@ -49,6 +54,8 @@ class Structure:
         recording = record_first(model, images, linear=linear, graph=graph, separation=separation)
         if not separation.proven:
             _require_independent(images, recording.output)
+            if linear:
+                _require_rows_together(model, images)
         layers = recording.layers
         names = tuple(layer.name for layer in layers)
         closed, jacobian = [], []
@@ -64,6 +71,7 @@ class Structure:
             tuple(closed),
             tuple(jacobian),
             tuple(layer.sources for layer in layers),
+            elsewhere,
         ), recording.output
 
     @property
@@ -75,7 +83,7 @@ class Structure:
     def methods(self) -> dict[tuple[str, str], str]:
         """How each edge is computed, by (source, target)."""
         return {
-            (self.names[source], name): AUTOGRAD if source in jacobian else CLOSED_FORM
+            (self.names[source], name): self.elsewhere if source in jacobian else CLOSED_FORM
             for name, closed, jacobian in zip(self.names, self.closed, self.jacobian, strict=True)
             for source in sorted(closed | jacobian)
         }
@@ -131,4 +139,32 @@ def _require_independent(images: Tensor, output: object) -> None:
             raise UserError(
                 "the model's answer for one image depends on another image of the batch (a statistic over the batch?), "
                 "so there is no route per sample: give the model statistics of its own"
+            )
+
+
+def _require_rows_together(model: nn.Module, images: Tensor) -> None:
+    """Check that where a model folds something into the batch, each image's rows follow one another.
+
+    Were they apart, the first image's share of a layer's output would change with the second image.
+    """
+    images = images.detach()
+    other = torch.cat([images[:1], 1 - images[1:].flip(-1)])
+    seen: list[dict[str, Tensor]] = []
+    for pair in (images, other):
+        shares: dict[str, Tensor] = {}
+
+        def visit(call: LayerCall, shares: dict[str, Tensor] = shares) -> Tensor:
+            output = call.run()
+            if call.folded:
+                shares[call.name] = output[0].clone()
+            return output
+
+        with torch.no_grad(), LayerCalls(model, visit, linear=True):
+            model(pair.clone())
+        seen.append(shares)
+    for name, share in seen[0].items():
+        if (share - seen[1][name]).abs().max() > 1e-3 * share.abs().max():
+            raise UserError(
+                f"layer {name!r} runs on several rows per image, and they do not follow one another in the batch; "
+                "routes per sample need each image's rows together"
             )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from attackroute import bits
 from attackroute.attacks.application import Attack, attack_name, attacked
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.edges import critical_sums, influence_matrix
@@ -21,8 +22,11 @@ from attackroute.provenance import Provenance
 from attackroute.recorder import RecordedLayer, record
 from attackroute.seeds import Loss, checked_labels, checked_logits, seed_gradients
 from attackroute.selection import check_width, top_k
+from attackroute.sketch_notes import SketchNotes
+from attackroute.sketches import AUTO, Sketches, check_sketches
+from attackroute.sketching import Ranked, Sketcher
 from attackroute.streams import Data, batches, samples_in
-from attackroute.structure import AUTOGRAD, Structure
+from attackroute.structure import AUTOGRAD, SKETCH, Structure
 
 Progress = Callable[[int, "int | None"], None]
 """Called after every batch with the number of samples done and, where known, in all."""
@@ -38,10 +42,12 @@ def trace_routes(
     linear: bool = False,
     keep_scores: bool = False,
     batch_size: int = 128,
+    sketches: Sketches = None,
+    seed: int = 0,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> InstanceRoutes:
-    """Critical attacking routes of every sample (Eqs. (1)-(6)), exact, from one forward pass per batch.
+    """Critical attacking routes of every sample (Eqs. (1)-(6)), exact unless ``sketches`` are asked for.
 
     The model runs in eval mode on the device of its parameters and comes back as it was.
 
@@ -56,6 +62,12 @@ def trace_routes(
         linear: Whether linear maps are route layers too; their neurons are output features.
         keep_scores: Keep the scores that top-k ranked, (N, C) per layer; memory then grows with them.
         batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
+        sketches: Estimate edges that have no closed form (attention, layer norm, ...) from so many random products each
+            instead of one product per element, which can take thousands of times as long. **Approximate**: such an
+            edge's method is ``"sketch"``, and ``routes.sketched`` says how far each layer can be trusted. A multiple of
+            8, such as 32, or ``"auto"``: 32, doubled per layer and sample until 95 % of the kept channels are
+            expected to be the exact ones, or at most 512. None computes these edges exactly.
+        seed: Of the sketches. An image's numbers depend on it and the image alone, not on its batch.
         autocast: Run the forward pass under autocast in this dtype (bfloat16, float16).
         progress: Called with (samples done, samples in all or None) after every batch.
 
@@ -66,6 +78,7 @@ def trace_routes(
         UserError: There is no route layer, an input does not fit the model, or values are not finite.
     """
     check_width(width)
+    check_sketches(sketches)
     engine: _Engine | None = None
     builder: InstanceRoutesBuilder | None = None
     total = samples_in(data)
@@ -73,7 +86,7 @@ def trace_routes(
     with frozen(model), _autocast(model, autocast):
         for images, labels in batches(model, data, batch_size):
             if engine is None:
-                engine = _Engine.probe(model, images, linear=linear)
+                engine = _Engine.probe(model, images, linear=linear, sketches=sketches, seed=seed)
                 structure = engine.structure
                 builder = InstanceRoutesBuilder(structure.names, structure.channels, width, keep_scores=keep_scores)
             shown, answers = (images, labels) if attack is None else attacked(model, attack, images, labels)
@@ -84,13 +97,14 @@ def trace_routes(
                 labels=result.labels if labels is not None else None,
                 predictions=result.predictions,
                 scores=result.scores if keep_scores else None,
+                sketched=result.notes(structure.channels, keep_errors=keep_scores),
             )
             done += images.shape[0]
             if progress is not None:
                 progress(done, total)
     if engine is None or builder is None:
         raise UserError("the data hold no sample: the loader is empty")
-    provenance = Provenance(done, width, attack=None if attack is None else attack_name(attack))
+    provenance = engine.provenance(Provenance(done, width, attack=None if attack is None else attack_name(attack)))
     return builder.build(methods=engine.structure.methods, provenance=provenance)
 
 
@@ -132,10 +146,30 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
 
 @dataclass(frozen=True, eq=False)
 class _Traced:
-    masks: dict[str, Tensor]
-    scores: dict[str, Tensor]
+    ranked: dict[str, Ranked]
     labels: Tensor
     predictions: Tensor
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return {name: layer.mask for name, layer in self.ranked.items()}
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        return {name: layer.scores for name, layer in self.ranked.items()}
+
+    def notes(self, channels: dict[str, int], *, keep_errors: bool) -> SketchNotes | None:
+        """What is known of the errors, where edges were sketched."""
+        cuts = {name: layer.cut for name, layer in self.ranked.items() if layer.cut is not None}
+        if not cuts:
+            return None
+        return SketchNotes(
+            channels,
+            {name: layer.draws.cpu() for name, layer in self.ranked.items() if layer.draws is not None},
+            {name: cut.overlap.float().cpu() for name, cut in cuts.items()},
+            {name: bits.pack(cut.undecided) for name, cut in cuts.items()},
+            {name: cut.errors.cpu() for name, cut in cuts.items()} if keep_errors else {},
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +179,23 @@ class _Engine:
     model: nn.Module
     linear: bool
     structure: Structure
+    sketches: Sketches
+    seed: int
 
     @classmethod
-    def probe(cls, model: nn.Module, images: Tensor, *, linear: bool) -> _Engine:
+    def probe(cls, model: nn.Module, images: Tensor, *, linear: bool, sketches: Sketches, seed: int) -> _Engine:
         """Run the model on the first images to learn its route layers and edges."""
-        structure, output = Structure.probe(model, images, linear=linear)
+        elsewhere = AUTOGRAD if sketches is None else SKETCH
+        structure, output = Structure.probe(model, images, linear=linear, elsewhere=elsewhere)
         checked_logits(output, 2)
-        return cls(model, linear, structure)
+        return cls(model, linear, structure, sketches, seed)
+
+    def provenance(self, origin: Provenance) -> Provenance:
+        """The origin of routes, which says so where they rest on sketches."""
+        if SKETCH not in self.structure.methods.values():
+            return origin
+        number = self.sketches if self.sketches == AUTO else f"{self.sketches} sketches"
+        return replace(origin, criterion=f"{origin.criterion}, approximate ({number})", seed=self.seed)
 
     def trace(self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None) -> _Traced:
         """Routes of one batch: Eqs. (3)-(6)."""
@@ -171,20 +215,23 @@ class _Engine:
             for index, layer in enumerate(layers)
         }
         segments = Segments(self.model, images, jacobian, linear=self.linear) if jacobian else None
-        masks: dict[str, Tensor] = {}
+        sketcher = None
+        if segments is not None and self.sketches is not None:
+            sketcher = Sketcher(segments, images, self.sketches, self.seed, width)
+        ranked: dict[str, Ranked] = {}
         for index in reversed(range(len(layers))):  # every successor of a layer comes after it
-            layer = layers[index]
-            critical = masks[layer.name] = top_k(scores[index], width)
-            critical_sums(layer, critical, scores)  # Eq. (5)
-            if segments is not None and layer.name in jacobian:
-                for source, score in segments.scores(layer.name, critical).items():
-                    scores[names.index(source)] += score
-        return _Traced(
-            {name: masks[name] for name in names},
-            {name: scores[index] for index, name in enumerate(names)},
-            labels,
-            predictions,
-        )
+            layer, score = layers[index], scores[index]
+            found = Ranked(score, top_k(score, width)) if sketcher is None else sketcher.rank(layer.name, score)
+            ranked[layer.name] = found
+            critical_sums(layer, found.mask, scores)  # Eq. (5)
+            if segments is None or layer.name not in jacobian:
+                continue
+            if sketcher is not None:
+                sketcher.follow(layer.name, found.mask)
+                continue
+            for source, part in segments.scores(layer.name, found.mask).items():
+                scores[names.index(source)] += part
+        return _Traced({name: ranked[name] for name in names}, labels, predictions)
 
     @staticmethod
     def _seed_score(layer: RecordedLayer, gradient: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,6 +58,11 @@ def normals(keys: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return uniforms(_mix_(keys + 1), shape).mul_(2 * math.pi).cos_().mul_(radius)
 
 
+def mixed(keys: Tensor) -> Tensor:
+    """New keys, one for each of ``keys`` (int64 of any shape)."""
+    return _mix_(keys.clone())
+
+
 def _counter(length: int, device: torch.device) -> Tensor:
     return torch.arange(1, length + 1, device=device) * _GAMMA
 

@@ -1,0 +1,336 @@
+"""Sketches against exact products: no bias, honest errors, and the same numbers whatever the batch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from architectures import MIXED, Function, Head, Shuffled, chain, tokens
+from attackroute import oracle
+from attackroute.attacks.draws import mixed
+from attackroute.cauchy import cauchies, derived_keys
+from attackroute.errors import UserError
+from attackroute.instances import InstanceRoutes
+from attackroute.jacobians import Segments
+from attackroute.layers import frozen
+from attackroute.selection import top_k
+from attackroute.sketches import Estimate, groups
+from attackroute.structure import Structure
+from attackroute.trace import trace_routes
+from tracing import deviation, ready, same_routes, worst
+
+COPIES = 800
+SKETCHED = {"shuffled": (Shuffled, False), "tokens": (tokens, True)}
+
+
+def dead() -> nn.Module:
+    """Layer norm between convolutions, and a channel that nothing can pass."""
+
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = parts["a"](x) * torch.tensor([1.0, 1, 0, 1]).to(x).view(1, 4, 1, 1)
+        x = F.relu(F.group_norm(x, 4))
+        return parts["head"](parts["b"](x))
+
+    return Function(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 6, 3, bias=False), head=Head(6))
+
+
+@pytest.fixture(scope="module", params=SKETCHED)
+def copies(request: pytest.FixtureRequest) -> tuple[Segments, dict[str, list[str]], dict[str, Tensor]]:
+    """The Jacobian edges of a network on many copies of one image, and critical channels for each target."""
+    build, linear = SKETCHED[request.param]
+    model, images, _ = ready(build, dtype=torch.float32, samples=1, size=9)
+    images = images.expand(COPIES, -1, -1, -1)
+    with frozen(model):
+        structure, _ = Structure.probe(model, images, linear=linear)
+        edges = structure.jacobian_edges
+        critical = {
+            name: top_k(torch.rand(1, structure.channels[name]), 0.4).expand(COPIES, -1).contiguous() for name in edges
+        }
+        return Segments(model, images, edges, linear=linear), edges, critical
+
+
+# The numbers
+
+
+def test_cauchy_numbers_have_the_quantiles_of_the_distribution() -> None:
+    numbers = cauchies(torch.arange(64) * 987654321987, 4096).double()
+    uniform = torch.atan(numbers) / math.pi + 0.5
+    counts = torch.histc(uniform.float(), 64, 0, 1)
+    expected = numbers.numel() / 64
+    assert ((counts - expected) ** 2 / expected).sum() < 63 + 5 * math.sqrt(2 * 63)
+    assert numbers.isfinite().all()
+    assert (numbers != 0).all()
+
+
+def test_cauchy_numbers_of_neighbours_and_of_keys_are_unrelated() -> None:
+    keys = derived_keys(torch.tensor([1, 2]), "layer", range(32)).flatten()
+    assert len(keys.unique()) == len(keys)
+    uniform = torch.atan(cauchies(keys, 4096).double()) / math.pi
+    bound = 5 / math.sqrt(4096)
+    correlations = torch.corrcoef(uniform) - torch.eye(64)
+    assert correlations.abs().max() < bound
+    assert (torch.corrcoef(torch.stack([uniform[:, 1:].flatten(), uniform[:, :-1].flatten()]))[0, 1]).abs() < bound / 8
+
+
+def test_draws_do_not_depend_on_how_they_are_taken() -> None:
+    keys = torch.tensor([5, 6])
+    whole = derived_keys(keys, "a", range(8))
+    assert torch.equal(torch.cat([derived_keys(keys, "a", range(3)), derived_keys(keys, "a", range(3, 8))], 1), whole)
+    assert not (whole == derived_keys(keys, "b", range(8))).any()
+    numbers = cauchies(whole.flatten(), 100)
+    assert torch.equal(cauchies(whole.flatten()[3:5], 60), numbers[3:5, :60])
+
+
+def test_groups_of_the_jackknife_are_never_mixed() -> None:
+    for most in (1, 2, 3, 100):
+        parts = groups(range(32, 64), most)
+        assert [draw for part in parts for draw in part] == list(range(32, 64))
+        assert all(part.start // 4 == (part.stop - 1) // 4 and len(part) <= most for part in parts)
+
+
+# Bias and stated errors
+
+
+def apart(scores: Tensor, exact: Tensor) -> float:
+    """How far the mean over copies is from the exact scores: the largest distance in its own standard errors."""
+    scores, exact = scores.double()[:, exact[0] > 0], exact.double()[:, exact[0] > 0]
+    return float(((scores - exact).mean(0) / scores.std(0) * math.sqrt(COPIES)).abs().max())
+
+
+@pytest.mark.parametrize("draws", [16, 32])
+def test_scores_are_unbiased_and_their_errors_as_stated(
+    copies: tuple[Segments, dict[str, list[str]], dict[str, Tensor]], draws: int
+) -> None:
+    found, edges, critical = copies
+    keys = mixed(torch.arange(COPIES) + COPIES * draws)
+    for target in edges:
+        exact = found.scores(target, critical[target])
+        for source, estimate in found.sketched(target, critical[target], keys, range(draws)).items():
+            true = exact[source]
+            assert apart(estimate.scores, true) < 4.5, (source, target)
+            assert (estimate.scores[true == 0] == 0).all()
+            alive = true[0] > 0
+            stated = estimate.errors.double().square().mean(0).sqrt() / estimate.scores.double().std(0)
+            assert 0.85 < stated[alive].mean() < 1.2, (source, target)
+            inside = ((estimate.scores - true).abs() < 2 * estimate.errors)[:, alive].double().mean()
+            assert 0.8 < inside < 0.97, (source, target)  # of a normal error with 7 degrees of freedom, 0.915
+
+
+def test_a_bias_of_a_few_percent_would_be_found(
+    copies: tuple[Segments, dict[str, list[str]], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attackroute.sketches._geometric_mean", lambda logs, draws: (logs / draws).exp())  # 8 % more
+    found, edges, critical = copies
+    keys = mixed(torch.arange(COPIES))
+    for target in edges:
+        exact = found.scores(target, critical[target])
+        for source, estimate in found.sketched(target, critical[target], keys, range(16)).items():
+            assert apart(estimate.scores, exact[source]) > 4.5, (source, target)
+
+
+def test_expected_overlap_is_what_happens() -> None:
+    def build() -> nn.Module:
+        def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+            x = parts["b"](F.gelu(F.group_norm(parts["a"](x), 4)))
+            return parts["head"](parts["c"](F.gelu(F.group_norm(x, 1))))
+
+        return Function(forward, a=nn.Conv2d(3, 40, 3), b=nn.Conv2d(40, 60, 1), c=nn.Conv2d(60, 20, 3), head=Head(20))
+
+    model, images, labels = ready(build, dtype=torch.float32, samples=40, size=8)
+    labels = labels % 5
+    exact = trace_routes(model, (images, labels), keep_scores=True)
+    found = trace_routes(model, (images, labels), sketches=32, keep_scores=True)
+    assert found.sketched is not None
+    kept = found.masks["parts.b"]
+    wrong = kept & ~exact.masks["parts.b"]
+    stated, actual = found.sketched.overlap["parts.b"].mean(), 1 - wrong.sum() / kept.sum()
+    assert abs(stated - actual) < 0.04
+    assert actual < 0.95  # or nothing was tested
+    assert found.sketched.undecided("parts.b")[wrong].double().mean() > 0.9
+
+
+def test_a_mean_of_two_estimates_has_the_error_of_both() -> None:
+    first = Estimate(torch.tensor([[1.0, 2]]), torch.tensor([[[3.0, 0]]]))
+    second = Estimate(torch.tensor([[3.0, 4]]), torch.tensor([[[4.0, 2]]]))
+    mean = Estimate.mean(first, second, torch.tensor([0.5]))
+    assert mean.scores.tolist() == [[2, 3]]
+    assert mean.errors.tolist() == [[2.5, 1]]
+    assert torch.equal(Estimate.mean(first, second, torch.tensor([0.0])).errors, first.errors)
+
+
+# Whole traces
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_only_edges_without_a_closed_form_are_sketched(name: str) -> None:
+    model, images, labels = ready(MIXED[name])
+    exact = trace_routes(model, (images, labels), 0.3, keep_scores=True)
+    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, sketches=32)
+    assert exact.sketched is None
+    renamed = {edge: "sketch" if way == "autograd" else way for edge, way in exact.methods.items()}
+    assert found.methods == renamed
+    assert found.sketched is not None
+    assert set(found.sketched.layers) == {source for (source, _), way in renamed.items() if way == "sketch"}
+    assert found.provenance.criterion == "influence, approximate (32 sketches)"
+    assert found.provenance.seed == 0
+
+
+@pytest.mark.parametrize("name", SKETCHED)
+def test_routes_of_many_draws_are_the_exact_ones(name: str) -> None:
+    build, linear = SKETCHED[name]
+    model, images, labels = ready(build, samples=2)
+    expected = oracle.trace(model, images, labels, width=0.5, linear=linear)
+    found = trace_routes(model, (images, labels), 0.5, keep_scores=True, sketches=8192, linear=linear)
+    assert found.sketched is not None
+    for layer in reversed(found.layers):
+        assert deviation(found.scores[layer], expected.scores[layer]) < 0.08, layer
+        if (wrong := found.masks[layer] != expected.masks[layer]).any():
+            assert found.sketched.undecided(layer)[wrong].double().mean() > 0.5  # scores that are equal
+            break
+
+
+def test_closed_form_networks_stay_exact() -> None:
+    model, images, labels = ready(chain)
+    exact = trace_routes(model, (images, labels), keep_scores=True)
+    found = trace_routes(model, (images, labels), keep_scores=True, sketches="auto", seed=5)
+    assert found == exact
+    assert worst(found, exact) == 0
+    assert found.sketched is None
+    assert found.provenance == exact.provenance
+
+
+@pytest.mark.parametrize("sketches", [32, "auto"])
+def test_batches_and_order_change_nothing(sketches: int | str) -> None:
+    model, images, labels = ready(tokens, dtype=torch.float32, samples=6)
+    labels = labels % 5
+
+    def traced(order: Tensor, batch_size: int, seed: int = 1) -> InstanceRoutes:
+        data = images[order], labels[order]
+        return trace_routes(
+            model, data, 0.4, sketches=sketches, linear=True, batch_size=batch_size, seed=seed, keep_scores=True
+        )
+
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    together = traced(torch.arange(6), 6)
+    apart = traced(order, 1).select(order.argsort())
+    assert same_routes(apart, together)
+    assert worst(apart, together) < 1e-4
+    assert apart.sketched is not None and together.sketched is not None
+    for layer in together.sketched.layers:
+        assert torch.equal(apart.sketched.draws[layer], together.sketched.draws[layer])
+        torch.testing.assert_close(apart.sketched.overlap[layer], together.sketched.overlap[layer], rtol=0, atol=1e-3)
+    assert worst(traced(torch.arange(6), 6, seed=2), together) > 1e-3
+
+
+def test_chunks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, labels = ready(Shuffled, dtype=torch.float32)
+    whole = trace_routes(model, (images, labels), sketches=32, keep_scores=True)
+    monkeypatch.setattr("attackroute.jacobians._ELEMENTS", 1)
+    assert worst(trace_routes(model, (images, labels), sketches=32, keep_scores=True), whole) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_channels_that_nothing_passes_score_exactly_zero(dtype: torch.dtype) -> None:
+    model, images, labels = ready(dead, dtype=dtype)
+    found = trace_routes(model, (images, labels), 0.5, sketches=32, keep_scores=True)
+    assert found.methods["parts.a", "parts.b"] == "sketch"
+    scores = found.scores["parts.a"]
+    assert (scores[:, 2] == 0).all()
+    assert (scores[:, [0, 1, 3]] > 0).all()
+    assert found.sketched is not None
+    assert (found.sketched.errors["parts.a"][:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_small_and_large_derivatives_stay_in_range(factor: float) -> None:
+    model, images, labels = ready(dead, dtype=torch.float32)
+    before = trace_routes(model, (images, labels), 0.5, sketches=32, keep_scores=True)
+    with torch.no_grad():
+        model.parts["b"].weight.mul_(factor)
+        model.parts["head"].fc.weight.div_(factor)
+    after = trace_routes(model, (images, labels), 0.5, sketches=32, keep_scores=True)
+    assert deviation(after.scores["parts.a"] / factor, before.scores["parts.a"]) < 1e-3
+
+
+def test_auto_draws_more_where_the_cut_is_not_clear() -> None:
+    model, images, labels = ready(Shuffled)
+    found = trace_routes(model, (images, labels), 0.5, sketches="auto")
+    assert found.provenance.criterion == "influence, approximate (auto)"
+    notes = found.sketched
+    assert notes is not None
+    assert (notes.draws["conv6"] == 512).all()  # all scores are equal
+    assert notes.undecided("conv6").all()
+    for layer in notes.layers:
+        assert ((notes.overlap[layer] >= 0.95) | (notes.draws[layer] == 512)).all()
+        assert set(notes.draws[layer].tolist()) <= {32, 64, 128, 256, 512}
+    assert any((draws == 32).any() for draws in notes.draws.values())
+
+
+# Notes and files
+
+
+def test_notes_follow_the_samples_into_files(tmp_path: Path) -> None:
+    model, images, labels = ready(Shuffled, samples=4)
+    whole = trace_routes(model, (images, labels), sketches=32, keep_scores=True)
+    whole.save(tmp_path / "routes.safetensors")
+    loaded = InstanceRoutes.load(tmp_path / "routes.safetensors")
+    joined = InstanceRoutes.concatenate([whole.select([0, 1]), whole.select([2, 3])])
+    assert whole.sketched is not None
+    for other in (loaded, joined):
+        assert other == whole
+        assert other.sketched is not None
+        assert other.sketched.layers == whole.sketched.layers
+        for layer in whole.sketched.layers:
+            assert torch.equal(other.sketched.draws[layer], whole.sketched.draws[layer])
+            assert torch.equal(other.sketched.overlap[layer], whole.sketched.overlap[layer])
+            assert torch.equal(other.sketched.errors[layer], whole.sketched.errors[layer])
+            assert torch.equal(other.sketched.undecided(layer), whole.sketched.undecided(layer))
+    assert "approximate" in repr(loaded)
+    assert "approximate" in repr(loaded.aggregate())
+
+
+def test_exact_and_approximate_routes_are_not_joined() -> None:
+    model, images, labels = ready(Shuffled)
+    exact, found = (trace_routes(model, (images, labels), sketches=sketches) for sketches in (None, 32))
+    with pytest.raises(UserError, match="trace all parts in the same way"):
+        InstanceRoutes.concatenate([exact, found])
+
+
+# Faults
+
+
+@pytest.mark.parametrize("sketches", [0, 8, 20, -32, 32.0, True, "many"])
+def test_numbers_of_draws_that_cannot_be_used_are_refused(sketches: Any) -> None:
+    model, images, labels = ready(Shuffled)
+    with pytest.raises(UserError, match="multiple of 8"):
+        trace_routes(model, (images, labels), sketches=sketches)
+
+
+def test_derivatives_that_are_not_finite_are_named() -> None:
+    def build() -> nn.Module:
+        def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+            x = parts["a"](x)
+            x = x + (x - x.detach()).abs().sqrt()  # its derivative is infinite times zero
+            return parts["head"](parts["b"](F.softmax(x, 1)))
+
+        return Function(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3), head=Head(4))
+
+    model, images, labels = ready(build)
+    with pytest.raises(UserError, match="NaN"):
+        trace_routes(model, (images, labels), sketches=32)
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    from tracing import state, untidy
+
+    model = untidy()
+    before = state(model)
+    found = trace_routes(model, torch.rand(2, 3, 9, 9), sketches=32)
+    assert "sketch" in found.methods.values()
+    assert state(model) == before
