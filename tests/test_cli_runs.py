@@ -414,3 +414,38 @@ def test_attacked_images_are_traced(trained, pictures, tmp_path):
     assert_bad_input(traced(trained, pictures, "--attack", "pgd", "--out", attacked, "--resume"), "attack", "pgd:eps")
     assert_bad_input(traced(trained, pictures, "--attack", "pdg"), "unknown attack 'pdg'", "did you mean pgd")
     assert_bad_input(traced(trained, pictures, "--attack", "fgsm:eps=8"), "eps 8")
+
+
+# Sketches
+
+
+def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
+    options = ("--model", "architectures:Shuffled", "--data", f"folder:{pictures}", "--classes", 5, "--samples", 4)
+    result = run("trace", *options, "--sketches", 32, "--check", 2, "--out", tmp_path / "shown")
+    assert result.exit_code == 0, result.output
+    assert "sketch" in result.stdout
+    assert "overlap" in result.stdout
+    assert "influence, approximate (32 sketches)" in result.stdout
+    assert "rounding" not in result.stdout
+    summary = json.loads((tmp_path / "shown" / "summary.json").read_text())
+    assert summary["criterion"] == "influence, approximate (32 sketches)"
+    conv1, conv7 = summary["layers"][0], summary["layers"][-1]
+    assert conv1["sketches"] == 32
+    assert 0 < conv1["expected_overlap"] <= 1
+    assert "expected_overlap" not in conv7
+    route = Route.load(tmp_path / "shown" / "route.json")
+    assert "approximate" in route.provenance.criterion
+    assert InstanceRoutes.load(tmp_path / "shown" / "routes.safetensors").sketched is not None
+
+    again = run("trace", *options, "--sketches", "auto", "--json")
+    assert json.loads(again.stdout)["criterion"] == "influence, approximate (auto)"
+    resumed = run("trace", *options, "--sketches", 64, "--out", tmp_path / "shown", "--resume")
+    assert_bad_input(resumed, "sketches")
+
+
+@pytest.mark.parametrize("text", ["7", "0", "-8", "some", "32.0"])
+def test_sketches_that_cannot_be_used_are_bad_input(pictures, text):
+    result = run("trace", "--model", "vgg_small", "--data", f"folder:{pictures}", "--sketches", text)
+    assert result.exit_code == 2
+    assert "sketches" in result.output
+    assert "Traceback" not in result.output

@@ -1,8 +1,8 @@
 """Cauchy numbers that belong to an image: no batch size, order or device changes which ones it gets.
 
 As in :mod:`attackroute.attacks.draws` every number is a hash of a key and of its position. There are many of them, so
-the hash works on 32 bits: two rounds of a finaliser (with the constants of C. Wellons' lowbias32), half of the key going
-into each.
+the hash works on 32 bits: two rounds of a finaliser (with the constants of C. Wellons' lowbias32), half of the key
+going into each.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ class _Recorder(TorchFunctionMode):
         cut = self._cut(rows, rows.dim() - 1)
         if folded:
             cut = cut.flatten(0, 1)
-        return (cut.transpose(0, 1) if self._attending else cut).reshape(shape)
+        return (cut.transpose(0, 1).contiguous() if self._attending else cut).reshape(shape)
 
     def _pass(self, output: Tensor) -> Tensor:
         """A linear map that is no route layer; it is counted, so that names do not depend on what is recorded."""

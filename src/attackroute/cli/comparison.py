@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute import oracle
+from attackroute.sketches import Sketches
 from attackroute.trace import trace_routes
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -23,7 +24,7 @@ class Comparison:
         agreeing: Samples whose routes are the same in every layer.
         deviation: Largest ``|score - oracle's score|``, relative to the largest score of the sample in that layer.
         layer: Where it is.
-        tolerance: What rounding explains; None at reduced precision.
+        tolerance: What rounding explains; None at reduced precision, and for sketches.
     """
 
     samples: int
@@ -39,7 +40,15 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module, images: Tensor, labels: Tensor, width: float, *, linear: bool, autocast: torch.dtype | None
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    width: float,
+    *,
+    linear: bool,
+    autocast: torch.dtype | None,
+    sketches: Sketches = None,
+    seed: int = 0,
 ) -> Comparison:
     """Trace samples twice, by the engine and by the oracle.
 
@@ -53,8 +62,18 @@ def compare(
         width: Share of each layer's channels that a route keeps.
         linear: Whether linear layers are route layers.
         autocast: Reduced precision for the engine.
+        sketches: For the engine, with ``seed``.
     """
-    ours = trace_routes(model, (images, labels), width, linear=linear, keep_scores=True, autocast=autocast)
+    ours = trace_routes(
+        model,
+        (images, labels),
+        width,
+        linear=linear,
+        keep_scores=True,
+        autocast=autocast,
+        sketches=sketches,
+        seed=seed,
+    )
     theirs = oracle.trace(model, images, labels, width=width, linear=linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
     deviation, where = 0.0, theirs.layers[-1]
@@ -66,5 +85,5 @@ def compare(
         if relative.numel() and (largest := relative.max().item()) > deviation:
             deviation, where = largest, layer
         comparable &= (ours.masks[layer] == theirs.masks[layer].cpu()).all(1)
-    tolerance = TOLERANCES.get(images.dtype) if autocast is None else None
+    tolerance = TOLERANCES.get(images.dtype) if autocast is None and ours.sketched is None else None
     return Comparison(len(images), int(comparable.sum()), deviation, where, tolerance)

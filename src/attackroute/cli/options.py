@@ -46,6 +46,18 @@ def parse_factor(text: str) -> float:
     return value
 
 
+def parse_sketches(text: str) -> int | str:
+    """Read a number of sketches, or ``auto``."""
+    from attackroute.sketches import AUTO, check_sketches
+
+    value = int(text) if str(text).isdecimal() else text
+    try:
+        check_sketches(value)
+    except UserError as error:
+        raise typer.BadParameter(f"{text!r} is no number of sketches; write 32, 64, ... or {AUTO}") from error
+    return value
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of that name; ``auto`` takes an accelerator where there is one.
 

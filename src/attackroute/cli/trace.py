@@ -35,6 +35,10 @@ EXAMPLES = """
    $ attackroute trace --model torchvision:resnet18 --weights resnet18.pth --classes 1000 \\
        --data folder:photos --image-size 224 --samples 1000 --out runs/photos
 
+   A transformer: attention projections and MLPs, its mixing edges approximately, by 32 random products each
+   $ attackroute trace --model torchvision:vit_b_16 --weights vit.pth --classes 1000 --linear --sketches 32 \\
+       --data folder:photos --image-size 224 --samples 100 --batch-size 4 --out runs/vit
+
    Go on after an interruption: the same command with --resume, for the same result
    $ attackroute trace --model runs/vgg --data cifar10:~/data --out runs/vgg/routes --resume
 
@@ -53,6 +57,10 @@ EXAMPLES = """
                 the same channels, about the share of --width where samples have nothing in common.
    computed     How the edges into a layer were computed, and how many there are where it is not one.
                 closed-form: exact, from the forward pass. autograd: exact, from vector-Jacobian products.
+                sketch: approximate, from --sketches random products.
+   overlap      With --sketches: share of a sample's kept channels that exact scores are expected to keep as well, and
+                of all channels those within two standard errors of the cut; for the critical channels of later
+                layers as they were found.
 """
 
 
@@ -119,6 +127,17 @@ def trace(
     linear: Annotated[
         bool, typer.Option("--linear", rich_help_panel=_ROUTES, help="Linear layers are route layers too.")
     ] = False,
+    sketches: Annotated[
+        str | None,
+        typer.Option(
+            "--sketches",
+            metavar="N|auto",
+            parser=options.parse_sketches,
+            rich_help_panel=_ROUTES,
+            help="Estimate edges without a closed form (attention, layer norm) from N random products each, such as "
+            "32: approximate, and far quicker; auto doubles N until the routes are clear.",
+        ),
+    ] = None,
     keep_scores: Annotated[
         bool,
         typer.Option(
@@ -159,7 +178,7 @@ def trace(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find the critical attacking routes of images, exactly and from one forward pass a batch.
+    """Find the critical attacking routes of images, exactly unless --sketches are asked for.
 
     A sample's route holds the channels of each layer that pass on the most of what changes its loss; the model's route
     holds those that are on most samples' routes. Ctrl-C keeps the samples that are done; --resume goes on.
@@ -189,7 +208,7 @@ def trace(
     if dtype is Dtypes.FLOAT64:
         network = network.double()
     autocast = getattr(torch, dtype.value) if dtype in (Dtypes.BFLOAT16, Dtypes.FLOAT16) else None
-    tracer = Tracer(network, images, width, batch_size, linear, keep_scores, autocast, perturbation)
+    tracer = Tracer(network, images, width, batch_size, linear, keep_scores, sketches, seed, autocast, perturbation)
     folder = None
     if out is not None:
         terms = {
@@ -203,6 +222,7 @@ def trace(
             "width": width,
             "attack": None if perturbation is None else str(perturbation),
             "linear": linear,
+            "sketches": sketches,
             "keep-scores": keep_scores,
             "batch-size": batch_size,
             "dtype": dtype.value,

@@ -10,6 +10,7 @@ from attackroute.cli.comparison import Comparison
 from attackroute.cli.console import Output
 from attackroute.instances import InstanceRoutes
 from attackroute.routes import Route
+from attackroute.sketch_notes import SketchNotes
 
 
 def summarise(routes: InstanceRoutes, route: Route) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def summarise(routes: InstanceRoutes, route: Route) -> dict[str, Any]:
         "samples": len(routes),
         "accuracy": (routes.labels == routes.predictions).double().mean().item(),
         "attack": routes.provenance.attack,
+        "criterion": routes.provenance.criterion,
         "width": routes.width,
         "route_width": route.provenance.width if route.provenance is not None else None,
         "layers": [
@@ -29,6 +31,7 @@ def summarise(routes: InstanceRoutes, route: Route) -> dict[str, Any]:
                 "route_channels": route.indices[layer],
                 "occurrence": occurrence[layer],
                 "incoming": {source: method for (source, target), method in routes.methods.items() if target == layer},
+                **_certainty(routes.sketched, layer),
             }
             for layer in routes.layers
         ],
@@ -54,8 +57,9 @@ def report(
         }
     files = None if out is None else str(out)
     output.result({**summary, "traced_now": traced, "seconds": seconds, "check": checked, "folder": files})
+    sketched = any("expected_overlap" in row for row in summary["layers"])
     output.table(
-        ["layer", "channels", "on route", "occurrence", "computed"],
+        ["layer", "channels", "on route", "occurrence", "computed", *(["overlap, approximate"] if sketched else [])],
         [
             [
                 row["layer"],
@@ -63,6 +67,7 @@ def report(
                 str(len(row["route_channels"])),
                 f"{row['occurrence']:.1%}",
                 _methods(row["incoming"]),
+                *([_overlap(row)] if sketched else []),
             ]
             for row in summary["layers"]
         ],
@@ -72,10 +77,29 @@ def report(
     output.line(
         f"{summary['samples']} samples{attacked}{pace}; the network is right on {summary['accuracy']:.1%} of them"
     )
+    if sketched:
+        output.line(f"criterion: {summary['criterion']}; edges computed by sketch are estimates, the others exact")
     if comparison is not None:
         output.line(_check_line(comparison))
     if out is not None:
         output.line(f"routes.safetensors, route.json and summary.json are in {out}")
+
+
+def _certainty(notes: SketchNotes | None, layer: str) -> dict[str, float]:
+    """How far a layer's routes can be trusted, where they rest on sketches: means over the samples."""
+    if notes is None or layer not in notes.layers:
+        return {}
+    return {
+        "sketches": notes.draws[layer].double().mean().item(),
+        "expected_overlap": notes.overlap[layer].double().mean().item(),
+        "undecided": notes.undecided(layer).double().mean().item(),
+    }
+
+
+def _overlap(row: dict[str, Any]) -> str:
+    if "expected_overlap" not in row:
+        return "exact"
+    return f"{row['expected_overlap']:.1%}, undecided {row['undecided']:.1%}"
 
 
 def _methods(incoming: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ from attackroute.cli.comparison import Comparison, compare
 from attackroute.cli.console import Progress
 from attackroute.data import ImageData, check_images
 from attackroute.instances import InstanceRoutes
+from attackroute.sketches import Sketches
 from attackroute.trace import trace_routes
 
 
@@ -27,6 +28,8 @@ class Tracer:
     batch_size: int
     linear: bool
     keep_scores: bool
+    sketches: Sketches
+    seed: int
     autocast: torch.dtype | None
     attack: Perturbation | None
 
@@ -39,6 +42,8 @@ class Tracer:
             attack=self.attack,
             linear=self.linear,
             keep_scores=self.keep_scores,
+            sketches=self.sketches,
+            seed=self.seed,
             autocast=self.autocast,
             progress=lambda done, _: progress(start + done, len(self.data)),
         )
@@ -58,6 +63,8 @@ class Tracer:
             self.width,
             linear=self.linear,
             autocast=self.autocast,
+            sketches=self.sketches,
+            seed=self.seed,
         )
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,196 @@
+"""Networks whose linear maps run inside attention, or on windows: layers in sight, one row per sample, interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.models as zoo
+from torch import Tensor, nn
+
+import attackroute as ar
+from architectures import Function
+from attackroute import oracle
+from attackroute.errors import UserError
+from attackroute.layers import LayerCall, LayerCalls
+from attackroute.trace import trace_routes
+from tracing import check, ready, state, worst
+
+
+def vit() -> nn.Module:
+    return zoo.VisionTransformer(8, 4, 2, 2, 8, 12, num_classes=5)
+
+
+def swin() -> nn.Module:
+    return zoo.SwinTransformer([2, 2], 4, [2, 2], [1, 2], [2, 2], num_classes=5)
+
+
+class Crossed(nn.Module):
+    """Cross attention, positions first: queries from one map, keys and values from another."""
+
+    def __init__(self, *, batch_first: bool = False) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 4, stride=4), nn.Conv2d(3, 6, 3, stride=3)
+        self.attention = nn.MultiheadAttention(4, 2, kdim=6, vdim=6, batch_first=batch_first)
+        self.batch_first = batch_first
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = (0, 2, 1) if self.batch_first else (2, 0, 1)
+        left, right = (layer(x).flatten(2).permute(order) for layer in (self.left, self.right))
+        return self.head(self.attention(left, right, right)[0].mean(1 if self.batch_first else 0))
+
+
+def encoder() -> nn.Module:
+    """PyTorch's own encoder, which in eval mode would run as one fused kernel."""
+
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        return parts["head"](parts["encoder"](parts["embed"](x).flatten(2).transpose(1, 2)).mean(1))
+
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    return Function(
+        forward,
+        embed=nn.Conv2d(3, 4, 4, stride=4),
+        encoder=nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        head=nn.Linear(4, 5),
+    )
+
+
+def folded(*, together: bool) -> nn.Module:
+    """A linear map on rows of which each image has several, one after another or not."""
+
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = parts["embed"](x).flatten(2)  # (n, C, T)
+        samples, channels, positions = x.shape
+        rows = (x.permute(0, 2, 1) if together else x.permute(2, 0, 1)).reshape(-1, channels)
+        rows = F.gelu(parts["fc"](F.layer_norm(rows, (channels,))))
+        rows = rows.view(*((samples, positions) if together else (positions, samples)), -1)
+        return parts["head"](rows.mean(1 if together else 0))
+
+    return Function(forward, embed=nn.Conv2d(3, 4, 4, stride=4), fc=nn.Linear(4, 6), head=nn.Linear(6, 5))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "vit": (vit, 8),
+    "swin": (swin, 8),
+    "cross attention": (Crossed, 8),
+    "cross attention, batch first": (lambda: Crossed(batch_first=True), 8),
+    "encoder": (encoder, 8),
+    "folded rows": (lambda: folded(together=True), 8),
+}
+
+
+def livened(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Parameters at random, since new attention layers have projections without bias and heads of zeros."""
+
+    def built() -> nn.Module:
+        model = build()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 0, 0.4)
+        return model
+
+    return built
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_traces_are_the_oracle(name: str) -> None:
+    build, size = NETWORKS[name]
+    model, images, labels = ready(livened(build), samples=2, size=size)
+    plain = model(images)
+    before = state(model)
+    check(model, images, labels, linear=True, influences=name in ("vit", "folded rows"))
+    assert state(model) == before
+    torch.testing.assert_close(model(images), plain)
+
+
+def test_layers_inside_attention_are_named() -> None:
+    model, images, _ = ready(livened(vit), samples=2, size=8)
+    found = trace_routes(model, images, linear=True, sketches=32)
+    block = "encoder.layers.encoder_layer_0."
+    names = [f"{block}self_attention", f"{block}self_attention#2", f"{block}mlp.0", f"{block}mlp.3"]
+    assert list(found.layers)[1:5] == names
+    assert [found.channels[name] for name in names] == [24, 8, 12, 8]
+    windows, images, _ = ready(livened(swin), samples=2, size=8)
+    found = trace_routes(windows, images, linear=True, sketches=32)
+    assert {"features.1.0.attn", "features.1.0.attn#2", "features.1.0.mlp.0", "features.1.0.mlp.3"} < set(found.layers)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_looking_on_changes_no_output(name: str) -> None:
+    build, size = NETWORKS[name]
+    model, images, _ = ready(livened(build), samples=3, size=size)
+    shapes = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        shapes[call.name] = output.shape
+        return output
+
+    with torch.no_grad():
+        plain = model(images)
+        with LayerCalls(model, visit, linear=True):
+            watched = model(images)
+    torch.testing.assert_close(watched, plain)
+    assert all(shape[0] == 3 for shape in shapes.values())
+
+
+def test_rows_that_are_not_together_are_refused() -> None:
+    model, images, labels = ready(lambda: folded(together=False), samples=2, size=8)
+    with pytest.raises(UserError, match="rows together"):
+        trace_routes(model, (images, labels), linear=True)
+    with pytest.raises(UserError, match="rows together"):
+        trace_routes(model, images[:1], linear=True)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_many_sketches_are_the_oracle(name: str) -> None:
+    build, size = NETWORKS[name]
+    model, images, labels = ready(livened(build), samples=1, size=size)
+    expected = oracle.trace(model, images, labels, width=1.0, linear=True)
+    found = trace_routes(model, (images, labels), 1.0, linear=True, sketches=4096, keep_scores=True)
+    assert worst(found, expected) < 0.1
+    rough = trace_routes(model, (images, labels), 1.0, linear=True, sketches=16, keep_scores=True)
+    assert worst(found, expected) < worst(rough, expected)
+
+
+# Interventions, tokens included
+
+BLOCK = "encoder.layers.encoder_layer_1."
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[nn.Module, Tensor, ar.Route]:
+    model, images, labels = ready(livened(vit), samples=3, size=8)
+    return model, images, trace_routes(model, (images, labels), 0.3, linear=True, sketches=64).aggregate(0.3)
+
+
+def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Every layer's output as an outer observer sees it."""
+    seen: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        seen[call.name] = call.run().clone()
+        return seen[call.name]
+
+    with torch.no_grad(), LayerCalls(model, visit, linear=True):
+        model(images)
+    return seen
+
+
+@pytest.mark.parametrize("layer", [f"{BLOCK}self_attention", f"{BLOCK}self_attention#2", f"{BLOCK}mlp.0", "conv_proj"])
+def test_transplants_reach_every_token(traced: tuple[nn.Module, Tensor, ar.Route], layer: str) -> None:
+    model, images, route = traced
+    other = images.flip(0)
+    everything = ar.Route({layer: range(route.channels[layer])}, {layer: route.channels[layer]})
+    with torch.no_grad():
+        clean, noisy = model(images), model(other)
+        with ar.transplant(model, clean=images, route=everything, layers=[layer]):
+            mixed = model(other)
+        with ar.transplant(model, clean=other, route=everything, layers=[layer]):
+            same = model(other)
+    torch.testing.assert_close(same, noisy)
+    assert not torch.allclose(mixed, noisy)
+    if layer == "conv_proj":  # all that the network knows of its images passes here
+        torch.testing.assert_close(mixed, clean)
