@@ -1,4 +1,4 @@
-"""Networks whose linear maps run inside attention, or on windows: layers in sight, one row per sample, interventions."""
+"""Networks whose linear maps run inside attention, or on windows: layers in sight, one row per sample."""
 
 from __future__ import annotations
 

@@ -72,12 +72,17 @@ class Segments:
                 parts[source].append(score)
         return {source: torch.stack(columns, dim=1) for source, columns in parts.items()}
 
-    def scores(self, target: str, critical: Tensor) -> dict[str, Tensor]:
+    def positions(self, target: str) -> int:
+        """Number of positions that each channel of a target has."""
+        return math.prod(self._channels_last(target, self._outputs[target]).shape[1:-1])
+
+    def scores(self, target: str, critical: Tensor, *, most: int | None = None) -> dict[str, Tensor]:
         """Eq. (5), one target's share: influence summed over its critical channels.
 
         Args:
             target: Name of the target layer.
             critical: Bool ``(n, C_target)``, with the same number of channels set in each row.
+            most: Stop after so many products, of which there is one per critical channel and position.
 
         Returns:
             ``(n, C_source)`` for every source of the target.
@@ -93,7 +98,9 @@ class Segments:
         if not output.requires_grad:
             return totals
         widest = max(output.numel(), *(leaf.numel() for leaf in leaves.values()))
-        for cotangents in self._cotangents(target, ranked, max(1, _ELEMENTS // widest)):
+        pairs = ranked.shape[1] * self.positions(target)
+        pairs = pairs if most is None else min(most, pairs)
+        for cotangents in self._cotangents(target, ranked, pairs, max(1, _ELEMENTS // widest)):
             gradients = _products(output, list(leaves.values()), cotangents)
             for source, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
@@ -149,7 +156,7 @@ class Segments:
         output = self._outputs[target]
         shape = self._channels_last(target, output).shape
         samples, draws, critical = *keys.shape, ranked.shape[1]
-        numbers = cauchies(keys.flatten(), math.prod(shape[1:-1]) * critical).to(output.dtype)
+        numbers = cauchies(keys.flatten(), self.positions(target) * critical).to(output.dtype)
         if weight is not None:
             rows = weight.detach()[ranked].to(output.dtype)  # (n, k, C_in)
             batch = torch.bmm(numbers.view(samples, -1, critical), rows)
@@ -164,13 +171,12 @@ class Segments:
         values = self._channels_last(name, values)
         return values.flatten(1, -2).sum(1) if values.ndim > 2 else values
 
-    def _cotangents(self, target: str, ranked: Tensor, chunk: int) -> Iterator[Tensor]:
-        """Batches of one-hot cotangents over all pairs of (rank of critical channel, position)."""
+    def _cotangents(self, target: str, ranked: Tensor, pairs: int, chunk: int) -> Iterator[Tensor]:
+        """Batches of one-hot cotangents over the first pairs of (rank of critical channel, position)."""
         output = self._outputs[target]
         shape = self._channels_last(target, output).shape
         samples, channels, positions = shape[0], shape[-1], math.prod(shape[1:-1])
         rows = torch.arange(samples, device=output.device)
-        pairs = ranked.shape[1] * positions
         for start in range(0, pairs, chunk):
             pair = torch.arange(start, min(start + chunk, pairs), device=output.device)
             batch = output.new_zeros(len(pair), samples, positions, channels)

@@ -15,6 +15,7 @@ from attackroute.builder import InstanceRoutesBuilder
 from attackroute.edges import critical_sums, influence_matrix
 from attackroute.errors import UserError
 from attackroute.explanations import explained
+from attackroute.gates import FrozenGates
 from attackroute.instances import InstanceRoutes
 from attackroute.jacobians import Segments
 from attackroute.layers import frozen
@@ -44,6 +45,7 @@ def trace_routes(
     batch_size: int = 128,
     sketches: Sketches = None,
     seed: int = 0,
+    freeze_gates: bool = False,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> InstanceRoutes:
@@ -68,6 +70,9 @@ def trace_routes(
             8, such as 32, or ``"auto"``: 32, doubled per layer and sample until 95 % of the kept channels are
             expected to be the exact ones, or at most 512. None computes these edges exactly.
         seed: Of the sketches. An image's numbers depend on it and the image alone, not on its batch.
+        freeze_gates: Take normaliser statistics, attention weights and squeeze-excite gates as constants when
+            differentiating, as propagation rules do. **Approximate**, but group and layer norm between convolutions
+            then have a closed form.
         autocast: Run the forward pass under autocast in this dtype (bfloat16, float16).
         progress: Called with (samples done, samples in all or None) after every batch.
 
@@ -86,7 +91,7 @@ def trace_routes(
     with frozen(model), _autocast(model, autocast):
         for images, labels in batches(model, data, batch_size):
             if engine is None:
-                engine = _Engine.probe(model, images, linear=linear, sketches=sketches, seed=seed)
+                engine = _Engine.probe(model, images, linear=linear, sketches=sketches, seed=seed, freeze=freeze_gates)
                 structure = engine.structure
                 builder = InstanceRoutesBuilder(structure.names, structure.channels, width, keep_scores=keep_scores)
             shown, answers = (images, labels) if attack is None else attacked(model, attack, images, labels)
@@ -181,24 +186,35 @@ class _Engine:
     structure: Structure
     sketches: Sketches
     seed: int
+    freeze: bool
 
     @classmethod
-    def probe(cls, model: nn.Module, images: Tensor, *, linear: bool, sketches: Sketches, seed: int) -> _Engine:
+    def probe(
+        cls, model: nn.Module, images: Tensor, *, linear: bool, sketches: Sketches, seed: int, freeze: bool
+    ) -> _Engine:
         """Run the model on the first images to learn its route layers and edges."""
         elsewhere = AUTOGRAD if sketches is None else SKETCH
-        structure, output = Structure.probe(model, images, linear=linear, elsewhere=elsewhere)
+        with _gates(freeze):
+            structure, output = Structure.probe(model, images, linear=linear, elsewhere=elsewhere)
         checked_logits(output, 2)
-        return cls(model, linear, structure, sketches, seed)
+        return cls(model, linear, structure, sketches, seed, freeze)
 
     def provenance(self, origin: Provenance) -> Provenance:
-        """The origin of routes, which says so where they rest on sketches."""
+        """The origin of routes, which says so where it is approximate."""
+        criterion = origin.criterion
+        if self.freeze:
+            criterion += " with frozen gates, approximate"
         if SKETCH not in self.structure.methods.values():
-            return origin
+            return replace(origin, criterion=criterion)
         number = self.sketches if self.sketches == AUTO else f"{self.sketches} sketches"
-        return replace(origin, criterion=f"{origin.criterion}, approximate ({number})", seed=self.seed)
+        return replace(origin, criterion=f"{criterion}, approximate ({number})", seed=self.seed)
 
     def trace(self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None) -> _Traced:
         """Routes of one batch: Eqs. (3)-(6)."""
+        with _gates(self.freeze):
+            return self._trace(images, labels, width, loss)
+
+    def _trace(self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None) -> _Traced:
         names, sinks, jacobian = self.structure.names, self.structure.sinks, self.structure.jacobian_edges
         with explained(images):
             recording = record(self.model, images, linear=self.linear, leaves=sinks, expected=len(names))
@@ -247,3 +263,7 @@ def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextMan
         return nullcontext()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return torch.autocast(device.type, dtype)
+
+
+def _gates(freeze: bool) -> AbstractContextManager[object]:
+    return FrozenGates() if freeze else nullcontext()

@@ -15,8 +15,10 @@ NAIVE = "naive"
 MEMORY = "memory"
 ATTACK = "pgd"
 HARDENING = "hardening"
-CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY, ATTACK, HARDENING)
+ARCHITECTURES = "architectures"
+CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY, ATTACK, HARDENING, ARCHITECTURES)
 
+_USUAL_CASES = tuple(name for name in CASE_NAMES if name != ARCHITECTURES)  # which takes as long as all the others
 _QUICK_CASES = (SPEED_CASES[0].name, NAIVE, MEMORY)
 
 
@@ -25,7 +27,8 @@ class Plan:
     """The settings of a benchmark.
 
     Attributes:
-        cases: What to measure, of :data:`CASE_NAMES`; none means all, or vgg16, naive and memory if quick.
+        cases: What to measure, of :data:`CASE_NAMES`; none means all but architectures, or vgg16, naive and memory if
+            quick.
         repeats: Turns of interleaved runs; None is 7, or 2 if quick.
         batch_size: Images at a time; None is each case's own.
         threads: Number of PyTorch's threads; None leaves it as it is.
@@ -74,4 +77,4 @@ class Plan:
 
     def includes(self, name: str) -> bool:
         """Whether a case is to be measured."""
-        return name in (self.cases or (_QUICK_CASES if self.quick else CASE_NAMES))
+        return name in (self.cases or (_QUICK_CASES if self.quick else _USUAL_CASES))

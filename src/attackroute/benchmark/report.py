@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torchvision
 
+from attackroute.benchmark.architectures import ArchitectureResult, available, measure_architecture
 from attackroute.benchmark.attack_speed import AttackSpeed, measure_attack
 from attackroute.benchmark.extrapolation import NaiveResult, measure_naive
 from attackroute.benchmark.hardening_speed import HardeningSpeed, measure_hardening, step_processes
 from attackroute.benchmark.memory import MemoryResult, measure_memory, memory_processes
-from attackroute.benchmark.plan import ATTACK, HARDENING, MEMORY, NAIVE, Plan
+from attackroute.benchmark.plan import ARCHITECTURES, ATTACK, HARDENING, MEMORY, NAIVE, Plan
 from attackroute.benchmark.speed import SpeedResult, measure_speed
 from attackroute.benchmark.timing import in_threads
 from attackroute.errors import UserError
@@ -85,6 +86,7 @@ class BenchmarkReport:
         memory: Peak memory; None where it was not asked for.
         attack: Time of an attack against other libraries; None where it was not asked for.
         hardening: Time of penalised training steps against plain ones; None where it was not asked for.
+        architectures: Well-known architectures; none where they were not asked for.
     """
 
     environment: Environment
@@ -94,6 +96,7 @@ class BenchmarkReport:
     memory: MemoryResult | None
     attack: AttackSpeed | None
     hardening: HardeningSpeed | None
+    architectures: tuple[ArchitectureResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything, each repeat included, as JSON values."""
@@ -107,6 +110,7 @@ class BenchmarkReport:
             "memory": None if self.memory is None else self.memory.to_json(),
             "attack": None if self.attack is None else self.attack.to_json(),
             "hardening": None if self.hardening is None else self.hardening.to_json(),
+            "architectures": [result.to_json() for result in self.architectures],
         }
 
 
@@ -123,7 +127,8 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
     formats = (False, True) if plan.channels_last else (False,)
     loads = [(case, form) for case in plan.speed_cases for form in formats]
     turns = plan.turns + 1
-    timed = len(loads) + plan.includes(NAIVE) + plan.includes(ATTACK) + plan.includes(HARDENING)
+    architectures = available(plan) if plan.includes(ARCHITECTURES) else ()
+    timed = len(loads) + len(architectures) + plan.includes(NAIVE) + plan.includes(ATTACK) + plan.includes(HARDENING)
     total = turns * timed + memory_processes(plan) * plan.includes(MEMORY)
     total += step_processes(plan) * plan.includes(HARDENING)
     steps = Steps(progress, total)
@@ -147,7 +152,11 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
             if plan.includes(HARDENING):
                 steps.begin("penalised training steps")
                 hardening = measure_hardening(plan, steps.advance)
+            measured = []
+            for architecture in architectures:
+                steps.begin(architecture.name)
+                measured.append(measure_architecture(architecture, plan, steps.advance))
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the device's memory does not suffice ({reason}); give a smaller --batch-size") from error
-    return BenchmarkReport(environment, plan, tuple(speed), naive, memory, attack, hardening)
+    return BenchmarkReport(environment, plan, tuple(speed), naive, memory, attack, hardening, tuple(measured))

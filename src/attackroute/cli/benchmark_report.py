@@ -12,6 +12,7 @@ from attackroute.benchmark.hardening_speed import HardeningSpeed
 from attackroute.benchmark.memory import LIMIT, MemoryResult
 from attackroute.benchmark.speed import SpeedResult
 from attackroute.benchmark.timing import Runs, Spread
+from attackroute.cli.architecture_report import HEADER, NOTE, rows
 from attackroute.cli.console import Output
 from attackroute.display import plural
 
@@ -34,6 +35,9 @@ def show(output: Output, report: BenchmarkReport) -> None:
         _show_attack(output, report.attack)
     if report.hardening is not None:
         _show_hardening(output, report.hardening)
+    if report.architectures:
+        output.table(HEADER, rows(report.architectures))
+        output.line(NOTE)
 
 
 def _show_speed(output: Output, results: Sequence[SpeedResult]) -> None:
