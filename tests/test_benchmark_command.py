@@ -34,7 +34,7 @@ def test_bad_plans(settings, part):
 
 def test_plans():
     assert [case.name for case in Plan().speed_cases] == [case.name for case in SPEED_CASES]
-    assert all(Plan().includes(name) for name in CASE_NAMES)
+    assert [name for name in CASE_NAMES if not Plan().includes(name)] == ["architectures"]
     assert [name for name in CASE_NAMES if Plan(quick=True).includes(name)] == ["vgg16", "naive", "memory"]
     assert [name for name in CASE_NAMES if Plan(cases=("resnet50",), quick=True).includes(name)] == ["resnet50"]
     assert (Plan().turns, Plan(quick=True).turns, Plan(quick=True, repeats=9).turns) == (7, 2, 9)
@@ -144,7 +144,7 @@ def test_json_and_quiet(monkeypatch):
     content = json.loads(result.stdout)
     assert set(content) == {
         *("versions", "device", "threads", "dtype", "repeats", "quick", "seed"),
-        *("speed", "naive", "memory", "attack", "hardening"),
+        *("speed", "naive", "memory", "attack", "hardening", "architectures"),
     }
     assert set(content["versions"]) == {"attackroute", "torch", "torchvision", "python"}
     assert (content["repeats"], content["dtype"], content["memory"]) == (7, "float32", None)

@@ -420,8 +420,9 @@ def test_attacked_images_are_traced(trained, pictures, tmp_path):
 
 
 def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
-    options = ("--model", "architectures:Shuffled", "--data", f"folder:{pictures}", "--classes", 5, "--samples", 4)
-    result = run("trace", *options, "--sketches", 32, "--check", 2, "--out", tmp_path / "shown")
+    options = ("--model", "architectures:Shuffled", "--data", f"folder:{pictures}", "--classes", 5, "--samples", 4, "--image-size", 13)
+    torch.manual_seed(0)
+    result = run("trace", *options, "--sketches", 32, "--check", 1, "--out", tmp_path / "shown")
     assert result.exit_code == 0, result.output
     assert "sketch" in result.stdout
     assert "overlap" in result.stdout
@@ -439,8 +440,20 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
 
     again = run("trace", *options, "--sketches", "auto", "--json")
     assert json.loads(again.stdout)["criterion"] == "influence, approximate (auto)"
+    torch.manual_seed(0)
     resumed = run("trace", *options, "--sketches", 64, "--out", tmp_path / "shown", "--resume")
-    assert_bad_input(resumed, "sketches")
+    assert_bad_input(resumed, "has sketches 32")
+
+
+def test_frozen_gates_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
+    options = ("--model", "architectures:Shuffled", "--data", f"folder:{pictures}", "--classes", 5, "--samples", 4, "--image-size", 13)
+    torch.manual_seed(0)
+    result = run("trace", *options, "--freeze-gates", "--check", 1, "--out", tmp_path / "shown")
+    assert result.exit_code == 0, result.output
+    assert "influence with frozen gates, approximate" in result.stdout
+    assert "frozen gates" in Route.load(tmp_path / "shown" / "route.json").provenance.criterion
+    torch.manual_seed(0)
+    assert_bad_input(run("trace", *options, "--out", tmp_path / "shown", "--resume"), "has freeze-gates True")
 
 
 @pytest.mark.parametrize("text", ["7", "0", "-8", "some", "32.0"])

@@ -24,7 +24,7 @@ class Comparison:
         agreeing: Samples whose routes are the same in every layer.
         deviation: Largest ``|score - oracle's score|``, relative to the largest score of the sample in that layer.
         layer: Where it is.
-        tolerance: What rounding explains; None at reduced precision, and for sketches.
+        tolerance: What rounding explains; None at reduced precision, and for approximate routes.
     """
 
     samples: int
@@ -49,6 +49,7 @@ def compare(
     autocast: torch.dtype | None,
     sketches: Sketches = None,
     seed: int = 0,
+    freeze_gates: bool = False,
 ) -> Comparison:
     """Trace samples twice, by the engine and by the oracle.
 
@@ -62,7 +63,8 @@ def compare(
         width: Share of each layer's channels that a route keeps.
         linear: Whether linear layers are route layers.
         autocast: Reduced precision for the engine.
-        sketches: For the engine, with ``seed``.
+        sketches: For the engine, with ``seed``; the oracle is exact.
+        freeze_gates: For the engine; the oracle freezes nothing.
     """
     ours = trace_routes(
         model,
@@ -73,6 +75,7 @@ def compare(
         autocast=autocast,
         sketches=sketches,
         seed=seed,
+        freeze_gates=freeze_gates,
     )
     theirs = oracle.trace(model, images, labels, width=width, linear=linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
@@ -85,5 +88,7 @@ def compare(
         if relative.numel() and (largest := relative.max().item()) > deviation:
             deviation, where = largest, layer
         comparable &= (ours.masks[layer] == theirs.masks[layer].cpu()).all(1)
-    tolerance = TOLERANCES.get(images.dtype) if autocast is None and ours.sketched is None else None
+    tolerance = (
+        TOLERANCES.get(images.dtype) if autocast is None and ours.sketched is None and not freeze_gates else None
+    )
     return Comparison(len(images), int(comparable.sum()), deviation, where, tolerance)

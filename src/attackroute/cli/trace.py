@@ -138,6 +138,15 @@ def trace(
             "32: approximate, and far quicker; auto doubles N until the routes are clear.",
         ),
     ] = None,
+    freeze_gates: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-gates",
+            rich_help_panel=_ROUTES,
+            help="Take statistics of layer and group norm, attention weights and squeeze-excite gates as constants: "
+            "approximate, and more edges have a closed form.",
+        ),
+    ] = False,
     keep_scores: Annotated[
         bool,
         typer.Option(
@@ -178,7 +187,7 @@ def trace(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find the critical attacking routes of images, exactly unless --sketches are asked for.
+    """Find the critical attacking routes of images, exactly unless --sketches or --freeze-gates are given.
 
     A sample's route holds the channels of each layer that pass on the most of what changes its loss; the model's route
     holds those that are on most samples' routes. Ctrl-C keeps the samples that are done; --resume goes on.
@@ -208,7 +217,9 @@ def trace(
     if dtype is Dtypes.FLOAT64:
         network = network.double()
     autocast = getattr(torch, dtype.value) if dtype in (Dtypes.BFLOAT16, Dtypes.FLOAT16) else None
-    tracer = Tracer(network, images, width, batch_size, linear, keep_scores, sketches, seed, autocast, perturbation)
+    tracer = Tracer(
+        network, images, width, batch_size, linear, keep_scores, sketches, seed, freeze_gates, autocast, perturbation
+    )
     folder = None
     if out is not None:
         terms = {
@@ -223,6 +234,7 @@ def trace(
             "attack": None if perturbation is None else str(perturbation),
             "linear": linear,
             "sketches": sketches,
+            "freeze-gates": freeze_gates,
             "keep-scores": keep_scores,
             "batch-size": batch_size,
             "dtype": dtype.value,

@@ -77,8 +77,10 @@ def report(
     output.line(
         f"{summary['samples']} samples{attacked}{pace}; the network is right on {summary['accuracy']:.1%} of them"
     )
+    if "approximate" in summary["criterion"]:
+        output.line(f"criterion: {summary['criterion']}")
     if sketched:
-        output.line(f"criterion: {summary['criterion']}; edges computed by sketch are estimates, the others exact")
+        output.line("edges computed by sketch are estimates; how far they can be trusted is under overlap")
     if comparison is not None:
         output.line(_check_line(comparison))
     if out is not None:

@@ -30,6 +30,7 @@ class Tracer:
     keep_scores: bool
     sketches: Sketches
     seed: int
+    freeze_gates: bool
     autocast: torch.dtype | None
     attack: Perturbation | None
 
@@ -44,6 +45,7 @@ class Tracer:
             keep_scores=self.keep_scores,
             sketches=self.sketches,
             seed=self.seed,
+            freeze_gates=self.freeze_gates,
             autocast=self.autocast,
             progress=lambda done, _: progress(start + done, len(self.data)),
         )
@@ -65,6 +67,7 @@ class Tracer:
             autocast=self.autocast,
             sketches=self.sketches,
             seed=self.seed,
+            freeze_gates=self.freeze_gates,
         )
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
