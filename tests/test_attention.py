@@ -15,6 +15,7 @@ from architectures import Function
 from attackroute import oracle
 from attackroute.errors import UserError
 from attackroute.layers import LayerCall, LayerCalls
+from attackroute.penalties import GradientPenalty
 from attackroute.trace import trace_routes
 from tracing import check, ready, state, worst
 
@@ -136,6 +137,19 @@ def test_looking_on_changes_no_output(name: str) -> None:
     assert all(shape[0] == 3 for shape in shapes.values())
 
 
+def test_positions_first_are_refused_even_where_there_are_as_many_as_images() -> None:
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = parts["fc"](F.layer_norm(parts["embed"](x).flatten(2).permute(2, 0, 1), (4,)))  # (T, n, C)
+        return parts["head"](x.mean(0))
+
+    def build() -> nn.Module:
+        return Function(forward, embed=nn.Conv2d(3, 4, (8, 4), stride=4), fc=nn.Linear(4, 6), head=nn.Linear(6, 5))
+
+    model, images, labels = ready(build, samples=2, size=8)
+    with pytest.raises(UserError, match="rows together"):
+        trace_routes(model, (images, labels), linear=True)
+
+
 def test_rows_that_are_not_together_are_refused() -> None:
     model, images, labels = ready(lambda: folded(together=False), samples=2, size=8)
     with pytest.raises(UserError, match="rows together"):
@@ -194,3 +208,98 @@ def test_transplants_reach_every_token(traced: tuple[nn.Module, Tensor, ar.Route
     assert not torch.allclose(mixed, noisy)
     if layer == "conv_proj":  # all that the network knows of its images passes here
         torch.testing.assert_close(mixed, clean)
+
+
+def test_zeros_reach_every_token(traced: tuple[nn.Module, Tensor, ar.Route]) -> None:
+    model, images, route = traced
+    layer = f"{BLOCK}mlp.0"
+    plain = outputs(model, images)
+    with ar.deactivate(model, route, layers=[layer]):
+        seen = outputs(model, images)
+    mask = route.mask(layer)
+    assert (seen[layer][..., mask] == 0).all()
+    assert torch.equal(seen[layer][..., ~mask], plain[layer][..., ~mask])
+    # behind the GELU, silence is the same as no column of the next weight
+    with torch.no_grad():
+        with ar.deactivate(model, route, layers=[layer], at="activation"):
+            found = model(images)
+        following = model.get_submodule(f"{BLOCK}mlp.3").weight
+        kept = following.clone()
+        following[:, mask] = 0
+        expected = model(images)
+        following.copy_(kept)
+    torch.testing.assert_close(found, expected)
+
+
+def test_projections_inside_attention_can_be_silenced(traced: tuple[nn.Module, Tensor, ar.Route]) -> None:
+    model, images, route = traced
+    layer = f"{BLOCK}self_attention"
+    attention = model.get_submodule(layer)
+    mask = route.mask(layer)
+    with torch.no_grad():
+        with ar.deactivate(model, route, layers=[layer]):
+            found = model(images)
+        kept = attention.in_proj_weight.clone(), attention.in_proj_bias.clone()
+        attention.in_proj_weight[mask] = 0
+        attention.in_proj_bias[mask] = 0
+        expected = model(images)
+        attention.in_proj_weight.copy_(kept[0])
+        attention.in_proj_bias.copy_(kept[1])
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, model(images))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_gradients_of_tokens_add_up(name: str) -> None:
+    build, size = NETWORKS[name]
+    model, images, labels = ready(livened(build), samples=3, size=size)
+    found = ar.gradient(model, (images, labels), linear=True)
+    held: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        held[call.name] = call.run().detach().requires_grad_()
+        return held[call.name].clone()
+
+    for layer in found:  # one leaf at a time, so that the derivative is of the whole rest
+
+        def one(call: LayerCall, layer: str = layer) -> Tensor:
+            return visit(call) if call.name == layer else call.run()
+
+        with LayerCalls(model, one, linear=True):
+            loss = F.cross_entropy(model(images), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, held[layer])
+        sized = gradient.abs() if layer in ("conv_proj", "features.0.0") else gradient.abs().movedim(-1, 1)
+        torch.testing.assert_close(
+            found[layer].to(sized), sized.flatten(2).sum(2).mean(0) if sized.ndim > 2 else sized.mean(0)
+        )
+
+
+def test_gradient_penalties_reach_tokens(traced: tuple[nn.Module, Tensor, ar.Route]) -> None:
+    model, images, route = traced
+    layer = f"{BLOCK}mlp.0"
+    labels = torch.tensor([0, 1, 2])
+    penalty = GradientPenalty(model, route.restrict([layer]))
+    with penalty.watch():
+        logits = model(images)
+    value = penalty(logits, labels)
+    held: list[Tensor] = []
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        if call.name == layer:
+            held.append(output)
+        return output
+
+    with LayerCalls(model, visit, linear=True):
+        loss = F.cross_entropy(model(images), labels)
+    (gradient,) = torch.autograd.grad(loss, held)
+    torch.testing.assert_close(value.detach(), gradient[..., route.mask(layer)].abs().sum())
+    assert torch.autograd.grad(value, model.get_submodule(layer).weight)[0].abs().sum() > 0
+
+
+def test_hardness_ranks_samples_of_transformers(traced: tuple[nn.Module, Tensor, ar.Route]) -> None:
+    model, images, route = traced
+    labels = torch.tensor([0, 1, 2])
+    together = ar.hardness(model, route, (images, labels))
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(ar.hardness(model, route, (images[order], labels[order])).votes, together.votes[order])

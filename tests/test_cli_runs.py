@@ -420,7 +420,18 @@ def test_attacked_images_are_traced(trained, pictures, tmp_path):
 
 
 def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
-    options = ("--model", "architectures:Shuffled", "--data", f"folder:{pictures}", "--classes", 5, "--samples", 4, "--image-size", 13)
+    options = (
+        "--model",
+        "architectures:Shuffled",
+        "--data",
+        f"folder:{pictures}",
+        "--classes",
+        5,
+        "--samples",
+        4,
+        "--image-size",
+        13,
+    )
     torch.manual_seed(0)
     result = run("trace", *options, "--sketches", 32, "--check", 1, "--out", tmp_path / "shown")
     assert result.exit_code == 0, result.output
@@ -446,7 +457,18 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
 
 
 def test_frozen_gates_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
-    options = ("--model", "architectures:Shuffled", "--data", f"folder:{pictures}", "--classes", 5, "--samples", 4, "--image-size", 13)
+    options = (
+        "--model",
+        "architectures:Shuffled",
+        "--data",
+        f"folder:{pictures}",
+        "--classes",
+        5,
+        "--samples",
+        4,
+        "--image-size",
+        13,
+    )
     torch.manual_seed(0)
     result = run("trace", *options, "--freeze-gates", "--check", 1, "--out", tmp_path / "shown")
     assert result.exit_code == 0, result.output

@@ -143,9 +143,10 @@ def _require_independent(images: Tensor, output: object) -> None:
 
 
 def _require_rows_together(model: nn.Module, images: Tensor) -> None:
-    """Check that where a model folds something into the batch, each image's rows follow one another.
+    """Check that the first image's share of each linear map's output is its own.
 
-    Were they apart, the first image's share of a layer's output would change with the second image.
+    It changes with the second image where positions stand first, or where a model folds something into the batch and
+    lets the images take turns.
     """
     images = images.detach()
     other = torch.cat([images[:1], 1 - images[1:].flip(-1)])
@@ -155,7 +156,7 @@ def _require_rows_together(model: nn.Module, images: Tensor) -> None:
 
         def visit(call: LayerCall, shares: dict[str, Tensor] = shares) -> Tensor:
             output = call.run()
-            if call.folded:
+            if call.kind == "linear":
                 shares[call.name] = output[0].clone()
             return output
 
@@ -165,6 +166,6 @@ def _require_rows_together(model: nn.Module, images: Tensor) -> None:
     for name, share in seen[0].items():
         if (share - seen[1][name]).abs().max() > 1e-3 * share.abs().max():
             raise UserError(
-                f"layer {name!r} runs on several rows per image, and they do not follow one another in the batch; "
-                "routes per sample need each image's rows together"
+                f"layer {name!r} does not keep each image's rows together, in the first dimension of the batch; routes "
+                "per sample need that (batch_first=True)"
             )
