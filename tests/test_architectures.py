@@ -25,9 +25,11 @@ CLOSED = {"EfficientNet-B0", "MobileNetV3-L", "RegNetY-400MF", "DenseNet-121", "
 def test_reduced_networks_are_the_oracle(architecture: Architecture) -> None:
     if architecture.needs is not None and importlib.util.find_spec(architecture.needs) is None:
         pytest.skip(f"{architecture.needs} is not installed")
-    deviation, agreement = compare_reduced(architecture)
-    assert deviation < 1e-9
-    assert agreement == 1 if architecture.name in CLOSED else 0.6 < agreement <= 1
+    found = compare_reduced(architecture)
+    assert found.deviation < 1e-9
+    assert found.agreement == 1 if architecture.name in CLOSED else 0.6 < found.agreement <= 1
+    ungated = {"DenseNet-121", "GoogLeNet", "Inception-v3"}
+    assert found.frozen_agreement == 1 if architecture.name in ungated else 0.2 < found.frozen_agreement < 1
 
 
 def tiny(name: str, linear: bool) -> Architecture:
@@ -51,7 +53,7 @@ def test_the_table_is_shown_and_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
         forward, trace = (Runs(({"all": first}, {"all": second})) for first, second in ((1.0, 2.0), (20.0, 60.0)))
         closed = 3 if architecture.linear else 4
         exact = 3000.0 if architecture.linear else 0.0
-        return ArchitectureResult(architecture, 2, 5, 4, closed, forward, trace, exact, 2e-16, 0.9)
+        return ArchitectureResult(architecture, 2, 5, 4, closed, forward, trace, exact, 2e-16, 0.9, 4, 4, 0.5)
 
     monkeypatch.setattr("attackroute.benchmark.report.measure_architecture", measured)
     target = tmp_path / "table.md"
@@ -59,11 +61,13 @@ def test_the_table_is_shown_and_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     result = CliRunner().invoke(app, call, env={"COLUMNS": "200"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     rows = target.read_text().splitlines()
-    assert rows[2] == "| EfficientNet-B0 | 5 | 4 | 100% | 25.0 (20.0-30.0) | the same | 2e-16 | all, exact |"
-    assert rows[3] == "| ViT-B/16, linear | 5 | 4 | 75% | 25.0 (20.0-30.0) | 2,000 | 2e-16 | 90.0% |"
+    assert (
+        rows[2] == "| EfficientNet-B0 | 5 | 4 | 100% | 25.0 (20.0-30.0) | the same | 2e-16 | all, exact | 100% | 50% |"
+    )
+    assert rows[3] == "| ViT-B/16, linear | 5 | 4 | 75% | 25.0 (20.0-30.0) | 2,000 | 2e-16 | 90% | 100% | 50% |"
     assert "approximate" in target.read_text()
     shown = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert "ViT-B/16, linear 5 4 75% 25.0 (20.0-30.0) 2,000 2e-16 90.0%" in shown
+    assert "ViT-B/16, linear 5 4 75% 25.0 (20.0-30.0) 2,000 2e-16 90% 100% 50%" in shown
 
 
 def test_a_table_without_the_architectures_is_refused(tmp_path: Path) -> None:

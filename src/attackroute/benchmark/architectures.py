@@ -21,6 +21,8 @@ from attackroute.benchmark import small_networks as small
 from attackroute.benchmark.cases import adapt_batch_norms, seeded
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
+from attackroute.gates import FrozenGates
+from attackroute.instances import InstanceRoutes
 from attackroute.jacobians import Segments
 from attackroute.layers import frozen
 from attackroute.models import build_model
@@ -108,6 +110,9 @@ class ArchitectureResult:
         deviation: Of the exact trace's scores from the oracle's at reduced size in double precision, the largest, each
             relative to the largest of its layer.
         agreement: At reduced size, share of the oracle's critical channels that the trace with 32 sketches finds.
+        frozen_edges: Number of edges with frozen gates.
+        frozen_closed: Number of them in closed form.
+        frozen_agreement: As ``agreement``, for an exact trace with frozen gates.
     """
 
     architecture: Architecture
@@ -120,6 +125,9 @@ class ArchitectureResult:
     exact: float
     deviation: float
     agreement: float
+    frozen_edges: int
+    frozen_closed: int
+    frozen_agreement: float
 
     @property
     def ratio(self) -> Spread:
@@ -147,6 +155,11 @@ class ArchitectureResult:
             "exact_to_forward_extrapolated": self.exact_ratio,
             "largest_deviation_from_oracle": self.deviation,
             "share_of_oracle_routes_found": self.agreement,
+            "frozen_gates": {
+                "edges": self.frozen_edges,
+                "closed_form_edges": self.frozen_closed,
+                "share_of_oracle_routes_found": self.frozen_agreement,
+            },
             "seconds": {"forward": list(self.forward.totals), "trace": list(self.trace.totals)},
         }
 
@@ -196,8 +209,10 @@ def measure_architecture(
     with frozen(model):
         structure, _ = Structure.probe(model, images, linear=architecture.linear)
         exact = _exact_seconds(model, images, structure, architecture.linear, clock)
-    ways = list(structure.methods.values())
-    deviation, agreement = compare_reduced(architecture, plan.seed)
+        with FrozenGates():
+            frozen_structure, _ = Structure.probe(model, images, linear=architecture.linear)
+    ways, frozen_ways = list(structure.methods.values()), list(frozen_structure.methods.values())
+    reduced = compare_reduced(architecture, plan.seed)
     return ArchitectureResult(
         architecture,
         samples,
@@ -207,28 +222,46 @@ def measure_architecture(
         runs["forward"],
         runs["trace"],
         exact,
-        deviation,
-        agreement,
+        reduced.deviation,
+        reduced.agreement,
+        len(frozen_ways),
+        frozen_ways.count(CLOSED_FORM),
+        reduced.frozen_agreement,
     )
 
 
-def compare_reduced(architecture: Architecture, seed: int = 0) -> tuple[float, float]:
-    """Deviation of the exact trace from the oracle, and share of the oracle's routes that sketches find."""
+@dataclass(frozen=True)
+class ReducedComparison:
+    """A reduced network beside the oracle; attributes as of :class:`ArchitectureResult`."""
+
+    deviation: float
+    agreement: float
+    frozen_agreement: float
+
+
+def compare_reduced(architecture: Architecture, seed: int = 0) -> ReducedComparison:
+    """Compare the exact trace, sketches and frozen gates with the oracle, at reduced size."""
     size = architecture.reduced_size
     with seeded(seed):
         model = architecture.reduced().double()
         images = torch.rand(_SMALL_SAMPLES, 3, size, size, dtype=torch.float64)
         adapt_batch_norms(model, images)
     model.eval()
+    trace = partial(trace_routes, model, images, _WIDTH, linear=architecture.linear)
     expected = oracle.trace(model, images, width=_WIDTH, linear=architecture.linear)
-    found = trace_routes(model, images, _WIDTH, linear=architecture.linear, keep_scores=True)
-    drawn = trace_routes(model, images, _WIDTH, linear=architecture.linear, sketches=FIRST_SKETCHES, seed=seed)
+    found = trace(keep_scores=True)
     deviation = max(
         float((found.scores[layer] - scores).abs().max() / scores.max().clamp_min(1e-300))
         for layer, scores in expected.scores.items()
     )
-    agreement = sum(int((drawn.masks[layer] & mask).sum()) for layer, mask in expected.masks.items())
-    return deviation, agreement / sum(int(mask.sum()) for mask in expected.masks.values())
+
+    def agreement(routes: InstanceRoutes) -> float:
+        shared = sum(int((routes.masks[layer] & mask).sum()) for layer, mask in expected.masks.items())
+        return shared / sum(int(mask.sum()) for mask in expected.masks.values())
+
+    return ReducedComparison(
+        deviation, agreement(trace(sketches=FIRST_SKETCHES, seed=seed)), agreement(trace(freeze_gates=True))
+    )
 
 
 def _exact_seconds(

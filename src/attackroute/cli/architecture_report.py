@@ -19,12 +19,15 @@ HEADER = [
     "exact / forward",
     "deviation",
     "routes found",
+    "closed form, frozen",
+    "routes found, frozen",
 ]
 NOTE = (
     f"trace / forward: with {FIRST_SKETCHES} sketches where an edge has no closed form (approximate), the look at the "
     "structure included. exact / forward: by vector-Jacobian products instead, extrapolated from some of them. "
     "deviation: largest relative distance of the exact scores from the oracle's, at reduced size, float64. routes "
-    f"found: share of the oracle's critical channels that a trace with {FIRST_SKETCHES} sketches finds, likewise."
+    f"found: share of the oracle's critical channels that a trace with {FIRST_SKETCHES} sketches finds, likewise. "
+    "frozen: with statistics and gates as constants (approximate), exact otherwise."
 )
 
 
@@ -39,7 +42,9 @@ def rows(results: Sequence[ArchitectureResult]) -> list[list[str]]:
             f"{result.ratio.median:.1f} ({result.ratio.low:.1f}-{result.ratio.high:.1f})",
             f"{result.exact_ratio:,.0f}" if result.exact else "the same",
             f"{result.deviation:.0e}",
-            f"{result.agreement:.1%}" if result.closed < result.edges else "all, exact",
+            f"{result.agreement:.0%}" if result.closed < result.edges else "all, exact",
+            f"{result.frozen_closed / result.frozen_edges:.0%}",
+            f"{result.frozen_agreement:.0%}",
         ]
         for result in results
     ]
