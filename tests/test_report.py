@@ -197,6 +197,17 @@ def test_names_of_the_user_are_harmless(tmp_path: Path) -> None:
     assert held["experiments"] == {attack: nasty} and held["route_data"][0]["classes"] == list(CLASSES)
 
 
+def test_approximate_routes_say_so(tmp_path: Path) -> None:
+    model = make_network(tmp_path / "net")
+    traced = ar.trace_routes(model, (torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 1])), 0.3)
+    criterion = "influence, approximate (32 sketches)"
+    drawn = replace(traced, provenance=replace(traced.provenance, criterion=criterion))
+    drawn.aggregate(0.3).save(tmp_path / "route.json")
+    content = Content(RunFolder.open(tmp_path), unmeasured(drawn), CLASSES)
+    assert f"routes by {criterion}" in build_page(content).html
+    assert "routes by" not in build_page(replace(content, measured=unmeasured(traced))).html
+
+
 @pytest.mark.parametrize("value", ["</script>", "<!--<script>", "\u2028", "]]>", "&lt;", "\ud7ff\U0001f600"])
 def test_json_in_a_script_is_the_same_json(value: str) -> None:
     written = inlined_json({value: [value]})

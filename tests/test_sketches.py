@@ -312,6 +312,16 @@ def test_numbers_of_draws_that_cannot_be_used_are_refused(sketches: Any) -> None
         trace_routes(model, (images, labels), sketches=sketches)
 
 
+def test_bfloat16_is_near_and_float16_is_refused() -> None:
+    model, images, labels = ready(tokens, dtype=torch.float32)
+    settings: dict[str, Any] = {"sketches": 32, "linear": True, "keep_scores": True}
+    plain = trace_routes(model, (images, labels), 1.0, **settings)
+    short = trace_routes(model, (images, labels), 1.0, autocast=torch.bfloat16, **settings)
+    assert worst(short, plain) < 0.2
+    with pytest.raises(UserError, match="float16, whose range"):
+        trace_routes(model, (images, labels), 1.0, autocast=torch.float16, **settings)
+
+
 def test_derivatives_that_are_not_finite_are_named() -> None:
     def build() -> nn.Module:
         def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attackroute.cauchy import cauchies, derived_keys
+from attackroute.errors import UserError
 from attackroute.explanations import differentiated
 from attackroute.layers import LayerCall, LayerCalls
 from attackroute.sketches import Estimate, ScaleSums, groups
@@ -123,12 +124,16 @@ class Segments:
         output, names = self._outputs[target], tuple(sources or self._sources[target])
         leaves = [self._leaves[name] for name in names]
         start, weight = self._inputs.get(target, (output, None))
+        if start.dtype == torch.float16:
+            raise UserError(
+                f"layer {target!r} runs in float16, whose range is too small for sketches: use float32 or bfloat16"
+            )
         ranked = _ranked(critical)
         widest = max(output.numel(), start.numel(), *(leaf.numel() for leaf in leaves))
         sums: dict[str, ScaleSums] = {}
         alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
         for part in groups(draws, _ELEMENTS // widest) if start.requires_grad else []:
-            cotangents = self._random(target, ranked, derived_keys(keys, target, part), weight)
+            cotangents = self._random(target, ranked, derived_keys(keys, target, part), weight).to(start.dtype)
             gradients = {
                 name: gradient
                 for name, gradient in zip(names, _products(start, leaves, cotangents), strict=True)

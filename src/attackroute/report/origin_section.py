@@ -10,7 +10,8 @@ from attackroute.report.fragments import sentence, terms, text
 from attackroute.report.measuring import Measured
 from attackroute.report.run_folder import RunFolder
 
-_OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "batch-size", "dtype")  # of a trace
+_OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "sketches", "batch-size", "dtype")
+_FLAGS = ("linear", "freeze-gates")  # both of a trace
 _MOST = 40
 
 
@@ -65,7 +66,7 @@ def _trace_command(run: RunFolder) -> str | None:
         value = found.get(name)
         if isinstance(value, (str, int, float)) and not (name == "split" and value not in ("train", "test")):
             parts += [f"--{name}", str(value)]
-    return shlex.join([*parts, *(["--linear"] if found.get("linear") is True else [])])
+    return shlex.join([*parts, *(f"--{name}" for name in _FLAGS if found.get(name) is True)])
 
 
 def _is_setting(value: object) -> bool:

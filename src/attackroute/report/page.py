@@ -224,6 +224,8 @@ def subtitle(network: str | None, measured: Measured) -> str:
         right = sections.accuracy_of(clean)
         told = "" if right is None else f", {percent(right)} classified correctly"
         parts.append(f"{plural(len(clean), 'sample')}{'' if origin.data is None else f' of {origin.data}'}{told}")
+        if "approximate" in origin.criterion:
+            parts.append(f"routes by {origin.criterion}")
     for item in measured.attacked:
         right = None if item.routes is None else sections.accuracy_of(item.routes)
         parts.append(f"{item.name.removeprefix('images ')}{'' if right is None else f': {percent(right)}'}")
