@@ -195,6 +195,22 @@ def test_routes_of_many_draws_are_the_exact_ones(name: str) -> None:
             break
 
 
+def test_what_is_written_to_after_a_linear_map_has_read_it_counts_as_it_was() -> None:
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = F.layer_norm(parts["embed"](x).flatten(2).transpose(1, 2), (4,))
+        hidden = parts["fc1"](x)
+        x *= hidden.sigmoid() * torch.tensor([9.0, 1, 1, 0.1]).to(x)
+        return parts["head"](x.mean(1))
+
+    def build() -> nn.Module:
+        return Function(forward, embed=nn.Conv2d(3, 4, 4, stride=4), fc1=nn.Linear(4, 4), head=nn.Linear(4, 5))
+
+    model, images, labels = ready(build, samples=2)
+    expected = oracle.trace(model, images, labels, width=1.0, linear=True)
+    found = trace_routes(model, (images, labels), 1.0, keep_scores=True, sketches=4096, linear=True)
+    assert worst(found, expected) < 0.08
+
+
 def test_closed_form_networks_stay_exact() -> None:
     model, images, labels = ready(chain)
     exact = trace_routes(model, (images, labels), keep_scores=True)

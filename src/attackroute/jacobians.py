@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attackroute.cauchy import cauchies, derived_keys
@@ -42,15 +44,15 @@ class Segments:
         self._leaves: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._kinds: dict[str, str] = {}
-        self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[str, _Input] = {}
 
         def visit(call: LayerCall) -> Tensor:
             output = call.run()
             self._kinds[call.name] = call.kind
             if call.name in self._sources:
                 self._outputs[call.name] = output
-                if call.kind == "linear" and not call.weight.requires_grad:
-                    self._inputs[call.name] = call.input, call.weight
+                if call.kind == "linear" and call.input.requires_grad and not call.weight.requires_grad:
+                    self._inputs[call.name] = _Input(get_gradient_edge(call.input), call.input.dtype, call.weight)
             if call.name not in wanted:
                 return output.detach()
             leaf = self._leaves[call.name] = output.detach().requires_grad_()
@@ -123,17 +125,18 @@ class Segments:
         """
         output, names = self._outputs[target], tuple(sources or self._sources[target])
         leaves = [self._leaves[name] for name in names]
-        start, weight = self._inputs.get(target, (output, None))
-        if start.dtype == torch.float16:
+        source = self._inputs.get(target)
+        start, dtype = (output, output.dtype) if source is None else (source.edge, source.dtype)
+        if dtype == torch.float16:
             raise UserError(
                 f"layer {target!r} runs in float16, whose range is too small for sketches: use float32 or bfloat16"
             )
         ranked = _ranked(critical)
-        widest = max(output.numel(), start.numel(), *(leaf.numel() for leaf in leaves))
+        widest = max(output.numel(), *(leaf.numel() for leaf in leaves))
         sums: dict[str, ScaleSums] = {}
         alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
-        for part in groups(draws, _ELEMENTS // widest) if start.requires_grad else []:
-            cotangents = self._random(target, ranked, derived_keys(keys, target, part), weight).to(start.dtype)
+        for part in groups(draws, _ELEMENTS // widest) if output.requires_grad else []:
+            cotangents = self._random(target, ranked, derived_keys(keys, target, part)).to(dtype)
             gradients = {
                 name: gradient
                 for name, gradient in zip(names, _products(start, leaves, cotangents), strict=True)
@@ -153,17 +156,17 @@ class Segments:
             for name, leaf in zip(names, leaves, strict=True)
         }
 
-    def _random(self, target: str, ranked: Tensor, keys: Tensor, weight: Tensor | None) -> Tensor:
+    def _random(self, target: str, ranked: Tensor, keys: Tensor) -> Tensor:
         """Cauchy cotangents over a target's critical channels, for keys ``(n, draws)``; the draws come first.
 
-        With the weight of a linear map they are those of its input: a product with the critical rows alone.
+        For a linear map they are those of its input: a product with the critical rows of the weight alone.
         """
         output = self._outputs[target]
         shape = self._channels_last(target, output).shape
         samples, draws, critical = *keys.shape, ranked.shape[1]
         numbers = cauchies(keys.flatten(), self.positions(target) * critical).to(output.dtype)
-        if weight is not None:
-            rows = weight.detach()[ranked].to(output.dtype)  # (n, k, C_in)
+        if target in self._inputs:
+            rows = self._inputs[target].weight.detach()[ranked].to(output.dtype)  # (n, k, C_in)
             batch = torch.bmm(numbers.view(samples, -1, critical), rows)
             return batch.view(samples, draws, *shape[1:-1], rows.shape[-1]).movedim(1, 0)
         numbers = numbers.view(samples, draws, *shape[1:-1], critical)
@@ -194,12 +197,27 @@ class Segments:
         return tensor if self._kinds[name] == "linear" else tensor.movedim(2 if batched else 1, -1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """What a linear map reads.
+
+    Attributes:
+        edge: Where it stands in the graph; the tensor itself may be written to by what follows.
+        dtype: Its type.
+        weight: The map's weight.
+    """
+
+    edge: GradientEdge
+    dtype: torch.dtype
+    weight: Tensor
+
+
 def _ranked(critical: Tensor) -> Tensor:
     """Each sample's critical channels, ``(n, k)``."""
     return critical.nonzero()[:, 1].view(len(critical), -1)
 
 
-def _products(output: Tensor, leaves: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+def _products(output: Tensor | GradientEdge, leaves: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
     """Vector-Jacobian products for a batch of cotangents, one gradient per leaf with a leading batch dimension."""
     try:
         return list(
