@@ -8,6 +8,7 @@ are named ``model``.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,6 +40,14 @@ _CONVOLUTIONS = frozenset(
 _GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution.default})
 _TRANSPOSED_ARGUMENT = 6
 _BATCHED_IMAGE_DIMS = 4
+_ATTENTION_DIMS = 3
+_ATTENTION = nn.functional.multi_head_attention_forward
+_OPENED = FunctionType(  # the same function, except that it does not hand itself to the mode that is to look inside it
+    _ATTENTION.__code__,
+    {**vars(nn.functional), "has_torch_function": lambda _: False},
+    argdefs=_ATTENTION.__defaults__,
+)
+_OPENED.__kwdefaults__ = _ATTENTION.__kwdefaults__
 _LEVEL: ContextVar[int] = ContextVar("pass_level", default=0)
 
 
@@ -51,6 +61,7 @@ class LayerCall:
         input: What the layer reads.
         weight: Its weight, as passed.
         run: Executes the layer, with another weight if one is given, and returns its output ``Z``.
+        folded: Whether rows were gathered into samples: right only if the model keeps each sample's rows together.
     """
 
     name: str
@@ -58,6 +69,7 @@ class LayerCall:
     input: Tensor
     weight: Tensor
     run: Callable[..., Tensor]
+    folded: bool = False
 
 
 @contextmanager
@@ -73,6 +85,46 @@ def aside() -> Iterator[None]:
 def pass_level() -> int:
     """How many :func:`aside` contexts are open: what was entered at another level leaves a pass alone."""
     return _LEVEL.get()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the samples are in what a linear map reads, if not simply in the first dimension.
+
+    Attributes:
+        samples: Number of samples.
+        attended: Batch size of the multi-head attention around the call, whose tensors have positions first.
+        folded: Whether each sample has several rows of the batch.
+    """
+
+    samples: int
+    attended: int | None
+    folded: bool
+
+    @classmethod
+    def of(cls, values: Tensor, samples: int | None, attended: int | None) -> _Layout | None:
+        """The layout of ``values``; None where they have one row per sample, or cannot be brought to that."""
+        if values.ndim < 2 or not samples:
+            return None
+        if attended is not None and math.prod(values.shape[:-1]) % attended:
+            return None
+        rows = values.shape[0] if attended is None else attended
+        if rows % samples or (attended is None and rows == samples):
+            return None
+        return cls(samples, attended, rows != samples)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """``values`` as ``(samples, ..., C)``."""
+        if self.attended is not None:
+            values = values.reshape(-1, self.attended, values.shape[-1]).transpose(0, 1)
+        return values.unflatten(0, (self.samples, -1)) if self.folded else values
+
+    def restored(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Undo :meth:`rows`, for the original shape without its last dimension."""
+        values = rows.flatten(0, 1) if self.folded else rows
+        if self.attended is not None:
+            values = values.transpose(0, 1)
+        return values.reshape(*shape, rows.shape[-1])
 
 
 class LayerCalls(TorchFunctionMode):
@@ -99,6 +151,8 @@ class LayerCalls(TorchFunctionMode):
         self._handles: list[RemovableHandle] = []
         self._eager: AbstractContextManager[object] = nullcontext()
         self._level = pass_level()
+        self._samples: int | None = None
+        self._heads: int | None = None  # size of the batch of the multi-head attention under way
 
     def __enter__(self) -> LayerCalls:
         # two global hooks, since two for every module would take longer to set than a small network to run
@@ -118,7 +172,7 @@ class LayerCalls(TorchFunctionMode):
             while self._handles:
                 self._handles.pop().remove()
 
-    def _enter_module(self, module: nn.Module, _args: object) -> None:
+    def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self._names.get(module)
         if name is None or pass_level() != self._level:
             return
@@ -126,6 +180,7 @@ class LayerCalls(TorchFunctionMode):
             self._running.clear()
         if not self._running:  # a new forward pass: names count from one again
             self._calls.clear()
+            self._samples = args[0].shape[0] if args and isinstance(args[0], Tensor) and args[0].ndim else None
         self._running.append(name)
 
     def _leave_module(self, module: nn.Module, *_: object) -> None:
@@ -136,7 +191,10 @@ class LayerCalls(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        kind = self._kind(func, args, kwargs) if self._running and pass_level() == self._level else None
+        watched = bool(self._running) and pass_level() == self._level
+        if watched and func is _ATTENTION:
+            return self._attention(args, kwargs)
+        kind = self._kind(func, args, kwargs) if watched else None
         if kind is None:
             return func(*args, **kwargs)
         name = self._running[-1]
@@ -146,7 +204,23 @@ class LayerCalls(TorchFunctionMode):
         label = name if count == 1 else f"{name}#{count}"
         images = args[0] if args else kwargs["input"]
         weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if kind == "linear" and (layout := _Layout.of(images, self._samples, self._heads)) is not None:
+            rows = layout.rows(images)
+            run = partial(_run, func, (rows, weight, *args[2:]), {k: v for k, v in kwargs.items() if k == "bias"})
+            output = self._visit(LayerCall(label, kind, rows, weight, run, layout.folded))
+            return layout.restored(output, images.shape[:-1])
         return self._visit(LayerCall(label, kind, images, weight, partial(_run, func, args, kwargs)))
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """PyTorch's multi-head attention, with this mode looking at what it calls."""
+        query = args[0] if args else kwargs["query"]
+        outer, self._heads = self._heads, query.shape[1] if query.ndim == _ATTENTION_DIMS else None
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            return _OPENED(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._heads = outer
 
     def _kind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if func is nn.functional.linear:
