@@ -69,7 +69,10 @@ def test_weakening_is_surgery_on_the_kernels_that_join_neurons(name: str) -> Non
 def test_a_slice_that_belongs_to_no_neuron_is_an_error_that_says_what_to_take(name: str) -> None:
     model, x, y = made({**TOKENS, **GATED}[name])
     route = ar.rank_channels(model, (x, y), "gradient", 0.5, linear=True)
-    with pytest.raises(UserError, match="no kernel slice of layer .* mixes channels") as error, ar.weaken(model, route, 0):
+    with (
+        pytest.raises(UserError, match=r"no kernel slice of layer .* mixes channels") as error,
+        ar.weaken(model, route, 0),
+    ):
         model(x)
     message = str(error.value)
     assert "\n" not in message and f"take layers={[layer for layer in route if layer in PAIRS[name]]}" in message

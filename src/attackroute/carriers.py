@@ -63,7 +63,9 @@ def token_carriers(
     return found
 
 
-def _reached(values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
+def _reached(
+    values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """For each source, whether its neurons reach features whose number has a 0 at a digit, or a 1: ``(digits, C)``."""
     features = torch.arange(values.shape[-1], device=values.device)
     digits = max(1, (values.shape[-1] - 1).bit_length())

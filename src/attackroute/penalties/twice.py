@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,6 +33,6 @@ class TwiceDifferentiable(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002  # PyTorch's own name
-    values: Tensor = torch.nn.functional.relu6(input + 3) / 6
+def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    values = functional.relu6(input + 3) / 6
     return input.copy_(values) if inplace else values

@@ -60,11 +60,14 @@ class WeightPenalty:
         with frozen(model), torch.inference_mode(False):
             probe, _ = next(batches(model, images[:_PROBE], _PROBE))
             connections = Connections.of_route(model, probe, route)
-            masks = {layer: connections.between(route, layer) for layer in (route if layers is None else route.restrict(layers))}
+            masks = {
+                layer: connections.between(route, layer)
+                for layer in (route if layers is None else route.restrict(layers))
+            }
             masks = {layer: mask for layer, mask in masks.items() if mask.any()}
             if not masks:
                 raise UserError(
-                    "no layer of the route follows another one on it, with channels kept apart in between, so no weight "
+                    "no layer of the route follows another one on it, with channels apart in between, so no weight "
                     "joins two of its neurons; take a route of adjacent layers, or the gradient penalty"
                 )
             norms = following_norms(model, probe) if folded else {}
