@@ -130,6 +130,11 @@ class Connections:
         layers = [layer for layer in self.layers if layer.name in route and self._mixed(route, layer) is None]
         return [layer.name for layer in layers if self.between(route, layer.name).any()]
 
+    def mixed(self, route: Route) -> list[str]:
+        """Layers of a route, in forward order, before which its channels are mixed."""
+        layers = [layer for layer in self.layers if layer.name in route]
+        return [layer.name for layer in layers if self._mixed(route, layer) is not None]
+
     def _mixed(self, route: Route, layer: RecordedLayer) -> str | None:
         """A layer of the route that reaches another one's route neurons through what mixes channels; None if none."""
         if not route.indices[layer.name]:

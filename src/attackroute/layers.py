@@ -123,7 +123,7 @@ class _Layout:
         """Undo :meth:`rows`, for the original shape without its last dimension."""
         values = rows.flatten(0, 1) if self.folded else rows
         if self.attended is not None:
-            values = values.transpose(0, 1)
+            values = values.transpose(0, 1).contiguous()  # what follows may take a view
         return values.reshape(*shape, rows.shape[-1])
 
 

@@ -137,6 +137,7 @@ def harden(
             help="Share of the training images to trace.",
         ),
     ] = 0.1,
+    linear: options.Linear = False,
     compare_full: Annotated[
         bool,
         typer.Option(
@@ -298,6 +299,7 @@ def harden(
             "attack": against,
             "route": route,
             "route_samples": route_samples,
+            "linear": linear,
             "refresh": refresh,
             "compare_full": compare_full,
             "method": APPROXIMATE if approximate else EXACT,
