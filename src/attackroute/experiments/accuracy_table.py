@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attackroute.accuracy import Accuracy
+from attackroute.display import plural
 from attackroute.experiments.rankings import RANDOM, ROUTE
 from attackroute.experiments.signs import CLEAR, sign_test
 from attackroute.experiments.tables import Record
