@@ -52,32 +52,40 @@ def token_carriers(
         model(images.clone())
     found: dict[tuple[str, str], Tensor] = {}
     for target, values in inputs.items():
-        sources = [source for source in edges[target] if source in leaves]
-        reached = _reached(values, {source: leaves[source] for source in sources}, kinds)
-        for source in sources:
-            zeros, ones = reached[source]
-            if not (zeros & ones).any():
-                digits = torch.arange(len(ones))[:, None]
-                carried = (ones.long() << digits).sum(0)
-                found[source, target] = carried.where((zeros | ones).any(0), -1)
+        sources = {source: leaves[source] for source in edges[target] if source in leaves}
+        for source, carried in _carried(values, sources, kinds).items():
+            found[source, target] = carried
     return found
 
 
-def _reached(
-    values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each source, whether its neurons reach features whose number has a 0 at a digit, or a 1: ``(digits, C)``."""
+def _carried(values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
+    """For each source that is not mixed, the features of ``values``, ``(..., F)``, that carry its neurons."""
     features = torch.arange(values.shape[-1], device=values.device)
-    digits = max(1, (values.shape[-1] - 1).bit_length())
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
-    rows: dict[str, tuple[list[Tensor], list[Tensor]]] = {source: ([], []) for source in leaves}
-    for digit in range(digits):
-        for bit in (0, 1):
-            slopes = torch.autograd.grad(
-                values, list(leaves.values()), weights * ((features >> digit) & 1 == bit),
-                retain_graph=True, allow_unused=True, materialize_grads=True,
-            ) if values.requires_grad else [torch.zeros_like(leaf) for leaf in leaves.values()]  # fmt: skip
-            for source, slope in zip(leaves, slopes, strict=True):
-                dim = CHANNEL_DIM[kinds[source]]
-                rows[source][bit].append(slope.movedim(dim, -1).flatten(0, -2).count_nonzero(0).cpu() > 0)
-    return {source: (torch.stack(zeros), torch.stack(ones)) for source, (zeros, ones) in rows.items()}
+    left = dict(leaves) if values.requires_grad else {}
+    numbers = {source: torch.tensor(0) for source in left}
+    touched = {source: torch.tensor(False) for source in left}
+    for digit in range(max(1, (len(features) - 1).bit_length())):
+        if not left:
+            break
+        bits = (features >> digit) & 1
+        zeros, ones = (_reached(values, left, kinds, weights * (bits == bit)) for bit in (0, 1))
+        for source in zeros:
+            if (zeros[source] & ones[source]).any():
+                del left[source]
+            numbers[source] = numbers[source] + (ones[source].long() << digit)
+            touched[source] = touched[source] | zeros[source] | ones[source]
+    return {source: numbers[source].where(touched[source], -1) for source in left}
+
+
+def _reached(
+    values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str], weights: Tensor
+) -> dict[str, Tensor]:
+    """Whether each neuron of each source reaches what is weighed, bool ``(C_source,)``."""
+    slopes = torch.autograd.grad(
+        values, list(leaves.values()), weights, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return {
+        source: slope.movedim(CHANNEL_DIM[kinds[source]], -1).flatten(0, -2).count_nonzero(0).cpu() > 0
+        for source, slope in zip(leaves, slopes, strict=True)
+    }
