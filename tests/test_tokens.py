@@ -291,3 +291,30 @@ def test_positions_before_samples_are_an_error(samples: int) -> None:
         assert "\n" not in str(error.value)
     ar.gradient(model, (x, y))  # convolutions alone have their samples first
     assert state(model) == before
+
+
+@pytest.mark.parametrize("samples", [3, 4, 16])  # of 16 tokens
+@pytest.mark.parametrize("linear", [False, True])
+def test_contexts_nest_around_attention(samples: int, linear: bool) -> None:
+    model, x, _ = made(Encoder, samples)
+    route, other = halves(model, x), attacked(x)
+    silenced = ar.Route({"encoder.layers.1.self_attn": [1, 9]}, {"encoder.layers.1.self_attn": 24})
+    names: list[str] = []
+
+    def visit(call: LayerCall) -> Tensor:
+        names.append(call.name)
+        return call.run()
+
+    with torch.no_grad(), transplant(model, x, route):
+        expected = model(other)
+        with LayerCalls(model, visit, linear=linear):
+            torch.testing.assert_close(model(other), expected)
+        with deactivate(model, silenced):
+            both = model(other)
+        assert not torch.allclose(both, expected)
+    assert names == [layer for layer in route if linear or layer == "embed"]
+    with deactivate(model, silenced):
+        torch.testing.assert_close(
+            gradient_per_sample(model, other[:1], linear=True)["embed"],
+            gradient_per_sample(model, other, linear=True)["embed"][:1],
+        )

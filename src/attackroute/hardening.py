@@ -101,8 +101,8 @@ def harden(
         refresh: Trace the route anew before every so manyth epoch; None keeps the first.
         compare_full: Trace all training samples too, and compare; False saves that trace.
         method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
-        folded: For the weight penalty, which leaves out layers with attention, gates or normalisation over channels
-            before them, whether batch norms are folded into the kernels; see
+        folded: For the weight penalty, which leaves out layers with attention or normalisation over channels before
+            them, whether batch norms are folded into the kernels; see
             :class:`attackroute.penalties.WeightPenalty`.
         settings: See :class:`attackroute.train_settings.TrainSettings`.
         folder: Where checkpoints, log and the route are kept; None keeps nothing.

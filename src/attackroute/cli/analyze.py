@@ -48,7 +48,7 @@ EXAMPLES = """
    EXPERIMENT*.png, EXPERIMENT*.svg  the figures
    route.json                        the route (attackroute.Route.load)
 
- Where attention, gates or normalisation over channels stand between two layers, no kernel slice joins two channels:
+ Where attention or normalisation over channels stands between two layers, no kernel slice joins two channels:
  the control by weights is left out then, and weaken scales the connections that there are, as within MLPs; a note says
  so. A map of Grad-CAM over tokens leaves out class tokens; the grid is that of the patches.
 

@@ -93,7 +93,7 @@ def harden(
             "--penalty",
             rich_help_panel=_PENALTY,
             help="The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), or both. Kernels "
-            "behind attention, gates or normalisation over channels join no two neurons, and have no weight penalty.",
+            "behind attention or normalisation over channels join no two neurons, and have no weight penalty.",
         ),
     ] = Penalties.GRADIENT,
     lam: Annotated[

@@ -39,8 +39,8 @@ class WeightPenalty:
         route: The neurons, as traced; linear maps may be among the layers.
         images: One or more images ``(n, ...)``, which show how the layers are joined.
         folded: False for the kernels as they are, as printed in Eq. (13).
-        layers: The layers whose kernels count; None for all of the route's. Where attention, a gate or normalisation
-            over channels stands before a layer, no weight joins two neurons, and the layer must be left out:
+        layers: The layers whose kernels count; None for all of the route's. Where attention or normalisation over
+            channels stands before a layer, no weight joins two neurons, and the layer must be left out:
             ``Connections.of_route(model, images, route).joined(route)`` gives those that can stay.
 
     Raises:
