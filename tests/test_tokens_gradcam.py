@@ -157,3 +157,29 @@ def test_maps_after_the_activation_of_tokens() -> None:
     model.fc1.register_forward_hook(lambda _module, _args, output: hidden.append(output))
     model(images)
     torch.testing.assert_close(found.maps.flatten(2).transpose(1, 2), F.gelu(hidden[0])[:, 1:].detach())
+
+
+@pytest.mark.parametrize(("kind", "leading"), [("registers", 5), ("distilled", 2)])
+def test_tokens_before_the_image_are_left_out_in_timm(kind: str, leading: int) -> None:
+    timm = pytest.importorskip("timm", reason="the networks are timm's")
+    size = {"num_classes": CLASSES, "embed_dim": 8, "depth": 2, "num_heads": 2}
+
+    def build() -> nn.Module:
+        if kind == "distilled":
+            return timm.models.deit.VisionTransformerDistilled(img_size=(16, 24), patch_size=4, **size)
+        return timm.models.vision_transformer.VisionTransformer((16, 24), 4, reg_tokens=4, global_pool="avg", **size)
+
+    model, _, _ = made(build)
+    images, target, layer = torch.rand(2, 3, 16, 24).double(), torch.tensor([1, 3]), "blocks.0.mlp.fc2"
+    kept: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda _module, _args, output: kept.append(output))
+    model(images)
+    handle.remove()
+    assert kept[0].shape[1] == 24 + leading
+    ours = grad_cam(model, images, layer, [0, 5], target=target)
+    expected = [
+        by_hand(model, image, model.get_submodule(layer), [0, 5], int(label), (4, 6))
+        for image, label in zip(images, target, strict=True)
+    ]
+    torch.testing.assert_close(ours, torch.stack(expected))
+    assert ours.any()
