@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -198,16 +199,24 @@ def _run(model: nn.Module, x: Tensor, linear: bool) -> tuple[dict[str, _Call], A
 
 
 class _Recorder(TorchFunctionMode):
-    """Cuts route layers' outputs out of the graph; blind inside scripted code and F.multi_head_attention_forward."""
+    """Cuts route layers' outputs out of the graph; blind inside scripted code."""
 
     def __init__(self, running: Sequence[str], samples: int, linear: bool) -> None:
         super().__init__()
         self.calls: dict[str, _Call] = {}
         self._counts: dict[str, int] = {}
         self._running, self._samples, self._linear = running, samples, linear
+        self._attending = 0  # batch size of the multi-head attention under way
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is nn.functional.multi_head_attention_forward and args[0].dim() == 3:
+            # The function hands itself to a mode unless it is told that there is none.
+            self._attending = args[0].shape[1]
+            with mock.patch.object(nn.functional, "has_torch_function", lambda _: False), self:
+                result = func(*args, **kwargs)
+            self._attending = 0
+            return result
         output = func(*args, **kwargs)
         if func is torch.convolution:
             transposed = kwargs["transposed"] if "transposed" in kwargs else args[6]
@@ -216,7 +225,20 @@ class _Recorder(TorchFunctionMode):
             return self._cut(output, 1)
         if func is not nn.functional.linear:
             return output
-        return self._cut(output, output.dim() - 1) if self._linear else self._pass(output)
+        return self._cut_linear(output) if self._linear else self._pass(output)
+
+    def _cut_linear(self, output: Tensor) -> Tensor:
+        """Cuts a linear map's output in the shape (samples, ..., C); windows may be folded into the batch."""
+        rows, shape = output, output.shape
+        if self._attending:  # (positions, batch, C), or the first two as one
+            rows = output.reshape(-1, self._attending, shape[-1]).transpose(0, 1)
+        folded = rows.shape[0] != self._samples and rows.shape[0] % self._samples == 0
+        if folded:
+            rows = rows.reshape(self._samples, rows.shape[0] // self._samples, *rows.shape[1:])
+        cut = self._cut(rows, rows.dim() - 1)
+        if folded:
+            cut = cut.flatten(0, 1)
+        return (cut.transpose(0, 1).contiguous() if self._attending else cut).reshape(shape)
 
     def _pass(self, output: Tensor) -> Tensor:
         """A linear map that is no route layer; it is counted, so that names do not depend on what is recorded."""

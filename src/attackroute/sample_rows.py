@@ -7,6 +7,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+from attackroute.display import plural
 from attackroute.errors import UserError
 from attackroute.layers import LayerCall, LayerCalls
 
@@ -21,7 +22,7 @@ def require_rows(layer: str, rows: int, samples: int) -> None:
     """
     if rows != samples:
         raise UserError(
-            f"layer {layer!r} gives {rows} rows for {samples} images, so there are no numbers per image: "
+            f"layer {layer!r} gives {plural(rows, 'row')} for {plural(samples, 'image')}, so there are no numbers per image: "
             "let the model keep the images in the first dimension (batch_first=True), or leave linear maps out"
         )
 
