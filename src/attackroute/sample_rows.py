@@ -22,8 +22,8 @@ def require_rows(layer: str, rows: int, samples: int) -> None:
     """
     if rows != samples:
         raise UserError(
-            f"layer {layer!r} gives {plural(rows, 'row')} for {plural(samples, 'image')}, so there are no numbers per image: "
-            "let the model keep the images in the first dimension (batch_first=True), or leave linear maps out"
+            f"layer {layer!r} gives {plural(rows, 'row')} for {plural(samples, 'image')}, so there are no numbers per "
+            "image: let the model keep the images in the first dimension (batch_first=True), or leave linear maps out"
         )
 
 
