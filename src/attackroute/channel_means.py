@@ -27,12 +27,14 @@ class Measured:
         log_factor: ``(n,)``, float64 on the CPU.
         logits: ``(n, K)``, detached, where a gradient was measured.
         at_images: The gradient at the images, in their shape and up to the factor, where one was measured.
+        tokens: Layers whose outputs have positions between samples and channels, where a gradient was measured.
     """
 
     values: dict[str, Tensor]
     log_factor: Tensor
     logits: Tensor | None = None
     at_images: Tensor | None = None
+    tokens: frozenset[str] = frozenset()
 
 
 Measure = Callable[..., Measured]
@@ -116,6 +118,7 @@ def _differentiated(
     Values are zero where no gradient arrives.
     """
     values: dict[str, Tensor] = {}
+    tokens: set[str] = set()
     start = images.detach().requires_grad_()
     leaves = {"": start}  # where gradients end: all that lies between these and the logits is differentiated
 
@@ -126,6 +129,8 @@ def _differentiated(
             output = leaves[call.name].clone()  # a copy, since what follows may work in place
         shape = (output.shape[0], output.shape[_channel_dim(output, call.kind)])
         values[call.name] = torch.zeros(shape, device=output.device)
+        if call.kind == "linear" and output.ndim > 2:
+            tokens.add(call.name)
         if output.requires_grad:
             output.register_hook(partial(keep, call.name, follow(call, output)))
         return output
@@ -138,7 +143,8 @@ def _differentiated(
     answers = logits.detach().argmax(1) if labels is None else checked_labels(labels, logits.shape[1], images.shape[0])
     ends = seed_gradients(logits, answers, leaves, None)
     logits = logits.detach()
-    return Measured(values, log_doubt(logits.cpu().to(torch.float64), answers.cpu()), logits, ends[""])
+    doubt = log_doubt(logits.cpu().to(torch.float64), answers.cpu())
+    return Measured(values, doubt, logits, ends[""], frozenset(tokens))
 
 
 def _run(model: nn.Module, images: Tensor, visit: Callable[[LayerCall], Tensor], *, linear: bool) -> None:

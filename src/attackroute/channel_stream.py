@@ -14,6 +14,7 @@ from attackroute.edits import CHANNEL_DIM
 from attackroute.errors import UserError
 from attackroute.explanations import explained
 from attackroute.layers import LayerCall, LayerCalls
+from attackroute.sample_rows import require_rows_apart
 from attackroute.trace import Progress
 
 Batches = Iterator[tuple[Tensor, "Tensor | None"]]
@@ -38,17 +39,24 @@ def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[st
     """Names and channels of the route layers that a frozen model runs on images, in forward order.
 
     Raises:
-        UserError: There is none, or the model cannot run on the images.
+        UserError: There is none, the model cannot run on the images, or samples do not stand in the first dimension
+            of the layers' outputs.
     """
     found: dict[str, int] = {}
+    tokens = False
 
     def visit(call: LayerCall) -> Tensor:
+        nonlocal tokens
         output = call.run()
         found[call.name] = output.shape[CHANNEL_DIM[call.kind]]
+        tokens |= call.kind == "linear" and output.ndim > 2
         return output
 
-    with torch.no_grad(), explained(images), LayerCalls(model, visit, linear=linear):
-        model(images.clone())
+    with torch.no_grad(), explained(images):
+        with LayerCalls(model, visit, linear=linear):
+            model(images.clone())
+        if tokens:
+            require_rows_apart(model, images)
     if not found:
         hint = "" if linear else "; for networks of linear maps pass linear=True"
         raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")

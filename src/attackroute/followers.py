@@ -1,4 +1,4 @@
-"""From a layer's output to its activation: tensors followed through batch norm while the model runs."""
+"""From a layer's output to its activation: tensors followed through normalisation while the model runs."""
 
 from __future__ import annotations
 
@@ -30,15 +30,19 @@ _ACTIVATIONS = _functions(
     *("leaky_relu", "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus"),
     *("softshrink", "softsign", "tanh", "tanhshrink", "threshold"),
 )
-# Batch norm, copies, and what other interventions and measurements do to a layer's output before it flows on.
-_CARRIERS = _functions("batch_norm", "clone", "contiguous", "detach", "index_copy", "index_fill", "requires_grad", "to")
+# Normalisation, which keeps every channel in its place, copies, and what other interventions and measurements do to a
+# layer's output before it flows on.
+_CARRIERS = _functions(
+    *("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"),
+    *("clone", "contiguous", "detach", "index_copy", "index_fill", "requires_grad", "to"),
+)
 _READINGS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout, RemovableHandle, Node)
 
 
 class Follower(TorchFunctionMode):
     """Context that follows tensors to the elementwise activation that reads them next, and edits its output.
 
-    Between the two only batch norm and copies may stand. Whatever else reads a followed tensor would carry it past
+    Between the two only normalisation and copies may stand. Whatever else reads a followed tensor would carry it past
     the edit, so it is an error; reading its shape and the like is none.
 
     Attributes:

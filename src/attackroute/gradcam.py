@@ -3,13 +3,16 @@
 Grad-CAM (Selvaraju et al., 2017) weighs each channel's map ``A^c`` by the mean over positions of its class logit's
 gradient, ``alpha_c``, and keeps what speaks for the class: ``relu(sum_c alpha_c A^c)``. Here the sum runs over any set
 of channels. Before the ReLU the maps of a set and of its complement add up to the whole.
+
+Tokens are maps too: channels are the features, positions the tokens of the image, see :mod:`attackroute.token_grid`.
+Class tokens are no positions: they are left out of the maps and of the means over positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ from attackroute.interventions import ACTIVATION, OUTPUT
 from attackroute.layers import LayerCall, LayerCalls, frozen
 from attackroute.nearest import did_you_mean
 from attackroute.seeds import checked_labels, checked_logits
+from attackroute.token_grid import Grid, token_maps
 
 _MAP_DIMS = 4
 
@@ -71,24 +75,28 @@ def grad_cam(
     *,
     target: Tensor | None = None,
     at: str = OUTPUT,
+    grid: Grid | None = None,
 ) -> Tensor:
     """Grad-CAM of some channels of a route layer.
 
     Args:
         model: Any network of images to logits. It runs in eval mode and comes back as it was.
         images: ``(N, C, H, W)`` on the model's device.
-        layer: A convolution, as traced.
+        layer: A convolution, or a linear map over tokens, as traced.
         channels: Indices of the channels to sum over; None for all, which is the usual Grad-CAM.
         target: ``(N,)`` classes; None for those that the model predicts.
         at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
+        grid: Rows and columns of the tokens; None to find out, see :func:`attackroute.token_grid.token_maps`. Tokens
+            before the grid are left out.
 
     Returns:
         ``(N, H, W)`` at the layer's own resolution, at least 0, not normalised.
 
     Raises:
-        UserError: The layer does not run or has no maps, a channel or class is out of range, or ``at`` is unknown.
+        UserError: The layer does not run or has no maps, its tokens have no grid, the logits depend on none of them, a
+            channel or class is out of range, or ``at`` is unknown.
     """
-    found = evidence(model, images, layer, target=target, at=at)
+    found = evidence(model, images, layer, target=target, at=at, grid=grid)
     count = found.maps.shape[1]
     chosen = torch.ones(1, count, dtype=torch.bool)
     if channels is not None:
@@ -100,27 +108,36 @@ def grad_cam(
 
 
 def evidence(
-    model: nn.Module, images: Tensor, layer: str, *, target: Tensor | None = None, at: str = OUTPUT
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    *,
+    target: Tensor | None = None,
+    at: str = OUTPUT,
+    grid: Grid | None = None,
 ) -> Evidence:
     """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         with _leaf(model, layer, at) as held:
             logits = checked_logits(model(images.detach().clone()), images.shape[0])
-        if not held:
+        if held.values is None:
             raise UserError(f"layer {layer!r} did not run in the model's forward pass: give a layer as traced")
-        (maps,) = held
-        if maps.ndim != _MAP_DIMS:
-            raise UserError(
-                f"layer {layer!r} gives {tuple(maps.shape)}, no maps (N, C, H, W): Grad-CAM needs a convolution"
-            )
+        maps = held.maps(held.values, grid)
         classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
         classes = checked_labels(classes, logits.shape[1], images.shape[0])
         if not logits.requires_grad:
             raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
-        gradient = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps, allow_unused=True)[0]
+        chosen = logits.gather(1, classes[:, None]).sum()
+        gradient = torch.autograd.grad(chosen, held.values, allow_unused=True)[0]
     if gradient is None:
         raise UserError(f"the logits do not depend on layer {layer!r}")
-    return Evidence(maps.detach(), gradient.mean((2, 3)), logits.detach(), classes)
+    slopes = held.maps(gradient, grid)
+    if gradient.count_nonzero() and not slopes.count_nonzero():
+        raise UserError(
+            f"the logits depend on the class token of layer {layer!r} alone, so the image's tokens say nothing there: "
+            "take a layer before the last attention"
+        )
+    return Evidence(maps.detach(), slopes.mean((2, 3)), logits.detach(), classes)
 
 
 def enlarged(cams: Tensor, size: tuple[int, int]) -> Tensor:
@@ -138,24 +155,53 @@ def jointly_normalised(cams: Tensor) -> Tensor:
     return cams / largest.where(largest > 0, torch.ones_like(largest))
 
 
+@dataclass(eq=False)
+class _Held:
+    """A layer's output, held as a leaf that requires grad.
+
+    Attributes:
+        call: The layer's call.
+        values: The leaf.
+        sizes: Sizes of the maps of the convolutions before it.
+    """
+
+    call: LayerCall | None = None
+    values: Tensor | None = None
+    sizes: list[Grid] = field(default_factory=list)
+
+    def maps(self, values: Tensor, grid: Grid | None) -> Tensor:
+        """What has the shape of the leaf, as maps ``(n, C, H, W)``."""
+        assert self.call is not None
+        if self.call.kind == "linear":
+            return token_maps(self.call, values, self.sizes, grid)
+        if values.ndim != _MAP_DIMS:
+            raise UserError(f"layer {self.call.name!r} gives {tuple(values.shape)}, no maps (N, C, H, W)")
+        if grid is not None and tuple(grid) != tuple(values.shape[2:]):
+            raise UserError(f"layer {self.call.name!r} has maps of {tuple(values.shape[2:])}: a grid is for tokens")
+        return values
+
+
 @contextmanager
-def _leaf(model: nn.Module, layer: str, at: str) -> Iterator[list[Tensor]]:
-    """While the model runs, make the layer's maps a leaf that requires grad; the list then holds it."""
+def _leaf(model: nn.Module, layer: str, at: str) -> Iterator[_Held]:
+    """While the model runs, make the layer's maps a leaf that requires grad."""
     if at not in (OUTPUT, ACTIVATION):
         raise UserError(
             f"unknown place at={at!r}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give 'output' or 'activation'"
         )
     follower = Follower() if at == ACTIVATION else None
-    held: list[Tensor] = []
+    held = _Held()
 
     def hold(values: Tensor) -> Tensor:
-        held.append(values.detach().requires_grad_())
-        return held[0].clone()  # a copy, since what follows may work in place
+        held.values = values.detach().requires_grad_()
+        return held.values.clone()  # a copy, since what follows may work in place
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()
         if call.name != layer:
+            if held.call is None and call.kind == "conv2d":
+                held.sizes.append((output.shape[-2], output.shape[-1]))
             return output
+        held.call = call
         if follower is None:
             return hold(output)
         follower.follow(output, layer, hold)

@@ -66,6 +66,7 @@ def harden(
     attack: str | Perturbation | None = None,
     route: Route | str | os.PathLike[str] | None = None,
     route_samples: float = 0.1,
+    linear: bool = False,
     refresh: int | None = None,
     compare_full: bool = True,
     method: str = EXACT,
@@ -96,10 +97,12 @@ def harden(
         attack: What to train against, as :func:`attackroute.attacks.parse_attack` reads it; None for clean images.
         route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model).
         route_samples: Share of the training samples to trace.
+        linear: Whether linear maps are layers of a traced route too; a route that is given has its own layers.
         refresh: Trace the route anew before every so manyth epoch; None keeps the first.
         compare_full: Trace all training samples too, and compare; False saves that trace.
         method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
-        folded: For the weight penalty, whether batch norms are folded into the kernels; see
+        folded: For the weight penalty, which leaves out layers with attention or normalisation over channels before
+            them, whether batch norms are folded into the kernels; see
             :class:`attackroute.penalties.WeightPenalty`.
         settings: See :class:`attackroute.train_settings.TrainSettings`.
         folder: Where checkpoints, log and the route are kept; None keeps nothing.
@@ -114,9 +117,11 @@ def harden(
         UserError: As for training and tracing, or a setting is unknown or out of range.
     """
     names = (penalty,) if isinstance(penalty, str) else tuple(penalty or ())
+    if route is not None and linear:
+        raise UserError("a route that is given says which layers there are; leave out linear, or trace it with linear")
     if not names and route is not None:
         raise UserError("a route is given but no penalty, so nothing would be done with it; leave out one")
-    tracing = RouteTracing(route_samples, refresh, compare_full)
+    tracing = RouteTracing(route_samples, refresh, compare_full, linear)
     factors = {name: factor_of(name, lam) for name in names}
     chosen = PenaltySettings(factors, target, method, folded)
     if isinstance(route, (str, os.PathLike)):

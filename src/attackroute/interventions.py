@@ -43,7 +43,7 @@ def deactivate(
         route: The channels, as traced (the k-th call of a module is ``name#k``); linear maps may be among the layers.
         layers: Some of the route's layers; None for all of them.
         at: ``"output"`` for ``Z`` itself, before batch norm, or ``"activation"`` for the output of the elementwise
-            activation that follows ``Z``, directly or after batch norm.
+            activation that follows ``Z``, directly or after a normalisation.
 
     Raises:
         UserError: On entry, if a layer is not on the route, the model cannot carry the route, or ``at`` is unknown.

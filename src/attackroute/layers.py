@@ -49,6 +49,8 @@ _OPENED = FunctionType(  # the same function, except that it does not hand itsel
 )
 _OPENED.__kwdefaults__ = _ATTENTION.__kwdefaults__
 _LEVEL: ContextVar[int] = ContextVar("pass_level", default=0)
+_ATTENDED: ContextVar[int | None] = ContextVar("attended", default=None)
+"""Size of the batch of the multi-head attention under way, where positions come first; shared by nested contexts."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,6 @@ class LayerCalls(TorchFunctionMode):
         self._eager: AbstractContextManager[object] = nullcontext()
         self._level = pass_level()
         self._samples: int | None = None
-        self._heads: int | None = None  # size of the batch of the multi-head attention under way
 
     def __enter__(self) -> LayerCalls:
         # two global hooks, since two for every module would take longer to set than a small network to run
@@ -204,23 +205,27 @@ class LayerCalls(TorchFunctionMode):
         label = name if count == 1 else f"{name}#{count}"
         images = args[0] if args else kwargs["input"]
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        if kind == "linear" and (layout := _Layout.of(images, self._samples, self._heads)) is not None:
+        if kind == "linear" and (layout := _Layout.of(images, self._samples, _ATTENDED.get())) is not None:
             rows = layout.rows(images)
             run = partial(_run, func, (rows, weight, *args[2:]), {k: v for k, v in kwargs.items() if k == "bias"})
-            output = self._visit(LayerCall(label, kind, rows, weight, run, layout.folded))
+            token = _ATTENDED.set(None)  # what looks at the call next finds its samples first
+            try:
+                output = self._visit(LayerCall(label, kind, rows, weight, run, layout.folded))
+            finally:
+                _ATTENDED.reset(token)
             return layout.restored(output, images.shape[:-1])
         return self._visit(LayerCall(label, kind, images, weight, partial(_run, func, args, kwargs)))
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """PyTorch's multi-head attention, with this mode looking at what it calls."""
         query = args[0] if args else kwargs["query"]
-        outer, self._heads = self._heads, query.shape[1] if query.ndim == _ATTENTION_DIMS else None
+        token = _ATTENDED.set(query.shape[1] if query.ndim == _ATTENTION_DIMS else None)
         super().__enter__()  # type: ignore[no-untyped-call]
         try:
             return _OPENED(*args, **kwargs)
         finally:
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._heads = outer
+            _ATTENDED.reset(token)
 
     def _kind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if func is nn.functional.linear:

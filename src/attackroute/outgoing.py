@@ -11,6 +11,10 @@ from attackroute.errors import UserError
 from attackroute.recorder import RecordedLayer
 
 
+class MixedChannelsError(UserError):
+    """What stands between two layers mixes channels, so that no weight belongs to a channel."""
+
+
 def outgoing_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
     """Weight norm ``|W|_1`` by which each channel is read: the influence of Eqs. (1)-(2) with its masks left out.
 
@@ -26,14 +30,15 @@ def outgoing_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
         For each layer, float64 ``(C,)`` on the CPU.
 
     Raises:
-        UserError: Something between two layers mixes channels or positions, so that no weight belongs to a channel.
+        MixedChannelsError: Something between two layers mixes channels or positions, so that no weight belongs to a
+            channel.
     """
     norms = {index: torch.zeros(layer.channels, dtype=torch.float64) for index, layer in enumerate(layers)}
     sinks = set(norms)
     for layer in layers:
         sinks -= layer.sources
         if layer.jacobian:
-            raise UserError(
+            raise MixedChannelsError(
                 f"there is no weight norm for the channels of layer {layers[min(layer.jacobian)].name!r}: what stands "
                 f"between it and {layer.name!r} mixes channels or positions; choose another criterion"
             )

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from attackroute.attacks import Perturbation
 from attackroute.batches import check_logits, checked, count_samples, derived_generator, load, placement
+from attackroute.connections import Connections
 from attackroute.errors import UserError
 from attackroute.fingerprint import require_model
 from attackroute.modes import kept_modes
@@ -195,8 +196,9 @@ class Penalised(Objective):
         if WEIGHT in settings.factors:
             device, dtype = placement(model)
             (probe,) = load(data, [[0, 0]], generator=torch.Generator())
-            images, _ = checked(probe, _TRAIN)
-            self._weight = WeightPenalty(model, punished, images.to(device, dtype), folded=settings.folded)
+            images = checked(probe, _TRAIN)[0].to(device, dtype)
+            joined = Connections.of_route(model, images, punished).joined(punished)
+            self._weight = WeightPenalty(model, punished, images, folded=settings.folded, layers=joined or None)
 
     def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
         """See the attribute; the model and the generators come back as they were."""

@@ -32,6 +32,7 @@ class RouteTracing:
         share: Share of the training samples, drawn with the seed, in (0, 1]; the paper's is a tenth.
         refresh: Trace anew before every so manyth epoch; None traces once, before the first.
         compare_full: Compare the first route with that of all training samples, which takes one more trace.
+        linear: Whether linear maps are layers of the route too.
 
     Raises:
         UserError: A value is out of range.
@@ -40,6 +41,7 @@ class RouteTracing:
     share: float = 0.1
     refresh: int | None = None
     compare_full: bool = True
+    linear: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
@@ -58,7 +60,7 @@ class RouteTracing:
         order = torch.randperm(total, generator=derived_generator(seed, "route", 0))
         part = Subset(data, order[:samples].sort().values.tolist())
         loader = load(part, in_order(samples, _BATCH), generator=torch.Generator())
-        return trace_routes(model, loader, _INSTANCE_WIDTH).aggregate(_WIDTH)
+        return trace_routes(model, loader, _INSTANCE_WIDTH, linear=self.linear).aggregate(_WIDTH)
 
 
 @dataclass(frozen=True)

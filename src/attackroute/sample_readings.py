@@ -17,6 +17,7 @@ from attackroute.errors import UserError
 from attackroute.explanations import explained
 from attackroute.fingerprint import require_model, require_same
 from attackroute.routes import Route
+from attackroute.sample_rows import require_rows_apart
 
 _LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
 
@@ -79,19 +80,23 @@ class SampleReader:
         require_model(first.channels, model)
         self._model = model
         self._channels = first.channels
+        self._apart = False  # whether samples were seen to stand in the first dimension of tokens
         self._neurons = {layer: [route[layer] for route in (first, *others)] for layer in first}
 
     def read(self, images: Tensor, labels: Tensor | None) -> SampleReadings:
         """Read one batch, on the model's device and in its dtype.
 
         Raises:
-            UserError: There are no labels, a layer did not run or has another number of channels, or a gradient is
-                not finite.
+            UserError: There are no labels, a layer did not run or has another number of channels, samples do not
+                stand in the first dimension of a layer's output, or a gradient is not finite.
         """
         if labels is None:
             raise UserError("the data have no labels, and the loss is that of a label: give (images, labels)")
         with explained(images):
             measured = gradients(self._model, images, labels, linear=True)
+            if not self._apart and measured.tokens.intersection(self._channels):
+                require_rows_apart(self._model, images, self._channels)
+        self._apart = True
         assert measured.logits is not None and measured.at_images is not None
         sums = torch.stack([self._sums(measured.values, layer) for layer in self._channels], dim=2)
         # summed in float64, away from the device, which may not have it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from attackroute.attacks import Perturbation
 from attackroute.attacks.application import attacked
 from attackroute.cli.console import Output, Progress
+from attackroute.connections import Connections
 from attackroute.data import ImageData, check_images
 from attackroute.errors import UserError
 from attackroute.experiments.accuracy_table import AccuracyTable
@@ -37,9 +38,10 @@ from attackroute.figures.detection_dots import detection_figure
 from attackroute.figures.occurrence_lines import occurrence_figure
 from attackroute.figures.response_boxes import responses_figure
 from attackroute.fingerprint import weights_digest
+from attackroute.gradcam import evidence
 from attackroute.instances import InstanceRoutes
-from attackroute.interventions import record_outputs
 from attackroute.layers import frozen
+from attackroute.outgoing import MixedChannelsError
 from attackroute.rivals import ChannelScores, channel_scores
 from attackroute.routes import Route
 from attackroute.version import __version__
@@ -49,6 +51,7 @@ _UNDER_ATTACK = ("sensitivity", "attribution")
 _WIDTH = 0.2  # the paper's, of a sample's route
 _SMALLEST_MAP = 4  # positions each way; maps of fewer show nothing
 _SHOWN = 4
+_NAMED = 3  # layers at most in a note
 
 Figures = dict[str, Figure]
 
@@ -70,6 +73,7 @@ class Study:
         origin: Further terms on which the results depend.
         folder: Where the files go.
         output: Where the words go.
+        linear: Whether linear maps are route layers too.
     """
 
     network: nn.Module
@@ -84,7 +88,7 @@ class Study:
     origin: Mapping[str, Any]
     folder: Path
     output: Output
-    _scores: dict[str, ChannelScores] = field(default_factory=dict)
+    linear: bool = False
 
     @cached_property
     def halves(self) -> tuple[list[int], list[int]]:
@@ -109,7 +113,9 @@ class Study:
     def routes(self) -> dict[str, InstanceRoutes]:
         """Routes of the reference images by criterion."""
         with self.output.progress("images traced") as progress:
-            return sample_routes(self.network, self.reference, _WIDTH, progress=_of(progress, len(self.reference)))
+            return sample_routes(
+                self.network, self.reference, _WIDTH, linear=self.linear, progress=_of(progress, len(self.reference))
+            )
 
     @cached_property
     def route(self) -> Route:
@@ -126,14 +132,47 @@ class Study:
 
     @cached_property
     def rivals(self) -> dict[str, ChannelScores]:
-        """Channels ranked by other criteria on the reference images; attacks on them are the first one."""
+        """Channels ranked by other criteria on the reference images; attacks on them are the first one.
+
+        The criterion of weights is left out, with a note, where the network mixes channels between two layers.
+        """
         attack = next(iter(self.attacks.values()))
         found = {}
         for by in RIVALS:
             with self.output.progress(f"images ranked by {by}") as progress:
                 under = attack if by in _UNDER_ATTACK else None
-                found[by] = channel_scores(self.network, self.reference, by, attack=under, progress=progress)
+                try:
+                    found[by] = channel_scores(
+                        self.network, self.reference, by, attack=under, linear=self.linear, progress=progress
+                    )
+                except MixedChannelsError as error:
+                    self.output.note(f"note: no control by {by}: {error}")
         return found
+
+    @cached_property
+    def joined(self) -> list[str] | None:
+        """The route's layers whose kernels can be weakened, if not all; a note says how many others there are.
+
+        Raises:
+            UserError: There is none.
+        """
+        images, _ = next(iter(self.reference))
+        parameter = next(self.network.parameters())
+        connections = Connections.of_route(self.network, images.to(parameter.device, parameter.dtype), self.route)
+        joined = connections.joined(self.route)
+        if not joined:
+            raise UserError(
+                "no kernel slice joins channels of two layers of the route: what stands between them mixes channels or "
+                "positions; leave weaken out (--only)"
+            )
+        mixed = connections.mixed(self.route)
+        if not mixed:
+            return None
+        self.output.note(
+            f"note: weaken leaves {len(mixed)} of {len(self.route)} layers as they are, since what stands before "
+            f"them mixes channels or positions: {', '.join(mixed[:_NAMED])}{', ...' * (len(mixed) > _NAMED)}"
+        )
+        return joined
 
     def run(self, name: str) -> tuple[Result, dict[str, Any]]:
         """Run one experiment and write its files.
@@ -168,6 +207,7 @@ class Study:
             "seed": self.seed,
             "batch-size": self.batch_size,
             "layers": None if self.chosen is None else list(self.chosen),
+            "linear": self.linear,
             "share": self.share,
             "at": self.at,
             "draws": self.draws,
@@ -195,12 +235,15 @@ class Study:
         """The last layer whose maps have a few positions each way; the last of all if none has."""
         images, _ = next(iter(self.reference))
         parameter = next(self.network.parameters())
-        with frozen(self.network):
-            outputs = record_outputs(self.network, images[:2].to(parameter.device, parameter.dtype), self.route)
-        wide = [
-            layer for layer in self.route if outputs[layer].ndim == 4 and min(outputs[layer].shape[2:]) >= _SMALLEST_MAP
-        ]
-        return wide[-1] if wide else self.route.layers[-1]
+        two = images[:2].to(parameter.device, parameter.dtype)
+        for layer in reversed(self.route.layers):
+            try:
+                maps = evidence(self.network, two, layer, at=self.at).maps
+            except UserError:  # no maps there, or none on which the logits depend
+                continue
+            if min(maps.shape[2:]) >= _SMALLEST_MAP:
+                return layer
+        return self.route.layers[-1]
 
 
 class Batches:
@@ -234,11 +277,12 @@ def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
 
     for name, attack in study.attacks.items():
         found = sample_routes(
-            study.network, stream(attack), _WIDTH, rivals=(), progress=_of(progress, len(study.reference))
-        )
+            study.network, stream(attack), _WIDTH, rivals=(), linear=study.linear,
+            progress=_of(progress, len(study.reference)),
+        )  # fmt: skip
         routes[name] = found[ROUTE]
     routes |= {by: own for by, own in study.routes.items() if by != ROUTE}
-    models = {by: study.rivals[by].route(study.share) for by in RIVALS if by not in routes}
+    models = {by: scores.route(study.share) for by, scores in study.rivals.items() if by not in routes}
     result = tabulate_occurrence(routes, models, width=study.share, seeds=range(study.draws))
     return result, {"occurrence": occurrence_figure(result)}
 
@@ -270,7 +314,7 @@ def _deactivate(study: Study, progress: Progress) -> tuple[Result, Figures]:
 def _weaken(study: Study, progress: Progress) -> tuple[AccuracyTable, Figures]:
     result = weakening_accuracy(
         study.network, study.measured, study.route, study.rivals, seeds=range(study.draws), share=study.share,
-        progress=progress,
+        targets=study.joined, progress=progress,
     )  # fmt: skip
     return result, accuracy_figures(result)
 
@@ -290,7 +334,7 @@ def _gradcam(study: Study, progress: Progress) -> tuple[Result, Figures]:
 def _detect(study: Study, progress: Progress) -> tuple[Result, Figures]:
     result = detect(
         study.network, study.measured, study.reference, study.attacks, width=_WIDTH, route_width=study.share,
-        seeds=range(study.draws), progress=progress,
+        seeds=range(study.draws), linear=study.linear, progress=progress,
     )  # fmt: skip
     return result, {"detect": detection_figure(result)}
 

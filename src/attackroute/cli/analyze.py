@@ -22,6 +22,10 @@ EXAMPLES = """
        --attack pgd --attack fgsm --attack step-ll --attack mi-fgsm --attack gaussian-noise --attack fog:severity=3 \\
        --layers features.0,features.3,features.7 --out runs/vgg/analysis
 
+   A vision transformer: its attention projections and MLPs as layers, Grad-CAM over its tokens
+   $ attackroute analyze --model torchvision:vit_b_16 --weights vit.pth --data imagenet:~/data --samples 64 \\
+       --linear --batch-size 8 --only sensitivity,deactivate,weaken,gradcam --out runs/vit/analysis
+
    Go on after an interruption: finished experiments on the same terms are not run again
    $ attackroute analyze --model runs/vgg --data cifar10:~/data --out runs/vgg/analysis --resume
 
@@ -43,6 +47,10 @@ EXAMPLES = """
    EXPERIMENT.json, EXPERIMENT.csv   every number, and the terms on which it depends
    EXPERIMENT*.png, EXPERIMENT*.svg  the figures
    route.json                        the route (attackroute.Route.load)
+
+ Where attention or normalisation over channels stands between two layers, no kernel slice joins two channels:
+ the control by weights is left out then, and weaken scales the connections that there are, as within MLPs; a note says
+ so. A map of Grad-CAM over tokens leaves out class tokens; the grid is that of the patches.
 
  Controls of the route's size stand beside it everywhere: random channels off the route, and the channels that other
  criteria rank first. Half of the images decide on routes and ranks, the other half are measured.
@@ -95,6 +103,7 @@ def analyze(
             help="Some of the layers; else all. Occurrence and detection always take all.",
         ),
     ] = None,
+    linear: options.Linear = False,
     share: Annotated[
         float,
         typer.Option(
@@ -166,7 +175,7 @@ def analyze(
     study = Study(
         network, images, attacks, _listed(layers, "--layers"), share, at, draws, batch_size, seed,
         {"model": model, "data": data, "samples": samples, "device": home.type},
-        options.open_folder(out), output,
+        options.open_folder(out), output, linear,
     )  # fmt: skip
     if not resume:
         study.check_layers()

@@ -92,7 +92,8 @@ def harden(
         typer.Option(
             "--penalty",
             rich_help_panel=_PENALTY,
-            help="The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), or both.",
+            help="The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), or both. Kernels "
+            "behind attention or normalisation over channels join no two neurons, and have no weight penalty.",
         ),
     ] = Penalties.GRADIENT,
     lam: Annotated[
@@ -137,6 +138,7 @@ def harden(
             help="Share of the training images to trace.",
         ),
     ] = 0.1,
+    linear: options.Linear = False,
     compare_full: Annotated[
         bool,
         typer.Option(
@@ -298,6 +300,7 @@ def harden(
             "attack": against,
             "route": route,
             "route_samples": route_samples,
+            "linear": linear,
             "refresh": refresh,
             "compare_full": compare_full,
             "method": APPROXIMATE if approximate else EXACT,

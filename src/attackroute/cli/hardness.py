@@ -9,6 +9,7 @@ import typer
 
 from attackroute.cli import options
 from attackroute.cli.console import Output
+from attackroute.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,6 +84,7 @@ def hardness(
             help="The model's route, as attackroute trace writes it; else one is traced from these images.",
         ),
     ] = None,
+    linear: options.Linear = False,
     attack: Annotated[
         list[str] | None,
         typer.Option(
@@ -130,7 +132,9 @@ def hardness(
     )
     options.report_skipped(images, output)
     network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
-    chosen = _route(network, images, route, batch_size, output)
+    if route is not None and linear:
+        raise UserError("--route says which layers there are; leave out --linear, or trace the route with it")
+    chosen = _route(network, images, route, batch_size, output, linear=linear)
     folder = options.open_folder(out)
     with output.progress("images") as progress:
         study = study_hardness(
@@ -148,13 +152,16 @@ def hardness(
         "model": model,
         "data": f"{data} {images.split}",
         "route": None if route is None else str(route),
+        "linear": linear,
         "seed": seed,
     }
     write_study(folder, network, images, study, origin, batch_size, output)
     report(output, study, folder, origin)
 
 
-def _route(network: nn.Module, images: ImageData, file: Path | None, batch_size: int, output: Output) -> Route:
+def _route(
+    network: nn.Module, images: ImageData, file: Path | None, batch_size: int, output: Output, *, linear: bool
+) -> Route:
     from attackroute.data import loader
     from attackroute.routes import Route
     from attackroute.trace import trace_routes
@@ -166,4 +173,5 @@ def _route(network: nn.Module, images: ImageData, file: Path | None, batch_size:
         f"(width {_WIDTH:g} for an image's route, {_ROUTE_WIDTH:g} for the model's)"
     )
     with output.progress("images traced") as progress:
-        return trace_routes(network, loader(images, batch_size), _WIDTH, progress=progress).aggregate(_ROUTE_WIDTH)
+        routes = trace_routes(network, loader(images, batch_size), _WIDTH, linear=linear, progress=progress)
+    return routes.aggregate(_ROUTE_WIDTH)

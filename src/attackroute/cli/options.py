@@ -163,6 +163,15 @@ SkipUnreadable = Annotated[
     bool,
     typer.Option("--skip-unreadable", rich_help_panel=_IMAGES, help="Leave out image files that cannot be read."),
 ]
+Linear = Annotated[
+    bool,
+    typer.Option(
+        "--linear",
+        rich_help_panel="The route",
+        help="Linear maps are route layers too: in ViT and Swin the attention's projections and the MLPs. Their "
+        "neurons are output features, their positions tokens.",
+    ),
+]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=_RUN, help="Images at a time.")
 ]

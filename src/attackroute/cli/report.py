@@ -62,6 +62,7 @@ def report(
     split: report_options.Split = None,
     samples: report_options.Samples = 64,
     attack: report_options.Attacks = None,
+    linear: report_options.Linear = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="The page; else report.html in RUN_DIR.")
     ] = None,
@@ -85,7 +86,8 @@ def report(
     run = RunFolder.open(run_dir)
     part = None if split is None else split.value
     wanted = Wanted(
-        model, weights, model_width, classes, data, part, samples, attack or (), batch_size, seed, device
+        model, weights, model_width, classes, data, part, samples, attack or (), batch_size, seed, device,
+        linear,
     )  # fmt: skip
     notes: list[str] = []
     names: tuple[str, ...] = ()
@@ -94,7 +96,7 @@ def report(
     try:
         source = Source.open(run, wanted)
         names = source.images.classes
-        measured = source.measure(run, chosen_attacks(run, wanted), batch_size, output)
+        measured = source.measure(run, chosen_attacks(run, wanted), batch_size, output, linear=linear)
     except UserError as error:
         if wanted.is_anything:
             raise

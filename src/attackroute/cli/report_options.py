@@ -52,3 +52,12 @@ Attacks = Annotated[
         help="What attacks the images, beside what the run has traced; repeat it for several. Without any, pgd.",
     ),
 ]
+Linear = Annotated[
+    bool,
+    typer.Option(
+        "--linear",
+        rich_help_panel="The route",
+        help="Where routes are traced for the page, linear maps are layers too (attention projections and MLPs); a run "
+        "of trace, analyze or hardness with --linear needs no telling.",
+    ),
+]

@@ -42,6 +42,7 @@ class Wanted:
         batch_size: Images at a time.
         seed: Of the attacks.
         device: Where the network runs.
+        linear: Whether linear maps are layers of what is traced for the page; those of the run's traces are.
     """
 
     model: str | None
@@ -55,6 +56,7 @@ class Wanted:
     batch_size: int
     seed: int
     device: str
+    linear: bool = False
 
     @property
     def is_anything(self) -> bool:
@@ -121,8 +123,24 @@ class Source:
         routes = run.routes if run.routes is not None else next(iter(run.attacked), None)
         return cls(network, chosen, rows if _are_samples(chosen, len(images), rows, routes) else None)
 
-    def measure(self, run: RunFolder, attacks: Mapping[str, Perturbation], batch_size: int, output: Output) -> Measured:
-        """Influence, gradients and sensitivities, and the traces that the run lacks."""
+    def measure(
+        self,
+        run: RunFolder,
+        attacks: Mapping[str, Perturbation],
+        batch_size: int,
+        output: Output,
+        *,
+        linear: bool = False,
+    ) -> Measured:
+        """Influence, gradients and sensitivities, and the traces that the run lacks.
+
+        Raises:
+            UserError: ``linear`` is asked for, and the run was traced without it.
+        """
+        if run.terms.get("linear") is True:
+            linear = True
+        elif linear and run.routes is not None:
+            raise UserError("the run was traced without --linear; trace it with --linear, or leave it out here")
         with output.progress("images") as progress:
             return measure(
                 self.network,
@@ -130,7 +148,7 @@ class Source:
                 unmeasured(run.routes, run.attacked, run.route),
                 attacks,
                 rows=self.rows,
-                linear=run.terms.get("linear") is True,
+                linear=linear,
                 width=_WIDTH if run.routes is None else run.routes.width,
                 shown=Limits().samples,
                 progress=progress,

@@ -124,9 +124,7 @@ def trace(
             help="Trace the images after this attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, ...",
         ),
     ] = None,
-    linear: Annotated[
-        bool, typer.Option("--linear", rich_help_panel=_ROUTES, help="Linear layers are route layers too.")
-    ] = False,
+    linear: options.Linear = False,
     sketches: Annotated[
         str | None,
         typer.Option(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attackroute.accuracy import Accuracy
+from attackroute.display import plural
 from attackroute.experiments.rankings import RANDOM, ROUTE
 from attackroute.experiments.signs import CLEAR, sign_test
 from attackroute.experiments.tables import Record
@@ -154,6 +155,7 @@ class AccuracyTable:
         cost: What it took.
         network: How many channels all of the route's layers have.
         main_beta: The factor on which the reading is based, where connections are weakened.
+        targets: The layers whose kernels are weakened, where they are not all.
     """
 
     experiment: str
@@ -164,6 +166,7 @@ class AccuracyTable:
     cost: Cost
     network: int
     main_beta: float | None = None
+    targets: Sequence[str] | None = None
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -248,8 +251,10 @@ class AccuracyTable:
             return f"Transplanting {share} of one layer's clean channels at its {self.at}; in clear effect, by {cases}:"
         if self.experiment == "deactivate":
             return f"Setting {share} of one layer's channels to zero at its {self.at}; in clear effect, by layers:"
+        into = "" if self.targets is None else f", into {plural(len(self.targets), 'layer')},"
         return (
-            f"Weakening the connections between {share} of all layers' channels to {self.main_beta:g}; in clear effect:"
+            f"Weakening the connections between {share} of all layers' channels{into} to {self.main_beta:g}; in clear "
+            "effect:"
         )
 
     def records(self) -> list[Record]:
@@ -268,6 +273,7 @@ class AccuracyTable:
             "forward_passes": self.cost.forward_passes,
             "main_share": self.main_share,
             "main_beta": self.main_beta,
+            "weakened_layers": None if self.targets is None else list(self.targets),
             "clear": f"exact two-sided sign test on paired samples, p < {CLEAR}, not corrected for the number of tests",
             "verdicts": [verdict.to_json() for verdict in self.verdicts()],
         }

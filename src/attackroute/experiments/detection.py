@@ -159,6 +159,7 @@ def detect(
     width: float = 0.2,
     route_width: float = 0.3,
     seeds: Sequence[int] = range(5),
+    linear: bool = False,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> Detection:
@@ -178,6 +179,7 @@ def detect(
         width: Share of each layer's channels on a sample's route.
         route_width: Share of each layer's channels on a class's route.
         seeds: One set of random routes for each.
+        linear: Whether linear maps are route layers too.
         batch_size: Rows per forward pass when data are tensors.
         progress: Called with (images traced, in all or None).
 
@@ -187,11 +189,11 @@ def detect(
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")
     with frozen(model), torch.inference_mode(False), counted_passes(model) as count:
-        known = sample_routes(model, _labelled(model, reference, batch_size), width)
+        known = sample_routes(model, _labelled(model, reference, batch_size), width, linear=linear)
         judged = _Judged(model, attacks)
         stream = judged.stream(batches(model, data, batch_size), samples_in(data), progress)
         try:
-            routes = sample_routes(model, stream, width)
+            routes = sample_routes(model, stream, width, linear=linear)
         except UserError:
             if judged.counted or not judged.read:
                 raise

@@ -27,6 +27,7 @@ def sample_routes(
     width: float = 0.2,
     *,
     rivals: Sequence[str] = tuple(SAMPLE_RIVALS),
+    linear: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, InstanceRoutes]:
     """The routes of a stream of samples by several criteria, the paper's under ``"route"``.
@@ -36,6 +37,7 @@ def sample_routes(
         data: Batches of ``(images, labels)``; labels None for the model's own predictions.
         width: Share of each layer's channels on a sample's route.
         rivals: Of :data:`SAMPLE_RIVALS`; each costs one more forward pass.
+        linear: Whether linear maps are route layers too.
         progress: Called after every batch with the samples done.
 
     Returns:
@@ -46,7 +48,7 @@ def sample_routes(
     def stream() -> Iterator[tuple[Tensor, Tensor] | Tensor]:
         for images, labels in batches(model, data, 1):
             for by in rivals:
-                measured = SAMPLE_RIVALS[by](model, images, labels).values
+                measured = SAMPLE_RIVALS[by](model, images, labels, linear=linear).values
                 if by not in builders:
                     sizes = {layer: values.shape[1] for layer, values in measured.items()}
                     builders[by] = InstanceRoutesBuilder(list(sizes), sizes, width)
@@ -55,7 +57,7 @@ def sample_routes(
             yield images if labels is None else (images, labels)
 
     with frozen(model), torch.inference_mode(False):
-        found = {ROUTE: trace_routes(model, stream(), width, progress=progress)}
+        found = {ROUTE: trace_routes(model, stream(), width, linear=linear, progress=progress)}
     for by in rivals:
         found[by] = builders[by].build({}, Provenance(len(found[ROUTE]), width, criterion=by))
     return found

@@ -29,6 +29,7 @@ def weakening_accuracy(
     *,
     seeds: Sequence[int] = range(5),
     layers: Iterable[str] | None = None,
+    targets: Iterable[str] | None = None,
     betas: Iterable[float] = BETAS,
     share: float = 0.3,
     batch_size: int = 128,
@@ -46,6 +47,7 @@ def weakening_accuracy(
         rivals: Routes by other criteria, or their scores.
         seeds: One random ranking off the route for each.
         layers: Some of the route's layers; None for all.
+        targets: Those of them whose kernels are weakened, as for :func:`attackroute.weaken`; None for all.
         betas: Factors in [0, 1].
         share: Share of each layer's channels.
         batch_size: Rows per forward pass when ``data`` is tensors.
@@ -65,14 +67,15 @@ def weakening_accuracy(
     rankings = rank(route, rivals, seeds, layers)
 
     found: list[Connections] = []
+    chosen = None if targets is None else list(targets)
 
     def intervene(change: Change, clean: Clean) -> AbstractContextManager[object]:
         assert change.channels is not None and change.beta is not None
         if not found:  # the same for every batch
             found.append(Connections.of_route(model, clean.images, change.channels))
-        return weaken(model, change.channels, change.beta, connections=found[0])
+        return weaken(model, change.channels, change.beta, chosen, connections=found[0])
 
     trials = plan(rankings, [Setting(rankings[0].layers, share, None, beta) for beta in factors])
     rows, cost = run(model, data, trials, intervene, batch_size=batch_size, progress=progress)
     main = min(factors, key=lambda beta: abs(beta - 0.5))
-    return AccuracyTable("weaken", rows, share, False, WEIGHTS, cost, sum(route.channels.values()), main)
+    return AccuracyTable("weaken", rows, share, False, WEIGHTS, cost, sum(route.channels.values()), main, chosen)

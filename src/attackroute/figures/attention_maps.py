@@ -146,7 +146,7 @@ def attention_figure(found: Attention) -> Figure:
         shape = "os^Dv"[index % 5]
         handles[name] = panels[0].plot([], [], shape, color="#222222", markerfacecolor=face, markersize=4.5)[0]
     figure.suptitle(
-        f"Grad-CAM of {found.layer} at its {found.at}, {found.counted} images that the network gets right", fontsize=9
+        f"Grad-CAM of {found.layer} at its {found.at},\n{found.counted} images that the network gets right", fontsize=9
     )
     shared_legend(figure, handles)
     return figure

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 from attackroute.errors import UserError
 
+_SHORT = 20  # characters of a layer's name in a figure
+
 ROUTE_COLOUR = "#D55E00"
 _GREY = "#8A8A8A"
 
@@ -105,10 +107,21 @@ def grid_of(count: int, columns: int) -> tuple[int, int]:
     return rows, -(-count // rows)
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Long names cut at the front, to as many characters as tell them all apart, and no fewer than 20."""
+    for width in range(_SHORT, max(map(len, names), default=0)):
+        cut = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names]
+        if len(set(cut)) == len(set(names)):
+            return cut
+    return list(names)
+
+
 def upright_layers(axes: Axes, names: Sequence[str]) -> None:
     """Layers along the horizontal axis, names turned where there are many or they are long."""
     turned = len(names) > 4 or max(map(len, names)) > 12
-    axes.set_xticks(range(len(names)), list(names), rotation=60 if turned else 0, ha="right" if turned else "center")
+    axes.set_xticks(
+        range(len(names)), short_names(names), rotation=60 if turned else 0, ha="right" if turned else "center"
+    )
     if turned:
         for text in axes.get_xticklabels():
             text.set_rotation_mode("anchor")

@@ -25,6 +25,7 @@ from attackroute.layers import LayerCall, LayerCalls
 from attackroute.nearest import did_you_mean
 from attackroute.penalties.kinks import HeldKinks, Kinks
 from attackroute.penalties.passes import RepeatablePass
+from attackroute.penalties.twice import TwiceDifferentiable
 from attackroute.routes import Route
 
 EXACT, APPROXIMATE = "exact", "finite-difference (approximation)"
@@ -50,10 +51,11 @@ class GradientPenalty:
     Args:
         model: Any network; call it as a whole inside :meth:`watch`, or through a wrapper.
         route: The neurons, as traced; linear maps may be among the layers.
-        method: ``"exact"`` is a double backward. ``"finite-difference (approximation)"`` gives the same value, with a
-            gradient from a second pass at outputs moved by ``eps`` and held on the same side of its kinks (ReLU,
-            ReLU6, leaky ReLU, max pooling): cheaper, most of all in :meth:`with_task`. Its error falls with ``eps``
-            until rounding takes over; the default leaves 0.3 % in float32 on a trained VGG-16.
+        method: ``"exact"`` is a double backward, for which attention runs without its fused kernels.
+            ``"finite-difference (approximation)"`` gives the same value, with a gradient from a second pass at outputs
+            moved by ``eps`` and held on the same side of its kinks (ReLU, ReLU6, leaky ReLU, max pooling): cheaper,
+            most of all in :meth:`with_task`. Its error falls with ``eps`` until rounding takes over; the default
+            leaves 0.3 % in float32 on a trained VGG-16.
         eps: The approximation's step, as a share of the root mean square of the route's outputs, in the layer where
             that is smallest.
 
@@ -91,6 +93,7 @@ class GradientPenalty:
         handle = self._model.register_forward_pre_hook(begin, with_kwargs=True)
         try:
             with (
+                TwiceDifferentiable() if self._method == EXACT else nullcontext(),
                 LayerCalls(self._model, self._visit, linear=True),
                 kinks if self._method == APPROXIMATE else nullcontext(),
             ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,22 +39,36 @@ class WeightPenalty:
         route: The neurons, as traced; linear maps may be among the layers.
         images: One or more images ``(n, ...)``, which show how the layers are joined.
         folded: False for the kernels as they are, as printed in Eq. (13).
+        layers: The layers whose kernels count; None for all of the route's. Where attention or normalisation over
+            channels stands before a layer, no weight joins two neurons, and the layer must be left out:
+            ``Connections.of_route(model, images, route).joined(route)`` gives those that can stay.
 
     Raises:
-        UserError: The route does not fit the model, no two of its layers are adjacent, channels mix between two of
-            them, or a layer's weight is not the model's own.
+        UserError: The route does not fit the model, no two of its layers are adjacent, channels mix before one of
+            ``layers``, or a layer's weight is not the model's own.
     """
 
-    def __init__(self, model: nn.Module, route: Route, images: Tensor, *, folded: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        route: Route,
+        images: Tensor,
+        *,
+        folded: bool = True,
+        layers: Iterable[str] | None = None,
+    ) -> None:
         with frozen(model), torch.inference_mode(False):
             probe, _ = next(batches(model, images[:_PROBE], _PROBE))
             connections = Connections.of_route(model, probe, route)
-            masks = {layer: connections.between(route, layer) for layer in route}
+            masks = {
+                layer: connections.between(route, layer)
+                for layer in (route if layers is None else route.restrict(layers))
+            }
             masks = {layer: mask for layer, mask in masks.items() if mask.any()}
             if not masks:
                 raise UserError(
-                    "no layer of the route follows another one on it, so no weight joins two of its neurons; "
-                    "take a route of adjacent layers"
+                    "no layer of the route follows another one on it, with channels apart in between, so no weight "
+                    "joins two of its neurons; take a route of adjacent layers, or the gradient penalty"
                 )
             norms = following_norms(model, probe) if folded else {}
             sources = _weights(model, probe, masks)

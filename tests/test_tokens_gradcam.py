@@ -1,0 +1,185 @@
+"""Grad-CAM over tokens against loops, and how their grid is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attackroute.errors import UserError
+from attackroute.gradcam import evidence, grad_cam
+from attackroute.layers import LayerCall
+from attackroute.token_grid import token_maps
+from token_networks import CLASSES, GATED, TOKENS, Attentive, made, vit
+from tracing import state
+
+
+def by_hand(
+    model: nn.Module, image: Tensor, layer: nn.Module, channels: list[int], target: int, grid: tuple[int, int]
+) -> Tensor:
+    """One image at a time, one channel at a time; the last tokens are those of the grid."""
+    held: list[Tensor] = []
+
+    def hold(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+        held.append(output)
+        return output.clone()
+
+    handle = layer.register_forward_hook(hold)
+    with torch.enable_grad():
+        model(image[None])[0, target].backward()
+    handle.remove()
+    (values,) = held
+    assert values.grad is not None
+    count = grid[0] * grid[1]
+    tokens, slopes = values.detach().flatten(1, -2)[0, -count:], values.grad.flatten(1, -2)[0, -count:]
+    cam = torch.zeros(grid, dtype=values.dtype)
+    for channel in channels:
+        cam += slopes[:, channel].mean() * tokens[:, channel].reshape(grid)
+    return cam.clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "grid"),
+    [
+        ("vit", "encoder.layers.encoder_layer_0.mlp.3", (4, 6)),
+        ("attentive", "proj", (4, 6)),
+        ("attentive", "fc2", (4, 6)),
+        ("encoder", "encoder.layers.1.linear1", (4, 6)),
+        ("swin", "features.1.1.mlp.0", (8, 12)),
+        ("convnext", "features.1.0.block.5", (4, 6)),
+    ],
+)
+def test_maps_of_tokens_agree_with_loops(name: str, layer: str, grid: tuple[int, int]) -> None:
+    build = {**TOKENS, **GATED}[name]
+    model, _, _ = made(build)
+    if name == "vit":  # whose images are square
+        model.image_size, grid = 16, (4, 4)
+    images = torch.rand(3, 3, 4 * 4, 4 * (4 if name == "vit" else 6)).double()
+    before = state(model)
+    target = torch.tensor([4, 0, 2])
+    for channels in ([0, 3, 5], list(range(model.get_submodule(layer).out_features))):
+        ours = grad_cam(model, images, layer, channels, target=target)
+        expected = [
+            by_hand(model, image, model.get_submodule(layer), channels, int(label), grid)
+            for image, label in zip(images, target, strict=True)
+        ]
+        torch.testing.assert_close(ours, torch.stack(expected))
+    assert ours.any()
+    model.zero_grad()
+    assert state(model) == before
+
+
+def test_attention_inside_a_module_that_never_calls_its_parts() -> None:
+    model, images, _ = made(Attentive)
+    found = evidence(model, images, "attn#2")  # the projection behind multi-head attention
+    assert found.maps.shape == (3, 8, 4, 4)
+    kept: list[Tensor] = []
+    model.attn.register_forward_hook(lambda _module, _args, output: kept.append(output[0]))
+    model(images)
+    torch.testing.assert_close(found.maps.flatten(2).transpose(1, 2), kept[0][:, 1:].detach())
+
+
+def call_of(values: Tensor, *, folded: bool = False) -> LayerCall:
+    return LayerCall("fc", "linear", values, torch.empty(0), lambda: values, folded)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seen", "given", "expected", "leading"),
+    [
+        (16, [], None, (4, 4), 0),
+        (17, [], None, (4, 4), 1),
+        (18, [], None, (4, 4), 2),
+        (24, [(4, 6)], None, (4, 6), 0),
+        (25, [(4, 6)], None, (4, 6), 1),  # not 5 x 5: the patches are seen
+        (29, [(8, 12), (4, 6)], None, (4, 6), 5),  # a class token and four registers
+        (25, [(50, 50)], None, (5, 5), 0),
+        (17, [(4, 4), (1, 1)], None, (4, 4), 1),  # the map of a gate is none of patches
+        (25, [(4, 6)], (5, 5), (5, 5), 0),
+        (25, [], (2, 11), (2, 11), 3),
+    ],
+)
+def test_the_grid_of_tokens(
+    tokens: int,
+    seen: list[tuple[int, int]],
+    given: tuple[int, int] | None,
+    expected: tuple[int, int],
+    leading: int,
+) -> None:
+    values = torch.rand(2, tokens, 3)
+    maps = token_maps(call_of(values), values, seen, given)
+    assert maps.shape == (2, 3, *expected)
+    for row in range(expected[0]):
+        for column in range(expected[1]):
+            assert torch.equal(maps[:, :, row, column], values[:, leading + row * expected[1] + column])
+
+
+@pytest.mark.parametrize(
+    ("shape", "seen", "given", "folded", "message"),
+    [
+        ((2, 23, 3), [], None, False, r"23 tokens .* give grid=\(rows, columns\)"),
+        ((2, 23, 3), [(2, 2)], None, False, r"give grid"),
+        ((2, 10, 3), [], (4, 3), False, "too few for a grid of 4 x 3"),
+        ((2, 4, 5, 3), [(8, 10)], (5, 4), False, "a grid of 4 x 5 tokens, not 5 x 4"),
+        ((2, 4, 49, 3), [(14, 14)], None, False, r"windows\?"),
+        ((2, 4, 4, 3), [], None, True, "tokens in windows"),
+        ((2, 3), [], None, False, "no tokens"),
+    ],
+)
+def test_tokens_without_a_grid_are_one_line(
+    shape: tuple[int, ...], seen: list[tuple[int, int]], given: tuple[int, int] | None, folded: bool, message: str
+) -> None:
+    values = torch.rand(shape)
+    with pytest.raises(UserError, match=message) as error:
+        token_maps(call_of(values, folded=folded), values, seen, given)
+    assert "\n" not in str(error.value)
+
+
+def test_what_has_no_map_says_what_to_take() -> None:
+    model, images, _ = made(vit)
+    with pytest.raises(UserError, match=r"class token .* alone.* before the last attention"):
+        grad_cam(model, images, "encoder.layers.encoder_layer_1.mlp.3")
+    with pytest.raises(UserError, match=r'before any activation.*at="output"'):
+        grad_cam(model, images, "encoder.layers.encoder_layer_0.self_attention", at="activation")
+    with pytest.raises(UserError, match="a grid is for tokens"):
+        grad_cam(model, images, "conv_proj", grid=(2, 8))
+    model, images, _ = made(TOKENS["swin"])
+    with pytest.raises(UserError, match="in windows"):
+        grad_cam(model, images, "features.1.0.attn#2")
+
+
+def test_maps_after_the_activation_of_tokens() -> None:
+    model, images, _ = made(Attentive)
+    target = torch.arange(3) % CLASSES
+    found = evidence(model, images, "fc1", target=target, at="activation")
+    hidden: list[Tensor] = []
+    model.fc1.register_forward_hook(lambda _module, _args, output: hidden.append(output))
+    model(images)
+    torch.testing.assert_close(found.maps.flatten(2).transpose(1, 2), F.gelu(hidden[0])[:, 1:].detach())
+
+
+@pytest.mark.parametrize(("kind", "leading"), [("registers", 5), ("distilled", 2)])
+def test_tokens_before_the_image_are_left_out_in_timm(kind: str, leading: int) -> None:
+    timm = pytest.importorskip("timm", reason="the networks are timm's")
+    size = {"num_classes": CLASSES, "embed_dim": 8, "depth": 2, "num_heads": 2}
+
+    def build() -> nn.Module:
+        if kind == "distilled":
+            return timm.models.deit.VisionTransformerDistilled(img_size=(16, 24), patch_size=4, **size)
+        return timm.models.vision_transformer.VisionTransformer((16, 24), 4, reg_tokens=4, global_pool="avg", **size)
+
+    model, _, _ = made(build)
+    images, target, layer = torch.rand(2, 3, 16, 24).double(), torch.tensor([1, 3]), "blocks.0.mlp.fc2"
+    kept: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda _module, _args, output: kept.append(output))
+    model(images)
+    handle.remove()
+    assert kept[0].shape[1] == 24 + leading
+    ours = grad_cam(model, images, layer, [0, 5], target=target)
+    expected = [
+        by_hand(model, image, model.get_submodule(layer), [0, 5], int(label), (4, 6))
+        for image, label in zip(images, target, strict=True)
+    ]
+    torch.testing.assert_close(ours, torch.stack(expected))
+    assert ours.any()
