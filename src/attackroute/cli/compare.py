@@ -61,7 +61,7 @@ def compare(
         Path | None,
         typer.Option("--weights-b", metavar="FILE", rich_help_panel="The networks", help="Weights of RUN_B's network."),
     ] = None,
-    model_width: report_options.ModelWidth = None,
+    model_width: options.ModelWidth = None,
     classes: options.Classes = None,
     data: report_options.Data = None,
     split: report_options.Split = None,

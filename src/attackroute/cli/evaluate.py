@@ -81,16 +81,7 @@ def evaluate(
             help="A state dict as .safetensors or .pt, one for each --model or none. A train folder brings its own.",
         ),
     ] = None,
-    model_width: Annotated[
-        float | None,
-        typer.Option(
-            "--model-width",
-            metavar="FACTOR",
-            parser=options.parse_factor,
-            rich_help_panel="The network",
-            help="Factor on the channels of a built-in network; a train folder knows its own.",
-        ),
-    ] = None,
+    model_width: options.ModelWidth = None,
     classes: options.Classes = None,
     split: options.Split = options.Splits.TEST,
     samples: options.Samples = None,

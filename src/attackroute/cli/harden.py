@@ -75,16 +75,7 @@ def harden(
         typer.Option("--out", metavar="FOLDER", help="Where checkpoints, log and route go; not needed with --sweep."),
     ] = None,
     weights: options.Weights = None,
-    model_width: Annotated[
-        float | None,
-        typer.Option(
-            "--model-width",
-            metavar="FACTOR",
-            parser=options.parse_factor,
-            rich_help_panel="The network",
-            help="Factor on the channels of a built-in network; a train folder knows its own.",
-        ),
-    ] = None,
+    model_width: options.ModelWidth = None,
     image_size: options.ImageSize = None,
     skip_unreadable: options.SkipUnreadable = False,
     penalty: Annotated[

@@ -60,16 +60,7 @@ def hardness(
     data: options.Data,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where tables and figures go.")],
     weights: options.Weights = None,
-    model_width: Annotated[
-        float | None,
-        typer.Option(
-            "--model-width",
-            metavar="FACTOR",
-            parser=options.parse_factor,
-            rich_help_panel="The network",
-            help="Factor on the channels of a built-in network; a train folder knows its own.",
-        ),
-    ] = None,
+    model_width: options.ModelWidth = None,
     classes: options.Classes = None,
     split: options.Split = options.Splits.TEST,
     samples: options.Samples = None,

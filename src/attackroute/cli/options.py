@@ -123,6 +123,16 @@ Weights = Annotated[
         help="A state dict as .safetensors or .pt. A train folder brings its own.",
     ),
 ]
+ModelWidth = Annotated[
+    float | None,
+    typer.Option(
+        "--model-width",
+        metavar="FACTOR",
+        parser=parse_factor,
+        rich_help_panel=_NETWORK,
+        help="Factor on the channels of a built-in network; a train folder knows its own.",
+    ),
+]
 Classes = Annotated[
     int | None,
     typer.Option(

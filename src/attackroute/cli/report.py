@@ -56,7 +56,7 @@ def report(
         ),
     ] = None,
     weights: options.Weights = None,
-    model_width: report_options.ModelWidth = None,
+    model_width: options.ModelWidth = None,
     classes: options.Classes = None,
     data: report_options.Data = None,
     split: report_options.Split = None,

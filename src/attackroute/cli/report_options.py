@@ -10,16 +10,6 @@ from attackroute.cli import options
 
 _IMAGES = "The images"
 
-ModelWidth = Annotated[
-    float | None,
-    typer.Option(
-        "--model-width",
-        metavar="FACTOR",
-        parser=options.parse_factor,
-        rich_help_panel="The network",
-        help="Factor on the channels of a built-in network; a train folder knows its own.",
-    ),
-]
 Data = Annotated[
     str | None,
     typer.Option(
