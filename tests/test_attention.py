@@ -146,15 +146,15 @@ def test_positions_first_are_refused_even_where_there_are_as_many_as_images() ->
         return Function(forward, embed=nn.Conv2d(3, 4, (8, 4), stride=4), fc=nn.Linear(4, 6), head=nn.Linear(6, 5))
 
     model, images, labels = ready(build, samples=2, size=8)
-    with pytest.raises(UserError, match="rows together"):
+    with pytest.raises(UserError, match="batch_first=True"):
         trace_routes(model, (images, labels), linear=True)
 
 
 def test_rows_that_are_not_together_are_refused() -> None:
     model, images, labels = ready(lambda: folded(together=False), samples=2, size=8)
-    with pytest.raises(UserError, match="rows together"):
+    with pytest.raises(UserError, match="batch_first=True"):
         trace_routes(model, (images, labels), linear=True)
-    with pytest.raises(UserError, match="rows together"):
+    with pytest.raises(UserError, match="batch_first=True"):
         trace_routes(model, images[:1], linear=True)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from attackroute.errors import UserError
 from attackroute.graph import GraphWalk
-from attackroute.layers import LayerCall, LayerCalls
 from attackroute.recorder import RecordedLayer, record_first
+from attackroute.sample_rows import require_rows_apart
 from attackroute.separation import Separation
 
 CLOSED_FORM, AUTOGRAD, SKETCH = "closed-form", "autograd", "sketch"
@@ -55,7 +55,7 @@ class Structure:
         if not separation.proven:
             _require_independent(images, recording.output)
             if linear:
-                _require_rows_together(model, images)
+                require_rows_apart(model, images)
         layers = recording.layers
         names = tuple(layer.name for layer in layers)
         closed, jacobian = [], []
@@ -139,33 +139,4 @@ def _require_independent(images: Tensor, output: object) -> None:
             raise UserError(
                 "the model's answer for one image depends on another image of the batch (a statistic over the batch?), "
                 "so there is no route per sample: give the model statistics of its own"
-            )
-
-
-def _require_rows_together(model: nn.Module, images: Tensor) -> None:
-    """Check that the first image's share of each linear map's output is its own.
-
-    It changes with the second image where positions stand first, or where a model folds something into the batch and
-    lets the images take turns.
-    """
-    images = images.detach()
-    other = torch.cat([images[:1], 1 - images[1:].flip(-1)])
-    seen: list[dict[str, Tensor]] = []
-    for pair in (images, other):
-        shares: dict[str, Tensor] = {}
-
-        def visit(call: LayerCall, shares: dict[str, Tensor] = shares) -> Tensor:
-            output = call.run()
-            if call.kind == "linear":
-                shares[call.name] = output[0].clone()
-            return output
-
-        with torch.no_grad(), LayerCalls(model, visit, linear=True):
-            model(pair.clone())
-        seen.append(shares)
-    for name, share in seen[0].items():
-        if (share - seen[1][name]).abs().max() > 1e-3 * share.abs().max():
-            raise UserError(
-                f"layer {name!r} does not keep each image's rows together, in the first dimension of the batch; routes "
-                "per sample need that (batch_first=True)"
             )
