@@ -137,6 +137,43 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
     assert wrong.exit_code == 2 and "leave out --linear" in wrong.output and "Traceback" not in wrong.output
 
 
+def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: Path, tmp_path: Path) -> None:
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
+    expected = ar.trace_routes(network, data, linear=True, sketches=16).aggregate(0.3)
+    options = ["--samples", str(SAMPLES), "--attack", "fgsm:eps=8/255", "--linear", "--sketches", "16"]
+    assert run("hardness", trained, *options, "--out", str(tmp_path / "hardness")).exit_code == 0
+    route = ar.Route.load(tmp_path / "hardness" / "route.json", model=network)
+    assert route == expected and route.provenance is not None
+    assert "approximate (16 sketches)" in route.provenance.criterion
+    again = ["--sketches", "16", "--route", str(tmp_path / "hardness" / "route.json"), "--out", str(tmp_path / "again")]
+    refused = run("hardness", trained, *options[:4], *again)
+    assert refused.exit_code == 2 and "leave out" in refused.output
+
+    result = run(
+        "analyze",
+        trained,
+        *options,
+        "--only",
+        "occurrence,sensitivity",
+        "--draws",
+        "1",
+        "--out",
+        str(tmp_path / "analysis"),
+    )
+    assert result.exit_code == 0, result.output
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
+    half = halves(sorted(order[:12]))
+    route = ar.Route.load(tmp_path / "analysis" / "route.json", model=network)
+    assert route == ar.trace_routes(network, half, linear=True, sketches=16).aggregate(0.3)
+    assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["terms"]["sketches"] == 16
+
+    hardened = ar.harden(
+        network_of(trained), data, linear=True, sketches=16, route_samples=1.0, compare_full=False,
+        settings=ar.TrainSettings(epochs=1, batch_size=24),
+    )  # fmt: skip
+    assert hardened.route == expected
+
+
 @pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
 def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[str, ...]) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))

@@ -20,6 +20,7 @@ from attackroute.penalised import PENALTIES, Penalised, PenaltySettings
 from attackroute.penalties import EXACT
 from attackroute.route_tracing import ROUTE, RouteChange, RouteOverlap, RouteTracing
 from attackroute.routes import Route
+from attackroute.sketches import Sketches
 from attackroute.train_settings import TrainSettings
 from attackroute.training import fit
 
@@ -67,6 +68,7 @@ def harden(
     route: Route | str | os.PathLike[str] | None = None,
     route_samples: float = 0.1,
     linear: bool = False,
+    sketches: Sketches = None,
     refresh: int | None = None,
     compare_full: bool = True,
     method: str = EXACT,
@@ -98,6 +100,7 @@ def harden(
         route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model).
         route_samples: Share of the training samples to trace.
         linear: Whether linear maps are layers of a traced route too; a route that is given has its own layers.
+        sketches: As :func:`attackroute.trace_routes` takes them, for a traced route: approximate.
         refresh: Trace the route anew before every so manyth epoch; None keeps the first.
         compare_full: Trace all training samples too, and compare; False saves that trace.
         method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
@@ -117,11 +120,11 @@ def harden(
         UserError: As for training and tracing, or a setting is unknown or out of range.
     """
     names = (penalty,) if isinstance(penalty, str) else tuple(penalty or ())
-    if route is not None and linear:
-        raise UserError("a route that is given says which layers there are; leave out linear, or trace it with linear")
+    if route is not None and (linear or sketches is not None):
+        raise UserError("a route is given, so none is traced; leave out linear and sketches, or trace it with them")
     if not names and route is not None:
         raise UserError("a route is given but no penalty, so nothing would be done with it; leave out one")
-    tracing = RouteTracing(route_samples, refresh, compare_full, linear)
+    tracing = RouteTracing(route_samples, refresh, compare_full, linear, sketches)
     factors = {name: factor_of(name, lam) for name in names}
     chosen = PenaltySettings(factors, target, method, folded)
     if isinstance(route, (str, os.PathLike)):

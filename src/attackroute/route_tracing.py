@@ -15,6 +15,7 @@ from attackroute.errors import UserError
 from attackroute.fingerprint import require_model
 from attackroute.provenance import Provenance
 from attackroute.routes import Route
+from attackroute.sketches import Sketches, check_sketches
 from attackroute.trace import trace_routes
 
 ROUTE, RANDOM, ALL = "route", "random", "all"
@@ -33,6 +34,7 @@ class RouteTracing:
         refresh: Trace anew before every so manyth epoch; None traces once, before the first.
         compare_full: Compare the first route with that of all training samples, which takes one more trace.
         linear: Whether linear maps are layers of the route too.
+        sketches: As :func:`attackroute.trace_routes` takes them: approximate; None for exact routes.
 
     Raises:
         UserError: A value is out of range.
@@ -42,12 +44,14 @@ class RouteTracing:
     refresh: int | None = None
     compare_full: bool = True
     linear: bool = False
+    sketches: Sketches = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
             raise UserError(f"a share of {self.share} of the samples is outside (0, 1]; the paper takes 0.1")
         if self.refresh is not None and (not isinstance(self.refresh, int) or self.refresh < 1):
             raise UserError(f"refresh {self.refresh!r} is not a number of epochs; give 1 or more, or None")
+        check_sketches(self.sketches)
 
     def due(self, epoch: int) -> bool:
         """Whether the route is traced anew before this epoch; the one before the first is no renewal."""
@@ -60,7 +64,8 @@ class RouteTracing:
         order = torch.randperm(total, generator=derived_generator(seed, "route", 0))
         part = Subset(data, order[:samples].sort().values.tolist())
         loader = load(part, in_order(samples, _BATCH), generator=torch.Generator())
-        return trace_routes(model, loader, _INSTANCE_WIDTH, linear=self.linear).aggregate(_WIDTH)
+        routes = trace_routes(model, loader, _INSTANCE_WIDTH, linear=self.linear, sketches=self.sketches, seed=seed)
+        return routes.aggregate(_WIDTH)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from attackroute.layers import frozen
 from attackroute.outgoing import MixedChannelsError
 from attackroute.rivals import ChannelScores, channel_scores
 from attackroute.routes import Route
+from attackroute.sketches import Sketches
 from attackroute.version import __version__
 
 RIVALS = ("activation", "weight", "gradient", "sensitivity", "attribution")
@@ -74,6 +75,7 @@ class Study:
         folder: Where the files go.
         output: Where the words go.
         linear: Whether linear maps are route layers too.
+        sketches: Random products for each edge without a closed form: approximate; None for exact routes.
     """
 
     network: nn.Module
@@ -89,6 +91,7 @@ class Study:
     folder: Path
     output: Output
     linear: bool = False
+    sketches: Sketches = None
 
     @cached_property
     def halves(self) -> tuple[list[int], list[int]]:
@@ -114,8 +117,9 @@ class Study:
         """Routes of the reference images by criterion."""
         with self.output.progress("images traced") as progress:
             return sample_routes(
-                self.network, self.reference, _WIDTH, linear=self.linear, progress=_of(progress, len(self.reference))
-            )
+                self.network, self.reference, _WIDTH, linear=self.linear, sketches=self.sketches,
+                progress=_of(progress, len(self.reference)),
+            )  # fmt: skip
 
     @cached_property
     def route(self) -> Route:
@@ -208,6 +212,7 @@ class Study:
             "batch-size": self.batch_size,
             "layers": None if self.chosen is None else list(self.chosen),
             "linear": self.linear,
+            "sketches": self.sketches,
             "share": self.share,
             "at": self.at,
             "draws": self.draws,
@@ -277,7 +282,7 @@ def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
 
     for name, attack in study.attacks.items():
         found = sample_routes(
-            study.network, stream(attack), _WIDTH, rivals=(), linear=study.linear,
+            study.network, stream(attack), _WIDTH, rivals=(), linear=study.linear, sketches=study.sketches,
             progress=_of(progress, len(study.reference)),
         )  # fmt: skip
         routes[name] = found[ROUTE]
@@ -334,7 +339,7 @@ def _gradcam(study: Study, progress: Progress) -> tuple[Result, Figures]:
 def _detect(study: Study, progress: Progress) -> tuple[Result, Figures]:
     result = detect(
         study.network, study.measured, study.reference, study.attacks, width=_WIDTH, route_width=study.share,
-        seeds=range(study.draws), linear=study.linear, progress=progress,
+        seeds=range(study.draws), linear=study.linear, sketches=study.sketches, progress=progress,
     )  # fmt: skip
     return result, {"detect": detection_figure(result)}
 

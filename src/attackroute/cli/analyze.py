@@ -95,6 +95,7 @@ def analyze(
         ),
     ] = None,
     linear: options.Linear = False,
+    sketches: options.Sketches = None,
     share: Annotated[
         float,
         typer.Option(
@@ -166,7 +167,7 @@ def analyze(
     study = Study(
         network, images, attacks, _listed(layers, "--layers"), share, at, draws, batch_size, seed,
         {"model": model, "data": data, "samples": samples, "device": home.type},
-        options.open_folder(out), output, linear,
+        options.open_folder(out), output, linear, sketches,
     )  # fmt: skip
     if not resume:
         study.check_layers()

@@ -130,6 +130,7 @@ def harden(
         ),
     ] = 0.1,
     linear: options.Linear = False,
+    sketches: options.Sketches = None,
     compare_full: Annotated[
         bool,
         typer.Option(
@@ -292,6 +293,7 @@ def harden(
             "route": route,
             "route_samples": route_samples,
             "linear": linear,
+            "sketches": sketches,
             "refresh": refresh,
             "compare_full": compare_full,
             "method": APPROXIMATE if approximate else EXACT,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from attackroute.data import ImageData
     from attackroute.routes import Route
+    from attackroute.sketches import Sketches
 
 EXAMPLES = """
  Examples:
@@ -76,6 +77,7 @@ def hardness(
         ),
     ] = None,
     linear: options.Linear = False,
+    sketches: options.Sketches = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,9 +125,9 @@ def hardness(
     )
     options.report_skipped(images, output)
     network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
-    if route is not None and linear:
-        raise UserError("--route says which layers there are; leave out --linear, or trace the route with it")
-    chosen = _route(network, images, route, batch_size, output, linear=linear)
+    if route is not None and (linear or sketches is not None):
+        raise UserError("--route is there already; leave out --linear and --sketches, or trace the route with them")
+    chosen = _route(network, images, route, batch_size, output, linear=linear, sketches=sketches, seed=seed)
     folder = options.open_folder(out)
     with output.progress("images") as progress:
         study = study_hardness(
@@ -144,6 +146,7 @@ def hardness(
         "data": f"{data} {images.split}",
         "route": None if route is None else str(route),
         "linear": linear,
+        "sketches": sketches,
         "seed": seed,
     }
     write_study(folder, network, images, study, origin, batch_size, output)
@@ -151,7 +154,15 @@ def hardness(
 
 
 def _route(
-    network: nn.Module, images: ImageData, file: Path | None, batch_size: int, output: Output, *, linear: bool
+    network: nn.Module,
+    images: ImageData,
+    file: Path | None,
+    batch_size: int,
+    output: Output,
+    *,
+    linear: bool,
+    sketches: Sketches,
+    seed: int,
 ) -> Route:
     from attackroute.data import loader
     from attackroute.routes import Route
@@ -164,5 +175,13 @@ def _route(
         f"(width {_WIDTH:g} for an image's route, {_ROUTE_WIDTH:g} for the model's)"
     )
     with output.progress("images traced") as progress:
-        routes = trace_routes(network, loader(images, batch_size), _WIDTH, linear=linear, progress=progress)
+        routes = trace_routes(
+            network,
+            loader(images, batch_size),
+            _WIDTH,
+            linear=linear,
+            sketches=sketches,
+            seed=seed,
+            progress=progress,
+        )
     return routes.aggregate(_ROUTE_WIDTH)

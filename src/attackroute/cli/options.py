@@ -182,6 +182,17 @@ Linear = Annotated[
         "neurons are output features, their positions tokens.",
     ),
 ]
+Sketches = Annotated[
+    str | None,
+    typer.Option(
+        "--sketches",
+        metavar="N|auto",
+        parser=parse_sketches,
+        rich_help_panel="The route",
+        help="Estimate edges without a closed form (attention, layer norm) from N random products each, such as "
+        "32: approximate, and far quicker; auto doubles N until the routes are clear.",
+    ),
+]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=_RUN, help="Images at a time.")
 ]

@@ -116,17 +116,7 @@ def trace(
         ),
     ] = None,
     linear: options.Linear = False,
-    sketches: Annotated[
-        str | None,
-        typer.Option(
-            "--sketches",
-            metavar="N|auto",
-            parser=options.parse_sketches,
-            rich_help_panel=_ROUTES,
-            help="Estimate edges without a closed form (attention, layer norm) from N random products each, such as "
-            "32: approximate, and far quicker; auto doubles N until the routes are clear.",
-        ),
-    ] = None,
+    sketches: options.Sketches = None,
     freeze_gates: Annotated[
         bool,
         typer.Option(

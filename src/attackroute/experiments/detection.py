@@ -22,6 +22,7 @@ from attackroute.layers import frozen
 from attackroute.rank_statistics import AUROC, associations
 from attackroute.routes import Route
 from attackroute.seeds import checked_labels, checked_logits, log_doubt
+from attackroute.sketches import Sketches
 from attackroute.streams import Data, batches, samples_in
 from attackroute.trace import Progress
 
@@ -160,6 +161,7 @@ def detect(
     route_width: float = 0.3,
     seeds: Sequence[int] = range(5),
     linear: bool = False,
+    sketches: Sketches = None,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> Detection:
@@ -180,6 +182,7 @@ def detect(
         route_width: Share of each layer's channels on a class's route.
         seeds: One set of random routes for each.
         linear: Whether linear maps are route layers too.
+        sketches: As :func:`attackroute.trace_routes` takes them: approximate.
         batch_size: Rows per forward pass when data are tensors.
         progress: Called with (images traced, in all or None).
 
@@ -189,11 +192,11 @@ def detect(
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")
     with frozen(model), torch.inference_mode(False), counted_passes(model) as count:
-        known = sample_routes(model, _labelled(model, reference, batch_size), width, linear=linear)
+        known = sample_routes(model, _labelled(model, reference, batch_size), width, linear=linear, sketches=sketches)
         judged = _Judged(model, attacks)
         stream = judged.stream(batches(model, data, batch_size), samples_in(data), progress)
         try:
-            routes = sample_routes(model, stream, width, linear=linear)
+            routes = sample_routes(model, stream, width, linear=linear, sketches=sketches)
         except UserError:
             if judged.counted or not judged.read:
                 raise

@@ -14,6 +14,7 @@ from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
 from attackroute.provenance import Provenance
 from attackroute.selection import top_k
+from attackroute.sketches import Sketches
 from attackroute.streams import batches
 from attackroute.trace import Progress, trace_routes
 
@@ -28,6 +29,7 @@ def sample_routes(
     *,
     rivals: Sequence[str] = tuple(SAMPLE_RIVALS),
     linear: bool = False,
+    sketches: Sketches = None,
     progress: Progress | None = None,
 ) -> dict[str, InstanceRoutes]:
     """The routes of a stream of samples by several criteria, the paper's under ``"route"``.
@@ -38,6 +40,7 @@ def sample_routes(
         width: Share of each layer's channels on a sample's route.
         rivals: Of :data:`SAMPLE_RIVALS`; each costs one more forward pass.
         linear: Whether linear maps are route layers too.
+        sketches: As :func:`attackroute.trace_routes` takes them: approximate.
         progress: Called after every batch with the samples done.
 
     Returns:
@@ -57,7 +60,7 @@ def sample_routes(
             yield images if labels is None else (images, labels)
 
     with frozen(model), torch.inference_mode(False):
-        found = {ROUTE: trace_routes(model, stream(), width, linear=linear, progress=progress)}
+        found = {ROUTE: trace_routes(model, stream(), width, linear=linear, sketches=sketches, progress=progress)}
     for by in rivals:
         found[by] = builders[by].build({}, Provenance(len(found[ROUTE]), width, criterion=by))
     return found
