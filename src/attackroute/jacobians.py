@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,7 @@ from attackroute.layers import LayerCall, LayerCalls
 from attackroute.sketches import Estimate, ScaleSums, groups
 
 _ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
+_DRAWN_ELEMENTS = 1 << 18  # the same for sketches on a CPU: larger batches of dense cotangents leave its caches
 
 
 class Segments:
@@ -34,10 +36,17 @@ class Segments:
         images: ``(n, ...)`` batch.
         edges: ``target -> sources`` that will be asked for.
         linear: Whether linear maps are route layers too.
+        fused: Run attention fused: quicker for single products, but its backward pass cannot be batched.
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, edges: Mapping[str, Iterable[str]], *, linear: bool = False
+        self,
+        model: nn.Module,
+        images: Tensor,
+        edges: Mapping[str, Iterable[str]],
+        *,
+        linear: bool = False,
+        fused: bool = False,
     ) -> None:
         self._sources = {target: tuple(sources) for target, sources in edges.items()}
         wanted = frozenset(source for sources in self._sources.values() for source in sources)
@@ -58,8 +67,8 @@ class Segments:
             leaf = self._leaves[call.name] = output.detach().requires_grad_()
             return leaf.clone()
 
-        whole = sdpa_kernel(SDPBackend.MATH)  # backward passes of fused attention cannot be batched
-        with torch.inference_mode(False), torch.enable_grad(), whole, LayerCalls(model, visit, linear=linear):
+        attention = nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
+        with torch.inference_mode(False), torch.enable_grad(), attention, LayerCalls(model, visit, linear=linear):
             model(images.clone())
 
     def influence(self, target: str) -> dict[str, Tensor]:
@@ -135,7 +144,8 @@ class Segments:
         widest = max(output.numel(), *(leaf.numel() for leaf in leaves))
         sums: dict[str, ScaleSums] = {}
         alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
-        for part in groups(draws, _ELEMENTS // widest) if output.requires_grad else []:
+        most = (_DRAWN_ELEMENTS if output.device.type == "cpu" else _ELEMENTS) // widest
+        for part in groups(draws, most) if output.requires_grad else []:
             cotangents = self._random(target, ranked, derived_keys(keys, target, part)).to(dtype)
             gradients = {
                 name: gradient
@@ -220,6 +230,9 @@ def _ranked(critical: Tensor) -> Tensor:
 def _products(output: Tensor | GradientEdge, leaves: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
     """Vector-Jacobian products for a batch of cotangents, one gradient per leaf with a leading batch dimension."""
     try:
+        if len(cotangents) == 1:
+            found = torch.autograd.grad(output, leaves, cotangents[0], retain_graph=True, allow_unused=True)
+            return [None if gradient is None else gradient[None] for gradient in found]
         return list(
             torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
         )

@@ -230,8 +230,10 @@ class _Engine:
             else torch.zeros(images.shape[0], layer.channels, dtype=dtype, device=images.device)
             for index, layer in enumerate(layers)
         }
-        segments = Segments(self.model, images, jacobian, linear=self.linear) if jacobian else None
-        sketcher = None
+        segments = sketcher = None
+        if jacobian:
+            fused = self.sketches is not None
+            segments = Segments(self.model, images, jacobian, linear=self.linear, fused=fused)
         if segments is not None and self.sketches is not None:
             sketcher = Sketcher(segments, images, self.sketches, self.seed, width)
         ranked: dict[str, Ranked] = {}
