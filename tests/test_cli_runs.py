@@ -419,19 +419,14 @@ def test_attacked_images_are_traced(trained, pictures, tmp_path):
 # Sketches
 
 
+def shuffled(pictures) -> tuple[object, ...]:
+    """Options of a network some of whose edges have no closed form."""
+    data = ("--data", f"folder:{pictures}", "--samples", 4, "--image-size", 13)
+    return ("--model", "architectures:Shuffled", "--classes", 5, *data)
+
+
 def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
-    options = (
-        "--model",
-        "architectures:Shuffled",
-        "--data",
-        f"folder:{pictures}",
-        "--classes",
-        5,
-        "--samples",
-        4,
-        "--image-size",
-        13,
-    )
+    options = shuffled(pictures)
     torch.manual_seed(0)
     result = run("trace", *options, "--sketches", 32, "--check", 1, "--out", tmp_path / "shown")
     assert result.exit_code == 0, result.output
@@ -457,18 +452,7 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
 
 
 def test_frozen_gates_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
-    options = (
-        "--model",
-        "architectures:Shuffled",
-        "--data",
-        f"folder:{pictures}",
-        "--classes",
-        5,
-        "--samples",
-        4,
-        "--image-size",
-        13,
-    )
+    options = shuffled(pictures)
     torch.manual_seed(0)
     result = run("trace", *options, "--freeze-gates", "--check", 1, "--out", tmp_path / "shown")
     assert result.exit_code == 0, result.output
