@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## train a small network, trace it and ask what its route is worth (about four minutes)
+demo: $(STAMP) ## train a small network, trace it and ask what its route is worth (two to four minutes)
 	@$(BIN)/attackroute demo
 
 test: $(STAMP) ## run the tests that are quick
