@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attackroute.cli import options
+from attackroute.cli import options, train_options
 from attackroute.cli.console import Output
 from attackroute.errors import UserError
 
@@ -55,16 +55,7 @@ def harden_study(
             help="vgg_small, vgg16, alexnet, resnet18, or package.module:factory.",
         ),
     ] = "vgg_small",
-    width: Annotated[
-        float,
-        typer.Option(
-            "--width",
-            metavar="FACTOR",
-            parser=options.parse_factor,
-            rich_help_panel="The network",
-            help="Factor on the channels of a built-in network.",
-        ),
-    ] = 0.25,
+    width: train_options.Width = 0.25,
     image_size: options.ImageSize = None,
     seeds: Annotated[
         int, typer.Option("--seeds", metavar="N", min=1, rich_help_panel=_STUDY, help="Networks that are judged.")

@@ -49,16 +49,7 @@ def train(
     model: options.Model,
     data: options.Data,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where checkpoints and the log go.")],
-    width: Annotated[
-        float,
-        typer.Option(
-            "--width",
-            metavar="FACTOR",
-            parser=options.parse_factor,
-            rich_help_panel="The network",
-            help="Factor on the channels of a built-in network.",
-        ),
-    ] = 1.0,
+    width: train_options.Width = 1.0,
     image_size: options.ImageSize = None,
     skip_unreadable: options.SkipUnreadable = False,
     epochs: train_options.Epochs = 30,

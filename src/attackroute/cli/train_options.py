@@ -28,6 +28,16 @@ class Augmentations(str, Enum):
 _TRAINING = "The training"
 _RUN = "The run"
 
+Width = Annotated[
+    float,
+    typer.Option(
+        "--width",
+        metavar="FACTOR",
+        parser=options.parse_factor,
+        rich_help_panel="The network",
+        help="Factor on the channels of a built-in network.",
+    ),
+]
 Epochs = Annotated[
     int, typer.Option("--epochs", metavar="N", min=1, rich_help_panel=_TRAINING, help="Passes over the images.")
 ]
