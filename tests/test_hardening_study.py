@@ -82,13 +82,29 @@ def test_larger_lambdas_are_tried_while_the_largest_wins() -> None:
 
 
 def test_every_comparison_is_of_variants_that_are_judged() -> None:
-    variants = list(judged())
+    variants = list(judged(PLAN))
     assert len({variant.name for variant in variants}) == len(variants) == 18
-    assert {variant for pair in compared() for variant in pair} == set(variants)
+    assert {variant for pair in compared(PLAN) for variant in pair} == set(variants)
     assert set(punished()) < set(variants)
     names = [variant.name for variant in variants]
     assert names[:4] == ["Vanilla", "Vanilla, no penalty", "Vanilla_g", "Vanilla_g, random"]
     assert "PAT_g, approximation" in names
+    other = replace(PLAN, approximation=False, every_image=True)
+    variants = list(judged(other))
+    assert {variant for pair in compared(other) for variant in pair} == set(variants)
+    names = [variant.name for variant in variants]
+    assert names[4:6] == ["Vanilla_g, all", "Vanilla_g, route of all images"]
+    assert len(names) == 20
+    assert not any("approximation" in name for name in names)
+
+
+def test_each_base_may_have_its_own_judge() -> None:
+    plan = replace(PLAN, vanilla_judge="fgsm", step=0.1)
+    assert str(plan.judge_of("Vanilla")).startswith("fgsm")
+    assert plan.judge_of("PAT") == plan.judge
+    assert plan.judge.to_json()["step_size"] == pytest.approx(plan.eps / 10)
+    assert "fgsm:eps=25.5/255 (Vanilla) and pgd:eps=25.5/255" in plan.rule
+    assert "(Vanilla)" not in PLAN.rule
 
 
 @pytest.mark.parametrize(
@@ -96,7 +112,8 @@ def test_every_comparison_is_of_variants_that_are_judged() -> None:
     [
         ({"seeds": ()}, "each once"), ({"seeds": (1, 1)}, "each once"), ({"seeds": (0, 1)}, "seed 0"),
         ({"shares": ()}, "above 0"), ({"shares": (0.0,)}, "above 0"), ({"validation": 1.0}, "choose lambda"),
-        ({"tolerance": -0.1}, "tolerance"), ({"autoattack_samples": -1}, "at least 0"),
+        ({"tolerance": -0.1}, "tolerance"), ({"vanilla_judge": "pgdd"}, "cannot choose"),
+        ({"autoattack_samples": -1}, "at least 0"),
     ],
 )  # fmt: skip
 def test_bad_plans_are_named(change: dict[str, Any], message: str) -> None:
@@ -154,7 +171,7 @@ def test_numbers_are_those_of_the_networks_in_the_folder(whole: tuple[HardeningS
             assert outcome.accuracy(row.attack.partition(":")[0]) == row.accuracy, (outcome.variant, row.attack)
     chosen = {tuning.variant.name: tuning.chosen.lam for tuning in study.tuning}
     assert {outcome.variant.name: outcome.lam for outcome in study.outcomes if outcome.variant.name in chosen} == chosen
-    assert [outcome.variant for outcome in study.outcomes] == list(judged())
+    assert [outcome.variant for outcome in study.outcomes] == list(judged(PLAN))
     overlaps = [outcome.variant.name for outcome in study.outcomes if outcome.overlap is not None]
     assert overlaps == ["Vanilla_g", "PAT_g"]
     near = [outcome for outcome in study.outcomes if outcome.variant.method == APPROXIMATE]
@@ -164,7 +181,18 @@ def test_numbers_are_those_of_the_networks_in_the_folder(whole: tuple[HardeningS
     rows = study.records()
     assert len(rows) == 18 * 5
     differences = study.about()["differences"]
-    assert len(differences) == len(list(compared())) * 5
+    assert len(differences) == len(list(compared(PLAN))) * 5
+
+
+def test_routes_of_all_images_are_traced_from_all_of_them(tmp_path: Path) -> None:
+    study = studied(tmp_path, replace(PLAN, shares=(0.1,), more=0, approximation=False, every_image=True))
+    traced = {
+        name: json.loads((tmp_path / "seed-1" / name / "route.json").read_bytes())["provenance"]["samples"]
+        for name in ("Vanilla_g", "Vanilla_g-route-of-all-images")
+    }
+    assert list(traced.values()) == [2, 24]
+    lams = {outcome.variant.name: outcome.lam for outcome in study.outcomes}
+    assert lams["PAT_w, route of all images"] == lams["PAT_w"]
 
 
 def test_the_test_images_choose_nothing(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:

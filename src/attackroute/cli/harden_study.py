@@ -195,7 +195,7 @@ def _show(output: Output, study: HardeningStudy) -> None:
                 *(over_seeds(study.accuracies(variant, attack)) for attack in study.attacks),
                 ", ".join(check.name for check in study.suspicious(variant)) or "none",
             ]
-            for variant in judged()
+            for variant in judged(study.plan)
         ],
     )
     output.line(f"Paired differences under {study.plan.judge} in points, with 95 % intervals over images and seeds:")
@@ -203,7 +203,7 @@ def _show(output: Output, study: HardeningStudy) -> None:
         ["first", "verdict", "second", "difference"],
         [
             [first.name, found.verdict, second.name, shown(found)]
-            for first, second in compared()
+            for first, second in compared(study.plan)
             for found in [study.difference(first, second, study.judge)]
         ],
     )

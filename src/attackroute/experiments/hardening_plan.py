@@ -19,11 +19,11 @@ BASES = (VANILLA, PAT)
 
 RULE = (
     "of the lambdas with which clean accuracy on the validation images is at most {tolerance:.0%} below that of the "
-    "same fine-tuning without a penalty, the one with the highest accuracy under {judge} there, the smaller one of "
+    "same fine-tuning without a penalty, the one with the highest accuracy under {judges} there, the smaller one of "
     "equals; if there is none, the smallest. Where the largest lambda that was tried is chosen, {step:g} times as much "
     "is tried too, at most {more} times"
 )
-_STEP, _MORE = 3.0, 4
+_STEP = 3.0
 
 _LETTERS = {GRADIENT: "g", WEIGHT: "w"}
 
@@ -38,6 +38,7 @@ class Variant:
         penalty: ``"gradient"``, ``"weight"``, or None for fine-tuning alone.
         target: Whose neurons are punished.
         method: Of the gradient penalty.
+        every_image: Whether the route is traced from all training images, not from a tenth of them.
     """
 
     base: str
@@ -45,6 +46,7 @@ class Variant:
     penalty: str | None = None
     target: str = ROUTE
     method: str = EXACT
+    every_image: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ class Variant:
             return f"{self.base}, no penalty"
         notes = [] if self.target == ROUTE else [self.target]
         notes += [] if self.method == EXACT else ["approximation"]
+        notes += ["route of all images"] if self.every_image else []
         return ", ".join([f"{self.base}_{_LETTERS[self.penalty]}", *notes])
 
 
@@ -83,11 +86,16 @@ class StudyPlan:
         tuning_seed: The network on which lambda is chosen; none of the above.
         shares: Lambda is tried where it makes the penalty's gradient these shares of the task's, for the route's
             neurons; the same lambdas are tried for the controls.
+        more: Larger lambdas that the rule may ask for.
         tolerance: Clean accuracy that a lambda may cost.
         validation: Share of the training images that choose lambda; no network learns from them.
         training: Of the networks; ``seed`` is replaced.
         fine_tuning: Of the variants; ``seed`` is replaced.
+        step: Step of the PGD that judges, as a share of eps.
+        vanilla_judge: Name of the attack that chooses the lambdas of Vanilla; PGD may leave nothing to choose by.
         noise: Standard deviation of the Gaussian noise.
+        approximation: Whether the approximation of the gradient penalty is judged too.
+        every_image: Whether penalties on the route of all training images are judged too.
         autoattack_samples: Test images for AutoAttack; 0 leaves it out.
         check_samples: Test images on which the first seed's networks are checked for masked gradients; 0 for none.
 
@@ -99,11 +107,16 @@ class StudyPlan:
     seeds: Sequence[int] = (1, 2, 3)
     tuning_seed: int = 0
     shares: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    more: int = 4
     tolerance: float = 0.02
     validation: float = 0.2
     training: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=8, augment="crop"))
     fine_tuning: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=2, lr=0.01, augment="crop"))
+    step: float = 0.25
+    vanilla_judge: str = "pgd"
     noise: float = 0.2
+    approximation: bool = True
+    every_image: bool = False
     autoattack_samples: int = 16
     check_samples: int = 96
 
@@ -120,6 +133,7 @@ class StudyPlan:
             raise UserError(f"a tolerance of {self.tolerance} is outside [0, 1]; 0.02 allows two points")
         if self.autoattack_samples < 0 or self.check_samples < 0:
             raise UserError("numbers of images are at least 0")
+        self.judge_of(VANILLA)
 
     @property
     def training_attack(self) -> str:
@@ -128,8 +142,20 @@ class StudyPlan:
 
     @property
     def judge(self) -> Perturbation:
-        """The attack that chooses lambda and that the verdict is about: its steps reach all of the ball."""
-        return parse_attack(f"pgd:eps={self.eps},steps=10,step_size={self.eps / 4}")
+        """The attack that the verdict is about: its ten steps reach all of the ball."""
+        return parse_attack(f"pgd:eps={self.eps},steps=10,step_size={self.eps * self.step}")
+
+    def judge_of(self, base: str) -> Perturbation:
+        """The attack that chooses a base's lambdas.
+
+        Raises:
+            UserError: It is not among the attacks on the test images.
+        """
+        name = self.vanilla_judge if base == VANILLA else self.judge.name
+        for attack in self.attacks:
+            if attack.name == name:
+                return attack
+        raise UserError(f"{name!r} cannot choose lambdas; take {', '.join(attack.name for attack in self.attacks)}")
 
     @property
     def attacks(self) -> tuple[Perturbation, ...]:
@@ -140,7 +166,10 @@ class StudyPlan:
     @property
     def rule(self) -> str:
         """How lambda is chosen."""
-        return RULE.format(tolerance=self.tolerance, judge=self.judge, step=_STEP, more=_MORE)
+        judges = str(self.judge)
+        if self.judge_of(VANILLA) != self.judge:
+            judges = " and ".join(f"{self.judge_of(base)} ({base})" for base in BASES)
+        return RULE.format(tolerance=self.tolerance, judges=judges, step=_STEP, more=self.more)
 
     def choose(self, trials: Sequence[Trial], reference: Accuracy) -> Trial:
         """Apply the rule.
@@ -155,7 +184,9 @@ class StudyPlan:
     def larger(self, trials: Sequence[Trial], reference: Accuracy) -> float | None:
         """A further lambda to try, where the rule asks for one."""
         at_edge = self.choose(trials, reference) is trials[-1]
-        return float(f"{_STEP * trials[-1].lam:.2g}") if at_edge and len(trials) < len(self.shares) + _MORE else None
+        return (
+            float(f"{_STEP * trials[-1].lam:.2g}") if at_edge and len(trials) < len(self.shares) + self.more else None
+        )
 
     def terms(self) -> dict[str, Any]:
         """All that must be the same for a study to go on; seeds may be added."""
@@ -164,16 +195,44 @@ class StudyPlan:
             "training_attack": self.training_attack,
             "attacks": [str(attack) for attack in self.attacks],
             "judge": str(self.judge),
+            "vanilla_judge": str(self.judge_of(VANILLA)),
             "tuning_seed": self.tuning_seed,
             "shares": list(self.shares),
+            "more": self.more,
             "tolerance": self.tolerance,
             "validation": self.validation,
             "training": _plain(self.training),
             "fine_tuning": _plain(self.fine_tuning),
             "noise": self.noise,
+            "approximation": self.approximation,
+            "every_image": self.every_image,
             "autoattack_samples": self.autoattack_samples,
             "check_samples": self.check_samples,
         }
+
+
+def paper_plan(seeds: int, epochs: int, fine_epochs: int, autoattack_samples: int, check_samples: int) -> StudyPlan:
+    """The settings of the paper's Tables 2 and 3 where it states them, with controls; see the fields of StudyPlan.
+
+    PGD and MI-FGSM take ten steps of eps / 10 (section 4.1). The paper states neither lambda nor the noise's spread, and
+    judges Vanilla under weaker attacks than PGD, which leaves it nothing.
+    """
+    return StudyPlan(
+        eps=8 / 255,
+        seeds=tuple(range(1, seeds + 1)),
+        shares=(0.1, 0.3, 1.0),
+        more=2,
+        validation=0.08,
+        training=TrainSettings(epochs=epochs, augment="crop-flip", channels_last=True),
+        fine_tuning=TrainSettings(epochs=fine_epochs, lr=0.01, augment="crop-flip", channels_last=True),
+        step=0.1,
+        vanilla_judge="fgsm",
+        noise=0.1,
+        approximation=False,
+        every_image=True,
+        autoattack_samples=autoattack_samples,
+        check_samples=check_samples,
+    )
 
 
 def punished() -> Iterator[Variant]:
@@ -184,7 +243,7 @@ def punished() -> Iterator[Variant]:
                 yield Variant(base, True, penalty, target)
 
 
-def judged() -> Iterator[Variant]:
+def judged(plan: StudyPlan) -> Iterator[Variant]:
     """All variants, in the order of the tables."""
     for base in BASES:
         yield Variant(base, tuned=False)
@@ -192,11 +251,11 @@ def judged() -> Iterator[Variant]:
         for variant in punished():
             if variant.base == base:
                 yield variant
-            if variant == Variant(base, True, GRADIENT, TARGETS[-1]):
-                yield Variant(base, True, GRADIENT, ROUTE, APPROXIMATE)
+                if variant.target == TARGETS[-1]:
+                    yield from _further(plan, base, variant.penalty)
 
 
-def compared() -> Iterator[tuple[Variant, Variant]]:
+def compared(plan: StudyPlan) -> Iterator[tuple[Variant, Variant]]:
     """Pairs whose difference is looked at: a variant, and what it should beat."""
     for base in BASES:
         yield Variant(base), Variant(base, tuned=False)
@@ -206,7 +265,16 @@ def compared() -> Iterator[tuple[Variant, Variant]]:
             for target in TARGETS:
                 if target != ROUTE:
                     yield ours, Variant(base, True, penalty, target)
-        yield Variant(base, True, GRADIENT, ROUTE, APPROXIMATE), Variant(base, True, GRADIENT)
+            for other in _further(plan, base, penalty):
+                yield other, ours
+
+
+def _further(plan: StudyPlan, base: str, penalty: str | None) -> Iterator[Variant]:
+    """Variants that take the lambda of the one on the route: how much its computation matters."""
+    if plan.approximation and penalty == GRADIENT:
+        yield Variant(base, True, penalty, method=APPROXIMATE)
+    if plan.every_image:
+        yield Variant(base, True, penalty, every_image=True)
 
 
 def _plain(settings: TrainSettings) -> Mapping[str, Any]:

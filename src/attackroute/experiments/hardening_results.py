@@ -135,7 +135,7 @@ class HardeningStudy:
             "tuning": [_tuning(found) for found in self.tuning],
             "differences": [
                 _difference(first, second, attack, self.difference(first, second, attack))
-                for first, second in compared()
+                for first, second in compared(self.plan)
                 for attack in self.attacks
             ],
             "checks": [
@@ -158,7 +158,7 @@ class HardeningStudy:
     def sentences(self) -> list[str]:
         """What was found under the attack that judges, one sentence for each comparison."""
         found = []
-        for first, second in compared():
+        for first, second in compared(self.plan):
             difference = self.difference(first, second, self.judge)
             found.append(
                 f"{first.name} {difference.verdict} {second.name} under {self.judge}: {shown(difference)} points"

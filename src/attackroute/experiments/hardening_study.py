@@ -108,7 +108,7 @@ class _Count:
     """Counts networks."""
 
     def __init__(self, report: Progress, plan: StudyPlan) -> None:
-        variants = len(list(judged()))
+        variants = len(list(judged(plan)))
         trials = len(BASES) + len(list(punished())) * len(plan.shares)
         self._report, self._done = report, 0
         self._total = len(BASES) + trials + len(plan.seeds) * variants
@@ -155,8 +155,8 @@ class _Study:
         """Every variant of every seed, on the test images."""
         for seed in self.plan.seeds:
             networks = {base: self._trained(base, seed) for base in BASES}
-            for variant in judged():
-                lam = chosen.get(replace(variant, method=EXACT), 0.0) if variant.penalty else None
+            for variant in judged(self.plan):
+                lam = chosen.get(replace(variant, method=EXACT, every_image=False), 0.0) if variant.penalty else None
                 yield self._judged(networks, variant, seed, lam)
 
     def _trained(self, base: str, seed: int) -> nn.Module:
@@ -195,7 +195,7 @@ class _Study:
             scratch = self.folder / _SCRATCH / _words(f"{variant.name} {lam:g}")
             model = copy.deepcopy(network)
             self._fine_tune(model, variant, self.plan.tuning_seed, lam, scratch, f"choose lambda: {title}")
-            found = evaluate(model, DataLoader(self.validation, _BATCH), [self.plan.judge], checks=0)
+            found = evaluate(model, DataLoader(self.validation, _BATCH), [self.plan.judge_of(variant.base)], checks=0)
             clean, attacked = (row.accuracy for row in found.rows)
             record = self.journal.keep(key, "", clean=vars(clean), attacked=vars(attacked))
             shutil.rmtree(scratch, ignore_errors=True)
@@ -214,6 +214,7 @@ class _Study:
             target=variant.target,
             method=variant.method,
             attack=self._attack(variant.base),
+            route_samples=1.0 if variant.every_image else 0.1,
             compare_full=folder.parent.name != _SCRATCH and variant == Variant(variant.base, True, GRADIENT),
             settings=replace(self.plan.fine_tuning, seed=seed),
             folder=folder,
