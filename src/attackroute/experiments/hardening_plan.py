@@ -214,8 +214,8 @@ class StudyPlan:
 def paper_plan(seeds: int, epochs: int, fine_epochs: int, autoattack_samples: int, check_samples: int) -> StudyPlan:
     """The settings of the paper's Tables 2 and 3 where it states them, with controls; see the fields of StudyPlan.
 
-    PGD and MI-FGSM take ten steps of eps / 10 (section 4.1). The paper states neither lambda nor the noise's spread, and
-    judges Vanilla under weaker attacks than PGD, which leaves it nothing.
+    PGD and MI-FGSM take ten steps of eps / 10 (section 4.1). The paper states neither lambda nor the noise's
+    spread, and judges Vanilla under weaker attacks than PGD, which leaves it nothing.
     """
     return StudyPlan(
         eps=8 / 255,
