@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 from attackroute.cli.app import app
-from attackroute.cli.networks import ModelCard
-from attackroute.models import ModelSpec
+from attackroute.models import ModelCard, ModelSpec
 
 CLASSES = ("<script>alert(1)</script>", 'light & "bright"')
 """Names that must be harmless."""

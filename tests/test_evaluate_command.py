@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import attackroute as ar
 from attackroute import evaluation
 from attackroute.cli.app import app
-from attackroute.cli.networks import ModelCard, with_own_normalisation
-from attackroute.models import ModelSpec, build
+from attackroute.cli.networks import with_own_normalisation
+from attackroute.models import ModelCard, ModelSpec, build
 
 SIZE = 32
 QUICK = ("--batch-size", 4, "--check-samples", 3, "--device", "cpu")

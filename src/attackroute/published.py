@@ -1,4 +1,4 @@
-"""Accuracies that the paper reports for hardened networks (Tables 2 and 3), for runs in its own setting."""
+"""Numbers that the paper reports: Tables 1 to 4, for runs in its own setting, and what its text says."""
 
 from __future__ import annotations
 
@@ -30,7 +30,38 @@ _TABLES: Mapping[str, Mapping[str, tuple[float, float, float, float]]] = {
         "PAT_w": (95.40, 57.80, 48.74, 80.23),
     },
 }
+OCCURRENCES: Mapping[str, Mapping[str, float]] = {
+    "alexnet": {"conv1": 97, "conv2": 97, "conv3": 97, "conv4": 94, "conv5": 45},
+    "vgg16": {"conv1": 70, "conv4": 48, "conv7": 60, "conv10": 67, "conv13": 38},
+}
+"""Table 1, in percent, by network and layer."""
+GRADIENTS: Mapping[str, tuple[float, float]] = {
+    "conv1": (0.0046, 4.5565),
+    "conv4": (0.0014, 1.1183),
+    "conv7": (0.0005, 2.1692),
+    "conv10": (0.0001, 0.4096),
+}
+"""Table 4: gradients of hard and of weak samples, by layer; the paper does not say of which network."""
+SHARED_BY_A_TENTH = 0.946
+"""Section 5.1.3: how much the route of a tenth of the samples shares with that of all."""
+TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM = 0.5368, 0.0463
+"""Section 4.2.2: accuracy with 30 % of the first layer's route neurons transplanted, and with random ones, at most."""
+
 _LETTERS = {GRADIENT: "_g", WEIGHT: "_w"}
+
+
+def reported(data: str, variant: str) -> dict[str, float]:
+    """Accuracies in [0, 1] of Table 2 or 3 by attack; none for what the paper does not have.
+
+    Args:
+        data: ``"cifar10"`` or ``"svhn"``.
+        variant: As the paper has it, such as ``"PAT_g"``.
+    """
+    numbers = _TABLES.get(data, {}).get(variant)
+    if numbers is None:
+        return {}
+    names = ("clean", "fgsm", "mi-fgsm" if variant.startswith("Vanilla") else "pgd", "gaussian-noise")
+    return {name: round(value / 100, 4) for name, value in zip(names, numbers, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -57,20 +88,15 @@ class PaperSetting:
 
     def rows(self) -> dict[str, dict[str, float]]:
         """The paper's accuracies in [0, 1] of the network before and after, by attack; none in another setting."""
-        table = _TABLES.get(self.data)
-        if table is None or (self.model, self.width, self.image_size) != ("vgg16", 1.0, 32):
+        if (self.model, self.width, self.image_size) != ("vgg16", 1.0, 32):
             return {}
         if len(self.penalties) > 1 or not (self.on_route or not self.penalties):
             return {}
         base = self._base()
-        if base is None:
+        if base is None or not reported(self.data, base):
             return {}
         after = base + "".join(_LETTERS[name] for name in self.penalties)
-        names = ("clean", "fgsm", "mi-fgsm" if base == "Vanilla" else "pgd", "gaussian-noise")
-        return {
-            when: {name: round(value / 100, 4) for name, value in zip(names, table[title], strict=True)}
-            for when, title in (("before", base), ("after", after))
-        }
+        return {when: reported(self.data, name) for when, name in (("before", base), ("after", after))}
 
     def _base(self) -> str | None:
         if self.attack is None:

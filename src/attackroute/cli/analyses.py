@@ -178,15 +178,19 @@ class Study:
         )
         return joined
 
-    def run(self, name: str) -> tuple[Result, dict[str, Any]]:
+    def run(self, name: str, experiment: Experiment | None = None) -> tuple[Result, dict[str, Any]]:
         """Run one experiment and write its files.
+
+        Args:
+            name: What its files are called.
+            experiment: None for the one of that name.
 
         Returns:
             The result, and the content of its JSON file.
         """
         started = time.perf_counter()
         with self.output.progress(f"images, {name}") as progress:
-            result, figures = EXPERIMENTS[name](self, progress)
+            result, figures = (experiment or EXPERIMENTS[name])(self, progress)
         seconds = time.perf_counter() - started
         save_result(result, figures, self.folder, name, terms=self.terms(name), seconds=seconds)
         return result, {"seconds": seconds, **to_json(result)}

@@ -16,6 +16,7 @@ from attackroute.cli import (
     harden_study,
     hardness,
     report,
+    reproduce,
     trace,
     train,
 )
@@ -85,6 +86,7 @@ add_command(app, harden.harden, harden.EXAMPLES)
 add_command(app, harden_study.harden_study, harden_study.EXAMPLES)
 add_command(app, hardness.hardness, hardness.EXAMPLES)
 add_command(app, evaluate.evaluate, evaluate.EXAMPLES)
+add_command(app, reproduce.reproduce, reproduce.EXAMPLES)
 add_command(app, report.report, report.EXAMPLES)
 add_command(app, compare.compare, compare.EXAMPLES)
 add_command(app, benchmark.benchmark, benchmark.EXAMPLES)

@@ -72,14 +72,14 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     import torch
 
     from attackroute.cli.demo_chapters import EPS, RADII, analysed, hardened, judged_hardness
-    from attackroute.cli.networks import ModelCard, open_network, spec_for, with_own_normalisation
+    from attackroute.cli.networks import open_network, spec_for, with_own_normalisation
     from attackroute.cli.report import report
     from attackroute.cli.train_report import divided
     from attackroute.data import load_data, loader
     from attackroute.experiments.deactivation import deactivation_accuracy
     from attackroute.figures import save_figure
     from attackroute.figures.route_picture import route_figure
-    from attackroute.models import build
+    from attackroute.models import ModelCard, build
     from attackroute.rivals import rank_channels
     from attackroute.trace import trace_routes
     from attackroute.training import TrainSettings, train

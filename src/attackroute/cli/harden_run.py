@@ -17,12 +17,12 @@ from attackroute.checkpoints import BEST
 from attackroute.cli import options, train_report
 from attackroute.cli.console import Output
 from attackroute.cli.harden_comparison import AFTER, BEFORE, Comparison, show
-from attackroute.cli.networks import ModelCard, find_card, open_network, spec_for, with_own_normalisation
+from attackroute.cli.networks import find_card, open_network, spec_for, with_own_normalisation
 from attackroute.cli.unfinished import write_json
 from attackroute.data import ImageData, load_data
 from attackroute.data.holdout import drawn
 from attackroute.hardening import ROUTE_FILE, Factor, HardenResult, factor_of, harden
-from attackroute.models import load_weights
+from attackroute.models import ModelCard, load_weights
 from attackroute.penalties import EXACT
 from attackroute.published import PaperSetting
 from attackroute.route_tracing import ROUTE

@@ -1,86 +1,40 @@
-"""The network that ``--model`` names, with its weights; and ``model.json``, which describes that of a train folder."""
+"""The network that ``--model`` names, with its weights."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from attackroute.checkpoints import BEST, LAST
-from attackroute.cli.unfinished import write_json
 from attackroute.data import ImageData
 from attackroute.errors import UserError
-from attackroute.models import BUILT_IN, ModelSpec, Normalise, build, check_input, load_weights
+from attackroute.models import (
+    BUILT_IN,
+    ModelCard,
+    ModelSpec,
+    Normalise,
+    build,
+    check_input,
+    load_weights,
+    preset_folder,
+)
 
-CARD = "model.json"
-
-_FORMAT = "attackroute model"
-_VERSION = 1
-_SEQUENCES = ("mean", "std")
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What ``model.json`` says about the weights beside it.
-
-    Attributes:
-        spec: How the network is built.
-        classes: Names of the labels that it was trained for.
-    """
-
-    spec: ModelSpec
-    classes: tuple[str, ...]
-
-    def save(self, folder: Path) -> None:
-        """Write ``model.json``, unless the folder describes another network already.
-
-        Raises:
-            UserError: It does, or the file cannot be written.
-        """
-        if (folder / CARD).exists() and ModelCard.load(folder) != self:
-            raise UserError(
-                f"{folder / CARD} describes another network than this one; "
-                "choose another folder, or give the --model, --width and --data that it was made with"
-            )
-        content = {"format": _FORMAT, "version": _VERSION, "model": asdict(self.spec), "classes": list(self.classes)}
-        write_json(folder / CARD, content)
-
-    @classmethod
-    def load(cls, folder: Path) -> ModelCard:
-        """Read ``model.json``.
-
-        Raises:
-            UserError: The file is missing, damaged or something else.
-        """
-        path = folder / CARD
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{folder} has no {CARD}; name a folder that attackroute train wrote") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); train again, or mend it") from error
-        try:
-            return cls._parse(content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} does not describe a network (version {_VERSION}); train again") from error
-
-    @classmethod
-    def _parse(cls, content: Mapping[str, Any]) -> ModelCard:
-        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
-            raise KeyError("format")
-        fields: dict[str, Any] = {
-            name: tuple(value) if name in _SEQUENCES and value is not None else value
-            for name, value in content["model"].items()
-        }
-        return cls(ModelSpec(**fields), tuple(map(str, content["classes"])))
+_PRESET = "preset:"
 
 
 def find_card(model: str) -> tuple[Path, ModelCard] | None:
-    """The train folder that ``--model`` names, and its card; None where it names something else."""
+    """The train folder that ``--model`` names, and its card; None where it names something else.
+
+    ``preset:NAME`` is a folder that comes with the package.
+
+    Raises:
+        UserError: There is no such preset, or the folder does not describe a network.
+    """
+    if model.startswith(_PRESET):
+        folder = preset_folder(model.removeprefix(_PRESET))
+        return folder, ModelCard.load(folder)
     folder = Path(model).expanduser()
     if model in BUILT_IN or not folder.is_dir():
         return None

@@ -81,9 +81,9 @@ def train(
     import torch
 
     from attackroute.attacks import parse_attack
-    from attackroute.cli.networks import ModelCard, spec_for, with_own_normalisation
+    from attackroute.cli.networks import spec_for, with_own_normalisation
     from attackroute.data import load_data
-    from attackroute.models import build
+    from attackroute.models import ModelCard, build
     from attackroute.training import TrainSettings
     from attackroute.training import train as run_training
 

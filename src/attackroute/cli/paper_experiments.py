@@ -1,0 +1,195 @@
+"""What each table and figure of the paper needs from one network: experiments on a study, by the names of their files.
+
+The paper's settings (section 4.1): an image's route is a fifth of each layer's channels, the model's three tenths; eps
+is 8/255, PGD and MI-FGSM take ten steps of eps / 10. It does not state the spread of its Gaussian noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attackroute.attacks import Perturbation, parse_attack
+from attackroute.cli.analyses import EXPERIMENTS, Batches, Experiment, Figures, Study
+from attackroute.cli.console import Progress
+from attackroute.errors import UserError
+from attackroute.experiments.deactivation import deactivation_accuracy
+from attackroute.experiments.hardness_study import HardnessStudy, study_hardness
+from attackroute.experiments.occurrence import tabulate_occurrence
+from attackroute.experiments.rankings import ROUTE
+from attackroute.experiments.route_sampling import sample_route
+from attackroute.experiments.sample_routes import sample_routes
+from attackroute.experiments.tables import Record, Result
+from attackroute.experiments.transplanting import transplant_accuracy
+from attackroute.figures.accuracy_curves import accuracy_figures
+from attackroute.figures.hardness_bars import hardness_figure
+from attackroute.figures.occurrence_lines import occurrence_figure
+from attackroute.interventions import ACTIVATION, record_outputs
+from attackroute.layers import frozen
+from attackroute.routes import Route
+from attackroute.trace import trace_routes
+
+NOISE = "gaussian-noise:std=0.1"
+ATTACKS = ("pgd:eps=8/255", "fgsm:eps=8/255", "step-ll:eps=8/255", "mi-fgsm:eps=8/255", NOISE)
+HARDNESS_ATTACKS = ("fgsm:eps=1/255", "gaussian-noise:std=0.05", "pgd:eps=1/255")
+ATTACKED = "route of attacked images"
+_WIDTH = 0.2
+_SWEPT = 5
+
+
+def paper_attacks() -> dict[str, Perturbation]:
+    """The attacks of section 4.1 by name, PGD first."""
+    return {attack.name: attack for attack in map(parse_attack, ATTACKS)}
+
+
+def swept_layers(layers: Sequence[str]) -> list[str]:
+    """Five layers spread over the network, the first and the last among them: of VGG-16's, the paper's own five."""
+    if len(layers) <= _SWEPT:
+        return list(layers)
+    last = len(layers) - 1
+    return [layers[round(place * last / (_SWEPT - 1))] for place in range(_SWEPT)]
+
+
+def table1(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Occurrence over all images, beside simple criteria and random routes."""
+    found = sample_routes(study.network, _every(study), _WIDTH, progress=_counted(study, progress))
+    clean = {"clean": found.pop(ROUTE)}
+    result = tabulate_occurrence(clean | found, width=study.share, seeds=range(study.draws))
+    return result, {"occurrence": occurrence_figure(result)}
+
+
+def sampling(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """The route of a tenth of the images beside that of all (section 5.1.3)."""
+    found = sample_routes(study.network, _every(study), _WIDTH, rivals=(), progress=_counted(study, progress))
+    return sample_route(found[ROUTE], width=study.share, seeds=range(study.draws)), {}
+
+
+def transplant_shares(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3a: growing shares of single layers, under PGD."""
+    name = next(iter(study.attacks))
+    result = transplant_accuracy(
+        study.network, study.measured, study.route, {name: study.attacks[name]}, study.rivals,
+        seeds=range(study.draws), layers=swept_layers(study.route.layers), share=study.share, together=(),
+        progress=progress,
+    )  # fmt: skip
+    return result, {"transplant-shares": accuracy_figures(result)["transplant-shares"]}
+
+
+def transplant_layers(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3b: every layer alone and several together, at one share, under every attack."""
+    rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: _attacked_route(study)}
+    result = transplant_accuracy(
+        study.network, study.measured, study.route, study.attacks, rivals, seeds=range(study.draws),
+        shares=[study.share], share=study.share, progress=progress,
+    )  # fmt: skip
+    return result, {"transplant-layers": accuracy_figures(result)["transplant-layers"]}
+
+
+def transplant_activation(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3 with the other reading of a neuron's output: after its activation, not before batch norm."""
+    layers = _activated(study)
+    name = next(iter(study.attacks))
+    rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: _attacked_route(study)}
+    result = transplant_accuracy(
+        study.network, study.measured, study.route, {name: study.attacks[name]}, rivals, seeds=range(study.draws),
+        layers=layers, shares=[study.share], share=study.share, together=[layers[:3]], at=ACTIVATION,
+        progress=progress,
+    )  # fmt: skip
+    return result, {}
+
+
+def deactivate(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 4a: growing shares set to zero, of five layers alone and together."""
+    result = deactivation_accuracy(
+        study.network, study.measured, study.route, study.rivals, seeds=range(study.draws),
+        layers=swept_layers(study.route.layers), share=study.share, progress=progress,
+    )  # fmt: skip
+    return result, accuracy_figures(result)
+
+
+@dataclass(frozen=True)
+class HardnessResult:
+    """A hardness study as the other experiments give theirs."""
+
+    study: HardnessStudy
+
+    def records(self) -> list[Record]:
+        """Every predictor's associations."""
+        return [
+            {
+                "target": target,
+                "predictor": item.predictor,
+                "statistic": item.statistic,
+                "value": item.estimate.value,
+                "low": None if item.estimate.interval is None else item.estimate.interval[0],
+                "high": None if item.estimate.interval is None else item.estimate.interval[1],
+            }
+            for target, found in self.study.judgements.items()
+            for item in found
+        ]
+
+    def about(self) -> dict[str, Any]:
+        """All of it."""
+        return self.study.to_json()
+
+    def reading(self) -> str:
+        """One sentence for each attack."""
+        return self.study.reading()
+
+
+def hardness(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Table 4 and Fig. 6, on images that did not decide on the route."""
+    attacks = [parse_attack(text) for text in HARDNESS_ATTACKS]
+    found = study_hardness(study.network, study.route, study.measured, attacks, seed=study.seed, progress=progress)
+    title = f"How hard the model is to fool on each of {len(found.hardness)} images"
+    return HardnessResult(found), {"hardness": hardness_figure(found, title)}
+
+
+PARTS: Mapping[str, Mapping[str, Experiment]] = {
+    "table1": {"occurrence": table1, "sampling": sampling},
+    "fig2": {"sensitivity": EXPERIMENTS["sensitivity"]},
+    "fig3": {
+        "transplant-shares": transplant_shares,
+        "transplant-layers": transplant_layers,
+        "transplant-activation": transplant_activation,
+    },
+    "fig4": {"deactivate": deactivate, "weaken": EXPERIMENTS["weaken"]},
+    "fig5": {"gradcam": EXPERIMENTS["gradcam"]},
+    "table4": {"hardness": hardness},
+    "fig6": {"hardness": hardness},
+}
+"""For each table and figure that takes trained networks, its experiments."""
+
+
+def _every(study: Study) -> Batches:
+    return Batches(study.images, range(len(study.images)), study.batch_size)
+
+
+def _counted(study: Study, progress: Progress) -> Callable[[int, int | None], None]:
+    return lambda done, _: progress(done, len(study.images))
+
+
+def _attacked_route(study: Study) -> Route:
+    """The model's route under the first attack."""
+    attack = next(iter(study.attacks.values()))
+    return trace_routes(study.network, study.reference, _WIDTH, attack=attack).aggregate(study.share)
+
+
+def _activated(study: Study) -> list[str]:
+    """Of the first three layers and five spread ones, those that have an activation of their own."""
+    layers = study.route.layers
+    images, _ = next(iter(study.reference))
+    parameter = next(study.network.parameters())
+    two = images[:2].to(parameter.device, parameter.dtype)
+    found = []
+    for layer in dict.fromkeys([*layers[:3], *swept_layers(layers)]):
+        try:
+            with frozen(study.network), torch.no_grad():
+                record_outputs(study.network, two, [layer], at=ACTIVATION)
+        except UserError:  # what the layer gives goes into a sum first
+            continue
+        found.append(layer)
+    return found

@@ -1,0 +1,146 @@
+"""Fig. 3: do clean values in the route's channels bring attacked images back?
+
+Accuracies are on images that the network gets right when they are clean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attackroute.experiments.rankings import RANDOM, ROUTE
+from attackroute.published import TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
+from attackroute.reproduction.claims import FAILS, PART, Claim, markdown, percent, verdict
+from attackroute.reproduction.results import (
+    Content,
+    NetworkResults,
+    Results,
+    distinct,
+    having,
+    mean,
+    rivals,
+    unbeaten,
+)
+
+_NEARLY_ALL = 0.9
+_FIRST_THREE = 3
+
+
+def shares_table(results: Results) -> str:
+    """Fig. 3a: accuracy over the share of the first layer's channels."""
+    header: list[str] = []
+    lines = []
+    for network, found in having(results, "transplant-shares"):
+        header = ["network", "layer", "share", ROUTE, RANDOM, *rivals(found)]
+        attack = _attacks(found)[0]
+        layer = _singles(found)[0]
+        for share in sorted(distinct(found, "share", layers=layer)):
+            cells = _cells(found, header[3:], layers=layer, share=share, attack=attack)
+            lines.append([network.name, network.title(layer), f"{share:.0%}", *cells])
+    return markdown(header, lines) if lines else ""
+
+
+def layers_table(results: Results) -> str:
+    """Fig. 3b: single layers and several together at one share, under every attack."""
+    header: list[str] = []
+    lines = []
+    for network, found in having(results, "transplant-layers"):
+        header = ["network", "attack", "untouched", "layers", ROUTE, RANDOM, *rivals(found)]
+        for attack in _attacks(found):
+            untouched = percent(mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0)
+            groups = distinct(found, "layers", criterion=ROUTE, attack=attack)
+            shown = groups if attack == _attacks(found)[0] else [groups[0], *(each for each in groups if "+" in each)]
+            for group in shown:
+                cells = _cells(found, header[4:], layers=group, attack=attack)
+                lines.append([network.name, attack, untouched, network.group_title(group), *cells])
+    return markdown(header, lines) if lines else ""
+
+
+def activation_table(results: Results) -> str:
+    """The same for values after the layer's activation."""
+    header: list[str] = []
+    lines = []
+    for network, found in having(results, "transplant-activation"):
+        header = ["network", "layers", ROUTE, RANDOM, *rivals(found)]
+        for group in distinct(found, "layers", criterion=ROUTE):
+            lines.append([network.name, network.group_title(group), *_cells(found, header[2:], layers=group)])
+    return markdown(header, lines) if lines else ""
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """What the paper reads from it, and from the same with values after the activation."""
+    for network, found in having(results, "transplant-layers"):
+        attack, *others = _attacks(found)
+        yield from _first(network, found, attack, "")
+        three = _group(found, attack, _FIRST_THREE)
+        if three is not None:
+            yield _together(network, found, attack, three)
+        for other in others:
+            yield _other_attack(network, found, other)
+    for network, found in having(results, "transplant-activation"):
+        yield from _first(network, found, _attacks(found)[0], ", after its activation")
+
+
+def _first(network: NetworkResults, found: Content, attack: str, where: str) -> Iterator[Claim]:
+    layer = _singles(found)[0]
+    ours = mean(found, "accuracy", criterion=ROUTE, layers=layer, attack=attack) or 0.0
+    random = mean(found, "accuracy", criterion=RANDOM, layers=layer, attack=attack) or 0.0
+    before = mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0
+    equals = unbeaten(found, layers=layer, attack=attack)
+    yield Claim(
+        f"30 % of the first layer's route neurons transplanted{where} repair most PGD examples; random ones do not",
+        f"0 to {percent(TRANSPLANTED_FIRST)} %; random at most {percent(TRANSPLANTED_RANDOM)} %",
+        network.name,
+        f"{percent(before)} to {percent(ours)} %; random {percent(random)} %",
+        verdict(ours >= 0.5 and random - before <= TRANSPLANTED_RANDOM, RANDOM not in equals),
+        equals,
+    )
+
+
+def _together(network: NetworkResults, found: Content, attack: str, group: str) -> Claim:
+    ours = mean(found, "accuracy", criterion=ROUTE, layers=group, attack=attack) or 0.0
+    random = mean(found, "accuracy", criterion=RANDOM, layers=group, attack=attack) or 0.0
+    equals = unbeaten(found, layers=group, attack=attack)
+    return Claim(
+        "30 % of the first three layers' route neurons repair nearly all",
+        "basically all",
+        network.name,
+        f"{percent(ours)} %; random {percent(random)} %",
+        verdict(ours >= _NEARLY_ALL and RANDOM not in equals, RANDOM not in equals),
+        equals,
+    )
+
+
+def _other_attack(network: NetworkResults, found: Content, attack: str) -> Claim:
+    """Under another attack the route of the first layer should repair more than random channels."""
+    layer = _singles(found)[0]
+    before = mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0
+    ours = mean(found, "accuracy", criterion=ROUTE, layers=layer, attack=attack) or 0.0
+    random = mean(found, "accuracy", criterion=RANDOM, layers=layer, attack=attack) or 0.0
+    equals = unbeaten(found, layers=layer, attack=attack)
+    some = RANDOM not in equals or ours > random
+    return Claim(
+        f"the same under {attack}: the first layer's route repairs more than random neurons",
+        "yes",
+        network.name,
+        f"{percent(before)} to {percent(ours)} %; random {percent(random)} %",
+        verdict(RANDOM not in equals, some) if ours > before else FAILS if not some else PART,
+        equals,
+    )
+
+
+def _cells(found: Content, criteria: list[str], **conditions: object) -> list[str]:
+    values = (mean(found, "accuracy", criterion=name, **conditions) for name in criteria)
+    return ["" if value is None else percent(value) for value in values]
+
+
+def _attacks(found: Content) -> list[str]:
+    return distinct(found, "attack")
+
+
+def _singles(found: Content) -> list[str]:
+    return [group for group in distinct(found, "layers", criterion=ROUTE) if "+" not in group]
+
+
+def _group(found: Content, attack: str, size: int) -> str | None:
+    groups = distinct(found, "layers", criterion=ROUTE, attack=attack)
+    return next((group for group in groups if len(group.split("+")) == size), None)
