@@ -104,7 +104,7 @@ def test_the_batches_do_not_matter_and_the_model_comes_back(case: Case) -> None:
 
 
 def test_random_sets_are_missing_where_they_would_reach_the_route(case: Case) -> None:
-    table = deactivation_accuracy(case.model, case.data, case.route, seeds=(0,), shares=(0.3, 0.9), together=False)
+    table = deactivation_accuracy(case.model, case.data, case.route, seeds=(0,), shares=(0.3, 0.9), together=())
     layer = case.route.layers[0]
     assert len(table.values(Setting((layer,), 0.3), RANDOM)) == 1 and not table.values(Setting((layer,), 0.9), RANDOM)
     assert len(table.values(Setting((layer,), 0.9), ROUTE)) == 1

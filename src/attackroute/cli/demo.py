@@ -122,7 +122,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     rivals = {by: rank_channels(network, batches, by, _ROUTE_WIDTH, seed=seed) for by in _RIVALS}
     with output.progress("images times measurements") as progress:
         silencing = deactivation_accuracy(
-            network, batches, route, rivals, shares=(), share=_ROUTE_WIDTH, together=False, at="activation",
+            network, batches, route, rivals, shares=(), share=_ROUTE_WIDTH, together=(), at="activation",
             progress=progress,
         )  # fmt: skip
     seconds["silencing"] = _lap(lap)

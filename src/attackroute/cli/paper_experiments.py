@@ -27,7 +27,7 @@ from attackroute.experiments.transplanting import transplant_accuracy
 from attackroute.figures.accuracy_curves import accuracy_figures
 from attackroute.figures.hardness_bars import hardness_figure
 from attackroute.figures.occurrence_lines import occurrence_figure
-from attackroute.interventions import ACTIVATION, record_outputs
+from attackroute.interventions import ACTIVATION, OUTPUT, record_outputs
 from attackroute.layers import frozen
 from attackroute.routes import Route
 from attackroute.trace import trace_routes
@@ -88,26 +88,25 @@ def transplant_layers(study: Study, progress: Progress) -> tuple[Result, Figures
     return result, {"transplant-layers": accuracy_figures(result)["transplant-layers"]}
 
 
-def transplant_activation(study: Study, progress: Progress) -> tuple[Result, Figures]:
-    """Fig. 3 with the other reading of a neuron's output: after its activation, not before batch norm."""
-    layers = _activated(study)
-    name = next(iter(study.attacks))
-    rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: _attacked_route(study)}
-    result = transplant_accuracy(
-        study.network, study.measured, study.route, {name: study.attacks[name]}, rivals, seeds=range(study.draws),
-        layers=layers, shares=[study.share], share=study.share, together=[layers[:3]], at=ACTIVATION,
-        progress=progress,
-    )  # fmt: skip
-    return result, {}
-
-
 def deactivate(study: Study, progress: Progress) -> tuple[Result, Figures]:
-    """Fig. 4a: growing shares set to zero, of five layers alone and together."""
+    """Fig. 4a: growing shares of the layers' own outputs set to zero."""
+    return _deactivated(study, progress, list(study.route.layers), OUTPUT)
+
+
+def deactivate_activation(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 4a in another reading: zeros after the activation; before batch norm, a zero may become any constant."""
+    return _deactivated(study, progress, _activated(study), ACTIVATION)
+
+
+def _deactivated(study: Study, progress: Progress, layers: list[str], at: str) -> tuple[Result, Figures]:
+    """The first of the layers, the last one, and all together."""
     result = deactivation_accuracy(
         study.network, study.measured, study.route, study.rivals, seeds=range(study.draws),
-        layers=swept_layers(study.route.layers), share=study.share, progress=progress,
+        layers=[layers[0], layers[-1]], together=[layers], share=study.share, at=at, progress=progress,
     )  # fmt: skip
-    return result, accuracy_figures(result)
+    name = "deactivate" if at == OUTPUT else "deactivate-activation"
+    (figure,) = accuracy_figures(result).values()
+    return result, {name: figure}
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,12 @@ PARTS: Mapping[str, Mapping[str, Experiment]] = {
     "fig3": {
         "transplant-shares": transplant_shares,
         "transplant-layers": transplant_layers,
-        "transplant-activation": transplant_activation,
     },
-    "fig4": {"deactivate": deactivate, "weaken": EXPERIMENTS["weaken"]},
+    "fig4": {
+        "deactivate": deactivate,
+        "deactivate-activation": deactivate_activation,
+        "weaken": EXPERIMENTS["weaken"],
+    },
     "fig5": {"gradcam": EXPERIMENTS["gradcam"]},
     "table4": {"hardness": hardness},
     "fig6": {"hardness": hardness},
@@ -179,17 +181,16 @@ def _attacked_route(study: Study) -> Route:
 
 
 def _activated(study: Study) -> list[str]:
-    """Of the first three layers and five spread ones, those that have an activation of their own."""
-    layers = study.route.layers
+    """The layers that have an activation of their own: where they go into a sum first, they have none."""
     images, _ = next(iter(study.reference))
     parameter = next(study.network.parameters())
     two = images[:2].to(parameter.device, parameter.dtype)
     found = []
-    for layer in dict.fromkeys([*layers[:3], *swept_layers(layers)]):
+    for layer in study.route.layers:
         try:
             with frozen(study.network), torch.no_grad():
                 record_outputs(study.network, two, [layer], at=ACTIVATION)
-        except UserError:  # what the layer gives goes into a sum first
+        except UserError:
             continue
         found.append(layer)
     return found

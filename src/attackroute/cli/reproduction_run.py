@@ -88,7 +88,7 @@ class Run:
             done = study.finished(part) if self.resume else None
             if done is None:
                 _, done = study.run(part, experiment)
-            self.output.line(f"{home.name}, {part} ({done['seconds']:.0f} s): {done['reading']}")
+            self.output.line(f"{home.name}, {part} ({done['seconds']:.0f} s)")
 
     def _describe(self, network: nn.Module, model: str, images: ImageData, home: Path) -> None:
         """Write what the page says about the network."""

@@ -28,12 +28,12 @@ def deactivation_accuracy(
     layers: Iterable[str] | None = None,
     shares: Iterable[float] = SHARES,
     share: float = 0.3,
-    together: bool = True,
+    together: Iterable[Sequence[str]] | None = None,
     at: str = OUTPUT,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> AccuracyTable:
-    """Accuracy on clean images with channels set to zero: a growing share of each layer alone, and of all together.
+    """Accuracy on clean images with channels set to zero: a growing share of each layer alone, and of several together.
 
     Sets of channels grow by rank, each within the next. Random channels are off the given route, so their sets end
     where those are used up. Rank channels on other samples than these.
@@ -44,10 +44,10 @@ def deactivation_accuracy(
         route: The route; its frequencies rank the channels.
         rivals: Routes by other criteria, or their scores, which serve every share.
         seeds: One random ranking off the route for each.
-        layers: Some of the route's layers; None for all.
+        layers: The layers to change alone; None for all of the route's.
         shares: Shares of a layer's channels, in [0, 1].
         share: The share that the reading is about.
-        together: Whether to change all the layers together, too.
+        together: Groups of layers to change together; None for all of ``layers``.
         at: Where channels are set to zero, see :func:`attackroute.deactivate`.
         batch_size: Rows per forward pass when ``data`` is tensors.
         progress: Called with (images times interventions done, in all or None).
@@ -58,11 +58,10 @@ def deactivation_accuracy(
     """
     (share,) = check_shares([share])
     levels = check_shares([*shares, share])
-    rankings = rank(route, rivals, seeds, layers)
-    single = rankings[0].layers
-    groups: list[tuple[str, ...]] = [(layer,) for layer in single]
-    if together and len(single) > 1:
-        groups.append(single)
+    single = tuple(route if layers is None else route.restrict(layers))
+    whole = [single] if together is None else [tuple(route.restrict(group)) for group in together]
+    groups = list(dict.fromkeys([*((layer,) for layer in single), *whole]))
+    rankings = rank(route.restrict({layer for group in groups for layer in group}), rivals, seeds)
 
     def intervene(change: Change, _: Clean) -> AbstractContextManager[object]:
         assert change.channels is not None

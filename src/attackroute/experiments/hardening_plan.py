@@ -220,9 +220,9 @@ def paper_plan(seeds: int, epochs: int, fine_epochs: int, autoattack_samples: in
     return StudyPlan(
         eps=8 / 255,
         seeds=tuple(range(1, seeds + 1)),
-        shares=(0.1, 0.3, 1.0),
-        more=2,
-        validation=0.08,
+        shares=(0.1, 0.3),
+        more=1,
+        validation=0.1,
         training=TrainSettings(epochs=epochs, augment="crop-flip", channels_last=True),
         fine_tuning=TrainSettings(epochs=fine_epochs, lr=0.01, augment="crop-flip", channels_last=True),
         step=0.1,

@@ -55,39 +55,26 @@ def layers_table(results: Results) -> str:
     return markdown(header, lines) if lines else ""
 
 
-def activation_table(results: Results) -> str:
-    """The same for values after the layer's activation."""
-    header: list[str] = []
-    lines = []
-    for network, found in having(results, "transplant-activation"):
-        header = ["network", "layers", ROUTE, RANDOM, *rivals(found)]
-        for group in distinct(found, "layers", criterion=ROUTE):
-            lines.append([network.name, network.group_title(group), *_cells(found, header[2:], layers=group)])
-    return markdown(header, lines) if lines else ""
-
-
 def claims(results: Results) -> Iterator[Claim]:
-    """What the paper reads from it, and from the same with values after the activation."""
+    """What the paper reads from it."""
     for network, found in having(results, "transplant-layers"):
         attack, *others = _attacks(found)
-        yield from _first(network, found, attack, "")
+        yield _first(network, found, attack)
         three = _group(found, attack, _FIRST_THREE)
         if three is not None:
             yield _together(network, found, attack, three)
         for other in others:
             yield _other_attack(network, found, other)
-    for network, found in having(results, "transplant-activation"):
-        yield from _first(network, found, _attacks(found)[0], ", after its activation")
 
 
-def _first(network: NetworkResults, found: Content, attack: str, where: str) -> Iterator[Claim]:
+def _first(network: NetworkResults, found: Content, attack: str) -> Claim:
     layer = _singles(found)[0]
     ours = mean(found, "accuracy", criterion=ROUTE, layers=layer, attack=attack) or 0.0
     random = mean(found, "accuracy", criterion=RANDOM, layers=layer, attack=attack) or 0.0
     before = mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0
     equals = unbeaten(found, layers=layer, attack=attack)
-    yield Claim(
-        f"30 % of the first layer's route neurons transplanted{where} repair most PGD examples; random ones do not",
+    return Claim(
+        "30 % of the first layer's route neurons, transplanted, repair most PGD examples; random ones do not",
         f"0 to {percent(TRANSPLANTED_FIRST)} %; random at most {percent(TRANSPLANTED_RANDOM)} %",
         network.name,
         f"{percent(before)} to {percent(ours)} %; random {percent(random)} %",

@@ -8,16 +8,26 @@ from attackroute.experiments.rankings import RANDOM, ROUTE
 from attackroute.reproduction.claims import Claim, markdown, percent, verdict
 from attackroute.reproduction.results import Content, Results, distinct, having, mean, rivals, unbeaten
 
+_OUTPUT, _ACTIVATION = "deactivate", "deactivate-activation"
 _DESTROYED, _HARDLY = 0.5, 0.9  # of the accuracy that was
 
 
-def deactivation_table(results: Results) -> str:
+def output_table(results: Results) -> str:
     """Fig. 4a: accuracy over the share of channels set to zero."""
+    return _deactivation_table(results, _OUTPUT)
+
+
+def activation_table(results: Results) -> str:
+    """The same with zeros after the activation."""
+    return _deactivation_table(results, _ACTIVATION)
+
+
+def _deactivation_table(results: Results, part: str) -> str:
     header: list[str] = []
     lines = []
-    for network, found in having(results, "deactivate"):
+    for network, found in having(results, part):
         header = ["network", "layers", "share", ROUTE, RANDOM, *rivals(found)]
-        for group in _ends(found):
+        for group in distinct(found, "layers", criterion=ROUTE):
             for share in sorted(distinct(found, "share", layers=group)):
                 cells = _cells(found, header[3:], layers=group, share=share)
                 lines.append([network.name, network.group_title(group), f"{share:.0%}", *cells])
@@ -37,12 +47,13 @@ def weakening_table(results: Results) -> str:
 
 def claims(results: Results) -> Iterator[Claim]:
     """What the paper reads from it."""
-    for network, found in having(results, "deactivate"):
-        share = found["main_share"]
-        for group in _ends(found):
-            where = {"layers": group, "share": share}
-            text = f"30 % of the route of {network.group_title(group)} set to zero destroys accuracy; random, hardly"
-            yield _claim(text, network.name, found, where)
+    for part, after in ((_OUTPUT, ""), (_ACTIVATION, " after the activation")):
+        for network, found in having(results, part):
+            for group in distinct(found, "layers", criterion=ROUTE):
+                where = {"layers": group, "share": found["main_share"]}
+                name = network.group_title(group)
+                text = f"30 % of the route of {name}, set to zero{after}, destroy accuracy; random neurons hardly"
+                yield _claim(text, network.name, found, where)
     for network, found in having(results, "weaken"):
         beta = found["main_beta"]
         text = f"connections of the route weakened to {beta:g} destroy accuracy; of random neurons, hardly"
@@ -62,13 +73,6 @@ def _claim(text: str, network: str, found: Content, where: dict[str, object]) ->
         verdict(ours <= _DESTROYED and random is not None and random >= _HARDLY, beaten),
         equals,
     )
-
-
-def _ends(found: Content) -> list[str]:
-    """The first layer, the last one, and all together."""
-    groups = distinct(found, "layers", criterion=ROUTE)
-    single = [group for group in groups if "+" not in group]
-    return list(dict.fromkeys([single[0], single[-1], *(group for group in groups if "+" in group)]))
 
 
 def _cells(found: Content, criteria: list[str], **conditions: object) -> list[str]:

@@ -134,13 +134,13 @@ _SECTIONS: Mapping[str, tuple[_Tables, Callable[[Results], Iterator[Claim]]]] = 
         {
             "Fig. 3a, accuracy in percent under PGD over the share of one layer's channels:": fig3.shares_table,
             "Fig. 3b, 30 % of the channels of single layers, and of several together:": fig3.layers_table,
-            "30 % of the channels, transplanted after the layer's activation, under PGD:": fig3.activation_table,
         },
         fig3.claims,
     ),
     "fig4": (
         {
-            "Fig. 4a, accuracy in percent on clean images over the share set to zero:": fig4.deactivation_table,
+            "Fig. 4a, accuracy in percent on clean images over the share set to zero:": fig4.output_table,
+            "The same with zeros after the activation, where a layer has its own:": fig4.activation_table,
             "Fig. 4b, accuracy in percent with connections multiplied by beta:": fig4.weakening_table,
         },
         fig4.claims,
