@@ -47,8 +47,9 @@ def by_count(good: int, of: int) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
+    """A table in Markdown; empty without rows."""
+    body = list(rows)
+    lines = [header, ["---"] * len(header), *body] if body else []
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -17,6 +17,7 @@ _CLAIMS = {
 
 def table(results: Results) -> str:
     """In how many layers the route's mean is above that of others, and by how much."""
+    header: list[str] = []
     lines = []
     for network, found in having(results, "sensitivity"):
         for quantity, attack in _quantities(found):
@@ -30,7 +31,7 @@ def table(results: Results) -> str:
                 [network.name, what, f"{factors[0]:.2f}", f"{statistics.median(factors):.2f}", *higher.values()]
             )
             header = ["network", "quantity", "route / others, first layer", "median of layers", *higher]
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def claims(results: Results) -> Iterator[Claim]:

@@ -36,7 +36,7 @@ def shares_table(results: Results) -> str:
         for share in sorted(distinct(found, "share", layers=layer)):
             cells = _cells(found, header[3:], layers=layer, share=share, attack=attack)
             lines.append([network.name, network.title(layer), f"{share:.0%}", *cells])
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def layers_table(results: Results) -> str:
@@ -52,7 +52,7 @@ def layers_table(results: Results) -> str:
             for group in shown:
                 cells = _cells(found, header[4:], layers=group, attack=attack)
                 lines.append([network.name, attack, untouched, network.group_title(group), *cells])
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def claims(results: Results) -> Iterator[Claim]:

@@ -31,7 +31,7 @@ def _deactivation_table(results: Results, part: str) -> str:
             for share in sorted(distinct(found, "share", layers=group)):
                 cells = _cells(found, header[3:], layers=group, share=share)
                 lines.append([network.name, network.group_title(group), f"{share:.0%}", *cells])
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def weakening_table(results: Results) -> str:
@@ -42,7 +42,7 @@ def weakening_table(results: Results) -> str:
         header = ["network", "beta", ROUTE, RANDOM, *rivals(found)]
         for beta in distinct(found, "beta", criterion=ROUTE):
             lines.append([network.name, f"{beta:g}", *_cells(found, header[2:], beta=beta)])
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def claims(results: Results) -> Iterator[Claim]:

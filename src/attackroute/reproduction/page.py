@@ -37,7 +37,7 @@ def blocks(results: Results, studies: Mapping[str, Content]) -> dict[str, str]:
     """
     found = {"networks": _networks(results)} if results else {}
     for name, (tables, claims) in _SECTIONS.items():
-        texts = [f"{title}\n\n{text}" for title, table in tables.items() if "\n|" in (text := table(results))]
+        texts = [f"{title}\n\n{text}" for title, table in tables.items() if (text := table(results))]
         own = list(claims(results))
         text = _section(texts, own)
         if text:

