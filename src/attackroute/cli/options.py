@@ -110,7 +110,8 @@ Model = Annotated[
         "--model",
         metavar="MODEL",
         rich_help_panel=_NETWORK,
-        help="A folder that [bold]attackroute train[/bold] wrote, or vgg16, alexnet, resnet18, vgg_small, "
+        help="A folder that [bold]attackroute train[/bold] wrote, preset:NAME (small networks for CIFAR-10 that come "
+        "along: vgg16-cifar10, alexnet-cifar10, resnet18-cifar10), or vgg16, alexnet, resnet18, vgg_small, "
         "torchvision:NAME, timm:NAME or package.module:factory.",
     ),
 ]

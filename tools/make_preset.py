@@ -1,0 +1,58 @@
+"""Make a preset of a folder that ``attackroute train`` or ``harden`` wrote.
+
+    python tools/make_preset.py runs/vgg vgg16-cifar10 --data cifar10:~/data --note "..." -- attackroute train ...
+
+Weights are stored in float16, and the accuracy of what was stored is measured on the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+
+from attackroute.accuracy import count_correct
+from attackroute.data import load_data
+from attackroute.models import load_preset
+from attackroute.models.card import CARD
+from attackroute.models.presets import PRESETS, TRAINING, WEIGHTS
+
+_COUNTER = "num_batches_tracked"  # of no use in eval mode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--note", default="")
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    home = PRESETS / arguments.name
+    home.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.torch.load_file(arguments.folder / WEIGHTS)
+    halves = {
+        name: value.half().contiguous() if value.is_floating_point() else value
+        for name, value in weights.items()
+        if not name.endswith(_COUNTER)
+    }
+    safetensors.torch.save_file(halves, home / WEIGHTS)
+    shutil.copy(arguments.folder / CARD, home / CARD)
+    model = load_preset(arguments.name)
+    tests = load_data(arguments.data, split="test")
+    found = count_correct(model, tests.dataset)
+    content = {
+        "command": shlex.join(arguments.command),
+        "note": arguments.note,
+        "accuracy": {"correct": found.correct, "total": found.total},
+    }
+    (home / TRAINING).write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{arguments.name}: {found.value:.2%} of {found.total} test images, {home}")
+
+
+if __name__ == "__main__":
+    main()
