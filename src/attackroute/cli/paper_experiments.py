@@ -19,11 +19,12 @@ from attackroute.errors import UserError
 from attackroute.experiments.deactivation import deactivation_accuracy
 from attackroute.experiments.hardness_study import HardnessStudy, study_hardness
 from attackroute.experiments.occurrence import tabulate_occurrence
+from attackroute.experiments.own_routes import own_transplant_accuracy
 from attackroute.experiments.rankings import ROUTE
 from attackroute.experiments.route_sampling import sample_route
 from attackroute.experiments.sample_routes import sample_routes
 from attackroute.experiments.tables import Record, Result
-from attackroute.experiments.transplanting import transplant_accuracy
+from attackroute.experiments.transplanting import leading_groups, transplant_accuracy
 from attackroute.figures.accuracy_curves import accuracy_figures
 from attackroute.figures.hardness_bars import hardness_figure
 from attackroute.figures.occurrence_lines import occurrence_figure
@@ -79,13 +80,39 @@ def transplant_shares(study: Study, progress: Progress) -> tuple[Result, Figures
 
 
 def transplant_layers(study: Study, progress: Progress) -> tuple[Result, Figures]:
-    """Fig. 3b: every layer alone and several together, at one share, under every attack."""
+    """Fig. 3b: every layer alone and several together, at one share, under PGD."""
+    name = next(iter(study.attacks))
+    return _transplanted(study, progress, {name: study.attacks[name]}, study.route.layers)
+
+
+def transplant_attacks(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3b under the other attacks and noise: the first layer, and several together."""
+    _, *others = study.attacks
+    layers = study.route.layers
+    return _transplanted(study, progress, {name: study.attacks[name] for name in others}, layers[:1])
+
+
+def _transplanted(
+    study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str]
+) -> tuple[Result, Figures]:
     rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: _attacked_route(study)}
     result = transplant_accuracy(
-        study.network, study.measured, study.route, study.attacks, rivals, seeds=range(study.draws),
-        shares=[study.share], share=study.share, progress=progress,
+        study.network, study.measured, study.route, attacks, rivals, seeds=range(study.draws), layers=layers,
+        shares=[study.share], share=study.share, together=leading_groups(study.route.layers), progress=progress,
     )  # fmt: skip
-    return result, {"transplant-layers": accuracy_figures(result)["transplant-layers"]}
+    name = "transplant-layers" if len(layers) > 1 else "transplant-attacks"
+    return result, {name: accuracy_figures(result)["transplant-layers"]}
+
+
+def transplant_own(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3 in another reading: each image's own route, in the first layer and in the first three."""
+    name = next(iter(study.attacks))
+    layers = study.route.layers
+    result = own_transplant_accuracy(
+        study.network, study.measured, study.attacks[name], [layers[:1], layers[:3]], name=name, width=study.share,
+        progress=progress,
+    )  # fmt: skip
+    return result, {}
 
 
 def deactivate(study: Study, progress: Progress) -> tuple[Result, Figures]:
@@ -153,6 +180,8 @@ PARTS: Mapping[str, Mapping[str, Experiment]] = {
     "fig3": {
         "transplant-shares": transplant_shares,
         "transplant-layers": transplant_layers,
+        "transplant-attacks": transplant_attacks,
+        "transplant-own": transplant_own,
     },
     "fig4": {
         "deactivate": deactivate,

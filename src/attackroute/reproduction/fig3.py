@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from attackroute.experiments.own_routes import OWN
+from attackroute.experiments.own_routes import RANDOM as OWN_RANDOM
 from attackroute.experiments.rankings import RANDOM, ROUTE
 from attackroute.published import TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
 from attackroute.reproduction.claims import FAILS, PART, Claim, markdown, percent, verdict
@@ -43,28 +45,38 @@ def layers_table(results: Results) -> str:
     """Fig. 3b: single layers and several together at one share, under every attack."""
     header: list[str] = []
     lines = []
-    for network, found in having(results, "transplant-layers"):
-        header = ["network", "attack", "untouched", "layers", ROUTE, RANDOM, *rivals(found)]
-        for attack in _attacks(found):
-            untouched = percent(mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0)
-            groups = distinct(found, "layers", criterion=ROUTE, attack=attack)
-            shown = groups if attack == _attacks(found)[0] else [groups[0], *(each for each in groups if "+" in each)]
-            for group in shown:
-                cells = _cells(found, header[4:], layers=group, attack=attack)
-                lines.append([network.name, attack, untouched, network.group_title(group), *cells])
+    for part in ("transplant-layers", "transplant-attacks"):
+        for network, found in having(results, part):
+            header = ["network", "attack", "untouched", "layers", ROUTE, RANDOM, *rivals(found)]
+            for attack in _attacks(found):
+                untouched = percent(mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0)
+                for group in distinct(found, "layers", criterion=ROUTE, attack=attack):
+                    cells = _cells(found, header[4:], layers=group, attack=attack)
+                    lines.append([network.name, attack, untouched, network.group_title(group), *cells])
     return markdown(header, lines)
+
+
+def own_table(results: Results) -> str:
+    """Each image's own route in place of the model's."""
+    lines = []
+    for network, found in having(results, "transplant-own"):
+        for group in distinct(found, "layers"):
+            values = (mean(found, "accuracy", layers=group, criterion=name) or 0.0 for name in (OWN, OWN_RANDOM))
+            lines.append([network.name, network.group_title(group), *(percent(value) for value in values)])
+    return markdown(["network", "layers", OWN, OWN_RANDOM], lines)
 
 
 def claims(results: Results) -> Iterator[Claim]:
     """What the paper reads from it."""
     for network, found in having(results, "transplant-layers"):
-        attack, *others = _attacks(found)
+        (attack,) = _attacks(found)
         yield _first(network, found, attack)
         three = _group(found, attack, _FIRST_THREE)
         if three is not None:
             yield _together(network, found, attack, three)
-        for other in others:
-            yield _other_attack(network, found, other)
+    for network, found in having(results, "transplant-attacks"):
+        for attack in _attacks(found):
+            yield _other_attack(network, found, attack)
 
 
 def _first(network: NetworkResults, found: Content, attack: str) -> Claim:
