@@ -16,12 +16,14 @@ from torchvision.utils import save_image
 from typer.testing import CliRunner
 
 import attackroute
-from attackroute.cli import comparison, tracer, unfinished
+from attackroute.cli import comparison, unfinished
 from attackroute.cli.app import app
 from attackroute.fingerprint import weights_digest
 from attackroute.instances import InstanceRoutes
 from attackroute.oracle import OracleTrace
 from attackroute.routes import Route
+from attackroute.stored_routes import StoredRoutes
+from attackroute.trace import RouteTracer
 
 SIZE = 32
 
@@ -209,18 +211,19 @@ def test_a_tie_does_not_count_upstream(factories, pictures, monkeypatch):
     assert (check["samples_with_equal_routes"], check["passed"]) == (0, True)
 
 
-def interrupt_after(monkeypatch, pieces: int, error: BaseException):
+def interrupt_after(monkeypatch, batches: int, error: BaseException):
     """Let the tracer break off, and count the samples that it traced."""
     traced_samples = []
 
-    def trace_routes(*arguments, **options):
-        if len(traced_samples) == pieces:
+    def trace(*arguments):
+        if len(traced_samples) == batches:
             raise error
-        routes = attackroute.trace_routes(*arguments, **options)
+        routes = original(*arguments)
         traced_samples.append(len(routes))
         return routes
 
-    monkeypatch.setattr(tracer, "trace_routes", trace_routes)
+    original = RouteTracer.trace
+    monkeypatch.setattr(RouteTracer, "trace", trace)
     return traced_samples
 
 
@@ -266,23 +269,107 @@ def test_interruption_without_out_keeps_nothing(trained, pictures, monkeypatch):
     assert "--out" in result.stderr
 
 
-def test_samples_are_saved_now_and_then(monkeypatch):
-    def piece(start: int, stop: int) -> InstanceRoutes:
-        rows = torch.arange(start, stop) % 2 == 0
-        masks = torch.stack([rows, ~rows], 1)
-        builder = attackroute.builder.InstanceRoutesBuilder(["a"], {"a": 2}, 0.5)
-        builder.add({"a": masks}, None, None)
-        pieces.append((start, stop))
-        return builder.build(methods={}, provenance=attackroute.provenance.Provenance(stop - start, 0.5))
-
-    pieces: list[tuple[int, int]] = []
+def test_samples_are_saved_now_and_then(trained, pictures, tmp_path, monkeypatch):
     saved: list[int] = []
+
+    def save_partial(folder: unfinished.TraceFolder, number: int, routes: InstanceRoutes) -> None:
+        saved.append(len(routes))
+        original(folder, number, routes)
+
+    original = unfinished.TraceFolder.save_partial
+    monkeypatch.setattr(unfinished.TraceFolder, "save_partial", save_partial)
     monkeypatch.setattr(unfinished, "_AUTOSAVE_SECONDS", 0.0)
-    routes = unfinished.trace_in_pieces(piece, 41, 4, save=lambda part: saved.append(len(part)))
-    assert len(routes) == 41
-    assert [start for start, _ in pieces] == [0, *saved[:-1]]
-    assert all(start % 4 == 0 for start, _ in pieces)
-    assert routes == piece(0, 41)
+    assert traced(trained, pictures, "--out", tmp_path).exit_code == 0
+    assert saved == [4, 8]  # and the twelve as a whole
+    assert not (tmp_path / "partial.safetensors").exists()
+
+
+@pytest.fixture
+def sharded(trained, pictures, tmp_path, monkeypatch):
+    """A trace of eleven samples in three files of four."""
+    monkeypatch.setattr(unfinished, "_SHARD_SAMPLES", 3)  # rounded up to a batch
+    assert traced(trained, pictures, "--samples", 11, "--out", tmp_path / "routes").exit_code == 0
+    return tmp_path / "routes"
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_many_samples_are_in_several_files(trained, pictures, sharded, tmp_path):
+    names = [f"routes-0000{number}-of-00003.safetensors" for number in range(3)]
+    assert sorted(contents(sharded)) == ["route.json", *names, "summary.json"]
+    whole = InstanceRoutes.concatenate(map(InstanceRoutes.load, (sharded / name for name in names)))
+    stored = StoredRoutes.open(sharded)
+    assert [(shard.start, shard.samples) for shard in stored.shards] == [(0, 4), (4, 4), (8, 3)]
+    assert stored.load() == whole
+    assert (len(stored), stored.layers, stored.width, stored.methods) == (11, whole.layers, 0.2, whole.methods)
+    for layer, values in whole.frequency().items():
+        assert torch.equal(stored.frequency()[layer], values)
+    assert stored.occurrence() == whole.occurrence()
+    assert stored.aggregate() == whole.aggregate() == Route.load(sharded / "route.json")
+    summary = json.loads((sharded / "summary.json").read_text())
+    assert list(summary["files"]) == names
+    assert summary["accuracy"] == (whole.labels == whole.predictions).double().mean().item()
+
+
+@pytest.mark.parametrize("index", [[9, 0, 9, -1], slice(3, 9, 2), torch.arange(11) % 3 == 1, [5]])
+def test_some_stored_routes_can_be_selected(sharded, index, monkeypatch):
+    stored = StoredRoutes.open(sharded)
+    expected = stored.load().select(index)
+    read = []
+    original = InstanceRoutes.load
+    monkeypatch.setattr(InstanceRoutes, "load", lambda path: read.append(path) or original(path))
+    assert stored.select(index) == expected
+    assert len(read) == len({min(row // 4, 2) for row in torch.arange(11)[index].tolist()})  # no other file
+
+
+def test_a_damaged_file_is_traced_again_and_it_alone(trained, pictures, sharded, monkeypatch):
+    before = contents(sharded)
+    first, second, third = sorted(sharded.glob("routes-*"))
+    cut, flipped = bytearray(before[second.name]), bytearray(before[third.name])
+    second.write_bytes(cut[:-1])
+    flipped[-1] ^= 1
+    third.write_bytes(flipped)
+    with pytest.raises(attackroute.UserError, match=second.name):
+        StoredRoutes.open(sharded)
+    second.write_bytes(before[second.name])
+    stored = StoredRoutes.open(sharded)
+    assert len(stored.select([0, 1])) == 2
+    with pytest.raises(attackroute.UserError, match=third.name):
+        stored.select([8])
+    second.write_bytes(cut[:-1])
+    seen = interrupt_after(monkeypatch, -1, RuntimeError())
+    result = traced(trained, pictures, "--samples", 11, "--out", sharded, "--resume")
+    assert result.exit_code == 0, result.output
+    assert seen == [4, 3]
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert [name in note for name, note in zip((second.name, third.name), notes, strict=True)] == [True, True]
+    assert contents(sharded) == before
+    shutil.copy(first, second)  # a whole file, in another's place
+    with pytest.raises(attackroute.UserError, match="not the file that was there"):
+        stored.select([5])
+
+
+def test_a_missing_file_is_named(sharded):
+    (sharded / "routes-00001-of-00003.safetensors").unlink()
+    with pytest.raises(attackroute.UserError, match="routes-00001-of-00003"):
+        StoredRoutes.open(sharded)
+    with pytest.raises(attackroute.UserError, match="holds no instance routes"):
+        StoredRoutes.open(sharded.parent)
+
+
+def test_finished_files_survive_an_interruption(trained, pictures, sharded, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, KeyboardInterrupt())
+        assert traced(trained, pictures, "--samples", 11, "--out", broken).exit_code == 130
+    kept = sorted(path.name for path in broken.iterdir())
+    assert kept == ["routes-00000-of-00003.safetensors", "routes-00001-of-00003.safetensors", "summary.json"]
+    seen = interrupt_after(monkeypatch, -1, RuntimeError())
+    assert traced(trained, pictures, "--samples", 11, "--out", broken, "--resume").exit_code == 0
+    assert seen == [3]
+    assert contents(broken) == contents(sharded)
 
 
 def test_stale_results_do_not_outlive_a_new_start(trained, pictures, tmp_path, monkeypatch):
@@ -295,8 +382,11 @@ def test_stale_results_do_not_outlive_a_new_start(trained, pictures, tmp_path, m
 def test_resuming_needs_a_sound_folder(trained, pictures, tmp_path):
     assert_bad_input(traced(trained, pictures, "--resume"), "--out")
     assert traced(trained, pictures, "--out", tmp_path, "--resume").exit_code == 0  # an empty one starts a trace
+    whole = contents(tmp_path)
     (tmp_path / "routes.safetensors").write_bytes(b"damaged")
-    assert_bad_input(traced(trained, pictures, "--out", tmp_path, "--resume"), "routes.safetensors")
+    result = traced(trained, pictures, "--out", tmp_path, "--resume")
+    assert result.exit_code == 0 and "note: " in result.stderr and "routes.safetensors" in result.stderr
+    assert contents(tmp_path) == whole
     (tmp_path / "summary.json").write_text("{")
     assert_bad_input(traced(trained, pictures, "--out", tmp_path, "--resume"), "summary.json")
     file = tmp_path / "file"

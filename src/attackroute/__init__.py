@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attackroute.penalties import GradientPenalty, WeightPenalty
     from attackroute.rivals import rank_channels
     from attackroute.routes import Route
+    from attackroute.stored_routes import StoredRoutes
     from attackroute.trace import influence, trace_routes
     from attackroute.training import TrainSettings, train
 
@@ -35,6 +36,7 @@ __all__ = [
     "Hardness",
     "InstanceRoutes",
     "Route",
+    "StoredRoutes",
     "TrainSettings",
     "UserError",
     "WeightPenalty",
@@ -66,6 +68,7 @@ _HOMES = {
     "Hardness": "hardness_metric",
     "InstanceRoutes": "instances",
     "Route": "routes",
+    "StoredRoutes": "stored_routes",
     "TrainSettings": "training",
     "UserError": "errors",
     "WeightPenalty": "penalties",

@@ -158,10 +158,7 @@ class InstanceRoutes:
         Raises:
             UserError: the share is outside (0, 1].
         """
-        return {
-            layer: float(values.topk(kept(share, values.numel())).values.mean())
-            for layer, values in self.frequency().items()
-        }
+        return mean_of_most_frequent(self.frequency(), share)
 
     def aggregate(self, width: float = 0.3) -> Route:
         """The model route: each layer's most frequent channels (Eqs. 7-8), ties to the lower index.
@@ -172,9 +169,7 @@ class InstanceRoutes:
         Raises:
             UserError: the width is outside (0, 1].
         """
-        frequency = self.frequency()
-        masks = {layer: top_k(values, width) for layer, values in frequency.items()}
-        return Route.from_masks(masks, frequency, replace(self.provenance, width=width, instance_width=self.width))
+        return aggregated(self.frequency(), width, self.provenance)
 
     def by_label(self, width: float = 0.3) -> dict[int, Route]:
         """One route for each label, aggregated over the samples that bear it.
@@ -305,6 +300,17 @@ class InstanceRoutes:
             if model is not None:
                 require_model(routes.channels, model)
         return routes
+
+
+def mean_of_most_frequent(frequency: Mapping[str, Tensor], share: float) -> dict[str, float]:
+    """Occurrence (Table 1) from the frequencies of each layer's channels."""
+    return {layer: float(values.topk(kept(share, values.numel())).values.mean()) for layer, values in frequency.items()}
+
+
+def aggregated(frequency: Mapping[str, Tensor], width: float, origin: Provenance) -> Route:
+    """The model route (Eqs. 7-8) from the frequencies of instance routes of that origin."""
+    masks = {layer: top_k(values, width) for layer, values in frequency.items()}
+    return Route.from_masks(masks, frequency, replace(origin, width=width, instance_width=origin.width))
 
 
 def _join(what: str, parts: Sequence[Tensor | None]) -> Tensor | None:

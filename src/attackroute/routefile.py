@@ -87,6 +87,28 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
         return _unseal(_parse(header, kind), kind, tensors), tensors
 
 
+def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The body that `write_tensors` wrote and the checksum, without a look at the tensors.
+
+    Raises:
+        UserError: the file is missing, cut short, or something else; damage inside of tensors goes unnoticed.
+    """
+    with reading(path):
+        with Path(path).open("rb"):
+            pass
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = (file.metadata() or {}).get(_METADATA_KEY)
+        except SafetensorError as error:
+            raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
+        if header is None:
+            raise UserError(f"a safetensors file, but not an {kind} file")
+        document = _parse(header, kind)
+        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (kind, VERSION):
+            raise UserError(f"not an {kind} file of version {VERSION}")
+        return document
+
+
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever a file's contents can cause into a `UserError` that begins with the file's path."""

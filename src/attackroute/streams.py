@@ -1,19 +1,140 @@
-"""Batches from whatever the user has: a DataLoader, any iterable of batches, or tensors."""
+"""Batches from whatever the user has: a DataLoader, any iterable of batches, or tensors; and work on them, shared.
+
+Several processes (:mod:`attackroute.processes`) take turns: batch i of the data is worked on by process i mod N, as it
+is, so that every number comes out as one process would have it. Results come to all processes in the data's order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 from attackroute.errors import UserError
+from attackroute.processes import attempted, current, unwrapped
 
 Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
 """A DataLoader or other iterable of ``(images, labels)`` or images; or one such pair or batch of tensors."""
 
+T = TypeVar("T")
+
 _PAIR = 2
+_END, _NOTHING, _VALUE = "end", "nothing", "value"  # what a turn came to
+_AT_MOST = 1 << 62  # more batches than there are: as a step, it leaves only the first
+
+
+@runtime_checkable
+class Turns(Protocol):
+    """Data that can be read in turns, so that no process reads what belongs to another."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Every batch."""
+
+    def turns(self, start: int, step: int) -> Iterator[Any]:
+        """Every ``step``-th batch from batch ``start`` on."""
+
+
+class BatchStream:
+    """The batches of some data, on which processes take turns to work.
+
+    The caller holds the model frozen. With several processes, data that are shuffled are read in the first one's order.
+
+    Args:
+        model: Decides device and floating dtype, by its first parameter.
+        data: See :data:`Data`.
+        batch_size: Rows per batch when ``data`` is tensors.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, batch_size: int) -> None:
+        self._model, self._data, self._batch_size = model, data, batch_size
+        self._team = current()
+        self._own: Iterator[tuple[int, Any]] | None = None
+        self._order: list[Any] | None = None
+        loader = _sampled(data)
+        if self._team.count > 1 and loader is not None and not isinstance(loader.sampler, SequentialSampler):
+            self._order = self._team.first(lambda: list(loader.batch_sampler or ()))
+
+    @property
+    def total(self) -> int | None:
+        """How many samples there are, where that is known without reading them."""
+        return samples_in(self._data)
+
+    @property
+    def first(self) -> tuple[Tensor, Tensor | None]:
+        """The first batch that is not empty, the same one for every process.
+
+        Raises:
+            UserError: As for :func:`batches`; or there is no sample.
+        """
+        own = self._turns()
+        held: list[tuple[int, Any]] = []
+        readable = own if self._team.leads or self._is_skimmed else self._raw(0, _AT_MOST)
+        for item in readable:
+            held.append(item)
+            for found in _ready(self._model, iter([item])):
+                if readable is own:
+                    self._own = chain(held, own)
+                return found
+        raise UserError("the data hold no sample: the loader is empty")
+
+    def map(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[T]:
+        """What ``work(images, labels)`` gives for each batch, in the data's order, whichever process did it.
+
+        Args:
+            work: Must not depend on other batches. With several processes its result is pickled, so it is best small
+                and on the CPU.
+
+        Raises:
+            UserError: As for :func:`batches`; what ``work`` raises anywhere is raised everywhere.
+            LostProcessError: A process is gone.
+        """
+        own = self._turns()
+        if self._team.count == 1:
+            for images, labels in _ready(self._model, own):
+                yield work(images, labels)
+            return
+        while True:
+            for outcome in self._team.all(attempted(lambda: self._turn(own, work))):
+                kind, value = unwrapped(outcome)
+                if kind == _END:
+                    return
+                if kind == _VALUE:
+                    yield value
+
+    def _turn(self, own: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], T]) -> tuple[str, T | None]:
+        item = next(own, None)
+        if item is None:
+            return _END, None
+        for images, labels in _ready(self._model, iter([item])):
+            return _VALUE, work(images, labels)
+        return _NOTHING, None
+
+    @property
+    def _is_skimmed(self) -> bool:
+        """Whether processes read what belongs to others, too, since the data can be read only one after the other."""
+        tensors = isinstance(self._data, Tensor) or _is_pair(self._data)
+        return not (tensors or isinstance(self._data, Turns) or _sampled(self._data) is not None)
+
+    def _turns(self) -> Iterator[tuple[int, Any]]:
+        """This process's batches with their numbers."""
+        if self._own is None:
+            self._own = self._raw(self._team.rank, self._team.count)
+        return self._own
+
+    def _raw(self, start: int, step: int) -> Iterator[tuple[int, Any]]:
+        """Every ``step``-th batch from ``start`` on."""
+        loader = _sampled(self._data)
+        if step == 1:
+            return iter(enumerate(_raw(self._data, self._batch_size)))
+        if isinstance(self._data, Turns):
+            return zip(_numbers(start, step), self._data.turns(start, step), strict=False)
+        if loader is not None:
+            return zip(_numbers(start, step), _every(loader, self._order, start, step), strict=False)
+        return islice(enumerate(_raw(self._data, self._batch_size)), start, None, step)
 
 
 def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -33,8 +154,12 @@ def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Ten
         UserError: A batch is not images and labels, their numbers differ, a value is not finite, or the model holds
             half-precision weights on a CPU.
     """
+    return _ready(model, iter(enumerate(_raw(data, batch_size))))
+
+
+def _ready(model: nn.Module, numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Tensor | None]]:
     device, dtype = _home(model)
-    for number, batch in enumerate(_raw(data, batch_size)):
+    for number, batch in numbered:
         for module in model.modules():  # reading the data may have switched it, as some attacks do
             module.training = False
         images, labels = _split(batch, number)
@@ -67,6 +192,32 @@ def samples_in(data: Data) -> int | None:
         return None if sampler is None or dropped else len(sampler)
     except TypeError:
         return None
+
+
+def _sampled(data: object) -> DataLoader[Any] | None:
+    """The data as a loader that can be told which samples to read."""
+    return data if isinstance(data, DataLoader) and data.batch_sampler is not None else None
+
+
+def _every(loader: DataLoader[Any], order: list[Any] | None, start: int, step: int) -> Iterator[Any]:
+    """Every ``step``-th batch of a loader, the others unread; ``order`` holds all batches where it is not its own."""
+    chosen = islice(order if order is not None else loader.batch_sampler or (), start, None, step)
+    return iter(
+        DataLoader(
+            loader.dataset,
+            batch_sampler=list(chosen),
+            num_workers=0 if step == _AT_MOST else loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            generator=loader.generator,
+        )
+    )
+
+
+def _numbers(start: int, step: int) -> Iterator[int]:
+    return iter(range(start, _AT_MOST, step))
 
 
 def _is_pair(data: object) -> bool:

@@ -26,7 +26,7 @@ from attackroute.selection import check_width, top_k
 from attackroute.sketch_notes import SketchNotes
 from attackroute.sketches import AUTO, Sketches, check_sketches
 from attackroute.sketching import Ranked, Sketcher
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data, batches
 from attackroute.structure import AUTOGRAD, SKETCH, Structure
 
 Progress = Callable[[int, "int | None"], None]
@@ -84,33 +84,22 @@ def trace_routes(
     """
     check_width(width)
     check_sketches(sketches)
-    engine: _Engine | None = None
-    builder: InstanceRoutesBuilder | None = None
-    total = samples_in(data)
+    parts: list[InstanceRoutes] = []
     done = 0
-    with frozen(model), _autocast(model, autocast):
-        for images, labels in batches(model, data, batch_size):
-            if engine is None:
-                engine = _Engine.probe(model, images, linear=linear, sketches=sketches, seed=seed, freeze=freeze_gates)
-                structure = engine.structure
-                builder = InstanceRoutesBuilder(structure.names, structure.channels, width, keep_scores=keep_scores)
-            shown, answers = (images, labels) if attack is None else attacked(model, attack, images, labels)
-            result = engine.trace(shown, answers, width, loss)
-            assert builder is not None
-            builder.add(
-                result.masks,
-                labels=result.labels if labels is not None else None,
-                predictions=result.predictions,
-                scores=result.scores if keep_scores else None,
-                sketched=result.notes(structure.channels, keep_errors=keep_scores),
-            )
-            done += images.shape[0]
+    with frozen(model), autocast_of(model, autocast):
+        stream = BatchStream(model, data, batch_size)
+        tracer = RouteTracer.probe(
+            model, stream.first[0], width, attack=attack, loss=loss, linear=linear, keep_scores=keep_scores,
+            sketches=sketches, seed=seed, freeze_gates=freeze_gates,
+        )  # fmt: skip
+        for part in stream.map(tracer.trace):
+            if parts and (part.labels is None) != (parts[0].labels is None):
+                raise UserError("labels must come with every batch or with none")
+            parts.append(part)
+            done += len(part)
             if progress is not None:
-                progress(done, total)
-    if engine is None or builder is None:
-        raise UserError("the data hold no sample: the loader is empty")
-    provenance = engine.provenance(Provenance(done, width, attack=None if attack is None else attack_name(attack)))
-    return builder.build(methods=engine.structure.methods, provenance=provenance)
+                progress(done, stream.total)
+    return InstanceRoutes.concatenate(parts)
 
 
 def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:
@@ -147,6 +136,56 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
             index = names.index(source)
             return influence_matrix(layers[names.index(target)], index, structure.counts[index], images.shape[0])
     raise UserError("the batch holds no image")
+
+
+@dataclass(frozen=True, eq=False)
+class RouteTracer:
+    """Traces batches of one model, each for itself; for the attributes see :func:`trace_routes`.
+
+    The caller holds the model frozen.
+    """
+
+    engine: _Engine
+    width: float
+    attack: Attack | None
+    loss: Loss | None
+    keep_scores: bool
+
+    @classmethod
+    def probe(
+        cls,
+        model: nn.Module,
+        images: Tensor,
+        width: float,
+        *,
+        attack: Attack | None = None,
+        loss: Loss | None = None,
+        linear: bool = False,
+        keep_scores: bool = False,
+        sketches: Sketches = None,
+        seed: int = 0,
+        freeze_gates: bool = False,
+    ) -> RouteTracer:
+        """Run the model on some images, the data's first, to learn its route layers and edges."""
+        engine = _Engine.probe(model, images, linear=linear, sketches=sketches, seed=seed, freeze=freeze_gates)
+        return cls(engine, width, attack, loss, keep_scores)
+
+    def trace(self, images: Tensor, labels: Tensor | None) -> InstanceRoutes:
+        """Routes of one batch, on the CPU."""
+        model, structure = self.engine.model, self.engine.structure
+        shown, answers = (images, labels) if self.attack is None else attacked(model, self.attack, images, labels)
+        result = self.engine.trace(shown, answers, self.width, self.loss)
+        builder = InstanceRoutesBuilder(structure.names, structure.channels, self.width, keep_scores=self.keep_scores)
+        builder.add(
+            result.masks,
+            labels=result.labels if labels is not None else None,
+            predictions=result.predictions,
+            scores=result.scores if self.keep_scores else None,
+            sketched=result.notes(structure.channels, keep_errors=self.keep_scores),
+        )
+        name = None if self.attack is None else attack_name(self.attack)
+        origin = self.engine.provenance(Provenance(len(images), self.width, attack=name))
+        return builder.build(methods=structure.methods, provenance=origin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +299,8 @@ class _Engine:
         return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)
 
 
-def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+def autocast_of(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast in a dtype on the model's device; None for none."""
     if dtype is None:
         return nullcontext()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import typer
@@ -13,8 +14,10 @@ from typer.core import TyperCommand, TyperGroup
 from attackroute.cli.console import print_error
 from attackroute.errors import UserError
 from attackroute.interruption import terminated_as_interrupted
+from attackroute.processes import LostProcessError, joined, started_by_torchrun
 
 BAD_INPUT = 2
+FAILED = 1
 INTERRUPTED = 130
 
 
@@ -54,6 +57,9 @@ class Group(_ExamplesLast, TyperGroup):
         except UserError as error:
             print_error(str(error))
             return BAD_INPUT
+        except LostProcessError as error:
+            print_error(str(error))
+            return FAILED
         except (KeyboardInterrupt, typer.Abort):
             return INTERRUPTED
         except Exception as error:
@@ -66,8 +72,30 @@ class Group(_ExamplesLast, TyperGroup):
             return BAD_INPUT
 
 
-def add_command(app: typer.Typer, function: Callable[..., None], examples: str) -> None:
-    """Make a function a command of its name, with its docstring and the examples as help."""
+def add_command(app: typer.Typer, function: Callable[..., None], examples: str, *, shared: bool = False) -> None:
+    """Make a function a command of its name, with its docstring and the examples as help.
+
+    Args:
+        app: Where to add it.
+        function: The command.
+        examples: The end of its help.
+        shared: Whether processes that ``torchrun`` started can share the work.
+    """
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    app.command(function.__name__.replace("_", "-"), cls=Command, help=text, epilog=examples)(function)
+    app.command(function.__name__.replace("_", "-"), cls=Command, help=text, epilog=examples)(
+        _in_processes(function, shared)
+    )
+
+
+def _in_processes(function: Callable[..., None], shared: bool) -> Callable[..., None]:
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> None:
+        resumable = "resume" in options and options.get("out") is not None
+        hint = "; what is finished is kept, so give the same command with --resume to go on" if resumable else ""
+        with joined(hint=hint):
+            if not shared and started_by_torchrun():
+                raise UserError(f"{function.__name__.replace('_', '-')} runs in one process; start it without torchrun")
+            function(*args, **options)
+
+    return run

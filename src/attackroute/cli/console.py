@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from attackroute.processes import leading
+
 
 class Progress(Protocol):
     """Moves a progress bar."""
@@ -34,7 +36,7 @@ def print_error(message: str) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command's words go.
+    """Where a command's words go; of several processes, the first one speaks.
 
     Args:
         as_json: print the result as one JSON object on stdout, and no table.
@@ -46,17 +48,17 @@ class Output:
 
     def note(self, text: str) -> None:
         """Say something in passing, on stderr."""
-        if not self.quiet:
+        if not self.quiet and leading():
             print(text, file=sys.stderr)
 
     def result(self, payload: Mapping[str, Any]) -> None:
         """Print the machine-readable result, if it was asked for."""
-        if self.as_json:
+        if self.as_json and leading():
             print(json.dumps(payload, indent=2, allow_nan=False))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table on stdout: words to the left, columns of numbers to the right."""
-        if self.quiet or self.as_json:
+        if self.quiet or self.as_json or not leading():
             return
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -73,7 +75,7 @@ class Output:
 
     def line(self, text: str) -> None:
         """Print a line of the result on stdout."""
-        if not (self.quiet or self.as_json):
+        if not (self.quiet or self.as_json) and leading():
             print(text)
 
     @contextmanager
@@ -94,7 +96,7 @@ class Output:
             TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
-            disable=self.quiet or not console.is_terminal,
+            disable=self.quiet or not leading() or not console.is_terminal,
         )
         task = bar.add_task("", total=None)
 

@@ -157,7 +157,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
         output.line(f"\n{question}")
         found[name] = chapter()
         seconds[name] = _lap(lap)
-    summary = {**_summary(routes, route, silencing, seed, seconds), **found}
+    summary = {**_summary(routes, silencing, seed, seconds), **found}
     _write(folder, silencing, summary)
     report(folder, attack=[f"pgd:eps={eps}" for eps in RADII], seed=seed, device=device, quiet=True)
     output.line(f"\nThe whole took {_lap(started):.0f} s. Open {folder / 'report.html'}; all else is in {folder}.")
@@ -197,14 +197,14 @@ def _show(output: Output, routes: InstanceRoutes, route: Route, silencing: Accur
 
 
 def _summary(
-    routes: InstanceRoutes, route: Route, silencing: AccuracyTable, seed: int, seconds: Mapping[str, float]
+    routes: InstanceRoutes, silencing: AccuracyTable, seed: int, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     from attackroute.cli.trace_report import summarise
     from attackroute.experiments.tables import to_json
 
     origin = {"data": _DATA, "split": "test"}
     return {
-        **summarise(routes, route),
+        **summarise(routes, _ROUTE_WIDTH)[1],
         **origin,
         "silencing": to_json(silencing),
         "seed": seed,

@@ -59,23 +59,25 @@ def parse_sketches(text: str) -> int | str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes an accelerator where there is one.
+    """The device of that name; ``auto`` takes an accelerator where there is one, and each process one of its own.
 
     Raises:
         UserError: PyTorch does not know the device, or the machine lacks it.
     """
     import torch
 
+    from attackroute.processes import own_device
+
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        return own_device("cpu" if found is None else found.type)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); leave it out, or take cpu") from error
-    return device
+    return own_device(name)
 
 
 def open_folder(folder: Path) -> Path:
@@ -196,6 +198,10 @@ Sketches = Annotated[
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=_RUN, help="Images at a time.")
+]
+Workers = Annotated[
+    int,
+    typer.Option("--workers", metavar="N", min=0, rich_help_panel=_RUN, help="Processes that read the images."),
 ]
 Device = Annotated[
     str,

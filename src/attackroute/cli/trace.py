@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +16,7 @@ from attackroute.errors import UserError
 
 if TYPE_CHECKING:
     from attackroute.cli.tracer import Tracer
-    from attackroute.cli.unfinished import TraceFolder
-    from attackroute.instances import InstanceRoutes
+    from attackroute.cli.unfinished import Missing, RouteWriter
 
 EXAMPLES = """
  Examples:
@@ -42,12 +41,16 @@ EXAMPLES = """
    Go on after an interruption: the same command with --resume, for the same result
    $ attackroute trace --model runs/vgg --data cifar10:~/data --out runs/vgg/routes --resume
 
+   More images than one process can take: two processes, for the same files, byte for byte
+   $ torchrun --nproc-per-node 2 -m attackroute trace --model runs/vgg --data imagenet:~/data --out runs/vgg/routes
+
    For another program
    $ attackroute trace --model runs/digits --data mnist-sample --json | jq '.layers[].occurrence'
 
  The files:
 
-   routes.safetensors   the route of each sample (attackroute.InstanceRoutes.load)
+   routes.safetensors   the route of each sample (attackroute.InstanceRoutes.load); of more than 8,192 samples in
+                        several files, routes-00000-of-00005.safetensors, ... (attackroute.StoredRoutes.open)
    route.json           the route of the model (attackroute.Route.load)
    summary.json         the table, and the settings on which the result depends
 
@@ -161,6 +164,7 @@ def trace(
             help="Go on with the trace in --out: samples that are done are not traced again.",
         ),
     ] = False,
+    workers: options.Workers = 0,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -177,9 +181,11 @@ def trace(
     from attackroute.cli.networks import find_card, open_network
     from attackroute.cli.trace_report import report, summarise
     from attackroute.cli.tracer import Tracer
-    from attackroute.cli.unfinished import TraceFolder
+    from attackroute.cli.unfinished import Missing, RouteWriter, TraceFolder
     from attackroute.data import load_data
     from attackroute.fingerprint import weights_digest
+    from attackroute.processes import current
+    from attackroute.stored_routes import StoredRoutes
 
     output = Output(as_json, quiet)
     if resume and out is None:
@@ -197,8 +203,10 @@ def trace(
         network = network.double()
     autocast = getattr(torch, dtype.value) if dtype in (Dtypes.BFLOAT16, Dtypes.FLOAT16) else None
     tracer = Tracer(
-        network, images, width, batch_size, linear, keep_scores, sketches, seed, freeze_gates, autocast, perturbation
-    )
+        network, images, width, batch_size, linear, keep_scores, sketches, seed, freeze_gates, autocast, perturbation,
+        (model, f"{data} {images.split}"),
+    )  # fmt: skip
+    team = current()
     folder = None
     if out is not None:
         terms = {
@@ -219,43 +227,57 @@ def trace(
             "dtype": dtype.value,
             "device": home.type,
         }
-        folder = TraceFolder(options.open_folder(out), terms, len(images))
-    done = None if folder is None else folder.open(network, resume=resume)
+        folder = TraceFolder(out, terms, len(images), batch_size)
+
+    def begin() -> tuple[Missing, ...]:
+        if folder is None:
+            return (Missing(0, 0, len(images)),)
+        options.open_folder(folder.path)
+        return folder.open(network, resume=resume)
+
+    missing = team.first(begin)
+    for note in (note for part in missing for note in part.notes):
+        output.note(f"note: {note}")
     started = time.perf_counter()
-    routes = _trace(tracer, done, folder, output)
+    writer = RouteWriter(folder, missing) if team.leads else None
+    count = _trace(tracer, missing, workers, writer, output, kept=folder is not None)
     seconds = time.perf_counter() - started
-    origin = replace(routes.provenance, model=model, data=f"{data} {images.split}", seed=seed)
-    routes = replace(routes, provenance=origin)
-    route = routes.aggregate(route_width)
-    summary = summarise(routes, route)
-    if folder is not None:
-        folder.finish(routes, route, summary)
-    comparison = None if check is None else tracer.compare(check)
-    report(output, summary, comparison, out, len(routes) - _count(done), seconds)
+
+    def finish() -> dict[str, Any]:
+        assert writer is not None
+        route, summary = summarise(writer.routes if folder is None else StoredRoutes.open(folder.path), route_width)
+        if folder is not None:
+            folder.finish(route, summary)
+        return summary
+
+    summary = team.first(finish)
+    comparison = None if check is None else team.first(lambda: tracer.compare(check))
+    report(output, summary, comparison, out, count, seconds)
     if comparison is not None and not comparison.passed:
         raise typer.Exit(1)
 
 
-def _trace(tracer: Tracer, done: InstanceRoutes | None, folder: TraceFolder | None, output: Output) -> InstanceRoutes:
-    """Trace what is not done, and say what is kept where that is broken off."""
-    from attackroute.cli.unfinished import trace_in_pieces
+def _trace(
+    tracer: Tracer, missing: Sequence[Missing], workers: int, writer: RouteWriter | None, output: Output, *, kept: bool
+) -> int:
+    """Trace what is not done, and say what is kept where that is broken off.
 
-    if done is not None:
-        output.note(f"{len(done)} of {len(tracer.data)} samples are done already")
+    Returns:
+        How many samples were traced.
+    """
+    total = sum(part.stop - part.start for part in missing)
+    if total < len(tracer.data):
+        output.note(f"{len(tracer.data) - total} of {len(tracer.data)} samples are done already")
     try:
         with output.progress("images") as progress:
-            return trace_in_pieces(
-                lambda start, stop: tracer.piece(start, stop, progress),
-                len(tracer.data),
-                tracer.batch_size,
-                done=done,
-                save=None if folder is None else folder.save_partial,
-            )
-    except KeyboardInterrupt:
-        kept = "nothing is kept without --out" if folder is None else "finished samples are kept; go on with --resume"
-        output.note(f"interrupted: {kept}")
+            for part in tracer.trace(missing, workers, progress) if total else ():
+                if writer is not None:
+                    writer.add(part)
+    except BaseException as error:  # an interruption too
+        if writer is not None:
+            writer.keep()
+        if isinstance(error, KeyboardInterrupt):
+            kept_now = "finished samples are kept; go on with --resume" if kept else "nothing is kept without --out"
+            output.note(f"interrupted: {kept_now}")
         raise
-
-
-def _count(done: InstanceRoutes | None) -> int:
-    return 0 if done is None else len(done)
+    return total

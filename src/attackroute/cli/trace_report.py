@@ -8,22 +8,27 @@ from typing import Any
 
 from attackroute.cli.comparison import Comparison
 from attackroute.cli.console import Output
-from attackroute.instances import InstanceRoutes
+from attackroute.instances import InstanceRoutes, aggregated, mean_of_most_frequent
 from attackroute.routes import Route
-from attackroute.sketch_notes import SketchNotes
+from attackroute.stored_routes import StoredRoutes, frequency_of
 
 
-def summarise(routes: InstanceRoutes, route: Route) -> dict[str, Any]:
-    """What the table shows, as JSON values; the same for every run with the same result."""
-    occurrence = routes.occurrence(routes.width)
-    assert routes.labels is not None and routes.predictions is not None  # every source of images has labels
-    return {
+def summarise(routes: InstanceRoutes | StoredRoutes, width: float) -> tuple[Route, dict[str, Any]]:
+    """The model route of a width, and what the table shows, as JSON values.
+
+    They are the same for every run with the same result; stored routes are read once, file by file.
+    """
+    seen = _Seen()
+    frequency = frequency_of(map(seen.note, [routes] if isinstance(routes, InstanceRoutes) else routes.parts()))
+    occurrence = mean_of_most_frequent(frequency, routes.width)
+    route = aggregated(frequency, width, routes.provenance)
+    return route, {
         "samples": len(routes),
-        "accuracy": (routes.labels == routes.predictions).double().mean().item(),
+        "accuracy": seen.right / len(routes),
         "attack": routes.provenance.attack,
         "criterion": routes.provenance.criterion,
         "width": routes.width,
-        "route_width": route.provenance.width if route.provenance is not None else None,
+        "route_width": width,
         "layers": [
             {
                 "layer": layer,
@@ -31,7 +36,7 @@ def summarise(routes: InstanceRoutes, route: Route) -> dict[str, Any]:
                 "route_channels": route.indices[layer],
                 "occurrence": occurrence[layer],
                 "incoming": {source: method for (source, target), method in routes.methods.items() if target == layer},
-                **_certainty(routes.sketched, layer),
+                **seen.certainty(layer),
             }
             for layer in routes.layers
         ],
@@ -84,18 +89,36 @@ def report(
     if comparison is not None:
         output.line(_check_line(comparison))
     if out is not None:
-        output.line(f"routes.safetensors, route.json and summary.json are in {out}")
+        output.line(f"The routes (routes*.safetensors), route.json and summary.json are in {out}")
 
 
-def _certainty(notes: SketchNotes | None, layer: str) -> dict[str, float]:
-    """How far a layer's routes can be trusted, where they rest on sketches: means over the samples."""
-    if notes is None or layer not in notes.layers:
-        return {}
-    return {
-        "sketches": notes.draws[layer].double().mean().item(),
-        "expected_overlap": notes.overlap[layer].double().mean().item(),
-        "undecided": notes.undecided(layer).double().mean().item(),
-    }
+class _Seen:
+    """What is counted of routes as they pass."""
+
+    def __init__(self) -> None:
+        self.right = 0
+        self._samples = 0
+        self._sums: dict[str, list[float]] = {}
+
+    def note(self, part: InstanceRoutes) -> InstanceRoutes:
+        """Count a part, and pass it on."""
+        assert part.labels is not None and part.predictions is not None  # every source of images has labels
+        self.right += int((part.labels == part.predictions).sum())
+        self._samples += len(part)
+        if part.sketched is not None:
+            for layer in part.sketched.layers:
+                undecided = part.sketched.undecided(layer).double().mean(1)
+                values = (part.sketched.draws[layer], part.sketched.overlap[layer], undecided)
+                sums = self._sums.setdefault(layer, [0.0, 0.0, 0.0])
+                self._sums[layer] = [total + own.double().sum().item() for total, own in zip(sums, values, strict=True)]
+        return part
+
+    def certainty(self, layer: str) -> dict[str, float]:
+        """How far the layer's routes can be trusted, where they rest on sketches: means over the samples."""
+        if layer not in self._sums:
+            return {}
+        means = [total / self._samples for total in self._sums[layer]]
+        return dict(zip(("sketches", "expected_overlap", "undecided"), means, strict=True))
 
 
 def _overlap(row: dict[str, Any]) -> str:

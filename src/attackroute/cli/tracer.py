@@ -1,26 +1,28 @@
-"""The network, the images and the settings of a trace, taken piece by piece."""
+"""The network, the images and the settings of a trace, taken batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import nn
 
 from attackroute.attacks import Perturbation
 from attackroute.cli.comparison import Comparison, compare
 from attackroute.cli.console import Progress
-from attackroute.data import ImageData, check_images
+from attackroute.cli.unfinished import Missing
+from attackroute.data import ImageBatches, ImageData
 from attackroute.instances import InstanceRoutes
+from attackroute.layers import frozen
 from attackroute.sketches import Sketches
-from attackroute.trace import trace_routes
+from attackroute.streams import BatchStream
+from attackroute.trace import RouteTracer, autocast_of
 
 
 @dataclass(frozen=True)
 class Tracer:
-    """The network, the images and how to trace them."""
+    """The network, the images and how to trace them; ``origin`` is what routes call the network and the images."""
 
     network: nn.Module
     data: ImageData
@@ -33,26 +35,34 @@ class Tracer:
     freeze_gates: bool
     autocast: torch.dtype | None
     attack: Perturbation | None
+    origin: tuple[str, str]
 
-    def piece(self, start: int, stop: int, progress: Progress) -> InstanceRoutes:
-        """Routes of some of the samples."""
-        return trace_routes(
-            self.network,
-            self._batches(start, stop),
-            self.width,
-            attack=self.attack,
-            linear=self.linear,
-            keep_scores=self.keep_scores,
-            sketches=self.sketches,
-            seed=self.seed,
-            freeze_gates=self.freeze_gates,
-            autocast=self.autocast,
-            progress=lambda done, _: progress(start + done, len(self.data)),
-        )
+    def trace(self, missing: Sequence[Missing], workers: int, progress: Progress) -> Iterator[InstanceRoutes]:
+        """Routes of the samples that are missing, batch by batch; processes take turns at them."""
+        chosen = [
+            range(start, min(start + self.batch_size, part.stop))
+            for part in missing
+            for start in range(part.start, part.stop, self.batch_size)
+        ]
+        data = ImageBatches(self.data, self.batch_size, batches=chosen, workers=workers)
+        done = len(self.data) - len(data.sampler)
+        with frozen(self.network), autocast_of(self.network, self.autocast):
+            # the same images whatever is missing, so that nothing depends on it
+            probe, _ = BatchStream(self.network, ImageBatches(self.data, self.batch_size), self.batch_size).first
+            tracer = RouteTracer.probe(
+                self.network, probe, self.width, attack=self.attack, linear=self.linear, keep_scores=self.keep_scores,
+                sketches=self.sketches, seed=self.seed, freeze_gates=self.freeze_gates,
+            )  # fmt: skip
+            for part in BatchStream(self.network, data, self.batch_size).map(tracer.trace):
+                origin = replace(part.provenance, model=self.origin[0], data=self.origin[1], seed=self.seed)
+                yield replace(part, provenance=origin)
+                done += len(part)
+                progress(done, len(self.data), data.reading)
 
     def compare(self, samples: int) -> Comparison:
         """The first samples, against the oracle."""
-        batches = list(self._batches(0, min(samples, len(self.data))))
+        chosen = [[row] for row in range(min(samples, len(self.data)))]
+        batches = list(ImageBatches(self.data, 1, batches=chosen))
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         parameter = next(self.network.parameters())
         images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
@@ -69,8 +79,3 @@ class Tracer:
             seed=self.seed,
             freeze_gates=self.freeze_gates,
         )
-
-    def _batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in DataLoader(Subset(self.data.dataset, range(start, stop)), self.batch_size):
-            check_images(images)
-            yield images, labels

@@ -127,10 +127,7 @@ ChannelsLast = Annotated[
         "--channels-last", rich_help_panel=_TRAINING, help="Hold images and weights channels last, for speed on GPUs."
     ),
 ]
-Workers = Annotated[
-    int,
-    typer.Option("--workers", metavar="N", min=0, rich_help_panel=_RUN, help="Processes that read the images."),
-]
+Workers = options.Workers
 Resume = Annotated[
     bool,
     typer.Option("--resume", rich_help_panel=_RUN, help="Go on with the run in --out; start one if there is none."),

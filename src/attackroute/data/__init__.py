@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from attackroute.data.batched import ImageBatches
 from attackroute.data.images import ImageData, check_images, loader
 from attackroute.data.sources import load_data
 
-__all__ = ["ImageData", "check_images", "load_data", "loader"]
+__all__ = ["ImageBatches", "ImageData", "check_images", "load_data", "loader"]

@@ -13,6 +13,7 @@ from attackroute.files import shown
 from attackroute.instances import InstanceRoutes
 from attackroute.report.attack_order import by_radius
 from attackroute.routes import Route
+from attackroute.stored_routes import StoredRoutes, has_routes
 
 _ROUTES, _ROUTE, _SUMMARY = "routes.safetensors", "route.json", "summary.json"
 _HARDNESS, _EVALUATION, _CARD = "hardness.json", "evaluation.json", "model.json"
@@ -76,7 +77,7 @@ class RunFolder:
         """
         places = _places(folder)
         finds = _Finds(folder)
-        traces = [InstanceRoutes.load(file) for file in _files(places, _ROUTES)]
+        traces = [StoredRoutes.open(place).load() for place in places if has_routes(place)]
         # beside hardening.json lies the route that was punished, which is not that of the hardened network
         routes = [Route.load(file) for file in _files(places, _ROUTE) if not (file.parent / _HARDENING).is_file()]
         clean = finds.first([trace for trace in traces if trace.provenance.attack is None], _ROUTES)

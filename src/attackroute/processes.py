@@ -1,0 +1,352 @@
+"""The processes of a job that ``torchrun`` started, and how they share what they find.
+
+Every process runs the same program. Work on batches is divided among them (:mod:`attackroute.streams`), and whatever
+one of them finds is given to all, so that all go the same way; only the first one writes files and prints.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from attackroute.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+WAIT = timedelta(hours=1)
+"""How long a process waits for the others; one that is dead is noticed at once, so this is for one that hangs."""
+
+_GRACE_SECONDS = 5.0
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LostProcessError(Exception):
+    """Another process of the job is gone, or does not answer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Processes:
+    """The processes of a job, seen from one of them.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+        local_rank: Number of this process on its machine.
+        group: PyTorch's group for objects and tensors on the CPU; None for one process alone.
+        store: Where processes leave word for each other; None for one process alone.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    group: Any = None
+    store: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """How messages call this process."""
+        return named(self.rank, self.count)
+
+    def all(self, value: T) -> list[T]:
+        """The values of all processes, by rank; every process must ask at the same point.
+
+        Raises:
+            LostProcessError: A process is gone.
+        """
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.count
+        with _noticing_loss():
+            dist.all_gather_object(found, value, group=self.group)
+        found[self.rank] = value
+        return found
+
+    def first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, for all of them; also the error that it raises.
+
+        Raises:
+            LostProcessError: A process is gone.
+        """
+        if self.count == 1:
+            return compute()
+        import torch.distributed as dist
+
+        outcome: list[Any] = [attempted(compute) if self.leads else None]
+        with _noticing_loss():
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
+        found: T = unwrapped(outcome[0])
+        return found
+
+    def sum_(self, values: Tensor) -> None:
+        """Replace a tensor by its sum over all processes, which is the same on each of them, bit for bit.
+
+        Raises:
+            LostProcessError: A process is gone.
+        """
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        with _noticing_loss():
+            dist.all_reduce(values)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a piece of work came to, as it travels between processes: a value, or an error and where it arose."""
+
+    value: Any = None
+    error: Exception | None = None
+    trace: str = ""
+
+
+def attempted(compute: Callable[[], Any]) -> Outcome:
+    """What a computation gives or raises; interruptions pass."""
+    try:
+        return Outcome(compute())
+    except LostProcessError:
+        raise
+    except Exception as error:
+        return Outcome(error=_portable(error), trace=f"in {_current.name}:\n{traceback.format_exc()}")
+
+
+def unwrapped(outcome: Outcome) -> Any:
+    """The value of an outcome, or its error raised."""
+    if outcome.error is None:
+        return outcome.value
+    if isinstance(outcome.error, UserError):
+        raise outcome.error
+    raise outcome.error from _Elsewhere(outcome.trace)
+
+
+class _Elsewhere(Exception):
+    """Shows the traceback of another process."""
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, if it can travel; else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever an error's own constructor makes of the attempt
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+_ALONE = Processes()
+_current: Processes = _ALONE
+
+
+def current() -> Processes:
+    """The processes that share their work now; this one alone outside of :func:`joined`."""
+    return _current
+
+
+@contextmanager
+def joined(*, timeout: timedelta = WAIT, hint: str = "") -> Iterator[Processes]:
+    """Share work with the other processes of the job that ``torchrun`` started, until the block ends.
+
+    Without ``torchrun``, or where it starts a single process, nothing changes. If a process fails, one of them says
+    so, and the others end without a word.
+
+    Args:
+        timeout: How long to wait for a process that is alive and does not answer.
+        hint: What to do after a failure, as the end of a message.
+
+    Raises:
+        UserError: The processes do not find each other.
+    """
+    global _current  # noqa: PLW0603  # one job, one group: as PyTorch has it
+    if not started_by_torchrun() or _current.count > 1:
+        yield _current
+        return
+    team = _connect(os.environ, timeout)
+    _current = team
+    try:
+        try:
+            yield team
+            team.all(None)  # the first process may hold the store
+        except BaseException as error:
+            _part(team, error, hint)
+    finally:
+        _current = _ALONE
+        _disconnect()
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several of a job."""
+    return all(name in os.environ for name in _NEEDED) and os.environ["WORLD_SIZE"] != "1"
+
+
+def leading() -> bool:
+    """Whether this process writes files and prints."""
+    return _current.leads
+
+
+def named(rank: int, count: int) -> str:
+    """How messages call a process."""
+    return f"process {rank} of {count}"
+
+
+def own_device(kind: str) -> torch.device:
+    """The device for this process where ``kind`` names several, such as ``cuda``; they are dealt out in turn.
+
+    Raises:
+        UserError: The machine has fewer devices than processes.
+    """
+    import torch
+
+    device = torch.device(kind)
+    if _current.count == 1 or device.type == "cpu" or ":" in kind:
+        return device
+    module = torch.get_device_module(device)
+    if _current.local_rank >= module.device_count():
+        raise UserError(
+            f"{_current.name} finds {module.device_count()} {device.type} devices on its machine, fewer than there are "
+            "processes: give torchrun a smaller --nproc-per-node, or take --device cpu"
+        )
+    module.set_device(_current.local_rank)
+    return torch.device(device.type, _current.local_rank)
+
+
+def _connect(environment: Mapping[str, str], timeout: timedelta) -> Processes:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        devices = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if devices else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{named(rank, count)} does not find the others ({str(error).partition(chr(10))[0]}): check torchrun's "
+            "--nnodes, --rdzv-endpoint and that the machines reach each other"
+        ) from error
+    store.set(f"attackroute/at/{rank}", f"{socket.gethostname()} {os.getpid()}")
+    return Processes(rank, count, int(environment.get("LOCAL_RANK", rank)), group, store)
+
+
+def _disconnect() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        try:
+            dist.destroy_process_group()
+        except RuntimeError:  # after a loss, there may be nothing left to take leave of
+            return
+
+
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(str(error).partition("\n")[0]) from error
+
+
+def _part(team: Processes, error: BaseException, hint: str) -> None:
+    """Leave after an error, so that one process speaks for all.
+
+    Raises:
+        BaseException: The error, by the process that is to speak, with a message that names a lost process.
+        SystemExit: By the others.
+    """
+    if team.count == 1:
+        raise error
+    code = _exit_code(error)
+    try:
+        alone = isinstance(error, (LostProcessError, KeyboardInterrupt))
+        team.store.set(f"attackroute/left/{team.rank}", "lost" if alone else "failed")
+        if not alone:
+            if _speaks(team):
+                raise error
+            raise SystemExit(code)
+        gone, failed = _missing(team)
+        if failed or (gone and not _speaks(team)):
+            raise SystemExit(code)
+    except (RuntimeError, ConnectionError) as lost:  # the store went with the process that held it
+        raise LostProcessError(f"{named(0, team.count)} is gone{hint}") from lost
+    if gone:
+        names = ", ".join(str(rank) for rank in gone)
+        who = f"process {names}" if len(gone) == 1 else f"processes {names}"
+        what = "ended without a word (killed, or out of memory)"
+        raise LostProcessError(f"{who} of {team.count} {what}{hint}") from error
+    if isinstance(error, LostProcessError):
+        if _speaks(team):
+            raise LostProcessError(f"{team.name} lost the others: {error}{hint}") from error
+        raise SystemExit(code)
+    raise error
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    known = {KeyboardInterrupt: 130, UserError: 2}
+    return next((code for kind, code in known.items() if isinstance(error, kind)), getattr(error, "exit_code", 1))
+
+
+def _speaks(team: Processes) -> bool:
+    return bool(team.store.add("attackroute/speaker", 1) == 1)
+
+
+def _missing(team: Processes) -> tuple[list[int], bool]:
+    """Processes that left no word, and whether one of them failed for a reason that it gives itself."""
+    silent = [rank for rank in range(team.count) if rank != team.rank]
+    limit = time.monotonic() + _GRACE_SECONDS
+    gone: list[int] = []
+    failed = False
+    while silent and time.monotonic() < limit:
+        for rank in list(silent):
+            if team.store.check([f"attackroute/left/{rank}"]):  # here and below, word may come at any moment
+                failed |= team.store.get(f"attackroute/left/{rank}") == b"failed"
+                silent.remove(rank)
+            elif _is_gone(team.store.get(f"attackroute/at/{rank}").decode()) and not team.store.check(
+                [f"attackroute/left/{rank}"]
+            ):
+                gone.append(rank)
+                silent.remove(rank)
+        if failed:
+            break
+        time.sleep(0.02)
+    return gone, failed
+
+
+def _is_gone(place: str) -> bool:
+    """Whether a process of this machine has ended; those of others cannot be seen."""
+    host, _, number = place.rpartition(" ")
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:
+        with open(f"/proc/{number}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except OSError:
+        return False
