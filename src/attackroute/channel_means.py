@@ -186,15 +186,23 @@ class RunningMean:
     _log_scale: float = -math.inf
     _channels: dict[str, int] = field(default_factory=dict)
 
-    def add(self, measured: Measured) -> None:
-        """Add one batch."""
+    @classmethod
+    def of(cls, measured: Measured) -> RunningMean:
+        """That of one batch alone."""
         values = torch.cat(list(measured.values.values()), dim=1).cpu().to(torch.float64)
-        scale = max(self._log_scale, float(measured.log_factor.max()))
-        factors = (measured.log_factor - scale).exp()
-        self._total = self._total * math.exp(self._log_scale - scale) + factors @ values
+        scale = float(measured.log_factor.max())
+        total = (measured.log_factor - scale).exp() @ values
+        return cls(len(values), total, scale, {layer: each.shape[1] for layer, each in measured.values.items()})
+
+    def add(self, other: RunningMean | Measured) -> None:
+        """Add other samples; the same parts in the same order give the same sum, bit for bit."""
+        part = other if isinstance(other, RunningMean) else self.of(other)
+        scale = max(self._log_scale, part._log_scale)
+        own, new = math.exp(self._log_scale - scale), math.exp(part._log_scale - scale)
+        self._total = self._total * own + part._total * new
         self._log_scale = scale
-        self._channels = {layer: each.shape[1] for layer, each in measured.values.items()}
-        self.samples += len(values)
+        self._channels = part._channels
+        self.samples += part.samples
 
     def by_layer(self) -> dict[str, Tensor]:
         """The means of each layer's channels, ``(C,)``: float64, on the CPU.

@@ -22,9 +22,7 @@ Batches = Iterator[tuple[Tensor, "Tensor | None"]]
 
 
 def opened(stream: Batches) -> tuple[Tensor, Batches]:
-    """Two images that show a model's structure, and the whole stream.
-
-    They are the first batch's first and last, two even of one: in a batch of one a gate looks like a constant factor.
+    """Two images of the first batch that show a model's structure, and the whole stream.
 
     Raises:
         UserError: There is no sample.
@@ -32,7 +30,7 @@ def opened(stream: Batches) -> tuple[Tensor, Batches]:
     first = next(stream, None)
     if first is None:
         raise UserError("the data hold no sample: the loader is empty")
-    return torch.cat([first[0][:1], first[0][-1:]]), chain([first], stream)
+    return two_of(first[0]), chain([first], stream)
 
 
 def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, int]:
@@ -78,19 +76,43 @@ def measured(
         UserError: There is no sample or no route layer, the model cannot run on the images, or its structure varies.
     """
     probe, stream = opened(stream)
-    expected = layer_channels(model, probe, linear=linear)
+    once = steady(model, probe, measure, linear=linear)
     done = 0
     for images, other in stream:
-        with explained(images):
-            found = measure(model, images, other, linear=linear)
-        if [(layer, values.shape[1]) for layer, values in found.values.items()] != list(expected.items()):
-            raise UserError(
-                "the model ran other layers on this batch than on the first one: its structure must not vary"
-            )
-        yield found
+        yield once(images, other)
         done += images.shape[0]
         if progress is not None:
             progress(done, total)
+
+
+def steady(
+    model: nn.Module, probe: Tensor, measure: Measure, *, linear: bool
+) -> Callable[[Tensor, Tensor | None], Measured]:
+    """A measure of batches ``(images, what belongs to them)`` that refuses other layers than ``probe`` shows.
+
+    Raises:
+        UserError: There is no route layer, or the model cannot run on the images.
+    """
+    expected = list(layer_channels(model, probe, linear=linear).items())
+
+    def once(images: Tensor, other: Tensor | None) -> Measured:
+        with explained(images):
+            found = measure(model, images, other, linear=linear)
+        if [(layer, values.shape[1]) for layer, values in found.values.items()] != expected:
+            raise UserError(
+                "the model ran other layers on this batch than on the first one: its structure must not vary"
+            )
+        return found
+
+    return once
+
+
+def two_of(images: Tensor) -> Tensor:
+    """Two images that show a model's structure, a batch's first and last.
+
+    Two even of one: in a batch of one a gate looks like a constant factor.
+    """
+    return torch.cat([images[:1], images[-1:]])
 
 
 def under_attack(compare: Callable[..., Measured], attack: Attack) -> Measure:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.accuracy import Accuracy
-from attackroute.adversarial_examples import ExampleFolder, examples_of
+from attackroute.adversarial_examples import ExampleFolder, Examples, examples_of
 from attackroute.attack_labels import short
 from attackroute.attacks import Perturbation, parse_attack
 from attackroute.attacks.contract import check_images
@@ -27,11 +27,12 @@ from attackroute.experiments.tables import save_result
 from attackroute.fingerprint import weights_digest
 from attackroute.layers import frozen
 from attackroute.masking import Check, check_masking
-from attackroute.measurements import MEASUREMENTS, Journal
+from attackroute.measurements import MEASUREMENTS, Journal, Key
+from attackroute.processes import current
 from attackroute.randomness import seeded
-from attackroute.sample_choice import SampleChoice
+from attackroute.sample_choice import Candidates, SampleChoice
 from attackroute.seeds import checked_labels, checked_logits
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data, samples_in
 
 CLEAN = "clean"
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
@@ -110,11 +111,14 @@ def evaluate(
         "devices": {name: placement(network)[0].type for name, network in models.items()},
     }
     terms = {**about, "save_examples": save_examples is not None}
-    journal = _open_journal(folder, terms, resume=resume)
+    team = current()
+    journal = team.first(lambda: _open_journal(folder, terms, resume=resume))
     examples = None
     if save_examples is not None:
         names = [*models, *map(str, chosen)]
-        examples = ExampleFolder.open(save_examples, names, resume=resume and len(journal) > 0)
+        examples = team.first(lambda: ExampleFolder.open(save_examples, names, resume=resume and len(journal) > 0))
+    if not team.leads:
+        journal = journal.in_memory()
     with ExitStack() as stack:
         for network in {id(item): item for item in (*models.values(), *([twin] if twin is not None else []))}.values():
             stack.enter_context(frozen(network))
@@ -123,16 +127,26 @@ def evaluate(
         choice = SampleChoice(checks, seed)
         rows = None if total is None else total * len(models) * (1 + len(chosen))
         run = _Run(models, digests, chosen, seed, journal, examples, progress, rows)
-        for images, labels in batches(reader, data, batch_size):
-            run.measure(images, _required(labels))
-            choice.add(images, _required(labels))
-        if not run.batches:
-            raise UserError("the data hold no sample: the loader is empty")
+        stream = BatchStream(reader, data, batch_size)
+
+        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Found], Candidates | None, int]:
+            labels = _required(given)
+            check_images(images, labels)
+            found = run.measure(stream.number, images, labels)
+            # alone, each measurement is written down before the next one is made
+            return found if team.count == 1 else list(found), choice.candidates(images, labels), len(images)
+
+        run.probe_corruptions(*stream.first)
+        for measurements, candidates, size in stream.map(once):
+            for measurement in measurements:
+                run.take(measurement)
+            choice.take(candidates)
+            run.start += size
         found = _check(models, choice, _checked_eps(chosen), seed, batch_size, twin, journal, progress)
     evaluation = Evaluation(run.rows(), found, {**about, "libraries": library_versions()})
-    if examples is not None:
+    if examples is not None and team.leads:
         examples.finish()
-    if folder is not None:
+    if folder is not None and team.leads:
         save_result(evaluation, {}, folder, EVALUATION)
     return evaluation
 
@@ -143,6 +157,34 @@ class _Tally:
     total: int = 0
     seconds: float = 0.0
     right: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """One model under one attack on one batch.
+
+    Attributes:
+        model: The model's name.
+        title: The attack's.
+        batch: Number of the batch.
+        samples: Digest of its images and labels.
+        record: Labels, predictions and seconds.
+        new: Whether it was measured now.
+        examples: The attacked images, if they are to be kept; ``start`` is not known yet.
+    """
+
+    model: str
+    title: str
+    batch: int
+    samples: str
+    record: Mapping[str, Any]
+    new: bool
+    examples: Examples | None
+
+    @property
+    def key(self) -> Key:
+        """Where it is written down."""
+        return ("samples", self.batch, self.model, self.title)
 
 
 @dataclass
@@ -157,23 +199,46 @@ class _Run:
     examples: ExampleFolder | None
     progress: Progress | None
     total: int | None
-    batches: int = 0
     start: int = 0
     done: int = 0
     tallies: dict[tuple[str, str], _Tally] = field(default_factory=dict)
 
-    def measure(self, images: Tensor, labels: Tensor) -> None:
+    def measure(self, batch: int, images: Tensor, labels: Tensor) -> Iterator[_Found]:
         """Measure one batch: clean images first, then each attack on each model."""
-        check_images(images, labels)
         digest = _digest(images, labels)
-        if self.batches == 0:
-            self._probe_corruptions(images[:1], labels[:1])
         for attack in (None, *self.attacks):
             corrupted: list[Tensor] = []  # at most one: the same images for all models
             for name in self.models:
-                self._measure(name, attack, images, labels, digest, corrupted)
-        self.batches += 1
-        self.start += len(images)
+                yield self._measure(name, attack, batch, images, labels, digest, corrupted)
+
+    def take(self, found: _Found) -> None:
+        """Write a measurement down, if it is new, and count it; they come in the data's order."""
+        if found.examples is not None and current().leads:
+            assert self.examples is not None
+            self.examples.save(found.batch, replace(found.examples, start=self.start))
+        if found.new:
+            self.journal.keep(found.key, found.samples, **found.record)
+        right = list(map(int.__eq__, found.record["labels"], found.record["predictions"]))
+        correct = sum(right)
+        tally = self.tallies.setdefault((found.model, found.title), _Tally())
+        tally.correct += correct
+        tally.total += len(right)
+        tally.seconds += found.record["seconds"]
+        tally.right += right
+        self.done += len(right)
+        if self.examples is not None and found.title != CLEAN:
+            self.examples.note(found.model, found.title, found.batch, self.start, len(right), correct)
+        if self.progress is not None:
+            self.progress(self.done, self.total, f"{found.model}: {found.title}")
+
+    def probe_corruptions(self, images: Tensor, labels: Tensor | None) -> None:
+        """Let a corruption that cannot take such images say so before any work is done."""
+        answers = _required(labels)
+        check_images(images, answers)
+        with seeded(self.seed):
+            for attack in self.attacks:
+                if not attack.uses_model:
+                    attack(next(iter(self.models.values())), images[:1], answers[:1])
 
     def rows(self) -> tuple[Row, ...]:
         """One row for each model and attack."""
@@ -196,40 +261,28 @@ class _Run:
         self,
         name: str,
         attack: Perturbation | None,
+        batch: int,
         images: Tensor,
         labels: Tensor,
         digest: str,
         corrupted: list[Tensor],
-    ) -> None:
+    ) -> _Found:
         title = _title(attack)
-        key = ("samples", self.batches, name, title)
         if self.progress is not None:
             self.progress(self.done, self.total, f"{name}: {title}")
-        record = self.journal.recall(key, digest)
-        if record is None:
-            started = time.perf_counter()
-            with seeded(derived_seed(self.seed, f"{title}/{digest}", 0)):
-                predictions = self._predictions(name, attack, images, labels, corrupted)
-            seconds = time.perf_counter() - started
-            record = self.journal.keep(
-                key, digest, labels=labels.tolist(), predictions=predictions, seconds=round(seconds, 4)
-            )
-        right = list(map(int.__eq__, record["labels"], record["predictions"]))
-        correct = sum(right)
-        tally = self.tallies.setdefault((name, title), _Tally())
-        tally.correct += correct
-        tally.total += len(labels)
-        tally.seconds += record["seconds"]
-        tally.right += right
-        self.done += len(labels)
-        if self.examples is not None and attack is not None:
-            self.examples.note(name, title, self.batches, self.start, len(labels), correct)
-        if self.progress is not None:
-            self.progress(self.done, self.total, f"{name}: {title}")
+        known = self.journal.recall(("samples", batch, name, title), digest)
+        if known is not None:
+            return _Found(name, title, batch, digest, known, False, None)
+        started = time.perf_counter()
+        with seeded(derived_seed(self.seed, f"{title}/{digest}", 0)):
+            predictions, examples = self._predictions(name, attack, images, labels, corrupted)
+        seconds = round(time.perf_counter() - started, 4)
+        record = {"labels": labels.tolist(), "predictions": predictions, "seconds": seconds}
+        return _Found(name, title, batch, digest, record, True, examples)
 
     def _predictions(
         self, name: str, attack: Perturbation | None, images: Tensor, labels: Tensor, corrupted: list[Tensor]
-    ) -> list[int]:
+    ) -> tuple[list[int], Examples | None]:
         model = self.models[name]
         device, dtype = placement(model)
         x, y = images.to(device, dtype), labels.to(device)
@@ -243,19 +296,12 @@ class _Run:
         with torch.no_grad():
             logits = checked_logits(model(shown.clone()), len(shown))
         checked_labels(y, logits.shape[1], len(y))
+        examples = None
         if attack is None:
             _require_logits(name, logits)
         elif self.examples is not None:
-            saved = examples_of(attack, name, self.digests[name], self.start, logits, x, shown, y)
-            self.examples.save(self.batches, saved)
-        return logits.argmax(1).tolist()  # type: ignore[no-any-return]
-
-    def _probe_corruptions(self, image: Tensor, label: Tensor) -> None:
-        """Let a corruption that cannot take such images say so before any work is done."""
-        with seeded(self.seed):
-            for attack in self.attacks:
-                if not attack.uses_model:
-                    attack(next(iter(self.models.values())), image, label)
+            examples = examples_of(attack, name, self.digests[name], 0, logits, x, shown, y)
+        return logits.argmax(1).tolist(), examples
 
 
 def _check(
@@ -282,7 +328,7 @@ def _check(
                 if progress is not None:
                     progress(0, None, f"{name}: check for masking, {probe}")
                 with seeded(derived_seed(seed, f"{probe}/{digest}", 0)):
-                    record = journal.keep(key, digest, outcomes=compute())
+                    record = journal.keep(key, digest, outcomes=current().first(compute))
             return list(record["outcomes"])
 
         device, dtype = placement(model)

@@ -22,7 +22,7 @@ from attackroute.layers import frozen
 from attackroute.provenance import Provenance
 from attackroute.routes import Route
 from attackroute.sample_readings import SampleReader, SampleReadings
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data
 from attackroute.trace import Progress
 from attackroute.votes import rank_votes, votes_among
 
@@ -64,12 +64,12 @@ def read_samples(
     parts: list[SampleReadings] = []
     done = 0
     with frozen(model), torch.inference_mode(False):
-        reader = SampleReader(model, routes)
-        for images, labels in batches(model, data, batch_size):
-            parts.append(reader.read(images, labels))
-            done += len(images)
+        stream = BatchStream(model, data, batch_size)
+        for part in stream.map(SampleReader(model, routes).read):
+            parts.append(part)
+            done += len(part)
             if progress is not None:
-                progress(done, samples_in(data))
+                progress(done, stream.total)
     return SampleReadings.concatenate(parts)
 
 

@@ -45,6 +45,12 @@ class Journal:
     def __len__(self) -> int:
         return len(self._known)
 
+    def in_memory(self) -> Journal:
+        """The same measurements, with new ones kept in this process alone."""
+        copy = Journal(None, self._terms)
+        copy._known = dict(self._known)
+        return copy
+
     def resume(self) -> None:
         """Take over what the file holds, if there is one.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attackroute.attacks.application import Attack, attack_name
 from attackroute.channel_means import Measure, Measured, RunningMean, activations, attributions, changes, gradients
-from attackroute.channel_stream import layer_channels, measured, opened, under_attack
+from attackroute.channel_stream import layer_channels, steady, two_of, under_attack
 from attackroute.errors import UserError
 from attackroute.layers import frozen
 from attackroute.nearest import did_you_mean
@@ -23,7 +23,7 @@ from attackroute.provenance import Provenance
 from attackroute.recorder import record_first
 from attackroute.routes import Route
 from attackroute.selection import check_width, top_k
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data
 from attackroute.trace import Progress
 
 _MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
@@ -147,16 +147,19 @@ def channel_scores(
         raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
     measure = _measure(by, attack)
     with frozen(model), torch.inference_mode(False):
-        stream = batches(model, data, batch_size)
+        stream = BatchStream(model, data, batch_size)
+        probe = two_of(stream.first[0])
         if measure is None:
-            probe, _ = opened(stream)
             if by == "weight":
                 return ChannelScores(by, outgoing_norms(record_first(model, probe, linear=linear).layers))
             channels = layer_channels(model, probe, linear=linear)
             return ChannelScores(by, {layer: _draws(seed, layer, channels[layer]) for layer in channels}, seed=seed)
         mean = RunningMean()
-        for found in measured(model, stream, measure, linear=linear, progress=progress, total=samples_in(data)):
-            mean.add(found)
+        once = steady(model, probe, measure, linear=linear)
+        for part in stream.map(lambda images, labels: RunningMean.of(once(images, labels))):
+            mean.add(part)
+            if progress is not None:
+                progress(mean.samples, stream.total)
     compared = attack_name(attack) if attack is not None and by in NEED_ATTACK else None
     return ChannelScores(by, mean.by_layer(), mean.samples, attack=compared)
 

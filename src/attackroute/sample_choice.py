@@ -7,6 +7,9 @@ from torch import Tensor
 
 from attackroute.attacks.draws import image_keys
 
+Candidates = tuple[Tensor, Tensor, Tensor]
+"""Hash numbers, images and labels, by hash number."""
+
 
 class SampleChoice:
     """The samples whose images have the smallest hash numbers, at most ``count``; they alone are held.
@@ -19,19 +22,30 @@ class SampleChoice:
     def __init__(self, count: int, seed: int) -> None:
         self._count = count
         self._seed = seed
-        self._parts: tuple[Tensor, Tensor, Tensor] | None = None
+        self._parts: Candidates | None = None
+
+    def candidates(self, images: Tensor, labels: Tensor) -> Candidates | None:
+        """What of a batch ``(N, ...)``, ``(N,)`` can still be chosen, on the CPU."""
+        if not self._count:
+            return None
+        keys = image_keys(images, self._seed, "sample choice").cpu()
+        rows = keys.argsort(stable=True)[: self._count]
+        if self._parts is not None and len(self) == self._count:
+            rows = rows[keys[rows] < self._parts[0][-1]]
+        return (keys[rows], images.cpu()[rows], labels.cpu()[rows]) if len(rows) else None
 
     def __len__(self) -> int:
         return 0 if self._parts is None else len(self._parts[0])
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Let a batch ``(N, ...)``, ``(N,)`` take part."""
-        if not self._count:
+        self.take(self.candidates(images, labels))
+
+    def take(self, new: Candidates | None) -> None:
+        """Let the candidates of the next batch take part."""
+        if new is None:
             return
-        new = (image_keys(images, self._seed, "sample choice").cpu(), images.cpu(), labels.cpu())
         if self._parts is not None:
-            if len(self) == self._count and not (new[0] < self._parts[0][-1]).any():
-                return
             keys, held, answers = (torch.cat(pair) for pair in zip(self._parts, new, strict=True))
             new = keys, held, answers
         order = new[0].argsort(stable=True)[: self._count]

@@ -47,11 +47,15 @@ class BatchStream:
         model: Decides device and floating dtype, by its first parameter.
         data: See :data:`Data`.
         batch_size: Rows per batch when ``data`` is tensors.
+
+    Attributes:
+        number: Number of the batch that this process works on, by the data's order.
     """
 
     def __init__(self, model: nn.Module, data: Data, batch_size: int) -> None:
         self._model, self._data, self._batch_size = model, data, batch_size
         self._team = current()
+        self.number = 0
         self._own: Iterator[tuple[int, Any]] | None = None
         self._order: list[Any] | None = None
         loader = _sampled(data)
@@ -94,8 +98,10 @@ class BatchStream:
         """
         own = self._turns()
         if self._team.count == 1:
-            for images, labels in _ready(self._model, own):
-                yield work(images, labels)
+            for item in own:
+                self.number = item[0]
+                for images, labels in _ready(self._model, iter([item])):
+                    yield work(images, labels)
             return
         while True:
             for outcome in self._team.all(attempted(lambda: self._turn(own, work))):
@@ -109,6 +115,7 @@ class BatchStream:
         item = next(own, None)
         if item is None:
             return _END, None
+        self.number = item[0]
         for images, labels in _ready(self._model, iter([item])):
             return _VALUE, work(images, labels)
         return _NOTHING, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from attackroute.attacks import Perturbation
-from attackroute.attacks.application import attacked
 from attackroute.cli.console import Output, Progress
 from attackroute.connections import Connections
-from attackroute.data import ImageData, check_images
+from attackroute.data import ImageBatches, ImageData
 from attackroute.errors import UserError
 from attackroute.experiments.accuracy_table import AccuracyTable
 from attackroute.experiments.attention import compare_attention
@@ -42,6 +40,7 @@ from attackroute.gradcam import evidence
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
 from attackroute.outgoing import MixedChannelsError
+from attackroute.processes import leading
 from attackroute.rivals import ChannelScores, channel_scores
 from attackroute.routes import Route
 from attackroute.sketches import Sketches
@@ -76,6 +75,7 @@ class Study:
         output: Where the words go.
         linear: Whether linear maps are route layers too.
         sketches: Random products for each edge without a closed form: approximate; None for exact routes.
+        workers: Processes that read images, for each that computes.
     """
 
     network: nn.Module
@@ -92,6 +92,7 @@ class Study:
     output: Output
     linear: bool = False
     sketches: Sketches = None
+    workers: int = 0
 
     @cached_property
     def halves(self) -> tuple[list[int], list[int]]:
@@ -103,30 +104,35 @@ class Study:
         return sorted(order[: count // 2]), sorted(order[count // 2 :])
 
     @property
-    def reference(self) -> Batches:
+    def reference(self) -> ImageBatches:
         """The images that decide on routes and ranks."""
-        return Batches(self.images, self.halves[0], self.batch_size)
+        return self._batches(self.halves[0])
 
     @property
-    def measured(self) -> Batches:
+    def measured(self) -> ImageBatches:
         """The images that are measured."""
-        return Batches(self.images, self.halves[1], self.batch_size)
+        return self._batches(self.halves[1])
+
+    def _batches(self, indices: Sequence[int]) -> ImageBatches:
+        size = self.batch_size
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return ImageBatches(self.images, size, batches=batches, workers=self.workers)
 
     @cached_property
     def routes(self) -> dict[str, InstanceRoutes]:
         """Routes of the reference images by criterion."""
         with self.output.progress("images traced") as progress:
             return sample_routes(
-                self.network, self.reference, _WIDTH, linear=self.linear, sketches=self.sketches,
-                progress=_of(progress, len(self.reference)),
-            )  # fmt: skip
+                self.network, self.reference, _WIDTH, linear=self.linear, sketches=self.sketches, progress=progress
+            )
 
     @cached_property
     def route(self) -> Route:
         """The model's route."""
         whole = self.routes[ROUTE].aggregate(self.share)
         route = whole if self.chosen is None else whole.restrict(self.chosen)
-        route.save(self.folder / "route.json")
+        if leading():
+            route.save(self.folder / "route.json")
         return route
 
     def check_layers(self) -> None:
@@ -192,7 +198,8 @@ class Study:
         with self.output.progress(f"images, {name}") as progress:
             result, figures = (experiment or EXPERIMENTS[name])(self, progress)
         seconds = time.perf_counter() - started
-        save_result(result, figures, self.folder, name, terms=self.terms(name), seconds=seconds)
+        if leading():
+            save_result(result, figures, self.folder, name, terms=self.terms(name), seconds=seconds)
         return result, {"seconds": seconds, **to_json(result)}
 
     def finished(self, name: str) -> dict[str, Any] | None:
@@ -255,39 +262,12 @@ class Study:
         return self.route.layers[-1]
 
 
-class Batches:
-    """Batches of some of the images, checked to be in [0, 1]."""
-
-    def __init__(self, images: ImageData, indices: Sequence[int], batch_size: int) -> None:
-        self._loader = DataLoader(Subset(images.dataset, indices), batch_size)
-        self.sampler = indices  # whose length tells how many samples there are
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self._loader:
-            check_images(images)
-            yield images, labels
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-def _of(progress: Progress, total: int) -> Callable[[int, int | None], None]:
-    return lambda done, _: progress(done, total)
-
-
 def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
     routes = {"clean": study.routes[ROUTE]}
-
-    def stream(attack: Perturbation) -> Iterator[tuple[Tensor, Tensor]]:
-        parameter = next(study.network.parameters())
-        for images, labels in study.reference:
-            given = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
-            yield attacked(study.network, attack, *given)
-
     for name, attack in study.attacks.items():
         found = sample_routes(
-            study.network, stream(attack), _WIDTH, rivals=(), linear=study.linear, sketches=study.sketches,
-            progress=_of(progress, len(study.reference)),
+            study.network, study.reference, _WIDTH, attack=attack, rivals=(), linear=study.linear,
+            sketches=study.sketches, progress=progress,
         )  # fmt: skip
         routes[name] = found[ROUTE]
     routes |= {by: own for by, own in study.routes.items() if by != ROUTE}

@@ -128,6 +128,7 @@ def analyze(
             help="Leave out experiments that --out holds already, on the same terms.",
         ),
     ] = False,
+    workers: options.Workers = 0,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -145,6 +146,7 @@ def analyze(
     from attackroute.data import load_data
     from attackroute.interventions import ACTIVATION, OUTPUT
     from attackroute.nearest import did_you_mean
+    from attackroute.processes import current
 
     output = Output(as_json, quiet)
     names = _listed(only, "--only") or list(EXPERIMENTS)
@@ -167,13 +169,13 @@ def analyze(
     study = Study(
         network, images, attacks, _listed(layers, "--layers"), share, at, draws, batch_size, seed,
         {"model": model, "data": data, "samples": samples, "device": home.type},
-        options.open_folder(out), output, linear, sketches,
+        options.open_folder(out), output, linear, sketches, workers,
     )  # fmt: skip
     if not resume:
         study.check_layers()
     results: dict[str, Any] = {}
     for name in (name for name in EXPERIMENTS if name in names):
-        done = study.finished(name) if resume else None
+        done = current().first(lambda name=name: study.finished(name)) if resume else None  # type: ignore[misc]
         if done is not None:
             output.line(f"{name}: done before. {done['reading']}")
             results[name] = done

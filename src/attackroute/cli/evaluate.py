@@ -160,6 +160,7 @@ def evaluate(
             help="Go on with the evaluation in --out: what is done is not done again.",
         ),
     ] = False,
+    workers: options.Workers = 0,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -173,15 +174,17 @@ def evaluate(
     from attackroute.cli.evaluate_report import report, report_verification
     from attackroute.cli.networks import find_card, open_network
     from attackroute.cli.verification import verify_with
-    from attackroute.data import load_data, loader
+    from attackroute.data import ImageBatches, load_data
     from attackroute.evaluation import evaluate as run_evaluation
+    from attackroute.processes import current
 
     output = Output(as_json, quiet)
     home = options.resolve_device(device)
     files = _weights_for(model, weights)
     if verify is not None:
         _only_verifying(data, attack, out, save_examples, resume=resume)
-        sound = report_verification(output, verify_with(verify, model, files, model_width, classes, home))
+        found = current().first(lambda: verify_with(verify, model, files, model_width, classes, home))
+        sound = report_verification(output, found)
         if not sound:
             raise typer.Exit(1)
         return
@@ -210,11 +213,12 @@ def evaluate(
         "samples": samples,
         "images": [len(images), *images.shape],
     }
+    batches = ImageBatches(images, batch_size, workers=workers)
     try:
         with output.progress("images") as progress:
             evaluation = run_evaluation(
                 models,
-                loader(images, batch_size),
+                batches,
                 attacks,
                 batch_size=batch_size,
                 seed=seed,
@@ -224,7 +228,7 @@ def evaluate(
                 folder=out,
                 resume=resume,
                 origin=origin,
-                progress=progress,
+                progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
             )
     except KeyboardInterrupt:
         kept = "nothing is kept without --out" if out is None else "what is done is kept; go on with --resume"

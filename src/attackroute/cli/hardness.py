@@ -14,7 +14,7 @@ from attackroute.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from attackroute.data import ImageData
+    from attackroute.data import ImageBatches
     from attackroute.routes import Route
     from attackroute.sketches import Sketches
 
@@ -97,6 +97,7 @@ def hardness(
         ),
     ] = False,
     batch_size: options.BatchSize = 128,
+    workers: options.Workers = 0,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -111,9 +112,10 @@ def hardness(
     from attackroute.cli.hardness_files import write_study
     from attackroute.cli.hardness_report import report
     from attackroute.cli.networks import find_card, open_network
-    from attackroute.data import load_data, loader
+    from attackroute.data import ImageBatches, load_data
     from attackroute.experiments.hardness_radius import EpsSearch
     from attackroute.experiments.hardness_study import study_hardness
+    from attackroute.processes import leading
 
     output = Output(as_json, quiet)
     attacks = [parse_attack(text) for text in (attack or _ATTACKS)]
@@ -127,18 +129,21 @@ def hardness(
     network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
     if route is not None and (linear or sketches is not None):
         raise UserError("--route is there already; leave out --linear and --sketches, or trace the route with them")
-    chosen = _route(network, images, route, batch_size, output, linear=linear, sketches=sketches, seed=seed)
+    batches = ImageBatches(images, batch_size, workers=workers)
+    chosen = _route(network, batches, route, output, linear=linear, sketches=sketches, seed=seed)
     folder = options.open_folder(out)
     with output.progress("images") as progress:
         study = study_hardness(
             network,
             chosen,
-            loader(images, batch_size),
+            batches,
             attacks,
             search=EpsSearch() if smallest_eps else None,
             seed=seed,
-            progress=progress,
+            progress=lambda done, total: progress(done, total, batches.reading),
         )
+    if not leading():
+        return
     if route is None:
         chosen.save(folder / "route.json")
     origin = {
@@ -155,33 +160,31 @@ def hardness(
 
 def _route(
     network: nn.Module,
-    images: ImageData,
+    batches: ImageBatches,
     file: Path | None,
-    batch_size: int,
     output: Output,
     *,
     linear: bool,
     sketches: Sketches,
     seed: int,
 ) -> Route:
-    from attackroute.data import loader
     from attackroute.routes import Route
     from attackroute.trace import trace_routes
 
     if file is not None:
         return Route.load(file, model=network)
     output.note(
-        f"note: no --route is given, so one is traced from these {len(images)} images "
+        f"note: no --route is given, so one is traced from these {len(batches.sampler)} images "
         f"(width {_WIDTH:g} for an image's route, {_ROUTE_WIDTH:g} for the model's)"
     )
     with output.progress("images traced") as progress:
         routes = trace_routes(
             network,
-            loader(images, batch_size),
+            batches,
             _WIDTH,
             linear=linear,
             sketches=sketches,
             seed=seed,
-            progress=progress,
+            progress=lambda done, total: progress(done, total, batches.reading),
         )
     return routes.aggregate(_ROUTE_WIDTH)

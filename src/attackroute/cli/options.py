@@ -11,6 +11,7 @@ import typer
 
 from attackroute.cli.console import Output
 from attackroute.errors import UserError
+from attackroute.processes import leading
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +82,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def open_folder(folder: Path) -> Path:
-    """Create the folder where it is missing, or say in one line why that cannot be."""
+    """Create the folder where it is missing, or say in one line why that cannot be; of processes, the first does."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if leading():
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be a folder ({error.strerror}); name another") from error
     return folder

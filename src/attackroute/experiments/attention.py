@@ -19,9 +19,10 @@ from attackroute.experiments.tables import Record
 from attackroute.gradcam import enlarged, evidence
 from attackroute.interventions import OUTPUT
 from attackroute.layers import frozen
+from attackroute.processes import current
 from attackroute.routes import Route
 from attackroute.seeds import checked_labels
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data
 from attackroute.trace import Progress
 
 CLEAN = "clean"
@@ -195,29 +196,38 @@ def compare_attention(
         raise UserError("no attack is given: pass one by name, such as pgd")
     masks = layer_sets(rank(route, rivals, seeds, [layer]), layer, share)
     sets, labels = torch.stack(list(masks.values())), list(masks)
+    if boxes is not None and current().count > 1:
+        raise UserError("boxes belong to images by their number, which several processes do not see: run one process")
     measure = _Measure(sets, len(labels))
-    total, samples, counted = samples_in(data), 0, 0
+    samples, counted = 0, 0
     size = (0, 0)
+
+    def once(images: Tensor, given: Tensor | None) -> tuple[int, int, tuple[int, int], _Measure]:
+        if given is None:
+            raise UserError("the data have no labels: give (images, labels)")
+        found = evidence(model, images, layer, at=at)
+        answers = checked_labels(given, found.logits.shape[1], len(images))
+        right = (found.target == answers).nonzero().flatten()
+        inside = _inside(images, boxes, samples)[right]
+        own = _Measure(sets, len(labels))
+        if len(right):
+            pixels = (int(images.shape[2]), int(images.shape[3]))
+            clean = own.measure(CLEAN, enlarged(found[right].cams(own.sets), pixels), inside, None)
+            for name, attack in attacks.items():
+                changed, _ = attacked(model, attack, images[right], answers[right])
+                then = evidence(model, changed, layer, at=at)
+                own.measure(name, enlarged(then.cams(own.sets), pixels), inside, clean)
+        return len(images), len(right), (int(found.maps.shape[2]), int(found.maps.shape[3])), own
+
     with frozen(model), torch.inference_mode(False), counted_passes(model) as count:
-        for images, given in batches(model, data, batch_size):
-            if given is None:
-                raise UserError("the data have no labels: give (images, labels)")
-            found = evidence(model, images, layer, at=at)
-            answers = checked_labels(given, found.logits.shape[1], len(images))
-            right = (found.target == answers).nonzero().flatten()
-            inside = _inside(images, boxes, samples)[right]
-            samples += len(images)
-            counted += len(right)
-            if len(right):
-                size = (int(found.maps.shape[2]), int(found.maps.shape[3]))
-                pixels = (int(images.shape[2]), int(images.shape[3]))
-                clean = measure.add(CLEAN, enlarged(found[right].cams(measure.sets), pixels), inside, None)
-                for name, attack in attacks.items():
-                    changed, _ = attacked(model, attack, images[right], answers[right])
-                    then = evidence(model, changed, layer, at=at)
-                    measure.add(name, enlarged(then.cams(measure.sets), pixels), inside, clean)
+        stream = BatchStream(model, data, batch_size)
+        for number, right, area, part in count.map(stream, once):
+            samples += number
+            counted += right
+            size = area if right else size
+            measure.add(part)
             if progress is not None:
-                progress(samples, total)
+                progress(samples, stream.total)
     if boxes is not None and len(boxes) != samples:
         raise UserError(f"there are {len(boxes)} boxes for {samples} images: give one for each, in order")
     if not counted:
@@ -262,8 +272,14 @@ class _Measure:
         self._values: dict[tuple[str, str], Moments] = {}
         self._more: dict[tuple[str, str], Moments] = {}
 
-    def add(self, name: str, cams: Tensor, inside: Tensor, clean: Tensor | None) -> Tensor:
-        """Add maps (2 S, n, H, W) of a batch; gives them as distributions, (S, n, H * W), NaN where a map is zero."""
+    def add(self, other: _Measure) -> None:
+        """Add other samples."""
+        for own, new in ((self._values, other._values), (self._more, other._more)):
+            for key, moments in new.items():
+                own.setdefault(key, Moments(self._count)).add(moments)
+
+    def measure(self, name: str, cams: Tensor, inside: Tensor, clean: Tensor | None) -> Tensor:
+        """Take maps (2 S, n, H, W) of a batch; gives them as distributions, (S, n, H * W), NaN where a map is zero."""
         energy = cams.double().flatten(2)
         sums = energy.sum(2)
         own, rest = sums[: self._count], sums[self._count :]
@@ -276,8 +292,8 @@ class _Measure:
         if clean is not None:
             found[SHIFT] = (spread - clean).abs().sum(2) / 2
         for measure, values in found.items():
-            self._values.setdefault((name, measure), Moments(self._count)).add(values)
-            self._more.setdefault((name, measure), Moments(self._count)).add(values[:1] - values)
+            self._values[name, measure] = Moments.of(values)
+            self._more[name, measure] = Moments.of(values[:1] - values)
         return spread
 
     def results(self) -> list[tuple[str, str, int, Mean, Mean]]:

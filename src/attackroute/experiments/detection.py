@@ -15,7 +15,7 @@ from attackroute.attacks.application import Attack, attacked
 from attackroute.errors import UserError
 from attackroute.experiments.passes import counted_passes
 from attackroute.experiments.rankings import ROUTE, random_order
-from attackroute.experiments.sample_routes import sample_routes
+from attackroute.experiments.sample_routes import SampleRouter, joined_routes, sample_routes
 from attackroute.experiments.tables import Record
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
@@ -23,7 +23,7 @@ from attackroute.rank_statistics import AUROC, associations
 from attackroute.routes import Route
 from attackroute.seeds import checked_labels, checked_logits, log_doubt
 from attackroute.sketches import Sketches
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data
 from attackroute.trace import Progress
 
 RANDOM_ROUTE = "random route"
@@ -192,19 +192,33 @@ def detect(
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")
     with frozen(model), torch.inference_mode(False), counted_passes(model) as count:
-        known = sample_routes(model, _labelled(model, reference, batch_size), width, linear=linear, sketches=sketches)
-        judged = _Judged(model, attacks)
-        stream = judged.stream(batches(model, data, batch_size), samples_in(data), progress)
-        try:
-            routes = sample_routes(model, stream, width, linear=linear, sketches=sketches)
-        except UserError:
-            if judged.counted or not judged.read:
-                raise
-            raise UserError(
-                f"the network gets none of the {judged.samples} samples right when they are clean: check its weights "
-                "and its labels, or give more samples"
-            ) from None
-    group, seen, plain = judged.notes()
+        known = sample_routes(
+            model, reference, width, linear=linear, sketches=sketches, batch_size=batch_size, passes=count
+        )
+        if known[ROUTE].labels is None:
+            raise UserError("the reference data have no labels: give (images, labels)")
+        stream = BatchStream(model, data, batch_size)
+        router = SampleRouter.probe(model, stream.first[0], width, linear=linear, sketches=sketches)
+        judge = _Judge(model, attacks, router)
+        judged: list[_Judged] = []
+        samples = 0
+        for part in count.map(stream, judge.judge):
+            judged.append(part)
+            samples += part.samples
+            if progress is not None:
+                progress(samples, stream.total)
+    seen_parts = [group for part in judged for group in part.groups]
+    counted = sum(part.counted for part in judged)
+    if not counted:
+        raise UserError(
+            f"the network gets none of the {samples} samples right when they are clean: check its weights "
+            "and its labels, or give more samples"
+        )
+    routes = joined_routes([part.routes for part in seen_parts])
+    group, seen, softmax, margin = (
+        torch.cat([getattr(part, name) for part in seen_parts]) for name in ("group", "seen", "softmax", "margin")
+    )
+    plain = {SOFTMAX: softmax, MARGIN: margin}
     classes = {by: own.by_label(route_width) for by, own in known.items()}
     has_route = torch.tensor([int(label) in classes[ROUTE] for label in seen], dtype=torch.bool)
     if not has_route[group == 0].any():
@@ -229,7 +243,7 @@ def detect(
         scores |= {(name, None, ALL_LAYERS): values for name, values in plain.items()}
         rows += _rows(attack, scores, clean, fooled)
     return Detection(
-        tuple(rows), len(known[ROUTE]), judged.samples, judged.counted, int((~has_route).sum()), width, route_width,
+        tuple(rows), len(known[ROUTE]), samples, counted, int((~has_route).sum()), width, route_width,
         count.passes,
     )  # fmt: skip
 
@@ -249,68 +263,71 @@ def _rows(
         yield Row(attack, score, draw, layer, math.nan if value is None else value, low, high, *sizes, beaten)
 
 
-class _Judged:
-    """The images to judge, clean and attacked, as one stream; what the stream showed stays here.
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Images of one batch that are all clean, or all of one attack.
 
-    Args:
-        model: The network.
-        attacks: Attacks by name.
+    Attributes:
+        group: For each image 0, or its attack's number.
+        seen: The class that the network sees in it.
+        softmax: Its score by the largest probability.
+        margin: Its score by the margin of the two largest logits.
+        routes: Its routes by criterion.
     """
 
-    def __init__(self, model: nn.Module, attacks: Mapping[str, Attack]) -> None:
-        self._model = model
-        self._attacks = attacks
-        self._notes: dict[str, list[Tensor]] = {"group": [], "seen": [], SOFTMAX: [], MARGIN: []}
-        self.samples = 0
-        self.counted = 0
-        self.read = False
+    group: Tensor
+    seen: Tensor
+    softmax: Tensor
+    margin: Tensor
+    routes: dict[str, InstanceRoutes]
 
-    def stream(
-        self, data: Iterator[tuple[Tensor, Tensor | None]], total: int | None, progress: Progress | None
-    ) -> Iterator[tuple[Tensor, None]]:
-        """Clean images that the model gets right, then those with which each attack fools it; without labels."""
-        for images, given in data:
-            self.samples += len(images)
-            logits = self._logits(images)
-            labels = _require(given, logits)
-            right = logits.argmax(1) == labels
-            self.counted += int(right.sum())
-            if right.any():
-                yield self._note(0, images[right], logits[right]), None
-                for number, attack in enumerate(self._attacks.values(), start=1):
-                    changed, _ = attacked(self._model, attack, images[right], labels[right])
-                    logits_then = self._logits(changed)
-                    fooled = logits_then.argmax(1) != labels[right]
-                    if fooled.any():
-                        yield self._note(number, changed[fooled], logits_then[fooled]), None
-            if progress is not None:
-                progress(self.samples, total)
-        self.read = True
 
-    def notes(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """For each image that was streamed: 0 or its attack's number; the class seen in it; scores without routes."""
-        joined = {name: torch.cat(parts) for name, parts in self._notes.items()}
-        return joined.pop("group"), joined.pop("seen"), joined
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """What was found in one batch: how many images it has, how many count, and these by group."""
+
+    samples: int
+    counted: int
+    groups: list[_Group]
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Takes batches one by one: clean images that the model gets right, then those with which each attack fools it."""
+
+    model: nn.Module
+    attacks: Mapping[str, Attack]
+    router: SampleRouter
+
+    def judge(self, images: Tensor, given: Tensor | None) -> _Judged:
+        logits = self._logits(images)
+        labels = _require(given, logits)
+        right = logits.argmax(1) == labels
+        groups = []
+        if right.any():
+            groups.append(self._group(0, images[right], logits[right]))
+            for number, attack in enumerate(self.attacks.values(), start=1):
+                changed, _ = attacked(self.model, attack, images[right], labels[right])
+                logits_then = self._logits(changed)
+                fooled = logits_then.argmax(1) != labels[right]
+                if fooled.any():
+                    groups.append(self._group(number, changed[fooled], logits_then[fooled]))
+        return _Judged(len(images), int(right.sum()), groups)
 
     def _logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return checked_logits(self._model(images.clone()), len(images)).detach()
+            return checked_logits(self.model(images.clone()), len(images)).detach()
 
-    def _note(self, number: int, images: Tensor, logits: Tensor) -> Tensor:
+    def _group(self, number: int, images: Tensor, logits: Tensor) -> _Group:
         seen = logits.argmax(1)
         two = logits.double().topk(2, dim=1).values
-        self._notes["group"].append(torch.full((len(images),), number))
-        self._notes["seen"].append(seen.cpu())
-        self._notes[SOFTMAX].append(log_doubt(logits.double(), seen).cpu())
-        self._notes[MARGIN].append((two[:, 1] - two[:, 0]).cpu())
-        return images
-
-
-def _labelled(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in batches(model, data, batch_size):
-        if labels is None:
-            raise UserError("the reference data have no labels: give (images, labels)")
-        yield images, labels
+        return _Group(
+            torch.full((len(images),), number),
+            seen.cpu(),
+            log_doubt(logits.double(), seen).cpu(),
+            (two[:, 1] - two[:, 0]).cpu(),
+            self.router.routes(images, None),
+        )
 
 
 def _require(labels: Tensor | None, logits: Tensor) -> Tensor:

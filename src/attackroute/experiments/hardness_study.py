@@ -24,7 +24,7 @@ from attackroute.layers import frozen
 from attackroute.rank_statistics import AUROC, SPEARMAN, Association, Floats, associations, best
 from attackroute.routes import Route
 from attackroute.sample_readings import SampleReader, SampleReadings
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data
 from attackroute.trace import Progress
 
 OURS = "hardness V"
@@ -215,18 +215,24 @@ def study_hardness(
     done = 0
     with frozen(model), torch.inference_mode(False):
         reader = SampleReader(model, routes)
-        for images, labels in batches(model, data, batch_size):
-            parts.append(reader.read(images, labels))
+
+        def once(images: Tensor, labels: Tensor | None) -> tuple[SampleReadings, dict[str, Tensor], list[Tensor]]:
+            readings = reader.read(images, labels)
             assert labels is not None  # or the reader would have refused
-            right = (parts[-1].labels == parts[-1].predictions).to(images.device)
+            right = (readings.labels == readings.predictions).to(images.device)
             clean, answers = images[right], labels[right]
-            for name, attack in named.items():
-                fooled[name].append(_fooled(model, attack, clean, answers))
-            if search is not None:
-                eps.append(search.smallest_eps(model, clean, answers))
-            done += len(images)
+            found = {name: _fooled(model, attack, clean, answers) for name, attack in named.items()}
+            return readings, found, [] if search is None else [search.smallest_eps(model, clean, answers)]
+
+        stream = BatchStream(model, data, batch_size)
+        for readings, found, radii in stream.map(once):
+            parts.append(readings)
+            for name, events in found.items():
+                fooled[name].append(events)
+            eps += radii
+            done += len(readings)
             if progress is not None:
-                progress(done, samples_in(data))
+                progress(done, stream.total)
     readings = SampleReadings.concatenate(parts)
     hardness = Hardness.of_readings(readings, route)
     if not hardness.correct.any():

@@ -41,17 +41,23 @@ class Moments:
     def __init__(self, count: int) -> None:
         self._samples, self._mean, self._squares = torch.zeros(3, count, dtype=torch.float64)
 
-    def add(self, values: Tensor) -> None:
-        """Add values ``(quantities, n)`` (Chan's parallel update, so that nothing cancels)."""
+    @classmethod
+    def of(cls, values: Tensor) -> Moments:
+        """Those of values ``(quantities, n)``."""
         values = values.detach().to("cpu", torch.float64)
         known = ~values.isnan()
-        number = known.sum(1).double()
-        mean = values.nan_to_num(0).sum(1) / number.clamp(min=1)
-        squares = (values - mean[:, None]).nan_to_num(0).square().sum(1)
-        total = self._samples + number
-        apart = mean - self._mean
-        weight = number / total.clamp(min=1)
-        self._squares += squares + apart.square() * self._samples * weight
+        found = cls(len(values))
+        found._samples = known.sum(1).double()
+        found._mean = values.nan_to_num(0).sum(1) / found._samples.clamp(min=1)
+        found._squares = (values - found._mean[:, None]).nan_to_num(0).square().sum(1)
+        return found
+
+    def add(self, other: Moments) -> None:
+        """Add other samples (Chan's parallel update, so that nothing cancels)."""
+        total = self._samples + other._samples
+        apart = other._mean - self._mean
+        weight = other._samples / total.clamp(min=1)
+        self._squares += other._squares + apart.square() * self._samples * weight
         self._mean += apart * weight
         self._samples = total
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from attackroute.streams import BatchStream
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -14,6 +19,23 @@ class PassCount:
     """Number of forward passes of a model so far."""
 
     passes: int = 0
+
+    def map(self, stream: BatchStream, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[T]:
+        """As :meth:`attackroute.streams.BatchStream.map`; the passes of all processes count, each batch's once."""
+        own = 0
+
+        def counted(images: Tensor, labels: Tensor | None) -> tuple[T, int]:
+            nonlocal own
+            before = self.passes
+            found = work(images, labels)
+            own += self.passes - before
+            return found, self.passes - before
+
+        shared = 0
+        for found, passes in stream.map(counted):
+            shared += passes
+            yield found
+        self.passes += shared - own
 
 
 @contextmanager

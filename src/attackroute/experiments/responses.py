@@ -18,7 +18,7 @@ from attackroute.experiments.rankings import RANDOM, ROUTE, Rivals, layer_sets, 
 from attackroute.experiments.tables import Record
 from attackroute.layers import frozen
 from attackroute.routes import Route
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data
 from attackroute.trace import Progress
 
 SENSITIVITY, GRADIENT = "sensitivity", "gradient"
@@ -194,18 +194,25 @@ def compare_responses(
     names = rankings[0].layers
     means = {(SENSITIVITY, attack): RunningMean() for attack in attacks}
     gradient_mean = RunningMean()
-    total = samples_in(data)
+
+    def once(images: Tensor, labels: Tensor | None) -> tuple[RunningMean, dict[str, RunningMean]]:
+        if labels is None:
+            raise UserError("the data have no labels: give (images, labels)")
+        slope = RunningMean.of(_of_layers(gradients(model, images, labels, linear=True), names))
+        moves = {}
+        for name, attack in attacks.items():
+            moved, _ = attacked(model, attack, images, labels)
+            moves[name] = RunningMean.of(_of_layers(changes(model, images, moved, linear=True), names))
+        return slope, moves
+
     with frozen(model), torch.inference_mode(False), counted_passes(model) as count:
-        for images, labels in batches(model, data, batch_size):
-            if labels is None:
-                raise UserError("the data have no labels: give (images, labels)")
-            gradient_mean.add(_of_layers(gradients(model, images, labels, linear=True), names))
-            for name, attack in attacks.items():
-                moved, _ = attacked(model, attack, images, labels)
-                apart = changes(model, images, moved, linear=True)
-                means[SENSITIVITY, name].add(_of_layers(apart, names))
+        stream = BatchStream(model, data, batch_size)
+        for slope, moves in count.map(stream, once):
+            gradient_mean.add(slope)
+            for name, part in moves.items():
+                means[SENSITIVITY, name].add(part)
             if progress is not None:
-                progress(gradient_mean.samples, total)
+                progress(gradient_mean.samples, stream.total)
     if not gradient_mean.samples:
         raise UserError("the data hold no sample: the loader is empty")
     values: dict[tuple[str, str | None], dict[str, Tensor]] = {

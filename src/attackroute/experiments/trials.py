@@ -19,7 +19,7 @@ from attackroute.interventions import OUTPUT, record_outputs
 from attackroute.layers import frozen
 from attackroute.routes import Route
 from attackroute.seeds import checked_labels, checked_logits
-from attackroute.streams import Data, batches, samples_in
+from attackroute.streams import BatchStream, Data, samples_in
 from attackroute.trace import Progress
 
 
@@ -130,29 +130,34 @@ def run(
     tally = _Tally(columns, references)
     total = samples_in(data)
     samples = counted = number = 0
+
+    def once(images: Tensor, labels: Tensor | None) -> tuple[int, Tensor]:
+        clean = _clean(model, images, labels, record, at)
+        correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
+        done = 0
+        for name in names if len(clean.images) else ():
+            images_then = clean.images
+            if name is not None:
+                images_then, _ = attacked(model, _attack(attacks, name), clean.images, clean.labels)
+            for change in (change for change in changes if change.attack == name):
+                if name is None and change.channels is None:
+                    correct[position[change]] = True  # these are the samples that count
+                else:
+                    with nullcontext() if change.channels is None else intervene(change, clean):
+                        logits = checked_logits(model(images_then.clone()), len(images_then))
+                    correct[position[change]] = (logits.argmax(1) == clean.labels).cpu()
+                done += 1
+                if progress is not None:
+                    whole = None if total is None else total * len(changes)
+                    progress(samples * len(changes) + done * len(images), whole)
+        return len(images), correct
+
     with frozen(model), torch.inference_mode(False), torch.no_grad(), counted_passes(model) as count:
-        for images, labels in batches(model, data, batch_size):
-            clean = _clean(model, images, labels, record, at)
+        stream = BatchStream(model, data, batch_size)
+        for read, correct in count.map(stream, once):
             number += 1
-            counted += len(clean.images)
-            correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
-            done = 0
-            for name in names if len(clean.images) else ():
-                images_then = clean.images
-                if name is not None:
-                    images_then, _ = attacked(model, _attack(attacks, name), clean.images, clean.labels)
-                for change in (change for change in changes if change.attack == name):
-                    if name is None and change.channels is None:
-                        correct[position[change]] = True  # these are the samples that count
-                    else:
-                        with nullcontext() if change.channels is None else intervene(change, clean):
-                            logits = checked_logits(model(images_then.clone()), len(images_then))
-                        correct[position[change]] = (logits.argmax(1) == clean.labels).cpu()
-                    done += 1
-                    if progress is not None:
-                        whole = None if total is None else total * len(changes)
-                        progress(samples * len(changes) + done * len(images), whole)
-            samples += len(images)
+            counted += correct.shape[1]
+            samples += read
             tally.add(correct)
     if not counted:
         raise UserError(
