@@ -56,7 +56,7 @@ class BatchStream:
         self._model, self._data, self._batch_size = model, data, batch_size
         self._team = current()
         self.number = 0
-        self._own: Iterator[tuple[int, Any]] | None = None
+        self._source: Iterator[tuple[int, Any]] | None = None
         self._order: list[Any] | None = None
         loader = _sampled(data)
         if self._team.count > 1 and loader is not None and not isinstance(loader.sampler, SequentialSampler):
@@ -74,14 +74,14 @@ class BatchStream:
         Raises:
             UserError: As for :func:`batches`; or there is no sample.
         """
-        own = self._turns()
+        mine = self._team.leads or self._is_skimmed
+        source = self._read() if mine else self._raw(0, _AT_MOST)
         held: list[tuple[int, Any]] = []
-        readable = own if self._team.leads or self._is_skimmed else self._raw(0, _AT_MOST)
-        for item in readable:
+        for item in source:
             held.append(item)
             for found in _ready(self._model, iter([item])):
-                if readable is own:
-                    self._own = chain(held, own)
+                if mine:
+                    self._source = chain(held, source)
                 return found
         raise UserError("the data hold no sample: the loader is empty")
 
@@ -96,7 +96,9 @@ class BatchStream:
             UserError: As for :func:`batches`; what ``work`` raises anywhere is raised everywhere.
             LostProcessError: A process is gone.
         """
-        own = self._turns()
+        own = self._read()
+        if self._is_skimmed:
+            own = islice(own, self._team.rank, None, self._team.count)
         if self._team.count == 1:
             for item in own:
                 self.number = item[0]
@@ -126,20 +128,18 @@ class BatchStream:
         tensors = isinstance(self._data, Tensor) or _is_pair(self._data)
         return not (tensors or isinstance(self._data, Turns) or _sampled(self._data) is not None)
 
-    def _turns(self) -> Iterator[tuple[int, Any]]:
-        """This process's batches with their numbers."""
-        if self._own is None:
-            self._own = self._raw(self._team.rank, self._team.count)
-        return self._own
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        """This process's batches with their numbers; all of them where the data are skimmed."""
+        if self._source is None:
+            self._source = self._raw(0, 1) if self._is_skimmed else self._raw(self._team.rank, self._team.count)
+        return self._source
 
     def _raw(self, start: int, step: int) -> Iterator[tuple[int, Any]]:
         """Every ``step``-th batch from ``start`` on."""
         loader = _sampled(self._data)
-        if step == 1:
-            return iter(enumerate(_raw(self._data, self._batch_size)))
-        if isinstance(self._data, Turns):
+        if step > 1 and isinstance(self._data, Turns):
             return zip(_numbers(start, step), self._data.turns(start, step), strict=False)
-        if loader is not None:
+        if step > 1 and loader is not None:
             return zip(_numbers(start, step), _every(loader, self._order, start, step), strict=False)
         return islice(enumerate(_raw(self._data, self._batch_size)), start, None, step)
 

@@ -1,0 +1,169 @@
+"""Commands whose results must not depend on how many processes share them; run as a script, the part of one process.
+
+``python shared_commands.py FOLDER PORT...`` expects the environment that torchrun makes for as many processes as there
+are ports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
+
+import attackroute as ar
+from attackroute.cli import unfinished
+from attackroute.cli.app import app
+from attackroute.data import ImageBatches, load_data
+from attackroute.errors import UserError
+from attackroute.processes import Processes, joined
+from attackroute.streams import BatchStream
+from report_runs import make_network, make_pictures
+
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "trace": ("trace", "--batch-size", 4, "--samples", 11, "--keep-scores"),
+    "attacked": ("trace", "--batch-size", 5, "--samples", 11, "--attack", "pgd:eps=0.1,steps=2,restarts=2"),
+    "one-batch": ("trace", "--batch-size", 20),
+    "evaluate": (
+        "evaluate", "--batch-size", 3, "--check-samples", 2, "--attack", "fgsm:eps=0.1", "--attack",
+        "pgd:eps=0.1,steps=2", "--attack", "gaussian-noise:std=0.2",
+    ),
+    "hardness": ("hardness", "--batch-size", 3, "--attack", "fgsm:eps=16/255"),
+    "analyze": (
+        "analyze", "--batch-size", 3, "--draws", 1, "--attack", "pgd:eps=0.2,steps=2", "--layers",
+        "features.3,features.7", "--only", "occurrence,sensitivity,transplant,gradcam,detect",
+    ),
+}  # fmt: skip
+SHARD = 3  # samples in a file of routes, rounded up to whole batches
+
+
+def prepare(root: Path) -> None:
+    """The network and the pictures that the commands take."""
+    make_pictures(root / "pictures")
+    make_network(root / "net")
+
+
+def run_commands(root: Path, out: Path) -> dict[str, Any]:
+    """Run all commands, and return what each printed."""
+    unfinished._SHARD_SAMPLES = SHARD
+    printed: dict[str, Any] = {}
+    for name, (command, *options) in COMMANDS.items():
+        common = ("--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--out", out / name, "--json")
+        examples = ("--save-examples", out / "examples") if command == "evaluate" else ()
+        started = time.perf_counter()
+        result = CliRunner().invoke(
+            app, [str(word) for word in (command, *common, *options, *examples)], catch_exceptions=False
+        )
+        assert result.exit_code == 0, (name, result.output)
+        printed[name] = result.stdout
+        print(name, round(time.perf_counter() - started, 1), file=sys.stderr)
+    return printed
+
+
+def check_streams(root: Path, team: Processes) -> None:
+    """Every batch is worked on once, by the process whose turn it is, and all get the results in order."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    images = torch.rand(11, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(11)
+    data = TensorDataset(images, labels)
+    parts = [(images[:4], labels[:4]), (images[4:4], labels[4:4]), (images[4:], labels[4:])]
+    kinds: dict[str, Any] = {
+        "tensors": (images, labels),
+        "loader": DataLoader(data, 4),
+        "workers": DataLoader(data, 4, num_workers=1),
+        "iterable": parts,
+        "generator": iter(parts),
+        "one": (images[:1], labels[:1]),
+        "shuffled": DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(team.rank)),
+    }
+    for name, kind in kinds.items():
+        stream = BatchStream(model, kind, 4)
+        if name not in ("shuffled", "generator"):
+            assert torch.equal(stream.first[1], labels[: min(4, len(labels) if name != "one" else 1)]), name
+        seen = list(stream.map(lambda _, answers, stream=stream: (team.rank, stream.number, answers.tolist())))
+        assert all(number % team.count == rank for rank, number, _ in seen), name
+        read = [label for _, _, found in seen for label in found]
+        expected = [0] if name == "one" else list(range(11))
+        assert (sorted(read) if name == "shuffled" else read) == expected, (name, read)
+        assert len(set(map(str, team.all(read)))) == 1, name
+
+
+def check_errors(root: Path, team: Processes) -> None:
+    """What goes wrong in one process goes wrong in all, at the same batch, in the same words."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    images = torch.rand(12, 1, 2, 2)
+    images[7] = torch.nan
+    seen = []
+    try:
+        seen.extend(BatchStream(model, images, 2).map(lambda rows, _: len(rows)))
+    except UserError as error:
+        assert "image 1 of batch 3 holds NaN" in str(error)
+    else:
+        raise AssertionError("NaN passed")
+    assert seen == [2, 2, 2]
+
+    def fail(rows: torch.Tensor, _: object) -> int:
+        if team.rank == team.count - 1:
+            raise ZeroDivisionError("only here")
+        return len(rows)
+
+    try:
+        list(BatchStream(model, torch.rand(12, 1, 2, 2), 2).map(fail))
+    except ZeroDivisionError as error:
+        assert team.count == 1 or f"in process {team.count - 1} of {team.count}" in str(error.__cause__)
+    else:
+        raise AssertionError("the error was lost")
+
+
+def check_reading(root: Path, team: Processes) -> None:
+    """Processes read their own batches alone."""
+    data = load_data(f"folder:{root / 'pictures'}")
+    read: list[int] = []
+
+    class Noted(torch.utils.data.Dataset):
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return data.dataset[index]
+
+        def __len__(self) -> int:
+            return len(data)
+
+    noted = ar.data.ImageData(Noted(), data.classes, data.shape, data.name, data.split)
+    model = ar.build_model("vgg_small", width=0.1, num_classes=2).eval()
+    list(BatchStream(model, ImageBatches(noted, 3), 3).map(lambda _, labels: len(labels)))
+    everyone = [index for part in team.all(read) for index in part]
+    assert sorted(everyone) == list(range(len(data))), everyone
+
+
+CHECKS: tuple[Callable[[Path, Processes], None], ...] = (check_streams, check_errors, check_reading)
+
+
+def main() -> None:
+    """The part of one process: with all of them, then with fewer, at last alone; what came of it is written down."""
+    root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    ports = [int(port) for port in sys.argv[2:]]
+    torch.set_num_threads(1)
+    for count, port in zip(range(len(ports), 0, -1), ports, strict=True):
+        if rank < count:
+            os.environ |= {"WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+            found: dict[str, Any] = {}
+            out = root / str(count)
+            out.mkdir(exist_ok=True)
+            with joined(timeout=timedelta(seconds=120)) as team:
+                assert (team.rank, team.count) == (rank, count)
+                for check in CHECKS:
+                    check(root, team)
+                found["printed"] = run_commands(root, out)
+            (out / f"process-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
