@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import attackroute as ar
+import shared_training
 from attackroute.cli import unfinished
 from attackroute.cli.app import app
 from attackroute.data import ImageBatches, load_data
@@ -159,7 +160,7 @@ def main() -> None:
             out.mkdir(exist_ok=True)
             with joined(timeout=timedelta(seconds=120)) as team:
                 assert (team.rank, team.count) == (rank, count)
-                for check in CHECKS:
+                for check in (*CHECKS, *shared_training.CHECKS):
                     check(root, team)
                 found["printed"] = run_commands(root, out)
             (out / f"process-{rank}.json").write_text(json.dumps(found))

@@ -14,8 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 import attackroute
 from shared_commands import COMMANDS, prepare
+from shared_training import RUNS, TOLERANCE
 
 MOST = 3
 SOURCES = str(Path(attackroute.__file__).parents[1])
@@ -57,6 +61,10 @@ def test_any_number_of_processes_gives_what_one_gives(tmp_path: Path) -> None:
     for count in range(2, MOST + 1):
         for folder in (*COMMANDS, "examples"):
             compare_folders(tmp_path / "1" / folder, tmp_path / str(count) / folder)
+        for run in RUNS:
+            one, many = (load_file(tmp_path / str(own) / f"weights-{run}.safetensors") for own in (1, count))
+            for name, value in one.items():
+                assert torch.allclose(value, many[name], rtol=0, atol=TOLERANCE), (run, name)
         for command, text in alone.items():
             assert untimed(json.loads(printed(tmp_path, count, 0)[command])) == untimed(json.loads(text)), command
         for rank in range(1, count):  # the first process speaks, and no other

@@ -116,7 +116,7 @@ def test_resuming_after_every_epoch(tmp_path: Path, change: dict[str, Any], epoc
 
 
 def test_resuming_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_autocast_type", lambda device: torch.float16)
+    monkeypatch.setattr(training, "autocast_type", lambda device: torch.float16)
     settings = replace(SETTINGS_USED, amp=True)
     whole, _ = trained(settings, folder=tmp_path / "whole")
     with pytest.raises(Killed):

@@ -122,7 +122,7 @@ def test_schedules_by_hand() -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_clipping_bounds_the_step(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
-    monkeypatch.setattr(training, "_autocast_type", lambda device: torch.float16)
+    monkeypatch.setattr(training, "autocast_type", lambda device: torch.float16)
     model = toy_model(dropout=0.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     settings = TrainSettings(
@@ -176,7 +176,7 @@ def test_same_seed_same_weights_whatever_the_global_generator(change: dict[str, 
 
 def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: dict[str, list[int]] = {"views": [], "readers": [], "dropout": []}
-    augment, load, seed_device = training.augment, training.load, training._seed_device
+    augment, load, seed_device = training.augment, training.load, training.seed_device
 
     def spied_augment(images: Tensor, kind: Any, generator: torch.Generator) -> Tensor:
         seeds["views"].append(generator.initial_seed())
@@ -192,7 +192,7 @@ def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(training, "augment", spied_augment)
     monkeypatch.setattr(training, "load", spied_load)
-    monkeypatch.setattr(training, "_seed_device", spied_seed)
+    monkeypatch.setattr(training, "seed_device", spied_seed)
     for seed in (0, 1):
         train(toy_model(), toy_data(), None, replace(SETTINGS_USED, seed=seed))
     probes = 2  # a reader of the first sample in each run, from one fixed seed
@@ -248,7 +248,7 @@ def test_a_nan_loss_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("interval", [1, 2, 50])
 def test_a_nan_is_located_however_rarely_the_loss_is_read(monkeypatch: pytest.MonkeyPatch, interval: int) -> None:
-    monkeypatch.setattr(training, "_loss_interval", lambda device: interval)
+    monkeypatch.setattr(training, "loss_interval", lambda device: interval)
     data = toy_data()
     data.tensors[0][shuffled(24, 4, 0, 1)[2][0]] = torch.inf
     with pytest.raises(UserError, match="epoch 1, step 3: the loss is nan"):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from attackroute.batches import check_logits, checked, count_samples, in_order, load, placement
 from attackroute.errors import UserError
 from attackroute.modes import kept_modes
+from attackroute.processes import attempted, current, unwrapped
 
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 _WHAT = "data set"
@@ -83,11 +84,12 @@ def count_correct(
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     home, dtype = placement(model)
     home = torch.device(device) if device is not None else home
-    batches = in_order(samples, batch_size)
-    correct = torch.zeros((), dtype=torch.int64, device=home)
-    broken = torch.zeros((), dtype=torch.bool, device=home)
-    with kept_modes(model), torch.no_grad():
-        model.eval()
+    team = current()
+    batches = in_order(samples, batch_size)[team.rank :: team.count]
+
+    def count() -> int:
+        correct = torch.zeros((), dtype=torch.int64, device=home)
+        broken = torch.zeros((), dtype=torch.bool, device=home)
         for batch in load(data, batches, generator=torch.Generator(), workers=workers, pin_memory=home.type == "cuda"):
             images, labels = checked(batch, _WHAT)
             images = images.to(home, dtype, non_blocking=True)
@@ -97,9 +99,13 @@ def count_correct(
             check_logits(logits, labels, _WHAT)
             correct += (logits.argmax(1) == labels.to(home, non_blocking=True)).sum()
             broken |= logits.isnan().any()
-    if broken:
-        raise BrokenLogits("the model's logits are NaN for some images; check the images and the weights")
-    return Accuracy(int(correct), samples)
+        if broken:
+            raise BrokenLogits("the model's logits are NaN for some images; check the images and the weights")
+        return int(correct)
+
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        return Accuracy(sum(map(unwrapped, team.all(attempted(count)))), samples)
 
 
 def accuracy(

@@ -13,7 +13,9 @@ Augment = Literal["none", "crop", "crop-flip"]
 CROP_PADDING = 4
 
 
-def augment(images: Tensor, kind: Augment, generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor, kind: Augment, generator: torch.Generator, *, start: int = 0, whole: int | None = None
+) -> Tensor:
     """Draw a random view of every image.
 
     Args:
@@ -21,18 +23,22 @@ def augment(images: Tensor, kind: Augment, generator: torch.Generator) -> Tensor
         kind: ``"none"`` returns the images themselves; ``"crop"`` shifts each by up to 4 pixels in both directions
             (black moves in); ``"crop-flip"`` mirrors half of them as well.
         generator: A CPU generator. The same state draws the same views on every device.
+        start: Where the images are part of a batch, the first one's number in it: they get the views that they would
+            get among the others.
+        whole: How many images that batch has.
 
     Returns:
         Tensor of the same shape, type and device.
     """
     if kind == "none":
         return images
-    samples = len(images)
-    shifts = torch.randint(0, 2 * CROP_PADDING + 1, (2, samples), generator=generator)
+    samples = len(images) if whole is None else whole
+    own = slice(start, start + len(images))
+    shifts = torch.randint(0, 2 * CROP_PADDING + 1, (2, samples), generator=generator)[:, own]
     views = crop(images, shifts[0], shifts[1], CROP_PADDING)
     if kind == "crop":
         return views
-    return flip(views, torch.randint(0, 2, (samples,), generator=generator).bool())
+    return flip(views, torch.randint(0, 2, (samples,), generator=generator)[own].bool())
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:

@@ -186,6 +186,12 @@ def _check_terms(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Pat
         value = wanted.get(name)
         if stored.get(name) == value:
             continue
+        if name == "processes":
+            raise UserError(
+                f"the run in {path} is trained by {stored.get(name)} processes and cannot go on with {value}, since "
+                f"batches are divided among them: start {stored.get(name)} (torchrun --nproc-per-node), or choose "
+                "another folder"
+            )
         if name == "trainable":
             raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
         raise UserError(

@@ -18,6 +18,7 @@ from attackroute.history import EpochRecord, TrainResult
 from attackroute.objectives import Objective
 from attackroute.penalised import PENALTIES, Penalised, PenaltySettings
 from attackroute.penalties import EXACT
+from attackroute.processes import leading
 from attackroute.route_tracing import ROUTE, RouteChange, RouteOverlap, RouteTracing
 from attackroute.routes import Route
 from attackroute.sketches import Sketches
@@ -133,7 +134,7 @@ def harden(
     objective = Penalised(chosen, attack, route, tracing) if names else Objective(attack)
 
     def save_route(record: EpochRecord) -> None:
-        if folder is not None and isinstance(objective, Penalised) and objective.route is not None:
+        if folder is not None and leading() and isinstance(objective, Penalised) and objective.route is not None:
             objective.route.save(Path(folder) / ROUTE_FILE)
         if on_epoch is not None:
             on_epoch(record)

@@ -55,6 +55,11 @@ class HeldSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a signal waits for the end of a :meth:`held` block."""
+        return self._waiting is not None
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Context that is left before a signal is handled."""

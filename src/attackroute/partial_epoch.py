@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class PartialEpoch:
 
     Attributes:
         random: The generators after the last step.
+        others: Those of the other processes, if several train together.
         step: Steps that were taken.
         losses: For each of them, the cross entropy and then each penalty.
         names: Of the penalties.
@@ -53,6 +54,7 @@ class PartialEpoch:
     """
 
     random: RandomStates
+    others: list[RandomStates] = field(default_factory=list)
     step: int = 0
     losses: list[list[float]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -73,4 +75,11 @@ class PartialEpoch:
     @classmethod
     def from_plain(cls, stored: Mapping[str, Any]) -> PartialEpoch:
         """What :meth:`to_plain` took apart."""
-        return cls(**{**stored, "random": RandomStates(**stored["random"])})
+        others = [RandomStates(**states) for states in stored["others"]]
+        return cls(**{**stored, "random": RandomStates(**stored["random"]), "others": others})
+
+    def seen_by(self, rank: int) -> PartialEpoch:
+        """The same for the process of that rank, with its own generators."""
+        if rank == 0 or not self.others:
+            return self
+        return replace(self, random=self.others[rank - 1], others=[])

@@ -38,12 +38,15 @@ from attackroute.batches import (
     shuffled,
 )
 from attackroute.checkpoints import LOG, SETTINGS, Checkpoint, RunFolder
+from attackroute.devices import autocast_type, loss_interval, seed_device
 from attackroute.errors import UserError
 from attackroute.history import EpochRecord, TrainResult, best_epoch, from_plain, log_line, to_plain
 from attackroute.interruption import HeldSignals, terminated_as_interrupted
 from attackroute.modes import in_channels_last, kept_modes
-from attackroute.objectives import Batch, Objective, StepLosses, backward_in_parts
+from attackroute.objectives import Batch, Objective, backward_in_parts
 from attackroute.partial_epoch import PartialEpoch, RandomStates
+from attackroute.processes import current
+from attackroute.replicas import Replicas, take_from_first
 from attackroute.schedules import learning_rate
 from attackroute.train_settings import TrainSettings
 
@@ -127,15 +130,18 @@ def fit(
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
         if settings.channels_last:
             stack.enter_context(in_channels_last(model))
+        # several processes stop together, where they have agreed to
+        stack.enter_context(run.signals.held() if run.team.count > 1 else nullcontext())
         run.check_fit()
         run.open(resume)
         resumed_from = len(run.history)
         for epoch in range(resumed_from + 1, settings.epochs + 1):
             record = run.epoch(epoch, progress)
-            with run.signals.held():
+            with run.undisturbed():
                 run.save(record)
             if on_epoch is not None:
                 on_epoch(record)
+            run.stop_together()
     return TrainResult(tuple(run.history), resumed_from, Path(folder) if folder is not None else None)
 
 
@@ -153,6 +159,7 @@ class _Run:
     ) -> None:
         self.model, self.train_data, self.test_data = model, train_data, test_data
         self.settings, self.objective, self.folder = settings, objective, folder
+        self.team = current()
         self.samples = count_samples(train_data, _TRAIN)
         self.steps = count_steps(self.samples, settings.batch_size)
         self.device, self.dtype = placement(model)
@@ -165,12 +172,15 @@ class _Run:
             nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
         )
-        self.amp = _autocast_type(self.device) if settings.amp else None
+        self.replicas = Replicas(model, self.trainable, self.team)
+        self.replicas.check(self.samples // self.steps)
+        self.amp = autocast_type(self.device) if settings.amp else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
         self.history: list[EpochRecord] = []
         self.partial: PartialEpoch | None = None
-        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.unread: list[tuple[Tensor, Tensor, Tensor]] = []
         self.torn = False
+        self.agreed = [0, 0]  # how many processes want to stop, and to save
         self.started = 0.0
         self.signals = HeldSignals()
 
@@ -202,25 +212,28 @@ class _Run:
 
     def open(self, resume: bool) -> None:
         """Go on from the folder's checkpoint or put the initial one there."""
-        if self.folder is None:
-            self.objective.start(self.model, self.train_data, self.settings.seed)
-            return
         weights = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
         files = 2 if self.test_data is None else 3  # last, state with the momentum, best
-        checkpoint = self.folder.open(resume=resume, space=2 * files * weights)
-        if checkpoint is not None:
-            self._restore(checkpoint, self.folder.path)
+        folder = self.folder
+        checkpoint = self.team.first(
+            lambda: None if folder is None else folder.open(resume=resume, space=2 * files * weights)
+        )
+        if checkpoint is not None and folder is not None:
+            self._restore(checkpoint, folder.path)
         else:
+            take_from_first(self.model, self.team)
             self.objective.start(self.model, self.train_data, self.settings.seed)
-            self.folder.save(self._checkpoint(), best=False)
-        self.folder.write_text(SETTINGS, json.dumps(self._terms(), indent=2) + "\n")
-        self._write_log(self.folder)
+        if folder is not None and self.team.leads:
+            if checkpoint is None:
+                folder.save(self._checkpoint(), best=False)
+            folder.write_text(SETTINGS, json.dumps(self._terms(), indent=2) + "\n")
+            self._write_log(folder)
 
     def save(self, record: EpochRecord) -> None:
         """Add an epoch to the history and put its checkpoint on disk."""
         self.history.append(record)
         self.partial = None
-        if self.folder is not None:
+        if self.folder is not None and self.team.leads:
             self.folder.save(self._checkpoint(), best=best_epoch(self.history) is record)
             self._write_log(self.folder)
 
@@ -230,16 +243,32 @@ class _Run:
         self.started = time.perf_counter()
         views = derived_generator(settings.seed, "augment", epoch)
         if self.partial is None:
-            _seed_device(self.device, derived_seed(settings.seed, "model", epoch))
+            purpose = "model" if self.team.leads else f"model/{self.team.rank}"  # dropout, other in each process
+            seed_device(self.device, derived_seed(settings.seed, purpose, epoch))
             self.objective.begin_epoch(self.model, self.train_data, epoch)
             self.partial = PartialEpoch(RandomStates.read(views, self.device))
         batches = shuffled(self.samples, settings.batch_size, settings.seed, epoch)
         try:
             self._learn(self.partial, batches, views, epoch, progress)
+            self.stop_together()
+            take_from_first(self.model, self.team, buffers_alone=True)
             return self._finished(self.partial, batches, epoch)
         except KeyboardInterrupt:
             self._save_partial(epoch)
             raise
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Context at whose end signals are handled; several processes hold them back longer."""
+        return self.signals.held() if self.team.count == 1 else nullcontext()
+
+    def stop_together(self) -> None:
+        """Let all of several processes stop here, if one of them was told to.
+
+        Raises:
+            KeyboardInterrupt: One was.
+        """
+        if self.team.count > 1 and any(self.team.all(self.signals.waiting)):
+            raise KeyboardInterrupt("several processes stop together")
 
     def _learn(
         self,
@@ -252,14 +281,14 @@ class _Run:
         """Take the epoch's steps that are left."""
         settings, saved = self.settings, time.monotonic()
         first, total = (epoch - 1) * self.steps, settings.epochs * self.steps
-        interval = _loss_interval(self.device)
+        interval = loss_interval(self.device)
         self.model.train()
         # workers have random states of their own, which only replaying brings back
         skipped = part.step if settings.workers == 0 else 0
         replayed = part.step - skipped
         loader = load(
             self.train_data,
-            batches[skipped:],
+            [batch[self.replicas.rows(len(batch))] for batch in batches[skipped:]],
             generator=derived_generator(settings.seed, "workers", epoch),
             workers=settings.workers,
             pin_memory=self.device.type == "cuda",
@@ -269,17 +298,21 @@ class _Run:
             number = first + part.step
             rate = learning_rate(settings.schedule, settings.lr, number, total)
             draws = derived_generator(settings.seed, "attack", number + 1)
-            with self.signals.held():
+            due = time.monotonic() - saved > _SAVE_SECONDS and part.step + 1 < len(batches)
+            with self.undisturbed():
                 self.torn = True
+                wanted = torch.tensor([self.signals.waiting, due and self.team.leads])
                 try:
-                    step_losses, hits = self._step(*checked(batch, _TRAIN), rate, views, draws)
+                    names, losses, hits, wanted = self._step(
+                        *checked(batch, _TRAIN), len(batches[part.step]), rate, views, draws, wanted
+                    )
                 except UserError as error:
                     if self._finite_weights():
                         raise
                     reason = f"the weights are no longer finite ({error})"
                     raise self._diverged(epoch, part.step + 1, reason) from error
-                part.names = list(step_losses.penalties)
-                self.unread.append((torch.stack([step_losses.task, *step_losses.penalties.values()]), hits))
+                part.names = names
+                self.unread.append((losses, hits, wanted))
                 part.step += 1
                 part.random = RandomStates.read(views, self.device)
                 self.torn = False
@@ -288,9 +321,12 @@ class _Run:
             if progress is not None:
                 latest = f", loss {part.losses[-1][0]:.3f}" if part.losses else ""
                 progress(first + part.step, total, f"epoch {epoch}/{settings.epochs}{latest}")
-            if time.monotonic() - saved > _SAVE_SECONDS and part.step < len(batches):
+            stop, save = self.agreed
+            if stop and self.team.count > 1:
+                raise KeyboardInterrupt("several processes stop together")
+            if save and part.step < len(batches):
                 self._save_partial(epoch)
-                saved = time.monotonic()
+                saved, self.agreed = time.monotonic(), [0, 0]
 
     def _finished(self, part: PartialEpoch, batches: list[list[int]], epoch: int) -> EpochRecord:
         """Test, and sum up."""
@@ -315,8 +351,9 @@ class _Run:
         """Look at the losses of the last steps; on an accelerator, this waits for it."""
         if not self.unread:
             return
-        losses, hits = zip(*self.unread, strict=True)
+        losses, hits, wanted = zip(*self.unread, strict=True)
         self.unread.clear()
+        self.agreed = torch.stack(wanted).sum(0).tolist()
         part.losses += self._finite(torch.stack(losses).tolist(), epoch, len(part.losses))
         part.correct += int(torch.stack(hits).sum())
 
@@ -324,21 +361,48 @@ class _Run:
         """Put the steps of the epoch so far on disk, unless a step broke off in the middle."""
         if self.folder is None or self.partial is None or self.torn:
             return
+        others: list[RandomStates] = []
+        if self.team.count > 1 and self.partial.step < self.steps:  # after the last one, no generator counts any more
+            if not any(self.agreed):  # another process is somewhere else; what was saved before remains
+                return
+            others = self.team.all(self.partial.random)[1:]
         self._read_losses(self.partial, epoch)
         self._check_weights(epoch)
         seconds = self.partial.seconds + time.perf_counter() - self.started
-        self.folder.save(self._checkpoint(replace(self.partial, seconds=seconds)), best=False)
+        if self.team.leads:
+            self.folder.save(self._checkpoint(replace(self.partial, others=others, seconds=seconds)), best=False)
 
     def _step(
-        self, images: Tensor, labels: Tensor, rate: float, views: torch.Generator, draws: torch.Generator
-    ) -> tuple[StepLosses, Tensor]:
-        images = augment(images.to(self.device, self.dtype, non_blocking=True), self.settings.augment, views)
+        self,
+        images: Tensor,
+        labels: Tensor,
+        whole: int,
+        rate: float,
+        views: torch.Generator,
+        draws: torch.Generator,
+        wanted: Tensor,
+    ) -> tuple[list[str], Tensor, Tensor, Tensor]:
+        """One step on this process's part of a batch of ``whole`` images.
+
+        Returns:
+            The penalties' names, and of the whole batch the losses, how many images were classified correctly, and how
+            many processes want what.
+        """
+        start = self.replicas.rows(whole).start
+        images = images.to(self.device, self.dtype, non_blocking=True)
+        images = augment(images, self.settings.augment, views, start=start, whole=whole)
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         targets = labels.to(self.device, non_blocking=True)
         batch = Batch(images, labels, targets, draws, self._autocast)
         self.optimiser.zero_grad(set_to_none=True)
         losses = backward_in_parts(self.objective, self.model, batch, self.settings.accumulate, self.scaler.scale)
+        values = torch.stack([losses.task, *losses.penalties.values()])
+        hits = (losses.logits.argmax(1) == targets).sum()
+        if self.team.count > 1:
+            sums = torch.cat([hits[None], wanted.to(hits)])
+            values, sums = self.replicas.combine(len(labels) / whole, values, sums)
+            hits, wanted = sums[0].long(), sums[1:].long()
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.clip_norm)
@@ -346,7 +410,7 @@ class _Run:
             group["lr"] = rate
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return losses, (losses.logits.argmax(1) == targets).sum()
+        return list(losses.penalties), values, hits, wanted
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.amp is None else torch.autocast(self.device.type, dtype=self.amp)
@@ -398,6 +462,7 @@ class _Run:
             "train_samples": self.samples,
             "test_samples": None if self.test_data is None else count_samples(self.test_data, _TEST),
             "trainable": list(self.trainable),
+            "processes": self.team.count,
         }
 
     def _checkpoint(self, partial: PartialEpoch | None = None) -> Checkpoint:
@@ -421,29 +486,8 @@ class _Run:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.history = [from_plain(stored) for stored in checkpoint.state["history"]]
         partial = checkpoint.state["partial"]
-        self.partial = None if partial is None else PartialEpoch.from_plain(partial)
+        self.partial = None if partial is None else PartialEpoch.from_plain(partial).seen_by(self.team.rank)
         self.objective.restore(self.model, self.train_data, checkpoint.state["objective"])
 
     def _write_log(self, folder: RunFolder) -> None:
         folder.write_text(LOG, "".join(log_line(record) + "\n" for record in self.history))
-
-
-def _loss_interval(device: torch.device) -> int:
-    """Steps between looks at the loss; on an accelerator, each look waits for it."""
-    return 1 if device.type == "cpu" else 50
-
-
-def _autocast_type(device: torch.device) -> torch.dtype | None:
-    if not torch.amp.is_autocast_available(device.type):
-        return None
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
-def _seed_device(device: torch.device, seed: int) -> None:
-    """Seed the generators that dropout draws from, and no other device's."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)

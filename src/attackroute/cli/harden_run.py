@@ -24,7 +24,9 @@ from attackroute.data.holdout import drawn
 from attackroute.hardening import ROUTE_FILE, Factor, HardenResult, factor_of, harden
 from attackroute.models import ModelCard, load_weights
 from attackroute.penalties import EXACT
+from attackroute.processes import current, leading
 from attackroute.published import PaperSetting
+from attackroute.replicas import take_from_first
 from attackroute.route_tracing import ROUTE
 
 SUMMARY = "hardening.json"
@@ -114,12 +116,14 @@ class HardenRun:
 
     def harden(self, folder: Path, lam: Factor, *, resume: bool, tensorboard: bool) -> None:
         """Harden into a folder, and compare."""
-        train_report.prepare(folder, self.card, resume=resume)
+        team = current()
+        team.first(lambda: train_report.prepare(folder, self.card, resume=resume))
         hardened = copy.deepcopy(self.network)
         result = self._train(hardened, lam, folder, resume=resume, tensorboard=tensorboard)
         best = result.training.best
         if best is not None:  # what other commands load
-            load_weights(hardened, folder / BEST)
+            team.first(lambda: load_weights(hardened, folder / BEST))
+            take_from_first(hardened, team)
         evaluation = None
         if self.final is not None:
             models = {BEFORE: self.network, AFTER: hardened}
@@ -132,7 +136,8 @@ class HardenRun:
             "evaluation": None if evaluation is None else evaluation.to_json(),
             "published": self.setting.rows(),
         }
-        write_json(folder / SUMMARY, summary)
+        if team.leads:
+            write_json(folder / SUMMARY, summary)
         self.output.result(summary)
         self._show_route(result, lam)
         if best is not None:
@@ -175,7 +180,9 @@ class HardenRun:
         epochs = self.options["settings"].epochs
         with (
             self.output.progress("steps") as progress,
-            train_report.on_epoch(self.output, epochs, folder if tensorboard else None, self.chosen_on) as on_epoch,
+            train_report.on_epoch(
+                self.output, epochs, folder if tensorboard and leading() else None, self.chosen_on
+            ) as on_epoch,
         ):
             return harden(
                 network,

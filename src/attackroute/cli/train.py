@@ -84,6 +84,7 @@ def train(
     from attackroute.cli.networks import spec_for, with_own_normalisation
     from attackroute.data import load_data
     from attackroute.models import ModelCard, build
+    from attackroute.processes import current, leading
     from attackroute.training import TrainSettings
     from attackroute.training import train as run_training
 
@@ -117,10 +118,10 @@ def train(
     torch.manual_seed(seed)
     network = build(spec).to(home)
     card = ModelCard(with_own_normalisation(spec, network), train_data.classes)
-    train_report.prepare(options.open_folder(out), card, resume=resume)
+    current().first(lambda: train_report.prepare(options.open_folder(out), card, resume=resume))
     with (
         output.progress("steps") as progress,
-        train_report.on_epoch(output, epochs, out if tensorboard else None, on) as on_epoch,
+        train_report.on_epoch(output, epochs, out if tensorboard and leading() else None, on) as on_epoch,
     ):
         result = run_training(
             network,

@@ -1,0 +1,174 @@
+"""Training by several processes: the gradient of the whole batch, copies that stay equal, runs that can be resumed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import attackroute as ar
+from attackroute.accuracy import count_correct
+from attackroute.errors import UserError
+from attackroute.fingerprint import weights_digest
+from attackroute.processes import Processes
+from attackroute.train_settings import TrainSettings
+
+SAMPLES = 23  # batches of 8, 8 and 7
+TOLERANCE = 1e-12
+
+
+def pictures(count: int = SAMPLES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(count) % 3
+
+
+def network(team: Processes, *, norm: bool = False, dropout: bool = False) -> nn.Module:
+    """A small network, with other weights in each process, which are to take those of the first."""
+    torch.manual_seed(team.rank)
+    layers: list[nn.Module] = [nn.Conv2d(3, 6, 3, padding=1)]
+    layers += [nn.BatchNorm2d(6)] if norm else []
+    layers += [nn.ReLU(), nn.Conv2d(6, 5, 3, stride=2)]
+    layers += [nn.BatchNorm2d(5)] if norm else []
+    layers += [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers += [nn.Dropout(0.3)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(5, 3)).double()
+
+
+def settings(**more: Any) -> TrainSettings:
+    return TrainSettings(**{"epochs": 2, "batch_size": 8, "lr": 0.05, **more})
+
+
+Run = Callable[[nn.Module, Path], Any]
+RUNS: dict[str, Run] = {
+    "plain": lambda model, folder: ar.train(
+        model, Pairs(), Pairs(), settings(augment="crop-flip", accumulate=2, clip_norm=0.5), folder=folder
+    ),
+    "adversarial": lambda model, folder: ar.train(
+        model, Pairs(), Pairs(), settings(), attack="pgd:eps=0.1,steps=2", folder=folder
+    ),
+    "hardened": lambda model, folder: ar.harden(
+        model, pictures(), pictures(), penalty=("gradient", "weight"), lam=0.1, attack="pgd:eps=0.05,steps=2",
+        route_samples=0.5, refresh=1, settings=settings(), folder=folder,
+    ),
+}  # fmt: skip
+"""Runs of networks whose samples do not meet; they come out alike, but for rounding, whoever shares them."""
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        self.images, self.labels = pictures()
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+def require_equal(team: Processes, model: nn.Module) -> None:
+    assert len(set(team.all(weights_digest(model)))) == 1, "copies differ"
+
+
+def check_gradients(root: Path, team: Processes) -> None:
+    """What each run came to goes into a file, for comparison."""
+    for name, run in RUNS.items():
+        model = network(team)
+        result = run(model, root / str(team.count) / f"run-{name}")
+        require_equal(team, model)
+        history = getattr(result, "training", result).history
+        numbers = [
+            [record.loss, record.train.value, record.test.value, *record.penalties.values()] for record in history
+        ]
+        assert len(set(map(str, team.all(numbers)))) == 1
+        found = {**model.state_dict(), "history": torch.tensor(numbers, dtype=torch.float64)}
+        if team.leads:
+            save_file(found, root / str(team.count) / f"weights-{name}.safetensors")
+    assert count_correct(model, Pairs()) == team.first(lambda: alone(model))
+
+
+def alone(model: nn.Module) -> object:
+    images, labels = pictures()
+    with torch.no_grad():
+        return ar.training.Accuracy(int((model.eval()(images).argmax(1) == labels).sum()), SAMPLES)
+
+
+def check_batch_norms(root: Path, team: Processes) -> None:
+    """After one step, running statistics are the means, by size, of what each part's would have been."""
+    images, labels = pictures(7)
+    data = torch.utils.data.TensorDataset(images, labels)
+    model = network(team, norm=True)
+    expected: dict[str, Tensor] = {}
+    start = team.first(lambda: {name: value.clone() for name, value in model.state_dict().items()})
+    order = ar.batches.shuffled(7, 7, 0, 1)[0]
+    bounds = [7 * rank // team.count for rank in range(team.count + 1)]
+    for first, last in itertools.pairwise(bounds):
+        part = network(team, norm=True).train()
+        part.load_state_dict(start)
+        part(images[order[first:last]])
+        for name, value in part.named_buffers():
+            if "running" in name:
+                expected[name] = expected.get(name, 0) + value * (last - first) / 7
+    ar.train(model, data, None, settings(epochs=1, batch_size=7))
+    require_equal(team, model)
+    for name, value in expected.items():
+        assert torch.allclose(model.get_buffer(name), value, rtol=1e-12, atol=0), name
+    assert not torch.equal(model.get_parameter("0.weight"), start["0.weight"])
+
+
+def check_interruption(root: Path, team: Processes) -> None:
+    """A signal to one process stops all of them after one step, and the run goes on as if there had been none."""
+
+    def run(folder: Path, *, stop: int | None = None, resume: bool = False) -> nn.Module:
+        model = network(team, norm=True, dropout=True)
+        seen = []
+
+        def progress(done: int, _total: int, _message: str) -> None:
+            seen.append(done)
+            if done == stop and team.rank == team.count - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            ar.train(model, Pairs(), None, settings(), folder=folder, resume=resume, progress=progress)
+        except KeyboardInterrupt:
+            assert stop is not None and len(set(map(str, team.all(seen)))) == 1, seen
+        else:
+            assert stop is None
+        return model
+
+    home = root / str(team.count)
+    whole = run(home / "whole")
+    for stop in (1, 3, 4):  # in an epoch's middle, at its end, in the next one
+        folder = home / f"stopped-{stop}"
+        run(folder, stop=stop)
+        model = run(folder, resume=True)
+        require_equal(team, model)
+        assert weights_digest(model) == weights_digest(whole), stop
+
+
+def check_number(root: Path, team: Processes) -> None:
+    """Another number of processes cannot go on with a run; more processes than images cannot begin one."""
+    other = root / str(team.count + 1) / "whole"
+    if other.exists():
+        try:
+            ar.train(network(team, norm=True, dropout=True), Pairs(), None, settings(), folder=other, resume=True)
+        except UserError as error:
+            assert f"trained by {team.count + 1} processes and cannot go on with {team.count}" in str(error)
+        else:
+            raise AssertionError("the run went on")
+    if team.count > 1:
+        try:
+            ar.train(network(team), Pairs(), None, settings(batch_size=1))
+        except UserError as error:
+            assert "take larger batches or fewer processes" in str(error)
+        else:
+            raise AssertionError("a batch of one was divided")
+
+
+CHECKS = (check_gradients, check_batch_norms, check_interruption, check_number)
