@@ -14,10 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import attackroute
+from attackroute.cli import unfinished
+from attackroute.cli.app import app
 from shared_commands import COMMANDS, prepare
 from shared_training import RUNS, TOLERANCE
 
@@ -74,6 +78,113 @@ def test_any_number_of_processes_gives_what_one_gives(tmp_path: Path) -> None:
 def printed(root: Path, count: int, rank: int) -> dict[str, str]:
     found: dict[str, str] = json.loads((root / str(count) / f"process-{rank}.json").read_text())["printed"]
     return found
+
+
+def launched(count: int, *arguments: object, script: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run torchrun, on ``-m attackroute`` or a script."""
+    what = ["-m", "attackroute"] if script is None else [str(Path(__file__).parent / script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    command += ["--master-port", str(free_port()), *what, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+def alone(*arguments: object) -> None:
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def said_by_the_command(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """What it printed on stderr, without the words of torchrun."""
+    return [line for line in result.stderr.splitlines() if line.startswith(("error: ", "interrupted: ", "Traceback"))][
+        :3
+    ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("killed")
+    prepare(found)
+    return found
+
+
+def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_path: Path) -> None:
+    """Three processes trace four batches, each a file; one is killed at its second, and two are told by torchrun."""
+    common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 4)
+    where = "attackroute.trace:RouteTracer.trace"
+    result = launched(3, 0, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
+    assert result.returncode == 1
+    (error,) = (line for line in said_by_the_command(result) if line.startswith("error: "))
+    assert error.startswith("error: process 0 of 3 ended without a word")
+    assert error.endswith("give the same command with --resume to go on")
+    kept = sorted(path.name for path in (tmp_path / "broken").iterdir())
+    assert kept == [*(f"routes-0000{number}-of-00004.safetensors" for number in range(3)), "summary.json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished, "_SHARD_SAMPLES", 3)
+        alone(*common, "--out", tmp_path / "whole")
+        alone(*common, "--out", tmp_path / "broken", "--resume")
+    compare_folders(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, victim: int) -> None:
+    common = ("evaluate", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
+    common += ("--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
+    where = "attackroute.evaluation:_Run._measure"
+    result = launched(2, victim, where, 5, *common, "--out", tmp_path / "broken", script="killed_command.py")
+    assert f"error: process {victim} of 2 ended without a word" in result.stderr
+    measured = (tmp_path / "broken" / "measurements.jsonl").read_bytes()
+    assert len(measured.splitlines()) == 1 + 2 * 2 * 2  # the terms, and two rounds of two batches, clean and attacked
+    resumed = launched(3, *common, "--out", tmp_path / "broken", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "broken" / "measurements.jsonl").read_bytes().startswith(measured)
+    alone(*common, "--out", tmp_path / "whole")
+    compare_folders(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_training_goes_on_with_the_same_number_alone(root: Path, tmp_path: Path, victim: int) -> None:
+    common = ("train", "--model", "vgg_small", "--width", 0.1, "--data", f"folder:{root / 'pictures'}", "--lr", 0.02)
+    common += ("--epochs", 3, "--batch-size", 4, "--holdout", 0.25, "--augment", "crop-flip")
+    whole = launched(2, *common, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    where = "attackroute.training:_Run._step"
+    result = launched(2, victim, where, 4, *common, "--out", tmp_path / "broken", script="killed_command.py")
+    assert result.returncode == 1
+    assert f"error: process {victim} of 2 ended without a word" in result.stderr
+    other = launched(3, *common, "--out", tmp_path / "broken", "--resume")
+    assert other.returncode == 1
+    assert "is trained by 2 processes and cannot go on with 3" in other.stderr
+    resumed = launched(2, *common, "--out", tmp_path / "broken", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_hardening_runs_in_processes(root: Path, tmp_path: Path) -> None:
+    options = ("--lam", 0.01, "--epochs", 1, "--batch-size", 5, "--check-samples", 0, "--autoattack-samples", 0)
+    data = ("--data", f"folder:{root / 'pictures'}", "--holdout", 0.25, "--evaluate", "fgsm:eps=0.1")
+    result = launched(2, "harden", "--model", root / "net", *data, *options, "--out", tmp_path / "hardened", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["epochs"] == 1
+    alone("harden", "--model", root / "net", *data, *options, "--out", tmp_path / "alone")
+    one, two = (json.loads((tmp_path / name / "hardening.json").read_text()) for name in ("alone", "hardened"))
+    assert one["strengths"] == pytest.approx(two["strengths"], rel=1e-3)
+    assert one["overlap_with_full_route"] == two["overlap_with_full_route"]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once(root: Path, tmp_path: Path) -> None:
+    result = launched(2, "trace", "--model", root / "net", "--data", "folder:nowhere")
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: data folder nowhere does not exist; expected CLASS/IMAGE below it, or train/CLASS/IMAGE and "
+        "test/CLASS/IMAGE (or val/)"
+    ]
+    result = launched(2, "report", tmp_path)
+    assert result.stderr.count("error: report runs in one process; start it without torchrun") == 1
 
 
 def compare_folders(one: Path, other: Path) -> None:

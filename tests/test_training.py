@@ -178,9 +178,9 @@ def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     seeds: dict[str, list[int]] = {"views": [], "readers": [], "dropout": []}
     augment, load, seed_device = training.augment, training.load, training.seed_device
 
-    def spied_augment(images: Tensor, kind: Any, generator: torch.Generator) -> Tensor:
+    def spied_augment(images: Tensor, kind: Any, generator: torch.Generator, **part: int) -> Tensor:
         seeds["views"].append(generator.initial_seed())
-        return augment(images, kind, generator)
+        return augment(images, kind, generator, **part)
 
     def spied_load(*args: Any, generator: torch.Generator, **options: Any) -> Any:
         seeds["readers"].append(generator.initial_seed())

@@ -29,6 +29,12 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def deaf_to_termination() -> None:
+    """Let SIGTERM no longer end this process, which is about to end and has something to say."""
+    if _in_main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class HeldSignals:
     """Context in whose :meth:`held` blocks SIGINT and SIGTERM wait for the block's end, in the main thread.
 

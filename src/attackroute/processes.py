@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from attackroute.errors import UserError
+from attackroute.interruption import deaf_to_termination
 
 if TYPE_CHECKING:
     import torch
@@ -277,6 +278,7 @@ def _part(team: Processes, error: BaseException, hint: str) -> None:
     if team.count == 1:
         raise error
     code = _exit_code(error)
+    deaf_to_termination()  # torchrun terminates those that are left
     try:
         alone = isinstance(error, (LostProcessError, KeyboardInterrupt))
         team.store.set(f"attackroute/left/{team.rank}", "lost" if alone else "failed")

@@ -53,14 +53,20 @@ class Group(_ExamplesLast, TyperGroup):
     def _run(self, *args: Any, **extra: Any) -> int:
         try:
             with terminated_as_interrupted():
-                return super().main(*args, **extra) or 0
+                return self._answered(*args, **extra)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+    def _answered(self, *args: Any, **extra: Any) -> int:
+        try:
+            return super().main(*args, **extra) or 0
         except UserError as error:
             print_error(str(error))
             return BAD_INPUT
         except LostProcessError as error:
             print_error(str(error))
             return FAILED
-        except (KeyboardInterrupt, typer.Abort):
+        except typer.Abort:
             return INTERRUPTED
         except Exception as error:
             # Parse errors of typer (and of click, on which older versions stand) have no public class in common.
