@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from attackroute.attacks import Perturbation, parse_attack
-from attackroute.cli.analyses import EXPERIMENTS, Batches, Experiment, Figures, Study
+from attackroute.cli.analyses import EXPERIMENTS, Experiment, Figures, Study
 from attackroute.cli.console import Progress
+from attackroute.data import ImageBatches
 from attackroute.errors import UserError
 from attackroute.experiments.deactivation import deactivation_accuracy
 from attackroute.experiments.hardness_study import HardnessStudy, study_hardness
@@ -195,8 +196,8 @@ PARTS: Mapping[str, Mapping[str, Experiment]] = {
 """For each table and figure that takes trained networks, its experiments."""
 
 
-def _every(study: Study) -> Batches:
-    return Batches(study.images, range(len(study.images)), study.batch_size)
+def _every(study: Study) -> ImageBatches:
+    return ImageBatches(study.images, study.batch_size)
 
 
 def _counted(study: Study, progress: Progress) -> Callable[[int, int | None], None]:
