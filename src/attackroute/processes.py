@@ -192,6 +192,17 @@ def joined(*, timeout: timedelta = WAIT, hint: str = "") -> Iterator[Processes]:
         _disconnect()
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Work alone meanwhile, whatever the other processes do."""
+    global _current  # noqa: PLW0603
+    team, _current = _current, _ALONE
+    try:
+        yield
+    finally:
+        _current = team
+
+
 def started_by_torchrun() -> bool:
     """Whether this process is one of several of a job."""
     return all(name in os.environ for name in _NEEDED) and os.environ["WORLD_SIZE"] != "1"

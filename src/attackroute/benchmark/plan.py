@@ -16,9 +16,11 @@ MEMORY = "memory"
 ATTACK = "pgd"
 HARDENING = "hardening"
 ARCHITECTURES = "architectures"
-CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY, ATTACK, HARDENING, ARCHITECTURES)
+PROCESSES = "processes"
+CASE_NAMES = (*(case.name for case in SPEED_CASES), NAIVE, MEMORY, ATTACK, HARDENING, ARCHITECTURES, PROCESSES)
 
-_USUAL_CASES = tuple(name for name in CASE_NAMES if name != ARCHITECTURES)  # which takes as long as all the others
+# architectures takes as long as all the others, and processes wants two cores that do nothing else
+_USUAL_CASES = tuple(name for name in CASE_NAMES if name not in (ARCHITECTURES, PROCESSES))
 _QUICK_CASES = (SPEED_CASES[0].name, NAIVE, MEMORY)
 
 
@@ -27,8 +29,8 @@ class Plan:
     """The settings of a benchmark.
 
     Attributes:
-        cases: What to measure, of :data:`CASE_NAMES`; none means all but architectures, or vgg16, naive and memory if
-            quick.
+        cases: What to measure, of :data:`CASE_NAMES`; none means all but architectures and processes, or vgg16, naive
+            and memory if quick.
         repeats: Turns of interleaved runs; None is 7, or 2 if quick.
         batch_size: Images at a time; None is each case's own.
         threads: Number of PyTorch's threads; None leaves it as it is.

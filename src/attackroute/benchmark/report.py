@@ -15,7 +15,8 @@ from attackroute.benchmark.attack_speed import AttackSpeed, measure_attack
 from attackroute.benchmark.extrapolation import NaiveResult, measure_naive
 from attackroute.benchmark.hardening_speed import HardeningSpeed, measure_hardening, step_processes
 from attackroute.benchmark.memory import MemoryResult, measure_memory, memory_processes
-from attackroute.benchmark.plan import ARCHITECTURES, ATTACK, HARDENING, MEMORY, NAIVE, Plan
+from attackroute.benchmark.plan import ARCHITECTURES, ATTACK, HARDENING, MEMORY, NAIVE, PROCESSES, Plan
+from attackroute.benchmark.process_speed import ProcessSpeed, measure_processes
 from attackroute.benchmark.speed import SpeedResult, measure_speed
 from attackroute.benchmark.timing import in_threads
 from attackroute.errors import UserError
@@ -87,6 +88,7 @@ class BenchmarkReport:
         attack: Time of an attack against other libraries; None where it was not asked for.
         hardening: Time of penalised training steps against plain ones; None where it was not asked for.
         architectures: Well-known architectures; none where they were not asked for.
+        processes: Traces by two processes against those of one; None where it was not asked for.
     """
 
     environment: Environment
@@ -97,6 +99,7 @@ class BenchmarkReport:
     attack: AttackSpeed | None
     hardening: HardeningSpeed | None
     architectures: tuple[ArchitectureResult, ...] = ()
+    processes: ProcessSpeed | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, each repeat included, as JSON values."""
@@ -111,6 +114,7 @@ class BenchmarkReport:
             "attack": None if self.attack is None else self.attack.to_json(),
             "hardening": None if self.hardening is None else self.hardening.to_json(),
             "architectures": [result.to_json() for result in self.architectures],
+            "processes": None if self.processes is None else self.processes.to_json(),
         }
 
 
@@ -130,7 +134,7 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
     architectures = available(plan) if plan.includes(ARCHITECTURES) else ()
     timed = len(loads) + len(architectures) + plan.includes(NAIVE) + plan.includes(ATTACK) + plan.includes(HARDENING)
     total = turns * timed + memory_processes(plan) * plan.includes(MEMORY)
-    total += step_processes(plan) * plan.includes(HARDENING)
+    total += step_processes(plan) * plan.includes(HARDENING) + plan.includes(PROCESSES)
     steps = Steps(progress, total)
     try:
         with in_threads(plan.threads):
@@ -156,7 +160,12 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None] = lambda
             for architecture in architectures:
                 steps.begin(architecture.name)
                 measured.append(measure_architecture(architecture, plan, steps.advance))
+            shared = None
+            if plan.includes(PROCESSES):
+                steps.begin("two processes, and one")
+                shared = measure_processes(plan)
+                steps.advance()
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the device's memory does not suffice ({reason}); give a smaller --batch-size") from error
-    return BenchmarkReport(environment, plan, tuple(speed), naive, memory, attack, hardening, tuple(measured))
+    return BenchmarkReport(environment, plan, tuple(speed), naive, memory, attack, hardening, tuple(measured), shared)

@@ -48,6 +48,8 @@ EXAMPLES = """
                   Swin, ViT, and DeiT where timm is installed, 2 images at a time: layers, edges, time of a trace with
                   32 sketches and of an exact one (extrapolated), and distance from the oracle at reduced size. Only
                   where it is asked for; --quick leaves EfficientNet-B0 and ViT-B/16
+   processes      traces of VGG-16 at 32x32 by two processes of one thread against those of one. Only where it is asked
+                  for, on two processor cores that do nothing else
 
  The numbers:
 
@@ -69,6 +71,7 @@ class Cases(str, Enum):
     PGD = "pgd"
     HARDENING = "hardening"
     ARCHITECTURES = "architectures"
+    PROCESSES = "processes"
 
 
 _MEASUREMENTS = "The measurements"
@@ -82,7 +85,7 @@ def benchmark(
             metavar="NAME",
             rich_help_panel=_MEASUREMENTS,
             help=f"{', '.join(name.value for name in Cases)}: measure this; can be given several times.",
-            show_default="all but architectures",
+            show_default="all but architectures and processes",
         ),
     ] = None,
     repeats: Annotated[

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from attackroute.benchmark import BenchmarkReport, hardening_speed
+from attackroute.benchmark import BenchmarkReport, hardening_speed, process_speed
 from attackroute.benchmark.attack_speed import MODEL, STEPS, WIDTH, AttackSpeed
 from attackroute.benchmark.extrapolation import AIM, PAPER_HOURS, PAPER_IMAGES, NaiveResult
 from attackroute.benchmark.hardening_speed import HardeningSpeed
 from attackroute.benchmark.memory import LIMIT, MemoryResult
+from attackroute.benchmark.process_speed import ProcessSpeed
 from attackroute.benchmark.speed import SpeedResult
 from attackroute.benchmark.timing import Runs, Spread
 from attackroute.cli.architecture_report import HEADER, NOTE, rows
@@ -38,6 +39,8 @@ def show(output: Output, report: BenchmarkReport) -> None:
     if report.architectures:
         output.table(HEADER, rows(report.architectures))
         output.line(NOTE)
+    if report.processes is not None:
+        _show_processes(output, report.processes)
 
 
 def _show_speed(output: Output, results: Sequence[SpeedResult]) -> None:
@@ -151,6 +154,15 @@ def _show_hardening(output: Output, result: HardeningSpeed) -> None:
             for eps, found in deviations.items()
         ],
     )
+
+
+def _show_processes(output: Output, result: ProcessSpeed) -> None:
+    rows = [
+        [name, f"{_spread(_scaled(runs.totals, 1000 / result.images), digits=2)} ms", ratio]
+        for name, runs, ratio in (("one", result.alone, "1"), ("two", result.shared, _ratio(result.gain)))
+    ]
+    output.table(["processes, one thread each", "time an image", "throughput"], rows)
+    output.line(f"Aim: {process_speed.AIM} or more, on two processor cores that do nothing else.")
 
 
 def _milliseconds(runs: Runs) -> str:
