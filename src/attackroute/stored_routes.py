@@ -26,7 +26,7 @@ from attackroute.provenance import Provenance
 from attackroute.routes import Route
 
 ROUTES = "routes"
-_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
+_NAME = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 def shard_name(number: int, count: int, stem: str = ROUTES) -> str:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from attackroute.batches import in_order
 from attackroute.data.images import ImageData, check_images
 from attackroute.errors import UserError
 
@@ -43,7 +42,9 @@ class ImageBatches:
         if batch_size < 1 or workers < 0:
             raise UserError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
         self._dataset = images.dataset
-        self._batches = in_order(len(images), batch_size) if batches is None else batches
+        count = len(images)
+        in_order = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        self._batches: Sequence[Sequence[int]] = in_order if batches is None else batches
         self._workers = workers
         self.sampler = range(sum(map(len, self._batches)))
         self._started: float | None = None
@@ -58,7 +59,7 @@ class ImageBatches:
 
     def turns(self, start: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every ``step``-th batch from batch ``start`` on; the others are not read."""
-        chosen = [list(batch) for batch in islice(self._batches, start, None, step)]
+        chosen: list[Any] = list(islice(self._batches, start, None, step))
         loader: DataLoader[Any] = DataLoader(
             self._dataset,
             batch_sampler=chosen,
