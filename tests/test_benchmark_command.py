@@ -12,10 +12,11 @@ from attackroute.benchmark import Plan, memory, report, run_benchmark
 from attackroute.benchmark.cases import SPEED_CASES
 from attackroute.benchmark.hardening_speed import step_processes
 from attackroute.benchmark.plan import CASE_NAMES
+from attackroute.benchmark.process_speed import ProcessSpeed
 from attackroute.cli import benchmark as command
 from attackroute.cli.app import app
 from attackroute.errors import UserError
-from benchmark_samples import attack_result, hardening_result, memory_result, naive_result, speed_result
+from benchmark_samples import attack_result, hardening_result, memory_result, naive_result, runs, speed_result
 
 
 @pytest.mark.parametrize(
@@ -138,13 +139,23 @@ def test_tables(monkeypatch):
     assert "PAT, gradient, exact 0 MB 0 MB 2.00 (1.50-2.50)" in rows
 
 
+def test_two_processes_are_compared_with_one_where_that_is_asked_for(monkeypatch):
+    found = ProcessSpeed(100, runs(3.0, 4.0, 8.0), runs(2.0, 2.0, 5.0))  # the ratios are 1.5, 2 and 1.6
+    monkeypatch.setattr(report, "measure_processes", lambda plan: found)
+    rows = [" ".join(line.split()) for line in run("--case", "processes").stdout.splitlines()]
+    assert "one 40.00 (30.00-80.00) ms 1" in rows
+    assert "two 20.00 (20.00-50.00) ms 1.60 (1.50-2.00)" in rows
+    content = json.loads(run("--case", "processes", "--json").stdout)["processes"]
+    assert content["throughput_ratio"]["median"] == 1.6 and content["aim"] == 1.8
+
+
 def test_json_and_quiet(monkeypatch):
     fake_parts(monkeypatch)
     result = run("--case", "vgg16", "--case", "naive", "--json")
     content = json.loads(result.stdout)
     assert set(content) == {
         *("versions", "device", "threads", "dtype", "repeats", "quick", "seed"),
-        *("speed", "naive", "memory", "attack", "hardening", "architectures"),
+        *("speed", "naive", "memory", "attack", "hardening", "architectures", "processes"),
     }
     assert set(content["versions"]) == {"attackroute", "torch", "torchvision", "python"}
     assert (content["repeats"], content["dtype"], content["memory"]) == (7, "float32", None)
