@@ -18,8 +18,8 @@ PROBE = "structure probe"
 REST = "rest"
 PHASES: Mapping[str, tuple[tuple[object, str], ...]] = {
     # phase: where its functions are looked up, and their names
-    "network's own operations": ((Operation, "run"), (recorder._Tracker, "_convolution")),
-    "following gains, masks": ((trace, "record"), (recorder._Tracker, "_add_layer")),
+    "network's own operations": ((Operation, "run"), (recorder.Tracker, "_convolution")),
+    "following gains, masks": ((trace, "record"), (recorder.Tracker, "_add_layer")),
     "window sums": ((recorder, "mask_sums"), (recorder, "alive_sums"), (recorder, "pattern_sums")),
     "critical sums": ((trace, "critical_sums"),),
     "vector-Jacobian products": ((Segments, "__init__"), (Segments, "scores")),
