@@ -152,7 +152,7 @@ def test_a_skip_by_hand() -> None:
     # a = (0.5, 0.2) and (0.7, 0.8); c = (-a_0, a_1). b reads relu(a + c): (0, 0.4), and under attack (0, 1.6).
     # With a clean and c as under attack: relu(0.5 - 0.7) = 0 and 0.2 + 0.8 = 1; with c clean: 0.2 and 0.8 + 0.2 = 1.
     # Noise of a at b's input: (0, 0.6); of c: (0.2, 0.6), since clean values of c alone would let channel 0 pass.
-    # b: (-0.4, 1.6) and (-1.6, 6.4); seeds for label 1, times (1, -1): (-1.2, -4.8): neuron 0 is critical, |W| = (4, 1).
+    # b: (-0.4, 1.6) and (-1.6, 6.4); times (1, -1) for label 1: (-1.2, -4.8): neuron 0 is critical, |W| = (4, 1).
     assert found.scores["b"].tolist() == [pytest.approx([-1.2, -4.8], abs=1e-6)]
     assert found.scores["c"].tolist() == [pytest.approx([0.8, 0.6], abs=1e-6)]
     # c keeps neuron 0, |W| = (1, 0); the noise at c's input is (0.2, 0.6): a gets (0.2, 0) from c, (0, 0.6) from b
