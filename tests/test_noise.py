@@ -207,7 +207,7 @@ def test_samples_without_labels_are_attacked_for_the_clean_prediction() -> None:
     assert found.labels is None
 
 
-@pytest.mark.parametrize("attack", ["gaussian-noise:std=0.1", "brightness:severity=2", "fgsm", "pgd:steps=2"])
+@pytest.mark.parametrize("attack", ["gaussian-noise:std=0.1", "fgsm", "pgd:steps=2"])
 def test_attacks_by_name(attack: str) -> None:
     model, images, labels = ready(Residual)
     known = ar.parse_attack(attack)

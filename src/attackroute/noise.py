@@ -38,7 +38,7 @@ _SIZED = frozenset(overloads("view", "_unsafe_view", "reshape"))  # whose argume
 _RESTRIDED = frozenset(overloads("as_strided_"))
 
 
-def check_carrier(carrier: object, attack: object, sketches: object, *, freeze_gates: bool) -> None:
+def check_carrier(carrier: object, attack: object, sketches: object, *, freeze_gates: bool = False) -> None:
     """Raise a `UserError` unless there is such a carrier, and it can be followed in this way."""
     if carrier not in CARRIERS:
         raise UserError(f"carrier {carrier!r} is unknown; choose from {', '.join(CARRIERS)}")

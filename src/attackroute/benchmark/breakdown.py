@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from attackroute import recorder, structure, trace
+from attackroute import ranking, recorder, structure, trace
 from attackroute.benchmark.timing import Parts, Stopclock
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.jacobians import Segments
@@ -24,7 +24,7 @@ PHASES: Mapping[str, tuple[tuple[object, str], ...]] = {
     "critical sums": ((trace, "critical_sums"),),
     "vector-Jacobian products": ((Segments, "__init__"), (Segments, "scores")),
     "seeds": ((trace, "checked_logits"), (trace, "seed_gradients")),
-    "top-k": ((trace, "top_k"),),
+    "top-k": ((trace, "top_k"), (ranking, "top_k")),
     "packing": ((InstanceRoutesBuilder, "add"), (InstanceRoutesBuilder, "build")),
     "input checks": ((trace, "batches"),),
     PROBE: ((structure, "record_first"), (structure, "_require_independent")),

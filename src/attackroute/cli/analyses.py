@@ -41,6 +41,7 @@ from attackroute.fingerprint import weights_digest
 from attackroute.gradcam import evidence
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
+from attackroute.noise import NOISE, UNIT
 from attackroute.outgoing import MixedChannelsError
 from attackroute.rivals import ChannelScores, channel_scores
 from attackroute.routes import Route
@@ -76,6 +77,7 @@ class Study:
         output: Where the words go.
         linear: Whether linear maps are route layers too.
         sketches: Random products for each edge without a closed form: approximate; None for exact routes.
+        carrier: What the routes follow: ``"unit"``, or ``"noise"``, that of the first attack.
     """
 
     network: nn.Module
@@ -92,6 +94,7 @@ class Study:
     output: Output
     linear: bool = False
     sketches: Sketches = None
+    carrier: str = UNIT
 
     @cached_property
     def halves(self) -> tuple[list[int], list[int]]:
@@ -118,6 +121,7 @@ class Study:
         with self.output.progress("images traced") as progress:
             return sample_routes(
                 self.network, self.reference, _WIDTH, linear=self.linear, sketches=self.sketches,
+                noise_of=next(iter(self.attacks.values())) if self.carrier == NOISE else None,
                 progress=_of(progress, len(self.reference)),
             )  # fmt: skip
 
@@ -217,6 +221,7 @@ class Study:
             "layers": None if self.chosen is None else list(self.chosen),
             "linear": self.linear,
             "sketches": self.sketches,
+            "carrier": self.carrier,
             "share": self.share,
             "at": self.at,
             "draws": self.draws,

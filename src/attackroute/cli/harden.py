@@ -129,6 +129,7 @@ def harden(
             help="Share of the training images to trace.",
         ),
     ] = 0.1,
+    carrier: options.Carrier = options.Carriers.UNIT,
     linear: options.Linear = False,
     sketches: options.Sketches = None,
     compare_full: Annotated[
@@ -294,6 +295,7 @@ def harden(
             "route_samples": route_samples,
             "linear": linear,
             "sketches": sketches,
+            "carrier": carrier.value,
             "refresh": refresh,
             "compare_full": compare_full,
             "method": APPROXIMATE if approximate else EXACT,
