@@ -91,7 +91,7 @@ def test_all_cases_are_measured_and_every_step_is_counted(monkeypatch):
     assert result.hardening is not None
     done, totals, messages = zip(*steps, strict=True)
     assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]} == {11 * 8 + 12 + 21}
+    assert set(totals) == {done[-1]} == {11 * 8 + 12 + 24}
     assert "resnet50, channels_last" in messages
     only = run_benchmark(Plan(cases=("memory",)))
     assert (only.speed, only.naive, only.attack, only.hardening) == ((), None, None, None) and only.memory is not None

@@ -17,7 +17,7 @@ from attackroute.errors import UserError
 from attackroute.history import EpochRecord, TrainResult
 from attackroute.noise import NOISE, UNIT
 from attackroute.objectives import Objective
-from attackroute.penalised import PENALTIES, Penalised, PenaltySettings
+from attackroute.penalised import Penalised, PenaltySettings
 from attackroute.penalties import EXACT
 from attackroute.route_tracing import ROUTE, RouteChange, RouteOverlap, RouteTracing
 from attackroute.routes import Route
@@ -95,7 +95,9 @@ def harden(
         train_data: What to train on, and to trace the route from, see :data:`Samples`. Order and size of the batches
             are the settings'.
         test_data: The same; tested after every epoch.
-        penalty: ``"gradient"``, ``"weight"``, a tuple of both, or None for training alone.
+        penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
+            the paper's, see :class:`attackroute.penalties.StabilisationPenalty`), a tuple of some, or None for training
+            alone.
         lam: The factor lambda, or one for each penalty by name.
         target: Whose neurons: those of the ``"route"``, or for controls as many ``"random"`` ones off it, or ``"all"``.
         attack: What to train against, as :func:`attackroute.attacks.parse_attack` reads it; None for clean images.
@@ -189,5 +191,5 @@ def factor_of(name: str, lam: Factor) -> float:
     if not isinstance(lam, Mapping):
         return lam
     if name not in lam:
-        raise UserError(f"lam has no factor for the {name} penalty; it has {', '.join(lam) or 'none'} of {PENALTIES}")
+        raise UserError(f"lam has no factor for the {name} penalty; it has {', '.join(lam) or 'none'}")
     return lam[name]
