@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attackroute.errors import UserError
 from attackroute.experiments.paired import PairedDifference
 from attackroute.experiments.rankings import Ranking
 from attackroute.experiments.repair_criteria import (
@@ -125,6 +126,9 @@ class Repair:
         journal: Where the measurements are kept.
         key: What they are of, such as the name of an attack.
         advance: Called after every transplant of all images.
+
+    Raises:
+        UserError: The network gets no image right.
     """
 
     def __init__(
@@ -139,6 +143,11 @@ class Repair:
         with frozen(model), torch.no_grad():
             right = torch.cat([model(part.clean).argmax(1) == part.labels for part in pairs.parts()])
         index = right.nonzero().flatten()
+        if not len(index):
+            raise UserError(
+                f"the network gets none of {len(right)} images right when they are clean, so that nothing can be "
+                "repaired: check its weights and its labels, or give more --samples"
+            )
         self.pairs = Pairs(pairs.clean[index], pairs.attacked[index], pairs.labels[index])
         self._outputs: list[dict[str, Tensor]] = []
 
