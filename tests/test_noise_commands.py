@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import attackroute as ar
 from attackroute.cli.app import app
+from attackroute.cli.networks import open_network
+from attackroute.data import load_data
 from attackroute.instances import InstanceRoutes
 from attackroute.routes import Route
 
@@ -93,6 +96,24 @@ def test_experiments_along_the_noise(trained: Path, tmp_path: Path) -> None:
         origin = Route.load(tmp_path / "route.json").provenance
         assert origin is not None
         assert origin.criterion == ("noise" if carrier == "noise" else "influence")
+
+
+def test_occurrence_of_routes_that_follow_the_noise(trained: Path, tmp_path: Path) -> None:
+    attacks = [ATTACK, "fgsm:eps=0.1"]
+    given = [part for attack in attacks for part in ("--attack", attack)]
+    result = run("analyze", trained, *given, "--only", "occurrence", "--carrier", "noise", "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["experiments"]["occurrence"]["rows"]
+    named = [row["of"] for row in rows if row["measure"] == "occurrence"]
+    assert list(dict.fromkeys(named))[:2] == attacks and "clean" not in named
+    digits = load_data("mnist-sample", samples=16, seed=0)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()[:8]
+    images, labels = zip(*(digits.dataset[index] for index in sorted(order)), strict=True)
+    network = open_network(str(trained), digits).eval()
+    data = (torch.stack(images), torch.tensor(labels))
+    routes = ar.trace_routes(network, data, attack=ar.parse_attack(attacks[1]), carrier="noise")
+    found = {row["layer"]: row["value"] for row in rows if (row["measure"], row["of"]) == ("occurrence", attacks[1])}
+    assert found == pytest.approx(routes.occurrence(0.2))
 
 
 def test_hardening_along_the_noise(trained: Path, tmp_path: Path) -> None:

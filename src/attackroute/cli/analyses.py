@@ -281,7 +281,9 @@ def _of(progress: Progress, total: int) -> Callable[[int, int | None], None]:
 
 
 def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
-    routes = {"clean": study.routes[ROUTE]}
+    follows = study.carrier == NOISE  # then there is no route of clean images, and that of the first attack is known
+    first, *others = study.attacks
+    routes = {first if follows else "clean": study.routes[ROUTE]}
 
     def stream(attack: Perturbation) -> Iterator[tuple[Tensor, Tensor]]:
         parameter = next(study.network.parameters())
@@ -289,9 +291,11 @@ def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
             given = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
             yield attacked(study.network, attack, *given)
 
-    for name, attack in study.attacks.items():
+    for name in others if follows else study.attacks:
+        attack = study.attacks[name]
         found = sample_routes(
-            study.network, stream(attack), _WIDTH, rivals=(), linear=study.linear, sketches=study.sketches,
+            study.network, study.reference if follows else stream(attack), _WIDTH, rivals=(), linear=study.linear,
+            noise_of=attack if follows else None, sketches=study.sketches,
             progress=_of(progress, len(study.reference)),
         )  # fmt: skip
         routes[name] = found[ROUTE]
@@ -346,6 +350,8 @@ def _gradcam(study: Study, progress: Progress) -> tuple[Result, Figures]:
 
 
 def _detect(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    if study.carrier == NOISE:
+        study.output.note("note: detect goes by influence, since an image to judge has no clean partner")
     result = detect(
         study.network, study.measured, study.reference, study.attacks, width=_WIDTH, route_width=study.share,
         seeds=range(study.draws), linear=study.linear, sketches=study.sketches, progress=progress,
