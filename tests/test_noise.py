@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import attackroute as ar
 from architectures import CLOSED, Head, Residual, Shuffled, dynamic, tokens
 from attackroute import noise_oracle
+from attackroute.benchmark import small_networks
 from attackroute.errors import UserError
 from attackroute.trace import trace_routes
 from hard_models import HARD, HARD_LINEAR, two
@@ -45,6 +46,15 @@ def test_hard_linear_maps(name: str) -> None:
 @pytest.mark.parametrize(("build", "linear"), [(Shuffled, False), (tokens, True)], ids=["shuffled", "tokens"])
 def test_networks_without_a_closed_form(build: Callable[[], nn.Module], linear: bool) -> None:
     assert "replay" in check_noise(*ready(build), linear=linear).methods.values()
+
+
+@pytest.mark.parametrize(
+    ("build", "linear"),
+    [(small_networks.vit, True), (small_networks.convnext, False), (small_networks.regnet, False)],
+    ids=["vit", "convnext", "regnet"],
+)
+def test_blocks_of_well_known_architectures(build: Callable[[], nn.Module], linear: bool) -> None:
+    check_noise(*ready(build, samples=2, size=16 if linear else 32), width=0.2, linear=linear)
 
 
 def check_random(network: tuple[nn.Module, Tensor]) -> None:
