@@ -6,7 +6,7 @@ costs what lies between the layers, once for each channel of a source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,15 +114,11 @@ class Replays:
                 one, other = (functional.pad(each, (0, columns, 0, rows)) for each in (attacked, values))
                 sums = noise_sums(one, other, layer.axes)
             else:  # (n, ..., C_in): the weight acts on the last dimension, at every position
-                noise = (
-                    (attacked.to(reached.dtype) - values).abs_().flatten(1, -2).sum(1)
-                    if attacked.ndim > 2
-                    else (attacked.to(reached.dtype) - values).abs_()
-                )
-                sums = noise.view(len(noise), *reached.shape[1:])
+                noise = (attacked.to(reached.dtype) - values).abs_()
+                sums = (noise.flatten(1, -2).sum(1) if noise.ndim > 2 else noise).view(-1, *reached.shape[1:])
             scores.append((reached * sums).flatten(1).sum(1))
         return torch.stack(scores, dim=1)
 
-    def _run(self, images: Tensor, visit: object) -> None:
-        with torch.inference_mode(False), torch.no_grad(), LayerCalls(self._model, visit, linear=self._linear):  # type: ignore[arg-type]
+    def _run(self, images: Tensor, visit: Callable[[LayerCall], Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad(), LayerCalls(self._model, visit, linear=self._linear):
             self._model(images.clone())

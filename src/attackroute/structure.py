@@ -49,7 +49,7 @@ class Structure:
     ) -> tuple[Structure, object]:
         """Run a frozen model on the first images of a batch; returns the structure and the model's output.
 
-        Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
+        ``follow`` is what follows the pass, if not derivatives. Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
 
         Raises:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
@@ -69,7 +69,7 @@ class Structure:
             reached = frozenset(names.index(name) for name in graph.found[layer.name].reached)
             custom = frozenset(names.index(name) for name in graph.found[layer.name].custom)
             shut = layer.sources - layer.jacobian - custom
-            if follow is not None and not reached <= layer.sources:  # noise came in by a way that was not seen
+            if follow is not None and not reached <= layer.sources:  # noise comes in by a way that was not seen
                 shut = frozenset()
             closed.append(shut & reached)
             jacobian.append(reached - shut)
