@@ -49,7 +49,8 @@ class Structure:
     ) -> tuple[Structure, object]:
         """Run a frozen model on the first images of a batch; returns the structure and the model's output.
 
-        ``follow`` is what follows the pass, if not derivatives. Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
+        Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
+        What follows the pass, if not derivatives, is ``follow``.
 
         Raises:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
