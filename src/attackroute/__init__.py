@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from attackroute.instances import InstanceRoutes
     from attackroute.interventions import deactivate, record_outputs, transplant, weaken
     from attackroute.models import build_model, load_weights
-    from attackroute.penalties import GradientPenalty, WeightPenalty
+    from attackroute.penalties import GradientPenalty, StabilisationPenalty, WeightPenalty
     from attackroute.rivals import rank_channels
     from attackroute.routes import Route
     from attackroute.trace import influence, trace_routes
@@ -35,6 +35,7 @@ __all__ = [
     "Hardness",
     "InstanceRoutes",
     "Route",
+    "StabilisationPenalty",
     "TrainSettings",
     "UserError",
     "WeightPenalty",
@@ -68,6 +69,7 @@ _HOMES = {
     "Route": "routes",
     "TrainSettings": "training",
     "UserError": "errors",
+    "StabilisationPenalty": "penalties",
     "WeightPenalty": "penalties",
     "build_model": "models",
     "deactivate": "interventions",

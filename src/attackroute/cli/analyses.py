@@ -41,6 +41,7 @@ from attackroute.fingerprint import weights_digest
 from attackroute.gradcam import evidence
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
+from attackroute.noise import NOISE, UNIT
 from attackroute.outgoing import MixedChannelsError
 from attackroute.rivals import ChannelScores, channel_scores
 from attackroute.routes import Route
@@ -76,6 +77,7 @@ class Study:
         output: Where the words go.
         linear: Whether linear maps are route layers too.
         sketches: Random products for each edge without a closed form: approximate; None for exact routes.
+        carrier: What the routes follow: ``"unit"``, or ``"noise"``, that of the first attack.
     """
 
     network: nn.Module
@@ -92,6 +94,7 @@ class Study:
     output: Output
     linear: bool = False
     sketches: Sketches = None
+    carrier: str = UNIT
 
     @cached_property
     def halves(self) -> tuple[list[int], list[int]]:
@@ -118,6 +121,7 @@ class Study:
         with self.output.progress("images traced") as progress:
             return sample_routes(
                 self.network, self.reference, _WIDTH, linear=self.linear, sketches=self.sketches,
+                noise_of=next(iter(self.attacks.values())) if self.carrier == NOISE else None,
                 progress=_of(progress, len(self.reference)),
             )  # fmt: skip
 
@@ -217,6 +221,7 @@ class Study:
             "layers": None if self.chosen is None else list(self.chosen),
             "linear": self.linear,
             "sketches": self.sketches,
+            "carrier": self.carrier,
             "share": self.share,
             "at": self.at,
             "draws": self.draws,
@@ -276,7 +281,9 @@ def _of(progress: Progress, total: int) -> Callable[[int, int | None], None]:
 
 
 def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
-    routes = {"clean": study.routes[ROUTE]}
+    follows = study.carrier == NOISE  # then there is no route of clean images, and that of the first attack is known
+    first, *others = study.attacks
+    routes = {first if follows else "clean": study.routes[ROUTE]}
 
     def stream(attack: Perturbation) -> Iterator[tuple[Tensor, Tensor]]:
         parameter = next(study.network.parameters())
@@ -284,9 +291,11 @@ def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
             given = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
             yield attacked(study.network, attack, *given)
 
-    for name, attack in study.attacks.items():
+    for name in others if follows else study.attacks:
+        attack = study.attacks[name]
         found = sample_routes(
-            study.network, stream(attack), _WIDTH, rivals=(), linear=study.linear, sketches=study.sketches,
+            study.network, study.reference if follows else stream(attack), _WIDTH, rivals=(), linear=study.linear,
+            noise_of=attack if follows else None, sketches=study.sketches,
             progress=_of(progress, len(study.reference)),
         )  # fmt: skip
         routes[name] = found[ROUTE]
@@ -341,6 +350,8 @@ def _gradcam(study: Study, progress: Progress) -> tuple[Result, Figures]:
 
 
 def _detect(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    if study.carrier == NOISE:
+        study.output.note("note: detect goes by influence, since an image to judge has no clean partner")
     result = detect(
         study.network, study.measured, study.reference, study.attacks, width=_WIDTH, route_width=study.share,
         seeds=range(study.draws), linear=study.linear, sketches=study.sketches, progress=progress,

@@ -14,6 +14,7 @@ from attackroute.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from attackroute.attacks import Perturbation
     from attackroute.data import ImageData
     from attackroute.routes import Route
     from attackroute.sketches import Sketches
@@ -76,6 +77,7 @@ def hardness(
             help="The model's route, as attackroute trace writes it; else one is traced from these images.",
         ),
     ] = None,
+    carrier: options.Carrier = options.Carriers.UNIT,
     linear: options.Linear = False,
     sketches: options.Sketches = None,
     attack: Annotated[
@@ -114,6 +116,7 @@ def hardness(
     from attackroute.data import load_data, loader
     from attackroute.experiments.hardness_radius import EpsSearch
     from attackroute.experiments.hardness_study import study_hardness
+    from attackroute.noise import check_carrier
 
     output = Output(as_json, quiet)
     attacks = [parse_attack(text) for text in (attack or _ATTACKS)]
@@ -125,9 +128,15 @@ def hardness(
     )
     options.report_skipped(images, output)
     network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
-    if route is not None and (linear or sketches is not None):
-        raise UserError("--route is there already; leave out --linear and --sketches, or trace the route with them")
-    chosen = _route(network, images, route, batch_size, output, linear=linear, sketches=sketches, seed=seed)
+    if route is not None and (linear or sketches is not None or carrier is not options.Carriers.UNIT):
+        raise UserError(
+            "--route is there already; leave out --linear, --sketches and --carrier, or trace the route with them"
+        )
+    check_carrier(carrier.value, attacks, sketches)
+    follow = attacks[0] if carrier is options.Carriers.NOISE else None
+    chosen = _route(
+        network, images, route, batch_size, output, noise_of=follow, linear=linear, sketches=sketches, seed=seed
+    )
     folder = options.open_folder(out)
     with output.progress("images") as progress:
         study = study_hardness(
@@ -145,6 +154,7 @@ def hardness(
         "model": model,
         "data": f"{data} {images.split}",
         "route": None if route is None else str(route),
+        "carrier": carrier.value,
         "linear": linear,
         "sketches": sketches,
         "seed": seed,
@@ -160,11 +170,13 @@ def _route(
     batch_size: int,
     output: Output,
     *,
+    noise_of: Perturbation | None,
     linear: bool,
     sketches: Sketches,
     seed: int,
 ) -> Route:
     from attackroute.data import loader
+    from attackroute.noise import NOISE, UNIT
     from attackroute.routes import Route
     from attackroute.trace import trace_routes
 
@@ -179,6 +191,8 @@ def _route(
             network,
             loader(images, batch_size),
             _WIDTH,
+            attack=noise_of,
+            carrier=UNIT if noise_of is None else NOISE,
             linear=linear,
             sketches=sketches,
             seed=seed,

@@ -14,6 +14,7 @@ from attackroute.cli.comparison import Comparison, compare
 from attackroute.cli.console import Progress
 from attackroute.data import ImageData, check_images
 from attackroute.instances import InstanceRoutes
+from attackroute.noise import NOISE
 from attackroute.sketches import Sketches
 from attackroute.trace import trace_routes
 
@@ -33,6 +34,7 @@ class Tracer:
     freeze_gates: bool
     autocast: torch.dtype | None
     attack: Perturbation | None
+    carrier: str
 
     def piece(self, start: int, stop: int, progress: Progress) -> InstanceRoutes:
         """Routes of some of the samples."""
@@ -41,6 +43,7 @@ class Tracer:
             self._batches(start, stop),
             self.width,
             attack=self.attack,
+            carrier=self.carrier,
             linear=self.linear,
             keep_scores=self.keep_scores,
             sketches=self.sketches,
@@ -56,6 +59,7 @@ class Tracer:
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         parameter = next(self.network.parameters())
         images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+        clean = images if self.carrier == NOISE else None
         if self.attack is not None:
             images = self.attack(self.network, images, labels)
         return compare(
@@ -63,6 +67,7 @@ class Tracer:
             images,
             labels,
             self.width,
+            clean=clean,
             linear=self.linear,
             autocast=self.autocast,
             sketches=self.sketches,

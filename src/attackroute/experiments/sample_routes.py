@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from attackroute.attacks.application import Attack
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.channel_means import Measure, activations, gradients
 from attackroute.experiments.rankings import ROUTE
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
+from attackroute.noise import NOISE, UNIT
 from attackroute.provenance import Provenance
 from attackroute.selection import top_k
 from attackroute.sketches import Sketches
@@ -28,6 +30,7 @@ def sample_routes(
     width: float = 0.2,
     *,
     rivals: Sequence[str] = tuple(SAMPLE_RIVALS),
+    noise_of: Attack | None = None,
     linear: bool = False,
     sketches: Sketches = None,
     progress: Progress | None = None,
@@ -39,6 +42,7 @@ def sample_routes(
         data: Batches of ``(images, labels)``; labels None for the model's own predictions.
         width: Share of each layer's channels on a sample's route.
         rivals: Of :data:`SAMPLE_RIVALS`; each costs one more forward pass.
+        noise_of: The attack whose noise the routes follow; None for the paper's routes of the images themselves.
         linear: Whether linear maps are route layers too.
         sketches: As :func:`attackroute.trace_routes` takes them: approximate.
         progress: Called after every batch with the samples done.
@@ -60,7 +64,11 @@ def sample_routes(
             yield images if labels is None else (images, labels)
 
     with frozen(model), torch.inference_mode(False):
-        found = {ROUTE: trace_routes(model, stream(), width, linear=linear, sketches=sketches, progress=progress)}
+        routes = trace_routes(
+            model, stream(), width, attack=noise_of, carrier=UNIT if noise_of is None else NOISE,
+            linear=linear, sketches=sketches, progress=progress,
+        )  # fmt: skip
+    found = {ROUTE: routes}
     for by in rivals:
         found[by] = builders[by].build({}, Provenance(len(found[ROUTE]), width, criterion=by))
     return found
