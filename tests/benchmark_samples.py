@@ -52,6 +52,7 @@ def speed_result(**changes: object) -> SpeedResult:
         "forward": runs(2.0, 4.0, 5.0),
         "trace": runs(3.0, 5.0, 5.0),
         "training": runs(3.0, 5.0, 1.0),
+        "noise": runs(6.0, 8.0, 20.0),
         "watched": Runs((first, first, first | {"top-k": 4.0})),
     }
     return SpeedResult(**{**values, **changes})

@@ -165,6 +165,9 @@ def test_arithmetic_of_speed():
     result = speed_result()
     assert result.ratio.values == (1.5, 1.25, 1.0)
     assert result.training_ratio.values == (0.5, 0.5, 2.5)  # of one batch, where the trace ran two
+    assert result.noise_ratio.values == tuple(
+        noise / (2 * forward) for noise, forward in zip((6.0, 8.0, 20.0), result.forward.totals, strict=True)
+    )
     assert result.shares["top-k"].values == (0.5, 0.25, 0.8)
     assert list(result.shares) == ["top-k", breakdown.REST]
     assert result.limit == 1.25
@@ -182,7 +185,7 @@ def test_a_speed_case_is_measured(channels_last):
     content = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert content["memory_format"] == ("channels_last" if channels_last else "contiguous")
     assert {name: len(values) for name, values in content["seconds"].items()} == dict.fromkeys(
-        ("forward", "trace", "training_step", "watched_trace"), 2
+        ("forward", "trace", "noise_trace", "training_step", "watched_trace"), 2
     )
 
 

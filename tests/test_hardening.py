@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -87,20 +88,33 @@ def weight_penalty(model: nn.Sequential) -> Tensor:
     return (gain[HALF["4"]] * model[4].weight[HALF["4"]][:, HALF["0"]].abs().sum((1, 2, 3))).sum()
 
 
-@pytest.mark.parametrize("attacked", [False, True])
-@pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
+def stabilisation_penalty(model: nn.Sequential, images: Tensor, attacked: Tensor) -> Tensor:
+    (_, noisy), (_, quiet) = by_hand(model, attacked), by_hand(model, images)
+    changes = [(after - before)[:, HALF[name]] for name, after, before in zip(HALF, noisy, quiet, strict=True)]
+    return sum((change.abs().sum((0, 2, 3)) / change[:, 0].numel()).sum() for change in changes)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "attacked"),
+    [
+        *((penalty, False) for penalty in ("gradient", "weight", ("gradient", "weight"))),
+        *((penalty, True) for penalty in ("gradient", "weight", ("gradient", "weight"))),
+        ("stabilisation", True),
+        (("gradient", "stabilisation"), True),
+    ],
+)
 def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> None:
     settings = replace(SETTINGS, augment="none", epochs=1, schedule="cosine", momentum=0.0, weight_decay=0.0)
     attack = PGD(eps=0.1, steps=2, step_size=0.05)
     model = toy_network(dropout=0.0)
     _, result = hardened(
         model, penalty=penalty, settings=settings, attack=attack if attacked else None, route=HALF,
-        lam={"gradient": 0.05, "weight": 0.02},
+        lam={"gradient": 0.05, "weight": 0.02, "stabilisation": 0.3},
     )  # fmt: skip
 
     plain = toy_network(dropout=0.0)
     images, labels = toy_data().tensors
-    sums = {"gradient": 0.0, "weight": 0.0}
+    sums = {"gradient": 0.0, "weight": 0.0, "stabilisation": 0.0}
     for step, batch in enumerate(shuffled(24, 8, settings.seed, 1), start=1):
         x, y = images[batch], labels[batch]
         used = x
@@ -122,6 +136,14 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
             value = weight_penalty(plain)
             loss = loss + 0.02 * value
             sums["weight"] += value.item() * len(batch)
+        if "stabilisation" in penalty:
+            kept = {name: value.clone() for name, value in plain.named_buffers()}
+            copy_ = copy.deepcopy(plain)
+            for module, own in zip(copy_.modules(), plain.modules(), strict=True):
+                module._parameters = own._parameters  # another network with the same parameters: statistics stay
+            value = stabilisation_penalty(copy_, x, used)
+            loss = loss + 0.3 * value
+            sums["stabilisation"] += value.item() * len(batch)
         rate = 0.05 / 2 * (1 + torch.cos(torch.tensor(torch.pi * (step - 1) / 3)).item())
         parameters = list(plain.parameters())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -133,10 +155,14 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
 
 
 @pytest.mark.parametrize("attack", [None, ATTACK])
-@pytest.mark.parametrize("options", [{"penalty": "gradient"}, {"penalty": "weight"}, {"method": APPROXIMATE}])
+@pytest.mark.parametrize(
+    "options", [{"penalty": "gradient"}, {"penalty": "weight"}, {"penalty": "stabilisation"}, {"method": APPROXIMATE}]
+)
 def test_a_factor_of_zero_is_plain_training_bit_for_bit(attack: str | None, options: dict[str, Any]) -> None:
     plain = toy_network()
     wanted = train(plain, toy_data(), toy_data(12, seed=1), SETTINGS, attack=attack)
+    if attack is None and options.get("penalty") == "stabilisation":
+        pytest.skip("needs an attack")
     found, result = hardened(lam=0.0, attack=attack, **options)
     assert identical(found, weights_of(plain))
     assert [record.test for record in result.training.history] == [record.test for record in wanted.history]
@@ -155,12 +181,13 @@ def test_the_approximation_trains_nearly_the_same() -> None:
     assert 0 < distance < 0.05 * sum(float((exact[name] - plain[name]).double().norm()) for name in exact)
 
 
-@pytest.mark.parametrize("penalty", ["gradient", "weight"])
+@pytest.mark.parametrize("penalty", ["gradient", "weight", "stabilisation"])
 def test_punishing_lowers_what_is_punished(penalty: str) -> None:
-    lam = {"gradient": 0.3, "weight": 0.05}
+    lam = {"gradient": 0.3, "weight": 0.05, "stabilisation": 1.0}
     settings = replace(SETTINGS, epochs=6, augment="none")
-    _, free = hardened(toy_network(dropout=0.0), penalty=penalty, lam=0.0, settings=settings)
-    _, result = hardened(toy_network(dropout=0.0), penalty=penalty, lam=lam, settings=settings)
+    attack = ATTACK if penalty == "stabilisation" else None
+    _, free = hardened(toy_network(dropout=0.0), penalty=penalty, lam=0.0, settings=settings, attack=attack)
+    _, result = hardened(toy_network(dropout=0.0), penalty=penalty, lam=lam, settings=settings, attack=attack)
     assert result.training.last.penalties[penalty] < 0.7 * free.training.last.penalties[penalty]
 
 
@@ -190,7 +217,7 @@ class HeldNorm(nn.BatchNorm2d):
     "options",
     [
         {"penalty": None}, {"penalty": None, "attack": ATTACK}, {"penalty": ("gradient", "weight")},
-        {"penalty": "gradient", "attack": ATTACK},
+        {"penalty": "gradient", "attack": ATTACK}, {"penalty": "stabilisation", "attack": ATTACK},
     ],
 )  # fmt: skip
 def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
@@ -238,12 +265,14 @@ def test_the_route_is_traced_from_a_share_of_the_samples(tmp_path: Path) -> None
         assert identical(hardened(route=route)[0], weights)
 
 
-@pytest.mark.parametrize("penalty", ["gradient", "weight"])
+@pytest.mark.parametrize("penalty", ["gradient", "weight", "stabilisation"])
 def test_controls_punish_other_neurons(penalty: str) -> None:
-    weights = {target: hardened(penalty=penalty, target=target, route=HALF)[0] for target in ("route", "random", "all")}
+    attack = ATTACK if penalty == "stabilisation" else None
+    options: dict[str, Any] = {"penalty": penalty, "attack": attack}
+    weights = {target: hardened(target=target, route=HALF, **options)[0] for target in ("route", "random", "all")}
     assert not any(identical(weights["route"], weights[target]) for target in ("random", "all"))
     everything = Route({"0": range(6), "4": range(8)}, {"0": 6, "4": 8})
-    assert identical(weights["all"], hardened(penalty=penalty, route=everything)[0])
+    assert identical(weights["all"], hardened(route=everything, **options)[0])
 
 
 def test_a_route_is_traced_anew(tmp_path: Path) -> None:

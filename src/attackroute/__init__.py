@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from attackroute.instances import InstanceRoutes
     from attackroute.interventions import deactivate, record_outputs, transplant, weaken
     from attackroute.models import build_model, load_weights
-    from attackroute.penalties import GradientPenalty, WeightPenalty
+    from attackroute.penalties import GradientPenalty, StabilisationPenalty, WeightPenalty
     from attackroute.rivals import rank_channels
     from attackroute.routes import Route
     from attackroute.stored_routes import StoredRoutes
@@ -36,6 +36,7 @@ __all__ = [
     "Hardness",
     "InstanceRoutes",
     "Route",
+    "StabilisationPenalty",
     "StoredRoutes",
     "TrainSettings",
     "UserError",
@@ -71,6 +72,7 @@ _HOMES = {
     "StoredRoutes": "stored_routes",
     "TrainSettings": "training",
     "UserError": "errors",
+    "StabilisationPenalty": "penalties",
     "WeightPenalty": "penalties",
     "build_model": "models",
     "deactivate": "interventions",

@@ -29,7 +29,7 @@ def critical_sums(layer: RecordedLayer, critical: Tensor, totals: dict[int, Tens
         return
     dtype = next(iter(totals.values())).dtype
     chosen = critical.to(dtype)
-    reduce = _once(lambda weight: _chosen_rows(chosen, weight, layer.groups))
+    reduce = _once(lambda weight: chosen_rows(chosen, weight, layer.groups))
     for piece in layer.pieces:
         score = chosen.new_zeros(())
         for kernel, sums in _kernels(layer, piece, dtype):
@@ -81,7 +81,7 @@ def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return remembered
 
 
-def _chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
+def chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
     """``sum over chosen j of |W[j]|``: ``(n, C_in, kh, kw)`` for ``chosen`` ``(n, C_out)`` and a grouped kernel."""
     samples, (kh, kw) = chosen.shape[0], weight.shape[2:]
     if groups == weight.shape[0] and weight.shape[1] == 1:  # depthwise, one neuron per input channel

@@ -315,6 +315,14 @@ def _overlap(first: int, first_length: int, second: int, second_length: int) -> 
     return first < second + second_length and second < first + first_length
 
 
+def by_source(flow: Flow) -> dict[int, list[Term]]:
+    """The terms of each source."""
+    found: dict[int, list[Term]] = {}
+    for term in flow.terms:
+        found.setdefault(term.source, []).append(term)
+    return found
+
+
 def disentangled(terms: Iterable[Term]) -> bool:
     """Whether no source channel is carried by two of the terms (all of one source)."""
     ranges = sorted((term.src, term.src + term.length) for term in terms)

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from attackroute.attacks import Perturbation
+from attackroute.attacks import Perturbation, parse_attack
 from attackroute.data import ImageData
 from attackroute.errors import UserError
 from attackroute.history import EpochRecord, TrainResult
+from attackroute.noise import NOISE, UNIT
 from attackroute.objectives import Objective
-from attackroute.penalised import PENALTIES, Penalised, PenaltySettings
+from attackroute.penalised import Penalised, PenaltySettings
 from attackroute.penalties import EXACT
 from attackroute.processes import leading
 from attackroute.route_tracing import ROUTE, RouteChange, RouteOverlap, RouteTracing
@@ -70,6 +71,7 @@ def harden(
     route_samples: float = 0.1,
     linear: bool = False,
     sketches: Sketches = None,
+    carrier: str = UNIT,
     refresh: int | None = None,
     compare_full: bool = True,
     method: str = EXACT,
@@ -94,7 +96,9 @@ def harden(
         train_data: What to train on, and to trace the route from, see :data:`Samples`. Order and size of the batches
             are the settings'.
         test_data: The same; tested after every epoch.
-        penalty: ``"gradient"``, ``"weight"``, a tuple of both, or None for training alone.
+        penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
+            the paper's, see :class:`attackroute.penalties.StabilisationPenalty`), a tuple of some, or None for training
+            alone.
         lam: The factor lambda, or one for each penalty by name.
         target: Whose neurons: those of the ``"route"``, or for controls as many ``"random"`` ones off it, or ``"all"``.
         attack: What to train against, as :func:`attackroute.attacks.parse_attack` reads it; None for clean images.
@@ -102,6 +106,8 @@ def harden(
         route_samples: Share of the training samples to trace.
         linear: Whether linear maps are layers of a traced route too; a route that is given has its own layers.
         sketches: As :func:`attackroute.trace_routes` takes them, for a traced route: approximate.
+        carrier: What a traced route follows: ``"unit"``, or ``"noise"``, that of ``attack`` on the network as it is
+            when the route is traced.
         refresh: Trace the route anew before every so manyth epoch; None keeps the first.
         compare_full: Trace all training samples too, and compare; False saves that trace.
         method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
@@ -121,17 +127,27 @@ def harden(
         UserError: As for training and tracing, or a setting is unknown or out of range.
     """
     names = (penalty,) if isinstance(penalty, str) else tuple(penalty or ())
-    if route is not None and (linear or sketches is not None):
-        raise UserError("a route is given, so none is traced; leave out linear and sketches, or trace it with them")
+    if route is not None and (linear or sketches is not None or carrier != UNIT):
+        raise UserError(
+            "a route is given, so none is traced; leave out linear, sketches and carrier, or trace it with them"
+        )
     if not names and route is not None:
         raise UserError("a route is given but no penalty, so nothing would be done with it; leave out one")
-    tracing = RouteTracing(route_samples, refresh, compare_full, linear, sketches)
+    if carrier == NOISE and names and attack is None:
+        raise UserError(
+            "carrier 'noise' follows what an attack changes: train against one (attack=..., --attack), or give a route "
+            "that was traced so (route=..., --route)"
+        )
+    against = parse_attack(attack) if isinstance(attack, str) else attack
+    tracing = RouteTracing(
+        route_samples, refresh, compare_full, linear, sketches, carrier, str(against) if carrier == NOISE else None
+    )
     factors = {name: factor_of(name, lam) for name in names}
     chosen = PenaltySettings(factors, target, method, folded)
     if isinstance(route, (str, os.PathLike)):
         route = Route.load(route, model)
     data, tests = as_dataset(train_data), None if test_data is None else as_dataset(test_data)
-    objective = Penalised(chosen, attack, route, tracing) if names else Objective(attack)
+    objective = Penalised(chosen, against, route, tracing) if names else Objective(against)
 
     def save_route(record: EpochRecord) -> None:
         if folder is not None and leading() and isinstance(objective, Penalised) and objective.route is not None:
@@ -176,5 +192,5 @@ def factor_of(name: str, lam: Factor) -> float:
     if not isinstance(lam, Mapping):
         return lam
     if name not in lam:
-        raise UserError(f"lam has no factor for the {name} penalty; it has {', '.join(lam) or 'none'} of {PENALTIES}")
+        raise UserError(f"lam has no factor for the {name} penalty; it has {', '.join(lam) or 'none'}")
     return lam[name]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from attackroute.fingerprint import require_model
 from attackroute.modes import kept_modes
 from attackroute.nearest import did_you_mean
 from attackroute.objectives import Batch, Objective, StepLosses, task_loss
-from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty, WeightPenalty
+from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty, StabilisationPenalty, WeightPenalty
 from attackroute.penalties.gradient import METHODS
 from attackroute.penalties.passes import spared_buffers
 from attackroute.route_tracing import (
@@ -36,8 +36,9 @@ from attackroute.route_tracing import (
 )
 from attackroute.routes import Route
 
-GRADIENT, WEIGHT = "gradient", "weight"
+GRADIENT, WEIGHT, STABILISATION = "gradient", "weight", "stabilisation"
 PENALTIES = (GRADIENT, WEIGHT)
+"""The paper's."""
 
 _TRAIN = "training data"
 _STRENGTH_SAMPLES = 128
@@ -48,7 +49,7 @@ class PenaltySettings:
     """What is punished, and how much.
 
     Attributes:
-        factors: Lambda for each penalty, ``"gradient"`` or ``"weight"``.
+        factors: Lambda for each penalty, ``"gradient"``, ``"weight"`` or ``"stabilisation"``.
         target: ``"route"``, or for controls ``"random"`` (as many neurons off it) or ``"all"`` of its layers' neurons.
         method: As :class:`attackroute.penalties.GradientPenalty` has it.
         folded: As :class:`attackroute.penalties.WeightPenalty` has it.
@@ -64,7 +65,7 @@ class PenaltySettings:
 
     def __post_init__(self) -> None:
         for name, factor in self.factors.items():
-            _require_known("penalty", name, PENALTIES)
+            _require_known("penalty", name, (*PENALTIES, STABILISATION))
             if isinstance(factor, bool) or not (isinstance(factor, (int, float)) and 0 <= factor < float("inf")):
                 raise UserError(f"the factor lambda of the {name} penalty is {factor!r}; give a number of at least 0")
         _require_known("target", self.target, TARGETS)
@@ -75,7 +76,8 @@ class Penalised(Objective):
     """Plain or adversarial training plus penalties; the route is traced when the run starts, unless it is given.
 
     The gradient penalty takes the images that the network learns from, and with an attack the clean ones too (Eq.
-    (12)), in a pass of their own that leaves the batch norms' running statistics alone.
+    (12)), in a pass of their own that leaves the batch norms' running statistics alone. So does stabilisation, which
+    compares the two and needs an attack.
 
     Args:
         settings: What is punished.
@@ -104,9 +106,15 @@ class Penalised(Objective):
             raise UserError("a route that is given is not traced anew: leave out the route, or refresh")
         self.route, self.changes, self.strengths = route, list[RouteChange](), dict[str, float]()
         self.overlap: RouteOverlap | None = None
+        if STABILISATION in settings.factors and self.attack is None:
+            raise UserError(
+                "the stabilisation penalty is on what an attack changes: name one to train against, such as "
+                "attack='pgd' (--attack pgd)"
+            )
         self._settings, self._given, self._tracing = settings, route, tracing
         self._gradient: GradientPenalty | None = None
         self._weight: WeightPenalty | None = None
+        self._stabilisation: StabilisationPenalty | None = None
         self._seed = 0
 
     @property
@@ -156,25 +164,36 @@ class Penalised(Objective):
         self._aim(model, data)
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
-        """Eq. (11), (12), (14) or (15)."""
+        """Eq. (11), (12), (14) or (15), or the same with the noise on the route punished."""
         images = self.attacked(model, batch)
         factors = self._settings.factors
-        with self._gradient.watch() if self._gradient else nullcontext(), batch.autocast():
+        watches = [penalty.watch() for penalty in (self._gradient, self._stabilisation) if penalty is not None]
+        with ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(watch)
+            stack.enter_context(batch.autocast())
             logits = model(images)
         check_logits(logits, batch.labels, _TRAIN)
         values: dict[str, Tensor] = {}
         task = task_loss(logits, batch.targets)
         total = task
-        if self._gradient is not None:
+        if self._gradient is not None and self._stabilisation is not None:  # which needs the pass's graph, too
+            value = self._gradient(logits, batch.targets)
+            total, values[GRADIENT] = task + factors[GRADIENT] * value, value.detach()
+        elif self._gradient is not None:
             total, values[GRADIENT] = self._gradient.with_task(logits, batch.targets, factors[GRADIENT])
-            if self.attack is not None:
-                clean = self._clean_penalty(self._gradient, model, batch)
-                total = total + factors[GRADIENT] * clean
-                values[GRADIENT] = values[GRADIENT] + clean.detach()
+        if self._gradient is not None and self.attack is not None:
+            clean = self._clean_penalty(self._gradient, model, batch)
+            total = total + factors[GRADIENT] * clean
+            values[GRADIENT] = values[GRADIENT] + clean.detach()
         if self._weight is not None:
             value = self._weight()
             total = total + factors[WEIGHT] * value
             values[WEIGHT] = value.detach()
+        if self._stabilisation is not None:
+            value = self._stabilisation(batch.images)
+            total = total + factors[STABILISATION] * value
+            values[STABILISATION] = value.detach()
         return StepLosses(total, task.detach(), logits.detach(), values)
 
     def _clean_penalty(self, penalty: GradientPenalty, model: nn.Module, batch: Batch) -> Tensor:
@@ -199,6 +218,8 @@ class Penalised(Objective):
             images = checked(probe, _TRAIN)[0].to(device, dtype)
             joined = Connections.of_route(model, images, punished).joined(punished)
             self._weight = WeightPenalty(model, punished, images, folded=settings.folded, layers=joined or None)
+        if STABILISATION in settings.factors:
+            self._stabilisation = StabilisationPenalty(model, punished)
 
     def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
         """See the attribute; the model and the generators come back as they were."""
@@ -219,6 +240,7 @@ class Penalised(Objective):
         with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_modes(model), spared_buffers(model):
             model.train()
             draws = derived_generator(self._seed, "strength", 0)
+            clean = images
             images = self.attacked(model, Batch(images, labels, targets, draws, nullcontext))
             if self._gradient is not None:
                 with self._gradient.watch():
@@ -232,6 +254,10 @@ class Penalised(Objective):
                         f"the network has an operation without a second derivative ({str(error).splitlines()[0]}); "
                         f"take the method {APPROXIMATE!r} (--approximate)"
                     ) from error
+            if self._stabilisation is not None:
+                with self._stabilisation.watch():
+                    model(images)
+                norms[STABILISATION] = norm(self._stabilisation(clean))
             task = norm(task_loss(model(images), targets))
         return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
 

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attackroute.errors import UserError
 from attackroute.explanations import explained
-from attackroute.gains import EMPTY, Alive, Flow, Path, Term, disentangled, opaque
+from attackroute.gains import EMPTY, Alive, Flow, Path, Term, by_source, disentangled, opaque
 from attackroute.graph import GraphWalk
 from attackroute.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.rules import RULES, Operation, without_rule
@@ -110,6 +110,7 @@ def record(
     expected: int | None = None,
     graph: GraphWalk | None = None,
     separation: Separation | None = None,
+    follow: type[Tracker] | None = None,
 ) -> Recording:
     """Run ``model`` on ``images`` and record its route layers.
 
@@ -124,8 +125,9 @@ def record(
         expected: Number of route layers, where it is known: nothing needs following after the last one.
         graph: Sees every layer's output; the images must then require grad.
         separation: Sees every operation; likewise.
+        follow: What follows the pass; None for a `Tracker`, which follows derivatives.
     """
-    tracker = _Tracker(images.shape[0], gather=sums, expected=expected, separation=separation)
+    tracker = (follow or Tracker)(images.shape[0], gather=sums, expected=expected, separation=separation)
     held: dict[str, Tensor] = {}
 
     def visit(call: LayerCall) -> Tensor:
@@ -154,6 +156,7 @@ def record_first(
     linear: bool,
     graph: GraphWalk | None = None,
     separation: Separation | None = None,
+    follow: type[Tracker] | None = None,
 ) -> Recording:
     """Record the structure on a few images, with errors that speak of the input; arguments as of :func:`record`.
 
@@ -163,7 +166,7 @@ def record_first(
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError("the model is TorchScript, at least in part, which hides its operations: pass the eager model")
     with explained(images):
-        recording = record(model, images, linear=linear, sums=False, graph=graph, separation=separation)
+        recording = record(model, images, linear=linear, sums=False, graph=graph, separation=separation, follow=follow)
     if not recording.layers:
         hint = "" if linear else "; for networks of linear maps pass linear=True (--linear)"
         raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")
@@ -172,7 +175,7 @@ def record_first(
 
 def is_recording() -> bool:
     """Whether a forward pass is being recorded."""
-    return isinstance(_get_current_dispatch_mode(), _Tracker)
+    return isinstance(_get_current_dispatch_mode(), Tracker)
 
 
 @dataclass
@@ -190,7 +193,7 @@ class _Written:
     version: int
 
 
-class _Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):
     """Follows flows through the ATen operations of one forward pass."""
 
     def __init__(self, samples: int, *, gather: bool, expected: int | None, separation: Separation | None) -> None:
@@ -264,7 +267,10 @@ class _Tracker(TorchDispatchMode):
             return func(*args, **kwargs)  # nothing left to follow, or a call that is taken as a whole when it is done
         if not torch.is_grad_enabled():
             return self._without_gradient(func, args, kwargs)
-        return RULES.get(func, without_rule)(Operation(self, func, args, kwargs))
+        return self._ruled(Operation(self, func, args, kwargs))
+
+    def _ruled(self, operation: Operation) -> Any:
+        return RULES.get(operation.func, without_rule)(operation)
 
     def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation under the model's own no_grad: what is new depends on nothing, what is changed in place does."""
@@ -337,30 +343,39 @@ class _Tracker(TorchDispatchMode):
         flow = self.flow(images)
         if axes is None and images.ndim != 2:  # a linear map reads the last dimension, whatever that is
             flow = opaque(flow.sources)
-        lost = set(flow.opaque | elsewhere)
-        by_source: dict[int, list[Term]] = {}
-        for term in flow.terms:
-            by_source.setdefault(term.source, []).append(term)
-        counter = _Counter(flow, images, axes, gather=self._gather)
-        pieces: list[Piece] = []
-        for source, terms in by_source.items():
-            if source in lost or not disentangled(terms) or not all(counter.closed(term) for term in terms):
-                lost.add(source)
-            else:
-                pieces += [counter.piece(term) for term in terms]
+        pieces, lost = self._pieces(call, flow, images, axes, elsewhere)
         index = len(self.layers)
         channels = out.shape[-1] if call.kind == "linear" else out.shape[1]
-        layer = RecordedLayer(call.name, call.kind, channels, weight, groups, axes, tuple(pieces), frozenset(lost))
+        layer = RecordedLayer(call.name, call.kind, channels, weight, groups, axes, tuple(pieces), lost)
         self.layers.append(layer)
         if call.kind == "linear" and out.ndim > 2:
             self.record(out, opaque((index,)))
         else:
             self.record(out, Flow(tuple(out.shape[1:]), (Term(index, 0, 0, channels),)))
 
+    def _pieces(
+        self,
+        call: LayerCall,
+        flow: Flow,
+        images: Tensor,
+        axes: tuple[Axis, Axis] | None,
+        elsewhere: frozenset[int],
+    ) -> tuple[list[Piece], frozenset[int]]:
+        """Closed-form parts of the edges into a layer that reads ``images``, and the sources whose edge has none."""
+        lost = set(flow.opaque | elsewhere)
+        counter = _Counter(flow, images, axes, gather=self._gather)
+        pieces: list[Piece] = []
+        for source, terms in by_source(flow).items():
+            if source in lost or not disentangled(terms) or not all(counter.closed(term) for term in terms):
+                lost.add(source)
+            else:
+                pieces += [counter.piece(term) for term in terms]
+        return pieces, frozenset(lost)
+
 
 @dataclass
 class _Inside:
-    tracker: _Tracker
+    tracker: Tracker
     call: LayerCall
     outer: LayerCall | None = field(default=None)
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from attackroute.attacks import parse_attack
 from attackroute.batches import count_samples, derived_generator, derived_seed, in_order, load
 from attackroute.errors import UserError
 from attackroute.fingerprint import require_model
+from attackroute.noise import UNIT, check_carrier
 from attackroute.provenance import Provenance
 from attackroute.routes import Route
 from attackroute.sketches import Sketches, check_sketches
@@ -35,6 +37,8 @@ class RouteTracing:
         compare_full: Compare the first route with that of all training samples, which takes one more trace.
         linear: Whether linear maps are layers of the route too.
         sketches: As :func:`attackroute.trace_routes` takes them: approximate; None for exact routes.
+        carrier: ``"unit"`` for the paper's route, of clean images, or ``"noise"``.
+        attack: Specification of the attack whose noise is followed; None for the paper's.
 
     Raises:
         UserError: A value is out of range.
@@ -45,6 +49,8 @@ class RouteTracing:
     compare_full: bool = True
     linear: bool = False
     sketches: Sketches = None
+    carrier: str = UNIT
+    attack: str | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
@@ -52,6 +58,7 @@ class RouteTracing:
         if self.refresh is not None and (not isinstance(self.refresh, int) or self.refresh < 1):
             raise UserError(f"refresh {self.refresh!r} is not a number of epochs; give 1 or more, or None")
         check_sketches(self.sketches)
+        check_carrier(self.carrier, self.attack, self.sketches)
 
     def due(self, epoch: int) -> bool:
         """Whether the route is traced anew before this epoch; the one before the first is no renewal."""
@@ -64,7 +71,10 @@ class RouteTracing:
         order = torch.randperm(total, generator=derived_generator(seed, "route", 0))
         part = Subset(data, order[:samples].sort().values.tolist())
         loader = load(part, in_order(samples, _BATCH), generator=torch.Generator())
-        routes = trace_routes(model, loader, _INSTANCE_WIDTH, linear=self.linear, sketches=self.sketches, seed=seed)
+        routes = trace_routes(
+            model, loader, _INSTANCE_WIDTH, attack=None if self.attack is None else parse_attack(self.attack),
+            carrier=self.carrier, linear=self.linear, sketches=self.sketches, seed=seed,
+        )  # fmt: skip
         return routes.aggregate(_WIDTH)
 
 

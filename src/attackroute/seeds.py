@@ -100,3 +100,28 @@ def seed_gradients(logits: Tensor, labels: Tensor, sinks: dict[str, Tensor], los
         name: torch.zeros_like(sink) if gradient is None else gradient
         for (name, sink), gradient in zip(sinks.items(), gradients, strict=True)
     }
+
+
+def seed_scores(kind: str, output: Tensor, gradient: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
+    """What Eq. (4) ranks at a sink: ``sum over positions of |dL/dZ|``, or for noise of ``(Z(x') - Z(x)) dL/dZ(x')``.
+
+    The latter keeps its sign: it is, to first order, how much of the loss the neuron's noise has brought about.
+
+    Args:
+        kind: ``"conv2d"`` or ``"linear"``.
+        output: The sink's output Z; for noise n clean rows, then the attacked ones.
+        gradient: dL/dZ, shaped like it.
+        noise: Whether noise is what is followed.
+        dtype: Of the result.
+
+    Returns:
+        ``(n, C)``.
+    """
+    if noise:
+        clean, attacked = output.detach().to(dtype).chunk(2)
+        size = (attacked - clean).mul_(gradient.chunk(2)[1])
+    else:
+        size = gradient.abs()
+    if kind == "conv2d":
+        size = size.movedim(1, -1)
+    return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)

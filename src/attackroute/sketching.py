@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from attackroute.attacks.draws import image_keys
 from attackroute.jacobians import Segments
+from attackroute.ranking import Ranked
 from attackroute.selection import top_k
 from attackroute.sketches import AUTO, CLEAR_OVERLAP, FIRST_SKETCHES, MOST_SKETCHES, Cut, Estimate
-
-
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """A layer whose critical channels are known.
-
-    Attributes:
-        scores: ``(n, C)``.
-        mask: Its critical channels, bool ``(n, C)``.
-        draws: Draws behind each sample's scores, int32 ``(n,)``; None where no edge was sketched.
-        cut: How certain the mask is; None where no edge was sketched.
-    """
-
-    scores: Tensor
-    mask: Tensor
-    draws: Tensor | None = None
-    cut: Cut | None = None
 
 
 class Sketcher:
@@ -57,15 +39,15 @@ class Sketcher:
         for source, estimate in drawn.items():
             self._estimates.setdefault(source, {})[target] = estimate
 
-    def rank(self, name: str, exact: Tensor) -> Ranked:
-        """Rank a layer all of whose targets have been followed; ``exact`` ``(n, C)`` is the other edges' share."""
+    def rank(self, name: str, known: Tensor) -> Ranked:
+        """Rank a layer all of whose targets have been followed; ``known`` ``(n, C)`` is the other edges' share."""
         targets = self._estimates.pop(name, None)
         if targets is None:
-            return Ranked(exact, top_k(exact, self._width))
-        known = Estimate(exact, exact.new_zeros(0, *exact.shape))
-        estimate = Estimate.sum([known, *targets.values()])
+            return Ranked(known, top_k(known, self._width))
+        exact = Estimate(known, known.new_zeros(0, *known.shape))
+        estimate = Estimate.sum([exact, *targets.values()])
         done = self._first
-        draws = torch.full((len(exact),), done, dtype=torch.int32, device=exact.device)
+        draws = torch.full((len(known),), done, dtype=torch.int32, device=known.device)
         while True:
             mask = top_k(estimate.scores, self._width)
             cut = Cut.of(estimate, mask, self._width)
@@ -73,7 +55,7 @@ class Sketcher:
             if done >= self._most or not unclear.any():
                 return Ranked(estimate.scores, mask, draws, cut)
             more = [self._drawn(target, name, range(done, 2 * done)) for target in targets]
-            estimate = Estimate.mean(estimate, Estimate.sum([known, *more]), unclear / 2)
+            estimate = Estimate.mean(estimate, Estimate.sum([exact, *more]), unclear / 2)
             done *= 2
             draws[unclear] = done
 

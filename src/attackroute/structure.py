@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from attackroute.errors import UserError
 from attackroute.graph import GraphWalk
-from attackroute.recorder import RecordedLayer, record_first
+from attackroute.recorder import RecordedLayer, Tracker, record_first
 from attackroute.sample_rows import require_rows_apart
 from attackroute.separation import Separation
 
-CLOSED_FORM, AUTOGRAD, SKETCH = "closed-form", "autograd", "sketch"
+CLOSED_FORM, AUTOGRAD, SKETCH, REPLAY = "closed-form", "autograd", "sketch", "replay"
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Structure:
         names: Route layers in forward order; other attributes refer to them by index.
         counts: Channels of each layer.
         closed: For each layer, the sources whose influence has a closed form.
-        jacobian: For each layer, the sources whose influence the Jacobian path computes.
+        jacobian: For each layer, the sources whose edge has no closed form.
         recorded: For each layer, all sources that the recording found, also those that autograd denies.
-        elsewhere: How the Jacobian path computes, ``"autograd"`` (exact) or ``"sketch"``.
+        elsewhere: How these are computed, ``"autograd"`` (exact), ``"sketch"``, or for noise ``"replay"`` (exact).
     """
 
     names: tuple[str, ...]
@@ -39,11 +39,18 @@ class Structure:
 
     @classmethod
     def probe(
-        cls, model: nn.Module, images: Tensor, *, linear: bool, elsewhere: str = AUTOGRAD
+        cls,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        linear: bool,
+        elsewhere: str = AUTOGRAD,
+        follow: type[Tracker] | None = None,
     ) -> tuple[Structure, object]:
         """Run a frozen model on the first images of a batch; returns the structure and the model's output.
 
         Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
+        What follows the pass, if not derivatives, is ``follow``.
 
         Raises:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
@@ -51,7 +58,7 @@ class Structure:
         # two samples, also of one: some networks squeeze a batch of one, and a gate there looks like a constant
         images = torch.cat([images[:1], images[-1:]]).requires_grad_()
         graph, separation = GraphWalk(), Separation(images.shape[0])
-        recording = record_first(model, images, linear=linear, graph=graph, separation=separation)
+        recording = record_first(model, images, linear=linear, graph=graph, separation=separation, follow=follow)
         if not separation.proven:
             _require_independent(images, recording.output)
             if linear:
@@ -63,6 +70,8 @@ class Structure:
             reached = frozenset(names.index(name) for name in graph.found[layer.name].reached)
             custom = frozenset(names.index(name) for name in graph.found[layer.name].custom)
             shut = layer.sources - layer.jacobian - custom
+            if follow is not None and not reached <= layer.sources:  # noise comes in by a way that was not seen
+                shut = frozenset()
             closed.append(shut & reached)
             jacobian.append(reached - shut)
         return cls(
@@ -96,7 +105,7 @@ class Structure:
 
     @property
     def jacobian_edges(self) -> dict[str, list[str]]:
-        """Sources that the Jacobian path computes, by target."""
+        """Sources whose edge has no closed form, by target."""
         return {
             name: [self.names[source] for source in sorted(sources)]
             for name, sources in zip(self.names, self.jacobian, strict=True)

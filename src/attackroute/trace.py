@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -19,15 +19,18 @@ from attackroute.gates import FrozenGates
 from attackroute.instances import InstanceRoutes
 from attackroute.jacobians import Segments
 from attackroute.layers import frozen
+from attackroute.noise import NOISE, UNIT, NoiseTracker, check_carrier
 from attackroute.provenance import Provenance
+from attackroute.ranking import Mixing, Products, Ranked
 from attackroute.recorder import RecordedLayer, record
-from attackroute.seeds import Loss, checked_labels, checked_logits, seed_gradients
+from attackroute.replays import Replays
+from attackroute.seeds import Loss, checked_labels, checked_logits, seed_gradients, seed_scores
 from attackroute.selection import check_width, top_k
 from attackroute.sketch_notes import SketchNotes
 from attackroute.sketches import AUTO, Sketches, check_sketches
-from attackroute.sketching import Ranked, Sketcher
+from attackroute.sketching import Sketcher
 from attackroute.streams import BatchStream, Data, batches
-from attackroute.structure import AUTOGRAD, SKETCH, Structure
+from attackroute.structure import AUTOGRAD, REPLAY, SKETCH, Structure
 
 Progress = Callable[[int, "int | None"], None]
 """Called after every batch with the number of samples done and, where known, in all."""
@@ -39,6 +42,7 @@ def trace_routes(
     width: float = 0.2,
     *,
     attack: Attack | None = None,
+    carrier: str = UNIT,
     loss: Loss | None = None,
     linear: bool = False,
     keep_scores: bool = False,
@@ -60,6 +64,8 @@ def trace_routes(
         width: Share of each layer's channels that a sample's route keeps, in (0, 1].
         attack: Trace what this makes of the images, as in ``ar.parse_attack("pgd")``; a sample without a label is
             attacked, and then traced, for the model's prediction on its clean image.
+        carrier: What is pushed through the segments between layers: ``"unit"``, ones, which is the paper's influence,
+            or ``"noise"``, what ``attack`` changes at each layer's input, exact as well; see docs/definitions.md.
         loss: ``(logits, labels) -> losses (N,)``; None is cross entropy, whose gradient is exact at any confidence.
         linear: Whether linear maps are route layers too; their neurons are output features.
         keep_scores: Keep the scores that top-k ranked, (N, C) per layer; memory then grows with them.
@@ -80,17 +86,19 @@ def trace_routes(
         The instance routes, with the method by which each edge was computed.
 
     Raises:
-        UserError: There is no route layer, an input does not fit the model, or values are not finite.
+        UserError: There is no route layer, an input does not fit the model, values are not finite, or the carrier is
+            unknown, lacks an attack, or cannot be sketched.
     """
     check_width(width)
     check_sketches(sketches)
+    check_carrier(carrier, attack, sketches, freeze_gates=freeze_gates)
     parts: list[InstanceRoutes] = []
     done = 0
     with frozen(model), autocast_of(model, autocast):
         stream = BatchStream(model, data, batch_size)
         tracer = RouteTracer.probe(
-            model, stream.first[0], width, attack=attack, loss=loss, linear=linear, keep_scores=keep_scores,
-            sketches=sketches, seed=seed, freeze_gates=freeze_gates,
+            model, stream.first[0], width, attack=attack, carrier=carrier, loss=loss, linear=linear,
+            keep_scores=keep_scores, sketches=sketches, seed=seed, freeze_gates=freeze_gates,
         )  # fmt: skip
         for part in stream.map(tracer.trace):
             if parts and (part.labels is None) != (parts[0].labels is None):
@@ -159,6 +167,7 @@ class RouteTracer:
         width: float,
         *,
         attack: Attack | None = None,
+        carrier: str = UNIT,
         loss: Loss | None = None,
         linear: bool = False,
         keep_scores: bool = False,
@@ -167,14 +176,17 @@ class RouteTracer:
         freeze_gates: bool = False,
     ) -> RouteTracer:
         """Run the model on some images, the data's first, to learn its route layers and edges."""
-        engine = _Engine.probe(model, images, linear=linear, sketches=sketches, seed=seed, freeze=freeze_gates)
+        engine = _Engine.probe(
+            model, images, carrier=carrier, linear=linear, sketches=sketches, seed=seed, freeze=freeze_gates
+        )
         return cls(engine, width, attack, loss, keep_scores)
 
     def trace(self, images: Tensor, labels: Tensor | None) -> InstanceRoutes:
         """Routes of one batch, on the CPU."""
         model, structure = self.engine.model, self.engine.structure
         shown, answers = (images, labels) if self.attack is None else attacked(model, self.attack, images, labels)
-        result = self.engine.trace(shown, answers, self.width, self.loss)
+        clean = images if self.engine.carrier == NOISE else None
+        result = self.engine.trace(shown, answers, self.width, self.loss, clean)
         builder = InstanceRoutesBuilder(structure.names, structure.channels, self.width, keep_scores=self.keep_scores)
         builder.add(
             result.masks,
@@ -221,6 +233,7 @@ class _Engine:
     """The computation of a batch, on the structure that a probe of the model showed."""
 
     model: nn.Module
+    carrier: str
     linear: bool
     structure: Structure
     sketches: Sketches
@@ -229,18 +242,27 @@ class _Engine:
 
     @classmethod
     def probe(
-        cls, model: nn.Module, images: Tensor, *, linear: bool, sketches: Sketches, seed: int, freeze: bool
+        cls,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        carrier: str,
+        linear: bool,
+        sketches: Sketches,
+        seed: int,
+        freeze: bool,
     ) -> _Engine:
         """Run the model on the first images to learn its route layers and edges."""
-        elsewhere = AUTOGRAD if sketches is None else SKETCH
+        elsewhere = REPLAY if carrier == NOISE else AUTOGRAD if sketches is None else SKETCH
+        follow = NoiseTracker if carrier == NOISE else None
         with _gates(freeze):
-            structure, output = Structure.probe(model, images, linear=linear, elsewhere=elsewhere)
+            structure, output = Structure.probe(model, images, linear=linear, elsewhere=elsewhere, follow=follow)
         checked_logits(output, 2)
-        return cls(model, linear, structure, sketches, seed, freeze)
+        return cls(model, carrier, linear, structure, sketches, seed, freeze)
 
     def provenance(self, origin: Provenance) -> Provenance:
         """The origin of routes, which says so where it is approximate."""
-        criterion = origin.criterion
+        criterion = NOISE if self.carrier == NOISE else origin.criterion
         if self.freeze:
             criterion += " with frozen gates, approximate"
         if SKETCH not in self.structure.methods.values():
@@ -248,55 +270,55 @@ class _Engine:
         number = self.sketches if self.sketches == AUTO else f"{self.sketches} sketches"
         return replace(origin, criterion=f"{criterion}, approximate ({number})", seed=self.seed)
 
-    def trace(self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None) -> _Traced:
-        """Routes of one batch: Eqs. (3)-(6)."""
+    def trace(
+        self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None, clean: Tensor | None
+    ) -> _Traced:
+        """Routes of one batch: Eqs. (3)-(6); ``clean`` are the images before the attack whose noise is followed."""
         with _gates(self.freeze):
-            return self._trace(images, labels, width, loss)
+            return self._trace(images, labels, width, loss, clean)
 
-    def _trace(self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None) -> _Traced:
-        names, sinks, jacobian = self.structure.names, self.structure.sinks, self.structure.jacobian_edges
+    def _trace(
+        self, images: Tensor, labels: Tensor | None, width: float, loss: Loss | None, clean: Tensor | None
+    ) -> _Traced:
+        names, sinks = self.structure.names, self.structure.sinks
+        samples, shown = images.shape[0], images if clean is None else torch.cat([clean, images])
+        follow = None if clean is None else NoiseTracker
         with explained(images):
-            recording = record(self.model, images, linear=self.linear, leaves=sinks, expected=len(names))
+            recording = record(self.model, shown, linear=self.linear, leaves=sinks, expected=len(names), follow=follow)
         layers = self.structure.applied(recording.layers)
-        logits = checked_logits(recording.output, images.shape[0])
+        logits = checked_logits(recording.output, shown.shape[0])[-samples:]
         predictions = logits.detach().argmax(dim=1)
-        labels = predictions if labels is None else checked_labels(labels, logits.shape[1], images.shape[0])
+        labels = predictions if labels is None else checked_labels(labels, logits.shape[1], samples)
         seeds = seed_gradients(logits, labels, dict(recording.leaves), loss)
         dtype = torch.promote_types(images.dtype, torch.float32)
         scores = {  # Eq. (4); layers with successors start from zero
-            index: self._seed_score(layer, seeds[layer.name], dtype)
+            index: seed_scores(layer.kind, recording.leaves[layer.name], seeds[layer.name], clean is not None, dtype)
             if layer.name in sinks
-            else torch.zeros(images.shape[0], layer.channels, dtype=dtype, device=images.device)
+            else torch.zeros(samples, layer.channels, dtype=dtype, device=images.device)
             for index, layer in enumerate(layers)
         }
-        segments = sketcher = None
-        if jacobian:
-            fused = self.sketches is not None
-            segments = Segments(self.model, images, jacobian, linear=self.linear, fused=fused)
-        if segments is not None and self.sketches is not None:
-            sketcher = Sketcher(segments, images, self.sketches, self.seed, width)
+        mixing = self._mixing(shown, images, layers, width)
         ranked: dict[str, Ranked] = {}
         for index in reversed(range(len(layers))):  # every successor of a layer comes after it
             layer, score = layers[index], scores[index]
-            found = Ranked(score, top_k(score, width)) if sketcher is None else sketcher.rank(layer.name, score)
+            found = Ranked(score, top_k(score, width)) if mixing is None else mixing.rank(layer.name, score)
             ranked[layer.name] = found
             critical_sums(layer, found.mask, scores)  # Eq. (5)
-            if segments is None or layer.name not in jacobian:
-                continue
-            if sketcher is not None:
-                sketcher.follow(layer.name, found.mask)
-                continue
-            for source, part in segments.scores(layer.name, found.mask).items():
-                scores[names.index(source)] += part
+            if mixing is not None and layer.jacobian:
+                mixing.follow(layer.name, found.mask)
         return _Traced({name: ranked[name] for name in names}, labels, predictions)
 
-    @staticmethod
-    def _seed_score(layer: RecordedLayer, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sum over positions of ``|dL/dZ^m|``."""
-        size = gradient.abs()
-        if layer.kind == "conv2d":
-            size = size.movedim(1, -1)
-        return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)
+    def _mixing(self, shown: Tensor, images: Tensor, layers: Sequence[RecordedLayer], width: float) -> Mixing | None:
+        """What computes the edges without a closed form; None where there is no such edge."""
+        edges = self.structure.jacobian_edges
+        if not edges:
+            return None
+        if self.carrier == NOISE:
+            return Replays(self.model, shown, layers, edges, width, linear=self.linear)
+        segments = Segments(self.model, images, edges, linear=self.linear, fused=self.sketches is not None)
+        if self.sketches is None:
+            return Products(segments, width)
+        return Sketcher(segments, images, self.sketches, self.seed, width)
 
 
 def autocast_of(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from attackroute import recorder, structure, trace
+from attackroute import ranking, recorder, structure, trace
 from attackroute.benchmark.timing import Parts, Stopclock
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.jacobians import Segments
@@ -18,13 +18,13 @@ PROBE = "structure probe"
 REST = "rest"
 PHASES: Mapping[str, tuple[tuple[object, str], ...]] = {
     # phase: where its functions are looked up, and their names
-    "network's own operations": ((Operation, "run"), (recorder._Tracker, "_convolution")),
-    "following gains, masks": ((trace, "record"), (recorder._Tracker, "_add_layer")),
+    "network's own operations": ((Operation, "run"), (recorder.Tracker, "_convolution")),
+    "following gains, masks": ((trace, "record"), (recorder.Tracker, "_add_layer")),
     "window sums": ((recorder, "mask_sums"), (recorder, "alive_sums"), (recorder, "pattern_sums")),
     "critical sums": ((trace, "critical_sums"),),
     "vector-Jacobian products": ((Segments, "__init__"), (Segments, "scores")),
     "seeds": ((trace, "checked_logits"), (trace, "seed_gradients")),
-    "top-k": ((trace, "top_k"),),
+    "top-k": ((trace, "top_k"), (ranking, "top_k")),
     "packing": ((InstanceRoutesBuilder, "add"), (InstanceRoutesBuilder, "build")),
     "input checks": ((trace, "batches"),),
     PROBE: ((structure, "record_first"), (structure, "_require_independent")),

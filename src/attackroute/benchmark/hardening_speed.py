@@ -17,7 +17,7 @@ from attackroute.benchmark.memory import Peaks, measured, memory_repeats
 from attackroute.benchmark.plan import HARDENING, Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
 from attackroute.models import build_model
-from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty, WeightPenalty
+from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty, StabilisationPenalty, WeightPenalty
 from attackroute.penalties.passes import spared_buffers
 from attackroute.rivals import rank_channels
 from attackroute.routes import Route
@@ -27,8 +27,8 @@ BATCH_SIZE = 128
 STEPS = 10
 
 PLAIN, GRADIENT, QUOTIENT, WEIGHT = "plain", "gradient, exact", "gradient, approximation", "weight"
-PAT, PAT_GRADIENT, PAT_WEIGHT = "PAT", "PAT, gradient, exact", "PAT, weight"
-_STEP_NAMES = (PLAIN, GRADIENT, QUOTIENT, WEIGHT, PAT, PAT_GRADIENT, PAT_WEIGHT)
+PAT, PAT_GRADIENT, PAT_WEIGHT, PAT_STABLE = "PAT", "PAT, gradient, exact", "PAT, weight", "PAT, stabilisation"
+_STEP_NAMES = (PLAIN, GRADIENT, QUOTIENT, WEIGHT, PAT, PAT_GRADIENT, PAT_WEIGHT, PAT_STABLE)
 LIMITS = {GRADIENT: 3.2, QUOTIENT: 2.2, WEIGHT: 1.05}
 """Ratios to a plain step's time that are to be kept."""
 
@@ -161,7 +161,7 @@ def training_steps(model: nn.Module, images: Tensor, labels: Tensor, route: Rout
     """One step of each kind, by name."""
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-4)
     exact, quotient = GradientPenalty(model, route), GradientPenalty(model, route, method=APPROXIMATE)
-    weight = WeightPenalty(model, route, images)
+    weight, stabilisation = WeightPenalty(model, route, images), StabilisationPenalty(model, route)
     attack = PGD(steps=STEPS)
 
     def plain(x: Tensor) -> Tensor:
@@ -178,6 +178,11 @@ def training_steps(model: nn.Module, images: Tensor, labels: Tensor, route: Rout
         with spared_buffers(model), exact.watch():
             logits = model(images)
         return total + _LAM * exact(logits, labels)
+
+    def steadied(x: Tensor) -> Tensor:
+        with stabilisation.watch():
+            task = plain(x)
+        return task + _LAM * stabilisation(images)
 
     def step(loss: Callable[[Tensor], Tensor], *, attacked: bool = False) -> Callable[[], None]:
         def run() -> None:
@@ -196,6 +201,7 @@ def training_steps(model: nn.Module, images: Tensor, labels: Tensor, route: Rout
         PAT: step(plain, attacked=True),
         PAT_GRADIENT: step(both, attacked=True),
         PAT_WEIGHT: step(lambda x: plain(x) + _LAM * weight(), attacked=True),
+        PAT_STABLE: step(steadied, attacked=True),
     }
 
 

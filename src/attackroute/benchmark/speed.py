@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attackroute.benchmark.breakdown import PHASES, REST, Stopwatch
 from attackroute.benchmark.cases import Case, Workload, workload
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
+from attackroute.noise import NOISE
 from attackroute.trace import trace_routes
 
 
@@ -25,10 +26,11 @@ class SpeedResult:
         case: What was measured.
         memory_format: ``"contiguous"`` or ``"channels_last"``.
         batch_size: Images a batch.
-        batches: Batches of which each run of ``forward``, ``trace`` and ``watched`` consists.
+        batches: Batches of which each run of ``forward``, ``trace``, ``noise`` and ``watched`` consists.
         forward: Plain inference.
         trace: :func:`attackroute.trace.trace_routes`, the probe of the structure included.
         training: One step (forward, backward, SGD) on one batch.
+        noise: Traces that follow the noise of an attack, which costs next to nothing itself.
         watched: Traces again, by phase.
     """
 
@@ -39,6 +41,7 @@ class SpeedResult:
     forward: Runs
     trace: Runs
     training: Runs
+    noise: Runs
     watched: Runs
 
     @property
@@ -50,6 +53,11 @@ class SpeedResult:
     def ratio(self) -> Spread:
         """Trace / plain forward."""
         return Spread.of_ratios(self.trace.totals, self.forward.totals)
+
+    @property
+    def noise_ratio(self) -> Spread:
+        """Trace of the noise / two plain forward passes, one of the images and one of the attacked ones."""
+        return Spread.of_ratios(self.noise.totals, [2 * total for total in self.forward.totals])
 
     @property
     def training_ratio(self) -> Spread:
@@ -76,11 +84,13 @@ class SpeedResult:
             "batches": self.batches,
             "limit": self.limit,
             "trace_to_forward": self.ratio.to_json(),
+            "noise_trace_to_two_forwards": self.noise_ratio.to_json(),
             "trace_to_training_step": self.training_ratio.to_json(),
             "shares_of_forward": {phase: share.to_json() for phase, share in self.shares.items()},
             "seconds": {
                 "forward": list(self.forward.totals),
                 "trace": list(self.trace.totals),
+                "noise_trace": list(self.noise.totals),
                 "training_step": list(self.training.totals),
                 "watched_trace": list(self.watched.totals),
             },
@@ -103,12 +113,16 @@ def measure_speed(case: Case, plan: Plan, *, channels_last: bool, advance: Calla
     def trace() -> None:
         trace_routes(load.model, load.batches)
 
+    def noise() -> None:
+        trace_routes(load.model, load.batches, attack=_brighter, carrier=NOISE)
+
     watch = Stopwatch(clock)
     runs = interleaved(
         {
             "forward": clock.whole(load.forward),
             "trace": clock.whole(trace),
             "training": clock.whole(training_step(load)),
+            "noise": clock.whole(noise),
             "watched": lambda: watch.measure(trace),
         },
         plan.turns,
@@ -116,6 +130,10 @@ def measure_speed(case: Case, plan: Plan, *, channels_last: bool, advance: Calla
     )
     memory_format = "channels_last" if channels_last else "contiguous"
     return SpeedResult(case, memory_format, batch_size, plan.batches, **runs)
+
+
+def _brighter(_: nn.Module, images: Tensor, __: Tensor) -> Tensor:
+    return images * 0.95 + 0.05
 
 
 def training_step(load: Workload) -> Callable[[], None]:

@@ -39,6 +39,7 @@ from attackroute.fingerprint import weights_digest
 from attackroute.gradcam import evidence
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
+from attackroute.noise import NOISE, UNIT
 from attackroute.outgoing import MixedChannelsError
 from attackroute.processes import leading
 from attackroute.rivals import ChannelScores, channel_scores
@@ -75,6 +76,7 @@ class Study:
         output: Where the words go.
         linear: Whether linear maps are route layers too.
         sketches: Random products for each edge without a closed form: approximate; None for exact routes.
+        carrier: What the routes follow: ``"unit"``, or ``"noise"``, that of the first attack.
         workers: Processes that read images, for each that computes.
     """
 
@@ -93,6 +95,7 @@ class Study:
     linear: bool = False
     sketches: Sketches = None
     workers: int = 0
+    carrier: str = UNIT
 
     @cached_property
     def halves(self) -> tuple[list[int], list[int]]:
@@ -123,8 +126,9 @@ class Study:
         """Routes of the reference images by criterion."""
         with self.output.progress("images traced") as progress:
             return sample_routes(
-                self.network, self.reference, _WIDTH, linear=self.linear, sketches=self.sketches, progress=progress
-            )
+                self.network, self.reference, _WIDTH, linear=self.linear, sketches=self.sketches,
+                noise_of=next(iter(self.attacks.values())) if self.carrier == NOISE else None, progress=progress,
+            )  # fmt: skip
 
     @cached_property
     def route(self) -> Route:
@@ -224,6 +228,7 @@ class Study:
             "layers": None if self.chosen is None else list(self.chosen),
             "linear": self.linear,
             "sketches": self.sketches,
+            "carrier": self.carrier,
             "share": self.share,
             "at": self.at,
             "draws": self.draws,
@@ -263,11 +268,14 @@ class Study:
 
 
 def _occurrence(study: Study, progress: Progress) -> tuple[Result, Figures]:
-    routes = {"clean": study.routes[ROUTE]}
-    for name, attack in study.attacks.items():
+    follows = study.carrier == NOISE  # then there is no route of clean images, and that of the first attack is known
+    first, *others = study.attacks
+    routes = {first if follows else "clean": study.routes[ROUTE]}
+    for name in others if follows else study.attacks:
+        attack = study.attacks[name]
         found = sample_routes(
-            study.network, study.reference, _WIDTH, attack=attack, rivals=(), linear=study.linear,
-            sketches=study.sketches, progress=progress,
+            study.network, study.reference, _WIDTH, attack=None if follows else attack, rivals=(), linear=study.linear,
+            noise_of=attack if follows else None, sketches=study.sketches, progress=progress,
         )  # fmt: skip
         routes[name] = found[ROUTE]
     routes |= {by: own for by, own in study.routes.items() if by != ROUTE}
@@ -321,6 +329,8 @@ def _gradcam(study: Study, progress: Progress) -> tuple[Result, Figures]:
 
 
 def _detect(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    if study.carrier == NOISE:
+        study.output.note("note: detect goes by influence, since an image to judge has no clean partner")
     result = detect(
         study.network, study.measured, study.reference, study.attacks, width=_WIDTH, route_width=study.share,
         seeds=range(study.draws), linear=study.linear, sketches=study.sketches, progress=progress,

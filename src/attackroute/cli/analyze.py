@@ -94,6 +94,7 @@ def analyze(
             help="Some of the layers; else all. Occurrence and detection always take all.",
         ),
     ] = None,
+    carrier: options.Carrier = options.Carriers.UNIT,
     linear: options.Linear = False,
     sketches: options.Sketches = None,
     share: Annotated[
@@ -146,6 +147,7 @@ def analyze(
     from attackroute.data import load_data
     from attackroute.interventions import ACTIVATION, OUTPUT
     from attackroute.nearest import did_you_mean
+    from attackroute.noise import check_carrier
     from attackroute.processes import current
 
     output = Output(as_json, quiet)
@@ -158,6 +160,7 @@ def analyze(
     if at not in (OUTPUT, ACTIVATION):
         raise UserError(f"unknown place --at {at}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give output or activation")
     attacks = {text: parse_attack(text) for text in dict.fromkeys(attack or ["pgd"])}
+    check_carrier(carrier.value, attacks, sketches)
     home = options.resolve_device(device)
     if image_size is None and (card := find_card(model)) is not None:
         image_size = card[1].spec.image_size
@@ -169,7 +172,7 @@ def analyze(
     study = Study(
         network, images, attacks, _listed(layers, "--layers"), share, at, draws, batch_size, seed,
         {"model": model, "data": data, "samples": samples, "device": home.type},
-        options.open_folder(out), output, linear, sketches, workers,
+        options.open_folder(out), output, linear, sketches, workers, carrier.value,
     )  # fmt: skip
     if not resume:
         study.check_layers()

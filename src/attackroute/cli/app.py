@@ -15,6 +15,7 @@ from attackroute.cli import (
     harden,
     harden_study,
     hardness,
+    repair_study,
     report,
     reproduce,
     trace,
@@ -85,6 +86,7 @@ add_command(app, analyze.analyze, analyze.EXAMPLES, shared=True)
 add_command(app, harden.harden, harden.EXAMPLES, shared=True)
 add_command(app, harden_study.harden_study, harden_study.EXAMPLES)
 add_command(app, hardness.hardness, hardness.EXAMPLES, shared=True)
+add_command(app, repair_study.repair_study, repair_study.EXAMPLES)
 add_command(app, evaluate.evaluate, evaluate.EXAMPLES, shared=True)
 add_command(app, reproduce.reproduce, reproduce.EXAMPLES)
 add_command(app, report.report, report.EXAMPLES)

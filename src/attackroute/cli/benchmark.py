@@ -32,7 +32,8 @@ EXAMPLES = """
 
  The cases:
 
-   vgg16          32x32, 128 images at a time: time of a trace / of plain inference, and / of a training step
+   vgg16          32x32, 128 images at a time: time of a trace / of plain inference, and / of a training step; of a
+                  trace that follows noise / of two plain inferences
    resnet18, resnet50, mobilenet_v2
                   the same at 224x224, 16 images at a time
    naive          the same scores by torch.autograd.grad, channel by channel and position by position, and by

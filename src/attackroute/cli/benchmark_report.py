@@ -45,7 +45,7 @@ def show(output: Output, report: BenchmarkReport) -> None:
 
 def _show_speed(output: Output, results: Sequence[SpeedResult]) -> None:
     output.table(
-        ["case", "images", "trace / forward", "at most", "trace / training step"],
+        ["case", "images", "trace / forward", "at most", "trace / training step", "noise trace / two forwards"],
         [
             [
                 _name(result),
@@ -53,6 +53,7 @@ def _show_speed(output: Output, results: Sequence[SpeedResult]) -> None:
                 _ratio(result.ratio),
                 "-" if result.limit is None else f"{result.limit:.2f}",
                 _ratio(result.training_ratio),
+                _ratio(result.noise_ratio),
             ]
             for result in results
         ],

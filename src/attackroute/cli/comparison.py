@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute import oracle
+from attackroute import noise_oracle, oracle
+from attackroute.noise import NOISE, UNIT
 from attackroute.sketches import Sketches
 from attackroute.trace import trace_routes
 
@@ -45,6 +46,7 @@ def compare(
     labels: Tensor,
     width: float,
     *,
+    clean: Tensor | None = None,
     linear: bool,
     autocast: torch.dtype | None,
     sketches: Sketches = None,
@@ -61,6 +63,7 @@ def compare(
         images: (N, C, H, W), on the model's device and in its dtype.
         labels: (N,).
         width: Share of each layer's channels that a route keeps.
+        clean: The images before the attack, where the noise between the two is what is followed.
         linear: Whether linear layers are route layers.
         autocast: Reduced precision for the engine.
         sketches: For the engine, with ``seed``; the oracle is exact.
@@ -68,8 +71,11 @@ def compare(
     """
     ours = trace_routes(
         model,
-        (images, labels),
+        (images if clean is None else clean, labels),
         width,
+        batch_size=len(images),
+        attack=None if clean is None else lambda *_: images,
+        carrier=UNIT if clean is None else NOISE,
         linear=linear,
         keep_scores=True,
         autocast=autocast,
@@ -77,13 +83,16 @@ def compare(
         seed=seed,
         freeze_gates=freeze_gates,
     )
-    theirs = oracle.trace(model, images, labels, width=width, linear=linear)
+    if clean is None:
+        theirs = oracle.trace(model, images, labels, width=width, linear=linear)
+    else:
+        theirs = noise_oracle.trace(model, clean, images, labels, width=width, linear=linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
     deviation, where = 0.0, theirs.layers[-1]
     for layer in reversed(theirs.layers):
         expected = theirs.scores[layer].detach().cpu().double()
         apart = (ours.scores[layer].double() - expected).abs().amax(1)
-        scale = expected.amax(1)
+        scale = expected.abs().amax(1)
         relative = torch.where(apart == 0, 0.0, apart / scale)[comparable]
         if relative.numel() and (largest := relative.max().item()) > deviation:
             deviation, where = largest, layer

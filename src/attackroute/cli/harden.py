@@ -33,6 +33,10 @@ EXAMPLES = """
    $ attackroute harden --model runs/robust --data mnist-sample --penalty gradient --lam 0.01 \\
        --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-g
 
+   Not the paper's: what the attack changes in the neurons through which most of its noise passes
+   $ attackroute harden --model runs/robust --data mnist-sample --penalty stabilisation --lam 0.01 --carrier noise \\
+       --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-s
+
    Controls of the same size: random neurons off the route, all neurons, no penalty
    $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 \\
        --target random --out runs/vanilla-g-random
@@ -55,6 +59,7 @@ class Penalties(str, Enum):
 
     GRADIENT = "gradient"
     WEIGHT = "weight"
+    STABILISATION = "stabilisation"
     BOTH = "both"
     NONE = "none"
 
@@ -83,7 +88,8 @@ def harden(
         typer.Option(
             "--penalty",
             rich_help_panel=_PENALTY,
-            help="The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), or both. Kernels "
+            help="The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), both, or "
+            "stabilisation, what --attack changes in its neurons (not the paper's). Kernels "
             "behind attention or normalisation over channels join no two neurons, and have no weight penalty.",
         ),
     ] = Penalties.GRADIENT,
@@ -129,6 +135,7 @@ def harden(
             help="Share of the training images to trace.",
         ),
     ] = 0.1,
+    carrier: options.Carrier = options.Carriers.UNIT,
     linear: options.Linear = False,
     sketches: options.Sketches = None,
     compare_full: Annotated[
@@ -294,6 +301,7 @@ def harden(
             "route_samples": route_samples,
             "linear": linear,
             "sketches": sketches,
+            "carrier": carrier.value,
             "refresh": refresh,
             "compare_full": compare_full,
             "method": APPROXIMATE if approximate else EXACT,

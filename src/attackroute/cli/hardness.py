@@ -14,6 +14,7 @@ from attackroute.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from attackroute.attacks import Perturbation
     from attackroute.data import ImageBatches
     from attackroute.routes import Route
     from attackroute.sketches import Sketches
@@ -76,6 +77,7 @@ def hardness(
             help="The model's route, as attackroute trace writes it; else one is traced from these images.",
         ),
     ] = None,
+    carrier: options.Carrier = options.Carriers.UNIT,
     linear: options.Linear = False,
     sketches: options.Sketches = None,
     attack: Annotated[
@@ -115,6 +117,7 @@ def hardness(
     from attackroute.data import ImageBatches, load_data
     from attackroute.experiments.hardness_radius import EpsSearch
     from attackroute.experiments.hardness_study import study_hardness
+    from attackroute.noise import check_carrier
     from attackroute.processes import leading
 
     output = Output(as_json, quiet)
@@ -127,10 +130,14 @@ def hardness(
     )
     options.report_skipped(images, output)
     network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
-    if route is not None and (linear or sketches is not None):
-        raise UserError("--route is there already; leave out --linear and --sketches, or trace the route with them")
+    if route is not None and (linear or sketches is not None or carrier is not options.Carriers.UNIT):
+        raise UserError(
+            "--route is there already; leave out --linear, --sketches and --carrier, or trace the route with them"
+        )
+    check_carrier(carrier.value, attacks, sketches)
+    follow = attacks[0] if carrier is options.Carriers.NOISE else None
     batches = ImageBatches(images, batch_size, workers=workers)
-    chosen = _route(network, batches, route, output, linear=linear, sketches=sketches, seed=seed)
+    chosen = _route(network, batches, route, output, noise_of=follow, linear=linear, sketches=sketches, seed=seed)
     folder = options.open_folder(out)
     with output.progress("images") as progress:
         study = study_hardness(
@@ -150,6 +157,7 @@ def hardness(
         "model": model,
         "data": f"{data} {images.split}",
         "route": None if route is None else str(route),
+        "carrier": carrier.value,
         "linear": linear,
         "sketches": sketches,
         "seed": seed,
@@ -164,10 +172,12 @@ def _route(
     file: Path | None,
     output: Output,
     *,
+    noise_of: Perturbation | None,
     linear: bool,
     sketches: Sketches,
     seed: int,
 ) -> Route:
+    from attackroute.noise import NOISE, UNIT
     from attackroute.routes import Route
     from attackroute.trace import trace_routes
 
@@ -182,6 +192,8 @@ def _route(
             network,
             batches,
             _WIDTH,
+            attack=noise_of,
+            carrier=UNIT if noise_of is None else NOISE,
             linear=linear,
             sketches=sketches,
             seed=seed,

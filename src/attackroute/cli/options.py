@@ -97,6 +97,13 @@ def report_skipped(data: ImageData | None, output: Output) -> None:
         output.note(f"note: left out {path}, which cannot be read")
 
 
+class Carriers(str, Enum):
+    """What is pushed through the segments between layers."""
+
+    UNIT = "unit"
+    NOISE = "noise"
+
+
 class Splits(str, Enum):
     """Parts of a data set."""
 
@@ -196,6 +203,15 @@ Sketches = Annotated[
         rich_help_panel="The route",
         help="Estimate edges without a closed form (attention, layer norm) from N random products each, such as "
         "32: approximate, and far quicker; auto doubles N until the routes are clear.",
+    ),
+]
+Carrier = Annotated[
+    Carriers,
+    typer.Option(
+        "--carrier",
+        rich_help_panel="The route",
+        help="What a traced route follows: unit, how strongly channels could act on the next layer's (the paper's), or "
+        "noise, how much of what --attack changes they pass on.",
     ),
 ]
 BatchSize = Annotated[

@@ -30,6 +30,10 @@ EXAMPLES = """
    Routes of the same images after an attack, to compare with the clean ones
    $ attackroute trace --model runs/digits --data mnist-sample --attack pgd:eps=0.1 --out runs/digits/attacked
 
+   Routes that follow what the attack changes, instead of what channels could do
+   $ attackroute trace --model runs/digits --data mnist-sample --attack pgd:eps=0.1 --carrier noise \\
+       --out runs/digits/noise
+
    A network of torchvision on 1,000 of your own images
    $ attackroute trace --model torchvision:resnet18 --weights resnet18.pth --classes 1000 \\
        --data folder:photos --image-size 224 --samples 1000 --out runs/photos
@@ -60,7 +64,8 @@ EXAMPLES = """
                 the same channels, about the share of --width where samples have nothing in common.
    computed     How the edges into a layer were computed, and how many there are where it is not one.
                 closed-form: exact, from the forward pass. autograd: exact, from vector-Jacobian products.
-                sketch: approximate, from --sketches random products.
+                sketch: approximate, from --sketches random products. replay: with --carrier noise, exact, from
+                passes in which one channel at a time is as on the clean image.
    overlap      With --sketches: share of a sample's kept channels that exact scores are expected to keep as well, and
                 of all channels those within two standard errors of the cut; for the critical channels of later
                 layers as they were found.
@@ -118,6 +123,7 @@ def trace(
             help="Trace the images after this attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, ...",
         ),
     ] = None,
+    carrier: options.Carrier = options.Carriers.UNIT,
     linear: options.Linear = False,
     sketches: options.Sketches = None,
     freeze_gates: Annotated[
@@ -184,6 +190,7 @@ def trace(
     from attackroute.cli.unfinished import Missing, RouteWriter, TraceFolder
     from attackroute.data import load_data
     from attackroute.fingerprint import weights_digest
+    from attackroute.noise import check_carrier
     from attackroute.processes import current
     from attackroute.stored_routes import StoredRoutes
 
@@ -191,6 +198,7 @@ def trace(
     if resume and out is None:
         raise UserError("--resume goes on with the trace in a folder; name it with --out")
     perturbation = None if attack is None else parse_attack(attack)
+    check_carrier(carrier.value, perturbation, sketches, freeze_gates=freeze_gates)
     home = options.resolve_device(device)
     if image_size is None and (card := find_card(model)) is not None:
         image_size = card[1].spec.image_size
@@ -198,13 +206,12 @@ def trace(
         data, split=split.value, image_size=image_size, samples=samples, seed=seed, skip_unreadable=skip_unreadable
     )
     options.report_skipped(images, output)
-    network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
-    if dtype is Dtypes.FLOAT64:
-        network = network.double()
+    network = open_network(model, images, weights=weights, width=model_width, classes=classes)
+    network = network.to(device=home, dtype=torch.float64 if dtype is Dtypes.FLOAT64 else None)
     autocast = getattr(torch, dtype.value) if dtype in (Dtypes.BFLOAT16, Dtypes.FLOAT16) else None
     tracer = Tracer(
         network, images, width, batch_size, linear, keep_scores, sketches, seed, freeze_gates, autocast, perturbation,
-        (model, f"{data} {images.split}"),
+        (model, f"{data} {images.split}"), carrier.value,
     )  # fmt: skip
     team = current()
     folder = None
@@ -219,6 +226,7 @@ def trace(
             "images": [len(images), *images.shape],
             "width": width,
             "attack": None if perturbation is None else str(perturbation),
+            "carrier": carrier.value,
             "linear": linear,
             "sketches": sketches,
             "freeze-gates": freeze_gates,

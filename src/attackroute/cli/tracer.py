@@ -15,6 +15,7 @@ from attackroute.cli.unfinished import Missing
 from attackroute.data import ImageBatches, ImageData
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
+from attackroute.noise import NOISE
 from attackroute.sketches import Sketches
 from attackroute.streams import BatchStream
 from attackroute.trace import RouteTracer, autocast_of
@@ -36,6 +37,7 @@ class Tracer:
     autocast: torch.dtype | None
     attack: Perturbation | None
     origin: tuple[str, str]
+    carrier: str
 
     def trace(self, missing: Sequence[Missing], workers: int, progress: Progress) -> Iterator[InstanceRoutes]:
         """Routes of the samples that are missing, batch by batch; processes take turns at them."""
@@ -50,8 +52,8 @@ class Tracer:
             # the same images whatever is missing, so that nothing depends on it
             probe, _ = BatchStream(self.network, ImageBatches(self.data, self.batch_size), self.batch_size).first
             tracer = RouteTracer.probe(
-                self.network, probe, self.width, attack=self.attack, linear=self.linear, keep_scores=self.keep_scores,
-                sketches=self.sketches, seed=self.seed, freeze_gates=self.freeze_gates,
+                self.network, probe, self.width, attack=self.attack, carrier=self.carrier, linear=self.linear,
+                keep_scores=self.keep_scores, sketches=self.sketches, seed=self.seed, freeze_gates=self.freeze_gates,
             )  # fmt: skip
             for part in BatchStream(self.network, data, self.batch_size).map(tracer.trace):
                 origin = replace(part.provenance, model=self.origin[0], data=self.origin[1], seed=self.seed)
@@ -66,6 +68,7 @@ class Tracer:
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         parameter = next(self.network.parameters())
         images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+        clean = images if self.carrier == NOISE else None
         if self.attack is not None:
             images = self.attack(self.network, images, labels)
         return compare(
@@ -73,6 +76,7 @@ class Tracer:
             images,
             labels,
             self.width,
+            clean=clean,
             linear=self.linear,
             autocast=self.autocast,
             sketches=self.sketches,

@@ -15,6 +15,7 @@ from attackroute.experiments.passes import PassCount
 from attackroute.experiments.rankings import ROUTE
 from attackroute.instances import InstanceRoutes
 from attackroute.layers import frozen
+from attackroute.noise import NOISE, UNIT
 from attackroute.provenance import Provenance
 from attackroute.selection import top_k
 from attackroute.sketches import Sketches
@@ -32,6 +33,7 @@ def sample_routes(
     *,
     attack: Attack | None = None,
     rivals: Sequence[str] = tuple(SAMPLE_RIVALS),
+    noise_of: Attack | None = None,
     linear: bool = False,
     sketches: Sketches = None,
     batch_size: int = 128,
@@ -46,6 +48,7 @@ def sample_routes(
         width: Share of each layer's channels on a sample's route.
         attack: Trace what this makes of the images.
         rivals: Of :data:`SAMPLE_RIVALS`; each costs one more forward pass.
+        noise_of: The attack whose noise the routes follow; None for the paper's routes of the images themselves.
         linear: Whether linear maps are route layers too.
         sketches: As :func:`attackroute.trace_routes` takes them: approximate.
         batch_size: Rows per forward pass when ``data`` is tensors.
@@ -59,7 +62,9 @@ def sample_routes(
     done = 0
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        router = SampleRouter.probe(model, stream.first[0], width, rivals=rivals, linear=linear, sketches=sketches)
+        router = SampleRouter.probe(
+            model, stream.first[0], width, rivals=rivals, noise_of=noise_of, linear=linear, sketches=sketches
+        )
 
         def once(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
             return router.routes(*((images, labels) if attack is None else attacked(model, attack, images, labels)))
@@ -90,11 +95,15 @@ class SampleRouter:
         width: float,
         *,
         rivals: Sequence[str] = tuple(SAMPLE_RIVALS),
+        noise_of: Attack | None = None,
         linear: bool = False,
         sketches: Sketches = None,
     ) -> SampleRouter:
         """Learn the model's layers from some images."""
-        tracer = RouteTracer.probe(model, images, width, linear=linear, sketches=sketches)
+        carrier = UNIT if noise_of is None else NOISE
+        tracer = RouteTracer.probe(
+            model, images, width, attack=noise_of, carrier=carrier, linear=linear, sketches=sketches
+        )
         return cls(model, tracer, width, rivals, linear)
 
     def routes(self, images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:

@@ -152,7 +152,9 @@ def _draws(table: AccuracyTable, criterion: str) -> int:
 
 
 def _name_accuracy(figure: Figure, table: AccuracyTable) -> None:
-    figure.supylabel(f"accuracy in % ({table.cost.counted} images right when clean)", fontsize=8.5)
+    figure.supylabel(
+        f"accuracy in %\n({table.cost.counted} images right when clean)", fontsize=8.5, multialignment="center"
+    )
 
 
 def _group_name(layers: Sequence[str], single: Sequence[str]) -> str:

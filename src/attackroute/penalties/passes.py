@@ -32,8 +32,12 @@ class RepeatablePass:
         kind = next(iter(devices)).type if devices else "cpu"
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
-    def run(self) -> Any:
-        """Run the model again as it ran then; buffers and generators are afterwards as they were before."""
+    def run(self, *first: Any) -> Any:
+        """Run the model again as it ran then; buffers and generators are afterwards as they were before.
+
+        Args:
+            first: What to give it in place of its first positional arguments; a copy is taken.
+        """
         kind, dtype, enabled = self._autocast
         with (
             torch.random.fork_rng(list(self._random_on)),
@@ -43,7 +47,7 @@ class RepeatablePass:
             torch.set_rng_state(self._random)
             for device, state in self._random_on.items():
                 torch.cuda.set_rng_state(state, device)
-            return self._model(*self._args, **self._kwargs)
+            return self._model(*(_kept(value) for value in first), *self._args[len(first) :], **self._kwargs)
 
 
 @contextmanager

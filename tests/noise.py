@@ -1,0 +1,34 @@
+"""Noise routes beside their oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attackroute import noise_oracle
+from attackroute.instances import InstanceRoutes
+from attackroute.trace import trace_routes
+from tracing import same_routes, worst
+
+
+def shaken(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """An attack of random numbers that depend on the image alone."""
+    rows = []
+    for image in images:
+        seed = int(image.double().sum().mul(1e6).item())
+        rows.append(torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)))
+    return (images + 0.2 * torch.stack(rows).to(images)).clamp(0, 1)
+
+
+def check_noise(
+    model: nn.Module, images: Tensor, labels: Tensor, *, width: float = 0.3, tolerance: float = 1e-12, **options: Any
+) -> InstanceRoutes:
+    """Trace, and compare with the oracle: layers, edges, scores and routes."""
+    expected = noise_oracle.trace(model, images, shaken(model, images, labels), labels, width=width, **options)
+    found = trace_routes(model, (images, labels), width, carrier="noise", attack=shaken, keep_scores=True, **options)
+    assert set(found.methods) == set(expected.edges)
+    assert worst(found, expected) <= tolerance
+    assert same_routes(found, expected)
+    return found

@@ -1,0 +1,307 @@
+"""Routes that follow the noise: against the oracle, by hand, and what must not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+import attackroute as ar
+from architectures import CLOSED, Head, Residual, Shuffled, dynamic, tokens
+from attackroute import noise_oracle
+from attackroute.benchmark import small_networks
+from attackroute.errors import UserError
+from attackroute.trace import trace_routes
+from hard_models import HARD, HARD_LINEAR, two
+from noise import check_noise, shaken
+from random_networks import networks, segments
+from tracing import ready, same_routes, small, state, untidy, worst
+
+CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+steady = settings(deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+thorough = settings(deadline=None, max_examples=1000, database=None, suppress_health_check=CHECKS)
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_networks_with_a_closed_form(name: str) -> None:
+    found = check_noise(*ready(CLOSED[name], size=17))
+    assert set(found.methods.values()) == {"closed-form"}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_models(name: str) -> None:
+    check_noise(*ready(HARD[name]))
+
+
+@pytest.mark.parametrize("name", HARD_LINEAR)
+def test_hard_linear_maps(name: str) -> None:
+    check_noise(*ready(HARD_LINEAR[name]), linear=True)
+
+
+@pytest.mark.parametrize(("build", "linear"), [(Shuffled, False), (tokens, True)], ids=["shuffled", "tokens"])
+def test_networks_without_a_closed_form(build: Callable[[], nn.Module], linear: bool) -> None:
+    assert "replay" in check_noise(*ready(build), linear=linear).methods.values()
+
+
+@pytest.mark.parametrize(
+    ("build", "linear"),
+    [(small_networks.vit, True), (small_networks.convnext, False), (small_networks.regnet, False)],
+    ids=["vit", "convnext", "regnet"],
+)
+def test_blocks_of_well_known_architectures(build: Callable[[], nn.Module], linear: bool) -> None:
+    check_noise(*ready(build, samples=2, size=16 if linear else 32), width=0.2, linear=linear)
+
+
+def check_random(network: tuple[nn.Module, Tensor]) -> None:
+    model, images = network
+    labels = torch.tensor([0, 2])
+    expected = noise_oracle.trace(model, images, shaken(model, images, labels), labels, width=0.4)
+    found = trace_routes(model, (images, labels), 0.4, carrier="noise", attack=shaken, keep_scores=True)
+    assert tuple(found.layers) == expected.layers
+    assert set(found.methods) == set(expected.edges)
+    for layer in reversed(found.layers):
+        largest = expected.scores[layer].abs().max().clamp(min=1e-6)  # below it, noise of rounding
+        assert (found.scores[layer] - expected.scores[layer]).abs().max() <= 1e-9 * largest, layer
+        ranked = expected.scores[layer].sort(dim=1, descending=True).values
+        count = int(expected.masks[layer][0].sum())
+        gap = ranked[:, count - 1] - ranked[:, count] if count < ranked.shape[1] else torch.ones(2)
+        if (gap <= 1e-12 * largest).any() and not torch.equal(found.masks[layer], expected.masks[layer]):
+            return  # a tie that rounding broke: what follows rests on other neurons
+        assert torch.equal(found.masks[layer], expected.masks[layer]), layer
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@given(networks())
+@settings(steady, max_examples=30)
+def test_random_networks(network: tuple[nn.Module, Tensor]) -> None:
+    check_random(network)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@given(segments())
+@settings(steady, max_examples=100)
+def test_random_segments(network: tuple[nn.Module, Tensor]) -> None:
+    check_random(network)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@given(networks())
+@settings(thorough)
+def test_many_random_networks(network: tuple[nn.Module, Tensor]) -> None:
+    check_random(network)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@given(segments())
+@settings(thorough)
+def test_many_random_segments(network: tuple[nn.Module, Tensor]) -> None:
+    check_random(network)
+
+
+# By hand
+
+
+class Given(nn.Module):
+    """Layers of one position whose weights are given: ``b`` reads ``relu(a)``, or ``relu(relu(a) + c)``."""
+
+    def __init__(self, *, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
+        self.a, self.b = nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 2, 1, bias=False)
+        self.c = nn.Conv2d(2, 2, 1, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(2, 2, 1, 1))
+            self.b.weight.copy_(torch.tensor([[4.0, -1.0], [-0.5, 4.0]]).view(2, 2, 1, 1))
+            self.c.weight.copy_(torch.tensor([[-1.0, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = F.relu(self.a(x))
+        if self.skip:
+            first = F.relu(first + self.c(first))
+        return self.b(first).flatten(1)
+
+
+def pair(clean: list[float], attacked: list[float]) -> tuple[Tensor, Callable[..., Tensor]]:
+    """One image of one position, and the attack that changes it."""
+    return torch.tensor(clean).view(1, 2, 1, 1), lambda *_: torch.tensor(attacked).view(1, 2, 1, 1)
+
+
+def test_a_chain_by_hand() -> None:
+    images, attack = pair([0.5, 0.1], [0.7, 0.4])
+    found = trace_routes(
+        Given(skip=False), (images, torch.tensor([0])), 0.5, carrier="noise", attack=attack, keep_scores=True
+    )
+    # relu(a): (0.5, 0.2) and (0.7, 0.8); the noise at b's input is (0.2, 0.6). b: (1.8, 0.55) and (2.0, 2.85).
+    # q - onehot is (-1, 1), so the seeds are 0.2 * -1 and 2.3 * 1: neuron 1 is critical, with |W| = (0.5, 4).
+    assert found.scores["b"].tolist() == [pytest.approx([-0.2, 2.3], abs=1e-6)]
+    assert found.masks["b"].tolist() == [[False, True]]
+    assert found.scores["a"].tolist() == [pytest.approx([0.1, 2.4], abs=1e-6)]
+
+
+def test_noise_that_lowers_the_loss_ranks_last() -> None:
+    images, attack = pair([0.5, 0.1], [0.7, 0.4])
+    found = trace_routes(
+        Given(skip=False), (images, torch.tensor([1])), 0.5, carrier="noise", attack=attack, keep_scores=True
+    )
+    assert found.scores["b"].tolist() == [pytest.approx([0.2, -2.3], abs=1e-6)]
+    assert found.masks["b"].tolist() == [[True, False]]
+
+
+def test_a_skip_by_hand() -> None:
+    images, attack = pair([0.5, 0.1], [0.7, 0.4])
+    found = trace_routes(
+        Given(skip=True), (images, torch.tensor([1])), 0.5, carrier="noise", attack=attack, keep_scores=True
+    )
+    # a = (0.5, 0.2) and (0.7, 0.8); c = (-a_0, a_1). b reads relu(a + c): (0, 0.4), and under attack (0, 1.6).
+    # With a clean and c as under attack: relu(0.5 - 0.7) = 0 and 0.2 + 0.8 = 1; with c clean: 0.2 and 0.8 + 0.2 = 1.
+    # Noise of a at b's input: (0, 0.6); of c: (0.2, 0.6), since clean values of c alone would let channel 0 pass.
+    # b: (-0.4, 1.6) and (-1.6, 6.4); times (1, -1) for label 1: (-1.2, -4.8): neuron 0 is critical, |W| = (4, 1).
+    assert found.scores["b"].tolist() == [pytest.approx([-1.2, -4.8], abs=1e-6)]
+    assert found.scores["c"].tolist() == [pytest.approx([0.8, 0.6], abs=1e-6)]
+    # c keeps neuron 0, |W| = (1, 0); the noise at c's input is (0.2, 0.6): a gets (0.2, 0) from c, (0, 0.6) from b
+    assert found.scores["a"].tolist() == [pytest.approx([0.2, 0.6], abs=1e-6)]
+
+
+def test_a_chain_is_the_noise_at_the_next_input() -> None:
+    model, images, labels = ready(small)
+    changed = shaken(model, images, labels)
+    found = trace_routes(model, (images, labels), 0.5, carrier="noise", attack=shaken, keep_scores=True)
+    first, last = model[0], model[2]
+    noise = (F.relu(first(changed)) - F.relu(first(images))).abs()
+    for row, critical in enumerate(found.masks["2"]):
+        kernel = last.weight[critical].abs().sum(0).unsqueeze(1)  # of each input channel by itself
+        carried = F.conv2d(noise[row], kernel, groups=len(kernel)).sum((1, 2))
+        assert torch.allclose(found.scores["0"][row], carried)
+
+
+# What must not matter
+
+
+@pytest.mark.parametrize("build", [Residual, Shuffled])
+def test_batches_and_order_change_nothing(build: Callable[[], nn.Module]) -> None:
+    model, images, labels = ready(build, samples=5)
+    whole = trace_routes(model, (images, labels), carrier="noise", attack=shaken, keep_scores=True)
+    single = trace_routes(model, (images, labels), carrier="noise", attack=shaken, keep_scores=True, batch_size=1)
+    assert worst(single, whole) <= 1e-12
+    assert same_routes(single, whole)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    moved = trace_routes(
+        model, (images[order], labels[order]), carrier="noise", attack=shaken, keep_scores=True, batch_size=2
+    )
+    assert worst(moved, whole.select(order)) <= 1e-12
+
+
+def test_without_an_effect_there_is_no_noise() -> None:
+    model, images, labels = ready(Residual)
+    found = trace_routes(model, (images, labels), 0.3, carrier="noise", attack=lambda _, x, __: x, keep_scores=True)
+    for layer in found.layers:
+        assert not found.scores[layer].any()
+        kept = int(found.masks[layer][0].sum())
+        assert found.masks[layer][:, :kept].all()  # ties go to the lower index
+
+
+def test_samples_without_labels_are_attacked_for_the_clean_prediction() -> None:
+    model, images, _ = ready(Residual)
+    with torch.no_grad():
+        answers = model(images).argmax(1)
+    found = trace_routes(model, images, carrier="noise", attack=shaken, keep_scores=True)
+    expected = trace_routes(model, (images, answers), carrier="noise", attack=shaken, keep_scores=True)
+    assert worst(found, expected) == 0
+    assert found.labels is None
+
+
+@pytest.mark.parametrize("attack", ["gaussian-noise:std=0.1", "fgsm", "pgd:steps=2"])
+def test_attacks_by_name(attack: str) -> None:
+    model, images, labels = ready(Residual)
+    known = ar.parse_attack(attack)
+    found = trace_routes(model, (images, labels), 0.3, carrier="noise", attack=known, keep_scores=True)
+    expected = noise_oracle.trace(model, images, known(model, images, labels), labels, width=0.3)
+    assert worst(found, expected) <= 1e-12
+    assert (found.provenance.criterion, found.provenance.attack) == ("noise", str(known))
+
+
+def test_a_loss_of_ones_own() -> None:
+    model, images, labels = ready(Residual)
+    check_noise(model, images, labels, loss=lambda logits, y: -logits.gather(1, y[:, None]).squeeze(1))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_low_precision_is_near(precision: torch.dtype) -> None:
+    model, images, labels = ready(small, samples=5)
+    changed = shaken(model, images, labels)
+
+    def routes(**options: Any) -> ar.InstanceRoutes:
+        attack = lambda _, x, __: changed.to(x)  # noqa: E731
+        data = (images, labels)
+        return trace_routes(model, data, 1.0, carrier="noise", attack=attack, keep_scores=True, **options)
+
+    exact = routes()
+    model, images = model.float(), images.float()
+    rough = routes(autocast=None if precision is torch.float32 else precision)
+    assert worst(rough, exact) <= (1e-5 if precision is torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("fails", ["attack", "model"])
+def test_the_model_comes_back_as_it_was(fails: str) -> None:
+    model = untidy()
+    images, labels = torch.rand(2, 3, 9, 9), torch.tensor([0, 1])
+    before = state(model)
+    trace_routes(model, (images, labels), carrier="noise", attack=shaken)
+    assert state(model) == before
+
+    def broken(_: nn.Module, x: Tensor, __: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    if fails == "attack":
+        with pytest.raises(KeyboardInterrupt):
+            trace_routes(model, (images, labels), carrier="noise", attack=broken)
+    else:
+        with pytest.raises(UserError, match="cannot run"):
+            trace_routes(model, torch.rand(2, 4, 9, 9), carrier="noise", attack=shaken)
+    assert state(model) == before
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"carrier": "noise"}, "follows what an attack changes: pass attack="),
+        ({"carrier": "nose", "attack": shaken}, "carrier 'nose' is unknown; choose from unit, noise"),
+        ({"carrier": "noise", "attack": shaken, "sketches": 32}, "leave one of the two out"),
+        ({"carrier": "noise", "attack": shaken, "freeze_gates": True}, "leave one of the two out"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(options: dict[str, object], message: str) -> None:
+    model, images, labels = ready(small)
+    with pytest.raises(UserError, match=message):
+        trace_routes(model, (images, labels), **options)  # type: ignore[arg-type]
+
+
+def test_noise_in_a_kernel_is_refused() -> None:
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        z = F.relu(parts["a"](x))
+        kernel = z[0].mean((1, 2)).view(1, 4, 1, 1) * x.new_ones(3, 4, 3, 3)
+        return parts["head"](F.conv2d(z, kernel))
+
+    model, images, labels = ready(dynamic)
+    model.run = forward
+    model.parts["head"] = Head(3).double()
+    with pytest.raises(UserError, match=r"kernel of layer 'model' is itself computed|depends on another image"):
+        trace_routes(model, (images, labels), carrier="noise", attack=shaken)
+
+
+def test_unit_routes_are_as_before_beside_noise() -> None:
+    model, images, labels = ready(two(F.relu))
+    plain = trace_routes(model, (images, labels), keep_scores=True)
+    named = trace_routes(model, (images, labels), carrier="unit", keep_scores=True)
+    assert worst(named, plain) == 0
+    assert plain.provenance.criterion == "influence"

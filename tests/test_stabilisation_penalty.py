@@ -1,0 +1,158 @@
+"""The stabilisation penalty beside other ways to write the same sum and the same derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+from torch.nn import functional
+
+import attackroute as ar
+from architectures import Perceptron, Residual, Reused
+from attackroute.errors import UserError
+from attackroute.hardening import harden
+from attackroute.penalties import StabilisationPenalty
+from attackroute.routes import Route
+from test_gradient_penalty import smooth, some_of
+from toy_training import toy_data, toy_model
+from tracing import ready
+
+
+def penalised(
+    penalty: StabilisationPenalty, model: nn.Module, clean: Tensor, attacked: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    with penalty.watch():
+        model(attacked.clone())
+    value = penalty(clean)
+    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return value.detach(), [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(model.parameters(), found, strict=True)
+    ]
+
+
+def test_one_neuron_by_hand() -> None:
+    """z = w x at two positions: |w| * (|x'_1 - x_1| + |x'_2 - x_2|) / 2, averaged over two images."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Flatten()).double()
+    model[0].weight.data.copy_(torch.tensor([-2.0, 7.0]).view(2, 1, 1, 1))
+    clean = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64).view(2, 1, 1, 2)
+    attacked = torch.tensor([[1.5, 1.0], [0.0, 4.0]], dtype=torch.float64).view(2, 1, 1, 2)
+    value, (gradient,) = penalised(StabilisationPenalty(model, Route({"0": [0]}, {"0": 2})), model, clean, attacked)
+    assert value.item() == pytest.approx(2 * ((0.5 + 1) / 2 + (0 + 4) / 2) / 2)
+    assert gradient.flatten().tolist() == pytest.approx([-((0.5 + 1) / 2 + (0 + 4) / 2) / 2, 0])
+
+
+def test_against_autograd_functional() -> None:
+    """The same network written out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    x, noisy = torch.rand(2, 4, 2, 8, 8).double()
+    route = Route({"0": [0, 2], "3": [1, 2, 3], "6": [1]}, {"0": 3, "3": 4, "6": 3})
+
+    def penalty(*parameters: Tensor) -> Tensor:
+        w0, b0, w1, b1, w2, b2 = parameters
+
+        def outputs(images: Tensor) -> list[Tensor]:
+            first = functional.conv2d(images, w0, b0)
+            second = functional.conv2d(functional.max_pool2d(first.relu(), 2), w1, b1)
+            return [first.flatten(2), second.flatten(2), functional.linear(second.relu().flatten(1), w2, b2)[..., None]]
+
+        total = x.new_zeros(())
+        for name, before, after in zip(route, outputs(x), outputs(noisy), strict=True):
+            for channel in route[name].tolist():
+                for sample in range(4):
+                    total = total + (after - before)[sample, channel].abs().sum() / before.shape[2] / 4
+        return total
+
+    value, gradients = penalised(StabilisationPenalty(model, route), model, x, noisy)
+    parameters = tuple(parameter.detach() for parameter in model.parameters())
+    torch.testing.assert_close(value, penalty(*parameters))
+    for found, expected in zip(gradients, jacobian(penalty, parameters), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_against_a_difference_quotient_over_the_parameters(training: bool) -> None:
+    model, images, _ = ready(smooth, samples=4)
+    noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(2)).double()).clamp(0, 1)
+    model.train(training)
+    penalty = StabilisationPenalty(model, some_of(model, images))
+    _, gradients = penalised(penalty, model, images, noisy)
+    torch.manual_seed(1)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        direction = torch.randn_like(parameter)
+        values = []
+        for step in (1e-7, -2e-7):
+            parameter.data.add_(direction, alpha=step)
+            values.append(penalised(penalty, model, images, noisy)[0])
+        parameter.data.add_(direction, alpha=1e-7)
+        torch.testing.assert_close((values[0] - values[1]) / 2e-7, (gradient * direction).sum(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [Residual, Reused, Perceptron])
+def test_it_is_the_sum_of_sensitivities(build: Callable[[], nn.Module]) -> None:
+    model, images, _ = ready(build)
+    noisy = (images + 0.1).clamp(0, 1)
+    route = some_of(model, images, linear=build is Perceptron)
+    value, _ = penalised(StabilisationPenalty(model, route), model, images, noisy)
+    found = ar.sensitivity(model, images, noisy, linear=build is Perceptron)
+    expected = sum(float(found[layer][route[layer]].sum()) for layer in route)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_dropout_is_no_noise_and_statistics_are_those_of_the_attacked_pass() -> None:
+    torch.manual_seed(0)
+    model, images = toy_model(dropout=0.5).train(), torch.rand(6, 3, 8, 8)
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(4, 3))
+    route = Route({"0": [0, 1], "6": [0, 3], "8": [2]}, {"0": 6, "6": 4, "8": 3})
+    value, _ = penalised(StabilisationPenalty(model, route), model, images, images)
+    assert value == 0
+    alone = toy_model(dropout=0.5).train()
+    penalty = StabilisationPenalty(alone, Route({"0": [0]}, {"0": 6}))
+    fresh = toy_model(dropout=0.5).train()
+    torch.manual_seed(3)
+    fresh(images / 2)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    with penalty.watch():
+        alone(images / 2)
+    assert penalty(images) > 0
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(one, other) for one, other in zip(alone.buffers(), fresh.buffers(), strict=True))
+
+
+def test_nothing_is_left_behind() -> None:
+    model, images, _ = ready(Residual)
+    before = [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+    penalty = StabilisationPenalty(model, some_of(model, images))
+    with pytest.raises(RuntimeError), penalty.watch():
+        model(images[:, :2])
+    with pytest.raises(UserError, match="both must be the same images"):
+        with penalty.watch():
+            model(images)
+        penalty(images[:1])
+    assert before == [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+
+
+def test_errors_say_what_to_do() -> None:
+    model, images, _ = ready(Residual)
+    penalty = StabilisationPenalty(model, some_of(model, images))
+    with pytest.raises(UserError, match=r"inside penalty\.watch"):
+        penalty(images)
+    with penalty.watch():
+        model(images)
+    penalty(images)
+    with pytest.raises(UserError, match=r"inside penalty\.watch"):  # each pass serves once
+        penalty(images)
+    with pytest.raises(UserError, match="no_grad"), penalty.watch(), torch.no_grad():
+        model(images)
+    with pytest.raises(UserError, match="no neuron"):
+        StabilisationPenalty(model, Route({"conv1": []}, {"conv1": 4}))
+    with pytest.raises(UserError, match="--attack pgd"):
+        harden(toy_model(), toy_data(), penalty="stabilisation")
