@@ -286,7 +286,9 @@ class _Engine:
         with explained(images):
             recording = record(self.model, shown, linear=self.linear, leaves=sinks, expected=len(names), follow=follow)
         layers = self.structure.applied(recording.layers)
-        logits = checked_logits(recording.output, shown.shape[0])[-samples:]
+        logits = checked_logits(recording.output, shown.shape[0])
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode, the seeds need the graph
+            logits = logits[-samples:]
         predictions = logits.detach().argmax(dim=1)
         labels = predictions if labels is None else checked_labels(labels, logits.shape[1], samples)
         seeds = seed_gradients(logits, labels, dict(recording.leaves), loss)
