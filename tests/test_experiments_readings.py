@@ -326,7 +326,7 @@ def test_moments_leave_nan_out_and_do_not_depend_on_batches() -> None:
     for size in (1, 8, 50):
         moments = Moments(3)
         for part in values.split(size, dim=1):
-            moments.add(part)
+            moments.add(Moments.of(part))
         for row, mean in zip(values[:2], moments.means(), strict=False):
             known = row[~row.isnan()]
             assert mean.samples == len(known) and mean.value == pytest.approx(float(known.mean()))

@@ -38,6 +38,25 @@ class Turns(Protocol):
         """Every ``step``-th batch from batch ``start`` on."""
 
 
+def _numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """``enumerate`` without the tuple that it keeps, and the batch in it, while the next one is read."""
+    source, number = iter(items), 0
+    while True:
+        try:
+            item = (number, next(source))
+        except StopIteration:
+            return
+        yield item
+        del item
+        number += 1
+
+
+def _handed_over(items: list[T]) -> Iterator[T]:
+    """The items, none of which is held any longer than it takes to pass it on."""
+    while items:
+        yield items.pop(0)
+
+
 class BatchStream:
     """The batches of some data, on which processes take turns to work.
 
@@ -81,7 +100,7 @@ class BatchStream:
             held.append(item)
             for found in _ready(self._model, iter([item])):
                 if mine:
-                    self._source = chain(held, source)
+                    self._source = chain(_handed_over(held), source)
                 return found
         raise UserError("the data hold no sample: the loader is empty")
 
@@ -141,7 +160,7 @@ class BatchStream:
             return zip(_numbers(start, step), self._data.turns(start, step), strict=False)
         if step > 1 and loader is not None:
             return zip(_numbers(start, step), _every(loader, self._order, start, step), strict=False)
-        return islice(enumerate(_raw(self._data, self._batch_size)), start, None, step)
+        return islice(_numbered(_raw(self._data, self._batch_size)), start, None, step)
 
 
 def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from attackroute import ranking, recorder, structure, trace
+from attackroute import ranking, recorder, streams, structure, trace
 from attackroute.benchmark.timing import Parts, Stopclock
 from attackroute.builder import InstanceRoutesBuilder
 from attackroute.jacobians import Segments
@@ -26,7 +26,7 @@ PHASES: Mapping[str, tuple[tuple[object, str], ...]] = {
     "seeds": ((trace, "checked_logits"), (trace, "seed_gradients")),
     "top-k": ((trace, "top_k"), (ranking, "top_k")),
     "packing": ((InstanceRoutesBuilder, "add"), (InstanceRoutesBuilder, "build")),
-    "input checks": ((trace, "batches"),),
+    "input checks": ((streams, "_ready"),),
     PROBE: ((structure, "record_first"), (structure, "_require_independent")),
 }
 """The parts of a trace. A phase's time is its functions' own: what they call belongs to the phase of what is called,
