@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from attackroute.experiments.rankings import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.reproduction.claims import Claim, by_count, markdown
-from attackroute.reproduction.results import Content, Results, distinct, having, mean, rivals
+from attackroute.reproduction.results import Content, Results, distinct, having, matching, mean, rivals
 
 _CLAIMS = {
     "sensitivity": "route neurons are more sensitive than the others",
@@ -74,6 +74,5 @@ def _factors(found: Content, quantity: str, attack: str | None) -> list[float]:
 
 def _higher(found: Content, quantity: str, attack: str | None, control: str) -> int:
     """Layers in which the route's mean is above that of every set of a control."""
-    wanted = {"quantity": quantity, "attack": attack, "control": control}
-    own = [each for each in found["verdicts"] if all(each[name] == value for name, value in wanted.items())]
-    return sum(each["beats"] for each in own)
+    verdicts = matching(found["verdicts"], quantity=quantity, attack=attack, control=control)
+    return sum(each["beats"] for each in verdicts)

@@ -6,16 +6,19 @@ Accuracies are on images that the network gets right when they are clean.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from attackroute.experiments.accuracy_table import UNTOUCHED
 from attackroute.experiments.own_routes import OWN
 from attackroute.experiments.own_routes import RANDOM as OWN_RANDOM
 from attackroute.experiments.rankings import RANDOM, ROUTE
 from attackroute.published import TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
-from attackroute.reproduction.claims import FAILS, PART, Claim, markdown, percent, verdict
+from attackroute.reproduction.claims import Claim, markdown, percent, verdict
 from attackroute.reproduction.results import (
     Content,
     NetworkResults,
     Results,
+    accuracies,
     distinct,
     having,
     mean,
@@ -36,7 +39,7 @@ def shares_table(results: Results) -> str:
         attack = _attacks(found)[0]
         layer = _singles(found)[0]
         for share in sorted(distinct(found, "share", layers=layer)):
-            cells = _cells(found, header[3:], layers=layer, share=share, attack=attack)
+            cells = accuracies(found, header[3:], layers=layer, share=share, attack=attack)
             lines.append([network.name, network.title(layer), f"{share:.0%}", *cells])
     return markdown(header, lines)
 
@@ -49,9 +52,9 @@ def layers_table(results: Results) -> str:
         for network, found in having(results, part):
             header = ["network", "attack", "untouched", "layers", ROUTE, RANDOM, *rivals(found)]
             for attack in _attacks(found):
-                untouched = percent(mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0)
+                untouched = percent(mean(found, "accuracy", criterion=UNTOUCHED, attack=attack) or 0.0)
                 for group in distinct(found, "layers", criterion=ROUTE, attack=attack):
-                    cells = _cells(found, header[4:], layers=group, attack=attack)
+                    cells = accuracies(found, header[4:], layers=group, attack=attack)
                     lines.append([network.name, attack, untouched, network.group_title(group), *cells])
     return markdown(header, lines)
 
@@ -79,57 +82,68 @@ def claims(results: Results) -> Iterator[Claim]:
             yield _other_attack(network, found, attack)
 
 
+@dataclass(frozen=True)
+class _Repair:
+    """Accuracies under one attack: untouched, and with clean values in the route's channels or in random ones."""
+
+    before: float
+    ours: float
+    random: float
+    equals: tuple[str, ...]
+
+    @classmethod
+    def of(cls, found: Content, attack: str, group: str) -> _Repair:
+        """Of some layers that are changed together."""
+        before = mean(found, "accuracy", criterion=UNTOUCHED, attack=attack) or 0.0
+        ours, random = (
+            mean(found, "accuracy", criterion=name, layers=group, attack=attack) or 0.0 for name in (ROUTE, RANDOM)
+        )
+        return cls(before, ours, random, unbeaten(found, layers=group, attack=attack))
+
+    @property
+    def clear(self) -> bool:
+        """Whether the route clearly repairs more than random channels."""
+        return RANDOM not in self.equals
+
+    def __str__(self) -> str:
+        return f"{percent(self.before)} to {percent(self.ours)} %; random {percent(self.random)} %"
+
+
 def _first(network: NetworkResults, found: Content, attack: str) -> Claim:
-    layer = _singles(found)[0]
-    ours = mean(found, "accuracy", criterion=ROUTE, layers=layer, attack=attack) or 0.0
-    random = mean(found, "accuracy", criterion=RANDOM, layers=layer, attack=attack) or 0.0
-    before = mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0
-    equals = unbeaten(found, layers=layer, attack=attack)
+    repair = _Repair.of(found, attack, _singles(found)[0])
     return Claim(
         "30 % of the first layer's route neurons, transplanted, repair most PGD examples; random ones do not",
         f"0 to {percent(TRANSPLANTED_FIRST)} %; random at most {percent(TRANSPLANTED_RANDOM)} %",
         network.name,
-        f"{percent(before)} to {percent(ours)} %; random {percent(random)} %",
-        verdict(ours >= 0.5 and random - before <= TRANSPLANTED_RANDOM, RANDOM not in equals),
-        equals,
+        str(repair),
+        verdict(repair.ours >= 0.5 and repair.random - repair.before <= TRANSPLANTED_RANDOM, repair.clear),
+        repair.equals,
     )
 
 
 def _together(network: NetworkResults, found: Content, attack: str, group: str) -> Claim:
-    ours = mean(found, "accuracy", criterion=ROUTE, layers=group, attack=attack) or 0.0
-    random = mean(found, "accuracy", criterion=RANDOM, layers=group, attack=attack) or 0.0
-    equals = unbeaten(found, layers=group, attack=attack)
+    repair = _Repair.of(found, attack, group)
     return Claim(
         "30 % of the first three layers' route neurons repair nearly all",
         "basically all",
         network.name,
-        f"{percent(ours)} %; random {percent(random)} %",
-        verdict(ours >= _NEARLY_ALL and RANDOM not in equals, RANDOM not in equals),
-        equals,
+        f"{percent(repair.ours)} %; random {percent(repair.random)} %",
+        verdict(repair.ours >= _NEARLY_ALL and repair.clear, repair.clear),
+        repair.equals,
     )
 
 
 def _other_attack(network: NetworkResults, found: Content, attack: str) -> Claim:
     """Under another attack the route of the first layer should repair more than random channels."""
-    layer = _singles(found)[0]
-    before = mean(found, "accuracy", criterion="untouched", attack=attack) or 0.0
-    ours = mean(found, "accuracy", criterion=ROUTE, layers=layer, attack=attack) or 0.0
-    random = mean(found, "accuracy", criterion=RANDOM, layers=layer, attack=attack) or 0.0
-    equals = unbeaten(found, layers=layer, attack=attack)
-    some = RANDOM not in equals or ours > random
+    repair = _Repair.of(found, attack, _singles(found)[0])
     return Claim(
         f"the same under {attack}: the first layer's route repairs more than random neurons",
         "yes",
         network.name,
-        f"{percent(before)} to {percent(ours)} %; random {percent(random)} %",
-        verdict(RANDOM not in equals, some) if ours > before else FAILS if not some else PART,
-        equals,
+        str(repair),
+        verdict(repair.clear and repair.ours > repair.before, repair.clear or repair.ours > repair.random),
+        repair.equals,
     )
-
-
-def _cells(found: Content, criteria: list[str], **conditions: object) -> list[str]:
-    values = (mean(found, "accuracy", criterion=name, **conditions) for name in criteria)
-    return ["" if value is None else percent(value) for value in values]
 
 
 def _attacks(found: Content) -> list[str]:

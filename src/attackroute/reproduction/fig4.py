@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from attackroute.experiments.rankings import RANDOM, ROUTE
 from attackroute.reproduction.claims import Claim, markdown, percent, verdict
-from attackroute.reproduction.results import Content, Results, distinct, having, mean, rivals, unbeaten
+from attackroute.reproduction.results import Content, Results, accuracies, distinct, having, mean, rivals, unbeaten
 
 _OUTPUT, _ACTIVATION = "deactivate", "deactivate-activation"
 _DESTROYED, _HARDLY = 0.5, 0.9  # of the accuracy that was
@@ -29,7 +29,7 @@ def _deactivation_table(results: Results, part: str) -> str:
         header = ["network", "layers", "share", ROUTE, RANDOM, *rivals(found)]
         for group in distinct(found, "layers", criterion=ROUTE):
             for share in sorted(distinct(found, "share", layers=group)):
-                cells = _cells(found, header[3:], layers=group, share=share)
+                cells = accuracies(found, header[3:], layers=group, share=share)
                 lines.append([network.name, network.group_title(group), f"{share:.0%}", *cells])
     return markdown(header, lines)
 
@@ -41,7 +41,7 @@ def weakening_table(results: Results) -> str:
     for network, found in having(results, "weaken"):
         header = ["network", "beta", ROUTE, RANDOM, *rivals(found)]
         for beta in distinct(found, "beta", criterion=ROUTE):
-            lines.append([network.name, f"{beta:g}", *_cells(found, header[2:], beta=beta)])
+            lines.append([network.name, f"{beta:g}", *accuracies(found, header[2:], beta=beta)])
     return markdown(header, lines)
 
 
@@ -73,8 +73,3 @@ def _claim(text: str, network: str, found: Content, where: dict[str, object]) ->
         verdict(ours <= _DESTROYED and random is not None and random >= _HARDLY, beaten),
         equals,
     )
-
-
-def _cells(found: Content, criteria: list[str], **conditions: object) -> list[str]:
-    values = (mean(found, "accuracy", criterion=name, **conditions) for name in criteria)
-    return ["" if value is None else percent(value) for value in values]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from attackroute.experiments.attention import CLEAN, INSIDE, SHIFT
 from attackroute.experiments.rankings import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.reproduction.claims import Claim, markdown, percent, verdict
-from attackroute.reproduction.results import Content, Results, distinct, having, mean, rivals
+from attackroute.reproduction.results import Content, Results, distinct, having, mean, rivals, rows
 
 _CHANCE = 0.25
 
@@ -62,6 +62,5 @@ def _pgd(found: Content) -> str:
 
 def _clearly_more(found: Content, images: str, measure: str, control: str) -> bool:
     """Whether the route has clearly more than every set of a control, by the paired 95 % interval."""
-    wanted = {"images": images, "measure": measure, "criterion": control}
-    own = [row for row in found["rows"] if all(row[name] == value for name, value in wanted.items())]
+    own = rows(found, images=images, measure=measure, criterion=control)
     return all(row["route_minus_this_low"] > 0 for row in own)

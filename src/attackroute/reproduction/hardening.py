@@ -6,14 +6,13 @@ All of it comes from a hardening study's file, see :mod:`attackroute.experiments
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from attackroute.experiments.hardening_plan import BASES, PAT, VANILLA
 from attackroute.experiments.paired import BEATS, LOSES
 from attackroute.published import SHARED_BY_A_TENTH, reported
 from attackroute.reproduction.claims import FAILS, HOLDS, PART, Claim, markdown, percent, verdict
-from attackroute.reproduction.results import Content, rows
+from attackroute.reproduction.results import Content, matching, rows
 
 _SAME = 0.005
 _LETTERS = {"g": "gradients", "w": "weights"}
@@ -121,11 +120,9 @@ def _same_defence(study: Content, ours: str, seeds: str) -> Iterator[Claim]:
     )
 
 
-def _difference(study: Content, first: str, second: str, attack: str) -> Mapping[str, Any]:
-    for found in study["differences"]:
-        if (found["first"], found["second"], found["attack"]) == (first, second, attack):
-            return dict(found)
-    raise KeyError(f"no difference between {first} and {second} under {attack}")
+def _difference(study: Content, first: str, second: str, attack: str) -> Content:
+    (found,) = matching(study["differences"], first=first, second=second, attack=attack)
+    return found
 
 
 def _points(found: Content) -> str:

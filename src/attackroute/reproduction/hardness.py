@@ -9,7 +9,7 @@ from attackroute.experiments.hardness_study import OURS, RANDOM, RIVALS
 from attackroute.published import GRADIENTS
 from attackroute.rank_statistics import AUROC
 from attackroute.reproduction.claims import Claim, by_count, markdown, verdict
-from attackroute.reproduction.results import Content, NetworkResults, Results, having
+from attackroute.reproduction.results import Content, NetworkResults, Results, having, matching
 
 _FIRST_BIN, _LAST_BIN = 0, -1
 
@@ -104,10 +104,8 @@ def _shown(network: NetworkResults, found: Content, attack: str) -> list[Content
 
 
 def _estimate(found: Content, attack: str, predictor: str) -> Content | None:
-    for row in found["judgements"]:
-        if (row["target"], row["predictor"], row["statistic"]) == (attack, predictor, AUROC):
-            return None if row["value"] is None else row
-    return None
+    own = matching(found["judgements"], target=attack, predictor=predictor, statistic=AUROC)
+    return own[0] if own and own[0]["value"] is not None else None
 
 
 def _shown_estimate(found: Content, attack: str, predictor: str) -> str:
@@ -119,14 +117,8 @@ def _shown_estimate(found: Content, attack: str, predictor: str) -> str:
 
 
 def _random(found: Content, attack: str) -> list[float]:
-    return [
-        row["value"]
-        for row in found["judgements"]
-        if row["target"] == attack
-        and row["statistic"] == AUROC
-        and row["predictor"].startswith(RANDOM)
-        and row["value"] is not None
-    ]
+    judged = matching(found["judgements"], target=attack, statistic=AUROC)
+    return [row["value"] for row in judged if row["predictor"].startswith(RANDOM) and row["value"] is not None]
 
 
 def _not_behind(found: Content, attack: str) -> Iterator[str]:

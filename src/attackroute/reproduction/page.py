@@ -25,7 +25,8 @@ _TITLES = {
     "fig6": "Fig. 6: hardness",
 }
 
-Tables = Mapping[str, str]
+SECTIONS = tuple(_TITLES)
+"""Names of the places that a page has."""
 
 
 def blocks(results: Results, studies: Mapping[str, Content]) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attackroute.experiments.accuracy_table import UNTOUCHED
 from attackroute.experiments.rankings import OFF_ROUTE, RANDOM, ROUTE
+from attackroute.reproduction.claims import percent
 
 Content = Mapping[str, Any]
 """An experiment's JSON file."""
@@ -65,9 +66,14 @@ def having(results: Results, part: str) -> Iterator[tuple[NetworkResults, Conten
             yield network, network.parts[part]
 
 
+def matching(records: Iterable[Content], **conditions: Any) -> list[Content]:
+    """Records in which these entries have these values."""
+    return [record for record in records if all(record[name] == value for name, value in conditions.items())]
+
+
 def rows(content: Content, **conditions: Any) -> list[Content]:
     """Rows of a tidy table in which these columns have these values."""
-    return [row for row in content["rows"] if all(row[name] == value for name, value in conditions.items())]
+    return matching(content["rows"], **conditions)
 
 
 def mean(content: Content, column: str, **conditions: Any) -> float | None:
@@ -88,9 +94,11 @@ def rivals(content: Content) -> list[str]:
 
 def unbeaten(content: Content, **conditions: Any) -> tuple[str, ...]:
     """Controls that the route does not clearly beat where these columns of the verdicts have these values."""
-    found = [
-        verdict["control"]
-        for verdict in content["verdicts"]
-        if verdict["verdict"] != "beats" and all(verdict[name] == value for name, value in conditions.items())
-    ]
-    return tuple(dict.fromkeys(found))
+    verdicts = matching(content["verdicts"], **conditions)
+    return tuple(dict.fromkeys(found["control"] for found in verdicts if found["verdict"] != "beats"))
+
+
+def accuracies(content: Content, criteria: Iterable[str], **conditions: Any) -> list[str]:
+    """Mean accuracy by each criterion in percent, for a table; empty where it was not measured."""
+    values = (mean(content, "accuracy", criterion=name, **conditions) for name in criteria)
+    return ["" if value is None else percent(value) for value in values]

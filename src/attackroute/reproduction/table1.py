@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from attackroute.experiments.occurrence import OCCURRENCE, RANDOM_ROUTES
 from attackroute.published import OCCURRENCES, SHARED_BY_A_TENTH
 from attackroute.reproduction.claims import Claim, markdown, percent, verdict
-from attackroute.reproduction.results import Results, distinct, having, mean
+from attackroute.reproduction.results import Results, distinct, having, mean, rows
 
 _CRITERIA = ("clean", "activation", "gradient", RANDOM_ROUTES)
 _PART = 0.9
@@ -54,7 +54,7 @@ def claims(results: Results) -> Iterator[Claim]:
             ),
         )
     for network, found in having(results, "sampling"):
-        shares = [row["share_of_neurons"] for row in found["rows"] if row["share"] == _TENTH]
+        shares = [row["share_of_neurons"] for row in rows(found, share=_TENTH)]
         yield Claim(
             "a tenth of the images gives the same route",
             f"{percent(SHARED_BY_A_TENTH)} %",
