@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from attackroute.attacks import Perturbation
+from attackroute.batches import placement
 from attackroute.cli.console import Output, Progress
 from attackroute.connections import Connections
 from attackroute.data import ImageBatches, ImageData
@@ -45,6 +46,7 @@ from attackroute.processes import leading
 from attackroute.rivals import ChannelScores, channel_scores
 from attackroute.routes import Route
 from attackroute.sketches import Sketches
+from attackroute.trace import trace_routes
 from attackroute.version import __version__
 
 RIVALS = ("activation", "weight", "gradient", "sensitivity", "attribution")
@@ -131,6 +133,25 @@ class Study:
             )  # fmt: skip
 
     @cached_property
+    def all_routes(self) -> dict[str, InstanceRoutes]:
+        """Routes of all images, those that are measured too, by criterion."""
+        data = ImageBatches(self.images, self.batch_size, workers=self.workers)
+        with self.output.progress("images traced") as progress:
+            return sample_routes(
+                self.network, data, _WIDTH, linear=self.linear, sketches=self.sketches, progress=progress
+            )
+
+    @cached_property
+    def attacked_route(self) -> Route:
+        """The model's route under the first attack."""
+        with self.output.progress("attacked images traced") as progress:
+            routes = trace_routes(
+                self.network, self.reference, _WIDTH, attack=next(iter(self.attacks.values())), linear=self.linear,
+                sketches=self.sketches, progress=progress,
+            )  # fmt: skip
+        return routes.aggregate(self.share)
+
+    @cached_property
     def route(self) -> Route:
         """The model's route."""
         whole = self.routes[ROUTE].aggregate(self.share)
@@ -171,8 +192,7 @@ class Study:
             UserError: There is none.
         """
         images, _ = next(iter(self.reference))
-        parameter = next(self.network.parameters())
-        connections = Connections.of_route(self.network, images.to(parameter.device, parameter.dtype), self.route)
+        connections = Connections.of_route(self.network, images.to(*placement(self.network)), self.route)
         joined = connections.joined(self.route)
         if not joined:
             raise UserError(
@@ -242,8 +262,8 @@ class Study:
     def examples(self) -> tuple[Tensor, Tensor]:
         """A few images to measure that the network gets right, out of the first batch."""
         images, labels = next(iter(self.measured))
-        parameter = next(self.network.parameters())
-        images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+        device, dtype = placement(self.network)
+        images, labels = images.to(device, dtype), labels.to(device)
         with frozen(self.network), torch.no_grad():
             right = (self.network(images).argmax(1) == labels).nonzero().flatten()
         if not len(right):  # then it is the experiment that has to say so
@@ -252,14 +272,17 @@ class Study:
         chosen = right[spread.to(right.device)]
         return images[chosen], labels[chosen]
 
+    @cached_property
+    def pair(self) -> Tensor:
+        """Two images on the network's device, to learn its shapes from."""
+        images, _ = next(iter(self.reference))
+        return images[:2].to(*placement(self.network))
+
     def mapped_layer(self) -> str:
         """The last layer whose maps have a few positions each way; the last of all if none has."""
-        images, _ = next(iter(self.reference))
-        parameter = next(self.network.parameters())
-        two = images[:2].to(parameter.device, parameter.dtype)
         for layer in reversed(self.route.layers):
             try:
-                maps = evidence(self.network, two, layer, at=self.at).maps
+                maps = evidence(self.network, self.pair, layer, at=self.at).maps
             except UserError:  # no maps there, or none on which the logits depend
                 continue
             if min(maps.shape[2:]) >= _SMALLEST_MAP:

@@ -6,7 +6,7 @@ is 8/255, PGD and MI-FGSM take ten steps of eps / 10. It does not state the spre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from attackroute.attacks import Perturbation, parse_attack
 from attackroute.cli.analyses import EXPERIMENTS, Experiment, Figures, Study
 from attackroute.cli.console import Progress
-from attackroute.data import ImageBatches
 from attackroute.errors import UserError
 from attackroute.experiments.deactivation import deactivation_accuracy
 from attackroute.experiments.hardness_study import HardnessStudy, study_hardness
@@ -23,7 +22,6 @@ from attackroute.experiments.occurrence import tabulate_occurrence
 from attackroute.experiments.own_routes import own_transplant_accuracy
 from attackroute.experiments.rankings import ROUTE
 from attackroute.experiments.route_sampling import sample_route
-from attackroute.experiments.sample_routes import sample_routes
 from attackroute.experiments.tables import Record, Result
 from attackroute.experiments.transplanting import leading_groups, transplant_accuracy
 from attackroute.figures.accuracy_curves import accuracy_figures
@@ -31,14 +29,11 @@ from attackroute.figures.hardness_bars import hardness_figure
 from attackroute.figures.occurrence_lines import occurrence_figure
 from attackroute.interventions import ACTIVATION, OUTPUT, record_outputs
 from attackroute.layers import frozen
-from attackroute.routes import Route
-from attackroute.trace import trace_routes
 
 NOISE = "gaussian-noise:std=0.1"
 ATTACKS = ("pgd:eps=8/255", "fgsm:eps=8/255", "step-ll:eps=8/255", "mi-fgsm:eps=8/255", NOISE)
 HARDNESS_ATTACKS = ("fgsm:eps=1/255", "gaussian-noise:std=0.05", "pgd:eps=1/255")
 ATTACKED = "route of attacked images"
-_WIDTH = 0.2
 _SWEPT = 5
 
 
@@ -55,18 +50,16 @@ def swept_layers(layers: Sequence[str]) -> list[str]:
     return [layers[round(place * last / (_SWEPT - 1))] for place in range(_SWEPT)]
 
 
-def table1(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def table1(study: Study, _: Progress) -> tuple[Result, Figures]:
     """Occurrence over all images, beside simple criteria and random routes."""
-    found = sample_routes(study.network, _every(study), _WIDTH, progress=_counted(study, progress))
-    clean = {"clean": found.pop(ROUTE)}
-    result = tabulate_occurrence(clean | found, width=study.share, seeds=range(study.draws))
+    found = {"clean" if by == ROUTE else by: routes for by, routes in study.all_routes.items()}
+    result = tabulate_occurrence(found, width=study.share, seeds=range(study.draws))
     return result, {"occurrence": occurrence_figure(result)}
 
 
-def sampling(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def sampling(study: Study, _: Progress) -> tuple[Result, Figures]:
     """The route of a tenth of the images beside that of all (section 5.1.3)."""
-    found = sample_routes(study.network, _every(study), _WIDTH, rivals=(), progress=_counted(study, progress))
-    return sample_route(found[ROUTE], width=study.share, seeds=range(study.draws)), {}
+    return sample_route(study.all_routes[ROUTE], width=study.share, seeds=range(study.draws)), {}
 
 
 def transplant_shares(study: Study, progress: Progress) -> tuple[Result, Figures]:
@@ -96,7 +89,7 @@ def transplant_attacks(study: Study, progress: Progress) -> tuple[Result, Figure
 def _transplanted(
     study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str]
 ) -> tuple[Result, Figures]:
-    rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: _attacked_route(study)}
+    rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: study.attacked_route}
     result = transplant_accuracy(
         study.network, study.measured, study.route, attacks, rivals, seeds=range(study.draws), layers=layers,
         shares=[study.share], share=study.share, together=leading_groups(study.route.layers), progress=progress,
@@ -196,30 +189,13 @@ PARTS: Mapping[str, Mapping[str, Experiment]] = {
 """For each table and figure that takes trained networks, its experiments."""
 
 
-def _every(study: Study) -> ImageBatches:
-    return ImageBatches(study.images, study.batch_size)
-
-
-def _counted(study: Study, progress: Progress) -> Callable[[int, int | None], None]:
-    return lambda done, _: progress(done, len(study.images))
-
-
-def _attacked_route(study: Study) -> Route:
-    """The model's route under the first attack."""
-    attack = next(iter(study.attacks.values()))
-    return trace_routes(study.network, study.reference, _WIDTH, attack=attack).aggregate(study.share)
-
-
 def _activated(study: Study) -> list[str]:
     """The layers that have an activation of their own: where they go into a sum first, they have none."""
-    images, _ = next(iter(study.reference))
-    parameter = next(study.network.parameters())
-    two = images[:2].to(parameter.device, parameter.dtype)
     found = []
     for layer in study.route.layers:
         try:
             with frozen(study.network), torch.no_grad():
-                record_outputs(study.network, two, [layer], at=ACTIVATION)
+                record_outputs(study.network, study.pair, [layer], at=ACTIVATION)
         except UserError:
             continue
         found.append(layer)

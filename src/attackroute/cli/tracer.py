@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from attackroute.attacks import Perturbation
+from attackroute.batches import placement
 from attackroute.cli.comparison import Comparison, compare
 from attackroute.cli.console import Progress
 from attackroute.cli.unfinished import Missing
@@ -66,8 +67,8 @@ class Tracer:
         chosen = [[row] for row in range(min(samples, len(self.data)))]
         batches = list(ImageBatches(self.data, 1, batches=chosen))
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        parameter = next(self.network.parameters())
-        images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+        device, dtype = placement(self.network)
+        images, labels = images.to(device, dtype), labels.to(device)
         clean = images if self.carrier == NOISE else None
         if self.attack is not None:
             images = self.attack(self.network, images, labels)

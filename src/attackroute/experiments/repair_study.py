@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from attackroute.attacks.application import Attack, attacked
-from attackroute.batches import derived_generator
+from attackroute.batches import derived_generator, placement
 from attackroute.errors import UserError
 from attackroute.experiments.paired import PairedDifference
 from attackroute.experiments.repair import BUDGETS, CRITERIA, RULE, SHARES, Repair, Repaired, chosen_variant
@@ -210,9 +210,9 @@ def study_repair(
 def _sets(model: nn.Module, data: Dataset[Any], samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Three sets of images and labels, on the model's device."""
     order = torch.randperm(3 * samples, generator=derived_generator(seed, "repair", 0)).tolist()
-    parameter = next(model.parameters())
-    images = torch.stack([data[index][0] for index in order]).to(parameter)
-    labels = torch.tensor([data[index][1] for index in order], device=parameter.device)
+    device, dtype = placement(model)
+    images = torch.stack([data[index][0] for index in order]).to(device, dtype)
+    labels = torch.tensor([data[index][1] for index in order], device=device)
     return list(zip(images.split(samples), labels.split(samples), strict=True))
 
 
