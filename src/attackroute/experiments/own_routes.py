@@ -14,10 +14,11 @@ from attackroute.accuracy import Accuracy
 from attackroute.attacks.application import Attack, attacked
 from attackroute.errors import UserError
 from attackroute.experiments.tables import Record
+from attackroute.experiments.trials import Clean, right_when_clean
 from attackroute.interventions import record_outputs, transplant
 from attackroute.layers import frozen
 from attackroute.routes import Route
-from attackroute.seeds import checked_labels, checked_logits
+from attackroute.seeds import checked_logits
 from attackroute.selection import kept
 from attackroute.streams import Data, batches, samples_in
 from attackroute.trace import Progress, trace_routes
@@ -113,54 +114,42 @@ def own_transplant_accuracy(
     generator = torch.Generator().manual_seed(seed)
     hits = {(group, criterion): 0 for group in wanted for criterion in (OWN, RANDOM)}
     samples = counted = 0
-    for images, labels in batches(model, data, batch_size):
-        samples += len(images)
-        clean, answers = _right(model, images, labels)
-        counted += len(clean)
-        if len(clean):
-            moved, _ = attacked(model, attack, clean, answers)
-            own = trace_routes(model, (clean, answers), width).masks
-            for group in wanted:
-                chosen = {layer: own[layer] for layer in group}
-                drawn = {layer: _random_mask(mask, width, generator) for layer, mask in chosen.items()}
-                for criterion, masks in ((OWN, chosen), (RANDOM, drawn)):
-                    found = _mended(model, clean, moved, masks).argmax(1)
-                    hits[group, criterion] += int((found == answers).sum())
-        if progress is not None:
-            progress(samples, samples_in(data))
+    layers = list(dict.fromkeys(layer for group in wanted for layer in group))
+    with frozen(model), torch.no_grad():
+        for images, labels in batches(model, data, batch_size):
+            samples += len(images)
+            clean = right_when_clean(model, images, labels, layers)
+            counted += len(clean.images)
+            if len(clean.images):
+                moved, _ = attacked(model, attack, clean.images, clean.labels)
+                own = trace_routes(model, (clean.images, clean.labels), width).masks
+                for group in wanted:
+                    chosen = {layer: own[layer] for layer in group}
+                    drawn = {layer: _random_mask(mask, width, generator) for layer, mask in chosen.items()}
+                    for criterion, masks in ((OWN, chosen), (RANDOM, drawn)):
+                        found = _mended(model, clean, moved, masks).argmax(1)
+                        hits[group, criterion] += int((found == clean.labels).sum())
+            if progress is not None:
+                progress(samples, samples_in(data))
     if not counted:
         raise UserError(f"the network gets none of the {samples} samples right when they are clean; check its weights")
     rows = tuple(Row(group, criterion, Accuracy(right, counted)) for (group, criterion), right in hits.items())
     return OwnTransplants(rows, width, name, samples)
 
 
-def _right(model: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The images that the network gets right, and their labels."""
-    if labels is None:
-        raise UserError("the data have no labels: give (images, labels), since accuracy is measured")
-    with frozen(model), torch.no_grad():
-        logits = checked_logits(model(images.clone()), len(images))
-    answers = checked_labels(labels, logits.shape[1], len(images))
-    good = logits.argmax(1) == answers
-    return images[good], answers[good]
-
-
-def _mended(model: nn.Module, clean: Tensor, moved: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+def _mended(model: nn.Module, clean: Clean, moved: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
     """Logits of attacked images with clean values where each image's own mask (N, C) says so.
 
     Layer after layer: what a layer would give is recorded under the transplants before it, mixed with what it gives
     for the clean images, and put in its place as a whole.
     """
-    with frozen(model), torch.no_grad():
-        originals = record_outputs(model, clean, masks)
-        mixed: dict[str, Tensor] = {}
-        for layer, mask in masks.items():
-            with _in_place(model, mixed):
-                values = record_outputs(model, moved, [layer])[layer]
-            chosen = mask.to(values.device)[:, :, None, None]
-            mixed[layer] = torch.where(chosen, originals[layer], values)
+    mixed: dict[str, Tensor] = {}
+    for layer, mask in masks.items():
         with _in_place(model, mixed):
-            return checked_logits(model(moved.clone()), len(moved))
+            values = record_outputs(model, moved, [layer])[layer]
+        mixed[layer] = torch.where(mask.to(values.device)[:, :, None, None], clean.outputs[layer], values)
+    with _in_place(model, mixed):
+        return checked_logits(model(moved.clone()), len(moved))
 
 
 def _in_place(model: nn.Module, outputs: Mapping[str, Tensor]) -> AbstractContextManager[object]:

@@ -132,7 +132,7 @@ def run(
     samples = counted = number = 0
 
     def once(images: Tensor, labels: Tensor | None) -> tuple[int, Tensor]:
-        clean = _clean(model, images, labels, record, at)
+        clean = right_when_clean(model, images, labels, record, at)
         correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
         done = 0
         for name in names if len(clean.images) else ():
@@ -168,8 +168,23 @@ def run(
     return rows, Cost(samples, counted, number, count.passes)
 
 
-def _clean(model: nn.Module, images: Tensor, labels: Tensor | None, record: Sequence[str], at: str) -> Clean:
-    """One clean forward pass, with the outputs of some layers."""
+def right_when_clean(
+    model: nn.Module, images: Tensor, labels: Tensor | None, record: Sequence[str] = (), at: str = OUTPUT
+) -> Clean:
+    """The images of a batch that the model gets right, with the outputs of some layers, from one forward pass.
+
+    The model is held frozen, and gradients are off.
+
+    Args:
+        model: The network.
+        images: The batch.
+        labels: Its labels.
+        record: The layers.
+        at: Whether these are the layers' ``"output"`` or that of their ``"activation"``.
+
+    Raises:
+        UserError: There are no labels, or they or the logits are not what they should be.
+    """
     if labels is None:
         raise UserError("the data have no labels: give (images, labels), since accuracy is measured")
     answers: list[object] = []
