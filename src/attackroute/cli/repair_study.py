@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attackroute.cli import options
+from attackroute.cli import options, study_options
 from attackroute.cli.console import Output
 from attackroute.errors import UserError
 
@@ -36,8 +36,6 @@ EXAMPLES = """
    repair.jsonl               every transplant, for --resume
 """
 
-_STUDY = "The study"
-
 
 def repair_study(
     model: options.Model,
@@ -48,7 +46,13 @@ def repair_study(
     split: options.Split = options.Splits.TEST,
     samples: Annotated[
         int,
-        typer.Option("--samples", metavar="N", min=1, rich_help_panel=_STUDY, help="Images in each of the three sets."),
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=1,
+            rich_help_panel=study_options.STUDY,
+            help="Images in each of the three sets.",
+        ),
     ] = 500,
     image_size: options.ImageSize = None,
     attack: Annotated[
@@ -56,14 +60,12 @@ def repair_study(
         typer.Option(
             "--attack",
             metavar="NAME",
-            rich_help_panel=_STUDY,
+            rich_help_panel=study_options.STUDY,
             help="An attack or corruption; may be repeated. The first one picks the variant.",
             show_default="pgd, fgsm, gaussian-noise",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel="The run", help="Go on with the study in --out.")
-    ] = False,
+    resume: study_options.Resume = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attackroute.cli import options, train_options
+from attackroute.cli import options, study_options, train_options
 from attackroute.cli.console import Output
 from attackroute.errors import UserError
 
@@ -56,7 +56,6 @@ EXAMPLES = """
 _ALL = "all"
 _CHECKED = 128  # images for signs of masked gradients
 _WHAT = "What is reproduced"
-_TRAINING = "Tables 2 and 3"
 
 
 def reproduce(
@@ -99,39 +98,35 @@ def reproduce(
         typer.Option(
             "--width",
             metavar="FACTOR",
-            rich_help_panel=_TRAINING,
-            help="Factor on the channels of the VGG-16 that is trained.",
+            rich_help_panel=study_options.STUDY,
+            help="Factor on the channels of the VGG-16 that tables 2 and 3 train.",
             parser=options.parse_factor,
         ),
     ] = 0.125,
     train_samples: Annotated[
         int | None,
         typer.Option(
-            "--train-samples", metavar="N", min=2, rich_help_panel=_TRAINING, help="Only so many training images."
+            "--train-samples",
+            metavar="N",
+            min=2,
+            rich_help_panel=study_options.STUDY,
+            help="Only so many training images, for tables 2 and 3.",
         ),
     ] = None,
-    seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, rich_help_panel=_TRAINING, help="Networks that are judged.")
-    ] = 3,
-    epochs: Annotated[
-        int, typer.Option("--epochs", metavar="N", min=1, rich_help_panel=_TRAINING, help="Passes of the training.")
-    ] = 10,
-    fine_epochs: Annotated[
-        int, typer.Option("--fine-epochs", metavar="N", min=1, rich_help_panel=_TRAINING, help="Of the fine-tuning.")
-    ] = 1,
+    seeds: study_options.Seeds = 3,
+    epochs: study_options.Epochs = 10,
+    fine_epochs: study_options.FineEpochs = 1,
     table_samples: Annotated[
-        int, typer.Option("--table-samples", metavar="N", min=1, rich_help_panel=_TRAINING, help="Test images.")
-    ] = 2000,
-    autoattack_samples: Annotated[
         int,
         typer.Option(
-            "--autoattack-samples",
+            "--table-samples",
             metavar="N",
-            min=0,
-            rich_help_panel=_TRAINING,
-            help="Of them for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it out.",
+            min=1,
+            rich_help_panel=study_options.STUDY,
+            help="Test images of tables 2 and 3.",
         ),
-    ] = 64,
+    ] = 2000,
+    autoattack_samples: study_options.AutoattackSamples = 64,
     batch_size: options.BatchSize = 128,
     resume: train_options.Resume = False,
     seed: options.Seed = 0,
@@ -168,7 +163,7 @@ def reproduce(
 
 
 def _chosen(targets: list[str], data: str) -> list[str]:
-    """The targets, each once, in the paper's order."""
+    """The targets, each once, figures before tables."""
     from attackroute.cli.paper_experiments import PARTS
     from attackroute.nearest import did_you_mean
     from attackroute.reproduction.page import DATA_OF

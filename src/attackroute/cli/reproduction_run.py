@@ -14,25 +14,23 @@ from torch import nn
 from attackroute.accuracy import count_correct
 from attackroute.cli.analyses import Study
 from attackroute.cli.console import Output
-from attackroute.cli.networks import find_card, open_network, spec_for
+from attackroute.cli.hardening_study_run import STUDY, run_study
+from attackroute.cli.networks import find_card, open_network
 from attackroute.cli.options import open_folder
 from attackroute.cli.paper_experiments import PARTS, paper_attacks
+from attackroute.cli.unfinished import write_json
 from attackroute.data import ImageData, load_data
 from attackroute.errors import UserError
 from attackroute.experiments.hardening_plan import StudyPlan
-from attackroute.experiments.hardening_study import study_hardening
-from attackroute.experiments.tables import save_result
 from attackroute.files import replace_file
 from attackroute.fingerprint import weights_digest
 from attackroute.interventions import OUTPUT
-from attackroute.models import build
-from attackroute.reproduction.page import DATA_OF, blocks, claims_of, fill, skeleton
+from attackroute.reproduction.page import DATA_OF, SECTIONS, blocks, claims_of, fill, skeleton
 from attackroute.reproduction.results import Content, NetworkResults
 from attackroute.trace import trace_routes
 
 PAGE = "reproduction.md"
 _NETWORK = "network.json"
-_STUDY = "study"
 _SHARE = 0.3  # of a layer's channels on the model's route, the paper's
 _DRAWS = 5
 _TABLE1 = "table1"
@@ -98,10 +96,8 @@ class Run:
             return
         if known is not None and not self.resume and known["model"] != model:
             raise UserError(f"{home} holds results of {known['model']}; choose another --out")
-        first, label = images.dataset[0]
-        parameter = next(network.parameters())
-        one = first[None].to(parameter.device, parameter.dtype)
-        routes = trace_routes(network, (one, torch.tensor([label])), 0.2)
+        image, label = images.dataset[0]
+        routes = trace_routes(network, (image[None], torch.tensor([label])))
         found = count_correct(network, images.dataset, batch_size=self.batch_size)
         content = {
             "model": model,
@@ -113,7 +109,7 @@ class Run:
             "accuracy": found.value,
             "images": found.total,
         }
-        replace_file(home / _NETWORK, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(home / _NETWORK, content)
 
     def hardening(
         self, table: str, plan: StudyPlan, width: float, train_samples: int | None, test_samples: int
@@ -121,23 +117,10 @@ class Run:
         """Carry out the study of Table 2 or 3, with a VGG-16."""
         train = load_data(self.data, split="train", samples=train_samples, seed=self.seed)
         test = load_data(self.data, split="test", samples=test_samples, seed=self.seed)
-        if train.split == "all":
-            raise UserError("the folder has no train/ and test/ (or val/), so there is nothing to judge on; divide it")
-        spec = spec_for("vgg16", train, width=width)
-
-        def made(seed: int) -> nn.Module:
-            with torch.random.fork_rng([]):
-                torch.manual_seed(seed)
-                return build(spec).to(self.device)
-
-        home = open_folder(self.folder / table)
-        origin = {"model": "vgg16", "width": width, "data": self.data}
-        with self.output.progress("networks") as progress:
-            study = study_hardening(
-                made, train.dataset, test.dataset, plan, home,
-                resume=self.resume, origin=origin, progress=progress,
-            )  # fmt: skip
-        save_result(study, {}, home, _STUDY)
+        study = run_study(
+            plan, "vgg16", width, self.data, train, test, self.folder / table,
+            resume=self.resume, device=self.device, output=self.output,
+        )  # fmt: skip
         for sentence in study.sentences():
             self.output.line(sentence)
 
@@ -173,7 +156,7 @@ class Run:
         return found
 
     def _studies(self) -> dict[str, Content]:
-        found = {table: _read(self.folder / table / f"{_STUDY}.json") for table in DATA_OF}
+        found = {table: _read(self.folder / table / f"{STUDY}.json") for table in DATA_OF}
         return {table: content for table, content in found.items() if content is not None}
 
 
@@ -187,11 +170,7 @@ def check_page(page: Path) -> None:
         text = page.read_text()
     except OSError as error:
         raise UserError(f"--page {page} cannot be read ({error.strerror}); name a Markdown file") from error
-    fill(text, dict.fromkeys(_marked(), ""))
-
-
-def _marked() -> list[str]:
-    return ["networks", *PARTS, *DATA_OF]
+    fill(text, dict.fromkeys(SECTIONS, ""))
 
 
 def _name(model: str) -> str:
