@@ -141,6 +141,17 @@ def test_an_interruption_keeps_what_is_done(
     assert json.loads((tmp_path / "digits-net" / f"{second}.json").read_bytes())["rows"] == same
 
 
+def test_results_of_two_networks_do_not_meet_under_one_name(whole: tuple[Path, Result], tmp_path: Path) -> None:
+    other = tmp_path / "digits-net"
+    digits = load_data("mnist-sample", samples=SAMPLES)
+    spec = spec_for("vgg_small", digits, width=0.25)
+    other.mkdir()
+    ModelCard(spec, digits.classes).save(other)
+    safetensors.torch.save_file(build(spec).state_dict(), other / "best.safetensors")
+    result = run("table1", "--data", "mnist-sample", "--model", str(other), "--out", str(whole[0]), "--resume")
+    assert result.exit_code == 2 and "holds results of other weights" in result.stderr
+
+
 def test_a_page_of_ones_own_is_filled(whole: tuple[Path, Result], model: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(skeleton().replace("## Fig. 2", "What we think of it.\n\n## Fig. 2"))

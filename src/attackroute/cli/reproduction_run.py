@@ -92,10 +92,10 @@ class Run:
         """Write what the page says about the network."""
         digest = weights_digest(network)
         known = _read(home / _NETWORK)
-        if known is not None and (known["weights"], known["images"], known["data"]) == (digest, len(images), self.data):
+        if known is not None and known["weights"] != digest:  # else the page would show them under one name
+            raise UserError(f"{home} holds results of other weights ({known['model']}); choose another --out")
+        if known is not None and (known["images"], known["data"]) == (len(images), self.data):
             return
-        if known is not None and not self.resume and known["model"] != model:
-            raise UserError(f"{home} holds results of {known['model']}; choose another --out")
         image, label = images.dataset[0]
         routes = trace_routes(network, (image[None], torch.tensor([label])))
         found = count_correct(network, images.dataset, batch_size=self.batch_size)
