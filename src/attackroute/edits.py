@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attackroute.errors import UserError
+from attackroute.fingerprint import require_channels
 from attackroute.followers import Follower
 from attackroute.layers import LayerCall, LayerCalls, pass_level
 from attackroute.nearest import did_you_mean
@@ -114,8 +115,5 @@ class LayerEdits:
 
     def _require_channels(self, layer: str, found: int) -> None:
         expected = self._channels[layer]
-        if expected is not None and found != expected:
-            raise UserError(
-                f"layer {layer!r} has {expected} channels in the route but {found} in the model: "
-                "use the model that the route was made for"
-            )
+        if expected is not None:
+            require_channels(layer, expected, found)

@@ -99,11 +99,16 @@ def require_fit(ours: Mapping[str, int], theirs: Mapping[str, int], what: str) -
                 f"layer {layer!r} ({count} channels) of the route is not in the {what}: "
                 f"use the {what} that the route was made for"
             )
-        if theirs[layer] != count:
-            raise UserError(
-                f"layer {layer!r} has {count} channels in the route but {theirs[layer]} in the {what}: "
-                f"use the {what} that the route was made for"
-            )
+        require_channels(layer, count, theirs[layer], what)
+
+
+def require_channels(layer: str, ours: int, theirs: int, what: str = "model") -> None:
+    """Raise a `UserError` if a layer has another number of channels in ``what`` than in the route."""
+    if theirs != ours:
+        raise UserError(
+            f"layer {layer!r} has {ours} channels in the route but {theirs} in the {what}: "
+            f"use the {what} that the route was made for"
+        )
 
 
 def require_model(channels: Mapping[str, int], model: nn.Module) -> None:

@@ -71,6 +71,19 @@ class Journal:
             if len(whole) < len(content):
                 os.truncate(self._path, len(whole))
 
+    def begin(self, folder: Path, *, resume: bool) -> None:
+        """Begin a study in a folder, or go on with the one that is there.
+
+        Raises:
+            UserError: There is one although ``resume`` is false; or as :meth:`resume`.
+        """
+        if resume:
+            self.resume()
+        elif self._path is not None and self._path.exists():
+            raise UserError(f"{folder} already holds a study; pass --resume to go on with it, or choose another folder")
+        else:
+            self.keep(("begun",), "")
+
     def recall(self, key: Key, samples: str) -> dict[str, Any] | None:
         """The measurement under a key, or None.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attackroute.channel_means import gradients
 from attackroute.errors import UserError
 from attackroute.explanations import explained
-from attackroute.fingerprint import require_model, require_same
+from attackroute.fingerprint import require_channels, require_model, require_same
 from attackroute.routes import Route
 from attackroute.sample_rows import require_rows_apart
 
@@ -123,11 +123,7 @@ class SampleReader:
                 f"layer {layer!r} of the route did not run in the model's forward pass: "
                 "use the model that the route was made for, uncompiled"
             )
-        if found.shape[1] != self._channels[layer]:
-            raise UserError(
-                f"layer {layer!r} has {self._channels[layer]} channels in the route but {found.shape[1]} in the "
-                "model: use the model that the route was made for"
-            )
+        require_channels(layer, self._channels[layer], found.shape[1])
         sizes = found.cpu().double()
         # each row alone, where a product of matrices might round equal rows in different ways
         return torch.stack([sizes[:, neurons].sum(1) for neurons in self._neurons[layer]], dim=1)

@@ -27,7 +27,6 @@ from attackroute.attacks import parse_attack
 from attackroute.batches import count_samples
 from attackroute.checkpoints import LAST
 from attackroute.data.holdout import held_out
-from attackroute.errors import UserError
 from attackroute.evaluation import evaluate
 from attackroute.experiments.hardening_plan import (
     BASES,
@@ -89,12 +88,7 @@ def study_hardening(
     }
     terms = {**(origin or {}), **plan.terms(), **sizes}
     journal = Journal(folder / TUNING, terms)
-    if resume:
-        journal.resume()
-    elif (folder / TUNING).exists():
-        raise UserError(f"{folder} already holds a study; pass --resume to go on with it, or choose another folder")
-    else:
-        journal.keep(("begun",), "")
+    journal.begin(folder, resume=resume)
     learnt, validation = held_out(train_data, plan.validation, plan.tuning_seed)
     run = _Study(build, learnt, validation, test_data, plan, folder, journal, _Count(progress, plan))
     tuning = tuple(run.tuned())

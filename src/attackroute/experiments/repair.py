@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,10 +195,7 @@ class Repair:
             self._outputs = [self._recorded(batch, ranking) for batch in batches]
         with frozen(self._model), torch.no_grad():
             for number, batch in enumerate(batches):
-                if route is None:
-                    yield self._model(batch.attacked).argmax(1) == batch.labels
-                    continue
-                with transplant(self._model, self._outputs[number], route):
+                with nullcontext() if route is None else transplant(self._model, self._outputs[number], route):
                     yield self._model(batch.attacked).argmax(1) == batch.labels
 
     def _recorded(self, batch: Pairs, ranking: Ranking) -> dict[str, Tensor]:

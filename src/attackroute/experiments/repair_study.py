@@ -161,12 +161,7 @@ def study_repair(
     """
     terms = {**(origin or {}), "samples": samples, "seed": seed, "attacks": list(attacks)}
     journal = Journal(folder / JOURNAL, terms)
-    if resume:
-        journal.resume()
-    elif (folder / JOURNAL).exists():
-        raise UserError(f"{folder} already holds a study; pass --resume to go on with it, or choose another folder")
-    else:
-        journal.keep(("begun",), "")
+    journal.begin(folder, resume=resume)
     ranking, picking, judging = _sets(model, data, samples, seed)
     first = next(iter(attacks))
     criteria = _defined(model, _attacked(model, attacks[first], *(part[:2] for part in ranking)))

@@ -20,11 +20,11 @@ from torch.nn import functional
 
 from attackroute.batches import check_logits
 from attackroute.errors import UserError
-from attackroute.fingerprint import require_model
+from attackroute.fingerprint import require_channels, require_model
 from attackroute.layers import LayerCall, LayerCalls
 from attackroute.nearest import did_you_mean
 from attackroute.penalties.kinks import HeldKinks, Kinks
-from attackroute.penalties.passes import RepeatablePass
+from attackroute.penalties.passes import RepeatablePass, require_ran
 from attackroute.penalties.twice import TwiceDifferentiable
 from attackroute.routes import Route
 
@@ -158,11 +158,7 @@ class GradientPenalty:
         if watched is None or call.name not in self._chosen:
             return output
         dim = _CHANNEL_DIM[call.kind]
-        if output.shape[dim] != self._route.channels[call.name]:
-            raise UserError(
-                f"layer {call.name!r} has {self._route.channels[call.name]} channels in the route but "
-                f"{output.shape[dim]} in the model: use the model that the route was made for"
-            )
+        require_channels(call.name, self._route.channels[call.name], output.shape[dim])
         if watched.shifts is not None:  # the second pass of the approximation
             shift = watched.shifts.pop(call.name, None)
             return output if shift is None else output + shift.to(output.dtype)
@@ -216,12 +212,7 @@ class GradientPenalty:
         watched, self._watched = self._watched, None
         if watched is None:
             raise UserError("no forward pass was watched: call the model inside penalty.watch(), once for each penalty")
-        for layer in self._chosen:
-            if layer not in watched.edges:
-                raise UserError(
-                    f"layer {layer!r} of the route did not run in the model's forward pass: use the model that the "
-                    "route was made for, uncompiled, or leave the layer out (route.restrict)"
-                )
+        require_ran(self._chosen, watched.edges)
         return watched
 
     def _index(self, layer: str, device: torch.device, *, on_route: bool) -> Tensor:

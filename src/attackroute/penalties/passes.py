@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from attackroute.errors import UserError
 
 _Buffers = list[tuple[nn.Module, str, Tensor]]
 
@@ -48,6 +50,16 @@ class RepeatablePass:
             for device, state in self._random_on.items():
                 torch.cuda.set_rng_state(state, device)
             return self._model(*(_kept(value) for value in first), *self._args[len(first) :], **self._kwargs)
+
+
+def require_ran(layers: Iterable[str], ran: Container[str]) -> None:
+    """Raise a `UserError` naming the first of a route's layers that did not run in a watched pass."""
+    for layer in layers:
+        if layer not in ran:
+            raise UserError(
+                f"layer {layer!r} of the route did not run in the model's forward pass: use the model that the route "
+                "was made for, uncompiled, or leave the layer out (route.restrict)"
+            )
 
 
 @contextmanager

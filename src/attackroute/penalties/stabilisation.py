@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from attackroute.edits import CHANNEL_DIM
 from attackroute.errors import UserError
-from attackroute.fingerprint import require_model
+from attackroute.fingerprint import require_channels, require_model
 from attackroute.layers import LayerCall, LayerCalls
-from attackroute.penalties.passes import RepeatablePass
+from attackroute.penalties.passes import RepeatablePass, require_ran
 from attackroute.routes import Route
 
 
@@ -79,12 +79,7 @@ class StabilisationPenalty:
         watched, self._watched = self._watched, None
         if watched is None:
             raise UserError("no forward pass was watched: call the model on the attacked images inside penalty.watch()")
-        for layer in self._chosen:
-            if layer not in watched.outputs:
-                raise UserError(
-                    f"layer {layer!r} of the route did not run in the model's forward pass: use the model that the "
-                    "route was made for, uncompiled, or leave the layer out (route.restrict)"
-                )
+        require_ran(self._chosen, watched.outputs)
         parts: dict[str, Tensor] = {}
 
         def compare(call: LayerCall) -> Tensor:
@@ -115,12 +110,8 @@ class StabilisationPenalty:
 
     def _on_route(self, call: LayerCall, output: Tensor) -> Tensor:
         """The route's channels of an output, a copy in float32 or wider, since what follows may work in place."""
-        dim, expected = CHANNEL_DIM[call.kind], self._route.channels[call.name]
-        if output.shape[dim] != expected:
-            raise UserError(
-                f"layer {call.name!r} has {expected} channels in the route but {output.shape[dim]} in the model: use "
-                "the model that the route was made for"
-            )
+        dim = CHANNEL_DIM[call.kind]
+        require_channels(call.name, self._route.channels[call.name], output.shape[dim])
         key = call.name, output.device
         if key not in self._indices:
             self._indices[key] = self._route[call.name].to(output.device)
