@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM, RIVALS, 
 from attackroute.figures.style import ROUTE_COLOUR, new_figure, tidy
 from attackroute.rank_statistics import AUROC, SPEARMAN, Association
 
+_TITLE = 36  # letters in a line over a panel
 _PALE, _GREY, _RIVAL = "#E3E3E3", "#8A8A8A", "#0072B2"
 _CHANCE = {AUROC: 0.5, SPEARMAN: 0.0}
 _AXIS = {AUROC: "AUROC for being fooled", SPEARMAN: "Spearman's rank correlation with -eps"}
@@ -45,7 +47,7 @@ def _draw_bins(axes: Axes, study: HardnessStudy, attack: str) -> None:
     axes.bar(places, [part.fooled for part in bins], color=ROUTE_COLOUR, width=0.86, label="of these fooled")
     for place, part in zip(places, bins, strict=True):
         axes.text(place, part.fooled, str(part.fooled), ha="center", va="bottom", fontsize=7)
-    axes.set_title(attack, fontsize=9)
+    axes.set_title(textwrap.fill(attack.replace(",", ", "), _TITLE), fontsize=9)
     _name_bins(axes, len(bins), max(part.samples for part in bins))
     axes.legend(fontsize=7, loc="upper left", frameon=False, ncols=2, handlelength=1.2, columnspacing=1.0)
 

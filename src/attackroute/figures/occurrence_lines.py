@@ -13,7 +13,7 @@ from attackroute.figures.style import look, new_figure, shared_legend, tidy, upr
 def occurrence_figure(found: Occurrence) -> Figure:
     """Occurrence of routes by several criteria; Jaccard index of the route with others, and of classes' routes."""
     layers = found.layers
-    figure = new_figure(max(4.5, 0.42 * len(layers) + 1.5), 5.4)
+    figure = new_figure(max(6.4, 0.42 * len(layers) + 1.5), 5.4)
     upper, lower = figure.subplots(2, 1, sharex=True)
     handles: dict[str, Any] = {}
     for name, _ in found.names(OCCURRENCE):

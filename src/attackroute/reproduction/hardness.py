@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+from attackroute.attack_labels import short
+from attackroute.attacks import parse_attack
 from attackroute.experiments.hardness_study import OURS, RANDOM, RIVALS
 from attackroute.published import GRADIENTS
 from attackroute.rank_statistics import AUROC
@@ -38,7 +40,7 @@ def bins_table(results: Results) -> str:
     for network, found in having(results, "hardness"):
         for attack in _attacks(found):
             bins = found["attacks"][attack]["bins_hardest_first"]
-            lines.append([network.name, attack, str(bins[0][0]), *(str(fooled) for _, fooled in bins)])
+            lines.append([network.name, _short(attack), str(bins[0][0]), *(str(fooled) for _, fooled in bins)])
     return markdown(["network", "attack", "images in a tenth", *map(str, range(1, 11))], lines)
 
 
@@ -50,7 +52,7 @@ def predictors_table(results: Results) -> str:
             cells = [_shown_estimate(found, attack, name) for name in (OURS, *RIVALS)]
             draws = _random(found, attack)
             chance = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
-            lines.append([network.name, attack, *cells, chance])
+            lines.append([network.name, _short(attack), *cells, chance])
     return markdown(["network", "attack", OURS, *RIVALS, RANDOM], lines)
 
 
@@ -64,7 +66,7 @@ def gradient_claims(results: Results) -> Iterator[Claim]:
         good = sum(row["weak_mean"] > row["hard_mean"] for row in layers)
         ratio = statistics.median(row["weak_mean"] / row["hard_mean"] for row in layers)
         yield Claim(
-            f"images that {_attacks(found)[0]} fools have larger gradients on the route",
+            f"images that {_short(_attacks(found)[0])} fools have larger gradients on the route",
             "990 to 4,338 times",
             network.name,
             f"in {good} of {len(layers)} layers, {ratio:.3g} times in the median",
@@ -82,7 +84,7 @@ def prediction_claims(results: Results) -> Iterator[Claim]:
             bins = found["attacks"][attack]["bins_hardest_first"]
             clear = ours["interval_95"][0] > 0.5
             yield Claim(
-                f"V predicts whom {attack} fools",
+                f"V predicts whom {_short(attack)} fools",
                 "yes",
                 network.name,
                 f"AUROC {_shown_estimate(found, attack, OURS)}; fooled {bins[_FIRST_BIN][1]} of {bins[_FIRST_BIN][0]} "
@@ -90,6 +92,10 @@ def prediction_claims(results: Results) -> Iterator[Claim]:
                 verdict(clear, ours["value"] > 0.5),
                 tuple(_not_behind(found, attack)),
             )
+
+
+def _short(attack: str) -> str:
+    return short(parse_attack(attack))
 
 
 def _attacks(found: Content) -> list[str]:
