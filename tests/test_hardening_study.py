@@ -85,7 +85,7 @@ def test_every_comparison_is_of_variants_that_are_judged() -> None:
     variants = list(judged(PLAN))
     assert len({variant.name for variant in variants}) == len(variants) == 18
     assert {variant for pair in compared(PLAN) for variant in pair} == set(variants)
-    assert set(punished()) < set(variants)
+    assert set(punished(PLAN)) < set(variants)
     names = [variant.name for variant in variants]
     assert names[:4] == ["Vanilla", "Vanilla, no penalty", "Vanilla_g", "Vanilla_g, random"]
     assert "PAT_g, approximation" in names
@@ -96,6 +96,24 @@ def test_every_comparison_is_of_variants_that_are_judged() -> None:
     assert names[4:6] == ["Vanilla_g, all", "Vanilla_g, route of all images"]
     assert len(names) == 20
     assert not any("approximation" in name for name in names)
+
+
+def test_a_study_along_the_noise_has_the_papers_route_as_a_control() -> None:
+    plan = replace(PLAN, carrier="noise", penalties=("gradient", "stabilisation"), every_image=True)
+    names = [variant.name for variant in judged(plan)]
+    assert names == [
+        "Vanilla", "PAT", "PAT, no penalty",
+        "PAT_g, noise route", "PAT_g", "PAT_g, random", "PAT_g, all",
+        "PAT_g, noise route, approximation", "PAT_g, noise route, route of all images",
+        "PAT_s, noise route", "PAT_s", "PAT_s, random", "PAT_s, all", "PAT_s, noise route, route of all images",
+    ]  # fmt: skip
+    assert [variant.name for variant in punished(plan)] == [*names[3:7], *names[9:13]]
+    pairs = {(first.name, second.name) for first, second in compared(plan)}
+    assert {("PAT_s, noise route", other) for other in ("PAT, no penalty", *names[10:13])} < pairs
+    assert {name for pair in pairs for name in pair} == set(names) - {"Vanilla"}
+    with_vanilla = replace(PLAN, vanilla_judge="fgsm", penalties=("stabilisation",))
+    assert with_vanilla.bases == ("PAT",)
+    assert "(Vanilla)" not in with_vanilla.rule
 
 
 def test_each_base_may_have_its_own_judge() -> None:
@@ -113,7 +131,8 @@ def test_each_base_may_have_its_own_judge() -> None:
         ({"seeds": ()}, "each once"), ({"seeds": (1, 1)}, "each once"), ({"seeds": (0, 1)}, "seed 0"),
         ({"shares": ()}, "above 0"), ({"shares": (0.0,)}, "above 0"), ({"validation": 1.0}, "choose lambda"),
         ({"tolerance": -0.1}, "tolerance"), ({"vanilla_judge": "pgdd"}, "cannot choose"),
-        ({"autoattack_samples": -1}, "at least 0"),
+        ({"autoattack_samples": -1}, "at least 0"), ({"penalties": ()}, "penalties to compare"),
+        ({"penalties": ("gradients",)}, "gradients"), ({"carrier": "sound"}, "'sound'"),
     ],
 )  # fmt: skip
 def test_bad_plans_are_named(change: dict[str, Any], message: str) -> None:
@@ -148,6 +167,9 @@ def test_verdicts_need_both_intervals() -> None:
     assert PairedDifference.of(better[:1], worse[:1]).over_seeds is None
     assert PairedDifference.of(better[:1], worse[:1]).verdict == UNDECIDED
 
+
+WAYS = {"PAT_s, noise route": "noise", "PAT_s": "influence", "PAT_s, random": "noise", "PAT_s, all": "noise"}
+PLAIN = ("PAT-no-penalty", "PAT_s-noise-route", "PAT_s-random", "PAT_s-all")
 
 # --- the study ----------------------------------------------------------------------------------------------------
 
@@ -193,6 +215,19 @@ def test_routes_of_all_images_are_traced_from_all_of_them(tmp_path: Path) -> Non
     assert list(traced.values()) == [2, 24]
     lams = {outcome.variant.name: outcome.lam for outcome in study.outcomes}
     assert lams["PAT_w, route of all images"] == lams["PAT_w"]
+
+
+def test_noise_is_followed_and_punished_where_the_plan_says_so(tmp_path: Path) -> None:
+    plan = replace(PLAN, carrier="noise", penalties=("stabilisation",), shares=(0.1,), more=0, seeds=(1,))
+    study = studied(tmp_path, plan)
+    assert [found.variant.name for found in study.tuning] == list(WAYS)
+    for name, criterion in WAYS.items():
+        home = tmp_path / "seed-1" / name.replace(",", "").replace(" ", "-")
+        assert json.loads((home / "route.json").read_bytes())["provenance"]["criterion"] == criterion
+        (epoch,) = [json.loads(line) for line in (home / "log.jsonl").read_text().splitlines()]
+        assert [key for key in epoch if key.endswith("_penalty")] == ["stabilisation_penalty"]
+    weights = {name: load_file(tmp_path / "seed-1" / name / "last.safetensors")["0.weight"] for name in PLAIN}
+    assert len({tuple(values.flatten().tolist()) for values in weights.values()}) == len(PLAIN)
 
 
 def test_the_test_images_choose_nothing(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:

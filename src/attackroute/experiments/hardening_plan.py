@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attackroute.accuracy import Accuracy
 from attackroute.attacks import Perturbation, parse_attack
 from attackroute.errors import UserError
-from attackroute.penalised import GRADIENT, PENALTIES, WEIGHT
+from attackroute.noise import CARRIERS, NOISE, UNIT
+from attackroute.penalised import GRADIENT, PENALTIES, STABILISATION, WEIGHT
 from attackroute.penalties import APPROXIMATE, EXACT
 from attackroute.route_tracing import ROUTE, TARGETS
 from attackroute.train_settings import TrainSettings
@@ -25,7 +26,7 @@ RULE = (
 )
 _STEP = 3.0
 
-_LETTERS = {GRADIENT: "g", WEIGHT: "w"}
+_LETTERS = {GRADIENT: "g", WEIGHT: "w", STABILISATION: "s"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Variant:
     Attributes:
         base: ``"Vanilla"`` or ``"PAT"``: what the network was trained with, and is fine-tuned with.
         tuned: Whether it is fine-tuned at all.
-        penalty: ``"gradient"``, ``"weight"``, or None for fine-tuning alone.
+        penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"``, or None for fine-tuning alone.
         target: Whose neurons are punished.
+        carrier: What their route follows.
         method: Of the gradient penalty.
         every_image: Whether the route is traced from all training images, not from a tenth of them.
     """
@@ -45,6 +47,7 @@ class Variant:
     tuned: bool = True
     penalty: str | None = None
     target: str = ROUTE
+    carrier: str = UNIT
     method: str = EXACT
     every_image: bool = False
 
@@ -55,7 +58,8 @@ class Variant:
             return self.base
         if self.penalty is None:
             return f"{self.base}, no penalty"
-        notes = [] if self.target == ROUTE else [self.target]
+        route = [] if self.carrier == UNIT else ["noise route"]
+        notes = route if self.target == ROUTE else [self.target]
         notes += [] if self.method == EXACT else ["approximation"]
         notes += ["route of all images"] if self.every_image else []
         return ", ".join([f"{self.base}_{_LETTERS[self.penalty]}", *notes])
@@ -87,6 +91,8 @@ class StudyPlan:
         shares: Lambda is tried where it makes the penalty's gradient these shares of the task's, for the route's
             neurons; the same lambdas are tried for the controls.
         more: Larger lambdas that the rule may ask for.
+        penalties: Which are compared.
+        carrier: What the routes follow that are judged; where it is not the paper's, that one is a control.
         tolerance: Clean accuracy that a lambda may cost.
         validation: Share of the training images that choose lambda; no network learns from them.
         training: Of the networks; ``seed`` is replaced.
@@ -108,6 +114,8 @@ class StudyPlan:
     tuning_seed: int = 0
     shares: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
     more: int = 4
+    penalties: Sequence[str] = PENALTIES
+    carrier: str = UNIT
     tolerance: float = 0.02
     validation: float = 0.2
     training: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=8, augment="crop"))
@@ -127,6 +135,11 @@ class StudyPlan:
             raise UserError(f"seed {self.tuning_seed} chooses lambda, so it cannot be judged too; take other seeds")
         if not self.shares or not all(0 < share < float("inf") for share in self.shares):
             raise UserError("the shares to try must be numbers above 0")
+        known = (*PENALTIES, STABILISATION)
+        if not self.penalties or any(name not in known for name in self.penalties):
+            raise UserError(f"penalties to compare are some of {', '.join(known)}, not {', '.join(self.penalties)}")
+        if self.carrier not in CARRIERS:
+            raise UserError(f"carrier {self.carrier!r} is unknown; choose from {', '.join(CARRIERS)}")
         if not 0 < self.validation < 1:
             raise UserError(f"a share of {self.validation} of the training images cannot choose lambda; take 0.2")
         if not 0 <= self.tolerance <= 1:
@@ -134,6 +147,11 @@ class StudyPlan:
         if self.autoattack_samples < 0 or self.check_samples < 0:
             raise UserError("numbers of images are at least 0")
         self.judge_of(VANILLA)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """What is fine-tuned: noise, and its penalty, are there where an attack is trained against."""
+        return (PAT,) if self.carrier == NOISE or STABILISATION in self.penalties else BASES
 
     @property
     def training_attack(self) -> str:
@@ -167,8 +185,8 @@ class StudyPlan:
     def rule(self) -> str:
         """How lambda is chosen."""
         judges = str(self.judge)
-        if self.judge_of(VANILLA) != self.judge:
-            judges = " and ".join(f"{self.judge_of(base)} ({base})" for base in BASES)
+        if any(self.judge_of(base) != self.judge for base in self.bases):
+            judges = " and ".join(f"{self.judge_of(base)} ({base})" for base in self.bases)
         return RULE.format(tolerance=self.tolerance, judges=judges, step=_STEP, more=self.more)
 
     def choose(self, trials: Sequence[Trial], reference: Accuracy) -> Trial:
@@ -199,6 +217,8 @@ class StudyPlan:
             "tuning_seed": self.tuning_seed,
             "shares": list(self.shares),
             "more": self.more,
+            "penalties": list(self.penalties),
+            "carrier": self.carrier,
             "tolerance": self.tolerance,
             "validation": self.validation,
             "training": _plain(self.training),
@@ -235,46 +255,58 @@ def paper_plan(seeds: int, epochs: int, fine_epochs: int, autoattack_samples: in
     )
 
 
-def punished() -> Iterator[Variant]:
+def punished(plan: StudyPlan) -> Iterator[Variant]:
     """The variants that have a lambda of their own to be chosen."""
-    for base in BASES:
-        for penalty in PENALTIES:
-            for target in TARGETS:
-                yield Variant(base, True, penalty, target)
+    for base in plan.bases:
+        for penalty in plan.penalties:
+            yield _ours(plan, base, penalty)
+            yield from _controls(plan, base, penalty)
 
 
 def judged(plan: StudyPlan) -> Iterator[Variant]:
     """All variants, in the order of the tables."""
     for base in BASES:
         yield Variant(base, tuned=False)
-        yield Variant(base)
-        for variant in punished():
-            if variant.base == base:
-                yield variant
-                if variant.target == TARGETS[-1]:
-                    yield from _further(plan, base, variant.penalty)
+        if base in plan.bases:
+            yield Variant(base)
+            for penalty in plan.penalties:
+                yield _ours(plan, base, penalty)
+                yield from _controls(plan, base, penalty)
+                yield from _further(plan, base, penalty)
 
 
 def compared(plan: StudyPlan) -> Iterator[tuple[Variant, Variant]]:
     """Pairs whose difference is looked at: a variant, and what it should beat."""
-    for base in BASES:
+    for base in plan.bases:
         yield Variant(base), Variant(base, tuned=False)
-        for penalty in PENALTIES:
-            ours = Variant(base, True, penalty)
+        for penalty in plan.penalties:
+            ours = _ours(plan, base, penalty)
             yield ours, Variant(base)
-            for target in TARGETS:
-                if target != ROUTE:
-                    yield ours, Variant(base, True, penalty, target)
+            for control in _controls(plan, base, penalty):
+                yield ours, control
             for other in _further(plan, base, penalty):
                 yield other, ours
 
 
-def _further(plan: StudyPlan, base: str, penalty: str | None) -> Iterator[Variant]:
+def _ours(plan: StudyPlan, base: str, penalty: str) -> Variant:
+    return Variant(base, True, penalty, carrier=plan.carrier)
+
+
+def _controls(plan: StudyPlan, base: str, penalty: str) -> Iterator[Variant]:
+    """The same penalty on other neurons."""
+    if plan.carrier != UNIT:
+        yield Variant(base, True, penalty)
+    for target in TARGETS:
+        if target != ROUTE:
+            yield Variant(base, True, penalty, target, plan.carrier)
+
+
+def _further(plan: StudyPlan, base: str, penalty: str) -> Iterator[Variant]:
     """Variants that take the lambda of the one on the route: how much its computation matters."""
     if plan.approximation and penalty == GRADIENT:
-        yield Variant(base, True, penalty, method=APPROXIMATE)
+        yield replace(_ours(plan, base, penalty), method=APPROXIMATE)
     if plan.every_image:
-        yield Variant(base, True, penalty, every_image=True)
+        yield replace(_ours(plan, base, penalty), every_image=True)
 
 
 def _plain(settings: TrainSettings) -> Mapping[str, Any]:

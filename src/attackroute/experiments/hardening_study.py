@@ -41,7 +41,8 @@ from attackroute.experiments.hardening_plan import (
 from attackroute.experiments.hardening_results import HardeningStudy, Outcome, Tuning
 from attackroute.hardening import HardenResult, harden
 from attackroute.measurements import Journal
-from attackroute.penalised import GRADIENT, PENALTIES, Penalised, PenaltySettings
+from attackroute.noise import NOISE
+from attackroute.penalised import GRADIENT, Penalised, PenaltySettings
 from attackroute.penalties import APPROXIMATE, EXACT
 from attackroute.route_tracing import RouteTracing
 from attackroute.training import train
@@ -103,9 +104,9 @@ class _Count:
 
     def __init__(self, report: Progress, plan: StudyPlan) -> None:
         variants = len(list(judged(plan)))
-        trials = len(BASES) + len(list(punished())) * len(plan.shares)
+        trials = len(plan.bases) + len(list(punished(plan))) * len(plan.shares)
         self._report, self._done = report, 0
-        self._total = len(BASES) + trials + len(plan.seeds) * variants
+        self._total = len(plan.bases) + trials + len(plan.seeds) * variants
 
     def expect(self) -> None:
         """One network more than was planned."""
@@ -132,12 +133,12 @@ class _Study:
     def tuned(self) -> Iterator[Tuning]:
         """The lambda of every penalised variant."""
         seed = self.plan.tuning_seed
-        for base in BASES:
+        for base in self.plan.bases:
             network = self._trained(base, seed)
             reference = self._trial(network, Variant(base), 0.0)
-            for penalty in PENALTIES:
+            for penalty in self.plan.penalties:
                 grid = self._grid(network, base, penalty)
-                for variant in punished():
+                for variant in punished(self.plan):
                     if (variant.base, variant.penalty) == (base, penalty):
                         trials = [self._trial(network, variant, lam) for lam in grid]
                         while (lam := self.plan.larger(trials, reference.clean)) is not None:
@@ -176,9 +177,15 @@ class _Study:
 
     def _grid(self, network: nn.Module, base: str, penalty: str) -> list[float]:
         """The lambdas to try, from the strength of the penalty on the route."""
-        objective = Penalised(PenaltySettings({penalty: 0.0}), self._attack(base), None, RouteTracing())
+        objective = Penalised(PenaltySettings({penalty: 0.0}), self._attack(base), None, self._tracing(base))
         objective.start(copy.deepcopy(network), self.learnt, self.plan.tuning_seed)
         return [float(f"{share / objective.strengths[penalty]:.2g}") for share in sorted(self.plan.shares)]
+
+    def _tracing(self, base: str) -> RouteTracing:
+        carrier = self.plan.carrier
+        return RouteTracing(
+            compare_full=False, carrier=carrier, attack=self._attack(base) if carrier == NOISE else None
+        )
 
     def _trial(self, network: nn.Module, variant: Variant, lam: float) -> Trial:
         title = f"{variant.name}, lambda {lam:g}"
@@ -206,10 +213,12 @@ class _Study:
             penalty=variant.penalty,
             lam=lam or 0.0,
             target=variant.target,
+            carrier=variant.carrier,
             method=variant.method,
             attack=self._attack(variant.base),
             route_samples=1.0 if variant.every_image else 0.1,
-            compare_full=folder.parent.name != _SCRATCH and variant == Variant(variant.base, True, GRADIENT),
+            compare_full=folder.parent.name != _SCRATCH
+            and variant == Variant(variant.base, True, GRADIENT, carrier=self.plan.carrier),
             settings=replace(self.plan.fine_tuning, seed=seed),
             folder=folder,
             resume=True,
@@ -252,7 +261,7 @@ class _Study:
         """How far the approximation's weights end from the exact gradient's, in units of what the penalty changed."""
         if variant.method != APPROXIMATE:
             return None
-        homes = [self._home(seed, other.name) for other in (variant, Variant(variant.base, True, GRADIENT))]
+        homes = [self._home(seed, other.name) for other in (variant, replace(variant, method=EXACT))]
         near, exact = (_weights(home) for home in homes)
         free = _weights(self._home(seed, Variant(variant.base).name))
         return float((near - exact).norm() / (exact - free).norm())
