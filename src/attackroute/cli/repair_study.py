@@ -12,7 +12,7 @@ from attackroute.cli.console import Output
 from attackroute.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.experiments.repair_study import RepairStudy
+    from attackroute.experiments.repair_results import RepairStudy
 
 EXAMPLES = """
  Examples:
@@ -21,14 +21,21 @@ EXAMPLES = """
    $ attackroute repair-study --model runs/digits --data mnist-sample --attack pgd:eps=0.1 --attack fgsm:eps=0.1 \\
        --attack gaussian-noise:std=0.2 --samples 200 --out runs/repair
 
+   On three networks of one architecture together, with the choice by true effects as an upper end
+   $ attackroute repair-study --model runs/digits-1 --model runs/digits-2 --model runs/digits-3 --oracle \\
+       --data mnist-sample --attack pgd:eps=0.1 --samples 200 --out runs/repair-seeds
+
    Go on after an interruption: the same command with --resume
 
  What is done:
 
-   Three sets of images of --samples each are drawn. The first ranks each layer's channels by every criterion. On the
-   second, under the first attack, a fixed rule picks the best variant of the route that follows the noise. On the
-   third all criteria are judged under every attack: clean values go into growing shares of each layer, and into shares
-   of all layers together; with channels ranked under the same attack, under the others, and by the second set.
+   Three sets of images of --samples each are drawn, for each network its own. The first ranks each layer's channels by
+   every criterion. On the second, under the first attack, a fixed rule picks the best variant of the route that follows
+   the noise. On the third all criteria are judged under every attack: clean values go into growing shares of each
+   layer, and into shares of all channels, the same of every layer or the best wherever they are; with channels ranked
+   under the same attack, under the others, and by the second set.
+   With --oracle, channels are also chosen by what they repair of the first set under the first attack, each alone, and
+   one after the other: tens of thousands of passes for a network of 500 channels.
 
  The files:
 
@@ -38,7 +45,16 @@ EXAMPLES = """
 
 
 def repair_study(
-    model: options.Model,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            rich_help_panel="The network",
+            help="A network, as other commands take it. Repeated: networks of one architecture, such as of several "
+            "seeds, whose mean is taken.",
+        ),
+    ],
     data: options.Data,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where everything goes.")],
     weights: options.Weights = None,
@@ -51,7 +67,7 @@ def repair_study(
             metavar="N",
             min=1,
             rich_help_panel=study_options.STUDY,
-            help="Images in each of the three sets.",
+            help="Images in each of a network's three sets.",
         ),
     ] = 500,
     image_size: options.ImageSize = None,
@@ -65,6 +81,12 @@ def repair_study(
             show_default="pgd, fgsm, gaussian-noise",
         ),
     ] = None,
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle", rich_help_panel=study_options.STUDY, help="Choose by true effects too, which is slow."
+        ),
+    ] = False,
     resume: study_options.Resume = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -84,20 +106,27 @@ def repair_study(
     from attackroute.fingerprint import weights_digest
 
     output = Output(as_json, quiet)
+    names = list(dict.fromkeys(model))
+    if weights is not None and len(names) > 1:
+        raise UserError("--weights is one file, but there are several networks; give a folder with each --model")
     attacks = {str(found): found for found in map(parse_attack, attack or ("pgd", "fgsm", "gaussian-noise"))}
     home = options.resolve_device(device)
-    if image_size is None and (card := find_card(model)) is not None:
+    if image_size is None and (card := find_card(names[0])) is not None:
         image_size = card[1].spec.image_size
-    images = load_data(data, split=split.value, image_size=image_size, samples=3 * samples, seed=seed)
-    if len(images) < 3 * samples:
-        raise UserError(f"there are {len(images)} images for three sets of {samples}: give a smaller --samples")
-    network = open_network(model, images, weights=weights, width=model_width).to(home)
+    wanted = 3 * samples * len(names)
+    images = load_data(data, split=split.value, image_size=image_size, samples=wanted, seed=seed)
+    if len(images) < wanted:
+        raise UserError(
+            f"there are {len(images)} images for {len(names)} times three sets of {samples}: give a smaller --samples"
+        )
+    networks = {name: open_network(name, images, weights=weights, width=model_width).to(home) for name in names}
     folder = options.open_folder(out)
-    origin = {"model": model, "weights": weights_digest(network), "data": data, "split": images.split}
-    with output.progress("transplants") as progress:
+    digests = {name: weights_digest(network) for name, network in networks.items()}
+    origin = {"weights": digests, "data": data, "split": images.split}
+    with output.progress("passes") as progress:
         study = study_repair(
-            network, images.dataset, attacks, folder,
-            samples=samples, seed=seed, resume=resume, origin=origin, progress=progress,
+            networks, images.dataset, attacks, folder,
+            samples=samples, seed=seed, oracle=oracle, resume=resume, origin=origin, progress=progress,
         )  # fmt: skip
     save_result(study, {}, folder, "repair", terms={**origin, "samples": samples, "seed": seed})
     output.result({**study.about(), "rows": study.records()})
@@ -106,29 +135,49 @@ def repair_study(
 
 
 def _show(output: Output, study: RepairStudy) -> None:
-    from attackroute.experiments.repair import BUDGETS
-    from attackroute.experiments.repair_criteria import ATTRIBUTION, INFLUENCE, NOISE_ROUTE, RANDOM, SENSITIVITY
+    from attackroute.experiments.repair import ANY, BUDGETS, EVERY
+    from attackroute.experiments.repair_results import AREA, shown
 
     output.line(f"Picked: {study.picked}. The rule: {study.rule}.")
-    shown = dict.fromkeys((INFLUENCE, NOISE_ROUTE, study.picked, ATTRIBUTION, SENSITIVITY, RANDOM))
-    for attack, found in study.found.items():
+    budgets = [f"{share:.0%}" for share in BUDGETS]
+    for attack in study.attacks:
+        criteria = study.criteria(attack)
         output.line(
-            f"{attack}: {len(found.untouched)} images that are right when clean, {100 * found.untouched.mean():.1f} % "
+            f"{attack}: {study.images(attack)} images that are right when clean, {100 * study.untouched(attack):.1f} % "
             "of them under attack. Area under the curve of accuracy over the share of a layer replaced, in points:"
         )
         output.table(
-            ["layer", *shown],
-            [[layer, *(f"{100 * found.area(by, layer).mean():.1f}" for by in shown)] for layer in found.whole],
+            ["layer", *criteria],
+            [[layer, *(f"{100 * study.area(attack, by, layer):.1f}" for by in criteria)] for layer in study.layers],
         )
-        output.line("The mean of these over layers, and accuracy with shares of all layers replaced together:")
+        output.line(
+            "The mean of these over layers, and accuracy with shares of all channels replaced, the same of every "
+            "layer, and the best of any:"
+        )
         output.table(
-            ["criterion", "area", *(f"{share:.0%}" for share in BUDGETS)],
+            ["criterion", AREA, *(f"every {share}" for share in budgets), *(f"any {share}" for share in budgets)],
             [
-                [by, f"{100 * found.areas(by).mean():.1f}", *(f"{100 * right.mean():.1f}" for right in rows)]
-                for by, rows in found.budgets.items()
+                [
+                    by,
+                    f"{100 * study.area(attack, by):.1f}",
+                    *(f"{100 * value:.1f}" for place in (EVERY, ANY) for value in study.accuracies(attack, by, place)),
+                ]
+                for by in criteria
             ],
         )
-    output.line("Differences in points, with 95 % intervals over images:")
-    output.table(["attack", "first", "second", "what", "difference"], study.differences())
+    output.line("Differences in points, with 95 % intervals:")
+    output.table(
+        ["attack", "first", "verdict", "second", "what", "difference"],
+        [
+            [attack, one, found.verdict, other, what if share is None else f"{share:.0%} in {what}", shown(found)]
+            for attack, one, other, what, share, found in study.differences()
+        ],
+    )
     output.line("Channels ranked elsewhere, under the attack on the left, in points of accuracy:")
-    output.table(["attack", "criterion", "ranked by", "kept", *(f"{b:.0%} of all" for b in BUDGETS)], study.transfers())
+    output.table(
+        ["attack", "criterion", "ranked by", "kept", *(f"{share} of every layer" for share in budgets)],
+        [
+            [attack, by, origin, f"{kept:.0%}", *(f"{100 * value:.1f}" for value in values)]
+            for attack, by, origin, kept, values in study.transfers()
+        ],
+    )

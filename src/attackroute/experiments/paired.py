@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,17 +37,23 @@ class PairedDifference:
             first: For each seed, whether each image was classified correctly.
             second: The same of the other, for the same seeds and images in the same order.
         """
-        from scipy.stats import t
-
         gains = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-        seeds, images = gains.shape
+        images = gains.shape[1]
         value = float(gains.mean())
         spread = _Z95 * _deviation(gains.mean(0)) / math.sqrt(images)
-        over_images = value - spread, value + spread
-        if seeds == 1:
-            return cls(value, over_images, None)
-        spread = float(t.ppf(0.975, seeds - 1)) * _deviation(gains.mean(1)) / math.sqrt(seeds)
-        return cls(value, over_images, (value - spread, value + spread))
+        return cls(value, (value - spread, value + spread), _over_seeds(gains.mean(1)))
+
+    @classmethod
+    def across(cls, gains: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> PairedDifference:
+        """The mean over networks that were measured on images of their own.
+
+        Args:
+            gains: For each network, the difference of the two on each of its images.
+        """
+        means = np.asarray([each.mean() for each in gains])
+        errors = [_deviation(each) ** 2 / len(each) for each in gains]
+        value, spread = float(means.mean()), _Z95 * math.sqrt(sum(errors)) / len(gains)
+        return cls(value, (value - spread, value + spread), _over_seeds(means))
 
     @property
     def verdict(self) -> str:
@@ -57,6 +64,17 @@ class PairedDifference:
         if all(interval is not None and interval[1] < 0 for interval in intervals):
             return LOSES
         return UNDECIDED
+
+
+def _over_seeds(means: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float] | None:
+    """Student's interval of the seeds' means; None for a single one."""
+    from scipy.stats import t
+
+    seeds = len(means)
+    if seeds == 1:
+        return None
+    value, spread = float(means.mean()), float(t.ppf(0.975, seeds - 1)) * _deviation(means) / math.sqrt(seeds)
+    return value - spread, value + spread
 
 
 def _deviation(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.errors import UserError
-from attackroute.experiments.paired import PairedDifference
 from attackroute.experiments.rankings import Ranking
 from attackroute.experiments.repair_criteria import (
     ATTRIBUTION,
@@ -33,20 +32,25 @@ from attackroute.interventions import record_outputs, transplant
 from attackroute.layers import frozen
 from attackroute.measurements import Journal
 from attackroute.rivals import ChannelScores
+from attackroute.routes import Route
+from attackroute.selection import top_k
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 """Of one layer's channels; 0 and 1 are the same for all criteria, and measured once."""
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
-"""Of every layer's channels, all layers together."""
+"""Of all channels: the same share of every layer, or the best ones wherever they are."""
 CRITERIA = (
     INFLUENCE, INFLUENCE_ATTACKED, NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT, ATTRIBUTION, SENSITIVITY,
     RANDOM,
 )  # fmt: skip
 RULE = (
     "of the variants of the noise route, the one with the largest area under the curve of accuracy over the share of a "
-    "layer replaced, averaged over layers, under the first attack, on images that neither rank nor judge; within 0.1 "
-    "points the plainer one"
+    "layer replaced, averaged over layers and networks, under the first attack, on images that neither rank nor judge; "
+    "within 0.1 points the plainer one"
 )
+
+EVERY, ANY = "every layer", "any layer"
+"""Where the channels of a budget are."""
 
 _CLOSE = 0.001
 _ROWS = 256
@@ -63,13 +67,15 @@ class Repaired:
         untouched: Whether each image is right under attack, ``(N,)``.
         whole: By layer, the same with all of its channels replaced.
         curves: By criterion and layer, ``(shares, N)``.
-        budgets: By criterion, ``(budgets, N)``, shares of all layers replaced together.
+        budgets: By criterion, ``(budgets, N)``, the same share of every layer replaced, all together.
+        pooled: By criterion, ``(budgets, N)``, the best channels replaced, whatever their layers.
     """
 
     untouched: np.ndarray[Any, np.dtype[np.float64]]
     whole: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
     curves: Curves
     budgets: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = field(default_factory=dict)
+    pooled: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = field(default_factory=dict)
 
     def area(self, criterion: str, layer: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Area under each image's curve over the share of a layer, in [0, 1]: ``(N,)``."""
@@ -81,15 +87,6 @@ class Repaired:
         """The mean of the areas over layers, ``(N,)``."""
         return np.asarray(np.mean([self.area(criterion, layer) for layer in self.whole], axis=0))
 
-    def gain(self, criterion: str, reference: str) -> PairedDifference:
-        """How much larger one criterion's mean area is than another's, with its interval over images."""
-        return PairedDifference.of([self.areas(criterion).tolist()], [self.areas(reference).tolist()])
-
-    def budget_gain(self, criterion: str, reference: str, index: int) -> PairedDifference:
-        """The same of a budget of all layers."""
-        pair = (self.budgets[name][index].tolist() for name in (criterion, reference))
-        return PairedDifference.of(*([values] for values in pair))
-
     def records(self, attack: str) -> list[Record]:
         """A tidy table."""
         rows: list[Record] = []
@@ -99,8 +96,10 @@ class Repaired:
                     _row(attack, criterion, layer, share, right) for share, right in zip(SHARES, curve, strict=True)
                 ]
                 rows.append(_row(attack, criterion, layer, None, self.area(criterion, layer)))
-            for share, right in zip(BUDGETS, self.budgets.get(criterion, ()), strict=False):
-                rows.append(_row(attack, criterion, "all", share, right))
+        for place, budgets in {EVERY: self.budgets, ANY: self.pooled}.items():
+            for criterion, accuracies in budgets.items():
+                parts = zip(BUDGETS, accuracies, strict=True)
+                rows += [_row(attack, criterion, place, share, right) for share, right in parts]
         return rows
 
 
@@ -111,9 +110,10 @@ def _row(attack: str, criterion: str, layer: str, share: float | None, values: A
     }  # fmt: skip
 
 
-def chosen_variant(found: Repaired) -> str:
-    """What :data:`RULE` says."""
-    areas = {name: float(found.areas(name).mean()) for name in VARIANTS if name in found.curves}
+def chosen_variant(found: Sequence[Repaired]) -> str:
+    """What :data:`RULE` says of some networks."""
+    known = [name for name in VARIANTS if all(name in each.curves for each in found)]
+    areas = {name: float(np.mean([each.areas(name).mean() for each in found])) for name in known}
     best = max(areas.values())
     return next(name for name, area in areas.items() if area >= best - _CLOSE)
 
@@ -150,54 +150,75 @@ class Repair:
                 "repaired: check its weights and its labels, or give more --samples"
             )
         self.pairs = Pairs(pairs.clean[index], pairs.attacked[index], pairs.labels[index])
+        self._layers: Sequence[str] = ()
         self._outputs: list[dict[str, Tensor]] = []
 
-    def measure(self, scores: Mapping[str, Layers], *, alone: bool = True, together: bool = True) -> Repaired:
+    def measure(
+        self,
+        scores: Mapping[str, Layers],
+        *,
+        alone: bool = True,
+        together: bool = True,
+        pooled: Mapping[str, Layers] | None = None,
+    ) -> Repaired:
         """Replace shares of each layer, and of all of them together, by each criterion.
 
         Args:
             scores: By criterion, every layer's scores.
             alone: Whether to measure every layer alone.
             together: Whether to measure all layers together.
+            pooled: Scores that compare channels of all layers, where they are not those in ``scores``.
         """
         rankings = {name: Ranking.of_scores(ChannelScores(name, values), name) for name, values in scores.items()}
-        layers = list(next(iter(scores.values())))
-        untouched = self._right("untouched", None, 0, [])
+        self._layers = layers = list(next(iter(scores.values())))
         some = next(iter(rankings.values()))
-        whole = {layer: self._right("whole", some, 1, [layer]) for layer in layers} if alone else {}
+        untouched = self._right("untouched", "", 0, None)
+        whole = {layer: self._right("whole", layer, 1, some.route(1, [layer])) for layer in layers} if alone else {}
         curves: Curves = {
-            name: {layer: np.stack([self._right(name, ranking, share, [layer]) for share in SHARES]) for layer in whole}
+            name: {
+                layer: np.stack([self._right(name, layer, share, ranking.route(share, [layer])) for share in SHARES])
+                for layer in whole
+            }
             for name, ranking in rankings.items()
         }
-        budgets = {
-            name: np.stack([self._right(name, ranking, share, layers) for share in BUDGETS])
-            for name, ranking in (rankings.items() if together else ())
-        }
-        return Repaired(untouched, whole, curves, budgets)
+        found = Repaired(untouched, whole, curves)
+        for name, ranking in rankings.items() if together else ():
+            best = (pooled or {}).get(name, scores[name])
+            found.budgets[name] = np.stack(
+                [self._right(name, EVERY, share, ranking.route(share, layers)) for share in BUDGETS]
+            )
+            found.pooled[name] = np.stack(
+                [self._right(name, ANY, share, best_of_all(best, share)) for share in BUDGETS]
+            )
+        return found
 
-    def _right(
-        self, name: str, ranking: Ranking | None, share: float, layers: Sequence[str]
-    ) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Whether each image is right with a share of some layers replaced."""
-        key = (*self._key, name, ",".join(layers), f"{share:g}")
+    def _right(self, name: str, place: str, share: float, route: Route | None) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Whether each image is right with a route's channels replaced."""
+        key = (*self._key, name, place, f"{share:g}")
         known = self._journal.recall(key, "")
         if known is None:
-            bits = torch.cat(list(self._passes(ranking, share, layers))).numpy()
+            bits = torch.cat(list(self._passes(route))).cpu().numpy()
             known = self._journal.keep(key, "", right=np.packbits(bits).tobytes().hex(), images=len(bits))
         self._advance()
         packed = np.frombuffer(bytes.fromhex(known["right"]), dtype=np.uint8)
         return np.unpackbits(packed, count=known["images"]).astype(np.float64)
 
-    def _passes(self, ranking: Ranking | None, share: float, layers: Sequence[str]) -> Iterator[Tensor]:
-        route = None if ranking is None else ranking.route(share, layers)
-        batches = [self.pairs.part(start, start + _ROWS) for start in range(0, len(self.pairs), _ROWS)]
-        if not self._outputs and ranking is not None:
-            self._outputs = [self._recorded(batch, ranking) for batch in batches]
+    def _passes(self, route: Route | None) -> Iterator[Tensor]:
         with frozen(self._model), torch.no_grad():
-            for number, batch in enumerate(batches):
-                with nullcontext() if route is None else transplant(self._model, self._outputs[number], route):
+            for batch, outputs in self._recorded():
+                with nullcontext() if route is None else transplant(self._model, outputs, route):
                     yield self._model(batch.attacked).argmax(1) == batch.labels
 
-    def _recorded(self, batch: Pairs, ranking: Ranking) -> dict[str, Tensor]:
-        with frozen(self._model):
-            return record_outputs(self._model, batch.clean, ranking.layers)
+    def _recorded(self) -> Iterator[tuple[Pairs, Mapping[str, Tensor]]]:
+        """Batches, and what the layers give for their clean images."""
+        batches = [self.pairs.part(start, start + _ROWS) for start in range(0, len(self.pairs), _ROWS)]
+        if not self._outputs:
+            self._outputs = [record_outputs(self._model, batch.clean, self._layers) for batch in batches]
+        return zip(batches, self._outputs, strict=True)
+
+
+def best_of_all(scores: Layers, share: float) -> Route:
+    """The best share of all channels, whatever their layers; ties go to the earlier layer and the lower index."""
+    chosen = top_k(torch.cat([values.double().cpu() for values in scores.values()]), share)
+    masks = dict(zip(scores, chosen.split([len(values) for values in scores.values()]), strict=True))
+    return Route.from_masks({layer: mask for layer, mask in masks.items() if mask.any()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from attackroute.attacks.application import Attack, attacked
-from attackroute.batches import derived_generator, placement
+from attackroute.batches import count_samples, derived_generator, placement
 from attackroute.errors import UserError
-from attackroute.experiments.paired import PairedDifference
-from attackroute.experiments.repair import BUDGETS, CRITERIA, RULE, SHARES, Repair, Repaired, chosen_variant
+from attackroute.experiments.repair import BUDGETS, CRITERIA, SHARES, Repair, Repaired, chosen_variant
 from attackroute.experiments.repair_criteria import (
-    ATTRIBUTION,
-    INFLUENCE,
     NOISE_ROUTE,
     NOISE_SIGNED,
-    RANDOM,
-    SENSITIVITY,
     VARIANTS,
     Layers,
     Pairs,
     criterion_scores,
 )
-from attackroute.experiments.tables import Record
+from attackroute.experiments.repair_oracle import GREEDY, OWN_EFFECT, Effects, greedy_scores, tries
+from attackroute.experiments.repair_results import NetworkRepair, RepairStudy
 from attackroute.layers import frozen
 from attackroute.measurements import Journal
 from attackroute.selection import top_k
@@ -36,109 +32,18 @@ from attackroute.selection import top_k
 JOURNAL = "repair.jsonl"
 _WIDTH = 0.3  # of a route, the paper's
 _BATCH = 128
-_PLACES = 2
-
-
-@dataclass(frozen=True)
-class RepairStudy:
-    """A finished study.
-
-    Attributes:
-        picked: The variant of the noise route that the rule took.
-        selection: What it was picked from.
-        found: By attack, what every criterion repairs.
-        moved: By attack, criterion and where the ranks come from: the share of the route's channels that ranks under
-            the attack itself keep too, and what they repair.
-    """
-
-    picked: str
-    selection: Repaired
-    found: Mapping[str, Repaired]
-    moved: Mapping[tuple[str, str, str], tuple[float, Repaired]]
-
-    @property
-    def rule(self) -> str:
-        """How the variant is picked."""
-        return RULE
-
-    def records(self) -> list[Record]:
-        """See :class:`attackroute.experiments.tables.Result`."""
-        rows = [{"stage": "selection", **row} for row in self.selection.records(next(iter(self.found)))]
-        rows += [{"stage": "final", **row} for attack, found in self.found.items() for row in found.records(attack)]
-        for (attack, criterion, origin), (_, found) in self.moved.items():
-            rows += [
-                {
-                    "stage": f"ranked by {origin}", "attack": attack, "criterion": criterion, "layer": "all",
-                    "share": share, "measure": "accuracy", "value": float(right.mean()), "images": len(right),
-                }
-                for share, right in zip(BUDGETS, found.budgets[criterion], strict=True)
-            ]  # fmt: skip
-        return rows
-
-    def about(self) -> dict[str, Any]:
-        """See :class:`attackroute.experiments.tables.Result`."""
-        return {
-            "picked": self.picked,
-            "rule": RULE,
-            "shares": list(SHARES),
-            "budgets": list(BUDGETS),
-            "areas": {
-                attack: {
-                    criterion: {layer: float(found.area(criterion, layer).mean()) for layer in found.whole}
-                    for criterion in found.curves
-                }
-                for attack, found in self.found.items()
-            },
-            "mean_areas": {
-                attack: {criterion: float(found.areas(criterion).mean()) for criterion in found.curves}
-                for attack, found in self.found.items()
-            },
-            "differences": [
-                dict(zip(("attack", "first", "second", "what", "difference"), row, strict=True))
-                for row in self.differences()
-            ],
-            "transfers": [
-                {"attack": attack, "criterion": criterion, "ranked_by": origin, "kept": kept}
-                for (attack, criterion, origin), (kept, _) in self.moved.items()
-            ],
-        }
-
-    def reading(self) -> str:
-        """See :class:`attackroute.experiments.tables.Result`."""
-        first, found = next(iter(self.found.items()))
-        best = max(found.curves, key=lambda name: float(found.areas(name).mean()))
-        return f"Under {first}, {best} repairs most per channel of a single layer; of the noise routes, {self.picked}."
-
-    def differences(self) -> list[list[str]]:
-        """Paired differences of the picked variant and the plain noise route with others, as rows to show."""
-        rows = []
-        ours = list(dict.fromkeys([self.picked, NOISE_ROUTE]))
-        for attack, found in self.found.items():
-            pairs = [(one, other) for one in ours for other in (INFLUENCE, ATTRIBUTION, SENSITIVITY, RANDOM)]
-            pairs += [(ATTRIBUTION, INFLUENCE), (SENSITIVITY, INFLUENCE), (INFLUENCE, RANDOM)]
-            for one, other in pairs:
-                rows.append([attack, one, other, "mean area", _shown(found.gain(one, other))])
-                for index, share in enumerate(BUDGETS):
-                    gain = found.budget_gain(one, other, index)
-                    rows.append([attack, one, other, f"{share:.0%} of all", _shown(gain)])
-        return rows
-
-    def transfers(self) -> list[list[str]]:
-        """What ranks from elsewhere repair, as rows to show."""
-        return [
-            [attack, criterion, origin, f"{kept:.0%}", *(f"{100 * row.mean():.1f}" for row in found.budgets[criterion])]
-            for (attack, criterion, origin), (kept, found) in self.moved.items()
-        ]
+_GREEDY_SHARE = 0.5  # of a layer's channels; beyond, own effects rank
 
 
 def study_repair(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     data: Dataset[Any],
     attacks: Mapping[str, Attack],
     folder: Path,
     *,
     samples: int,
     seed: int = 0,
+    oracle: bool = False,
     resume: bool = False,
     origin: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
@@ -146,65 +51,160 @@ def study_repair(
     """Carry out a study.
 
     Args:
-        model: The network.
-        data: Pairs of an image and a label, three times as many as ``samples``.
+        models: Networks of one architecture by name, such as those of several seeds. Each takes images of its own.
+        data: Pairs of an image and a label, at least three times as many as ``samples`` for each
+            network.
         attacks: By name; under the first one the variant is picked.
         folder: Where the measurements are kept; it exists.
-        samples: Images that rank, that pick, and that judge.
+        samples: Images that rank, that pick, and that judge, for each network.
         seed: Which images these are.
+        oracle: Whether channels are also chosen by their true effect, alone and greedily, under the first attack.
         resume: Go on with the study in the folder.
         origin: What else must be the same to go on, as JSON values.
-        progress: Called with the transplants that are done, and how many there are.
+        progress: Called with the passes over a network's images that are done, and how many there are at most.
 
     Raises:
-        UserError: The folder holds a study although ``resume`` is false, or one on other terms.
+        UserError: The folder holds a study although ``resume`` is false, or one on other terms; or the networks do not
+            have the same layers.
     """
-    terms = {**(origin or {}), "samples": samples, "seed": seed, "attacks": list(attacks)}
+    terms = {
+        **(origin or {}), "networks": list(models), "samples": samples, "seed": seed, "attacks": list(attacks),
+        "oracle": oracle,
+    }  # fmt: skip
     journal = Journal(folder / JOURNAL, terms)
     journal.begin(folder, resume=resume)
-    ranking, picking, judging = _sets(model, data, samples, seed)
-    first = next(iter(attacks))
-    criteria = _defined(model, _attacked(model, attacks[first], *(part[:2] for part in ranking)))
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    pairs = {name: _attacked(model, attack, *ranking) for name, attack in attacks.items()}
-    scores = {
-        name: {by: criterion_scores(model, some, by, seed=seed) for by in criteria} for name, some in pairs.items()
+    count = _Count(progress)
+    runs = {
+        name: _Network(name, model, data, attacks, journal, count, samples, seed, oracle, index)
+        for index, (name, model) in enumerate(models.items())
     }
-    layers = len(next(iter(scores[first].values())))
-    variants = [by for by in VARIANTS if by in criteria]
-    single = layers * (1 + len(SHARES) * len(criteria))
-    total = 1 + layers * (1 + len(SHARES) * len(variants)) + len(attacks) * (1 + single + len(BUDGETS) * len(criteria))
-    total += 2 * len(attacks) ** 2 * (1 + len(BUDGETS))  # at most
-    other = _attacked(model, attacks[first], *picking)
-    selection = Repair(model, other, journal, ("selection", first), advance).measure(
-        {by: scores[first][by] for by in variants}, together=False
-    )
-    picked = chosen_variant(selection)
-    found: dict[str, Repaired] = {}
-    moved: dict[tuple[str, str, str], tuple[float, Repaired]] = {}
-    for name, attack in attacks.items():
-        repair = Repair(model, _attacked(model, attack, *judging), journal, ("final", name), advance)
-        found[name] = repair.measure(scores[name])
-        for by in dict.fromkeys((picked, NOISE_ROUTE)):
-            elsewhere: dict[str, Layers] = {there: scores[there][by] for there in attacks if there != name}
-            if name == first:
-                elsewhere["other images"] = criterion_scores(model, other, by, seed=seed)
-            for there, theirs in elsewhere.items():
-                again = Repair(model, repair.pairs, journal, ("moved", name, there), advance)
-                kept = _kept(theirs, scores[name][by])
-                moved[name, by, there] = kept, again.measure({by: theirs}, alone=False)
-    return RepairStudy(picked, selection, found, moved)
+    first, *others = runs
+    for name in others:
+        if runs[name].channels != runs[first].channels:
+            raise UserError(f"networks {first!r} and {name!r} do not have the same layers: compare them one by one")
+    count.total = sum(run.passes for run in runs.values())
+    selections = {name: run.selection() for name, run in runs.items()}
+    picked = chosen_variant(list(selections.values()))
+    return RepairStudy(picked, {name: run.judged(selections[name], picked) for name, run in runs.items()})
 
 
-def _sets(model: nn.Module, data: Dataset[Any], samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Three sets of images and labels, on the model's device."""
-    order = torch.randperm(3 * samples, generator=derived_generator(seed, "repair", 0)).tolist()
+@dataclass
+class _Count:
+    """Counts passes."""
+
+    report: Callable[[int, int], None]
+    done: int = 0
+    total: int = 0
+
+    def advance(self) -> None:
+        self.done += 1
+        self.report(self.done, max(self.total, self.done))
+
+
+@dataclass
+class _Network:
+    """The study of one network."""
+
+    name: str
+    model: nn.Module
+    data: Dataset[Any]
+    attacks: Mapping[str, Attack]
+    journal: Journal
+    count: _Count
+    samples: int
+    seed: int
+    oracle: bool
+    index: int
+    channels: dict[str, int] = field(init=False)
+    passes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = _sets(self.model, self.data, self.samples, self.seed, self.index)
+        self._ranking, self._picking, self._judging = parts
+        self._first = next(iter(self.attacks))
+        images, labels = self._ranking
+        self._criteria = _defined(self.model, self._pairs(self._first, (images[:2], labels[:2])))
+        pairs = {name: self._pairs(name, self._ranking) for name in self.attacks}
+        self._ranked = pairs[self._first]
+        self._scores = {
+            name: {by: criterion_scores(self.model, some, by, seed=self.seed) for by in self._criteria}
+            for name, some in pairs.items()
+        }
+        self.channels = {layer: len(values) for layer, values in self._scores[self._first][NOISE_ROUTE].items()}
+        self.passes = self._expected()
+
+    def _pairs(self, attack: str, part: tuple[Tensor, Tensor]) -> Pairs:
+        return _attacked(self.model, self.attacks[attack], *part)
+
+    def _expected(self) -> int:
+        """Passes, at most."""
+        layers, variants = len(self.channels), [by for by in VARIANTS if by in self._criteria]
+        judged = len(self._criteria) * len(self.attacks) + (2 if self.oracle else 0)
+        selection = 1 + layers * (1 + len(SHARES) * len(variants))
+        final = len(self.attacks) * (1 + layers) + judged * (layers * len(SHARES) + 2 * len(BUDGETS))
+        moved = 2 * len(self.attacks) ** 2 * (1 + 2 * len(BUDGETS))
+        tried = tries(self.channels, _GREEDY_SHARE, BUDGETS[-1]) if self.oracle else 0
+        return selection + final + moved + tried
+
+    def _repair(self, pairs: Pairs, *key: str) -> Repair:
+        return Repair(self.model, pairs, self.journal, (self.name, *key), self.count.advance)
+
+    def selection(self) -> Repaired:
+        """The variants of the noise route on the images that pick one."""
+        scores = self._scores[self._first]
+        repair = self._repair(self._pairs(self._first, self._picking), "selection", self._first)
+        return repair.measure({by: scores[by] for by in VARIANTS if by in scores}, together=False)
+
+    def judged(self, selection: Repaired, picked: str) -> NetworkRepair:
+        """All criteria on the images that judge."""
+        found: dict[str, Repaired] = {}
+        moved: dict[tuple[str, str, str], tuple[float, Repaired]] = {}
+        for name in self.attacks:
+            repair = self._repair(self._pairs(name, self._judging), "final", name)
+            scores, pooled = self._scores[name], {}
+            if self.oracle and name == self._first:
+                alone, within, pooled[GREEDY] = self._true_effects()
+                scores = {**scores, OWN_EFFECT: alone, GREEDY: within}
+            found[name] = repair.measure(scores, pooled=pooled)
+            for by in dict.fromkeys((picked, NOISE_ROUTE)):
+                for there, theirs in self._elsewhere(name, by).items():
+                    again = self._repair(repair.pairs, "moved", name, there)
+                    kept = _kept(theirs, scores[by])
+                    moved[name, by, there] = kept, again.measure({by: theirs}, alone=False)
+        return NetworkRepair(selection, found, moved)
+
+    def _elsewhere(self, attack: str, by: str) -> dict[str, Layers]:
+        """Scores under the other attacks, and under the first one on other images."""
+        scores = {there: self._scores[there][by] for there in self.attacks if there != attack}
+        if attack == self._first:
+            other = self._pairs(attack, self._picking)
+            scores["other images"] = criterion_scores(self.model, other, by, seed=self.seed)
+        return scores
+
+    def _true_effects(self) -> tuple[Layers, Layers, Layers]:
+        """Own effects, and greedy ranks within layers and in the whole network."""
+        key = (self.name, "oracle", self._first)
+        known = self.journal.recall(key, "")
+        if known is None:
+            effects = Effects(self.model, self._ranked, self.channels, self.count.advance)
+            alone = effects.alone()
+            scores = (alone, *greedy_scores(effects, alone, _GREEDY_SHARE, BUDGETS[-1]))
+            plain = [{layer: values.tolist() for layer, values in each.items()} for each in scores]
+            known = self.journal.keep(key, "", scores=plain)
+        alone, within, pooled = (
+            {layer: torch.tensor(values, dtype=torch.float64) for layer, values in each.items()}
+            for each in known["scores"]
+        )
+        return alone, within, pooled
+
+
+def _sets(model: nn.Module, data: Dataset[Any], samples: int, seed: int, index: int) -> list[tuple[Tensor, Tensor]]:
+    """Three sets of images and labels for one of several networks, on its device."""
+    total, wanted = count_samples(data, "data"), 3 * samples * (index + 1)
+    if total < wanted:
+        raise UserError(f"there are {total} images, but three sets of {samples} for each network: take fewer samples")
+    drawn = torch.randperm(total, generator=derived_generator(seed, "repair", 0)).tolist()
+    order = drawn[wanted - 3 * samples : wanted]
     device, dtype = placement(model)
     images = torch.stack([data[index][0] for index in order]).to(device, dtype)
     labels = torch.tensor([data[index][1] for index in order], device=device)
@@ -233,8 +233,3 @@ def _kept(one: Layers, other: Layers) -> float:
     """The share of one route's channels that the other has too, at the paper's width."""
     shared = sum(int((top_k(one[layer], _WIDTH) & top_k(other[layer], _WIDTH)).sum()) for layer in one)
     return shared / sum(int(top_k(values, _WIDTH).sum()) for values in one.values())
-
-
-def _shown(found: PairedDifference) -> str:
-    low, high = (100 * bound for bound in found.over_images)
-    return f"{100 * found.value:+.{_PLACES}f} ({low:+.{_PLACES}f} to {high:+.{_PLACES}f})"
