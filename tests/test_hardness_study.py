@@ -170,6 +170,20 @@ def test_only_correctly_classified_samples_count(case: tuple[nn.Module, Tensor, 
     assert torch.equal(found.hardness.votes, ar.hardness(model, route, (images, labels)).votes)
 
 
+def test_the_papers_route_is_a_rival_of_another(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    model, images, labels, route = case
+    other = route.complement()
+    found = study_hardness(model, other, (images, labels), [Darken()], paper=route, draws=2, resamples=20)
+    plain = study(case, attacks=[Darken()])
+    right = found.hardness.correct
+    assert (found.predictors["V on the paper's route"] == plain.predictors["hardness V"]).all()
+    assert (found.predictors["hardness V"] == -ar.hardness(model, other, (images, labels)).values[right].numpy()).all()
+    assert found.rivals == (*plain.rivals, "V on the paper's route")
+    (sentence,) = found.sentences()
+    assert "V on the paper's route (" in sentence
+    assert "the paper's" not in plain.sentences()[0]
+
+
 def test_predictors_are_larger_for_what_is_easier_to_fool(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     model, images, labels, route = case
     found = study(case)

@@ -33,6 +33,10 @@ EXAMPLES = """
    $ attackroute hardness --model runs/vgg --data cifar10:~/data --attack pgd:eps=2/255 \\
        --attack gaussian-noise:std=0.1 --smallest-eps --samples 500 --out runs/hardness
 
+   On the route that follows the noise of the first attack, beside the paper's
+   $ attackroute hardness --model runs/digits --data mnist-sample --carrier noise --attack fgsm:eps=16/255 \\
+       --out runs/hardness-noise
+
    For another program
    $ attackroute hardness --model runs/digits --data mnist-sample --out runs/hardness --json | jq '.reading'
 
@@ -110,6 +114,8 @@ def hardness(
     In each layer images are ranked by the loss gradient on the route's neurons; the lower it is, the more votes an
     image gets, and V is the sum of its votes. Rivals are judged by the same attacks.
     """
+    from functools import partial
+
     from attackroute.attacks import parse_attack
     from attackroute.cli.hardness_files import write_study
     from attackroute.cli.hardness_report import report
@@ -137,7 +143,9 @@ def hardness(
     check_carrier(carrier.value, attacks, sketches)
     follow = attacks[0] if carrier is options.Carriers.NOISE else None
     batches = ImageBatches(images, batch_size, workers=workers)
-    chosen = _route(network, batches, route, output, noise_of=follow, linear=linear, sketches=sketches, seed=seed)
+    traced = partial(_route, network, batches, route, output, linear=linear, sketches=sketches, seed=seed)
+    chosen = traced(noise_of=follow)
+    paper = None if follow is None else traced(noise_of=None)
     folder = options.open_folder(out)
     with output.progress("images") as progress:
         study = study_hardness(
@@ -145,6 +153,7 @@ def hardness(
             chosen,
             batches,
             attacks,
+            paper=paper,
             search=EpsSearch() if smallest_eps else None,
             seed=seed,
             progress=lambda done, total: progress(done, total, batches.reading),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attackroute.cli.console import Output
-from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM, RIVALS, HardnessStudy
+from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM, HardnessStudy
 from attackroute.rank_statistics import Association
 
 _LISTED = 10
@@ -53,7 +53,7 @@ def report(output: Output, study: HardnessStudy, folder: Path, origin: Mapping[s
 def _rows(study: HardnessStudy) -> list[list[str]]:
     """One row for each predictor; random neurons share one, and so do single layers."""
     judged = [[item for item in found if item.statistic == found[0].statistic] for found in study.judgements.values()]
-    rows = [[name, *(_one(found, name) for found in judged)] for name in (OURS, *RIVALS)]
+    rows = [[name, *(_one(found, name) for found in judged)] for name in (OURS, *study.rivals)]
     for title, start in ((f"{RANDOM}, draws", RANDOM), ("votes of single layers", f"{LAYER} ")):
         cells = [_range(found, start) for found in judged]
         if any(cells):

@@ -31,6 +31,7 @@ OURS = "hardness V"
 LOSS, MARGIN, INPUT_GRADIENT, ALL = "loss", "margin", "input gradient", "V on all neurons"
 RIVALS = (LOSS, MARGIN, INPUT_GRADIENT, ALL)
 RANDOM = "V on random neurons"
+PAPER = "V on the paper's route"
 LAYER = "layer"
 SMALLEST_EPS = "smallest eps"
 
@@ -87,6 +88,11 @@ class HardnessStudy:
     smallest_eps: Floats | None
     search: EpsSearch | None
     judgements: Mapping[str, Sequence[Association]]
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """What V is compared with, apart from random neurons and single layers."""
+        return (*RIVALS, PAPER) if PAPER in self.predictors else RIVALS
 
     @property
     def correct(self) -> int:
@@ -175,6 +181,7 @@ def study_hardness(
     data: Data,
     attacks: Sequence[Perturbation],
     *,
+    paper: Route | None = None,
     search: EpsSearch | None = None,
     draws: int = 5,
     resamples: int = 1000,
@@ -194,6 +201,7 @@ def study_hardness(
         route: A route of the model.
         data: Images with labels, at least two.
         attacks: What to attack with.
+        paper: The paper's route, where ``route`` is another, to compare with.
         search: How to search each sample's smallest eps; None leaves that out.
         draws: Number of random sets of neurons; a layer with more than half of its channels on the route has none.
         resamples: Bootstrap resamples behind each interval.
@@ -207,7 +215,7 @@ def study_hardness(
     """
     if not attacks and search is None:
         raise UserError("nothing to judge hardness by: give an attack, or search the smallest eps")
-    routes = _routes(route, draws, seed)
+    routes = _routes(route, paper, draws, seed)
     parts: list[SampleReadings] = []
     named = {str(attack): attack for attack in attacks}
     fooled: dict[str, list[Tensor]] = {name: [] for name in named}
@@ -256,9 +264,11 @@ def study_hardness(
     return HardnessStudy(hardness, predictors, success, smallest, search, judgements)
 
 
-def _routes(route: Route, draws: int, seed: int) -> dict[str, Route]:
+def _routes(route: Route, paper: Route | None, draws: int, seed: int) -> dict[str, Route]:
     """The route, and the other sets of neurons on which V is tried."""
     routes = {_ROUTE: route, ALL: route | route.complement()}
+    if paper is not None:
+        routes[PAPER] = paper
     narrow = [layer for layer in route if 2 * len(route.indices[layer]) <= route.channels[layer]]
     if len(narrow) == len(route):
         routes |= {f"{RANDOM} {draw}": route.random_like(seed + draw) for draw in range(draws)}
@@ -294,21 +304,23 @@ def _verdict(found: Sequence[Association]) -> str:
     Single layers are no rivals here: the best of many, chosen when the result is known, flatters itself.
     """
     judged = {item.predictor: item for item in found if item.statistic == found[0].statistic}
-    ours, leader = judged[OURS], best([judged[name] for name in RIVALS])
+    ours, leader = judged[OURS], best([judged[name] for name in (*RIVALS, PAPER) if name in judged])
     if ours.estimate.value is None or leader is None:
         return "all samples are alike in that, so there is nothing to judge"
-    text = f"{ours.statistic} of V {ours.estimate}, {_standing(leader)}"
+    text = f"{ours.statistic} of V {ours.estimate}, {_standing(leader, 'the best rival, ')}"
+    if PAPER in judged and leader.predictor != PAPER:
+        text += f", and {_standing(judged[PAPER], '')}"
     draws = [item.estimate.value for name, item in judged.items() if name.startswith(RANDOM)]
     known = [value for value in draws if value is not None]
     return f"{text}; V on random neurons {min(known):.3f} to {max(known):.3f}" if known else text
 
 
-def _standing(rival: Association) -> str:
+def _standing(rival: Association, title: str) -> str:
     lead, interval = rival.lead.value, rival.lead.interval
     assert lead is not None and interval is not None and rival.estimate.value is not None
     clear = "clearly" if interval[0] > 0 or interval[1] < 0 else "within chance"
     side = "ahead of" if lead >= 0 else "behind"
-    return f"{clear} {side} the best rival, {rival.predictor} ({rival.estimate.value:.3f})"
+    return f"{clear} {side} {title}{rival.predictor} ({rival.estimate.value:.3f})"
 
 
 def _mean(logs: Tensor) -> float | None:

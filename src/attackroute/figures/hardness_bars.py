@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM, RIVALS, HardnessStudy
+from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM, HardnessStudy
 from attackroute.figures.style import ROUTE_COLOUR, new_figure, tidy
 from attackroute.rank_statistics import AUROC, SPEARMAN, Association
 
@@ -34,7 +34,7 @@ def hardness_figure(study: HardnessStudy, title: str) -> Figure:
             _draw_bins(upper, study, target)
         else:
             _draw_eps(upper, study)
-        _draw_rivals(lower, study.judgements[target], named=column == 0)
+        _draw_rivals(lower, study.judgements[target], study.rivals, named=column == 0)
     panels[0, 0].set_ylabel("samples", fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -78,17 +78,17 @@ def _name_bins(axes: Axes, bins: int, highest: float) -> None:
     axes.set_xlabel("tenths by V: hardest (1) to weakest", fontsize=8.5)
 
 
-def _draw_rivals(axes: Axes, found: Sequence[Association], *, named: bool) -> None:
+def _draw_rivals(axes: Axes, found: Sequence[Association], rivals: Sequence[str], *, named: bool) -> None:
     """A row for each predictor with its interval; random neurons and single layers as dots in one row each."""
     statistic = found[0].statistic
     judged = [item for item in found if item.statistic == statistic and item.estimate.value is not None]
     groups: Mapping[str, list[Association]] = {
-        **{name: [item for item in judged if item.predictor == name] for name in (OURS, *RIVALS)},
+        **{name: [item for item in judged if item.predictor == name] for name in (OURS, *rivals)},
         RANDOM: [item for item in judged if item.predictor.startswith(RANDOM)],
         "votes of single layers": [item for item in judged if item.predictor.startswith(LAYER + " ")],
     }
     for row, (name, items) in enumerate(groups.items()):
-        colour = ROUTE_COLOUR if name == OURS else _RIVAL if name in RIVALS else _GREY
+        colour = ROUTE_COLOUR if name == OURS else _RIVAL if name in rivals else _GREY
         for item in items:
             if len(items) == 1 and item.estimate.interval is not None:
                 axes.plot(item.estimate.interval, [row, row], color=colour, linewidth=2, alpha=0.5)
