@@ -50,7 +50,7 @@ def blocks(results: Results, studies: Mapping[str, Content]) -> dict[str, str]:
             + hardening.accuracies_table(study, data),
             "Differences in points; bold where the 95 % intervals over images and over seeds both leave out zero.\n\n"
             + hardening.differences_table(study),
-            _terms(study),
+            study_terms(study),
         ]
         found[name] = _section(tables_of, list(hardening.claims(study, data)))
     return found
@@ -109,7 +109,8 @@ def _networks(results: Results) -> str:
     return markdown(["network", "neurons", "parameters", "clean test accuracy"], lines)
 
 
-def _terms(study: Content) -> str:
+def study_terms(study: Content) -> str:
+    """On what a hardening study was made and judged, and whether it shows signs of masked gradients."""
     checks = study["checks"]
     suspicious = sorted({check["variant"] for check in checks if check["verdict"] == "suspicious"})
     return (

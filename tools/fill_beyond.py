@@ -1,0 +1,254 @@
+"""Fill docs/beyond.md between its marks with what studies wrote.
+
+    python tools/fill_beyond.py docs/beyond.md --repair "VGG-16, vanilla=runs/repair/repair.json" ... \
+        --hardening "VGG-16=runs/study/study.json" --hardness "VGG-16=runs/hardness/hardness.json" ...
+
+Every file is given with the title that the page shows for it. Text outside of the marks stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from attackroute.attack_labels import short
+from attackroute.attacks import parse_attack
+from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM
+from attackroute.experiments.paired import BEATS, LOSES
+from attackroute.experiments.repair import ANY, EVERY
+from attackroute.experiments.repair_criteria import ATTRIBUTION, INFLUENCE, NOISE_ROUTE, SENSITIVITY
+from attackroute.experiments.repair_criteria import RANDOM as RANDOM_CHANNELS
+from attackroute.experiments.repair_results import AREA
+from attackroute.rank_statistics import AUROC
+from attackroute.reproduction.claims import markdown, percent
+from attackroute.reproduction.hardening import accuracies_table, differences_table
+from attackroute.reproduction.page import fill, study_terms
+
+Content = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    for name in ("repair", "hardening", "hardness"):
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="TITLE=FILE")
+    arguments = parser.parse_args()
+    repairs, studies, hardness = (_read(getattr(arguments, name)) for name in ("repair", "hardening", "hardness"))
+    texts = {}
+    if repairs:
+        texts["repair"] = _summary(repairs) + "\n\n" + "\n\n".join(map(_repair, repairs, repairs.values()))
+    if studies:
+        texts["hardening"] = "\n\n".join(map(_hardening, studies, studies.values()))
+    if hardness:
+        texts["hardness"] = _hardness(hardness)
+    arguments.page.write_text(fill(arguments.page.read_text(encoding="utf-8"), texts), encoding="utf-8")
+
+
+def _read(given: list[str]) -> dict[str, Content]:
+    parts = [each.rpartition("=") for each in given]
+    return {title: json.loads(Path(file).read_text(encoding="utf-8")) for title, _, file in parts}
+
+
+def _named(attack: str) -> str:
+    return short(parse_attack(attack))
+
+
+def _shown(found: Content) -> str:
+    """A difference in points with its intervals over images and over networks, bold where both leave out zero."""
+    intervals = [found["over_images"], found["over_networks"]]
+    text = "; ".join(f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}" for ends in intervals if ends is not None)
+    text = f"{100 * found['difference']:+.1f} ({text})"
+    return f"**{text}**" if found["verdict"] in (BEATS, LOSES) else text
+
+
+def _difference(study: Content, attack: str, first: str, second: str, what: str, share: float | None = None) -> str:
+    for found in study["differences"]:
+        if [found[key] for key in ("attack", "first", "second", "what", "share")] == [
+            attack,
+            first,
+            second,
+            what,
+            share,
+        ]:
+            return _shown(found)
+    return ""
+
+
+def _summary(repairs: dict[str, Content]) -> str:
+    """The picked variant against the others, mean area, under every attack."""
+    lines = []
+    for title, study in repairs.items():
+        for attack in study["untouched"]:
+            others = (INFLUENCE, ATTRIBUTION, SENSITIVITY, RANDOM_CHANNELS)
+            cells = [_difference(study, attack, study["picked"], other, AREA) for other in others]
+            lines.append([title, _named(attack), study["picked"], *cells])
+    header = [
+        "networks",
+        "attack",
+        "picked",
+        *(f"less {name}" for name in (INFLUENCE, ATTRIBUTION, SENSITIVITY, "random")),
+    ]
+    return (
+        "The picked variant of the noise route less other criteria, mean area in points (95 % intervals over images; "
+        "over networks). Bold where both leave out zero:\n\n" + markdown(header, lines)
+    )
+
+
+def _repair(title: str, study: Content) -> str:
+    attacks, budgets = list(study["untouched"]), [f"{share:.0%}" for share in study["budgets"]]
+    first = attacks[0]
+    names = sorted({row["network"] for row in study["rows"]})
+    images = ", ".join(f"{_named(attack)} leaves {percent(study['untouched'][attack])} %" for attack in attacks)
+    means = markdown(
+        ["criterion", *map(_named, attacks)],
+        [
+            [
+                by,
+                *(
+                    percent(study["mean_areas"][attack][by]) if by in study["mean_areas"][attack] else ""
+                    for attack in attacks
+                ),
+            ]
+            for by in study["mean_areas"][first]
+        ],
+    )
+    accuracies = markdown(
+        ["criterion", *(f"{share} of every layer" for share in budgets), *(f"{share} of any" for share in budgets)],
+        [
+            [by, *(percent(value) for place in (EVERY, ANY) for value in places[place])]
+            for by, places in study["accuracies"][first].items()
+        ],
+    )
+    layers = markdown(
+        ["layer", *study["areas"][first]],
+        [
+            [layer, *(percent(values[layer]) for values in study["areas"][first].values())]
+            for layer in next(iter(study["areas"][first].values()))
+        ],
+    )
+    moved = markdown(
+        ["judged under", "criterion", "ranked under", "kept", *(f"{share} of every layer" for share in budgets)],
+        [
+            [
+                _named(row["attack"]), row["criterion"],
+                row["ranked_by"] if row["ranked_by"] == "other images" else _named(row["ranked_by"]),
+                f"{row['kept']:.0%}", *map(percent, row["accuracies"]),
+            ]
+            for row in study["transfers"]
+        ],
+    )  # fmt: skip
+    pairs = [
+        (study["picked"], ATTRIBUTION),
+        (study["picked"], INFLUENCE),
+        (NOISE_ROUTE, INFLUENCE),
+        (INFLUENCE, RANDOM_CHANNELS),
+    ]
+    oracles = [by for by in ("own effect", "greedy") if by in study["mean_areas"][first]]
+    pairs += [(oracle, other) for oracle in oracles for other in (study["picked"], ATTRIBUTION)]
+    share = study["budgets"][2]
+    gains = markdown(
+        ["first", "less", AREA, f"{share:.0%} of every layer", f"{share:.0%} of any"],
+        [
+            [
+                one, other, _difference(study, first, one, other, AREA),
+                *(_difference(study, first, one, other, place, share) for place in (EVERY, ANY)),
+            ]
+            for one, other in dict.fromkeys(pairs)
+        ],
+    )  # fmt: skip
+    return "\n\n".join(
+        [
+            f"### {title}",
+            f"{len(names)} networks, {study['images'][first]} images that are right when clean, of "
+            f"{study['terms']['samples']} for each; of them {images}. The rule picked `{study['picked']}`. Mean area:",
+            means,
+            f"Accuracy under {_named(first)} with shares of all channels replaced:",
+            accuracies,
+            f"Differences under {_named(first)}:",
+            gains,
+            f"<details><summary>Area by layer under {_named(first)}, and transfer</summary>",
+            layers,
+            "Channels ranked elsewhere: the share of the route's channels (30 % of each layer) that ranks under the "
+            "attack itself keep too, and accuracy:",
+            moved,
+            "</details>",
+        ]
+    )
+
+
+def _hardening(title: str, study: Content) -> str:
+    tried = markdown(
+        ["variant", "lambda: clean / attacked on validation images (0: no penalty; bold: chosen)"],
+        [
+            [
+                found["variant"],
+                ", ".join(
+                    _trial(trial, chosen=trial.get("lambda") == found["chosen"])
+                    for trial in (found["without_penalty"], *found["trials"])
+                ),
+            ]
+            for found in study["tuning"]
+        ],
+    )
+    return "\n\n".join(
+        [
+            f"**{title}.** {study_terms(study)} Accuracy in percent, mean over seeds (lowest-highest):",
+            accuracies_table(study, ""),
+            "Differences in points; bold where the 95 % intervals over images and over seeds both leave out zero:",
+            differences_table(study),
+            "What lambda was chosen from, on a network of another seed:",
+            tried,
+        ]
+    )
+
+
+def _trial(trial: Content, *, chosen: bool) -> str:
+    text = f"{trial['lambda']:g}: {percent(trial['clean'])} / {percent(trial['attacked'])}"
+    return f"**{text}**" if chosen else text
+
+
+def _hardness(files: dict[str, Content]) -> str:
+    """AUROC of V along the noise and of its rivals."""
+    header: dict[str, None] = {}
+    found: list[tuple[list[str], dict[str, str]]] = []
+    for title, content in files.items():
+        judged = [item for item in content["judgements"] if item["statistic"] == AUROC]
+        for attack in content["attacks"]:
+            cells = {}
+            draws = []
+            for item in (each for each in judged if each["target"] == attack):
+                if item["predictor"].startswith(RANDOM):
+                    draws.append(item["value"])
+                elif not item["predictor"].startswith(LAYER):
+                    cells[item["predictor"]] = _estimate(item)
+            cells[RANDOM] = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
+            header |= dict.fromkeys(cells)
+            found.append(
+                (
+                    [
+                        title,
+                        _named(attack),
+                        f"{content['attacks'][attack]['fooled']} of {content['correctly_classified']}",
+                    ],
+                    cells,
+                )
+            )
+    return markdown(
+        ["network", "attack", "fooled", *header],
+        [[*row, *(cells.get(name, "") for name in header)] for row, cells in found],
+    )
+
+
+def _estimate(item: Content) -> str:
+    """An AUROC, bold where it is clearly away from that of V along the noise."""
+    if item["value"] is None:
+        return ""
+    text, lead = f"{item['value']:.3f}", item["lead_of_hardness_V"]["interval_95"]
+    away = item["predictor"] != OURS and lead is not None and (lead[0] > 0 or lead[1] < 0)
+    return f"**{text}**" if away else text
+
+
+if __name__ == "__main__":
+    main()
