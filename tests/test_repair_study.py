@@ -244,7 +244,8 @@ def test_a_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
 
     seen: list[tuple[int, int]] = []
     whole = study("whole", progress=lambda *each: seen.append(each))
-    assert all(done <= total for done, total in seen)
+    totals = {total for _, total in seen}
+    assert len(totals) == 1 and 0.9 * max(totals) < len(seen) <= max(totals)
 
     def stop(after: int) -> Callable[[int, int], None]:
         def report(done: int, _: int) -> None:

@@ -123,7 +123,7 @@ def repair_study(
     folder = options.open_folder(out)
     digests = {name: weights_digest(network) for name, network in networks.items()}
     origin = {"weights": digests, "data": data, "split": images.split}
-    with output.progress("passes") as progress:
+    with output.progress("steps") as progress:
         study = study_repair(
             networks, images.dataset, attacks, folder,
             samples=samples, seed=seed, oracle=oracle, resume=resume, origin=origin, progress=progress,

@@ -16,6 +16,7 @@ from attackroute.batches import count_samples, derived_generator, placement
 from attackroute.errors import UserError
 from attackroute.experiments.repair import BUDGETS, CRITERIA, SHARES, Repair, Repaired, chosen_variant
 from attackroute.experiments.repair_criteria import (
+    INFLUENCE,
     NOISE_ROUTE,
     NOISE_SIGNED,
     VARIANTS,
@@ -61,7 +62,8 @@ def study_repair(
         oracle: Whether channels are also chosen by their true effect, alone and greedily, under the first attack.
         resume: Go on with the study in the folder.
         origin: What else must be the same to go on, as JSON values.
-        progress: Called with the passes over a network's images that are done, and how many there are at most.
+        progress: Called with the steps that are done, most of which are passes over a network's images, and how many
+            there are at most.
 
     Raises:
         UserError: The folder holds a study although ``resume`` is false, or one on other terms; or the networks do not
@@ -83,6 +85,8 @@ def study_repair(
         if runs[name].channels != runs[first].channels:
             raise UserError(f"networks {first!r} and {name!r} do not have the same layers: compare them one by one")
     count.total = sum(run.passes for run in runs.values())
+    for run in runs.values():
+        run.rank()
     selections = {name: run.selection() for name, run in runs.items()}
     picked = chosen_variant(list(selections.values()))
     return RepairStudy(picked, {name: run.judged(selections[name], picked) for name, run in runs.items()})
@@ -90,7 +94,7 @@ def study_repair(
 
 @dataclass
 class _Count:
-    """Counts passes."""
+    """Counts steps."""
 
     report: Callable[[int, int], None]
     done: int = 0
@@ -116,35 +120,40 @@ class _Network:
     oracle: bool
     index: int
     channels: dict[str, int] = field(init=False)
-    passes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        parts = _sets(self.model, self.data, self.samples, self.seed, self.index)
-        self._ranking, self._picking, self._judging = parts
+        self._sets = _sets(self.model, self.data, self.samples, self.seed, self.index)
         self._first = next(iter(self.attacks))
-        images, labels = self._ranking
-        self._criteria = _defined(self.model, self._pairs(self._first, (images[:2], labels[:2])))
-        pairs = {name: self._pairs(name, self._ranking) for name in self.attacks}
-        self._ranked = pairs[self._first]
-        self._scores = {
-            name: {by: criterion_scores(self.model, some, by, seed=self.seed) for by in self._criteria}
-            for name, some in pairs.items()
-        }
-        self.channels = {layer: len(values) for layer, values in self._scores[self._first][NOISE_ROUTE].items()}
-        self.passes = self._expected()
+        some = self._pairs(self._first, *(part[:2] for part in self._sets[0]))
+        self._criteria = _defined(self.model, some)
+        self.channels = {layer: len(values) for layer, values in criterion_scores(self.model, some, INFLUENCE).items()}
 
-    def _pairs(self, attack: str, part: tuple[Tensor, Tensor]) -> Pairs:
-        return _attacked(self.model, self.attacks[attack], *part)
+    def rank(self) -> None:
+        """Score the channels by every criterion under every attack."""
+        self._ranked: dict[str, Pairs] = {}
+        self._scores: dict[str, dict[str, Layers]] = {}
+        for name in self.attacks:
+            self._ranked[name] = pairs = self._pairs(name, *self._sets[0])
+            self._scores[name] = {by: self._scored(pairs, by) for by in self._criteria}
 
-    def _expected(self) -> int:
-        """Passes, at most."""
+    def _scored(self, pairs: Pairs, by: str) -> Layers:
+        scores = criterion_scores(self.model, pairs, by, seed=self.seed)
+        self.count.advance()
+        return scores
+
+    def _pairs(self, attack: str, images: Tensor, labels: Tensor) -> Pairs:
+        return _attacked(self.model, self.attacks[attack], images, labels)
+
+    @property
+    def passes(self) -> int:
+        """Steps of the progress, at most: scores by a criterion, and passes over a set of images."""
         layers, variants = len(self.channels), [by for by in VARIANTS if by in self._criteria]
         judged = len(self._criteria) * len(self.attacks) + (2 if self.oracle else 0)
         selection = 1 + layers * (1 + len(SHARES) * len(variants))
         final = len(self.attacks) * (1 + layers) + judged * (layers * len(SHARES) + 2 * len(BUDGETS))
         moved = 2 * len(self.attacks) ** 2 * (1 + 2 * len(BUDGETS))
         tried = tries(self.channels, _GREEDY_SHARE, BUDGETS[-1]) if self.oracle else 0
-        return selection + final + moved + tried
+        return len(self.attacks) * len(self._criteria) + selection + final + moved + tried + 2
 
     def _repair(self, pairs: Pairs, *key: str) -> Repair:
         return Repair(self.model, pairs, self.journal, (self.name, *key), self.count.advance)
@@ -152,7 +161,7 @@ class _Network:
     def selection(self) -> Repaired:
         """The variants of the noise route on the images that pick one."""
         scores = self._scores[self._first]
-        repair = self._repair(self._pairs(self._first, self._picking), "selection", self._first)
+        repair = self._repair(self._pairs(self._first, *self._sets[1]), "selection", self._first)
         return repair.measure({by: scores[by] for by in VARIANTS if by in scores}, together=False)
 
     def judged(self, selection: Repaired, picked: str) -> NetworkRepair:
@@ -160,7 +169,7 @@ class _Network:
         found: dict[str, Repaired] = {}
         moved: dict[tuple[str, str, str], tuple[float, Repaired]] = {}
         for name in self.attacks:
-            repair = self._repair(self._pairs(name, self._judging), "final", name)
+            repair = self._repair(self._pairs(name, *self._sets[2]), "final", name)
             scores, pooled = self._scores[name], {}
             if self.oracle and name == self._first:
                 alone, within, pooled[GREEDY] = self._true_effects()
@@ -177,8 +186,7 @@ class _Network:
         """Scores under the other attacks, and under the first one on other images."""
         scores = {there: self._scores[there][by] for there in self.attacks if there != attack}
         if attack == self._first:
-            other = self._pairs(attack, self._picking)
-            scores["other images"] = criterion_scores(self.model, other, by, seed=self.seed)
+            scores["other images"] = self._scored(self._pairs(attack, *self._sets[1]), by)
         return scores
 
     def _true_effects(self) -> tuple[Layers, Layers, Layers]:
@@ -186,7 +194,7 @@ class _Network:
         key = (self.name, "oracle", self._first)
         known = self.journal.recall(key, "")
         if known is None:
-            effects = Effects(self.model, self._ranked, self.channels, self.count.advance)
+            effects = Effects(self.model, self._ranked[self._first], self.channels, self.count.advance)
             alone = effects.alone()
             scores = (alone, *greedy_scores(effects, alone, _GREEDY_SHARE, BUDGETS[-1]))
             plain = [{layer: values.tolist() for layer, values in each.items()} for each in scores]
