@@ -84,6 +84,7 @@ def check_streams(root: Path, team: Processes) -> None:
         "generator": iter(parts),
         "one": (images[:1], labels[:1]),
         "shuffled": DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(team.rank)),
+        "many": (torch.rand(83, 1, 2, 2), torch.arange(83)),  # 21 batches: several turns of each between exchanges
     }
     for name, kind in kinds.items():
         stream = BatchStream(model, kind, 4)
@@ -92,7 +93,7 @@ def check_streams(root: Path, team: Processes) -> None:
         seen = list(stream.map(lambda _, answers, stream=stream: (team.rank, stream.number, answers.tolist())))
         assert all(number % team.count == rank for rank, number, _ in seen), name
         read = [label for _, _, found in seen for label in found]
-        expected = [0] if name == "one" else list(range(11))
+        expected = list(range({"one": 1, "many": 83}.get(name, 11)))
         assert (sorted(read) if name == "shuffled" else read) == expected, (name, read)
         assert len(set(map(str, team.all(read)))) == 1, name
 
@@ -100,16 +101,17 @@ def check_streams(root: Path, team: Processes) -> None:
 def check_errors(root: Path, team: Processes) -> None:
     """What goes wrong in one process goes wrong in all, at the same batch, in the same words."""
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.Flatten(), torch.nn.Linear(4, 2))
-    images = torch.rand(12, 1, 2, 2)
-    images[7] = torch.nan
-    seen = []
-    try:
-        seen.extend(BatchStream(model, images, 2).map(lambda rows, _: len(rows)))
-    except UserError as error:
-        assert "image 1 of batch 3 holds NaN" in str(error)
-    else:
-        raise AssertionError("NaN passed")
-    assert seen == [2, 2, 2]
+    for broken in (3, 17):  # of 20 batches; the second one is not the first turn of its process since an exchange
+        images = torch.rand(40, 1, 2, 2)
+        images[2 * broken + 1] = torch.nan
+        seen = []
+        try:
+            seen.extend(BatchStream(model, images, 2).map(lambda rows, _: len(rows)))
+        except UserError as error:
+            assert f"image 1 of batch {broken} holds NaN" in str(error)
+        else:
+            raise AssertionError("NaN passed")
+        assert seen == [2] * broken
 
     def fail(rows: torch.Tensor, _: object) -> int:
         if team.rank == team.count - 1:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from attackroute.errors import UserError
-from attackroute.processes import attempted, current, unwrapped
+from attackroute.exchange import END, NOTHING, VALUE, Turn, in_turns
+from attackroute.processes import current
 
 Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
 """A DataLoader or other iterable of ``(images, labels)`` or images; or one such pair or batch of tensors."""
@@ -23,7 +24,6 @@ Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
 T = TypeVar("T")
 
 _PAIR = 2
-_END, _NOTHING, _VALUE = "end", "nothing", "value"  # what a turn came to
 _AT_MOST = 1 << 62  # more batches than there are: as a step, it leaves only the first
 
 
@@ -107,6 +107,8 @@ class BatchStream:
     def map(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[T]:
         """What ``work(images, labels)`` gives for each batch, in the data's order, whichever process did it.
 
+        Several processes work ahead of what is passed on, some seconds (:mod:`attackroute.exchange`) or one batch each.
+
         Args:
             work: Must not depend on other batches. With several processes its result is pickled, so it is best small
                 and on the CPU.
@@ -124,22 +126,16 @@ class BatchStream:
                 for images, labels in _ready(self._model, iter([item])):
                     yield work(images, labels)
             return
-        while True:
-            for outcome in self._team.all(attempted(lambda: self._turn(own, work))):
-                kind, value = unwrapped(outcome)
-                if kind == _END:
-                    return
-                if kind == _VALUE:
-                    yield value
+        yield from in_turns(self._team, lambda: self._turn(own, work))
 
-    def _turn(self, own: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], T]) -> tuple[str, T | None]:
+    def _turn(self, own: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], Any]) -> Turn:
         item = next(own, None)
         if item is None:
-            return _END, None
+            return END, None
         self.number = item[0]
         for images, labels in _ready(self._model, iter([item])):
-            return _VALUE, work(images, labels)
-        return _NOTHING, None
+            return VALUE, work(images, labels)
+        return NOTHING, None
 
     @property
     def _is_skimmed(self) -> bool:
