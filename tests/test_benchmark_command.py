@@ -12,6 +12,7 @@ from attackroute.benchmark import Plan, memory, report, run_benchmark
 from attackroute.benchmark.cases import SPEED_CASES
 from attackroute.benchmark.hardening_speed import step_processes
 from attackroute.benchmark.plan import CASE_NAMES
+from attackroute.benchmark.image_costs import JPEG, PACKING, READING, SENT, TRACE, ImageCosts
 from attackroute.benchmark.process_speed import ProcessSpeed
 from attackroute.cli import benchmark as command
 from attackroute.cli.app import app
@@ -140,13 +141,24 @@ def test_tables(monkeypatch):
 
 
 def test_two_processes_are_compared_with_one_where_that_is_asked_for(monkeypatch):
-    found = ProcessSpeed(100, runs(3.0, 4.0, 8.0), runs(2.0, 2.0, 5.0))  # the ratios are 1.5, 2 and 1.6
+    small = ImageCosts("vgg16", 32, 128, 4224, {TRACE: (0.004, 0.005, 0.009), PACKING: (9e-6,)}, {SENT: 585.2})
+    large = ImageCosts("resnet18", 224, 16, 4800, {TRACE: (0.05,), READING: (0.0032,)}, {JPEG: 49_123.0})
+    # the ratios are 1.5, 2 and 1.6
+    found = ProcessSpeed(100, runs(3.0, 4.0, 8.0), runs(2.0, 2.0, 5.0), (small, large))
     monkeypatch.setattr(report, "measure_processes", lambda plan: found)
     rows = [" ".join(line.split()) for line in run("--case", "processes").stdout.splitlines()]
     assert "one 40.00 (30.00-80.00) ms 1" in rows
     assert "two 20.00 (20.00-50.00) ms 1.60 (1.50-2.00)" in rows
+    assert "an image vgg16, 32x32 resnet18, 224x224" in rows
+    assert "channels of route layers 4,224 4,800" in rows
+    assert "trace 5.0 (4.0-9.0) ms 50.0 (50.0-50.0) ms" in rows
+    assert "packing its routes 0.009 (0.009-0.009) ms -" in rows
+    assert "reading a JPEG - 3.2 (3.2-3.2) ms" in rows
+    assert "JPEG - 49,123 bytes" in rows
+    assert "routes as they are sent 585 bytes -" in rows
     content = json.loads(run("--case", "processes", "--json").stdout)["processes"]
     assert content["throughput_ratio"]["median"] == 1.6 and content["aim"] == 1.8
+    assert [ImageCosts(**costs) for costs in content["costs"]][0].sizes == small.sizes
 
 
 def test_json_and_quiet(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from attackroute.benchmark import BenchmarkReport, hardening_speed, process_speed
+from attackroute.benchmark import BenchmarkReport, hardening_speed, image_costs, process_speed
 from attackroute.benchmark.attack_speed import MODEL, STEPS, WIDTH, AttackSpeed
 from attackroute.benchmark.extrapolation import AIM, PAPER_HOURS, PAPER_IMAGES, NaiveResult
 from attackroute.benchmark.hardening_speed import HardeningSpeed
@@ -164,10 +164,32 @@ def _show_processes(output: Output, result: ProcessSpeed) -> None:
     ]
     output.table(["processes, one thread each", "time an image", "throughput"], rows)
     output.line(f"Aim: {process_speed.AIM} or more, on two processor cores that do nothing else.")
+    cases = [f"{costs.case}, {costs.image_size}x{costs.image_size}" for costs in result.costs]
+    times = [(part, [costs.of(part) for costs in result.costs]) for part in image_costs.PARTS]
+    sizes = [(name, [costs.sizes.get(name) for costs in result.costs]) for name in image_costs.SIZES]
+    output.table(
+        ["an image", *cases],
+        [
+            ["batches of", *(str(costs.batch_size) for costs in result.costs)],
+            ["channels of route layers", *(f"{costs.channels:,}" for costs in result.costs)],
+            *(
+                [part, *("-" if time is None else _small_time(time) for time in row)]
+                for part, row in times
+            ),
+            *([name, *("-" if size is None else f"{size:,.0f} bytes" for size in row)] for name, row in sizes),
+        ],
+    )
+    output.line("Times are processor time: of the process that traced the image for its trace, reading and packing,")
+    output.line("of the first process for writing, of every process for sending, receiving and unpacking.")
 
 
 def _milliseconds(runs: Runs) -> str:
     return f"{_spread(_scaled(runs.totals, 1e3), digits=0)} ms"
+
+
+def _small_time(seconds: Spread) -> str:
+    milliseconds = _scaled(seconds.values, 1e3)
+    return f"{_spread(milliseconds, digits=1 if milliseconds.median >= 1 else 3)} ms"
 
 
 def _megabytes(values: Sequence[int]) -> str:
