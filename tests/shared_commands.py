@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "hardness": ("hardness", "--batch-size", 3, "--attack", "fgsm:eps=16/255"),
     "analyze": (
         "analyze", "--batch-size", 3, "--draws", 1, "--attack", "pgd:eps=0.2,steps=2", "--layers",
-        "features.3,features.7", "--only", "occurrence,sensitivity,transplant,gradcam,detect",
+        "features.3,features.7",
     ),
 }  # fmt: skip
 SHARD = 3  # samples in a file of routes, rounded up to whole batches
@@ -164,7 +164,9 @@ def main() -> None:
                 assert (team.rank, team.count) == (rank, count)
                 for check in (*CHECKS, *shared_training.CHECKS):
                     check(root, team)
-                found["printed"] = run_commands(root, out)
+                own = shared_training.home(root, team)
+                found["printed"] = run_commands(root, own)
+                assert team.leads or not own.exists(), f"process {rank} wrote {sorted(own.rglob('*'))}"
             (out / f"process-{rank}.json").write_text(json.dumps(found))
 
 

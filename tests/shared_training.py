@@ -45,6 +45,11 @@ def settings(**more: Any) -> TrainSettings:
     return TrainSettings(**{"epochs": 2, "batch_size": 8, "lr": 0.05, **more})
 
 
+def home(root: Path, team: Processes) -> Path:
+    """The folder that a process names for its results, each one of its own; no process but the first is to write."""
+    return root / (str(team.count) if team.leads else f"{team.count}-of-process-{team.rank}")
+
+
 Run = Callable[[nn.Module, Path], Any]
 RUNS: dict[str, Run] = {
     "plain": lambda model, folder: ar.train(
@@ -80,7 +85,7 @@ def check_gradients(root: Path, team: Processes) -> None:
     """What each run came to goes into a file, for comparison."""
     for name, run in RUNS.items():
         model = network(team)
-        result = run(model, root / str(team.count) / f"run-{name}")
+        result = run(model, home(root, team) / f"run-{name}")
         require_equal(team, model)
         history = getattr(result, "training", result).history
         numbers = [
@@ -89,7 +94,7 @@ def check_gradients(root: Path, team: Processes) -> None:
         assert len(set(map(str, team.all(numbers)))) == 1
         found = {**model.state_dict(), "history": torch.tensor(numbers, dtype=torch.float64)}
         if team.leads:
-            save_file(found, root / str(team.count) / f"weights-{name}.safetensors")
+            save_file(found, home(root, team) / f"weights-{name}.safetensors")
     assert count_correct(model, Pairs()) == team.first(lambda: alone(model))
 
 
@@ -142,10 +147,9 @@ def check_interruption(root: Path, team: Processes) -> None:
             assert stop is None
         return model
 
-    home = root / str(team.count)
-    whole = run(home / "whole")
+    whole = run(home(root, team) / "whole")
     for stop in (1, 3, 4):  # in an epoch's middle, at its end, in the next one
-        folder = home / f"stopped-{stop}"
+        folder = home(root, team) / f"stopped-{stop}"
         run(folder, stop=stop)
         model = run(folder, resume=True)
         require_equal(team, model)
@@ -155,7 +159,7 @@ def check_interruption(root: Path, team: Processes) -> None:
 def check_number(root: Path, team: Processes) -> None:
     """Another number of processes cannot go on with a run; more processes than images cannot begin one."""
     other = root / str(team.count + 1) / "whole"
-    if other.exists():
+    if team.first(other.exists):
         try:
             ar.train(network(team, norm=True, dropout=True), Pairs(), None, settings(), folder=other, resume=True)
         except UserError as error:

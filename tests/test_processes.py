@@ -26,6 +26,7 @@ from shared_commands import COMMANDS, prepare
 from shared_training import RUNS, TOLERANCE
 
 MOST = 3
+NONE = -1  # no process is killed
 SOURCES = str(Path(attackroute.__file__).parents[1])
 _CLOCKED = {"seconds", "folder", "examples"}  # and where the results are; nothing else may differ
 
@@ -108,7 +109,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_path: Path) -> None:
-    """Three processes trace four batches, each a file; one is killed at its second, and two are told by torchrun."""
+    """Three processes trace four batches, each a file; one is killed at its second, and two are told by torchrun.
+
+    Then a file is damaged, and two processes trace it again, with the batch that is missing, and no other.
+    """
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 4)
     where = "attackroute.trace:RouteTracer.trace"
     result = launched(3, 0, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
@@ -116,13 +120,63 @@ def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_p
     (error,) = (line for line in said_by_the_command(result) if line.startswith("error: "))
     assert error.startswith("error: process 0 of 3 ended without a word")
     assert error.endswith("give the same command with --resume to go on")
-    kept = sorted(path.name for path in (tmp_path / "broken").iterdir())
-    assert kept == [*(f"routes-0000{number}-of-00004.safetensors" for number in range(3)), "summary.json"]
+    names = [f"routes-0000{number}-of-00004.safetensors" for number in range(4)]
+    files = [tmp_path / "broken" / name for name in names]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [*names[:3], "summary.json"]
+    files[1].write_bytes(files[1].read_bytes()[:-1] + b"?")
+    written = [path.stat().st_mtime_ns for path in files[:3]]
+    resumed = launched(2, NONE, where, 0, *common, "--out", tmp_path / "broken", "--resume", script="killed_command.py")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.count("its samples are traced again") == 1 and names[1] in resumed.stderr
+    assert "8 of 16 samples are done already" in resumed.stderr
+    assert [path.stat().st_mtime_ns == before for path, before in zip(files, written, strict=False)] == [
+        *(True, False, True)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unfinished, "_SHARD_SAMPLES", 3)
         alone(*common, "--out", tmp_path / "whole")
-        alone(*common, "--out", tmp_path / "broken", "--resume")
     compare_folders(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, tmp_path: Path) -> None:
+    """Three processes trace eight batches, two a file; what they exchanged first is a file and a half."""
+    common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
+    where = "attackroute.trace:RouteTracer.trace"
+    result = launched(3, 1, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
+    assert "error: process 1 of 3 ended without a word" in result.stderr
+    kept = sorted(path.name for path in (tmp_path / "broken").iterdir())
+    assert kept == ["partial-00001-of-00004.safetensors", "routes-00000-of-00004.safetensors", "summary.json"]
+    resumed = launched(2, NONE, where, 0, *common, "--out", tmp_path / "broken", "--resume", script="killed_command.py")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "6 of 16 samples are done already" in resumed.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished, "_SHARD_SAMPLES", 3)
+        alone(*common, "--out", tmp_path / "whole")
+    compare_folders(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
+    """Two launchers stand in for two machines, which meet as the page on scaling says; they have no disk in common."""
+    common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 3)
+    where = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
+    meeting = ("--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *where, *meeting, "-m", "attackroute"]
+            + [*map(str, common), "--out", str(tmp_path / name)],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "other")
+    ]
+    said = [launcher.communicate(timeout=300)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
+    alone(*common, "--out", tmp_path / "alone")
+    (written,) = (path for path in (tmp_path / "one", tmp_path / "other") if path.exists())  # rank 0 may be either
+    compare_folders(tmp_path / "alone", written)
 
 
 @pytest.mark.slow
