@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from attackroute.benchmark import Plan, memory, report, run_benchmark
 from attackroute.benchmark.cases import SPEED_CASES
 from attackroute.benchmark.hardening_speed import step_processes
-from attackroute.benchmark.plan import CASE_NAMES
 from attackroute.benchmark.image_costs import JPEG, PACKING, READING, SENT, TRACE, ImageCosts
+from attackroute.benchmark.plan import CASE_NAMES
 from attackroute.benchmark.process_speed import ProcessSpeed
 from attackroute.cli import benchmark as command
 from attackroute.cli.app import app
@@ -158,7 +158,7 @@ def test_two_processes_are_compared_with_one_where_that_is_asked_for(monkeypatch
     assert "routes as they are sent 585 bytes -" in rows
     content = json.loads(run("--case", "processes", "--json").stdout)["processes"]
     assert content["throughput_ratio"]["median"] == 1.6 and content["aim"] == 1.8
-    assert [ImageCosts(**costs) for costs in content["costs"]][0].sizes == small.sizes
+    assert [ImageCosts(**costs).sizes for costs in content["costs"]] == [small.sizes, large.sizes]
 
 
 def test_json_and_quiet(monkeypatch):

@@ -161,11 +161,11 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
     """Two launchers stand in for two machines, which meet as the page on scaling says; they have no disk in common."""
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 3)
     where = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
-    meeting = ("--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    where += ("--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "attackroute", *map(str, common)]
     launchers = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *where, *meeting, "-m", "attackroute"]
-            + [*map(str, common), "--out", str(tmp_path / name)],
+            [*command, "--out", str(tmp_path / name)],
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,

@@ -1,8 +1,8 @@
 """Work that processes do in turns: each does some of its turns, then all of them get what every one has found.
 
-To exchange after every turn would cost every turn the time of the slowest process. So as many turns are done between two
-exchanges as take a few seconds. What is found comes in one order whatever that number: the first turn of process 0, of
-process 1, ..., the second turn of process 0, and so on.
+To exchange after every turn would cost every turn the time of the slowest process. So as many turns are done between
+two exchanges as take a few seconds. What is found comes in one order whatever that number: the first turn of process 0,
+of process 1, ..., the second turn of process 0, and so on.
 """
 
 from __future__ import annotations

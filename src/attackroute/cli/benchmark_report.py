@@ -172,10 +172,7 @@ def _show_processes(output: Output, result: ProcessSpeed) -> None:
         [
             ["batches of", *(str(costs.batch_size) for costs in result.costs)],
             ["channels of route layers", *(f"{costs.channels:,}" for costs in result.costs)],
-            *(
-                [part, *("-" if time is None else _small_time(time) for time in row)]
-                for part, row in times
-            ),
+            *([part, *("-" if time is None else _small_time(time) for time in row)] for part, row in times),
             *([name, *("-" if size is None else f"{size:,.0f} bytes" for size in row)] for name, row in sizes),
         ],
     )
