@@ -1,7 +1,7 @@
 """A command one of whose processes is killed at a given moment: ``killed_command.py RANK WHERE CALLS ARGUMENT...``.
 
 ``WHERE`` names a method as ``package.module:Class.method``; process RANK is gone when it is called once more than CALLS
-times.
+times, a while after that, so that the others have taken in what came of the calls before.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from functools import reduce
 from importlib import import_module
 from typing import Any
 
 from attackroute.cli import unfinished
 from attackroute.cli.app import main
+
+_WHILE = 3.0  # seconds
 
 unfinished._SHARD_SAMPLES = 3  # rounded up to a batch
 
@@ -29,6 +32,7 @@ def kill_at(where: str, calls: int) -> None:
 
     def killed(*arguments: Any, **options: Any) -> Any:
         if len(seen) == calls:
+            time.sleep(_WHILE)
             os.kill(os.getpid(), signal.SIGKILL)
         seen.append(None)
         return original(*arguments, **options)

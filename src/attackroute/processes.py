@@ -37,6 +37,10 @@ class LostProcessError(Exception):
     """Another process of the job is gone, or does not answer."""
 
 
+_FAILED, _LOST, _INTERRUPTED = "failed", "lost", "interrupted"  # the words that processes leave
+_WORDS: Mapping[type[BaseException], str] = {LostProcessError: _LOST, KeyboardInterrupt: _INTERRUPTED}
+
+
 @dataclass(frozen=True, eq=False)
 class Processes:
     """The processes of a job, seen from one of them.
@@ -291,14 +295,14 @@ def _part(team: Processes, error: BaseException, hint: str) -> None:
     code = _exit_code(error)
     deaf_to_termination()  # torchrun terminates those that are left
     try:
-        alone = isinstance(error, (LostProcessError, KeyboardInterrupt))
-        team.store.set(f"attackroute/left/{team.rank}", "lost" if alone else "failed")
-        if not alone:
+        word = _WORDS.get(type(error), _FAILED)
+        team.store.set(f"attackroute/left/{team.rank}", word)
+        if word == _FAILED:
             if _speaks(team):
                 raise error
             raise SystemExit(code)
-        gone, failed = _missing(team)
-        if failed or (gone and not _speaks(team)):
+        gone, words = _missing(team)
+        if _FAILED in words.values() or (gone and not _speaks(team)):
             raise SystemExit(code)
     except (RuntimeError, ConnectionError) as lost:  # the store went with the process that held it
         raise LostProcessError(f"{named(0, team.count)} is gone{hint}") from lost
@@ -308,9 +312,11 @@ def _part(team: Processes, error: BaseException, hint: str) -> None:
         what = "ended without a word (killed, or out of memory)"
         raise LostProcessError(f"{who} of {team.count} {what}{hint}") from error
     if isinstance(error, LostProcessError):
-        if _speaks(team):
-            raise LostProcessError(f"{team.name} lost the others: {error}{hint}") from error
-        raise SystemExit(code)
+        if not _speaks(team):
+            raise SystemExit(code)
+        stopped = [named(rank, team.count) for rank, word in words.items() if word == _INTERRUPTED]
+        what = f"{stopped[0]} was interrupted" if stopped else f"{team.name} lost the others: {error}"
+        raise LostProcessError(f"{what}{hint}") from error
     raise error
 
 
@@ -325,26 +331,26 @@ def _speaks(team: Processes) -> bool:
     return bool(team.store.add("attackroute/speaker", 1) == 1)
 
 
-def _missing(team: Processes) -> tuple[list[int], bool]:
-    """Processes that left no word, and whether one of them failed for a reason that it gives itself."""
+def _missing(team: Processes) -> tuple[list[int], dict[int, str]]:
+    """Processes that left no word, and the words of the others, so far as they came before one had failed."""
     silent = [rank for rank in range(team.count) if rank != team.rank]
     limit = time.monotonic() + _GRACE_SECONDS
     gone: list[int] = []
-    failed = False
+    words: dict[int, str] = {}
     while silent and time.monotonic() < limit:
         for rank in list(silent):
             if team.store.check([f"attackroute/left/{rank}"]):  # here and below, word may come at any moment
-                failed |= team.store.get(f"attackroute/left/{rank}") == b"failed"
+                words[rank] = team.store.get(f"attackroute/left/{rank}").decode()
                 silent.remove(rank)
             elif _is_gone(team.store.get(f"attackroute/at/{rank}").decode()) and not team.store.check(
                 [f"attackroute/left/{rank}"]
             ):
                 gone.append(rank)
                 silent.remove(rank)
-        if failed:
+        if _FAILED in words.values():
             break
         time.sleep(0.02)
-    return gone, failed
+    return gone, words
 
 
 def _is_gone(place: str) -> bool:

@@ -100,6 +100,7 @@ def run(
     attacks: Mapping[str, Attack] | None = None,
     record: Sequence[str] = (),
     at: str = OUTPUT,
+    look: Callable[[Tensor], object] | None = None,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> tuple[tuple[Row, ...], Cost]:
@@ -116,6 +117,7 @@ def run(
         attacks: Attacks by the names that the settings use.
         record: Layers whose clean outputs ``intervene`` needs.
         at: Whether these are the layers' ``"output"`` or that of their ``"activation"``.
+        look: Called with the first batch's images before all else; its forward passes count.
         batch_size: Rows per forward pass when ``data`` is tensors.
         progress: Called with (images times interventions done, in all or None).
 
@@ -154,6 +156,8 @@ def run(
 
     with frozen(model), torch.inference_mode(False), torch.no_grad(), counted_passes(model) as count:
         stream = BatchStream(model, data, batch_size)
+        if look is not None:
+            look(stream.first[0])
         for read, correct in count.map(stream, once):
             number += 1
             counted += correct.shape[1]

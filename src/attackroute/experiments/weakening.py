@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
-from torch import nn
+from torch import Tensor, nn
 
 from attackroute.connections import Connections
 from attackroute.errors import UserError
@@ -66,16 +66,18 @@ def weakening_accuracy(
         raise UserError("no beta is given: give some in [0, 1], such as 0.5")
     rankings = rank(route, rivals, seeds, layers)
 
-    found: list[Connections] = []
+    trials = plan(rankings, [Setting(rankings[0].layers, share, None, beta) for beta in factors])
+    changed = [trial.change.channels for trial in trials if trial.change.channels is not None]
+    found: list[Connections] = []  # one, the same for every batch
     chosen = None if targets is None else list(targets)
 
-    def intervene(change: Change, clean: Clean) -> AbstractContextManager[object]:
+    def look(images: Tensor) -> None:
+        found.extend(Connections.of_route(model, images, channels) for channels in changed[:1])
+
+    def intervene(change: Change, _: Clean) -> AbstractContextManager[object]:
         assert change.channels is not None and change.beta is not None
-        if not found:  # the same for every batch
-            found.append(Connections.of_route(model, clean.images, change.channels))
         return weaken(model, change.channels, change.beta, chosen, connections=found[0])
 
-    trials = plan(rankings, [Setting(rankings[0].layers, share, None, beta) for beta in factors])
-    rows, cost = run(model, data, trials, intervene, batch_size=batch_size, progress=progress)
+    rows, cost = run(model, data, trials, intervene, look=look, batch_size=batch_size, progress=progress)
     main = min(factors, key=lambda beta: abs(beta - 0.5))
     return AccuracyTable("weaken", rows, share, False, WEIGHTS, cost, sum(route.channels.values()), main, chosen)
