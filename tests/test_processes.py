@@ -20,8 +20,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import attackroute
+from attackroute import processes
 from attackroute.cli import unfinished
 from attackroute.cli.app import app
+from attackroute.errors import UserError
+from attackroute.processes import LostProcessError
 from shared_commands import COMMANDS, prepare
 from shared_training import RUNS, TOLERANCE
 
@@ -239,6 +242,51 @@ def test_what_is_wrong_is_said_once(root: Path, tmp_path: Path) -> None:
     ]
     result = launched(2, "report", tmp_path)
     assert result.stderr.count("error: report runs in one process; start it without torchrun") == 1
+
+
+class Store(dict[str, bytes]):
+    """Stands in for the store of a job, on a machine whose processes cannot be seen."""
+
+    def __init__(self, words: dict[int, str]) -> None:
+        super().__init__({f"attackroute/left/{rank}": word.encode() for rank, word in words.items()})
+        self.update({f"attackroute/at/{rank}": b"another-machine 1" for rank in range(MOST)})
+
+    def set(self, name: str, word: str) -> None:
+        self[name] = word.encode()
+
+    def check(self, names: list[str]) -> bool:
+        return all(name in self for name in names)
+
+    def add(self, name: str, amount: int) -> int:
+        self[name] = str(int(self.get(name, b"0")) + amount).encode()
+        return int(self[name])
+
+    def get(self, name: str, default: bytes | None = None) -> bytes:
+        return self[name] if default is None else super().get(name, default)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        ({1: "lost", 2: "interrupted"}, LostProcessError("x"), "process 2 of 3 was interrupted; go on"),
+        ({1: "lost", 2: "lost"}, LostProcessError("x"), "process 0 of 3 lost the others: x; go on"),
+        ({1: "interrupted", 2: "failed"}, LostProcessError("x"), None),  # that one says why
+        ({1: "lost", 2: "failed"}, KeyboardInterrupt(), None),
+        ({1: "interrupted", 2: "lost"}, KeyboardInterrupt("own"), "own"),
+        ({1: "lost", 2: "lost"}, UserError("wrong data"), "wrong data"),
+    ],
+)
+def test_one_process_says_why_the_job_ends(
+    words: dict[int, str], error: BaseException, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "deaf_to_termination", lambda: None)  # it would outlast the test
+    team = processes.Processes(rank=0, count=MOST, store=Store(words))
+    with pytest.raises(BaseException) as raised:
+        processes._part(team, error, "; go on")
+    assert isinstance(raised.value, SystemExit) if says is None else str(raised.value) == says
+    if not isinstance(error, KeyboardInterrupt) and says is not None:
+        with pytest.raises(SystemExit):  # another one has spoken
+            processes._part(team, error, "; go on")
 
 
 def compare_folders(one: Path, other: Path) -> None:
