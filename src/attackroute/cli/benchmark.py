@@ -49,8 +49,9 @@ EXAMPLES = """
                   Swin, ViT, and DeiT where timm is installed, 2 images at a time: layers, edges, time of a trace with
                   32 sketches and of an exact one (extrapolated), and distance from the oracle at reduced size. Only
                   where it is asked for; --quick leaves EfficientNet-B0 and ViT-B/16
-   processes      traces of VGG-16 at 32x32 by two processes of one thread against those of one. Only where it is asked
-                  for, on two processor cores that do nothing else
+   processes      traces of VGG-16 at 32x32 by two processes of one thread against those of one, and what an image
+                  costs where several processes trace many, in processor time and bytes, for VGG-16 and ResNet-18. Only
+                  where it is asked for, on two processor cores that do nothing else
 
  The numbers:
 
