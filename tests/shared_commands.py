@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "trace": ("trace", "--batch-size", 4, "--samples", 11, "--keep-scores"),
     "attacked": ("trace", "--batch-size", 5, "--samples", 11, "--attack", "pgd:eps=0.1,steps=2,restarts=2"),
     "one-batch": ("trace", "--batch-size", 20),
+    "mixed": ("trace", "--batch-size", 3, "--dtype", "bfloat16", "--workers", 1),
     "evaluate": (
         "evaluate", "--batch-size", 3, "--check-samples", 2, "--attack", "fgsm:eps=0.1", "--attack",
         "pgd:eps=0.1,steps=2", "--attack", "gaussian-noise:std=0.2",

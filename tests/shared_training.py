@@ -127,6 +127,15 @@ def check_batch_norms(root: Path, team: Processes) -> None:
     assert not torch.equal(model.get_parameter("0.weight"), start["0.weight"])
 
 
+def check_mixed_precision(root: Path, team: Processes) -> None:
+    """Under autocast copies stay equal, too, and they learn."""
+    model = network(team).float()
+    start = team.first(lambda: {name: value.clone() for name, value in model.state_dict().items()})
+    ar.train(model, Pairs(), None, settings(epochs=1, amp=True))
+    require_equal(team, model)
+    assert not torch.equal(model.get_parameter("0.weight"), start["0.weight"])
+
+
 def check_interruption(root: Path, team: Processes) -> None:
     """A signal to one process stops all of them after one step, and the run goes on as if there had been none."""
 
@@ -175,4 +184,4 @@ def check_number(root: Path, team: Processes) -> None:
             raise AssertionError("a batch of one was divided")
 
 
-CHECKS = (check_gradients, check_batch_norms, check_interruption, check_number)
+CHECKS = (check_gradients, check_batch_norms, check_mixed_precision, check_interruption, check_number)
