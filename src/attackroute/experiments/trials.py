@@ -132,8 +132,10 @@ def run(
     tally = _Tally(columns, references)
     total = samples_in(data)
     samples = counted = number = 0
+    ahead = 0  # samples that this process is done with, and that are not among ``samples`` yet
 
     def once(images: Tensor, labels: Tensor | None) -> tuple[int, Tensor]:
+        nonlocal ahead
         clean = right_when_clean(model, images, labels, record, at)
         correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
         done = 0
@@ -151,7 +153,8 @@ def run(
                 done += 1
                 if progress is not None:
                     whole = None if total is None else total * len(changes)
-                    progress(samples * len(changes) + done * len(images), whole)
+                    progress((samples + ahead) * len(changes) + done * len(images), whole)
+        ahead += len(images)
         return len(images), correct
 
     with frozen(model), torch.inference_mode(False), torch.no_grad(), counted_passes(model) as count:
@@ -162,6 +165,7 @@ def run(
             number += 1
             counted += correct.shape[1]
             samples += read
+            ahead = 0
             tally.add(correct)
     if not counted:
         raise UserError(
