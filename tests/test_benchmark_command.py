@@ -155,6 +155,7 @@ def test_two_processes_are_compared_with_one_where_that_is_asked_for(monkeypatch
     assert "packing its routes 0.009 (0.009-0.009) ms -" in rows
     assert "reading a JPEG - 3.2 (3.2-3.2) ms" in rows
     assert "JPEG - 49,123 bytes" in rows
+    assert "Times are processor time, medians of 3 repeats:" in rows
     assert "routes as they are sent 585 bytes -" in rows
     content = json.loads(run("--case", "processes", "--json").stdout)["processes"]
     assert content["throughput_ratio"]["median"] == 1.6 and content["aim"] == 1.8

@@ -176,7 +176,9 @@ def _show_processes(output: Output, result: ProcessSpeed) -> None:
             *([name, *("-" if size is None else f"{size:,.0f} bytes" for size in row)] for name, row in sizes),
         ],
     )
-    output.line("Times are processor time: of the process that traced the image for its trace, reading and packing,")
+    repeats = max((len(times) for costs in result.costs for times in costs.seconds.values()), default=0)
+    output.line(f"Times are processor time, medians of {plural(repeats, 'repeat')}:")
+    output.line("of the process that traced the image for its trace, reading and packing,")
     output.line("of the first process for writing, of every process for sending, receiving and unpacking.")
 
 
