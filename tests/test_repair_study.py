@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from attackroute.cli.app import app
 from attackroute.errors import UserError
 from attackroute.experiments import repair, repair_oracle, repair_study
 from attackroute.experiments.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
-from attackroute.experiments.repair_criteria import VARIANTS, Pairs, criterion_scores, signed_scores
+from attackroute.experiments.repair_criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
 from attackroute.experiments.repair_results import NetworkRepair, RepairStudy
 from attackroute.measurements import Journal
 from attackroute.selection import kept, top_k
@@ -50,6 +51,16 @@ def test_the_noise_and_its_mean_are_the_oracles() -> None:
         scores = expected.scores[layer]
         by_hand = torch.stack([row / max(float(row.abs().sum()), 1e-300) for row in scores]).mean(0)
         torch.testing.assert_close(means[layer], by_hand, rtol=1e-9, atol=1e-9)
+
+
+def test_first_layers_come_first() -> None:
+    model, pairs = some_pairs(Residual)
+    others = criterion_scores(model, pairs, "random", seed=3)
+    scores = first_layers(others)
+    for layer, values in scores.items():
+        assert torch.equal(values.argsort(), others[layer].argsort())
+    for earlier, later in itertools.pairwise(scores.values()):
+        assert earlier.min() > later.max()
 
 
 def test_signed_noise_by_convolution() -> None:
@@ -274,6 +285,16 @@ def test_a_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
     final = [row for row in whole.records() if row["stage"] == "final" and row["attack"] == "shaken"]
     assert {row["network"] for row in final} == set(models)
     assert {row["images"] for row in final if row["network"] == "network 0"} == {10}
+    (first,) = [
+        (row["stage"], row["value"])
+        for row in whole.records()
+        if (row["network"], row["attack"], row["criterion"], row["share"])
+        == ("network 0", "dimmed", "first layers", 0.1)
+    ]
+    assert first == ("final", whole.networks["network 0"].found["dimmed"].pooled["first layers"][3].mean())
+    assert list(found["accuracies"]["shaken"]["first layers"]) == ["any layer"]
+    against = [row for row in found["differences"] if row["second"] == "first layers"]
+    assert {row["what"] for row in against} == {"any layer"} and len(against) == 2 * 2 * len(BUDGETS)
     mean = np.mean([row["value"] for row in final if row["measure"] == "area" and row["criterion"] == "greedy"])
     assert found["mean_areas"]["shaken"]["greedy"] == pytest.approx(mean)
 

@@ -18,7 +18,7 @@ from attackroute.attacks import parse_attack
 from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM
 from attackroute.experiments.paired import BEATS, LOSES
 from attackroute.experiments.repair import ANY, EVERY
-from attackroute.experiments.repair_criteria import ATTRIBUTION, INFLUENCE, NOISE_ROUTE, SENSITIVITY
+from attackroute.experiments.repair_criteria import ATTRIBUTION, FIRST_LAYERS, INFLUENCE, NOISE_ROUTE, SENSITIVITY
 from attackroute.experiments.repair_criteria import RANDOM as RANDOM_CHANNELS
 from attackroute.experiments.repair_results import AREA
 from attackroute.rank_statistics import AUROC
@@ -117,7 +117,11 @@ def _repair(title: str, study: Content) -> str:
     accuracies = markdown(
         ["criterion", *(f"{share} of every layer" for share in budgets), *(f"{share} of any" for share in budgets)],
         [
-            [by, *(percent(value) for place in (EVERY, ANY) for value in places[place])]
+            [
+                by,
+                *([] if EVERY in places else [""] * len(budgets)),
+                *(percent(value) for place in (EVERY, ANY) for value in places.get(place, ())),
+            ]
             for by, places in study["accuracies"][first].items()
         ],
     )
@@ -147,6 +151,7 @@ def _repair(title: str, study: Content) -> str:
     ]
     oracles = [by for by in ("own effect", "greedy") if by in study["mean_areas"][first]]
     pairs += [(oracle, other) for oracle in oracles for other in (study["picked"], ATTRIBUTION)]
+    pairs += [(one, FIRST_LAYERS) for one in (study["picked"], ATTRIBUTION)]
     share = study["budgets"][2]
     gains = markdown(
         ["first", "less", AREA, f"{share:.0%} of every layer", f"{share:.0%} of any"],

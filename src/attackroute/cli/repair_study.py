@@ -135,7 +135,7 @@ def repair_study(
 
 
 def _show(output: Output, study: RepairStudy) -> None:
-    from attackroute.experiments.repair import ANY, BUDGETS, EVERY
+    from attackroute.experiments.repair import BUDGETS, EVERY
     from attackroute.experiments.repair_results import AREA, shown
 
     output.line(f"Picked: {study.picked}. The rule: {study.rule}.")
@@ -159,10 +159,11 @@ def _show(output: Output, study: RepairStudy) -> None:
             [
                 [
                     by,
-                    f"{100 * study.area(attack, by):.1f}",
-                    *(f"{100 * value:.1f}" for place in (EVERY, ANY) for value in study.accuracies(attack, by, place)),
+                    f"{100 * study.area(attack, by):.1f}" if by in criteria else "",
+                    *([""] * len(budgets) if EVERY not in places else []),
+                    *(f"{100 * value:.1f}" for place in places for value in study.accuracies(attack, by, place)),
                 ]
-                for by in criteria
+                for by, places in study.places(attack).items()
             ],
         )
     output.line("Differences in points, with 95 % intervals:")

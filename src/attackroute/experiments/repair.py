@@ -167,7 +167,8 @@ class Repair:
             scores: By criterion, every layer's scores.
             alone: Whether to measure every layer alone.
             together: Whether to measure all layers together.
-            pooled: Scores that compare channels of all layers, where they are not those in ``scores``.
+            pooled: Scores that compare channels of all layers, where they are not those in ``scores``; also of
+                criteria that are measured in no other way.
         """
         rankings = {name: Ranking.of_scores(ChannelScores(name, values), name) for name, values in scores.items()}
         self._layers = layers = list(next(iter(scores.values())))
@@ -183,14 +184,15 @@ class Repair:
         }
         found = Repaired(untouched, whole, curves)
         for name, ranking in rankings.items() if together else ():
-            best = (pooled or {}).get(name, scores[name])
-            found.budgets[name] = np.stack(
-                [self._right(name, EVERY, share, ranking.route(share, layers)) for share in BUDGETS]
-            )
-            found.pooled[name] = np.stack(
-                [self._right(name, ANY, share, best_of_all(best, share)) for share in BUDGETS]
-            )
+            routes = [ranking.route(share, layers) for share in BUDGETS]
+            found.budgets[name] = self._budgets(name, EVERY, routes)
+        for name, best in {**scores, **(pooled or {})}.items() if together else ():
+            found.pooled[name] = self._budgets(name, ANY, [best_of_all(best, share) for share in BUDGETS])
         return found
+
+    def _budgets(self, name: str, place: str, routes: Sequence[Route | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        pairs = zip(BUDGETS, routes, strict=True)
+        return np.stack([self._right(name, place, share, route) for share, route in pairs])
 
     def _right(self, name: str, place: str, share: float, route: Route | None) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Whether each image is right with a route's channels replaced."""

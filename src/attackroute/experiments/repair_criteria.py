@@ -21,6 +21,9 @@ from attackroute.windows import Axis
 INFLUENCE, INFLUENCE_ATTACKED = "influence", "influence, attacked"
 NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT = "noise", "noise, mean", "noise, signed", "noise x gradient"
 ATTRIBUTION, SENSITIVITY, RANDOM = "attribution", "sensitivity", "random"
+FIRST_LAYERS = "first layers"
+"""A control for budgets of any layer: layer after layer from the input on, since clean values in all of the first layer
+make the image clean."""
 VARIANTS = (NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT)
 """Of the route that follows the noise, the plainest first."""
 
@@ -102,6 +105,12 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
     if by == RANDOM:
         return channel_scores(model, (pairs.clean[:2], pairs.labels[:2]), by, seed=seed).values
     raise UserError(f"unknown criterion {by!r}")
+
+
+def first_layers(others: Layers) -> dict[str, Tensor]:
+    """Scores of :data:`FIRST_LAYERS`, within a layer in the order of others'."""
+    last = len(others)
+    return {layer: last - at + _shares(values[None])[0] for at, (layer, values) in enumerate(others.items())}
 
 
 def signed_scores(model: nn.Module, pairs: Pairs) -> dict[str, Tensor]:

@@ -10,7 +10,14 @@ import numpy as np
 
 from attackroute.experiments.paired import PairedDifference
 from attackroute.experiments.repair import ANY, BUDGETS, EVERY, RULE, SHARES, Repaired
-from attackroute.experiments.repair_criteria import ATTRIBUTION, INFLUENCE, NOISE_ROUTE, RANDOM, SENSITIVITY
+from attackroute.experiments.repair_criteria import (
+    ATTRIBUTION,
+    FIRST_LAYERS,
+    INFLUENCE,
+    NOISE_ROUTE,
+    RANDOM,
+    SENSITIVITY,
+)
 from attackroute.experiments.repair_oracle import ORACLES
 from attackroute.experiments.tables import Record
 
@@ -65,8 +72,13 @@ class RepairStudy:
         return next(iter(self.networks.values()))
 
     def criteria(self, attack: str) -> tuple[str, ...]:
-        """What was judged under an attack."""
+        """What was judged under an attack, layer by layer."""
         return tuple(self._first.found[attack].curves)
+
+    def places(self, attack: str) -> dict[str, tuple[str, ...]]:
+        """By criterion, where budgets of it were tried: some compare channels of all layers alone."""
+        found = self._first.found[attack]
+        return {by: (EVERY, ANY) if by in found.budgets else (ANY,) for by in found.pooled}
 
     def area(self, attack: str, criterion: str, layer: str | None = None) -> float:
         """Area under the curve of accuracy over the share of a layer, mean over networks; of None, over layers too."""
@@ -114,7 +126,7 @@ class RepairStudy:
         return (network.found[attack] for network in self.networks.values())
 
     def compared(self, attack: str) -> Iterator[tuple[str, str]]:
-        """Pairs of criteria whose difference is looked at."""
+        """Pairs of criteria whose difference is looked at, apart from :data:`FIRST_LAYERS`."""
         for one in dict.fromkeys([self.picked, NOISE_ROUTE]):
             for other in (INFLUENCE, ATTRIBUTION, SENSITIVITY, RANDOM):
                 yield one, other
@@ -149,9 +161,13 @@ class RepairStudy:
                 lambda attack, by: {layer: self.area(attack, by, layer) for layer in self.layers}
             ),
             "mean_areas": self._by_criterion(self.area),
-            "accuracies": self._by_criterion(
-                lambda attack, by: {place: self.accuracies(attack, by, place) for place in (EVERY, ANY)}
-            ),
+            "accuracies": {
+                attack: {
+                    by: {place: self.accuracies(attack, by, place) for place in places}
+                    for by, places in self.places(attack).items()
+                }
+                for attack in self.attacks
+            },
             "differences": [
                 {
                     "attack": attack, "first": one, "second": other, "what": what, "share": share,
@@ -182,8 +198,15 @@ class RepairStudy:
             for one, other in self.compared(attack):
                 yield attack, one, other, AREA, None, self.gain(attack, one, other)
                 for place in (EVERY, ANY):
-                    for index, share in enumerate(BUDGETS):
-                        yield attack, one, other, place, share, self.gain(attack, one, other, place, index)
+                    yield from self._gains(attack, one, other, place)
+            for one in (self.picked, ATTRIBUTION):
+                yield from self._gains(attack, one, FIRST_LAYERS, ANY)
+
+    def _gains(
+        self, attack: str, one: str, other: str, place: str
+    ) -> Iterator[tuple[str, str, str, str, float | None, PairedDifference]]:
+        for index, share in enumerate(BUDGETS):
+            yield attack, one, other, place, share, self.gain(attack, one, other, place, index)
 
     def transfers(self) -> Iterator[tuple[str, str, str, float, list[float]]]:
         """What ranks from elsewhere repair, in every layer: attack, criterion, origin, share kept, accuracies."""

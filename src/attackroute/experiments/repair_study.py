@@ -16,13 +16,16 @@ from attackroute.batches import count_samples, derived_generator, placement
 from attackroute.errors import UserError
 from attackroute.experiments.repair import BUDGETS, CRITERIA, SHARES, Repair, Repaired, chosen_variant
 from attackroute.experiments.repair_criteria import (
+    FIRST_LAYERS,
     INFLUENCE,
     NOISE_ROUTE,
     NOISE_SIGNED,
+    RANDOM,
     VARIANTS,
     Layers,
     Pairs,
     criterion_scores,
+    first_layers,
 )
 from attackroute.experiments.repair_oracle import GREEDY, OWN_EFFECT, Effects, greedy_scores, tries
 from attackroute.experiments.repair_results import NetworkRepair, RepairStudy
@@ -150,7 +153,7 @@ class _Network:
         layers, variants = len(self.channels), [by for by in VARIANTS if by in self._criteria]
         judged = len(self._criteria) * len(self.attacks) + (2 if self.oracle else 0)
         selection = 1 + layers * (1 + len(SHARES) * len(variants))
-        final = len(self.attacks) * (1 + layers) + judged * (layers * len(SHARES) + 2 * len(BUDGETS))
+        final = len(self.attacks) * (1 + layers + len(BUDGETS)) + judged * (layers * len(SHARES) + 2 * len(BUDGETS))
         moved = 2 * len(self.attacks) ** 2 * (1 + 2 * len(BUDGETS))
         tried = tries(self.channels, _GREEDY_SHARE, BUDGETS[-1]) if self.oracle else 0
         return len(self.attacks) * len(self._criteria) + selection + final + moved + tried + 2
@@ -170,7 +173,8 @@ class _Network:
         moved: dict[tuple[str, str, str], tuple[float, Repaired]] = {}
         for name in self.attacks:
             repair = self._repair(self._pairs(name, *self._sets[2]), "final", name)
-            scores, pooled = self._scores[name], {}
+            scores = self._scores[name]
+            pooled: dict[str, Layers] = {FIRST_LAYERS: first_layers(scores[RANDOM])}
             if self.oracle and name == self._first:
                 alone, within, pooled[GREEDY] = self._true_effects()
                 scores = {**scores, OWN_EFFECT: alone, GREEDY: within}
