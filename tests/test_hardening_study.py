@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -166,6 +167,15 @@ def test_verdicts_need_both_intervals() -> None:
     assert PairedDifference.of(better, better).verdict == UNDECIDED
     assert PairedDifference.of(better[:1], worse[:1]).over_seeds is None
     assert PairedDifference.of(better[:1], worse[:1]).verdict == UNDECIDED
+
+
+def test_a_single_image_decides_nothing() -> None:
+    found = PairedDifference.of([[True]] * 3, [[False]] * 3)
+    assert (found.value, found.over_images, found.verdict) == (1, (-1, 1), UNDECIDED)
+    gains = [np.ones(1), np.ones(9), np.ones(9)]  # one network alone is right about a single image
+    across = PairedDifference.across(gains)
+    assert (across.value, across.over_images, across.verdict) == (1, (-1, 1), UNDECIDED)
+    assert PairedDifference.across(gains[1:]).verdict == BEATS
 
 
 WAYS = {"PAT_s, noise route": "noise", "PAT_s": "influence", "PAT_s, random": "noise", "PAT_s, all": "noise"}

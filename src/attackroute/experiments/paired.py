@@ -1,4 +1,4 @@
-"""The difference between two ways to train, on the same images and from the same seeds."""
+"""The difference between two ways to train or to choose, on the same images of the same networks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class PairedDifference:
 
     Attributes:
         value: Mean over seeds and images, in [-1, 1].
-        over_images: For other images and these very networks: the normal interval of the images' mean differences.
-        over_seeds: For other networks and these very images: Student's interval of the seeds' differences; None with
-            a single seed.
+        over_images: For other images and these very networks: the normal interval of the images' mean differences;
+            -1 to 1 where a network has a single image, which says nothing about others.
+        over_seeds: For other networks: Student's interval of the networks' differences, on the same images or on those
+            of each; None with a single network.
     """
 
     value: float
@@ -41,7 +42,7 @@ class PairedDifference:
         images = gains.shape[1]
         value = float(gains.mean())
         spread = _Z95 * _deviation(gains.mean(0)) / math.sqrt(images)
-        return cls(value, (value - spread, value + spread), _over_seeds(gains.mean(1)))
+        return cls(value, _over_images(value, spread, images), _over_seeds(gains.mean(1)))
 
     @classmethod
     def across(cls, gains: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> PairedDifference:
@@ -53,7 +54,7 @@ class PairedDifference:
         means = np.asarray([each.mean() for each in gains])
         errors = [_deviation(each) ** 2 / len(each) for each in gains]
         value, spread = float(means.mean()), _Z95 * math.sqrt(sum(errors)) / len(gains)
-        return cls(value, (value - spread, value + spread), _over_seeds(means))
+        return cls(value, _over_images(value, spread, min(map(len, gains))), _over_seeds(means))
 
     @property
     def verdict(self) -> str:
@@ -64,6 +65,11 @@ class PairedDifference:
         if all(interval is not None and interval[1] < 0 for interval in intervals):
             return LOSES
         return UNDECIDED
+
+
+def _over_images(value: float, spread: float, images: int) -> tuple[float, float]:
+    """The normal interval; all that a difference can be where a single image leaves its spread unknown."""
+    return (value - spread, value + spread) if images > 1 else (-1.0, 1.0)
 
 
 def _over_seeds(means: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float] | None:
