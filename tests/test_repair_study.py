@@ -344,7 +344,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and f"Picked: {content['picked']}." in shown.stdout
     again = CliRunner().invoke(app, command)
     assert (again.exit_code, again.stderr.count("error:")) == (2, 1)
+    larger = CliRunner().invoke(app, [*command, "--resume", "--image-size", "48"])
+    assert larger.exit_code == 2 and "has image_size None, not 48" in larger.stderr
+    twice = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--model", f"{names[0]}/"])
+    assert twice.exit_code == 2 and "are the same network" in twice.stderr
     few = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--samples", "100000"])
     assert few.exit_code == 2 and "three sets" in few.stderr
     both = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--weights", names[0] + "/last.safetensors"])
     assert both.exit_code == 2 and "--weights is one file" in both.stderr
+    card = tmp_path / "net-1" / "model.json"
+    card.write_text(card.read_text().replace('"image_size": 32', '"image_size": 48'))
+    sizes = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few")])
+    assert sizes.exit_code == 2 and f"({names[0]} of 32, {names[1]} of 48)" in sizes.stderr
+    assert not (tmp_path / "few").exists()

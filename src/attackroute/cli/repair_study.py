@@ -98,8 +98,10 @@ def repair_study(
     Among them are the paper's route, the one that follows the noise and its variants, attribution patching,
     sensitivity, and random channels.
     """
+    from itertools import combinations
+
     from attackroute.attacks import parse_attack
-    from attackroute.cli.networks import find_card, open_network
+    from attackroute.cli.networks import open_network
     from attackroute.data import load_data
     from attackroute.experiments.repair_study import study_repair
     from attackroute.experiments.tables import save_result
@@ -111,18 +113,21 @@ def repair_study(
         raise UserError("--weights is one file, but there are several networks; give a folder with each --model")
     attacks = {str(found): found for found in map(parse_attack, attack or ("pgd", "fgsm", "gaussian-noise"))}
     home = options.resolve_device(device)
-    if image_size is None and (card := find_card(names[0])) is not None:
-        image_size = card[1].spec.image_size
+    size = _own_size(names) if image_size is None else image_size
     wanted = 3 * samples * len(names)
-    images = load_data(data, split=split.value, image_size=image_size, samples=wanted, seed=seed)
+    images = load_data(data, split=split.value, image_size=size, samples=wanted, seed=seed)
     if len(images) < wanted:
         raise UserError(
             f"there are {len(images)} images for {len(names)} times three sets of {samples}: give a smaller --samples"
         )
     networks = {name: open_network(name, images, weights=weights, width=model_width).to(home) for name in names}
-    folder = options.open_folder(out)
     digests = {name: weights_digest(network) for name, network in networks.items()}
-    origin = {"weights": digests, "data": data, "split": images.split}
+    for name, other in combinations(names, 2):
+        if digests[name] == digests[other]:
+            raise UserError(f"{name} and {other} are the same network: give each once")
+    folder = options.open_folder(out)
+    # without the option, the networks' own size counts, which goes with their weights
+    origin = {"weights": digests, "data": data, "split": images.split, "image_size": image_size}
     with output.progress("steps") as progress:
         study = study_repair(
             networks, images.dataset, attacks, folder,
@@ -132,6 +137,20 @@ def repair_study(
     output.result({**study.about(), "rows": study.records()})
     _show(output, study)
     output.line(f"all numbers are in {folder / 'repair.json'} and {folder / 'repair.csv'}")
+
+
+def _own_size(names: list[str]) -> int | None:
+    """The size of the images that the networks were trained on, where one of them says so."""
+    from attackroute.cli.networks import find_card
+
+    sizes = {name: card[1].spec.image_size for name in names if (card := find_card(name)) is not None}
+    if len(set(sizes.values())) > 1:
+        known = ", ".join(f"{name} of {size}" for name, size in sizes.items())
+        raise UserError(
+            f"the networks were trained on images of different sizes in pixels ({known}): compare them one by one, or "
+            "give one --image-size"
+        )
+    return next(iter(sizes.values()), None)
 
 
 def _show(output: Output, study: RepairStudy) -> None:
