@@ -208,7 +208,7 @@ def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> N
     channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
     monkeypatch.setattr(repair_oracle, "_ROWS", 5)
     tried = []
-    effects = repair_oracle.Effects(model, pairs, channels, lambda: tried.append(1))
+    effects = repair_oracle.Effects(model, pairs, channels, Journal(None, {}), (), lambda: tried.append(1))
     alone = effects.alone()
     attacked = loss_with(model, pairs, [])
     for layer, values in alone.items():
@@ -232,6 +232,36 @@ def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> N
         left.remove(chosen[-1])
     route = repair.best_of_all(anywhere, 0.1)
     assert {(layer, c) for layer in route for c in route.indices[layer]} == set(chosen)
+
+
+def test_true_effects_go_on_where_they_were(tmp_path: Path) -> None:
+    model, pairs = some_pairs(Residual)
+    channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
+    every = repair_oracle.tries(channels, 0.5, 0.1)
+
+    def found(path: Path | None, stop: int = every + 1) -> tuple[int, list[list[float]]]:
+        tried: list[int] = []
+
+        def advance() -> None:
+            tried.append(1)
+            if len(tried) == stop:
+                raise KeyboardInterrupt
+
+        journal = Journal(path, {})
+        journal.resume()
+        effects = repair_oracle.Effects(model, pairs, channels, journal, ("net",), advance)
+        alone = effects.alone()
+        scores = (alone, *repair_oracle.greedy_scores(effects, alone, 0.5, 0.1))
+        return len(tried), [values.tolist() for each in scores for values in each.values()]
+
+    whole = found(None)
+    path = tmp_path / "effects.jsonl"
+    for stop in (every // 3, every // 3):
+        with pytest.raises(KeyboardInterrupt):
+            found(path, stop)
+    tried, scores = found(path)
+    assert scores == whole[1]
+    assert tried < every - 2 * (every // 3) + 2 * sum(channels.values())  # no more than a step is lost each time
 
 
 # The study

@@ -15,6 +15,7 @@ from torch.nn import functional
 from attackroute.experiments.repair_criteria import Layers, Pairs
 from attackroute.interventions import record_outputs, transplant
 from attackroute.layers import frozen
+from attackroute.measurements import Journal, Key
 from attackroute.routes import Route
 from attackroute.selection import kept
 
@@ -34,6 +35,8 @@ class Effects:
         model: The network.
         pairs: The images.
         channels: The layers' channel counts, in forward order.
+        journal: Where each layer's own effects and each greedy step are kept.
+        key: What they are of, such as the names of a network and an attack.
         advance: Called after every channel that is tried.
     """
 
@@ -42,9 +45,12 @@ class Effects:
         model: nn.Module,
         pairs: Pairs,
         channels: dict[str, int],
+        journal: Journal,
+        key: Key,
         advance: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._channels, self._advance = model, channels, advance
+        self._journal, self._key = journal, key
         self._batches = [pairs.part(start, start + _ROWS) for start in range(0, len(pairs), _ROWS)]
         with frozen(model):
             self._outputs = [record_outputs(model, batch.clean, channels) for batch in self._batches]
@@ -68,12 +74,15 @@ class Effects:
     def alone(self) -> dict[str, Tensor]:
         """How much each channel's clean values lower the loss, for each layer float64 ``(C,)``."""
         attacked = self.loss(())
-        return {
-            layer: torch.tensor(
-                [attacked - self._tried((), (layer, channel)) for channel in range(count)], dtype=torch.float64
-            )
-            for layer, count in self._channels.items()
-        }
+        found: dict[str, Tensor] = {}
+        for layer, count in self._channels.items():
+            key = (*self._key, OWN_EFFECT, layer)
+            known = self._journal.recall(key, "")
+            if known is None:
+                effects = [attacked - self._tried((), (layer, channel)) for channel in range(count)]
+                known = self._journal.keep(key, "", effects=effects)
+            found[layer] = torch.tensor(known["effects"], dtype=torch.float64)
+        return found
 
     def greedy(self, layers: Sequence[str], count: int) -> list[Channel]:
         """Channels of some layers, each the one that lowers the loss most beside those chosen before.
@@ -85,10 +94,19 @@ class Effects:
         left = [(layer, channel) for layer in layers for channel in range(self._channels[layer])]
         chosen: list[Channel] = []
         for _ in range(count):
-            best = min(left, key=lambda each: self._tried(chosen, each))
+            best = self._best(chosen, left, layers)
             chosen.append(best)
             left.remove(best)
         return chosen
+
+    def _best(self, chosen: Sequence[Channel], left: Sequence[Channel], layers: Sequence[str]) -> Channel:
+        """The next greedy step."""
+        key = (*self._key, GREEDY, *layers, len(chosen))
+        known = self._journal.recall(key, "")
+        if known is None:
+            layer, channel = min(left, key=lambda each: self._tried(chosen, each))
+            known = self._journal.keep(key, "", layer=layer, channel=channel)
+        return known["layer"], known["channel"]
 
     def _tried(self, chosen: Sequence[Channel], more: Channel) -> float:
         loss = self.loss([*chosen, more])

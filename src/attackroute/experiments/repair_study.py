@@ -198,7 +198,8 @@ class _Network:
         key = (self.name, "oracle", self._first)
         known = self.journal.recall(key, "")
         if known is None:
-            effects = Effects(self.model, self._ranked[self._first], self.channels, self.count.advance)
+            pairs = self._ranked[self._first]
+            effects = Effects(self.model, pairs, self.channels, self.journal, key, self.count.advance)
             alone = effects.alone()
             scores = (alone, *greedy_scores(effects, alone, _GREEDY_SHARE, BUDGETS[-1]))
             plain = [{layer: values.tolist() for layer, values in each.items()} for each in scores]
