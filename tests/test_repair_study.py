@@ -352,6 +352,54 @@ def test_each_network_has_images_of_its_own(tmp_path: Path, monkeypatch: pytest.
     models["other"](data[0][0][None])
     with pytest.raises(UserError, match="'network 0' and 'other' do not have the same layers"):
         repair_study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
+    models["other"] = Around().double()
+    with pytest.raises(UserError, match="only one of networks 'network 0' and 'other' is a chain"):
+        repair_study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
+    assert not any(tmp_path.iterdir())  # the folder is free for those that can be compared
+
+
+class Around(nn.Module):
+    """Layers of the same names and sizes as those of the chain, but beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, module in small().named_children():
+            self.add_module(name, module)
+        self.add_module("2", nn.Conv2d(3, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = dict(self.named_children())
+        both = parts["1"](parts["0"](x)) + parts["3"](parts["2"](x))
+        return parts["6"](both.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_images_are_read_once() -> None:
+    class Counted(list[tuple[Tensor, int]]):
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    model = seeded(0)
+    sets = repair_study._sets(model, Counted(digits(model, 3)), 3, 5, 0)  # type: ignore[arg-type]
+    assert Counted.reads == 9
+    for images, labels in sets:
+        assert torch.equal(model(images).argmax(1), labels)
+
+
+def test_clean_outputs_are_kept_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = some_pairs()
+    scores = criterion_scores(model, pairs, "noise")
+    kept_outputs = []
+    monkeypatch.setattr(repair, "record_outputs", lambda *args: kept_outputs.append(1) or ar.record_outputs(*args))
+    journal = Journal(None, {})
+    first = Repair(model, pairs, journal, ("here",))
+    found = first.measure({"noise": scores})
+    again = first.under(("there",)).measure({"noise": scores}, alone=False)
+    assert len(kept_outputs) == 1
+    assert (again.budgets["noise"] == found.budgets["noise"]).all()
+    assert journal.recall(("there", "noise", "any layer", "0.1"), "") is not None
 
 
 def test_the_command(tmp_path: Path) -> None:

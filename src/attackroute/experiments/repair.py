@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -153,6 +154,12 @@ class Repair:
         self._layers: Sequence[str] = ()
         self._outputs: list[dict[str, Tensor]] = []
 
+    def under(self, key: tuple[str, ...]) -> Repair:
+        """Transplants into the same images, written down as something else; what layers give is kept once for both."""
+        other = copy.copy(self)
+        other._key = key
+        return other
+
     def measure(
         self,
         scores: Mapping[str, Layers],
@@ -215,7 +222,7 @@ class Repair:
         """Batches, and what the layers give for their clean images."""
         batches = [self.pairs.part(start, start + _ROWS) for start in range(0, len(self.pairs), _ROWS)]
         if not self._outputs:
-            self._outputs = [record_outputs(self._model, batch.clean, self._layers) for batch in batches]
+            self._outputs += [record_outputs(self._model, batch.clean, self._layers) for batch in batches]
         return zip(batches, self._outputs, strict=True)
 
 

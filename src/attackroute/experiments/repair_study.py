@@ -77,7 +77,6 @@ def study_repair(
         "oracle": oracle,
     }  # fmt: skip
     journal = Journal(folder / JOURNAL, terms)
-    journal.begin(folder, resume=resume)
     count = _Count(progress)
     runs = {
         name: _Network(name, model, data, attacks, journal, count, samples, seed, oracle, index)
@@ -87,6 +86,11 @@ def study_repair(
     for name in others:
         if runs[name].channels != runs[first].channels:
             raise UserError(f"networks {first!r} and {name!r} do not have the same layers: compare them one by one")
+        if runs[name].criteria != runs[first].criteria:
+            raise UserError(
+                f"only one of networks {first!r} and {name!r} is a chain of layers: compare them one by one"
+            )
+    journal.begin(folder, resume=resume)  # only now, since what cannot be compared should not take the folder
     count.total = sum(run.passes for run in runs.values())
     for run in runs.values():
         run.rank()
@@ -123,12 +127,13 @@ class _Network:
     oracle: bool
     index: int
     channels: dict[str, int] = field(init=False)
+    criteria: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self._sets = _sets(self.model, self.data, self.samples, self.seed, self.index)
         self._first = next(iter(self.attacks))
         some = self._pairs(self._first, *(part[:2] for part in self._sets[0]))
-        self._criteria = _defined(self.model, some)
+        self.criteria = _defined(self.model, some)
         self.channels = {layer: len(values) for layer, values in criterion_scores(self.model, some, INFLUENCE).items()}
 
     def rank(self) -> None:
@@ -137,7 +142,7 @@ class _Network:
         self._scores: dict[str, dict[str, Layers]] = {}
         for name in self.attacks:
             self._ranked[name] = pairs = self._pairs(name, *self._sets[0])
-            self._scores[name] = {by: self._scored(pairs, by) for by in self._criteria}
+            self._scores[name] = {by: self._scored(pairs, by) for by in self.criteria}
 
     def _scored(self, pairs: Pairs, by: str) -> Layers:
         scores = criterion_scores(self.model, pairs, by, seed=self.seed)
@@ -150,13 +155,13 @@ class _Network:
     @property
     def passes(self) -> int:
         """Steps of the progress, at most: scores by a criterion, and passes over a set of images."""
-        layers, variants = len(self.channels), [by for by in VARIANTS if by in self._criteria]
-        judged = len(self._criteria) * len(self.attacks) + (2 if self.oracle else 0)
+        layers, variants = len(self.channels), [by for by in VARIANTS if by in self.criteria]
+        judged = len(self.criteria) * len(self.attacks) + (2 if self.oracle else 0)
         selection = 1 + layers * (1 + len(SHARES) * len(variants))
         final = len(self.attacks) * (1 + layers + len(BUDGETS)) + judged * (layers * len(SHARES) + 2 * len(BUDGETS))
         moved = 2 * len(self.attacks) ** 2 * (1 + 2 * len(BUDGETS))
         tried = tries(self.channels, _GREEDY_SHARE, BUDGETS[-1]) if self.oracle else 0
-        return len(self.attacks) * len(self._criteria) + selection + final + moved + tried + 2
+        return len(self.attacks) * len(self.criteria) + selection + final + moved + tried + 2
 
     def _repair(self, pairs: Pairs, *key: str) -> Repair:
         return Repair(self.model, pairs, self.journal, (self.name, *key), self.count.advance)
@@ -181,7 +186,7 @@ class _Network:
             found[name] = repair.measure(scores, pooled=pooled)
             for by in dict.fromkeys((picked, NOISE_ROUTE)):
                 for there, theirs in self._elsewhere(name, by).items():
-                    again = self._repair(repair.pairs, "moved", name, there)
+                    again = repair.under((self.name, "moved", name, there))
                     kept = _kept(theirs, scores[by])
                     moved[name, by, there] = kept, again.measure({by: theirs}, alone=False)
         return NetworkRepair(selection, found, moved)
@@ -216,11 +221,12 @@ def _sets(model: nn.Module, data: Dataset[Any], samples: int, seed: int, index: 
     total, wanted = count_samples(data, "data"), 3 * samples * (index + 1)
     if total < wanted:
         raise UserError(f"there are {total} images, but three sets of {samples} for each network: take fewer samples")
-    drawn = torch.randperm(total, generator=derived_generator(seed, "repair", 0)).tolist()
-    order = drawn[wanted - 3 * samples : wanted]
+    shuffled = torch.randperm(total, generator=derived_generator(seed, "repair", 0)).tolist()
+    order = shuffled[wanted - 3 * samples : wanted]
     device, dtype = placement(model)
-    images = torch.stack([data[index][0] for index in order]).to(device, dtype)
-    labels = torch.tensor([data[index][1] for index in order], device=device)
+    drawn = [data[at] for at in order]
+    images = torch.stack([image for image, _ in drawn]).to(device, dtype)
+    labels = torch.tensor([label for _, label in drawn], device=device)
     return list(zip(images.split(samples), labels.split(samples), strict=True))
 
 
