@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -19,10 +21,20 @@ from architectures import Function, chain, randomised
 from attackroute.attacks import FGSM, Perturbation
 from attackroute.errors import UserError
 from attackroute.experiments.hardness_radius import EpsSearch
-from attackroute.experiments.hardness_study import ALL, LAYER, OURS, RANDOM, RIVALS, SMALLEST_EPS, study_hardness
+from attackroute.experiments.hardness_study import (
+    ALL,
+    LAYER,
+    OURS,
+    PAPER,
+    RANDOM,
+    RIVALS,
+    SMALLEST_EPS,
+    _verdict,
+    study_hardness,
+)
 from attackroute.figures.hardness_bars import hardness_figure
 from attackroute.figures.hardness_images import images_figure, pick_images
-from attackroute.rank_statistics import AUROC, SPEARMAN
+from attackroute.rank_statistics import AUROC, SPEARMAN, associations
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,25 @@ def test_the_papers_route_is_a_rival_of_another(case: tuple[nn.Module, Tensor, T
     (sentence,) = found.sentences()
     assert "V on the paper's route (" in sentence
     assert "the paper's" not in plain.sentences()[0]
+
+
+def test_a_papers_route_that_says_nothing_is_no_rival() -> None:
+    numbers = np.arange(6.0)
+    predictors = {OURS: numbers, "loss": numbers[::-1], PAPER: np.zeros(6)}
+    text = _verdict(associations(predictors, numbers, SPEARMAN, resamples=20))
+    assert "the best rival, loss" in text and PAPER not in text
+
+
+def test_the_page_shows_an_attack_that_fools_nobody(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "fill_beyond.py"))
+    found = study(case, attacks=[Darken(), Darken(factor=1.0)], draws=1).to_json()
+    names = [f"fgsm:eps={eps}/255" for eps in (1, 2)]  # the page takes attacks that have a name
+    for name, attack in zip(names, list(found["attacks"]), strict=True):
+        found["attacks"][name] = found["attacks"].pop(attack)
+        for item in found["judgements"]:
+            item["target"] = name if item["target"] == attack else item["target"]
+    first, second = tool["_hardness"]({"chain": found}).splitlines()[2:]
+    assert " to " in first and f"0 of {found['correctly_classified']} |  |" in second
 
 
 def test_predictors_are_larger_for_what_is_easier_to_fool(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:

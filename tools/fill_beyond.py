@@ -225,7 +225,7 @@ def _hardness(files: dict[str, Content]) -> str:
             draws = []
             for item in (each for each in judged if each["target"] == attack):
                 if item["predictor"].startswith(RANDOM):
-                    draws.append(item["value"])
+                    draws += [] if item["value"] is None else [item["value"]]  # none if all images are alike in that
                 elif not item["predictor"].startswith(LAYER):
                     cells[item["predictor"]] = _estimate(item)
             cells[RANDOM] = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""

@@ -192,8 +192,9 @@ def _route(
 
     if file is not None:
         return Route.load(file, model=network)
+    followed = "" if noise_of is None else f", along the noise of {noise_of}"
     output.note(
-        f"note: no --route is given, so one is traced from these {len(batches.sampler)} images "
+        f"note: no --route is given, so one is traced from these {len(batches.sampler)} images{followed} "
         f"(width {_WIDTH:g} for an image's route, {_ROUTE_WIDTH:g} for the model's)"
     )
     with output.progress("images traced") as progress:

@@ -308,7 +308,7 @@ def _verdict(found: Sequence[Association]) -> str:
     if ours.estimate.value is None or leader is None:
         return "all samples are alike in that, so there is nothing to judge"
     text = f"{ours.statistic} of V {ours.estimate}, {_standing(leader, 'the best rival, ')}"
-    if PAPER in judged and leader.predictor != PAPER:
+    if PAPER in judged and leader.predictor != PAPER and judged[PAPER].estimate.value is not None:
         text += f", and {_standing(judged[PAPER], '')}"
     draws = [item.estimate.value for name, item in judged.items() if name.startswith(RANDOM)]
     known = [value for value in draws if value is not None]
