@@ -134,6 +134,7 @@ def test_each_base_may_have_its_own_judge() -> None:
         ({"tolerance": -0.1}, "tolerance"), ({"vanilla_judge": "pgdd"}, "cannot choose"),
         ({"autoattack_samples": -1}, "at least 0"), ({"penalties": ()}, "penalties to compare"),
         ({"penalties": ("gradients",)}, "gradients"), ({"carrier": "sound"}, "'sound'"),
+        ({"eps": 0.0}, "eps 0 is outside"),
     ],
 )  # fmt: skip
 def test_bad_plans_are_named(change: dict[str, Any], message: str) -> None:

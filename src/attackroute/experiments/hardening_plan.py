@@ -129,6 +129,8 @@ class StudyPlan:
     check_samples: int = 96
 
     def __post_init__(self) -> None:
+        if not 0 < self.eps <= 1:
+            raise UserError(f"eps {self.eps:g} is outside (0, 1]: give the radius of all attacks, such as 8/255")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("a study needs seeds, each once")
         if self.tuning_seed in self.seeds:

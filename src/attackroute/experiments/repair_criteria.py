@@ -65,7 +65,8 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
     * ``"influence"``, ``"influence, attacked"``: how often a channel is on the paper's routes of the clean or of the
       attacked images (Eqs. (3)-(8)).
     * ``"noise"``: how often it is on the routes that follow the noise.
-    * ``"noise, mean"``: the mean of the scores that rank these, each sample's divided by their sum in the layer.
+    * ``"noise, mean"``: the mean of the scores that rank these, each sample's divided by the sum of their absolute
+      values in the layer.
     * ``"noise, signed"``: as ``"noise"``, but ``C[j, i] = |sum over positions of what the noise of i adds to j|``, so
       that noise of either sign cancels, and so do weights; for chains of convolutions without groups.
     * ``"noise x gradient"``: how often a channel is among a sample's best by ``sum of (Z(x') - Z(x)) dL/dZ(x')``, which
