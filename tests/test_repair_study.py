@@ -355,6 +355,9 @@ def test_each_network_has_images_of_its_own(tmp_path: Path, monkeypatch: pytest.
     models["other"] = Around().double()
     with pytest.raises(UserError, match="only one of networks 'network 0' and 'other' is a chain"):
         repair_study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
+    without = nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 13, 5)).double()
+    with pytest.raises(UserError, match="no 2-D convolution"):
+        repair_study.study_repair({"linear": without}, data, {"shaken": shaken}, tmp_path, samples=2)
     assert not any(tmp_path.iterdir())  # the folder is free for those that can be compared
 
 

@@ -133,8 +133,8 @@ class _Network:
         self._sets = _sets(self.model, self.data, self.samples, self.seed, self.index)
         self._first = next(iter(self.attacks))
         some = self._pairs(self._first, *(part[:2] for part in self._sets[0]))
-        self.criteria = _defined(self.model, some)
         self.channels = {layer: len(values) for layer, values in criterion_scores(self.model, some, INFLUENCE).items()}
+        self.criteria = _defined(self.model, some)
 
     def rank(self) -> None:
         """Score the channels by every criterion under every attack."""
