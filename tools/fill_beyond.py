@@ -65,13 +65,8 @@ def _shown(found: Content) -> str:
 
 def _difference(study: Content, attack: str, first: str, second: str, what: str, share: float | None = None) -> str:
     for found in study["differences"]:
-        if [found[key] for key in ("attack", "first", "second", "what", "share")] == [
-            attack,
-            first,
-            second,
-            what,
-            share,
-        ]:
+        wanted = {"attack": attack, "first": first, "second": second, "what": what, "share": share}
+        if wanted.items() <= found.items():
             return _shown(found)
     return ""
 
@@ -166,8 +161,8 @@ def _repair(title: str, study: Content) -> str:
     return "\n\n".join(
         [
             f"### {title}",
-            f"{len(names)} networks, {study['images'][first]} images that are right when clean, of "
-            f"{study['terms']['samples']} for each; of them {images}. The rule picked `{study['picked']}`. Mean area:",
+            f"{len(names)} network{'s' * (len(names) > 1)}, {study['images'][first]} images that are right when clean, "
+            f"of {study['terms']['samples']} for each; of them {images}. The rule picked `{study['picked']}`. Mean area:",
             means,
             f"Accuracy under {_named(first)} with shares of all channels replaced:",
             accuracies,
@@ -240,7 +235,10 @@ def _hardness(files: dict[str, Content]) -> str:
                     cells,
                 )
             )
-    return markdown(
+    return (
+        "AUROC for being fooled, of test images that are right when clean; bold where the 95 % interval of the difference "
+        "to V along the noise (`hardness V`) leaves out zero:\n\n"
+    ) + markdown(
         ["network", "attack", "fooled", *header],
         [[*row, *(cells.get(name, "") for name in header)] for row, cells in found],
     )
