@@ -162,7 +162,8 @@ def _repair(title: str, study: Content) -> str:
         [
             f"### {title}",
             f"{len(names)} network{'s' * (len(names) > 1)}, {study['images'][first]} images that are right when clean, "
-            f"of {study['terms']['samples']} for each; of them {images}. The rule picked `{study['picked']}`. Mean area:",
+            f"of {study['terms']['samples']} for each; of them {images}. The rule picked `{study['picked']}`. "
+            "Mean area:",
             means,
             f"Accuracy under {_named(first)} with shares of all channels replaced:",
             accuracies,
@@ -236,8 +237,8 @@ def _hardness(files: dict[str, Content]) -> str:
                 )
             )
     return (
-        "AUROC for being fooled, of test images that are right when clean; bold where the 95 % interval of the difference "
-        "to V along the noise (`hardness V`) leaves out zero:\n\n"
+        "AUROC for being fooled, of test images that are right when clean; bold where the 95 % interval of the "
+        "difference to V along the noise (`hardness V`) leaves out zero:\n\n"
     ) + markdown(
         ["network", "attack", "fooled", *header],
         [[*row, *(cells.get(name, "") for name in header)] for row, cells in found],
