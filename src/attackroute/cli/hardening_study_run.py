@@ -63,10 +63,11 @@ def run_study(
             return build(spec).to(device)
 
     home = options.open_folder(folder)
+    origin = {"model": model, "width": width, "data": data, "image_size": spec.image_size}
     with output.progress("networks") as progress:
         study = study_hardening(
             made, train.dataset, test.dataset, plan, home,
-            resume=resume, origin={"model": model, "width": width, "data": data, "image_size": spec.image_size}, progress=progress,
+            resume=resume, origin=origin, progress=progress,
         )  # fmt: skip
     card = ModelCard(with_own_normalisation(spec, made(plan.tuning_seed)), train.classes)
     for network in home.glob(f"seed-*/*/{LAST}"):
