@@ -111,13 +111,14 @@ def _networks(results: Results) -> str:
 
 def study_terms(study: Content) -> str:
     """On what a hardening study was made and judged, and whether it shows signs of masked gradients."""
-    checks = study["checks"]
+    checks, attacked = study["checks"], study["autoattack_samples"]
     suspicious = sorted({check["variant"] for check in checks if check["verdict"] == "suspicious"})
     return (
         f"Networks of seeds {', '.join(map(str, study['seeds']))}, trained for {study['training']['epochs']} epochs on "
         f"{study['train_samples']:,} images less {study['validation']:.0%} that chose lambda, PAT against "
         f"`{study['training_attack']}`, fine-tuned for {study['fine_tuning']['epochs']} more; judged on "
-        f"{study['test_samples']:,} test images, AutoAttack on {study['autoattack_samples']}. Lambda: {study['rule']}. "
+        f"{study['test_samples']:,} test images{f', AutoAttack on {attacked}' if attacked else ''}. "
+        f"Lambda: {study['rule']}. "
         f"Signs of masked gradients, first seed: {', '.join(suspicious) or 'none'} ({len(checks)} checks)."
     )
 
