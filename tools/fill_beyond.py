@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from attackroute.attack_labels import short
 from attackroute.attacks import parse_attack
@@ -25,8 +24,7 @@ from attackroute.rank_statistics import AUROC
 from attackroute.reproduction.claims import markdown, percent
 from attackroute.reproduction.hardening import accuracies_table, differences_table
 from attackroute.reproduction.page import fill, study_terms
-
-Content = dict[str, Any]
+from attackroute.reproduction.results import Content, matching
 
 
 def main() -> None:
@@ -64,11 +62,9 @@ def _shown(found: Content) -> str:
 
 
 def _difference(study: Content, attack: str, first: str, second: str, what: str, share: float | None = None) -> str:
-    for found in study["differences"]:
-        wanted = {"attack": attack, "first": first, "second": second, "what": what, "share": share}
-        if wanted.items() <= found.items():
-            return _shown(found)
-    return ""
+    wanted = {"attack": attack, "first": first, "second": second, "what": what, "share": share}
+    found = matching(study["differences"], **wanted)
+    return _shown(found[0]) if found else ""
 
 
 def _summary(repairs: dict[str, Content]) -> str:

@@ -198,7 +198,8 @@ def harden_study(
 
 def _show(output: Output, study: HardeningStudy) -> None:
     from attackroute.experiments.hardening_plan import compared, judged
-    from attackroute.experiments.hardening_results import over_seeds, shown
+    from attackroute.experiments.hardening_results import over_seeds
+    from attackroute.experiments.paired import shown
 
     output.line(f"Lambda, chosen on {study.tuning[0].reference.clean.total} validation images: {study.plan.rule}.")
     output.table(

@@ -154,8 +154,9 @@ def _own_size(names: list[str]) -> int | None:
 
 
 def _show(output: Output, study: RepairStudy) -> None:
+    from attackroute.experiments.paired import shown
     from attackroute.experiments.repair import BUDGETS, EVERY
-    from attackroute.experiments.repair_results import AREA, shown
+    from attackroute.experiments.repair_results import AREA
 
     output.line(f"Picked: {study.picked}. The rule: {study.rule}.")
     budgets = [f"{share:.0%}" for share in BUDGETS]
@@ -189,7 +190,14 @@ def _show(output: Output, study: RepairStudy) -> None:
     output.table(
         ["attack", "first", "verdict", "second", "what", "difference"],
         [
-            [attack, one, found.verdict, other, what if share is None else f"{share:.0%} in {what}", shown(found)]
+            [
+                attack,
+                one,
+                found.verdict,
+                other,
+                what if share is None else f"{share:.0%} in {what}",
+                shown(found, "networks"),
+            ]
             for attack, one, other, what, share, found in study.differences()
         ],
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from attackroute.accuracy import Accuracy
 from attackroute.experiments.hardening_plan import StudyPlan, Trial, Variant, compared
-from attackroute.experiments.paired import PairedDifference
+from attackroute.experiments.paired import PairedDifference, shown
 from attackroute.experiments.tables import Record
 from attackroute.masking import SUSPICIOUS, Check
 from attackroute.route_tracing import RouteOverlap
@@ -168,15 +168,6 @@ class HardeningStudy:
     def reading(self) -> str:
         """All of it in one line."""
         return "; ".join(self.sentences()) + "."
-
-
-def shown(difference: PairedDifference) -> str:
-    """A difference in percentage points, with its intervals."""
-    parts = [("images", difference.over_images), ("seeds", difference.over_seeds)]
-    intervals = ", ".join(
-        f"{what} {100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}" for what, ends in parts if ends is not None
-    )
-    return f"{100 * difference.value:+.1f} ({intervals})"
 
 
 def over_seeds(values: Sequence[float]) -> str:

@@ -67,6 +67,20 @@ class PairedDifference:
         return UNDECIDED
 
 
+def shown(found: PairedDifference, over: str = "seeds") -> str:
+    """A difference in percentage points, with its intervals.
+
+    Args:
+        found: The difference.
+        over: What the second interval is called.
+    """
+    parts = [("images", found.over_images), (over, found.over_seeds)]
+    intervals = ", ".join(
+        f"{what} {100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}" for what, ends in parts if ends is not None
+    )
+    return f"{100 * found.value:+.1f} ({intervals})"
+
+
 def _over_images(value: float, spread: float, images: int) -> tuple[float, float]:
     """The normal interval; all that a difference can be where a single image leaves its spread unknown."""
     return (value - spread, value + spread) if images > 1 else (-1.0, 1.0)

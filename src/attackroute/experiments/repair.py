@@ -220,7 +220,7 @@ class Repair:
 
     def _recorded(self) -> Iterator[tuple[Pairs, Mapping[str, Tensor]]]:
         """Batches, and what the layers give for their clean images."""
-        batches = [self.pairs.part(start, start + _ROWS) for start in range(0, len(self.pairs), _ROWS)]
+        batches = self.pairs.parts(_ROWS)
         if not self._outputs:
             self._outputs += [record_outputs(self._model, batch.clean, self._layers) for batch in batches]
         return zip(batches, self._outputs, strict=True)

@@ -54,9 +54,10 @@ class Pairs:
         """Some of the images."""
         return Pairs(self.clean[start:stop], self.attacked[start:stop], self.labels[start:stop])
 
-    def parts(self) -> list[Pairs]:
+    def parts(self, rows: int | None = None) -> list[Pairs]:
         """All of them, in batches."""
-        return [self.part(start, start + _BATCH) for start in range(0, len(self), _BATCH)]
+        step = rows or _BATCH
+        return [self.part(start, start + step) for start in range(0, len(self), step)]
 
 
 def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) -> Layers:

@@ -51,7 +51,7 @@ class Effects:
     ) -> None:
         self._model, self._channels, self._advance = model, channels, advance
         self._journal, self._key = journal, key
-        self._batches = [pairs.part(start, start + _ROWS) for start in range(0, len(pairs), _ROWS)]
+        self._batches = pairs.parts(_ROWS)
         with frozen(model):
             self._outputs = [record_outputs(model, batch.clean, channels) for batch in self._batches]
 

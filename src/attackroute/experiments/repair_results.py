@@ -216,12 +216,5 @@ class RepairStudy:
             yield attack, criterion, origin, float(np.mean([kept for kept, _ in moved])), np.mean(rows, axis=0).tolist()
 
 
-def shown(found: PairedDifference) -> str:
-    """A difference in percentage points, with its intervals."""
-    parts = [("images", found.over_images), ("networks", found.over_seeds)]
-    intervals = [f"{what} {100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}" for what, ends in parts if ends is not None]
-    return f"{100 * found.value:+.1f} ({', '.join(intervals)})"
-
-
 def _budget(found: Repaired, place: str) -> Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]:
     return {EVERY: found.budgets, ANY: found.pooled}[place]

@@ -161,7 +161,8 @@ class _Network:
         final = len(self.attacks) * (1 + layers + len(BUDGETS)) + judged * (layers * len(SHARES) + 2 * len(BUDGETS))
         moved = 2 * len(self.attacks) ** 2 * (1 + 2 * len(BUDGETS))
         tried = tries(self.channels, _GREEDY_SHARE, BUDGETS[-1]) if self.oracle else 0
-        return len(self.attacks) * len(self.criteria) + selection + final + moved + tried + 2
+        scored = len(self.attacks) * len(self.criteria) + 2  # and two criteria on other images
+        return scored + selection + final + moved + tried
 
     def _repair(self, pairs: Pairs, *key: str) -> Repair:
         return Repair(self.model, pairs, self.journal, (self.name, *key), self.count.advance)
