@@ -31,6 +31,7 @@ from attackroute.sketches import AUTO, Sketches, check_sketches
 from attackroute.sketching import Sketcher
 from attackroute.streams import BatchStream, Data, batches
 from attackroute.structure import AUTOGRAD, REPLAY, SKETCH, Structure
+from attackroute.tracing.config import TraceConfig
 
 Progress = Callable[[int, "int | None"], None]
 """Called after every batch with the number of samples done and, where known, in all."""
@@ -42,6 +43,7 @@ def trace_routes(
     width: float = 0.2,
     *,
     attack: Attack | None = None,
+    config: TraceConfig | None = None,
     carrier: str = UNIT,
     loss: Loss | None = None,
     linear: bool = False,
@@ -62,6 +64,7 @@ def trace_routes(
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
             Samples without labels are traced for the model's own prediction.
         width: Share of each layer's channels that a sample's route keeps, in (0, 1].
+        config: How routes are traced; instead of the options of the same names.
         attack: Trace what this makes of the images, as in ``ar.parse_attack("pgd")``; a sample without a label is
             attacked, and then traced, for the model's prediction on its clean image.
         carrier: What is pushed through the segments between layers: ``"unit"``, ones, which is the paper's influence,
@@ -90,6 +93,9 @@ def trace_routes(
             unknown, lacks an attack, or cannot be sketched.
     """
     check_width(width)
+    if config is not None:
+        linear, carrier, sketches = config.linear, config.carrier, config.sketches
+        seed, freeze_gates = config.seed, config.freeze_gates
     check_sketches(sketches)
     check_carrier(carrier, attack, sketches, freeze_gates=freeze_gates)
     parts: list[InstanceRoutes] = []

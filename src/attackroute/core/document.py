@@ -1,0 +1,115 @@
+"""The one format in which every command writes its result, and from which reports are made.
+
+A document is ``NAME.json`` (settings, what all rows have in common, one sentence, the rows) with the same rows as
+``NAME.csv`` beside it. The JSON is written last, so that where it is, all is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attackroute.core.table import Table, plain
+from attackroute.errors import UserError
+from attackroute.files import replace_file, shown
+
+_FORMAT = "attackroute document"
+_VERSION = 1
+_FIELDS = {"kind": str, "settings": dict, "reading": str, "about": dict, "rows": list}
+
+
+@dataclass(frozen=True)
+class Document:
+    """The result of one command or experiment.
+
+    Attributes:
+        kind: What was measured: ``"evaluation"``, ``"transplant"``, ``"hardness"``, ...
+        settings: All on which the numbers depend, as JSON values: model, data, split, samples, seed, ...
+        reading: One sentence that says what came out.
+        table: The measurements.
+        about: What all rows have in common: verdicts, costs, checks.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    reading: str = ""
+    table: Table = field(default_factory=lambda: Table((), ()))
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values; numbers that are not defined become null."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "kind": self.kind,
+            "settings": plain(self.settings),
+            "reading": self.reading,
+            "about": plain(self.about),
+            "rows": self.table.to_json(),
+        }
+
+    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> list[Path]:
+        """Write ``NAME.csv``, where there are rows, and then ``NAME.json``; NAME is the kind unless it is given.
+
+        Raises:
+            UserError: A file cannot be written.
+        """
+        home, name = Path(folder), name or self.kind
+        paths = [home / f"{name}.json"]
+        if len(self.table):
+            paths.insert(0, home / f"{name}.csv")
+            replace_file(paths[0], self.table.to_csv().encode())
+        replace_file(paths[-1], (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        return paths
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Document:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: The file cannot be read, is damaged, or holds something else.
+        """
+        content = read_object(Path(path))
+        if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+            raise UserError(f"{shown(path)}: not an {_FORMAT} of version {_VERSION}; write it anew, or move it away")
+        for name, kind in _FIELDS.items():
+            if not isinstance(content.get(name), kind):
+                raise UserError(f"{shown(path)}: {name!r} must be a {kind.__name__}; write it anew, or move it away")
+        if not all(isinstance(row, dict) for row in content["rows"]):
+            raise UserError(f"{shown(path)}: 'rows' must be JSON objects; write it anew, or move it away")
+        table = Table.of(content["rows"])
+        return cls(content["kind"], content["settings"], content["reading"], table, content["about"])
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        """Whether a file says that it is a document, whatever else is wrong with it."""
+        try:
+            with path.open("rb") as file:
+                return _FORMAT.encode() in file.read(200)
+        except OSError:
+            return False
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except OSError as error:
+        raise UserError(f"{shown(path)}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown(path)}: not JSON, or damaged ({error}); write it anew, or move it away") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{shown(path)}: holds no JSON object; write it anew, or move it away")
+    return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")

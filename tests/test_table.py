@@ -1,0 +1,93 @@
+"""Tables and documents: what goes in comes out, and faults are named."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attackroute.core.document import Document
+from attackroute.core.table import Table
+from attackroute.errors import UserError
+
+TABLE = Table.of(
+    [
+        {"criterion": "route", "layer": "a", "accuracy": 0.5},
+        {"criterion": "route", "layer": "b", "accuracy": 0.25},
+        {"criterion": "random", "layer": "a", "accuracy": None, "draw": 1},
+    ]
+)
+
+
+def test_a_table_selects_lists_and_averages_by_column() -> None:
+    assert TABLE.columns == ("criterion", "layer", "accuracy", "draw")
+    assert TABLE.select(criterion="route").column("accuracy") == [0.5, 0.25]
+    assert TABLE.distinct("criterion") == ["route", "random"]
+    assert TABLE.mean("accuracy") == 0.375
+    assert math.isnan(TABLE.select(layer="c").mean("accuracy"))
+    assert TABLE.one(criterion="random")["draw"] == 1
+    assert len(TABLE + TABLE) == 6
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda: TABLE.column("acuracy"), "no column 'acuracy'; it has criterion, layer, accuracy, draw"),
+        (lambda: TABLE.one(criterion="route"), "2 rows for criterion 'route'"),
+        (lambda: TABLE.one(layer="z"), "no rows for layer 'z'"),
+        (lambda: Table(("a", "a"), ()), "twice"),
+        (lambda: Table(("a",), ((1, 2),)), "2 cells"),
+    ],
+)
+def test_a_table_names_what_is_missing(ask: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ask()  # type: ignore[operator]
+
+
+cells = st.none() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]))
+
+
+@given(st.lists(st.fixed_dictionaries({"a": cells, 'b,"': cells}), min_size=1))
+def test_csv_and_json_hold_every_cell(records: list[dict[str, object]]) -> None:
+    table = Table.of(records)
+    defined = [
+        {name: None if isinstance(cell, float) and not math.isfinite(cell) else cell for name, cell in record.items()}
+        for record in records
+    ]
+    assert json.loads(json.dumps(table.to_json(), allow_nan=False)) == defined
+    read = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert [list(row.values()) for row in read] == [
+        ["" if cell is None else str(cell) for cell in record.values()] for record in defined
+    ]
+
+
+def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:
+    document = Document("transplant", {"model": "vgg16", "seed": 0}, "It repairs.", TABLE, {"verdicts": [1, 2]})
+    assert document.save(tmp_path) == [tmp_path / "transplant.csv", tmp_path / "transplant.json"]
+    assert Document.load(tmp_path / "transplant.json") == document
+    assert Document.is_at(tmp_path / "transplant.json")
+    assert not Document.is_at(tmp_path / "transplant.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "holds no JSON object"),
+        ("{", "not JSON, or damaged"),
+        ('{"format": "attackroute document", "version": 1, "kind": 3}', "'kind' must be a str"),
+        ('{"format": "attackroute document", "version": 2}', "of version 1"),
+        ('{"a": NaN}', "NaN is no number of JSON"),
+        ("[" * 100_000, "not JSON, or damaged"),
+    ],
+)
+def test_a_file_that_is_no_document_is_named(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"x.json: .*{said}"):
+        Document.load(path)
