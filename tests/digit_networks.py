@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attackroute.cli.networks import spec_for
-from attackroute.data import load_data
-from attackroute.models import ModelCard, build
+from attackroute.zoo.card import ModelCard
+from attackroute.zoo.networks import spec_for
+from attackroute.zoo.registry import build
+from attackroute.zoo.sources import load_data
 
 SAMPLES = 24
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from architectures import chain, randomised
-from attackroute.instances import InstanceRoutes
-from attackroute.rivals import ChannelScores, channel_scores
-from attackroute.routes import Route
-from attackroute.trace import trace_routes
+from attackroute.analysis.criteria import ChannelScores, channel_scores
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.route import Route
+from attackroute.tracing.trace import trace_routes
 
 
 @dataclass(frozen=True, eq=False)

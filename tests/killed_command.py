@@ -14,12 +14,12 @@ from functools import reduce
 from importlib import import_module
 from typing import Any
 
-from attackroute.cli import unfinished
 from attackroute.cli.app import main
+from attackroute.routes import folder
 
 _WHILE = 3.0  # seconds
 
-unfinished._SHARD_SAMPLES = 3  # rounded up to a batch
+folder._SHARD_SAMPLES = 3  # rounded up to a batch
 
 
 def kill_at(where: str, calls: int) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attackroute import noise_oracle
-from attackroute.instances import InstanceRoutes
-from attackroute.trace import trace_routes
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.tracing import noise_oracle
+from attackroute.tracing.trace import trace_routes
 from tracing import same_routes, worst
 
 

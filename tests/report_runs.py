@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 from attackroute.cli.app import app
-from attackroute.models import ModelCard, ModelSpec
+from attackroute.zoo.card import ModelCard
+from attackroute.zoo.spec import ModelSpec
 
 CLASSES = ("<script>alert(1)</script>", 'light & "bright"')
 """Names that must be harmless."""

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from attackroute.builder import InstanceRoutesBuilder
-from attackroute.errors import UserError
-from attackroute.instances import InstanceRoutes
-from attackroute.provenance import Provenance
-from attackroute.routes import Route
-from attackroute.selection import top_k
+from attackroute.core.errors import UserError
+from attackroute.routes.instance_routes import InstanceRoutes, InstanceRoutesBuilder
+from attackroute.routes.masks import top_k
+from attackroute.routes.provenance import Provenance
+from attackroute.routes.route import Route
 
 CHANNELS = {"features.0": 5, "features.3": 8, "classifier#2": 1, "features.8": 19}
 ORIGIN = Provenance(samples=12, width=0.4, model="vgg16", data="cifar10", attack="PGD (ε = 8/255)", seed=7)

@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 import shared_training
-from attackroute.cli import unfinished
 from attackroute.cli.app import app
-from attackroute.data import ImageBatches, load_data
-from attackroute.errors import UserError
-from attackroute.processes import Processes, joined
-from attackroute.streams import BatchStream
+from attackroute.core.batches import BatchStream
+from attackroute.core.distributed import Processes, joined
+from attackroute.core.errors import UserError
+from attackroute.routes import folder
+from attackroute.zoo.batched import ImageBatches
+from attackroute.zoo.sources import load_data
 from report_runs import make_network, make_pictures
 
 COMMANDS: dict[str, tuple[object, ...]] = {
@@ -55,7 +56,7 @@ def prepare(root: Path) -> None:
 
 def run_commands(root: Path, out: Path) -> dict[str, Any]:
     """Run all commands, and return what each printed."""
-    unfinished._SHARD_SAMPLES = SHARD
+    folder._SHARD_SAMPLES = SHARD
     printed: dict[str, Any] = {}
     for name, (command, *options) in COMMANDS.items():
         common = ("--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--out", out / name, "--json")

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.accuracy import count_correct
-from attackroute.errors import UserError
-from attackroute.fingerprint import weights_digest
-from attackroute.processes import Processes
-from attackroute.train_settings import TrainSettings
+from attackroute.core.accuracy import count_correct
+from attackroute.core.distributed import Processes
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import weights_digest
+from attackroute.hardening.settings import TrainSettings
 
 SAMPLES = 23  # batches of 8, 8 and 7
 TOLERANCE = 1e-12

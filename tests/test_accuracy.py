@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from attackroute.accuracy import Accuracy, accuracy, count_correct
-from attackroute.errors import UserError
+from attackroute.core.accuracy import Accuracy, accuracy, count_correct
+from attackroute.core.errors import UserError
 
 
 class Brightness(nn.Module):

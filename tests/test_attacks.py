@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attack_samples import CLASSES, images, network, right
-from attackroute.attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL, parse_attack
-from attackroute.attacks.gradient import input_gradient
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
+from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL, input_gradient
+from attackroute.robustness.registry import parse_attack
 
 EPS = 4 / 255
 LINF = ("fgsm:eps=4/255", "step-ll:eps=4/255", "mi-fgsm:eps=4/255,steps=4", "pgd:eps=4/255,steps=4")

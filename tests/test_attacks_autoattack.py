@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attack_samples import images, network, right, untrained
-from attackroute.attacks import PGD, AutoAttack, Square
-from attackroute.attacks.autoattack import _projected
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
+from attackroute.robustness.autoattack import AutoAttack, Square, _projected
+from attackroute.robustness.gradient_attacks import PGD
 
 pyautoattack = pytest.importorskip("pyautoattack")
 np = pytest.importorskip("numpy")
@@ -30,7 +30,7 @@ def size(change: Tensor, norm: str) -> Tensor:
 @pytest.mark.slow
 @NORMS
 def test_the_standard_set_is_the_librarys(norm, eps, monkeypatch):
-    monkeypatch.setattr("attackroute.attacks.autoattack._QUERIES", 500)
+    monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 500)
     model, (x, y) = network(), images(12)
     library = pyautoattack.AutoAttack(model, norm=norm.replace("l", "L"), eps=eps, seed=3)
     library.apgd_targeted.n_target_classes = library.fab.n_target_classes = 4
@@ -195,7 +195,7 @@ def test_nothing_is_left_behind(attack, fails, capsys):
 
 @pytest.mark.parametrize("attack", [QUICK, Square(BLACK, 20)], ids=["autoattack", "square"])
 def test_seeds_types_and_formats(attack, monkeypatch):
-    monkeypatch.setattr("attackroute.attacks.autoattack._ITERATIONS", 10)
+    monkeypatch.setattr("attackroute.robustness.autoattack._ITERATIONS", 10)
     model, (x, y) = network(), images(16)
     expected = attack(model, x, y)
     assert torch.equal(attack(model, x, y), expected)
@@ -225,8 +225,8 @@ def test_few_classes_leave_attacks_out_and_say_so(classes, parts, monkeypatch):
     assert AutoAttack().parts_for(classes) == tuple(parts.split())
     assert AutoAttack().parts_for(4) == AutoAttack().parts_for(1000) == ("apgd-ce", "apgd-t", "fab-t", "square")
     assert AutoAttack(attacks="apgd-dlr+apgd-ce").parts_for(3) == ("apgd-dlr", "apgd-ce")
-    monkeypatch.setattr("attackroute.attacks.autoattack._QUERIES", 20)
-    monkeypatch.setattr("attackroute.attacks.autoattack._ITERATIONS", 5)
+    monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 20)
+    monkeypatch.setattr("attackroute.robustness.autoattack._ITERATIONS", 5)
     model, (x, _) = untrained(classes).eval(), images(6)
     with pytest.warns(UserWarning, match=f"without apgd-t: {classes} classes are too few") as caught:
         AutoAttack()(model, x, model(x).argmax(1))
@@ -256,7 +256,7 @@ def test_bad_input(attack, change, part):
 
 @NORMS
 def test_a_model_that_cuts_the_graph_is_attacked_from_random_starts(norm, eps, monkeypatch):
-    monkeypatch.setattr("attackroute.attacks.autoattack._ITERATIONS", 5)
+    monkeypatch.setattr("attackroute.robustness.autoattack._ITERATIONS", 5)
     inner, (x, y) = network(), images(16)
 
     class Cut(nn.Module):

@@ -8,24 +8,13 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 import attackroute as ar
-from attackroute.attacks import (
-    FGSM,
-    MIFGSM,
-    PGD,
-    PGDL2,
-    AutoAttack,
-    Corruption,
-    GaussianNoise,
-    Perturbation,
-    Square,
-    StepLL,
-    attack_names,
-    contract,
-    parse_attack,
-    show_eps,
-)
-from attackroute.attacks.corruptions import KINDS
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
+from attackroute.robustness import contract
+from attackroute.robustness.autoattack import AutoAttack, Square
+from attackroute.robustness.contract import Perturbation, show_eps
+from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
+from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL
+from attackroute.robustness.registry import attack_names, parse_attack
 
 EXAMPLES = {
     "fgsm": FGSM(),

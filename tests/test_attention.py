@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import Function
-from attackroute import oracle
-from attackroute.errors import UserError
-from attackroute.layers import LayerCall, LayerCalls
-from attackroute.penalties import GradientPenalty
-from attackroute.trace import trace_routes
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.hardening.gradient_penalty import GradientPenalty
+from attackroute.tracing import oracle
+from attackroute.tracing.trace import trace_routes
 from tracing import check, ready, state, worst
 
 

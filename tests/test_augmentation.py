@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attackroute.augmentation import CROP_PADDING, augment, crop, flip
+from attackroute.hardening.augmentation import CROP_PADDING, augment, crop, flip
 
 SIDE = 2 * CROP_PADDING + 1
 

@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from attackroute import trace
-from attackroute.attacks import PGD
-from attackroute.benchmark import Plan, attack_speed, breakdown, memory, memory_probe
+from attackroute.benchmark import attack_speed, breakdown, memory, memory_probe
 from attackroute.benchmark.cases import workload
 from attackroute.benchmark.memory import Peaks, measure_memory
+from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.speed import measure_speed, training_step
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, in_threads, interleaved
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
+from attackroute.robustness.gradient_attacks import PGD
+from attackroute.tracing import recorder, trace
+from attackroute.tracing import trace as trace_module
+from attackroute.zoo import registry
 from benchmark_samples import TINY, Hands, attack_result, memory_result, speed_result
 
 
@@ -152,10 +155,10 @@ def test_every_phase_of_a_trace_is_seen_and_the_trace_is_the_same():
 
 
 def test_the_engine_is_put_back_after_an_error():
-    before = trace.record
+    before = recorder.record
     with pytest.raises(UserError, match="no route layer"):
         breakdown.Stopwatch(ticking()).measure(lambda: trace.trace_routes(nn.Flatten(), torch.rand(2, 3, 4, 4)))
-    assert trace.record is before
+    assert recorder.record is before
 
 
 # --- speed
@@ -340,8 +343,8 @@ def test_a_peak_holds_what_was_given_back_at_once_and_nothing_from_before(traced
     def job(*_: object) -> None:
         torch.ones(size // 4)
 
-    monkeypatch.setattr(memory_probe, "build_model", build)
-    monkeypatch.setattr(memory_probe, "trace_routes", job)
+    monkeypatch.setattr(registry, "build_model", build)
+    monkeypatch.setattr(trace_module, "trace_routes", job)
     if not traced:
         monkeypatch.setattr(nn.Conv2d, "forward", job)
     with in_threads(None):

@@ -8,15 +8,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from attackroute.benchmark import Plan, memory, report, run_benchmark
+from attackroute.benchmark import attack_speed, extrapolation, hardening_speed, memory, process_speed
+from attackroute.benchmark import memory as memory_module
+from attackroute.benchmark import speed as speed_module
 from attackroute.benchmark.cases import SPEED_CASES
 from attackroute.benchmark.hardening_speed import step_processes
 from attackroute.benchmark.image_costs import JPEG, PACKING, READING, SENT, TRACE, ImageCosts
-from attackroute.benchmark.plan import CASE_NAMES
+from attackroute.benchmark.plan import CASE_NAMES, Plan
 from attackroute.benchmark.process_speed import ProcessSpeed
-from attackroute.cli import benchmark as command
+from attackroute.benchmark.report import run_benchmark
+from attackroute.cli import benchmark
 from attackroute.cli.app import app
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 from benchmark_samples import attack_result, hardening_result, memory_result, naive_result, runs, speed_result
 
 
@@ -64,23 +67,23 @@ def fake_parts(monkeypatch) -> list[tuple[str, bool]]:
             advance()
         return memory_result()
 
-    monkeypatch.setattr(report, "measure_speed", speed)
-    monkeypatch.setattr(report, "measure_naive", naively)
+    monkeypatch.setattr(speed_module, "measure_speed", speed)
+    monkeypatch.setattr(extrapolation, "measure_naive", naively)
 
     def attack(plan, advance):
         for _ in range(plan.turns + 1):
             advance()
         return attack_result()
 
-    monkeypatch.setattr(report, "measure_memory", remember)
-    monkeypatch.setattr(report, "measure_attack", attack)
+    monkeypatch.setattr(memory_module, "measure_memory", remember)
+    monkeypatch.setattr(attack_speed, "measure_attack", attack)
 
     def hardening(plan, advance):
         for _ in range(plan.turns + 1 + step_processes(plan)):
             advance()
         return hardening_result()
 
-    monkeypatch.setattr(report, "measure_hardening", hardening)
+    monkeypatch.setattr(hardening_speed, "measure_hardening", hardening)
     return asked
 
 
@@ -103,7 +106,7 @@ def test_want_of_memory_is_one_line(monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("out of memory\ndetails")
 
-    monkeypatch.setattr(report, "measure_naive", fail)
+    monkeypatch.setattr(extrapolation, "measure_naive", fail)
     before = torch.get_num_threads()
     with pytest.raises(UserError, match=r"out of memory.*smaller --batch-size") as caught:
         run_benchmark(Plan(cases=("naive",), threads=before + 1))
@@ -145,7 +148,7 @@ def test_two_processes_are_compared_with_one_where_that_is_asked_for(monkeypatch
     large = ImageCosts("resnet18", 224, 16, 4800, {TRACE: (0.05,), READING: (0.0032,)}, {JPEG: 49_123.0})
     # the ratios are 1.5, 2 and 1.6
     found = ProcessSpeed(100, runs(3.0, 4.0, 8.0), runs(2.0, 2.0, 5.0), (small, large))
-    monkeypatch.setattr(report, "measure_processes", lambda plan: found)
+    monkeypatch.setattr(process_speed, "measure_processes", lambda plan: found)
     rows = [" ".join(line.split()) for line in run("--case", "processes").stdout.splitlines()]
     assert "one 40.00 (30.00-80.00) ms 1" in rows
     assert "two 20.00 (20.00-50.00) ms 1.60 (1.50-2.00)" in rows
@@ -210,4 +213,4 @@ def test_bad_input_is_one_line(arguments):
 
 
 def test_the_command_offers_every_case():
-    assert tuple(name.value for name in command.Cases) == CASE_NAMES
+    assert tuple(name.value for name in benchmark.Cases) == CASE_NAMES

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from attackroute import oracle
-from attackroute.benchmark import Plan, extrapolation, naive
+from attackroute.benchmark import cases, naive
 from attackroute.benchmark.cases import adapt_batch_norms
 from attackroute.benchmark.extrapolation import measure_naive, sampled
+from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Stopclock
-from attackroute.models.chain import ChainNet
-from attackroute.models.normalisation import CIFAR
+from attackroute.tracing import oracle
+from attackroute.zoo.chain import ChainNet
+from attackroute.zoo.normalisation import CIFAR
 from benchmark_samples import TINY, Hands, naive_result
 
 
@@ -103,7 +104,7 @@ def test_arithmetic_of_the_naive_way():
 
 
 def test_products_are_those_of_critical_neurons_and_times_those_of_one_image(monkeypatch):
-    monkeypatch.setattr(extrapolation, "SPEED_CASES", (TINY,))
+    monkeypatch.setattr(cases, "SPEED_CASES", (TINY,))
     every_job_takes_a_second = Stopclock(clock=count().__next__)
     monkeypatch.setattr(Stopclock, "of", lambda device: every_job_takes_a_second)
     result = measure_naive(Plan(repeats=1, quick=True), lambda: None)

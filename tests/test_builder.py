@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attackroute.builder import InstanceRoutesBuilder
-from attackroute.errors import UserError
-from attackroute.selection import kept, top_k
+from attackroute.core.errors import UserError
+from attackroute.routes.instance_routes import InstanceRoutesBuilder
+from attackroute.routes.masks import kept, top_k
 from route_samples import CHANNELS
 
 

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, randomised
-from attackroute.channel_measurements import gradient, gradient_per_sample, sensitivity, sensitivity_per_sample
-from attackroute.errors import UserError
-from attackroute.interventions import transplant
-from attackroute.rivals import channel_scores, rank_channels
-from attackroute.routes import Route
+from attackroute.analysis.channel_measurements import gradient, gradient_per_sample, sensitivity, sensitivity_per_sample
+from attackroute.analysis.criteria import channel_scores, rank_channels
+from attackroute.analysis.interventions import transplant
+from attackroute.core.errors import UserError
+from attackroute.routes.route import Route
 from tracing import state
 
 MODELS = {**CLOSED, **MIXED}

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attackroute import checkpoints
-from attackroute.checkpoints import BEST, LAST, SETTINGS, STATE, Checkpoint, RunFolder
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
+from attackroute.hardening import checkpoint as checkpoints
+from attackroute.hardening.checkpoint import BEST, LAST, SETTINGS, STATE, Checkpoint, RunFolder
 
 
 class Killed(BaseException):

@@ -21,7 +21,7 @@ from attackroute.cli import options
 from attackroute.cli.app import app
 from attackroute.cli.commands import Group, add_command
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 COMMANDS = ("demo", "train", "trace", "hardness", "evaluate", "benchmark")
 

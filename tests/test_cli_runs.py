@@ -16,14 +16,15 @@ from torchvision.utils import save_image
 from typer.testing import CliRunner
 
 import attackroute
-from attackroute.cli import comparison, unfinished
+from attackroute.cli import comparison
 from attackroute.cli.app import app
-from attackroute.fingerprint import weights_digest
-from attackroute.instances import InstanceRoutes
-from attackroute.oracle import OracleTrace
-from attackroute.routes import Route
-from attackroute.stored_routes import StoredRoutes
-from attackroute.trace import RouteTracer
+from attackroute.core.model_state import weights_digest
+from attackroute.routes import folder as unfinished
+from attackroute.routes.folder import StoredRoutes
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.route import Route
+from attackroute.tracing.oracle import OracleTrace
+from attackroute.tracing.trace import RouteTracer
 
 SIZE = 32
 
@@ -470,7 +471,7 @@ class TestBadInput:
             data.dataset.reader = lambda path: torch.full((3, SIZE, SIZE), value)
             return data
 
-        monkeypatch.setattr("attackroute.data.load_data", spoilt)
+        monkeypatch.setattr("attackroute.zoo.sources.load_data", spoilt)
         assert_bad_input(traced(trained, pictures), "images")
 
     def test_factories(self, factories, pictures):

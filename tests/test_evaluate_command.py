@@ -13,10 +13,12 @@ from torchvision.utils import save_image
 from typer.testing import CliRunner
 
 import attackroute as ar
-from attackroute import evaluation
 from attackroute.cli.app import app
-from attackroute.cli.networks import with_own_normalisation
-from attackroute.models import ModelCard, ModelSpec, build
+from attackroute.robustness import evaluate
+from attackroute.zoo.card import ModelCard
+from attackroute.zoo.networks import with_own_normalisation
+from attackroute.zoo.registry import build
+from attackroute.zoo.spec import ModelSpec
 
 SIZE = 32
 QUICK = ("--batch-size", 4, "--check-samples", 3, "--device", "cpu")
@@ -37,8 +39,8 @@ def assert_bad_input(result, *parts: object) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch):
-    monkeypatch.setattr("attackroute.masking._QUERIES", 3)
-    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 4)
+    monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 3)
+    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(nets, pictures, t
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = (*arguments(nets[0], pictures), "--attack", "fgsm", "--attack", "gaussian-noise")
     assert run(*options, "--out", whole).exit_code == 0
-    real, calls = evaluation._Run._predictions, []
+    real, calls = evaluate._Run._predictions, []
 
     def breaking(self, *positional):
         calls.append(positional)
@@ -157,7 +159,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(nets, pictures, t
         return real(self, *positional)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation._Run, "_predictions", breaking)
+        patch.setattr(evaluate._Run, "_predictions", breaking)
         if isinstance(error, KeyboardInterrupt):
             result = run(*options, "--out", broken)
             assert (result.exit_code, result.stdout) == (130, "")

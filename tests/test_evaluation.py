@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
-from attackroute.accuracy import Accuracy
-from attackroute.attack_labels import short
-from attackroute.attacks import FGSM, GaussianNoise, Perturbation, parse_attack
-from attackroute.balls import Ball, ball_of
-from attackroute.errors import UserError
-from attackroute.evaluation_table import Evaluation
-from attackroute.sample_choice import SampleChoice
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.errors import UserError
+from attackroute.robustness.attack_labels import short
+from attackroute.robustness.balls import Ball, ball_of
+from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.corruptions import GaussianNoise
+from attackroute.robustness.evaluation_table import Evaluation
+from attackroute.robustness.gradient_attacks import FGSM
+from attackroute.robustness.registry import parse_attack
+from attackroute.robustness.sample_choice import SampleChoice
 from evaluated_models import ATTACKS, CLASSES, Noisy, Seen, Shift, images_and_labels, small_model
 
 
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attackroute.masking._QUERIES", 5)
-    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 10)
+    monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 5)
+    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 10)
 
 
 def counts(evaluation: Evaluation) -> dict[tuple[str, str], tuple[int, int]]:

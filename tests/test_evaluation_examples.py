@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute import adversarial_examples
-from attackroute.accuracy import Accuracy
-from attackroute.adversarial_examples import INDEX, Examples, image_digests
-from attackroute.attacks import parse_attack
-from attackroute.errors import UserError
-from attackroute.example_checks import verify_examples
-from attackroute.fingerprint import weights_digest
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import weights_digest
+from attackroute.robustness import examples as adversarial_examples
+from attackroute.robustness.example_checks import verify_examples
+from attackroute.robustness.examples import INDEX, Examples, image_digests
+from attackroute.robustness.registry import parse_attack
 from evaluated_models import ATTACKS, images_and_labels, small_model
 
 

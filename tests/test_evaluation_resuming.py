@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 import attackroute as ar
-from attackroute import evaluation, measurements
-from attackroute.errors import UserError
-from attackroute.evaluation_table import Evaluation
-from attackroute.measurements import MEASUREMENTS, Journal
+from attackroute.core import journal as measurements
+from attackroute.core.errors import UserError
+from attackroute.core.journal import MEASUREMENTS, Journal
+from attackroute.robustness import evaluate
+from attackroute.robustness.evaluation_table import Evaluation
 from evaluated_models import ATTACKS, Noisy, images_and_labels, small_model
 
 SETTINGS: dict[str, Any] = {"batch_size": 8, "checks": 6, "seed": 2}
@@ -49,8 +50,8 @@ def timeless(result: Evaluation) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attackroute.masking._QUERIES", 5)
-    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 6)
+    monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 5)
+    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 6)
 
 
 @pytest.fixture
@@ -95,8 +96,8 @@ def test_a_kill_at_any_line(
         with pytest.raises(Killed):
             evaluated(tmp_path)
         monkeypatch.undo()
-    monkeypatch.setattr("attackroute.masking._QUERIES", 5)
-    monkeypatch.setattr("attackroute.masking._MANY_STEPS", 6)
+    monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 5)
+    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 6)
     assert not (tmp_path / "evaluation.json").exists()
     with pytest.raises(UserError, match="unfinished evaluation; pass --resume"):
         evaluated(tmp_path)
@@ -133,7 +134,7 @@ def test_a_finished_evaluation_is_only_read(tmp_path: Path, monkeypatch: pytest.
         raise AssertionError("nothing is left to do")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation._Run, "_predictions", never)
+        patch.setattr(evaluate._Run, "_predictions", never)
         patch.setattr(measurements, "_append", never)
         assert evaluated(tmp_path, resume=True).to_json() == first.to_json()
     assert timeless(evaluated(tmp_path)) == timeless(first)  # without resume, it makes way for a new one

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from attackroute.errors import UserError
-from attackroute.event_log import EVENTS, event_log, scalars
+from attackroute.core.errors import UserError
+from attackroute.hardening.event_log import EVENTS, event_log, scalars
 from toy_training import SETTINGS_USED, Killed, trained
 
 

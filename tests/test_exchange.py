@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from attackroute import exchange
-from attackroute.errors import UserError
-from attackroute.exchange import END, NOTHING, VALUE, Share, Turn, in_turns, turns_of
+from attackroute.core import distributed
+from attackroute.core.distributed import END, NOTHING, VALUE, Share, Turn, in_turns, turns_of
+from attackroute.core.errors import UserError
 
 Work = Callable[[int], Any]
 Seconds = Callable[[int], float]
@@ -80,7 +80,7 @@ class Clock:
 @pytest.fixture
 def share_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Seen], Meeting]]:
     clock = Clock()
-    monkeypatch.setattr(exchange, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(perf_counter=clock.perf_counter))
 
     def run(
         count: int, batches: int, seconds: Seconds = lambda _: 0.0, work: Work = lambda batch: batch
@@ -173,7 +173,7 @@ def test_turns_that_become_slow_are_exchanged_before_all_are_done(share_out: Any
 
 
 def test_large_values_are_exchanged_sooner(share_out: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(distributed, "_MOST_BYTES", 10_000)
     seen, meeting = share_out(2, 30, work=lambda batch: bytes(4_000) + bytes([batch]))
     assert max(map(max, meeting.turns)) == 4  # of which one may hold nothing
     assert [value[-1] for value in seen[1].values] == [batch for batch in range(30) if batch % 10 != 9]

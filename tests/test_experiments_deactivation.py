@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from attackroute.accuracy import Accuracy
-from attackroute.errors import UserError
-from attackroute.experiments.accuracy_table import UNTOUCHED, AccuracyTable, Cost, Row, Setting
-from attackroute.experiments.deactivation import deactivation_accuracy
-from attackroute.experiments.rankings import RANDOM, ROUTE
-from attackroute.experiments.signs import sign_test
-from attackroute.experiments.tables import csv_text, to_json
-from attackroute.interventions import deactivate
-from attackroute.routes import Route
+from attackroute.analysis.accuracy_table import UNTOUCHED, AccuracyTable, Cost, Row, Setting
+from attackroute.analysis.deactivation import deactivation_accuracy
+from attackroute.analysis.interventions import deactivate
+from attackroute.analysis.rankings import RANDOM, ROUTE
+from attackroute.analysis.tables import csv_text, to_json
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.errors import UserError
+from attackroute.core.statistics import sign_test
+from attackroute.routes.route import Route
 from experiment_samples import Case, counting, make_case
 
 

@@ -8,11 +8,11 @@ from math import comb
 import pytest
 import torch
 
-from attackroute.errors import UserError
-from attackroute.experiments.rankings import RANDOM, ROUTE, Ranking, check_shares, rank
-from attackroute.experiments.signs import sign_test
-from attackroute.rivals import ChannelScores
-from attackroute.routes import Route
+from attackroute.analysis.criteria import ChannelScores
+from attackroute.analysis.rankings import RANDOM, ROUTE, Ranking, check_shares, rank
+from attackroute.core.errors import UserError
+from attackroute.core.statistics import sign_test
+from attackroute.routes.route import Route
 from route_samples import instances
 
 SHARES = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0)

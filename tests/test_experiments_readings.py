@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attackroute.errors import UserError
-from attackroute.experiments.attention import CLEAN, ENTROPY, INSIDE, PART, SHIFT, compare_attention
-from attackroute.experiments.detection import ALL_LAYERS, MARGIN, RANDOM_ROUTE, SOFTMAX, detect
-from attackroute.experiments.moments import Moments
-from attackroute.experiments.occurrence import (
+from attackroute.analysis.attention import CLEAN, ENTROPY, INSIDE, PART, SHIFT, compare_attention
+from attackroute.analysis.detection import ALL_LAYERS, MARGIN, RANDOM_ROUTE, SOFTMAX, detect
+from attackroute.analysis.figures.attention_maps import attention_figure, attention_panels, panels_figure
+from attackroute.analysis.figures.detection_dots import detection_figure
+from attackroute.analysis.figures.occurrence_lines import occurrence_figure
+from attackroute.analysis.figures.response_boxes import responses_figure
+from attackroute.analysis.gradcam import grad_cam
+from attackroute.analysis.occurrence import (
     CLASSES,
     OCCURRENCE,
     OVERLAP,
@@ -22,17 +25,14 @@ from attackroute.experiments.occurrence import (
     chance_jaccard,
     tabulate_occurrence,
 )
-from attackroute.experiments.rankings import OFF_ROUTE, RANDOM, ROUTE, random_order
-from attackroute.experiments.responses import GRADIENT, SENSITIVITY, compare_responses
-from attackroute.experiments.sample_routes import sample_routes
-from attackroute.experiments.tables import csv_text, save_result, to_json
-from attackroute.figures.attention_maps import attention_figure, attention_panels, panels_figure
-from attackroute.figures.detection_dots import detection_figure
-from attackroute.figures.occurrence_lines import occurrence_figure
-from attackroute.figures.response_boxes import responses_figure
-from attackroute.gradcam import grad_cam
-from attackroute.instances import InstanceRoutes
-from attackroute.trace import trace_routes
+from attackroute.analysis.rankings import OFF_ROUTE, RANDOM, ROUTE, random_order
+from attackroute.analysis.responses import GRADIENT, SENSITIVITY, compare_responses
+from attackroute.analysis.sample_routes import sample_routes
+from attackroute.analysis.tables import csv_text, save_result, to_json
+from attackroute.core.errors import UserError
+from attackroute.core.statistics import Moments
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.tracing.trace import trace_routes
 from experiment_samples import Case, counting, make_case, shifted
 from route_samples import instances
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from attackroute.accuracy import Accuracy
-from attackroute.errors import UserError
-from attackroute.experiments.accuracy_table import UNTOUCHED, Row, Setting
-from attackroute.experiments.rankings import RANDOM, ROUTE
-from attackroute.experiments.transplanting import leading_groups, transplant_accuracy
-from attackroute.experiments.weakening import weakening_accuracy
-from attackroute.routes import Route
+from attackroute.analysis.accuracy_table import UNTOUCHED, Row, Setting
+from attackroute.analysis.rankings import RANDOM, ROUTE
+from attackroute.analysis.transplanting import leading_groups, transplant_accuracy
+from attackroute.analysis.weakening import weakening_accuracy
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.errors import UserError
+from attackroute.routes.route import Route
 from experiment_samples import Case, counting, make_case, shifted
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from attackroute.errors import UserError
-from attackroute.routes import Route
+from attackroute.core.errors import UserError
+from attackroute.routes.route import Route
 from route_samples import instances, refused
 
 ROUTE = Route({"conv1": [2, 0], "conv2": [3], "fc": []}, {"conv1": 4, "conv2": 8, "fc": 2})

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import Function, Head, Inverted, Shuffled, chain
-from attackroute import oracle
-from attackroute.gates import FrozenGates
-from attackroute.trace import trace_routes
+from attackroute.tracing import oracle
+from attackroute.tracing.frozen_gates import FrozenGates
+from attackroute.tracing.trace import trace_routes
 from tracing import deviation, ready, same_routes, worst
 
 NORMS: dict[str, Callable[[], nn.Module]] = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from architectures import Residual, chain, randomised
-from attackroute.errors import UserError
-from attackroute.gradcam import enlarged, evidence, grad_cam, jointly_normalised
+from attackroute.analysis.gradcam import enlarged, evidence, grad_cam, jointly_normalised
+from attackroute.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

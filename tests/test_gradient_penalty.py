@@ -11,10 +11,10 @@ from torch.autograd.functional import jacobian
 from torch.nn import functional
 
 from architectures import CLOSED, Perceptron, Residual, Reused, chain
-from attackroute.errors import UserError
-from attackroute.layers import LayerCall, LayerCalls
-from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty
-from attackroute.routes import Route
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT, GradientPenalty
+from attackroute.routes.route import Route
 from tracing import ready
 
 

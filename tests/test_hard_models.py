@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from architectures import Head, dynamic, randomised
-from attackroute.errors import UserError
-from attackroute.trace import trace_routes
+from attackroute.core.errors import UserError
+from attackroute.tracing.trace import trace_routes
 from hard_models import HARD, HARD_LINEAR, two, using
 from tracing import check, ready, same_routes, small, worst
 
@@ -347,8 +347,8 @@ def test_torchvision_at_random(name: str) -> None:
     """Every edge's structure, and the influence of some edges on single elements of the target."""
     import torchvision
 
-    from attackroute.oracle import _gradients, _run
-    from attackroute.trace import influence
+    from attackroute.tracing.oracle import _gradients, _run
+    from attackroute.tracing.trace import influence
 
     torch.manual_seed(0)
     model = randomised(torchvision.models.get_model(name, weights=None, num_classes=5)).double().eval()

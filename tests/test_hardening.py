@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from attackroute import checkpoints, training
-from attackroute.attacks import PGD
-from attackroute.batches import derived_generator, shuffled
-from attackroute.checkpoints import BEST, LAST
-from attackroute.errors import UserError
-from attackroute.hardening import ROUTE_FILE, HardenResult, harden
-from attackroute.penalties import APPROXIMATE
-from attackroute.routes import Route
-from attackroute.trace import trace_routes
-from attackroute.train_settings import TrainSettings
-from attackroute.training import train
+from attackroute.core.batches import derived_generator, shuffled
+from attackroute.core.errors import UserError
+from attackroute.hardening import checkpoint, training
+from attackroute.hardening.checkpoint import BEST, LAST
+from attackroute.hardening.gradient_penalty import APPROXIMATE
+from attackroute.hardening.harden import ROUTE_FILE, HardenResult, harden
+from attackroute.hardening.settings import TrainSettings
+from attackroute.hardening.training import train
+from attackroute.robustness.gradient_attacks import PGD
+from attackroute.routes.route import Route
+from attackroute.tracing.trace import trace_routes
 from toy_training import Killed, identical, raises, toy_data, weights_of, without_time
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
@@ -385,7 +385,7 @@ def test_an_unusable_folder_is_found_before_the_route_is_traced(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    monkeypatch.setattr("attackroute.route_tracing.trace_routes", lambda *_, **__: pytest.fail("traced"))
+    monkeypatch.setattr("attackroute.hardening.route_tracing.trace_routes", lambda *_, **__: pytest.fail("traced"))
     with pytest.raises(UserError, match="file"):
         hardened(folder=file)
 
@@ -454,7 +454,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
     whole, wanted = hardened(settings=settings, folder=folder.with_name("whole"), **KILLED)
     length = time.perf_counter() - started
     command = [sys.executable, __file__, str(folder), str(epochs)]
-    paths = (str(Path(checkpoints.__file__).parents[1]), str(Path(__file__).parent))
+    paths = (str(Path(checkpoint.__file__).parents[1]), str(Path(__file__).parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     killed = 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:

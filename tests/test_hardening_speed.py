@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from attackroute.benchmark import Plan
+from attackroute.analysis.criteria import rank_channels
 from attackroute.benchmark.hardening_speed import (
     GRADIENT,
     LIMITS,
@@ -23,9 +23,9 @@ from attackroute.benchmark.hardening_speed import (
     training_steps,
 )
 from attackroute.benchmark.memory import measured
+from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Spread
-from attackroute.models import build_model
-from attackroute.rivals import rank_channels
+from attackroute.zoo.registry import build_model
 
 
 def test_steps_differ_by_their_penalty_alone() -> None:

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from attackroute.accuracy import Accuracy
+from attackroute.analysis.hardening_plan import StudyPlan, Trial, Variant, compared, judged, punished
+from attackroute.analysis.hardening_results import HardeningStudy
+from attackroute.analysis.hardening_study import TUNING, study_hardening
+from attackroute.analysis.paired import BEATS, LOSES, UNDECIDED, PairedDifference
 from attackroute.cli.app import app
-from attackroute.data.holdout import drawn, held_out
-from attackroute.errors import UserError
-from attackroute.evaluation import evaluate
-from attackroute.experiments.hardening_plan import StudyPlan, Trial, Variant, compared, judged, punished
-from attackroute.experiments.hardening_results import HardeningStudy
-from attackroute.experiments.hardening_study import TUNING, study_hardening
-from attackroute.experiments.paired import BEATS, LOSES, UNDECIDED, PairedDifference
-from attackroute.penalties import APPROXIMATE
-from attackroute.train_settings import TrainSettings
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.errors import UserError
+from attackroute.hardening.gradient_penalty import APPROXIMATE
+from attackroute.hardening.settings import TrainSettings
+from attackroute.robustness.evaluate import evaluate
+from attackroute.zoo.holdout import drawn, held_out
 from toy_training import Killed, toy_data
 
 BRIEF = TrainSettings(epochs=1, batch_size=8, lr=0.05)

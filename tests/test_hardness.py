@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Perceptron, chain, randomised
+from attackroute.analysis.hardness_tables import columns, write_csv, write_parquet
+from attackroute.analysis.sample_readings import SampleReader, log_loss_and_margin
+from attackroute.analysis.votes import rank_votes, votes_among
 from attackroute.benchmark.cases import Case
 from attackroute.benchmark.hardness_speed import measure_hardness
 from attackroute.benchmark.plan import Plan
-from attackroute.errors import UserError
-from attackroute.hardness_tables import columns, write_csv, write_parquet
-from attackroute.sample_readings import SampleReader, log_loss_and_margin
-from attackroute.votes import rank_votes, votes_among
+from attackroute.core.errors import UserError
 
 
 def conv(weight: list[list[float]]) -> nn.Conv2d:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 from attackroute.cli.app import app
-from attackroute.data import load_data, loader
+from attackroute.zoo.images import loader
+from attackroute.zoo.sources import load_data
 
 
 def run(*arguments: object) -> Any:
@@ -76,7 +77,7 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) -> None:
-    from attackroute.cli.networks import open_network
+    from attackroute.zoo.networks import open_network
 
     data = load_data(f"folder:{home / 'pictures'}", split="train")
     network = open_network(str(home / "net"), data)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import Function, chain, randomised
-from attackroute.attacks import FGSM, Perturbation
-from attackroute.errors import UserError
-from attackroute.experiments.hardness_radius import EpsSearch
-from attackroute.experiments.hardness_study import (
+from attackroute.analysis.figures.hardness_bars import hardness_figure
+from attackroute.analysis.figures.hardness_images import images_figure, pick_images
+from attackroute.analysis.hardness_radius import EpsSearch
+from attackroute.analysis.hardness_study import (
     ALL,
     LAYER,
     OURS,
@@ -32,9 +32,10 @@ from attackroute.experiments.hardness_study import (
     _verdict,
     study_hardness,
 )
-from attackroute.figures.hardness_bars import hardness_figure
-from attackroute.figures.hardness_images import images_figure, pick_images
-from attackroute.rank_statistics import AUROC, SPEARMAN, associations
+from attackroute.core.errors import UserError
+from attackroute.core.statistics import AUROC, SPEARMAN, associations
+from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.gradient_attacks import FGSM
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attackroute.benchmark import image_costs
+from attackroute.benchmark import image_costs, timing
 from attackroute.benchmark.cases import Case
 from attackroute.benchmark.image_costs import (
     EXCHANGING,
@@ -30,8 +30,8 @@ from attackroute.benchmark.image_costs import (
     measure_costs,
 )
 from attackroute.benchmark.timing import Runs
-from attackroute.cli import unfinished
-from attackroute.processes import Processes
+from attackroute.core.distributed import Processes
+from attackroute.routes import folder
 
 SMALL = Case("small", "vgg_small", 32, 2, 3, 1.0)
 
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_masks_and_little_more() -> None:
 
 
 def test_files_are_those_of_a_trace() -> None:
-    assert FILE_SAMPLES == unfinished._SHARD_SAMPLES
+    assert FILE_SAMPLES == folder._SHARD_SAMPLES
 
 
 def test_each_part_is_divided_by_the_images_that_it_was_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_each_part_is_divided_by_the_images_that_it_was_for(monkeypatch: pytest.
             measure()
         return {name: Runs(({"all": 1.0},) * repeats) for name in measurements}
 
-    monkeypatch.setattr(image_costs, "interleaved", a_second)
+    monkeypatch.setattr(timing, "interleaved", a_second)
     found = measured(repeats=2)
     whole = -(-FILE_SAMPLES // 3) * 3
     expected = dict.fromkeys((FORWARD, TRACE, PACKING, UNPACKING, EXCHANGING), 1 / 6)

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from attackroute.builder import InstanceRoutesBuilder
-from attackroute.errors import UserError
-from attackroute.instances import InstanceRoutes
-from attackroute.provenance import Provenance
-from attackroute.routes import Route
-from attackroute.selection import top_k
+from attackroute.core.errors import UserError
+from attackroute.routes.instance_routes import InstanceRoutes, InstanceRoutesBuilder
+from attackroute.routes.masks import top_k
+from attackroute.routes.provenance import Provenance
+from attackroute.routes.route import Route
 from route_samples import CHANNELS, instances
 
 MASKS = npst.arrays(np.bool_, st.tuples(st.integers(1, 30), st.integers(1, 40)))

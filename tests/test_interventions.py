@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Head, Perceptron, Residual, chain, conv_bn, randomised, tokens
-from attackroute import oracle
-from attackroute.errors import UserError
-from attackroute.interventions import deactivate
-from attackroute.routes import Route
+from attackroute.analysis.interventions import deactivate
+from attackroute.core.errors import UserError
+from attackroute.routes.route import Route
+from attackroute.tracing import oracle
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from architectures import CLOSED, MIXED, Head, Residual, activations, chain
-from attackroute.instances import InstanceRoutes
-from attackroute.trace import influence, trace_routes
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.tracing.trace import influence, trace_routes
 from tracing import deviation, ready, same_routes, worst
 
 NAMES = ["residual", "dense", "overlapping pools", "inverted", "shuffled", "aliased"]

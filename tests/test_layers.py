@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import Function, Head
-from attackroute.layers import LayerCall, LayerCalls, frozen
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.model_state import frozen
 from tracing import state, untidy
 
 IMAGES = torch.rand(2, 3, 9, 9)

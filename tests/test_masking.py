@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attackroute import masking
-from attackroute.attacks import PGD
-from attackroute.data import load_data
-from attackroute.errors import UserError
-from attackroute.masking import SILENT, SKIPPED, SUSPICIOUS, Check, check_masking, tail
+from attackroute.core.errors import UserError
+from attackroute.robustness import masking, registry
+from attackroute.robustness.gradient_attacks import PGD
+from attackroute.robustness.masking import SILENT, SKIPPED, SUSPICIOUS, Check, check_masking, tail
+from attackroute.zoo.sources import load_data
 
 EPS = 0.1
 SAMPLES = 48
@@ -201,7 +201,7 @@ def test_a_missing_extra_skips_its_check_and_says_so(monkeypatch: pytest.MonkeyP
     def missing(*_: object, **__: object) -> None:
         raise UserError("square needs the package pyautoattack")
 
-    monkeypatch.setattr(masking, "parse_attack", missing)
+    monkeypatch.setattr(registry, "parse_attack", missing)
     images = torch.rand(4, 1, 22, 22)
     checks = check_masking(small_net(), images, torch.zeros(4, dtype=torch.long), eps=EPS)
     check = next(item for item in checks if item.name == "black box against white box")

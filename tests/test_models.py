@@ -12,15 +12,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from attackroute.errors import UserError
-from attackroute.models import (
-    BUILT_IN,
-    Normalise,
-    build_model,
-    check_input,
-    check_precision,
-)
-from attackroute.nearest import did_you_mean
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.zoo.checks import check_input, check_precision
+from attackroute.zoo.normalisation import Normalise
+from attackroute.zoo.registry import BUILT_IN, build_model
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]

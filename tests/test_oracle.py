@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.errors import UserError
-from attackroute.oracle import OracleTrace, influence, trace
+from attackroute.core.errors import UserError
+from attackroute.tracing.oracle import OracleTrace, influence, trace
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.errors import UserError
-from attackroute.experiments.own_routes import OWN, RANDOM, own_transplant_accuracy
+from attackroute.analysis.own_routes import OWN, RANDOM, own_transplant_accuracy
+from attackroute.core.errors import UserError
 
 
 @pytest.fixture

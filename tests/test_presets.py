@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attackroute.accuracy import count_correct
-from attackroute.data import load_data
-from attackroute.errors import UserError
-from attackroute.models import ModelCard, load_preset, preset_folder, preset_names, preset_training
+from attackroute.core.accuracy import count_correct
+from attackroute.core.errors import UserError
+from attackroute.zoo.card import ModelCard
+from attackroute.zoo.presets import load_preset, preset_folder, preset_names, preset_training
+from attackroute.zoo.sources import load_data
 
 NAMES = preset_names()
 _DATA = "ATTACKROUTE_CIFAR10"

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import attackroute
-from attackroute import processes
-from attackroute.cli import unfinished
 from attackroute.cli.app import app
-from attackroute.errors import UserError
-from attackroute.processes import LostProcessError
+from attackroute.core import distributed, interruption
+from attackroute.core.distributed import LostProcessError
+from attackroute.core.errors import UserError
+from attackroute.routes import folder as unfinished
 from shared_commands import COMMANDS, prepare
 from shared_training import RUNS, TOLERANCE
 
@@ -117,7 +117,7 @@ def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_p
     Then a file is damaged, and two processes trace it again, with the batch that is missing, and no other.
     """
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 4)
-    where = "attackroute.trace:RouteTracer.trace"
+    where = "attackroute.tracing.trace:RouteTracer.trace"
     result = launched(3, 0, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
     assert result.returncode == 1
     (error,) = (line for line in said_by_the_command(result) if line.startswith("error: "))
@@ -145,7 +145,7 @@ def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_p
 def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, tmp_path: Path) -> None:
     """Three processes trace eight batches, two a file; what they exchanged first is a file and a half."""
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
-    where = "attackroute.trace:RouteTracer.trace"
+    where = "attackroute.tracing.trace:RouteTracer.trace"
     result = launched(3, 1, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
     assert "error: process 1 of 3 ended without a word" in result.stderr
     kept = sorted(path.name for path in (tmp_path / "broken").iterdir())
@@ -187,7 +187,7 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
 def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, victim: int) -> None:
     common = ("evaluate", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
     common += ("--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
-    where = "attackroute.evaluation:_Run._measure"
+    where = "attackroute.robustness.evaluate:_Run._measure"
     result = launched(2, victim, where, 3, *common, "--out", tmp_path / "broken", script="killed_command.py")
     assert f"error: process {victim} of 2 ended without a word" in result.stderr
     measured = (tmp_path / "broken" / "measurements.jsonl").read_bytes()
@@ -206,7 +206,7 @@ def test_a_training_goes_on_with_the_same_number_alone(root: Path, tmp_path: Pat
     common += ("--epochs", 3, "--batch-size", 4, "--holdout", 0.25, "--augment", "crop-flip")
     whole = launched(2, *common, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    where = "attackroute.training:_Run._step"
+    where = "attackroute.hardening.training:_Run._step"
     result = launched(2, victim, where, 4, *common, "--out", tmp_path / "broken", script="killed_command.py")
     assert result.returncode == 1
     assert f"error: process {victim} of 2 ended without a word" in result.stderr
@@ -279,14 +279,14 @@ class Store(dict[str, bytes]):
 def test_one_process_says_why_the_job_ends(
     words: dict[int, str], error: BaseException, says: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "deaf_to_termination", lambda: None)  # it would outlast the test
-    team = processes.Processes(rank=0, count=MOST, store=Store(words))
+    monkeypatch.setattr(interruption, "deaf_to_termination", lambda: None)  # it would outlast the test
+    team = distributed.Processes(rank=0, count=MOST, store=Store(words))
     with pytest.raises(BaseException) as raised:
-        processes._part(team, error, "; go on")
+        distributed._part(team, error, "; go on")
     assert isinstance(raised.value, SystemExit) if says is None else str(raised.value) == says
     if not isinstance(error, KeyboardInterrupt) and says is not None:
         with pytest.raises(SystemExit):  # another one has spoken
-            processes._part(team, error, "; go on")
+            distributed._part(team, error, "; go on")
 
 
 def compare_folders(one: Path, other: Path) -> None:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from attackroute.errors import UserError
-from attackroute.provenance import Provenance
-from attackroute.version import __version__
+from attackroute.core.errors import UserError
+from attackroute.core.version import __version__
+from attackroute.routes.provenance import Provenance
 
 
 def test_provenance_shows_what_is_known() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from attackroute.attacks import parse_attack
-from attackroute.published import PaperSetting, is_paper_attack
+from attackroute.paper.published import PaperSetting, is_paper_attack
+from attackroute.robustness.registry import parse_attack
 
 VANILLA_G = PaperSetting("vgg16", 1.0, "cifar10", 32, None, ("gradient",), True)
 PGD = parse_attack("pgd")

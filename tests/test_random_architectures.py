@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
-from attackroute import oracle
-from attackroute.trace import influence, trace_routes
+from attackroute.tracing import oracle
+from attackroute.tracing.trace import influence, trace_routes
 from random_networks import networks, segments
 from tracing import deviation
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from attackroute.rank_statistics import AUROC, SPEARMAN, associations, auroc, best, mid_ranks, spearman
+from attackroute.core.statistics import AUROC, SPEARMAN, associations, auroc, best, mid_ranks, spearman
 
 
 def pairs(scores: np.ndarray, events: np.ndarray) -> float:

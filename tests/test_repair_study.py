@@ -17,16 +17,16 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 from architectures import Residual
-from attackroute import noise_oracle
-from attackroute.channel_means import attributions
+from attackroute.analysis import interventions, repair, repair_oracle, repair_study
+from attackroute.analysis.channel_means import attributions
+from attackroute.analysis.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
+from attackroute.analysis.repair_criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
+from attackroute.analysis.repair_results import NetworkRepair, RepairStudy
 from attackroute.cli.app import app
-from attackroute.errors import UserError
-from attackroute.experiments import repair, repair_oracle, repair_study
-from attackroute.experiments.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
-from attackroute.experiments.repair_criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
-from attackroute.experiments.repair_results import NetworkRepair, RepairStudy
-from attackroute.measurements import Journal
-from attackroute.selection import kept, top_k
+from attackroute.core.errors import UserError
+from attackroute.core.journal import Journal
+from attackroute.routes.masks import kept, top_k
+from attackroute.tracing import noise_oracle
 from noise import shaken
 from tracing import ready, small
 
@@ -105,7 +105,7 @@ def test_other_criteria_are_the_packages_own(by: str) -> None:
 
 
 def test_results_depend_on_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attackroute.experiments import repair_criteria
+    from attackroute.analysis import repair_criteria
 
     model, pairs = some_pairs()
     whole = {by: criterion_scores(model, pairs, by) for by in repair.CRITERIA}
@@ -395,7 +395,9 @@ def test_clean_outputs_are_kept_once_for_all_ranks(monkeypatch: pytest.MonkeyPat
     model, pairs = some_pairs()
     scores = criterion_scores(model, pairs, "noise")
     kept_outputs = []
-    monkeypatch.setattr(repair, "record_outputs", lambda *args: kept_outputs.append(1) or ar.record_outputs(*args))
+    monkeypatch.setattr(
+        interventions, "record_outputs", lambda *args: kept_outputs.append(1) or ar.record_outputs(*args)
+    )
     journal = Journal(None, {})
     first = Repair(model, pairs, journal, ("here",))
     found = first.measure({"noise": scores})

@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import attackroute as ar
-from attackroute.data import load_data
 from attackroute.report.fragments import inlined_json, percent
 from attackroute.report.frame import _SCRIPTS
 from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content, build_page
 from attackroute.report.run_folder import RunFolder
+from attackroute.zoo.sources import load_data
 from report_runs import CLASSES, data_of, done, make_network, make_pictures, make_run, run
 
 FIGURE = "<svg onload='alert(1)'></svg>"

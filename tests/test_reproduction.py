@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from attackroute.errors import UserError
-from attackroute.experiments.route_sampling import sample_route
-from attackroute.reproduction import fig2, fig3, fig4, fig5, hardening, hardness, table1
-from attackroute.reproduction.claims import FAILS, HOLDS, PART, by_count, claims_table, markdown, verdict
-from attackroute.reproduction.page import blocks, claims_of, fill, skeleton
-from attackroute.reproduction.results import NetworkResults, mean, rivals, unbeaten
+from attackroute.analysis.route_sampling import sample_route
+from attackroute.core.errors import UserError
+from attackroute.paper import fig2, fig3, fig4, fig5, hardening, hardness, table1
+from attackroute.paper.claims import FAILS, HOLDS, PART, by_count, claims_table, markdown, verdict
+from attackroute.paper.page import blocks, claims_of, fill, skeleton
+from attackroute.paper.results import NetworkResults, mean, rivals, unbeaten
 from route_samples import instances
 
 LAYERS = ("features.0", "features.3", "features.7")

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from attackroute import checkpoints, training
-from attackroute.accuracy import Accuracy, accuracy
-from attackroute.checkpoints import BEST, LAST, LOG, SETTINGS, STATE
-from attackroute.errors import UserError
-from attackroute.training import TrainSettings, train
+from attackroute.core import accuracy as accuracy_module
+from attackroute.core.accuracy import Accuracy, accuracy
+from attackroute.core.errors import UserError
+from attackroute.hardening import checkpoint, devices, training
+from attackroute.hardening.checkpoint import BEST, LAST, LOG, SETTINGS, STATE
+from attackroute.hardening.settings import TrainSettings
+from attackroute.hardening.training import train
 from toy_training import (
     SETTINGS_USED,
     Killed,
@@ -116,7 +118,7 @@ def test_resuming_after_every_epoch(tmp_path: Path, change: dict[str, Any], epoc
 
 
 def test_resuming_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "autocast_type", lambda device: torch.float16)
+    monkeypatch.setattr(devices, "autocast_type", lambda device: torch.float16)
     settings = replace(SETTINGS_USED, amp=True)
     whole, _ = trained(settings, folder=tmp_path / "whole")
     with pytest.raises(Killed):
@@ -167,7 +169,7 @@ def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path, monkeypatch
         return call
 
     for name in ("replace", "fsync"):
-        monkeypatch.setattr(checkpoints.os, name, dying(getattr(os, name)))
+        monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
     for operations in range(200):
         folder = tmp_path / str(operations)
         countdown = iter(range(operations, -1, -1))
@@ -280,14 +282,14 @@ def test_an_epoch_that_is_resumed_draws_the_same_random_data(tmp_path: Path, wor
 
 def test_an_interrupted_test_is_all_that_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, wanted = trained()
-    count_correct = training.count_correct
+    count_correct = accuracy_module.count_correct
 
     def interrupted(*args: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return count_correct(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "count_correct", interrupted)
+        patch.setattr(accuracy_module, "count_correct", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trained(folder=tmp_path)
     taken: list[int] = []

@@ -25,9 +25,9 @@ from architectures import (
     chain,
     randomised,
 )
-from attackroute import oracle
-from attackroute.errors import UserError
-from attackroute.rivals import CRITERIA, NEED_ATTACK, ChannelScores, channel_scores, rank_channels
+from attackroute.analysis.criteria import CRITERIA, NEED_ATTACK, ChannelScores, channel_scores, rank_channels
+from attackroute.core.errors import UserError
+from attackroute.tracing import oracle
 
 
 @pytest.fixture(autouse=True)

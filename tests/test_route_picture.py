@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attackroute.accuracy import Accuracy
-from attackroute.errors import UserError
-from attackroute.experiments.accuracy_table import UNTOUCHED, AccuracyTable, Cost, Row, Setting
-from attackroute.experiments.rankings import RANDOM, ROUTE
-from attackroute.figures import save_figure
-from attackroute.figures.route_picture import route_figure
-from attackroute.routes import Route
+from attackroute.analysis.accuracy_table import UNTOUCHED, AccuracyTable, Cost, Row, Setting
+from attackroute.analysis.figures.route_picture import route_figure
+from attackroute.analysis.figures.style import save_figure
+from attackroute.analysis.rankings import RANDOM, ROUTE
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.errors import UserError
+from attackroute.routes.route import Route
 
 
 def measured() -> AccuracyTable:

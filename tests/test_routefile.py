@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attackroute.errors import UserError
-from attackroute.instances import InstanceRoutes
-from attackroute.routes import Route
+from attackroute.core.errors import UserError
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.route import Route
 from route_samples import CHANNELS, ORIGIN, SAMPLES, instances
 
 

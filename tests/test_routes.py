@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attackroute.errors import UserError
-from attackroute.provenance import Provenance
-from attackroute.routes import Route
+from attackroute.core.errors import UserError
+from attackroute.routes.provenance import Provenance
+from attackroute.routes.route import Route
 from route_samples import instances
 
 ROUTE = Route({"conv1": [2, 0], "conv2": [3], "fc": []}, {"conv1": 4, "conv2": 8, "fc": 2})

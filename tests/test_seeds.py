@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute import oracle
-from attackroute.errors import UserError
-from attackroute.seeds import checked_labels, checked_logits, cross_entropy_seed, log_doubt, seed_gradients
-from attackroute.trace import trace_routes
+from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.errors import UserError
+from attackroute.core.loss import cross_entropy_seed, log_doubt, seed_gradients
+from attackroute.tracing import oracle
+from attackroute.tracing.trace import trace_routes
 from tracing import deviation, ready, same_routes, small, worst
 
 LOGITS = [

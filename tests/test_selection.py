@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attackroute.errors import UserError
-from attackroute.selection import kept, top_k
+from attackroute.core.errors import UserError
+from attackroute.routes.masks import kept, top_k
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attackroute.separation import Separation
+from attackroute.tracing.pass_checks import Separation
 
 Function = Callable[[Tensor], Tensor]
 SIZE = (2, 2, 6, 6)  # as many channels as samples, so that one can be taken for the other

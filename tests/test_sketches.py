@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import MIXED, Function, Head, Shuffled, chain, tokens
-from attackroute import oracle
-from attackroute.attacks.draws import mixed
-from attackroute.cauchy import cauchies, derived_keys
-from attackroute.errors import UserError
-from attackroute.instances import InstanceRoutes
-from attackroute.jacobians import Segments
-from attackroute.layers import frozen
-from attackroute.selection import top_k
-from attackroute.sketches import Estimate, groups
-from attackroute.structure import Structure
-from attackroute.trace import trace_routes
+from attackroute.core.cauchy import cauchies, derived_keys
+from attackroute.core.draws import mixed
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import frozen
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.masks import top_k
+from attackroute.tracing import oracle
+from attackroute.tracing.segments import Segments
+from attackroute.tracing.sketches import Estimate, groups
+from attackroute.tracing.structure import Structure
+from attackroute.tracing.trace import trace_routes
 from tracing import deviation, ready, same_routes, worst
 
 COPIES = 800
@@ -125,7 +125,9 @@ def test_scores_are_unbiased_and_their_errors_as_stated(
 def test_a_bias_of_a_few_percent_would_be_found(
     copies: tuple[Segments, dict[str, list[str]], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attackroute.sketches._geometric_mean", lambda logs, draws: (logs / draws).exp())  # 8 % more
+    monkeypatch.setattr(
+        "attackroute.tracing.sketches._geometric_mean", lambda logs, draws: (logs / draws).exp()
+    )  # 8 % more
     found, edges, critical = copies
     keys = mixed(torch.arange(COPIES))
     for target in edges:
@@ -247,7 +249,7 @@ def test_batches_and_order_change_nothing(sketches: int | str) -> None:
 def test_chunks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, labels = ready(Shuffled, dtype=torch.float32)
     whole = trace_routes(model, (images, labels), sketches=32, keep_scores=True)
-    monkeypatch.setattr("attackroute.jacobians._ELEMENTS", 1)
+    monkeypatch.setattr("attackroute.tracing.segments._ELEMENTS", 1)
     assert worst(trace_routes(model, (images, labels), sketches=32, keep_scores=True), whole) < 1e-4
 
 

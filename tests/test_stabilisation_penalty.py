@@ -12,10 +12,10 @@ from torch.nn import functional
 
 import attackroute as ar
 from architectures import Perceptron, Residual, Reused
-from attackroute.errors import UserError
-from attackroute.hardening import harden
-from attackroute.penalties import StabilisationPenalty
-from attackroute.routes import Route
+from attackroute.core.errors import UserError
+from attackroute.hardening.harden import harden
+from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
+from attackroute.routes.route import Route
 from test_gradient_penalty import smooth, some_of
 from toy_training import toy_data, toy_model
 from tracing import ready

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from attackroute.errors import UserError
-from attackroute.streams import batches, samples_in
-from attackroute.trace import trace_routes
+from attackroute.core.batches import batches, samples_in
+from attackroute.core.errors import UserError
+from attackroute.tracing.trace import trace_routes
 from tracing import ready, small, worst
 
 MODEL = nn.Conv2d(3, 4, 3)

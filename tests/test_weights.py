@@ -13,9 +13,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from attackroute.data import load_data, loader
-from attackroute.errors import UserError
-from attackroute.models import build_model, load_weights
+from attackroute.core.errors import UserError
+from attackroute.zoo.images import loader
+from attackroute.zoo.registry import build_model
+from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import load_weights
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attackroute import windows
-from attackroute.gains import Alive, Windows
-from attackroute.windows import Axis, alive_sums, mask_sums, pattern_kernel, pattern_sums
+from attackroute.tracing import windows
+from attackroute.tracing.flow import Alive, Windows
+from attackroute.tracing.windows import Axis, alive_sums, mask_sums, pattern_kernel, pattern_sums
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

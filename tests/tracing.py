@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from architectures import randomised
-from attackroute import oracle
-from attackroute.instances import InstanceRoutes
-from attackroute.trace import influence, trace_routes
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.tracing import oracle
+from attackroute.tracing.trace import influence, trace_routes
 
 
 def ready(

@@ -12,19 +12,19 @@ import argparse
 import json
 from pathlib import Path
 
-from attackroute.attack_labels import short
-from attackroute.attacks import parse_attack
-from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM
-from attackroute.experiments.paired import BEATS, LOSES
-from attackroute.experiments.repair import ANY, EVERY
-from attackroute.experiments.repair_criteria import ATTRIBUTION, FIRST_LAYERS, INFLUENCE, NOISE_ROUTE, SENSITIVITY
-from attackroute.experiments.repair_criteria import RANDOM as RANDOM_CHANNELS
-from attackroute.experiments.repair_results import AREA
-from attackroute.rank_statistics import AUROC
-from attackroute.reproduction.claims import markdown, percent
-from attackroute.reproduction.hardening import accuracies_table, differences_table
-from attackroute.reproduction.page import fill, study_terms
-from attackroute.reproduction.results import Content, matching
+from attackroute.analysis.hardness_study import LAYER, OURS, RANDOM
+from attackroute.analysis.paired import BEATS, LOSES
+from attackroute.analysis.repair import ANY, EVERY
+from attackroute.analysis.repair_criteria import ATTRIBUTION, FIRST_LAYERS, INFLUENCE, NOISE_ROUTE, SENSITIVITY
+from attackroute.analysis.repair_criteria import RANDOM as RANDOM_CHANNELS
+from attackroute.analysis.repair_results import AREA
+from attackroute.core.statistics import AUROC
+from attackroute.paper.claims import markdown, percent
+from attackroute.paper.hardening import accuracies_table, differences_table
+from attackroute.paper.page import fill, study_terms
+from attackroute.paper.results import Content, matching
+from attackroute.robustness.attack_labels import short
+from attackroute.robustness.registry import parse_attack
 
 
 def main() -> None:

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import safetensors.torch
 
-from attackroute.accuracy import count_correct
-from attackroute.data import load_data
-from attackroute.models import load_preset
-from attackroute.models.card import CARD
-from attackroute.models.presets import PRESETS, TRAINING, WEIGHTS
+from attackroute.core.accuracy import count_correct
+from attackroute.zoo.card import CARD
+from attackroute.zoo.presets import PRESETS, TRAINING, WEIGHTS, load_preset
+from attackroute.zoo.sources import load_data
 
 _COUNTER = "num_batches_tracked"  # of no use in eval mode
 

@@ -8,26 +8,30 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attackroute.version import __version__
+from attackroute.core.version import __version__
 
 if TYPE_CHECKING:
-    from attackroute.attacks import parse_attack
-    from attackroute.channel_measurements import gradient, sensitivity
-    from attackroute.data import load_data
-    from attackroute.errors import UserError
-    from attackroute.evaluation import evaluate
-    from attackroute.evaluation_table import Evaluation
-    from attackroute.hardening import HardenResult, harden
-    from attackroute.hardness_metric import Hardness, hardness
-    from attackroute.instances import InstanceRoutes
-    from attackroute.interventions import deactivate, record_outputs, transplant, weaken
-    from attackroute.models import build_model, load_weights
-    from attackroute.penalties import GradientPenalty, StabilisationPenalty, WeightPenalty
-    from attackroute.rivals import rank_channels
-    from attackroute.routes import Route
-    from attackroute.stored_routes import StoredRoutes
-    from attackroute.trace import influence, trace_routes
-    from attackroute.training import TrainSettings, train
+    from attackroute.analysis.channel_measurements import gradient, sensitivity
+    from attackroute.analysis.criteria import rank_channels
+    from attackroute.analysis.hardness import Hardness, hardness
+    from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
+    from attackroute.core.errors import UserError
+    from attackroute.hardening.gradient_penalty import GradientPenalty
+    from attackroute.hardening.harden import HardenResult, harden
+    from attackroute.hardening.settings import TrainSettings
+    from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
+    from attackroute.hardening.training import train
+    from attackroute.hardening.weight_penalty import WeightPenalty
+    from attackroute.robustness.evaluate import evaluate
+    from attackroute.robustness.evaluation_table import Evaluation
+    from attackroute.robustness.registry import parse_attack
+    from attackroute.routes.folder import StoredRoutes
+    from attackroute.routes.instance_routes import InstanceRoutes
+    from attackroute.routes.route import Route
+    from attackroute.tracing.trace import influence, trace_routes
+    from attackroute.zoo.registry import build_model
+    from attackroute.zoo.sources import load_data
+    from attackroute.zoo.weights import load_weights
 
 __all__ = [
     "Evaluation",
@@ -63,34 +67,34 @@ __all__ = [
 
 # A module must never bear the name of a public function: importing it would shadow the function.
 _HOMES = {
-    "Evaluation": "evaluation_table",
-    "GradientPenalty": "penalties",
-    "HardenResult": "hardening",
-    "Hardness": "hardness_metric",
-    "InstanceRoutes": "instances",
-    "Route": "routes",
-    "StoredRoutes": "stored_routes",
-    "TrainSettings": "training",
-    "UserError": "errors",
-    "StabilisationPenalty": "penalties",
-    "WeightPenalty": "penalties",
-    "build_model": "models",
-    "deactivate": "interventions",
-    "evaluate": "evaluation",
-    "gradient": "channel_measurements",
-    "harden": "hardening",
-    "hardness": "hardness_metric",
-    "influence": "trace",
-    "load_data": "data",
-    "load_weights": "models",
-    "parse_attack": "attacks",
-    "rank_channels": "rivals",
-    "record_outputs": "interventions",
-    "sensitivity": "channel_measurements",
-    "trace_routes": "trace",
-    "train": "training",
-    "transplant": "interventions",
-    "weaken": "interventions",
+    "Evaluation": "robustness.evaluation_table",
+    "GradientPenalty": "hardening.gradient_penalty",
+    "HardenResult": "hardening.harden",
+    "Hardness": "analysis.hardness",
+    "InstanceRoutes": "routes.instance_routes",
+    "Route": "routes.route",
+    "StoredRoutes": "routes.folder",
+    "TrainSettings": "hardening.settings",
+    "UserError": "core.errors",
+    "StabilisationPenalty": "hardening.stabilisation_penalty",
+    "WeightPenalty": "hardening.weight_penalty",
+    "build_model": "zoo.registry",
+    "deactivate": "analysis.interventions",
+    "evaluate": "robustness.evaluate",
+    "gradient": "analysis.channel_measurements",
+    "harden": "hardening.harden",
+    "hardness": "analysis.hardness",
+    "influence": "tracing.trace",
+    "load_data": "zoo.sources",
+    "load_weights": "zoo.weights",
+    "parse_attack": "robustness.registry",
+    "rank_channels": "analysis.criteria",
+    "record_outputs": "analysis.interventions",
+    "sensitivity": "analysis.channel_measurements",
+    "trace_routes": "tracing.trace",
+    "train": "hardening.training",
+    "transplant": "analysis.interventions",
+    "weaken": "analysis.interventions",
 }
 
 

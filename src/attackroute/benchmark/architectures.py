@@ -16,20 +16,20 @@ import torch
 from torch import nn
 from torchvision import models
 
-from attackroute import oracle
-from attackroute.benchmark import small_networks as small
+from attackroute.benchmark import small_networks
 from attackroute.benchmark.cases import adapt_batch_norms, seeded
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
-from attackroute.gates import FrozenGates
-from attackroute.instances import InstanceRoutes
-from attackroute.jacobians import Segments
-from attackroute.layers import frozen
-from attackroute.models import build_model
-from attackroute.selection import kept, top_k
-from attackroute.sketches import FIRST_SKETCHES
-from attackroute.structure import CLOSED_FORM, Structure
-from attackroute.trace import trace_routes
+from attackroute.core.model_state import frozen
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.masks import kept, top_k
+from attackroute.tracing import oracle
+from attackroute.tracing.frozen_gates import FrozenGates
+from attackroute.tracing.segments import Segments
+from attackroute.tracing.sketches import FIRST_SKETCHES
+from attackroute.tracing.structure import CLOSED_FORM, Structure
+from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.registry import build_model
 
 LIMIT = 40.0
 """Ratio of a trace's time to a plain forward pass's that ViT-B/16 and EfficientNet-B0 are to keep."""
@@ -71,26 +71,34 @@ def _from(name: str, size: int = 224) -> Callable[[], nn.Module]:
 
 ARCHITECTURES = (
     Architecture(
-        "EfficientNet-B0", _from("torchvision:efficientnet_b0"), 224, False, small.efficientnet, 16, limit=LIMIT
+        "EfficientNet-B0",
+        _from("torchvision:efficientnet_b0"),
+        224,
+        False,
+        small_networks.efficientnet,
+        16,
+        limit=LIMIT,
     ),
-    Architecture("MobileNetV3-L", _from("torchvision:mobilenet_v3_large"), 224, False, small.mobilenet_v3, 16),
-    Architecture("RegNetY-400MF", _from("torchvision:regnet_y_400mf"), 224, False, small.regnet, 16),
-    Architecture("DenseNet-121", _from("torchvision:densenet121"), 224, False, small.densenet, 16),
-    Architecture("GoogLeNet", _from("torchvision:googlenet"), 224, False, small.googlenet, 12),
-    Architecture("Inception-v3", _from("torchvision:inception_v3", 299), 299, False, small.inception, 10),
+    Architecture("MobileNetV3-L", _from("torchvision:mobilenet_v3_large"), 224, False, small_networks.mobilenet_v3, 16),
+    Architecture("RegNetY-400MF", _from("torchvision:regnet_y_400mf"), 224, False, small_networks.regnet, 16),
+    Architecture("DenseNet-121", _from("torchvision:densenet121"), 224, False, small_networks.densenet, 16),
+    Architecture("GoogLeNet", _from("torchvision:googlenet"), 224, False, small_networks.googlenet, 12),
+    Architecture("Inception-v3", _from("torchvision:inception_v3", 299), 299, False, small_networks.inception, 10),
     Architecture(
         "ResNet-50, GroupNorm",
         lambda: models.resnet50(norm_layer=partial(nn.GroupNorm, 32)),
         224,
         False,
-        small.resnet_group_norm,
+        small_networks.resnet_group_norm,
         16,
     ),
-    Architecture("ConvNeXt-T", _from("torchvision:convnext_tiny"), 224, False, small.convnext, 16),
-    Architecture("ConvNeXt-T, linear", _from("torchvision:convnext_tiny"), 224, True, small.convnext, 16),
-    Architecture("Swin-T, linear", _from("torchvision:swin_t"), 224, True, small.swin, 16),
-    Architecture("ViT-B/16, linear", _from("torchvision:vit_b_16"), 224, True, small.vit, 16, limit=LIMIT),
-    Architecture("DeiT-S/16, linear", _from("timm:deit_small_patch16_224"), 224, True, small.deit, 16, needs="timm"),
+    Architecture("ConvNeXt-T", _from("torchvision:convnext_tiny"), 224, False, small_networks.convnext, 16),
+    Architecture("ConvNeXt-T, linear", _from("torchvision:convnext_tiny"), 224, True, small_networks.convnext, 16),
+    Architecture("Swin-T, linear", _from("torchvision:swin_t"), 224, True, small_networks.swin, 16),
+    Architecture("ViT-B/16, linear", _from("torchvision:vit_b_16"), 224, True, small_networks.vit, 16, limit=LIMIT),
+    Architecture(
+        "DeiT-S/16, linear", _from("timm:deit_small_patch16_224"), 224, True, small_networks.deit, 16, needs="timm"
+    ),
 )
 
 

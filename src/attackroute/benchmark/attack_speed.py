@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attackroute.attacks import PGD
 from attackroute.benchmark.cases import adapt_batch_norms, seeded
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Parts, Runs, Spread, Stopclock, interleaved
-from attackroute.layers import frozen
-from attackroute.models import build_model
+from attackroute.core.model_state import frozen
+from attackroute.robustness.gradient_attacks import PGD
+from attackroute.zoo.registry import build_model
 
 MODEL, WIDTH, IMAGE_SIZE, CLASSES = "vgg16", 0.25, 32, 10
 BATCH_SIZE = 128

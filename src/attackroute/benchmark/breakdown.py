@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from attackroute import ranking, recorder, streams, structure, trace
 from attackroute.benchmark.timing import Parts, Stopclock
-from attackroute.builder import InstanceRoutesBuilder
-from attackroute.jacobians import Segments
-from attackroute.rules import Operation
+from attackroute.core import batches
+from attackroute.routes.instance_routes import InstanceRoutesBuilder
+from attackroute.tracing import open_edges, recorder, structure, trace
+from attackroute.tracing.rules.operation import Operation
+from attackroute.tracing.segments import Segments
 
 PROBE = "structure probe"
 REST = "rest"
@@ -24,9 +25,9 @@ PHASES: Mapping[str, tuple[tuple[object, str], ...]] = {
     "critical sums": ((trace, "critical_sums"),),
     "vector-Jacobian products": ((Segments, "__init__"), (Segments, "scores")),
     "seeds": ((trace, "checked_logits"), (trace, "seed_gradients")),
-    "top-k": ((trace, "top_k"), (ranking, "top_k")),
+    "top-k": ((trace, "top_k"), (open_edges, "top_k")),
     "packing": ((InstanceRoutesBuilder, "add"), (InstanceRoutesBuilder, "build")),
-    "input checks": ((streams, "_ready"),),
+    "input checks": ((batches, "_ready"),),
     PROBE: ((structure, "record_first"), (structure, "_require_independent")),
 }
 """The parts of a trace. A phase's time is its functions' own: what they call belongs to the phase of what is called,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute.models import build_model
+from attackroute.zoo.registry import build_model
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from attackroute.benchmark.cases import SPEED_CASES, seeded, workload
 from attackroute.benchmark.naive import Segment, by_autograd, by_jacrev, chain_segments, chunk_rows
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Parts, Runs, Spread, Stopclock, interleaved
-from attackroute.models.chain import ChainNet
-from attackroute.trace import trace_routes
+from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.chain import ChainNet
 
 AIM = 1000.0
 """How many times faster than the naive way a trace is to be, at least."""

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attackroute.attacks import PGD
+from attackroute.analysis.criteria import rank_channels
 from attackroute.benchmark.cases import adapt_batch_norms, seeded
 from attackroute.benchmark.memory import Peaks, measured, memory_repeats
 from attackroute.benchmark.plan import HARDENING, Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
-from attackroute.models import build_model
-from attackroute.penalties import APPROXIMATE, EXACT, GradientPenalty, StabilisationPenalty, WeightPenalty
-from attackroute.penalties.passes import spared_buffers
-from attackroute.rivals import rank_channels
-from attackroute.routes import Route
+from attackroute.core.model_state import spared_buffers
+from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT, GradientPenalty
+from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
+from attackroute.hardening.weight_penalty import WeightPenalty
+from attackroute.robustness.gradient_attacks import PGD
+from attackroute.routes.route import Route
+from attackroute.zoo.registry import build_model
 
 MODEL, WIDTH, IMAGE_SIZE, CLASSES = "vgg16", 0.25, 32, 10
 BATCH_SIZE = 128

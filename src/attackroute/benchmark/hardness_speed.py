@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from attackroute.analysis.hardness import hardness
 from attackroute.benchmark.cases import Case, Workload, workload
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, in_threads, interleaved
-from attackroute.hardness_metric import hardness
-from attackroute.layers import frozen
-from attackroute.trace import trace_routes
+from attackroute.core.model_state import frozen
+from attackroute.tracing.trace import trace_routes
 
 LIMIT = 1.15
 """Ratio of the metric's time to that of the two passes which is to be kept."""

@@ -18,11 +18,11 @@ from torchvision.transforms.functional import resize, to_pil_image
 
 from attackroute.benchmark.cases import SPEED_CASES, Case, seeded, workload
 from attackroute.benchmark.timing import Spread, Stopclock, interleaved
-from attackroute.data import ImageBatches, load_data
-from attackroute.exchange import VALUE, Share
-from attackroute.instances import InstanceRoutes
-from attackroute.processes import Outcome, Processes, apart
-from attackroute.trace import trace_routes
+from attackroute.core.distributed import VALUE, Outcome, Processes, Share, apart
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.batched import ImageBatches
+from attackroute.zoo.sources import load_data
 
 CASES = SPEED_CASES[:2]
 """Small images, and images of ImageNet's size."""

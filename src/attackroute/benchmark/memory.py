@@ -13,7 +13,7 @@ import torch
 
 from attackroute.benchmark.plan import MEMORY, Plan
 from attackroute.benchmark.timing import Spread
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 LIMIT = 1.5
 """Peak memory of a trace / of plain inference that is to be kept, VGG-16 at 224x224."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attackroute.models import build_model
-from attackroute.trace import trace_routes
+from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.registry import build_model
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from attackroute.models.chain import ChainNet
+from attackroute.zoo.chain import ChainNet
 
 _ROWS = 256  # most rows of a Jacobian at a time
 _ELEMENTS = 1 << 22  # and most elements

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from attackroute.benchmark.cases import SPEED_CASES, Case
-from attackroute.errors import UserError
-from attackroute.nearest import did_you_mean
+from attackroute.core.errors import UserError, did_you_mean
 
 NAIVE = "naive"
 MEMORY = "memory"

@@ -21,9 +21,9 @@ from attackroute.benchmark.cases import SPEED_CASES, workload
 from attackroute.benchmark.image_costs import CASES, ImageCosts, measure_costs
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock
-from attackroute.errors import UserError
-from attackroute.processes import apart, joined
-from attackroute.trace import trace_routes
+from attackroute.core.distributed import apart, joined
+from attackroute.core.errors import UserError
+from attackroute.tracing.trace import trace_routes
 
 COUNT = 2
 AIM = 1.8

@@ -19,8 +19,8 @@ from attackroute.benchmark.plan import ARCHITECTURES, ATTACK, HARDENING, MEMORY,
 from attackroute.benchmark.process_speed import ProcessSpeed, measure_processes
 from attackroute.benchmark.speed import SpeedResult, measure_speed
 from attackroute.benchmark.timing import in_threads
-from attackroute.errors import UserError
-from attackroute.version import __version__
+from attackroute.core.errors import UserError
+from attackroute.core.version import __version__
 
 
 class Steps:

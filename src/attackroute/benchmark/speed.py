@@ -14,8 +14,8 @@ from attackroute.benchmark.breakdown import PHASES, REST, Stopwatch
 from attackroute.benchmark.cases import Case, Workload, workload
 from attackroute.benchmark.plan import Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
-from attackroute.noise import NOISE
-from attackroute.trace import trace_routes
+from attackroute.tracing.noise import NOISE
+from attackroute.tracing.trace import trace_routes
 
 
 @dataclass(frozen=True)

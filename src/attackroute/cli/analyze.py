@@ -9,7 +9,7 @@ import typer
 
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 EXAMPLES = """
  Examples:
@@ -140,15 +140,15 @@ def analyze(
     Every experiment of the paper's section 4 gives a table, a figure and one sentence, and says in which layers the
     route beats each control. Ctrl-C keeps the experiments that are done; --resume goes on.
     """
-    from attackroute.attacks import parse_attack
-    from attackroute.cli.analyses import EXPERIMENTS, Study
+    from attackroute.analysis.study import EXPERIMENTS, Study
     from attackroute.cli.analyze_report import report
-    from attackroute.cli.networks import find_card, open_network
-    from attackroute.data import load_data
-    from attackroute.interventions import ACTIVATION, OUTPUT
-    from attackroute.nearest import did_you_mean
-    from attackroute.noise import check_carrier
-    from attackroute.processes import current
+    from attackroute.core.distributed import current
+    from attackroute.core.errors import did_you_mean
+    from attackroute.core.layers import ACTIVATION, OUTPUT
+    from attackroute.robustness.registry import parse_attack
+    from attackroute.tracing.noise import check_carrier
+    from attackroute.zoo.networks import find_card, open_network
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     names = _listed(only, "--only") or list(EXPERIMENTS)

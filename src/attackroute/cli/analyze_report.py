@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 
+from attackroute.analysis.accuracy_table import AccuracyTable, Setting, spread
+from attackroute.analysis.attention import CLEAN, INSIDE, SHIFT, Attention
+from attackroute.analysis.detection import Detection
+from attackroute.analysis.occurrence import OCCURRENCE, OVERLAP, RANDOM_ROUTES, Occurrence
+from attackroute.analysis.rankings import OFF_ROUTE, RANDOM, ROUTE
+from attackroute.analysis.responses import Responses
+from attackroute.analysis.tables import Result
 from attackroute.cli.console import Output
-from attackroute.experiments.accuracy_table import AccuracyTable, Setting, spread
-from attackroute.experiments.attention import CLEAN, INSIDE, SHIFT, Attention
-from attackroute.experiments.detection import Detection
-from attackroute.experiments.occurrence import OCCURRENCE, OVERLAP, RANDOM_ROUTES, Occurrence
-from attackroute.experiments.rankings import OFF_ROUTE, RANDOM, ROUTE
-from attackroute.experiments.responses import Responses
-from attackroute.experiments.tables import Result
 
 Table = tuple[list[str], list[list[str]]]
 

@@ -22,7 +22,7 @@ from attackroute.cli import (
     train,
 )
 from attackroute.cli.commands import Group, add_command
-from attackroute.version import __version__
+from attackroute.core.version import __version__
 
 _ABOUT = (
     "Find the channels that carry an attack through a convolutional network.\n\n"

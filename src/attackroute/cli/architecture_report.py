@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from attackroute.benchmark import BenchmarkReport
 from attackroute.benchmark.architectures import ArchitectureResult
-from attackroute.files import replace_file
-from attackroute.sketches import FIRST_SKETCHES
+from attackroute.benchmark.report import BenchmarkReport
+from attackroute.core.files import replace_file
+from attackroute.tracing.sketches import FIRST_SKETCHES
 
 HEADER = [
     "network",

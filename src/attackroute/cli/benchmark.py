@@ -10,7 +10,7 @@ import typer
 
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 EXAMPLES = """
  Examples:
@@ -159,7 +159,8 @@ def benchmark(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what a trace costs: against plain inference, a training step and the naive way, and its memory."""
-    from attackroute.benchmark import Plan, run_benchmark
+    from attackroute.benchmark.plan import Plan
+    from attackroute.benchmark.report import run_benchmark
     from attackroute.cli.architecture_report import write_table
     from attackroute.cli.benchmark_report import show
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from attackroute.benchmark import BenchmarkReport, hardening_speed, image_costs, process_speed
+from attackroute.benchmark import hardening_speed, image_costs, process_speed
 from attackroute.benchmark.attack_speed import MODEL, STEPS, WIDTH, AttackSpeed
 from attackroute.benchmark.extrapolation import AIM, PAPER_HOURS, PAPER_IMAGES, NaiveResult
 from attackroute.benchmark.hardening_speed import HardeningSpeed
 from attackroute.benchmark.memory import LIMIT, MemoryResult
 from attackroute.benchmark.process_speed import ProcessSpeed
+from attackroute.benchmark.report import BenchmarkReport
 from attackroute.benchmark.speed import SpeedResult
 from attackroute.benchmark.timing import Runs, Spread
 from attackroute.cli.architecture_report import HEADER, NOTE, rows
 from attackroute.cli.console import Output
-from attackroute.display import plural
+from attackroute.core.table import plural
 
 
 def show(output: Output, report: BenchmarkReport) -> None:

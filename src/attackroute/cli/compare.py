@@ -12,7 +12,7 @@ import typer
 
 from attackroute.cli import options, report_options
 from attackroute.cli.console import Output, command_line
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     from attackroute.cli.report_source import Wanted
@@ -82,7 +82,7 @@ def compare(
     differ.
     """
     from attackroute.cli.report_source import Wanted
-    from attackroute.files import replace_file
+    from attackroute.core.files import replace_file
     from attackroute.report.comparison import build_comparison
     from attackroute.report.run_folder import RunFolder
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute import noise_oracle, oracle
-from attackroute.noise import NOISE, UNIT
-from attackroute.sketches import Sketches
-from attackroute.trace import trace_routes
+from attackroute.tracing import noise_oracle, oracle
+from attackroute.tracing.noise import NOISE, UNIT
+from attackroute.tracing.sketches import Sketches
+from attackroute.tracing.trace import trace_routes
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest relative deviation of scores that rounding explains."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from attackroute.processes import leading
+from attackroute.core.distributed import leading
 
 
 class Progress(Protocol):

@@ -13,9 +13,9 @@ from attackroute.cli import options
 from attackroute.cli.console import Output
 
 if TYPE_CHECKING:
-    from attackroute.experiments.accuracy_table import AccuracyTable
-    from attackroute.instances import InstanceRoutes
-    from attackroute.routes import Route
+    from attackroute.analysis.accuracy_table import AccuracyTable
+    from attackroute.routes.instance_routes import InstanceRoutes
+    from attackroute.routes.route import Route
 
 EXAMPLES = """
  Examples:
@@ -71,18 +71,21 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     """
     import torch
 
+    from attackroute.analysis.criteria import rank_channels
+    from attackroute.analysis.deactivation import deactivation_accuracy
+    from attackroute.analysis.figures.route_picture import route_figure
+    from attackroute.analysis.figures.style import save_figure
     from attackroute.cli.demo_chapters import EPS, RADII, analysed, hardened, judged_hardness
-    from attackroute.cli.networks import open_network, spec_for, with_own_normalisation
     from attackroute.cli.report import report
     from attackroute.cli.train_report import divided
-    from attackroute.data import load_data, loader
-    from attackroute.experiments.deactivation import deactivation_accuracy
-    from attackroute.figures import save_figure
-    from attackroute.figures.route_picture import route_figure
-    from attackroute.models import ModelCard, build
-    from attackroute.rivals import rank_channels
-    from attackroute.trace import trace_routes
-    from attackroute.training import TrainSettings, train
+    from attackroute.hardening.settings import TrainSettings
+    from attackroute.hardening.training import train
+    from attackroute.tracing.trace import trace_routes
+    from attackroute.zoo.card import ModelCard
+    from attackroute.zoo.images import loader
+    from attackroute.zoo.networks import open_network, spec_for, with_own_normalisation
+    from attackroute.zoo.registry import build
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     home = options.resolve_device(device)
@@ -165,7 +168,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
 
 
 def _show(output: Output, routes: InstanceRoutes, route: Route, silencing: AccuracyTable) -> None:
-    from attackroute.experiments.accuracy_table import Setting, spread
+    from attackroute.analysis.accuracy_table import Setting, spread
 
     occurrence = routes.occurrence(routes.width)
     output.table(
@@ -199,8 +202,8 @@ def _show(output: Output, routes: InstanceRoutes, route: Route, silencing: Accur
 def _summary(
     routes: InstanceRoutes, silencing: AccuracyTable, seed: int, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
+    from attackroute.analysis.tables import to_json
     from attackroute.cli.trace_report import summarise
-    from attackroute.experiments.tables import to_json
 
     origin = {"data": _DATA, "split": "test"}
     return {
@@ -213,9 +216,9 @@ def _summary(
 
 
 def _write(folder: Path, silencing: AccuracyTable, summary: Mapping[str, Any]) -> None:
-    from attackroute.cli.unfinished import write_json
-    from attackroute.experiments.tables import csv_text
-    from attackroute.files import replace_file
+    from attackroute.analysis.tables import csv_text
+    from attackroute.core.files import replace_file
+    from attackroute.routes.folder import write_json
 
     replace_file(folder / "silencing.csv", csv_text(silencing.records()).encode())
     write_json(folder / "summary.json", summary)
@@ -223,7 +226,7 @@ def _write(folder: Path, silencing: AccuracyTable, summary: Mapping[str, Any]) -
 
 def _clear(folder: Path) -> None:
     """Remove an earlier demo's network, and nothing else."""
-    from attackroute.checkpoints import BEST, LAST, LOG, SETTINGS, STATE
+    from attackroute.hardening.checkpoint import BEST, LAST, LOG, SETTINGS, STATE
 
     for name in (BEST, LAST, LOG, SETTINGS, STATE, "model.json"):
         (folder / name).unlink(missing_ok=True)

@@ -11,19 +11,20 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Subset
 
-from attackroute.attacks import GaussianNoise, parse_attack
-from attackroute.cli.analyses import Study
+from attackroute.analysis.hardness_study import study_hardness
+from attackroute.analysis.study import Study
+from attackroute.analysis.tables import to_json
 from attackroute.cli.console import Output
 from attackroute.cli.hardness_files import write_study
 from attackroute.cli.options import open_folder
-from attackroute.data import ImageData, loader
-from attackroute.evaluation import evaluate
-from attackroute.evaluation_table import EVALUATION, Evaluation
-from attackroute.experiments.hardness_study import study_hardness
-from attackroute.experiments.tables import to_json
-from attackroute.hardening import FINE_TUNING, harden
-from attackroute.measurements import MEASUREMENTS
-from attackroute.routes import Route
+from attackroute.core.journal import MEASUREMENTS
+from attackroute.hardening.harden import FINE_TUNING, harden
+from attackroute.robustness.corruptions import GaussianNoise
+from attackroute.robustness.evaluate import evaluate
+from attackroute.robustness.evaluation_table import EVALUATION, Evaluation
+from attackroute.robustness.registry import parse_attack
+from attackroute.routes.route import Route
+from attackroute.zoo.images import ImageData, loader
 
 EPS = "0.1"  # of what fools a network on digits; the paper's 8/255 is for natural images
 RADII = ("8/255", "16/255", EPS)  # those of the report

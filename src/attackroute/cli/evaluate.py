@@ -9,12 +9,12 @@ import typer
 
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from attackroute.attacks import Perturbation
+    from attackroute.robustness.contract import Perturbation
 
 EXAMPLES = """
  Examples:
@@ -172,11 +172,12 @@ def evaluate(
     keeps what is done; --resume goes on.
     """
     from attackroute.cli.evaluate_report import report, report_verification
-    from attackroute.cli.networks import find_card, open_network
     from attackroute.cli.verification import verify_with
-    from attackroute.data import ImageBatches, load_data
-    from attackroute.evaluation import evaluate as run_evaluation
-    from attackroute.processes import current
+    from attackroute.core.distributed import current
+    from attackroute.robustness.evaluate import evaluate as run_evaluation
+    from attackroute.zoo.batched import ImageBatches
+    from attackroute.zoo.networks import find_card, open_network
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     home = options.resolve_device(device)
@@ -239,9 +240,9 @@ def evaluate(
 
 def _attacks(given: list[str] | None, eps: float | None, severity: int | None, seed: int) -> list[Perturbation]:
     """The attacks, with what the options say in place of what they leave open."""
-    from attackroute.attacks import parse_attack
-    from attackroute.balls import ball_of
-    from attackroute.evaluation import CLEAN, DEFAULT_ATTACKS
+    from attackroute.robustness.balls import ball_of
+    from attackroute.robustness.evaluate import CLEAN, DEFAULT_ATTACKS
+    from attackroute.robustness.registry import parse_attack
 
     defaults = {"seed": seed, **({} if severity is None else {"severity": severity})}
     found = []

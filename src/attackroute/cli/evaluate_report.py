@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from attackroute.accuracy import Accuracy
 from attackroute.cli.console import Output, print_error
-from attackroute.display import plural
-from attackroute.evaluation_table import COLUMNS, EVALUATION, Evaluation
-from attackroute.example_checks import FileCheck
-from attackroute.masking import SKIPPED, Check
-from attackroute.measurements import MEASUREMENTS
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.journal import MEASUREMENTS
+from attackroute.core.table import plural
+from attackroute.robustness.evaluation_table import COLUMNS, EVALUATION, Evaluation
+from attackroute.robustness.example_checks import FileCheck
+from attackroute.robustness.masking import SKIPPED, Check
 
 
 def report(output: Output, evaluation: Evaluation, out: Path | None, examples: Path | None) -> None:

@@ -11,10 +11,10 @@ import typer
 
 from attackroute.cli import options, train_options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.hardening import Factor
+    from attackroute.hardening.harden import Factor
 
 EXAMPLES = """
  Examples:
@@ -246,12 +246,12 @@ def harden(
 
     Runs repeat bit for bit and go on with --resume, as those of attackroute train.
     """
-    from attackroute.attacks import parse_attack
     from attackroute.cli.harden_comparison import DEFAULT_ATTACKS, autoattack_by, compared_by
     from attackroute.cli.harden_run import HardenRun
-    from attackroute.hardening import FINE_TUNING
-    from attackroute.penalties import APPROXIMATE, EXACT
-    from attackroute.train_settings import TrainSettings
+    from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT
+    from attackroute.hardening.harden import FINE_TUNING
+    from attackroute.hardening.settings import TrainSettings
+    from attackroute.robustness.registry import parse_attack
 
     output = Output(as_json, quiet)
     names = {Penalties.BOTH: (Penalties.GRADIENT.value, Penalties.WEIGHT.value), Penalties.NONE: ()}.get(

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from torch import nn
 
-from attackroute.attacks import Perturbation, parse_attack
-from attackroute.balls import ball_of
 from attackroute.cli.console import Output
-from attackroute.data import ImageData, loader
-from attackroute.errors import UserError
-from attackroute.evaluation import evaluate
-from attackroute.evaluation_table import COLUMNS, Evaluation, Row
-from attackroute.published import PaperSetting, is_paper_attack
+from attackroute.core.errors import UserError
+from attackroute.paper.published import PaperSetting, is_paper_attack
+from attackroute.robustness.balls import ball_of
+from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.evaluate import evaluate
+from attackroute.robustness.evaluation_table import COLUMNS, Evaluation, Row
+from attackroute.robustness.registry import parse_attack
+from attackroute.zoo.images import ImageData, loader
 
 BEFORE, AFTER = "before", "after"
 EVALUATION, SUBSET = "evaluation", "evaluation-autoattack"

@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from attackroute.attacks import Perturbation
-from attackroute.checkpoints import BEST
 from attackroute.cli import options, train_report
 from attackroute.cli.console import Output
 from attackroute.cli.harden_comparison import AFTER, BEFORE, Comparison, show
-from attackroute.cli.networks import find_card, open_network, spec_for, with_own_normalisation
-from attackroute.cli.unfinished import write_json
-from attackroute.data import ImageData, load_data
-from attackroute.data.holdout import drawn
-from attackroute.hardening import ROUTE_FILE, Factor, HardenResult, factor_of, harden
-from attackroute.models import ModelCard, load_weights
-from attackroute.penalties import EXACT
-from attackroute.processes import current, leading
-from attackroute.published import PaperSetting
-from attackroute.replicas import take_from_first
-from attackroute.route_tracing import ROUTE
+from attackroute.core.distributed import current, leading
+from attackroute.hardening.checkpoint import BEST
+from attackroute.hardening.data_parallel import take_from_first
+from attackroute.hardening.gradient_penalty import EXACT
+from attackroute.hardening.harden import ROUTE_FILE, Factor, HardenResult, factor_of, harden
+from attackroute.hardening.route_tracing import ROUTE
+from attackroute.paper.published import PaperSetting
+from attackroute.robustness.contract import Perturbation
+from attackroute.routes.folder import write_json
+from attackroute.zoo.card import ModelCard
+from attackroute.zoo.holdout import drawn
+from attackroute.zoo.images import ImageData
+from attackroute.zoo.networks import find_card, open_network, spec_for, with_own_normalisation
+from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import load_weights
 
 SUMMARY = "hardening.json"
 

@@ -12,7 +12,7 @@ from attackroute.cli import options, study_options, train_options
 from attackroute.cli.console import Output
 
 if TYPE_CHECKING:
-    from attackroute.experiments.hardening_results import HardeningStudy
+    from attackroute.analysis.hardening_results import HardeningStudy
 
 EXAMPLES = """
  Examples:
@@ -166,11 +166,11 @@ def harden_study(
     """
     from dataclasses import replace
 
+    from attackroute.analysis.hardening_plan import StudyPlan
     from attackroute.cli.hardening_study_run import run_study
-    from attackroute.data import load_data
-    from attackroute.experiments.hardening_plan import StudyPlan
-    from attackroute.penalised import PENALTIES
-    from attackroute.train_settings import TrainSettings
+    from attackroute.hardening.penalised import PENALTIES
+    from attackroute.hardening.settings import TrainSettings
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     home = options.resolve_device(device)
@@ -197,9 +197,9 @@ def harden_study(
 
 
 def _show(output: Output, study: HardeningStudy) -> None:
-    from attackroute.experiments.hardening_plan import compared, judged
-    from attackroute.experiments.hardening_results import over_seeds
-    from attackroute.experiments.paired import shown
+    from attackroute.analysis.hardening_plan import compared, judged
+    from attackroute.analysis.hardening_results import over_seeds
+    from attackroute.analysis.paired import shown
 
     output.line(f"Lambda, chosen on {study.tuning[0].reference.clean.total} validation images: {study.plan.rule}.")
     output.table(

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attackroute.checkpoints import LAST
+from attackroute.analysis.hardening_plan import StudyPlan
+from attackroute.analysis.hardening_results import HardeningStudy
+from attackroute.analysis.hardening_study import study_hardening
+from attackroute.analysis.tables import save_result
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.cli.networks import spec_for, with_own_normalisation
-from attackroute.data import ImageData
-from attackroute.errors import UserError
-from attackroute.experiments.hardening_plan import StudyPlan
-from attackroute.experiments.hardening_results import HardeningStudy
-from attackroute.experiments.hardening_study import study_hardening
-from attackroute.experiments.tables import save_result
-from attackroute.models import ModelCard, build
+from attackroute.core.errors import UserError
+from attackroute.hardening.checkpoint import LAST
+from attackroute.zoo.card import ModelCard
+from attackroute.zoo.images import ImageData
+from attackroute.zoo.networks import spec_for, with_own_normalisation
+from attackroute.zoo.registry import build
 
 STUDY = "study"
 """What the files are called."""

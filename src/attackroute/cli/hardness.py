@@ -9,15 +9,15 @@ import typer
 
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from attackroute.attacks import Perturbation
-    from attackroute.data import ImageBatches
-    from attackroute.routes import Route
-    from attackroute.sketches import Sketches
+    from attackroute.robustness.contract import Perturbation
+    from attackroute.routes.route import Route
+    from attackroute.tracing.sketches import Sketches
+    from attackroute.zoo.batched import ImageBatches
 
 EXAMPLES = """
  Examples:
@@ -116,15 +116,16 @@ def hardness(
     """
     from functools import partial
 
-    from attackroute.attacks import parse_attack
+    from attackroute.analysis.hardness_radius import EpsSearch
+    from attackroute.analysis.hardness_study import study_hardness
     from attackroute.cli.hardness_files import write_study
     from attackroute.cli.hardness_report import report
-    from attackroute.cli.networks import find_card, open_network
-    from attackroute.data import ImageBatches, load_data
-    from attackroute.experiments.hardness_radius import EpsSearch
-    from attackroute.experiments.hardness_study import study_hardness
-    from attackroute.noise import check_carrier
-    from attackroute.processes import leading
+    from attackroute.core.distributed import leading
+    from attackroute.robustness.registry import parse_attack
+    from attackroute.tracing.noise import check_carrier
+    from attackroute.zoo.batched import ImageBatches
+    from attackroute.zoo.networks import find_card, open_network
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     attacks = [parse_attack(text) for text in (attack or _ATTACKS)]
@@ -186,9 +187,9 @@ def _route(
     sketches: Sketches,
     seed: int,
 ) -> Route:
-    from attackroute.noise import NOISE, UNIT
-    from attackroute.routes import Route
-    from attackroute.trace import trace_routes
+    from attackroute.routes.route import Route
+    from attackroute.tracing.noise import NOISE, UNIT
+    from attackroute.tracing.trace import trace_routes
 
     if file is not None:
         return Route.load(file, model=network)

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from attackroute.analysis.figures.hardness_bars import hardness_figure
+from attackroute.analysis.figures.hardness_images import images_figure, pick_images
+from attackroute.analysis.figures.style import save_figure
+from attackroute.analysis.hardness_study import HardnessStudy
+from attackroute.analysis.hardness_tables import write_csv, write_parquet
 from attackroute.cli.console import Output
 from attackroute.cli.hardness_report import summarise
-from attackroute.cli.unfinished import write_json
-from attackroute.data import ImageData, loader
-from attackroute.errors import UserError
-from attackroute.experiments.hardness_study import HardnessStudy
-from attackroute.figures import save_figure
-from attackroute.figures.hardness_bars import hardness_figure
-from attackroute.figures.hardness_images import images_figure, pick_images
-from attackroute.files import replace_file
-from attackroute.hardness_tables import write_csv, write_parquet
+from attackroute.core.errors import UserError
+from attackroute.core.files import replace_file
+from attackroute.routes.folder import write_json
+from attackroute.zoo.images import ImageData, loader
 
 _SHOWN = 10
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attackroute.analysis.hardness_study import LAYER, OURS, RANDOM, HardnessStudy
 from attackroute.cli.console import Output
-from attackroute.experiments.hardness_study import LAYER, OURS, RANDOM, HardnessStudy
-from attackroute.rank_statistics import Association
+from attackroute.core.statistics import Association
 
 _LISTED = 10
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
-from attackroute.processes import leading
+from attackroute.core.distributed import leading
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from attackroute.data import ImageData
+    from attackroute.zoo.images import ImageData
 
 
 def parse_number(text: str) -> float:
@@ -49,7 +49,7 @@ def parse_factor(text: str) -> float:
 
 def parse_sketches(text: str) -> int | str:
     """Read a number of sketches, or ``auto``."""
-    from attackroute.sketches import AUTO, check_sketches
+    from attackroute.tracing.sketches import AUTO, check_sketches
 
     value = int(text) if str(text).isdecimal() else text
     try:
@@ -67,7 +67,7 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
-    from attackroute.processes import own_device
+    from attackroute.core.distributed import own_device
 
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)

@@ -12,23 +12,25 @@ from typing import Any
 
 import torch
 
-from attackroute.attacks import Perturbation, parse_attack
-from attackroute.cli.analyses import EXPERIMENTS, Experiment, Figures, Study
+from attackroute.analysis.deactivation import deactivation_accuracy
+from attackroute.analysis.figures.accuracy_curves import accuracy_figures
+from attackroute.analysis.figures.hardness_bars import hardness_figure
+from attackroute.analysis.figures.occurrence_lines import occurrence_figure
+from attackroute.analysis.hardness_study import HardnessStudy, study_hardness
+from attackroute.analysis.interventions import record_outputs
+from attackroute.analysis.occurrence import tabulate_occurrence
+from attackroute.analysis.own_routes import own_transplant_accuracy
+from attackroute.analysis.rankings import ROUTE
+from attackroute.analysis.route_sampling import sample_route
+from attackroute.analysis.study import EXPERIMENTS, Experiment, Figures, Study
+from attackroute.analysis.tables import Record, Result
+from attackroute.analysis.transplanting import leading_groups, transplant_accuracy
 from attackroute.cli.console import Progress
-from attackroute.errors import UserError
-from attackroute.experiments.deactivation import deactivation_accuracy
-from attackroute.experiments.hardness_study import HardnessStudy, study_hardness
-from attackroute.experiments.occurrence import tabulate_occurrence
-from attackroute.experiments.own_routes import own_transplant_accuracy
-from attackroute.experiments.rankings import ROUTE
-from attackroute.experiments.route_sampling import sample_route
-from attackroute.experiments.tables import Record, Result
-from attackroute.experiments.transplanting import leading_groups, transplant_accuracy
-from attackroute.figures.accuracy_curves import accuracy_figures
-from attackroute.figures.hardness_bars import hardness_figure
-from attackroute.figures.occurrence_lines import occurrence_figure
-from attackroute.interventions import ACTIVATION, OUTPUT, record_outputs
-from attackroute.layers import frozen
+from attackroute.core.errors import UserError
+from attackroute.core.layers import ACTIVATION, OUTPUT
+from attackroute.core.model_state import frozen
+from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.registry import parse_attack
 
 NOISE = "gaussian-noise:std=0.1"
 ATTACKS = ("pgd:eps=8/255", "fgsm:eps=8/255", "step-ll:eps=8/255", "mi-fgsm:eps=8/255", NOISE)

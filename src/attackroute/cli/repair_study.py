@@ -9,10 +9,10 @@ import typer
 
 from attackroute.cli import options, study_options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.experiments.repair_results import RepairStudy
+    from attackroute.analysis.repair_results import RepairStudy
 
 EXAMPLES = """
  Examples:
@@ -100,12 +100,12 @@ def repair_study(
     """
     from itertools import combinations
 
-    from attackroute.attacks import parse_attack
-    from attackroute.cli.networks import open_network
-    from attackroute.data import load_data
-    from attackroute.experiments.repair_study import study_repair
-    from attackroute.experiments.tables import save_result
-    from attackroute.fingerprint import weights_digest
+    from attackroute.analysis.repair_study import study_repair
+    from attackroute.analysis.tables import save_result
+    from attackroute.core.model_state import weights_digest
+    from attackroute.robustness.registry import parse_attack
+    from attackroute.zoo.networks import open_network
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     names = list(dict.fromkeys(model))
@@ -141,7 +141,7 @@ def repair_study(
 
 def _own_size(names: list[str]) -> int | None:
     """The size of the images that the networks were trained on, where one of them says so."""
-    from attackroute.cli.networks import find_card
+    from attackroute.zoo.networks import find_card
 
     sizes = {name: card[1].spec.image_size for name in names if (card := find_card(name)) is not None}
     if len(set(sizes.values())) > 1:
@@ -154,9 +154,9 @@ def _own_size(names: list[str]) -> int | None:
 
 
 def _show(output: Output, study: RepairStudy) -> None:
-    from attackroute.experiments.paired import shown
-    from attackroute.experiments.repair import BUDGETS, EVERY
-    from attackroute.experiments.repair_results import AREA
+    from attackroute.analysis.paired import shown
+    from attackroute.analysis.repair import BUDGETS, EVERY
+    from attackroute.analysis.repair_results import AREA
 
     output.line(f"Picked: {study.picked}. The rule: {study.rule}.")
     budgets = [f"{share:.0%}" for share in BUDGETS]

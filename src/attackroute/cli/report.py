@@ -10,7 +10,7 @@ import typer
 
 from attackroute.cli import options, report_options
 from attackroute.cli.console import Output, command_line
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 EXAMPLES = """
  Examples:
@@ -77,7 +77,7 @@ def report(
     The page needs no server and no network, so that it can be mailed as it is.
     """
     from attackroute.cli.report_source import Source, Wanted, chosen_attacks, remarks
-    from attackroute.files import replace_file
+    from attackroute.core.files import replace_file
     from attackroute.report.measuring import unmeasured
     from attackroute.report.page import Content, build_page
     from attackroute.report.run_folder import RunFolder

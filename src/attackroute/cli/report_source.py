@@ -10,17 +10,19 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Subset
 
-from attackroute.attacks import Perturbation, parse_attack
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.cli.networks import find_card, open_network
-from attackroute.data import ImageData, load_data, loader
-from attackroute.errors import UserError
-from attackroute.fingerprint import weights_digest
-from attackroute.instances import InstanceRoutes
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import weights_digest
 from attackroute.report.measuring import Measured, measure, unmeasured
 from attackroute.report.route_view import Limits, spread
 from attackroute.report.run_folder import RunFolder
+from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.registry import parse_attack
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.zoo.images import ImageData, loader
+from attackroute.zoo.networks import find_card, open_network
+from attackroute.zoo.sources import load_data
 
 ATTACK = "pgd"  # where neither the run nor the user names one
 _WIDTH = 0.2  # the paper's

@@ -9,10 +9,10 @@ import typer
 
 from attackroute.cli import options, study_options, train_options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.data import ImageData
+    from attackroute.zoo.images import ImageData
 
 EXAMPLES = """
  Examples:
@@ -139,11 +139,11 @@ def reproduce(
     Half of the images decide on routes and ranks, the other half are measured. Every comparison has its controls, and a
     control that does as well is named. What was interrupted goes on with --resume.
     """
+    from attackroute.analysis.hardening_plan import paper_plan
     from attackroute.cli.paper_experiments import PARTS
     from attackroute.cli.reproduction_run import Run, check_page
-    from attackroute.data import load_data
-    from attackroute.experiments.hardening_plan import paper_plan
-    from attackroute.reproduction.page import DATA_OF
+    from attackroute.paper.page import DATA_OF
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     wanted = _chosen(targets, data)
@@ -165,8 +165,8 @@ def reproduce(
 def _chosen(targets: list[str], data: str) -> list[str]:
     """The targets, each once, figures before tables."""
     from attackroute.cli.paper_experiments import PARTS
-    from attackroute.nearest import did_you_mean
-    from attackroute.reproduction.page import DATA_OF
+    from attackroute.core.errors import did_you_mean
+    from attackroute.paper.page import DATA_OF
 
     known = sorted([*PARTS, *DATA_OF])
     other = "table2" if data.startswith("svhn:") else "table3"
@@ -186,7 +186,8 @@ def _chosen(targets: list[str], data: str) -> list[str]:
 
 def _models(given: list[str] | None, images: ImageData) -> list[str]:
     """The networks to look at."""
-    from attackroute.models import ModelCard, preset_folder, preset_names
+    from attackroute.zoo.card import ModelCard
+    from attackroute.zoo.presets import preset_folder, preset_names
 
     if given:
         return list(dict.fromkeys(given))

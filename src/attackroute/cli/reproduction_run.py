@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from attackroute.accuracy import count_correct
-from attackroute.cli.analyses import Study
+from attackroute.analysis.hardening_plan import StudyPlan
+from attackroute.analysis.study import Study
 from attackroute.cli.console import Output
 from attackroute.cli.hardening_study_run import STUDY, run_study
-from attackroute.cli.networks import find_card, open_network
 from attackroute.cli.options import open_folder
 from attackroute.cli.paper_experiments import PARTS, paper_attacks
-from attackroute.cli.unfinished import write_json
-from attackroute.data import ImageData, load_data
-from attackroute.errors import UserError
-from attackroute.experiments.hardening_plan import StudyPlan
-from attackroute.files import replace_file
-from attackroute.fingerprint import weights_digest
-from attackroute.interventions import OUTPUT
-from attackroute.reproduction.page import DATA_OF, SECTIONS, blocks, claims_of, fill, skeleton
-from attackroute.reproduction.results import Content, NetworkResults
-from attackroute.trace import trace_routes
+from attackroute.core.accuracy import count_correct
+from attackroute.core.errors import UserError
+from attackroute.core.files import replace_file
+from attackroute.core.layers import OUTPUT
+from attackroute.core.model_state import weights_digest
+from attackroute.paper.page import DATA_OF, SECTIONS, blocks, claims_of, fill, skeleton
+from attackroute.paper.results import Content, NetworkResults
+from attackroute.routes.folder import write_json
+from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.images import ImageData
+from attackroute.zoo.networks import find_card, open_network
+from attackroute.zoo.sources import load_data
 
 PAGE = "reproduction.md"
 _NETWORK = "network.json"

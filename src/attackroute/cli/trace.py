@@ -12,11 +12,11 @@ import typer
 
 from attackroute.cli import options
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     from attackroute.cli.tracer import Tracer
-    from attackroute.cli.unfinished import Missing, RouteWriter
+    from attackroute.routes.folder import Missing, RouteWriter
 
 EXAMPLES = """
  Examples:
@@ -183,16 +183,15 @@ def trace(
     """
     import torch
 
-    from attackroute.attacks import parse_attack
-    from attackroute.cli.networks import find_card, open_network
     from attackroute.cli.trace_report import report, summarise
     from attackroute.cli.tracer import Tracer
-    from attackroute.cli.unfinished import Missing, RouteWriter, TraceFolder
-    from attackroute.data import load_data
-    from attackroute.fingerprint import weights_digest
-    from attackroute.noise import check_carrier
-    from attackroute.processes import current
-    from attackroute.stored_routes import StoredRoutes
+    from attackroute.core.distributed import current
+    from attackroute.core.model_state import weights_digest
+    from attackroute.robustness.registry import parse_attack
+    from attackroute.routes.folder import Missing, RouteWriter, StoredRoutes, TraceFolder
+    from attackroute.tracing.noise import check_carrier
+    from attackroute.zoo.networks import find_card, open_network
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     if resume and out is None:

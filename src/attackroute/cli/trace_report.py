@@ -8,9 +8,9 @@ from typing import Any
 
 from attackroute.cli.comparison import Comparison
 from attackroute.cli.console import Output
-from attackroute.instances import InstanceRoutes, aggregated, mean_of_most_frequent
-from attackroute.routes import Route
-from attackroute.stored_routes import StoredRoutes, frequency_of
+from attackroute.routes.folder import StoredRoutes, frequency_of
+from attackroute.routes.instance_routes import InstanceRoutes, aggregated, mean_of_most_frequent
+from attackroute.routes.route import Route
 
 
 def summarise(routes: InstanceRoutes | StoredRoutes, width: float) -> tuple[Route, dict[str, Any]]:

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from attackroute.attacks import Perturbation
-from attackroute.batches import placement
 from attackroute.cli.comparison import Comparison, compare
 from attackroute.cli.console import Progress
-from attackroute.cli.unfinished import Missing
-from attackroute.data import ImageBatches, ImageData
-from attackroute.instances import InstanceRoutes
-from attackroute.layers import frozen
-from attackroute.noise import NOISE
-from attackroute.sketches import Sketches
-from attackroute.streams import BatchStream
-from attackroute.trace import RouteTracer, autocast_of
+from attackroute.core.batches import BatchStream
+from attackroute.core.model_state import autocast_of, frozen, placement
+from attackroute.robustness.contract import Perturbation
+from attackroute.routes.folder import Missing
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.tracing.noise import NOISE
+from attackroute.tracing.sketches import Sketches
+from attackroute.tracing.trace import RouteTracer
+from attackroute.zoo.batched import ImageBatches
+from attackroute.zoo.images import ImageData
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from attackroute.cli import options, train_options, train_report
 from attackroute.cli.console import Output
 
 if TYPE_CHECKING:
-    from attackroute.training import TrainResult
+    from attackroute.hardening.history import TrainResult
 
 EXAMPLES = """
  Examples:
@@ -80,13 +80,14 @@ def train(
     """
     import torch
 
-    from attackroute.attacks import parse_attack
-    from attackroute.cli.networks import spec_for, with_own_normalisation
-    from attackroute.data import load_data
-    from attackroute.models import ModelCard, build
-    from attackroute.processes import current, leading
-    from attackroute.training import TrainSettings
-    from attackroute.training import train as run_training
+    from attackroute.core.distributed import current, leading
+    from attackroute.hardening.settings import TrainSettings
+    from attackroute.hardening.training import train as run_training
+    from attackroute.robustness.registry import parse_attack
+    from attackroute.zoo.card import ModelCard
+    from attackroute.zoo.networks import spec_for, with_own_normalisation
+    from attackroute.zoo.registry import build
+    from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)
     settings = TrainSettings(

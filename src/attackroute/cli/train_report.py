@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attackroute.cli.console import Output
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.accuracy import Accuracy
-    from attackroute.data import ImageData
-    from attackroute.history import EpochRecord
+    from attackroute.core.accuracy import Accuracy
+    from attackroute.hardening.history import EpochRecord
+    from attackroute.zoo.images import ImageData
 
 
 TEST, HELD_OUT = "test", "held-out"
@@ -26,7 +26,7 @@ def test_data(
     if train_data.split == "all":
         output.note("note: the folder has no train/ and test/ (or val/), so there is nothing to test on")
         return None
-    from attackroute.data import load_data
+    from attackroute.zoo.sources import load_data
 
     return load_data(spec, split="test", image_size=image_size, skip_unreadable=skip_unreadable)
 
@@ -41,7 +41,7 @@ def divided(
         raise UserError(f"--holdout {holdout:g} is not a share of the training images; give 0.1, or 0 for none")
     from dataclasses import replace
 
-    from attackroute.data.holdout import held_out
+    from attackroute.zoo.holdout import held_out
 
     learnt, kept = held_out(train_data.dataset, holdout, seed)
     return replace(train_data, dataset=learnt), replace(train_data, dataset=kept)
@@ -49,7 +49,7 @@ def divided(
 
 def prepare(folder: Path, card: Any, *, resume: bool) -> None:
     """Describe the network in its folder before the first step, so that a run that is killed can be opened too."""
-    from attackroute.checkpoints import STATE
+    from attackroute.hardening.checkpoint import STATE
 
     if (folder / STATE).exists() and not resume:
         raise UserError(f"{folder} already holds a run; pass --resume to go on with it, or choose another folder")
@@ -59,7 +59,7 @@ def prepare(folder: Path, card: Any, *, resume: bool) -> None:
 @contextmanager
 def on_epoch(output: Output, epochs: int, events: Path | None, on: str) -> Iterator[Callable[[EpochRecord], None]]:
     """What to call after every epoch: it says what the epoch did, and logs it for TensorBoard in a run's folder."""
-    from attackroute.event_log import event_log
+    from attackroute.hardening.event_log import event_log
 
     with nullcontext() if events is None else event_log(events) as log:
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from attackroute.cli.networks import find_card, open_network
-from attackroute.data import ImageData
-from attackroute.example_checks import FileCheck, example_shape, verify_examples
+from attackroute.robustness.example_checks import FileCheck, example_shape, verify_examples
+from attackroute.zoo.images import ImageData
+from attackroute.zoo.networks import find_card, open_network
 
 
 def verify_with(

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attackroute.core.errors import UserError
+from attackroute.core.files import replace_file, shown
 from attackroute.core.table import Table, plain
-from attackroute.errors import UserError
-from attackroute.files import replace_file, shown
 
 _FORMAT = "attackroute document"
 _VERSION = 1

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 Value = str | int | float | bool | None
 """What a cell holds; None where it is not defined."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attackroute.report.attack_order import brief
 from attackroute.report.fragments import Markup, meter, percent, table, text
+from attackroute.robustness.attack_order import brief
 
 
 def records(value: object) -> list[Mapping[str, Any]]:

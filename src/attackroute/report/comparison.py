@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attackroute.display import plural
+from attackroute.core.table import plural
+from attackroute.core.version import __version__
 from attackroute.report import differences
-from attackroute.report.attack_order import brief
 from attackroute.report.fragments import missing, text
 from attackroute.report.frame import Frame, Part, framed, view_html
 from attackroute.report.measuring import Condition, Measured
@@ -30,7 +30,7 @@ from attackroute.report.page import (
 )
 from attackroute.report.route_setup import Pair, RouteSetup, run_setup
 from attackroute.report.route_view import route_view
-from attackroute.version import __version__
+from attackroute.robustness.attack_order import brief
 
 
 @dataclass(frozen=True)

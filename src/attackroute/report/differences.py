@@ -10,11 +10,11 @@ from torch import Tensor
 
 from attackroute.report import sections
 from attackroute.report.accuracies import records
-from attackroute.report.attack_order import brief
 from attackroute.report.fragments import folded, missing, percent, sentence, table, text
 from attackroute.report.measuring import Condition
 from attackroute.report.page import Content
-from attackroute.routes import Route
+from attackroute.robustness.attack_order import brief
+from attackroute.routes.route import Route
 
 _WIDTH = 0.3  # the paper's
 

@@ -6,8 +6,8 @@ import base64
 from collections.abc import Mapping
 from pathlib import Path
 
-from attackroute.errors import UserError
-from attackroute.files import shown
+from attackroute.core.errors import UserError
+from attackroute.core.files import shown
 from attackroute.report.fragments import missing, text
 
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}

@@ -9,18 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attackroute.attacks.application import Attack, attack_name, attacked
-from attackroute.channel_measurements import gradient, sensitivity
-from attackroute.errors import UserError
-from attackroute.fingerprint import require_same
-from attackroute.instances import InstanceRoutes
-from attackroute.layers import frozen
-from attackroute.report.attack_order import brief, by_radius
-from attackroute.report.mean_influence import MeanInfluence, mean_influence
+from attackroute.analysis.channel_measurements import gradient, sensitivity
+from attackroute.core.batches import Data, batches
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import frozen
 from attackroute.report.pictures import Pictures, take_pictures
-from attackroute.routes import Route
-from attackroute.streams import Data, batches
-from attackroute.trace import trace_routes
+from attackroute.robustness.application import Attack, attack_name, attacked
+from attackroute.robustness.attack_order import brief, by_radius
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.layer_map import require_same
+from attackroute.routes.route import Route
+from attackroute.tracing.influence import MeanInfluence, mean_influence
+from attackroute.tracing.trace import trace_routes
 
 Progress = Callable[[int, "int | None"], None]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 
-from attackroute.evaluation_table import library_versions
 from attackroute.report.fragments import sentence, terms, text
 from attackroute.report.measuring import Measured
 from attackroute.report.run_folder import RunFolder
+from attackroute.robustness.evaluation_table import library_versions
 
 _OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "sketches", "batch-size", "dtype")
 _FLAGS = ("linear", "freeze-gates")  # both of a trace

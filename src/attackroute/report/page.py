@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from attackroute.display import plural
+from attackroute.core.table import plural
+from attackroute.core.version import __version__
 from attackroute.report import sections
 from attackroute.report.fragments import missing, percent, text
 from attackroute.report.frame import Frame, Part, framed, view_html
@@ -16,8 +17,7 @@ from attackroute.report.origin_section import made
 from attackroute.report.route_setup import run_setup
 from attackroute.report.route_view import Limits, Network, route_view
 from attackroute.report.run_folder import Document, RunFolder
-from attackroute.routes import Route
-from attackroute.version import __version__
+from attackroute.routes.route import Route
 
 MOST_BYTES = 10_000_000
 FORMAT, VERSION = "attackroute report", 2

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from attackroute.errors import UserError
-from attackroute.layers import LayerCall, LayerCalls, frozen
-from attackroute.penalties.folding import following_norms
-from attackroute.streams import Data, batches
+from attackroute.core.batches import Data, batches
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.model_state import frozen
+from attackroute.hardening.folding import following_norms
 
 _LARGEST = 224  # pixels each way of a picture
 _LOSSLESS = 64  # up to so many pixels each way

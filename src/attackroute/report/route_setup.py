@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attackroute.report.attack_order import brief, radii
 from attackroute.report.measuring import Condition
+from attackroute.robustness.attack_order import brief, radii
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attackroute.report.mean_influence import MeanInfluence
 from attackroute.report.measuring import Condition, same_samples
 from attackroute.report.pictures import Peaks, Pictures
+from attackroute.tracing.influence import MeanInfluence
 
 _NEIGHBOURS = 5  # strongest edges into and out of each channel, which are always kept
 _FEWEST = 100  # pairs of an edge at least

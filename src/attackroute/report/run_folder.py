@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attackroute.errors import UserError
-from attackroute.files import shown
-from attackroute.instances import InstanceRoutes
-from attackroute.report.attack_order import by_radius
-from attackroute.routes import Route
-from attackroute.stored_routes import StoredRoutes, has_routes
+from attackroute.core.errors import UserError
+from attackroute.core.files import shown
+from attackroute.robustness.attack_order import by_radius
+from attackroute.routes.folder import StoredRoutes, has_routes
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.route import Route
 
 _ROUTES, _ROUTE, _SUMMARY = "routes.safetensors", "route.json", "summary.json"
 _HARDNESS, _EVALUATION, _CARD = "hardness.json", "evaluation.json", "model.json"

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from attackroute.display import plural
-from attackroute.instances import InstanceRoutes
+from attackroute.core.table import plural
 from attackroute.report.accuracies import accuracy_table, records
 from attackroute.report.figures import inlined_figures
 from attackroute.report.fragments import Markup, folded, meter, missing, numbers, percent, sentence, table, text
 from attackroute.report.measuring import Condition, Measured
 from attackroute.report.run_folder import Document, RunFolder
-from attackroute.routes import Route
-from attackroute.selection import kept
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.masks import kept
+from attackroute.routes.route import Route
 
 _SHOWN_FIRST = (
     "silencing", "occurrence", "sensitivity", "transplant", "deactivate", "weaken", "gradcam", "detect",

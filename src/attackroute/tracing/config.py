@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attackroute.errors import UserError
+from attackroute.core.errors import UserError
 
 UNIT, NOISE = "unit", "noise"
 CARRIERS = (UNIT, NOISE)

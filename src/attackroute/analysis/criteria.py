@@ -1,0 +1,247 @@
+"""Rival criteria: routes of the same size by what else one might rank channels by, as controls for the paper's route.
+
+Data are read once, in constant memory. Sums over samples are in float64, so that batch size and order do not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.analysis.channel_means import (
+    Measure,
+    Measured,
+    RunningMean,
+    activations,
+    attributions,
+    changes,
+    gradients,
+)
+from attackroute.analysis.channel_stream import layer_channels, steady, two_of, under_attack
+from attackroute.core.batches import BatchStream, Data
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.model_state import frozen
+from attackroute.robustness.application import Attack, attack_name
+from attackroute.routes.masks import check_width, top_k
+from attackroute.routes.provenance import Provenance
+from attackroute.routes.route import Route
+from attackroute.tracing.recorder import RecordedLayer, record_first
+from attackroute.tracing.trace import Progress
+
+
+class MixedChannelsError(UserError):
+    """What stands between two layers mixes channels, so that no weight belongs to a channel."""
+
+
+def outgoing_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
+    """Weight norm ``|W|_1`` by which each channel is read: the influence of Eqs. (1)-(2) with its masks left out.
+
+    For channel i of layer l it is the sum, over the layers l' directly after l, of
+    ``|s_i| * sum over j, u of |W_l'[j, i, u]|``, where s_i is the factor that the channel meets on its way, such as
+    batch norm's ``gamma / sigma``. Derivatives that differ between positions (activations, pooling, gates) count as
+    one. A sink, which no route layer follows, is scored by its own kernel, ``sum over i, u of |W_l[m, i, u]|``.
+
+    Args:
+        layers: The layers of a recording.
+
+    Returns:
+        For each layer, float64 ``(C,)`` on the CPU.
+
+    Raises:
+        MixedChannelsError: Something between two layers mixes channels or positions, so that no weight belongs to a
+            channel.
+    """
+    norms = {index: torch.zeros(layer.channels, dtype=torch.float64) for index, layer in enumerate(layers)}
+    sinks = set(norms)
+    for layer in layers:
+        sinks -= layer.sources
+        if layer.jacobian:
+            raise MixedChannelsError(
+                f"there is no weight norm for the channels of layer {layers[min(layer.jacobian)].name!r}: what stands "
+                f"between it and {layer.name!r} mixes channels or positions; choose another criterion"
+            )
+        read = _read_norms(layer)
+        for piece in layer.pieces:
+            part = read[piece.dst : piece.dst + piece.length]
+            if piece.scale is not None:
+                part = part * _wide(piece.scale).abs()
+            norms[piece.source][piece.src : piece.src + piece.length] += part
+    for index in sinks:
+        norms[index] = _wide(layers[index].weight).abs().flatten(1).sum(1)
+    return {layer.name: norms[index] for index, layer in enumerate(layers)}
+
+
+def _read_norms(layer: RecordedLayer) -> Tensor:
+    """``sum over j, u of |W[j, i, u]|`` for each input channel i, ``(C_in,)``."""
+    weight = _wide(layer.weight).abs().unflatten(0, (layer.groups, -1))  # (groups, outputs, C_in / groups, kh, kw)
+    norms: Tensor = weight.sum((1, 3, 4))
+    return norms.flatten()
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().cpu().to(torch.float64)
+
+
+_MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
+
+
+_COMPARISONS: dict[str, Callable[..., Measured]] = {"sensitivity": changes, "attribution": attributions}
+
+
+CRITERIA = (*_MEASURES, *_COMPARISONS, "weight", "random")
+
+
+NEED_ATTACK = tuple(_COMPARISONS)
+"""The criteria that compare images with attacked ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelScores:
+    """What a criterion makes of every channel.
+
+    Attributes:
+        by: The criterion.
+        values: For each layer, in forward order, one score per channel: float64 ``(C,)`` on the CPU; larger is better.
+        samples: How many samples were read; 0 for a criterion that needs none.
+        seed: The seed of a random criterion, else None.
+        attack: The attack of a criterion that compares images with attacked ones, else None.
+    """
+
+    by: str
+    values: Mapping[str, Tensor]
+    samples: int = 0
+    seed: int | None = None
+    attack: str | None = None
+
+    def route(self, width: float = 0.3) -> Route:
+        """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index.
+
+        Raises:
+            UserError: The width is outside (0, 1], or a score is NaN.
+        """
+        origin = Provenance(self.samples, width, attack=self.attack, seed=self.seed, criterion=self.by)
+        return Route.from_masks({layer: top_k(scores, width) for layer, scores in self.values.items()}, None, origin)
+
+
+def rank_channels(
+    model: nn.Module,
+    data: Data,
+    by: str,
+    width: float = 0.3,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    linear: bool = False,
+    progress: Progress | None = None,
+) -> Route:
+    """A route of the paper's size by a rival criterion: in each layer the channels with the largest scores.
+
+    Args:
+        model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
+        data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
+        by: The criterion, see :func:`channel_scores`.
+        width: Share of each layer's channels to keep, in (0, 1].
+        attack: What ``by="sensitivity"`` and ``by="attribution"`` compare the images with, as in
+            ``ar.parse_attack("pgd")``; the other criteria read the images as they are.
+        batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
+        seed: Seed of ``by="random"``.
+        linear: Whether linear maps are route layers too; their neurons are output features.
+        progress: Called with (samples done, samples in all or None) after every batch.
+
+    Returns:
+        The route; ``route.provenance.criterion`` is ``by``.
+
+    Raises:
+        UserError: As :func:`channel_scores`, or the width is outside (0, 1].
+    """
+    check_width(width)
+    return channel_scores(
+        model, data, by, attack=attack, batch_size=batch_size, seed=seed, linear=linear, progress=progress
+    ).route(width)
+
+
+def channel_scores(
+    model: nn.Module,
+    data: Data,
+    by: str,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    linear: bool = False,
+    progress: Progress | None = None,
+) -> ChannelScores:
+    """The scores that :func:`rank_channels` ranks; one call serves routes of several widths.
+
+    The model runs in eval mode on the device of its parameters and comes back as it was. Criteria:
+
+    * ``"activation"``: mean over samples and positions of ``|Z^m|``, at the layer's own output.
+    * ``"sensitivity"``: mean over samples and positions of ``|Z^m(x) - Z^m(x')|``, x' the attacked image.
+    * ``"attribution"``: attribution patching, mean over samples of ``- sum over positions of (Z^m(x) - Z^m(x')) *
+      dL/dZ^m(x')``: the first-order estimate of the loss on x' that a transplant of the channel takes away, with L as
+      for ``"gradient"``. Below zero for channels whose clean values would raise the loss.
+    * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain,
+      :func:`attackroute.outgoing.outgoing_norms`.
+    * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross
+      entropy for the sample's label, or for the model's own prediction where there is none. Right at any confidence;
+      only if every sample's ``1 - p_y`` is below 1e-260, the scores share a factor that keeps them above zero.
+    * ``"random"``: a number in [0, 1) that depends on nothing but the seed, the layer's name and the channel.
+
+    ``"weight"`` and ``"random"`` read no more than two samples, to see which layers run.
+
+    Args:
+        model: As for :func:`rank_channels`, and so are the others.
+        data: Images, with labels or without.
+        by: The criterion.
+        attack: For the criteria that compare images with attacked ones. A sample without a label is attacked for the
+            model's prediction on its clean image, and L is that of this label.
+        batch_size: Rows per forward pass when ``data`` is tensors.
+        seed: Seed of ``by="random"``.
+        linear: Whether linear maps are route layers too.
+        progress: Called after every batch that is read in full.
+
+    Raises:
+        UserError: The criterion is unknown, or needs an attack and has none; there is no route layer, an input does
+            not fit the model, values are not finite, or ``by="weight"`` is not defined for the network.
+    """
+    if by not in CRITERIA:
+        raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
+    measure = _measure(by, attack)
+    with frozen(model), torch.inference_mode(False):
+        stream = BatchStream(model, data, batch_size)
+        probe = two_of(stream.first[0])
+        if measure is None:
+            if by == "weight":
+                return ChannelScores(by, outgoing_norms(record_first(model, probe, linear=linear).layers))
+            channels = layer_channels(model, probe, linear=linear)
+            return ChannelScores(by, {layer: _draws(seed, layer, channels[layer]) for layer in channels}, seed=seed)
+        mean = RunningMean()
+        once = steady(model, probe, measure, linear=linear)
+        for part in stream.map(lambda images, labels: RunningMean.of(once(images, labels))):
+            mean.add(part)
+            if progress is not None:
+                progress(mean.samples, stream.total)
+    compared = attack_name(attack) if attack is not None and by in NEED_ATTACK else None
+    return ChannelScores(by, mean.by_layer(), mean.samples, attack=compared)
+
+
+def _measure(by: str, attack: Attack | None) -> Measure | None:
+    """How a criterion measures a batch; None where it needs no data."""
+    if by not in _COMPARISONS:
+        return _MEASURES.get(by)
+    if attack is None:
+        raise UserError(
+            f"criterion {by!r} compares images with attacked ones: pass attack=..., such as ar.parse_attack('pgd')"
+        )
+    return under_attack(_COMPARISONS[by], attack)
+
+
+def _draws(seed: int, layer: str, channels: int) -> Tensor:
+    """Numbers in [0, 1) that no library's version changes, unrelated to other uses of the seed."""
+    digests = [hashlib.sha256(f"rank/{seed}/{layer}/{channel}".encode()).digest() for channel in range(channels)]
+    return torch.tensor([(int.from_bytes(digest[:8], "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)

@@ -1,0 +1,150 @@
+"""What all figures share: one colour and marker for each criterion, plain axes, and how they are saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from attackroute.core.errors import UserError
+
+_SHORT = 20  # characters of a layer's name in a figure
+
+
+ROUTE_COLOUR = "#D55E00"
+
+
+_GREY = "#8A8A8A"
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the markers tell apart what is left
+_LOOKS: Mapping[str, tuple[str, str]] = {
+    "route": (ROUTE_COLOUR, "o"),
+    "clean": (ROUTE_COLOUR, "o"),
+    "random off-route": (_GREY, "s"),
+    "random routes": (_GREY, "s"),
+    "random route": (_GREY, "s"),
+    "off-route": ("#000000", "X"),
+    "activation": ("#0072B2", "^"),
+    "weight": ("#009E73", "D"),
+    "gradient": ("#CC79A7", "v"),
+    "sensitivity": ("#B8860B", "P"),
+    "attribution": ("#56B4E9", "<"),
+    "softmax": ("#6A3D9A", "*"),
+    "margin": ("#A65628", "p"),
+}
+
+
+_OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
+
+
+_NAMES = {"route": "critical attacking route"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a criterion is drawn, the same in every figure."""
+
+    colour: str
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Arguments of a line with markers."""
+        first = self.colour == ROUTE_COLOUR
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markersize": 4.5 if first else 3.5,
+            "linewidth": 1.8 if first else 1.0,
+            "zorder": 5 if first else 3,
+        }
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """Arguments of markers alone."""
+        return {**self.line, "linestyle": "none"}
+
+
+def look(criterion: str) -> Look:
+    """The colour and marker of a criterion; others get theirs by their name."""
+    return Look(*_LOOKS[criterion]) if criterion in _LOOKS else Look(*_OTHERS[sum(criterion.encode()) % len(_OTHERS)])
+
+
+def label(criterion: str, draws: int = 1) -> str:
+    """A criterion as a legend has it."""
+    if draws > 1:
+        return f"{criterion} (mean, range of {draws})"
+    return _NAMES.get(criterion, criterion)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(axes: Axes, grid: str = "y") -> None:
+    """Thin the frame, and draw light lines across."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis=grid, color="#E3E3E3", linewidth=0.7)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", labelsize=7.5)
+
+
+def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int | None = None) -> None:
+    """One legend below everything."""
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", frameon=False, fontsize=8,
+        ncols=columns or min(4, len(handles)), handlelength=2.2, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def grid_of(count: int, columns: int) -> tuple[int, int]:
+    """Rows and columns for so many panels, without an almost empty last row where that can be helped."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    return rows, -(-count // rows)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Long names cut at the front, to as many characters as tell them all apart, and no fewer than 20."""
+    for width in range(_SHORT, max(map(len, names), default=0)):
+        cut = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names]
+        if len(set(cut)) == len(set(names)):
+            return cut
+    return list(names)
+
+
+def upright_layers(axes: Axes, names: Sequence[str]) -> None:
+    """Layers along the horizontal axis, names turned where there are many or they are long."""
+    turned = len(names) > 4 or max(map(len, names)) > 12
+    axes.set_xticks(
+        range(len(names)), short_names(names), rotation=60 if turned else 0, ha="right" if turned else "center"
+    )
+    if turned:
+        for text in axes.get_xticklabels():
+            text.set_rotation_mode("anchor")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def save_figure(figure: Figure, folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
+    """Write a figure as PNG and SVG and return the paths; text stays text in the SVG."""
+    from matplotlib import rc_context
+
+    paths = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        try:
+            figure.savefig(paths[0], dpi=200)
+            figure.savefig(paths[1], metadata={"Date": None})
+        except OSError as error:
+            raise UserError(f"cannot write the figure {paths[0]}: {error.strerror}") from error
+    return paths

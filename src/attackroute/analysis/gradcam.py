@@ -1,0 +1,213 @@
+"""Grad-CAM of chosen channels: where in the image the channels on a route speak for the class, and those off it.
+
+Grad-CAM (Selvaraju et al., 2017) weighs each channel's map ``A^c`` by the mean over positions of its class logit's
+gradient, ``alpha_c``, and keeps what speaks for the class: ``relu(sum_c alpha_c A^c)``. Here the sum runs over any set
+of channels. Before the ReLU the maps of a set and of its complement add up to the whole.
+
+Tokens are maps too: channels are the features, positions the tokens of the image, see :mod:`attackroute.token_grid`.
+Class tokens are no positions: they are left out of the maps and of the means over positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attackroute.analysis.sites import Follower
+from attackroute.analysis.token_grid import Grid, token_maps
+from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.layers import ACTIVATION, OUTPUT, LayerCall, LayerCalls
+from attackroute.core.model_state import frozen
+
+_MAP_DIMS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a layer's channels say for a class, before channels are chosen.
+
+    Attributes:
+        maps: The layer's maps ``A``, ``(N, C, H, W)``.
+        weights: ``alpha``: mean over positions of the class logit's gradient at the maps, ``(N, C)``.
+        logits: The model's logits, ``(N, classes)``.
+        target: The class of each image, ``(N,)``.
+    """
+
+    maps: Tensor
+    weights: Tensor
+    logits: Tensor
+    target: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Evidence:
+        """The evidence of some of the images."""
+        return Evidence(self.maps[rows], self.weights[rows], self.logits[rows], self.target[rows])
+
+    def cams(self, sets: Tensor) -> Tensor:
+        """Grad-CAM of several sets of channels.
+
+        Args:
+            sets: Bool ``(S, C)``.
+
+        Returns:
+            ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``.
+        """
+        if sets.ndim != 2 or sets.shape[1] != self.maps.shape[1]:
+            raise UserError(
+                f"sets of channels have shape {tuple(sets.shape)}; the layer needs (sets, {self.maps.shape[1]})"
+            )
+        chosen = sets.to(self.maps.device, self.maps.dtype)
+        weights = self.weights[None] * chosen[:, None]  # (S, N, C)
+        return torch.einsum("snc,nchw->snhw", weights, self.maps).relu_()
+
+
+def grad_cam(
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    channels: Sequence[int] | Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    at: str = OUTPUT,
+    grid: Grid | None = None,
+) -> Tensor:
+    """Grad-CAM of some channels of a route layer.
+
+    Args:
+        model: Any network of images to logits. It runs in eval mode and comes back as it was.
+        images: ``(N, C, H, W)`` on the model's device.
+        layer: A convolution, or a linear map over tokens, as traced.
+        channels: Indices of the channels to sum over; None for all, which is the usual Grad-CAM.
+        target: ``(N,)`` classes; None for those that the model predicts.
+        at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
+        grid: Rows and columns of the tokens; None to find out, see :func:`attackroute.token_grid.token_maps`. Tokens
+            before the grid are left out.
+
+    Returns:
+        ``(N, H, W)`` at the layer's own resolution, at least 0, not normalised.
+
+    Raises:
+        UserError: The layer does not run or has no maps, its tokens have no grid, the logits depend on none of them, a
+            channel or class is out of range, or ``at`` is unknown.
+    """
+    found = evidence(model, images, layer, target=target, at=at, grid=grid)
+    count = found.maps.shape[1]
+    chosen = torch.ones(1, count, dtype=torch.bool)
+    if channels is not None:
+        index = torch.as_tensor(channels, dtype=torch.int64).cpu().flatten()
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
+            raise UserError(f"a channel of layer {layer!r} is out of range: it has channels 0 to {count - 1}")
+        chosen = torch.zeros(1, count, dtype=torch.bool).index_fill_(1, index, True)
+    return found.cams(chosen)[0]
+
+
+def evidence(
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    *,
+    target: Tensor | None = None,
+    at: str = OUTPUT,
+    grid: Grid | None = None,
+) -> Evidence:
+    """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
+        with _leaf(model, layer, at) as held:
+            logits = checked_logits(model(images.detach().clone()), images.shape[0])
+        if held.values is None:
+            raise UserError(f"layer {layer!r} did not run in the model's forward pass: give a layer as traced")
+        maps = held.maps(held.values, grid)
+        classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
+        classes = checked_labels(classes, logits.shape[1], images.shape[0])
+        if not logits.requires_grad:
+            raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
+        chosen = logits.gather(1, classes[:, None]).sum()
+        gradient = torch.autograd.grad(chosen, held.values, allow_unused=True)[0]
+    if gradient is None:
+        raise UserError(f"the logits do not depend on layer {layer!r}")
+    slopes = held.maps(gradient, grid)
+    if gradient.count_nonzero() and not slopes.count_nonzero():
+        raise UserError(
+            f"the logits depend on the class token of layer {layer!r} alone, so the image's tokens say nothing there: "
+            "take a layer before the last attention"
+        )
+    return Evidence(maps.detach(), slopes.mean((2, 3)), logits.detach(), classes)
+
+
+def enlarged(cams: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps ``(..., H, W)`` at another size, bilinear between the centres of their cells."""
+    flat = cams.reshape(-1, 1, *cams.shape[-2:])
+    return F.interpolate(flat, size, mode="bilinear", align_corners=False).reshape(*cams.shape[:-2], *size)
+
+
+def jointly_normalised(cams: Tensor) -> Tensor:
+    """Maps ``(S, N, H, W)`` divided by each image's largest value over all S, so that sets can be compared.
+
+    Images whose maps are all zero stay zero.
+    """
+    largest = cams.amax((0, 2, 3), keepdim=True)
+    return cams / largest.where(largest > 0, torch.ones_like(largest))
+
+
+@dataclass(eq=False)
+class _Held:
+    """A layer's output, held as a leaf that requires grad.
+
+    Attributes:
+        call: The layer's call.
+        values: The leaf.
+        sizes: Sizes of the maps of the convolutions before it.
+    """
+
+    call: LayerCall | None = None
+    values: Tensor | None = None
+    sizes: list[Grid] = field(default_factory=list)
+
+    def maps(self, values: Tensor, grid: Grid | None) -> Tensor:
+        """What has the shape of the leaf, as maps ``(n, C, H, W)``."""
+        assert self.call is not None
+        if self.call.kind == "linear":
+            return token_maps(self.call, values, self.sizes, grid)
+        if values.ndim != _MAP_DIMS:
+            raise UserError(f"layer {self.call.name!r} gives {tuple(values.shape)}, no maps (N, C, H, W)")
+        if grid is not None and tuple(grid) != tuple(values.shape[2:]):
+            raise UserError(f"layer {self.call.name!r} has maps of {tuple(values.shape[2:])}: a grid is for tokens")
+        return values
+
+
+@contextmanager
+def _leaf(model: nn.Module, layer: str, at: str) -> Iterator[_Held]:
+    """While the model runs, make the layer's maps a leaf that requires grad."""
+    if at not in (OUTPUT, ACTIVATION):
+        raise UserError(
+            f"unknown place at={at!r}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give 'output' or 'activation'"
+        )
+    follower = Follower() if at == ACTIVATION else None
+    held = _Held()
+
+    def hold(values: Tensor) -> Tensor:
+        held.values = values.detach().requires_grad_()
+        return held.values.clone()  # a copy, since what follows may work in place
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        if call.name != layer:
+            if held.call is None and call.kind == "conv2d":
+                held.sizes.append((output.shape[-2], output.shape[-1]))
+            return output
+        held.call = call
+        if follower is None:
+            return hold(output)
+        follower.follow(output, layer, hold)
+        return output
+
+    with ExitStack() as stack:
+        if follower is not None:
+            stack.enter_context(follower)
+        stack.enter_context(LayerCalls(model, visit, linear=True))
+        yield held

@@ -1,0 +1,201 @@
+"""Edits of layers' outputs while a model runs: what all interventions have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.layers import ACTIVATION, CHANNEL_DIM, OUTPUT, LayerCall, LayerCalls, pass_level
+from attackroute.routes.layer_map import require_channels
+
+Edit = Callable[[Tensor], Tensor]
+"""Takes an activation's output and returns what flows on instead, of the same shape."""
+
+
+def _functions(*names: str) -> frozenset[Any]:
+    """Every spelling of these functions, in place or not, as PyTorch's function modes see them."""
+    spellings = [name + suffix for name in names for suffix in ("", "_")]
+    return frozenset(getattr(home, name) for home in (torch, F, Tensor) for name in spellings if hasattr(home, name))
+
+
+_ACTIVATIONS = _functions(
+    *("celu", "clamp", "clamp_max", "clamp_min", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh"),
+    *("leaky_relu", "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus"),
+    *("softshrink", "softsign", "tanh", "tanhshrink", "threshold"),
+)
+
+
+# Normalisation, which keeps every channel in its place, copies, and what other interventions and measurements do to a
+# layer's output before it flows on.
+_CARRIERS = _functions(
+    *("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"),
+    *("clone", "contiguous", "detach", "index_copy", "index_fill", "requires_grad", "to"),
+)
+
+
+_READINGS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout, RemovableHandle, Node)
+
+
+class Follower(TorchFunctionMode):
+    """Context that follows tensors to the elementwise activation that reads them next, and edits its output.
+
+    Between the two only normalisation and copies may stand. Whatever else reads a followed tensor would carry it past
+    the edit, so it is an error; reading its shape and the like is none.
+
+    Attributes:
+        reached: Names of the followed tensors whose activation ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached: set[str] = set()
+        self._followed: Any = WeakIdKeyDictionary()
+
+    def follow(self, tensor: Tensor, name: str, edit: Edit) -> None:
+        """Follow ``tensor``, the output of layer ``name``, and apply ``edit`` to its activation's output."""
+        self._followed[tensor] = (name, edit)
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self.reached.clear()
+        self._followed.clear()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = [value for value in _tensors((args, kwargs)) if value in self._followed]
+        result = func(*args, **kwargs)
+        if not read or isinstance(result, _READINGS) or (result is None and func.__name__ == "__get__"):
+            return result
+        name, edit = self._followed[read[0]]
+        alone = len(read) == 1 and read[0] is (args[0] if args else kwargs.get("input"))
+        if alone and func in _ACTIVATIONS:
+            self.reached.add(name)
+            return edit(result)
+        if alone and func in _CARRIERS:
+            self.follow(result, name, edit)
+            return result
+        raise UserError(
+            f"layer {name!r} meets {getattr(func, '__name__', func)!r} before any activation, so there is none "
+            'to edit: use at="output", or leave the layer out (layers=...)'
+        )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+class LayerEdits:
+    """Edits the outputs of some layers as they run, and checks that every forward pass had these layers.
+
+    Subclasses say what happens, in :meth:`begun`, :meth:`run` and :meth:`edited`.
+
+    Args:
+        channels: The layers, and how many channels each must have; None where that is open.
+        at: ``"output"`` for the layer's own output, or ``"activation"`` for that of the activation that follows it.
+
+    Raises:
+        UserError: ``at`` is unknown.
+    """
+
+    def __init__(self, channels: Mapping[str, int | None], at: str = OUTPUT) -> None:
+        if at not in (OUTPUT, ACTIVATION):
+            raise UserError(
+                f"unknown place at={at!r}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give 'output' or 'activation'"
+            )
+        self._channels = channels
+        self._follower = Follower() if at == ACTIVATION else None
+        self._ran: set[str] = set()
+
+    def begun(self, args: tuple[Any, ...]) -> None:
+        """A forward pass begins, with these positional arguments of the model."""
+
+    def run(self, call: LayerCall) -> Tensor:
+        """Run one of the layers."""
+        return call.run()
+
+    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
+        """What flows on instead of ``values``, whose channels stand at ``dim``; they must not be written to."""
+        return values
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Context in which every forward pass of ``model`` is edited; the model itself is left alone."""
+        level = pass_level()
+
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if module is model and pass_level() == level:  # a copy of the model made meanwhile copies its hooks
+                self._begin(args)
+
+        def end(module: nn.Module, *_: object) -> None:
+            if module is model and pass_level() == level:
+                self._end()
+
+        with ExitStack() as stack:
+            if self._follower is not None:
+                stack.enter_context(self._follower)
+            stack.enter_context(LayerCalls(model, self.visit, linear=True))
+            stack.callback(model.register_forward_pre_hook(begin).remove)
+            stack.callback(model.register_forward_hook(end).remove)
+            yield
+
+    def visit(self, call: LayerCall) -> Tensor:
+        """Run one layer of the model; what it returns flows on."""
+        if call.name not in self._channels:
+            return call.run()
+        output = self.run(call)
+        dim = CHANNEL_DIM[call.kind]
+        self._require_channels(call.name, output.shape[dim])
+        self._ran.add(call.name)
+        edit = partial(self.edited, call.name, dim)
+        if self._follower is None:
+            return edit(output)
+        self._follower.follow(output, call.name, edit)
+        return output
+
+    def _begin(self, args: tuple[Any, ...]) -> None:
+        self._forget()  # the pass before may have broken off
+        self.begun(args)
+
+    def _end(self) -> None:
+        """A forward pass is done: every layer must have run, and have been edited."""
+        for layer in self._channels:
+            if layer not in self._ran:
+                raise UserError(
+                    f"layer {layer!r} did not run in the model's forward pass: use the model that the route was made "
+                    "for, uncompiled, or leave the layer out (layers=...)"
+                )
+            if self._follower is not None and layer not in self._follower.reached:
+                raise UserError(
+                    f"no activation follows layer {layer!r}, so there is none to edit: "
+                    'use at="output", or leave the layer out (layers=...)'
+                )
+        self._forget()  # what reads an output after the pass reads it for other ends
+
+    def _forget(self) -> None:
+        self._ran.clear()
+        if self._follower is not None:
+            self._follower.clear()
+
+    def _require_channels(self, layer: str, found: int) -> None:
+        expected = self._channels[layer]
+        if expected is not None:
+            require_channels(layer, expected, found)

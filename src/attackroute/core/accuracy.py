@@ -1,0 +1,118 @@
+"""How many samples a model classifies correctly, with a confidence interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from attackroute.core.batches import count_samples, in_order, load
+from attackroute.core.checks import check_logits, checked
+from attackroute.core.distributed import attempted, current, unwrapped
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import kept_modes, placement
+
+_Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+
+_WHAT = "data set"
+
+
+class BrokenLogits(UserError):
+    """A model's logits are NaN."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of correctly classified samples.
+
+    Attributes:
+        correct: Samples whose largest logit is that of their label.
+        total: Samples in all, at least 1.
+    """
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The share in [0, 1]."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval of the share, within [0, 1].
+
+        With p = correct / n: ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
+        """
+        ratio = _Z95 * _Z95 / self.total
+        centre = self.value + ratio / 2
+        spread = _Z95 * math.sqrt(self.value * (1 - self.value) / self.total + ratio / (4 * self.total))
+        return max(0.0, (centre - spread) / (1 + ratio)), min(1.0, (centre + spread) / (1 + ratio))
+
+
+def count_correct(
+    model: nn.Module,
+    data: Dataset[Any],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    workers: int = 0,
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+) -> Accuracy:
+    """Classify every sample of a data set in eval mode, without gradients.
+
+    Args:
+        model: Maps images (N, C, H, W) to logits (N, classes). Its ``training`` flags come back as they were.
+        data: Gives pairs of a float image (C, H, W) and an integer label.
+        batch_size: Images in one forward pass.
+        device: Where the images are sent; by default to the model's device. The model is not moved.
+        workers: Processes that read the data; 0 reads in this one.
+        attack: Classify what this makes of the images, as :mod:`attackroute.attacks` has them.
+
+    Returns:
+        The counts.
+
+    Raises:
+        UserError: Empty or malformed data, or a label outside the logits.
+        BrokenLogits: The logits are NaN for some image.
+    """
+    samples = count_samples(data, _WHAT)
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    home, dtype = placement(model)
+    home = torch.device(device) if device is not None else home
+    team = current()
+    batches = in_order(samples, batch_size)[team.rank :: team.count]
+
+    def count() -> int:
+        correct = torch.zeros((), dtype=torch.int64, device=home)
+        broken = torch.zeros((), dtype=torch.bool, device=home)
+        for batch in load(data, batches, generator=torch.Generator(), workers=workers, pin_memory=home.type == "cuda"):
+            images, labels = checked(batch, _WHAT)
+            images = images.to(home, dtype, non_blocking=True)
+            if attack is not None:
+                images = attack(model, images, labels.to(home))
+            logits = model(images)
+            check_logits(logits, labels, _WHAT)
+            correct += (logits.argmax(1) == labels.to(home, non_blocking=True)).sum()
+            broken |= logits.isnan().any()
+        if broken:
+            raise BrokenLogits("the model's logits are NaN for some images; check the images and the weights")
+        return int(correct)
+
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        return Accuracy(sum(map(unwrapped, team.all(attempted(count)))), samples)
+
+
+def accuracy(
+    model: nn.Module, data: Dataset[Any], *, batch_size: int = 256, device: torch.device | str | None = None
+) -> float:
+    """The share of samples in [0, 1] that a model classifies correctly: :func:`count_correct` as a plain number."""
+    return count_correct(model, data, batch_size=batch_size, device=device).value

@@ -1,0 +1,365 @@
+"""Batches of a data set in an order that only the seed and the epoch decide, checked before a model sees them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import chain, islice
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from attackroute.core.distributed import END, NOTHING, VALUE, Turn, current, in_turns
+from attackroute.core.errors import UserError
+
+
+def derived_seed(seed: int, purpose: str, epoch: int) -> int:
+    """A 63-bit seed for one purpose in one epoch, unrelated to that of any other purpose, epoch or seed."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def derived_generator(seed: int, purpose: str, epoch: int) -> torch.Generator:
+    """A CPU generator that starts from :func:`derived_seed`."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, epoch))
+
+
+def count_samples(data: Dataset[Any], what: str) -> int:
+    """The number of samples of a data set.
+
+    Raises:
+        UserError: The data set is empty or has no length.
+    """
+    if not isinstance(data, Sized):
+        raise UserError(f"the {what} has no length; give a data set with __len__ and __getitem__")
+    if len(data) == 0:
+        raise UserError(f"the {what} is empty; give at least one sample")
+    return len(data)
+
+
+def count_steps(samples: int, batch_size: int) -> int:
+    """Batches in an epoch, the smaller last one of :func:`split_evenly` included."""
+    return -(-samples // batch_size)
+
+
+def split_evenly(order: Tensor, batch_size: int) -> list[list[int]]:
+    """Split sample indices into batches of at most ``batch_size`` whose sizes differ by no more than one.
+
+    No sample is dropped, and no tiny last batch upsets batch normalisation.
+    """
+    return [batch.tolist() for batch in order.tensor_split(count_steps(len(order), batch_size))]
+
+
+def shuffled(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: every sample once, in an order drawn from the seed and the epoch alone."""
+    order = torch.randperm(samples, generator=derived_generator(seed, "order", epoch))
+    return split_evenly(order, batch_size)
+
+
+def in_order(samples: int, batch_size: int) -> list[list[int]]:
+    """Every sample once, in the data set's own order."""
+    return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
+
+
+def load(
+    data: Dataset[Any],
+    batches: Sequence[list[int]],
+    *,
+    generator: torch.Generator,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """A loader of the given batches that leaves the global random generators alone.
+
+    Workers are started afresh for every pass: a worker that lived on would carry its random state from epoch to
+    epoch, and a resumed run could not get it back.
+    """
+    return DataLoader(data, batch_sampler=batches, num_workers=workers, generator=generator, pin_memory=pin_memory)
+
+
+Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
+"""A DataLoader or other iterable of ``(images, labels)`` or images; or one such pair or batch of tensors."""
+
+
+T = TypeVar("T")
+
+
+_PAIR = 2
+
+
+_AT_MOST = 1 << 62  # more batches than there are: as a step, it leaves only the first
+
+
+@runtime_checkable
+class Turns(Protocol):
+    """Data that can be read in turns, so that no process reads what belongs to another."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Every batch."""
+
+    def turns(self, start: int, step: int) -> Iterator[Any]:
+        """Every ``step``-th batch from batch ``start`` on."""
+
+
+def _numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """``enumerate`` without the tuple that it keeps, and the batch in it, while the next one is read."""
+    source, number = iter(items), 0
+    while True:
+        try:
+            item = (number, next(source))
+        except StopIteration:
+            return
+        yield item
+        del item
+        number += 1
+
+
+def _handed_over(items: list[T]) -> Iterator[T]:
+    """The items, none of which is held any longer than it takes to pass it on."""
+    while items:
+        yield items.pop(0)
+
+
+class BatchStream:
+    """The batches of some data, on which processes take turns to work.
+
+    The caller holds the model frozen. With several processes, data that are shuffled are read in the first one's order.
+
+    Args:
+        model: Decides device and floating dtype, by its first parameter.
+        data: See :data:`Data`.
+        batch_size: Rows per batch when ``data`` is tensors.
+
+    Attributes:
+        number: Number of the batch that this process works on, by the data's order.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, batch_size: int) -> None:
+        self._model, self._data, self._batch_size = model, data, batch_size
+        self._team = current()
+        self.number = 0
+        self._source: Iterator[tuple[int, Any]] | None = None
+        self._order: list[Any] | None = None
+        loader = _sampled(data)
+        if self._team.count > 1 and loader is not None and not isinstance(loader.sampler, SequentialSampler):
+            self._order = self._team.first(lambda: list(loader.batch_sampler or ()))
+
+    @property
+    def total(self) -> int | None:
+        """How many samples there are, where that is known without reading them."""
+        return samples_in(self._data)
+
+    @property
+    def first(self) -> tuple[Tensor, Tensor | None]:
+        """The first batch that is not empty, the same one for every process.
+
+        Raises:
+            UserError: As for :func:`batches`; or there is no sample.
+        """
+        mine = self._team.leads or self._is_skimmed
+        source = self._read() if mine else self._raw(0, _AT_MOST)
+        held: list[tuple[int, Any]] = []
+        for item in source:
+            held.append(item)
+            for found in _ready(self._model, iter([item])):
+                if mine:
+                    self._source = chain(_handed_over(held), source)
+                return found
+        raise UserError("the data hold no sample: the loader is empty")
+
+    def map(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[T]:
+        """What ``work(images, labels)`` gives for each batch, in the data's order, whichever process did it.
+
+        Several processes work ahead of what is passed on, some seconds (:mod:`attackroute.exchange`) or one batch each.
+
+        Args:
+            work: Must not depend on other batches. With several processes its result is pickled, so it is best small
+                and on the CPU.
+
+        Raises:
+            UserError: As for :func:`batches`; what ``work`` raises anywhere is raised everywhere.
+            LostProcessError: A process is gone.
+        """
+        own = self._read()
+        if self._is_skimmed:
+            own = islice(own, self._team.rank, None, self._team.count)
+        if self._team.count == 1:
+            for item in own:
+                self.number = item[0]
+                for images, labels in _ready(self._model, iter([item])):
+                    yield work(images, labels)
+            return
+        yield from in_turns(self._team, lambda: self._turn(own, work))
+
+    def _turn(self, own: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], Any]) -> Turn:
+        item = next(own, None)
+        if item is None:
+            return END, None
+        self.number = item[0]
+        for images, labels in _ready(self._model, iter([item])):
+            return VALUE, work(images, labels)
+        return NOTHING, None
+
+    @property
+    def _is_skimmed(self) -> bool:
+        """Whether processes read what belongs to others, too, since the data can be read only one after the other."""
+        tensors = isinstance(self._data, Tensor) or _is_pair(self._data)
+        return not (tensors or isinstance(self._data, Turns) or _sampled(self._data) is not None)
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        """This process's batches with their numbers; all of them where the data are skimmed."""
+        if self._source is None:
+            self._source = self._raw(0, 1) if self._is_skimmed else self._raw(self._team.rank, self._team.count)
+        return self._source
+
+    def _raw(self, start: int, step: int) -> Iterator[tuple[int, Any]]:
+        """Every ``step``-th batch from ``start`` on."""
+        loader = _sampled(self._data)
+        if step > 1 and isinstance(self._data, Turns):
+            return zip(_numbers(start, step), self._data.turns(start, step), strict=False)
+        if step > 1 and loader is not None:
+            return zip(_numbers(start, step), _every(loader, self._order, start, step), strict=False)
+        return islice(_numbered(_raw(self._data, self._batch_size)), start, None, step)
+
+
+def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images and labels, batch by batch, checked, on the model's device and in its dtype.
+
+    The caller holds the model frozen.
+
+    Args:
+        model: Decides device and floating dtype, by its first parameter.
+        data: See :data:`Data`.
+        batch_size: Rows per batch when ``data`` is tensors.
+
+    Yields:
+        ``(images, labels)``, labels None where there are none.
+
+    Raises:
+        UserError: A batch is not images and labels, their numbers differ, a value is not finite, or the model holds
+            half-precision weights on a CPU.
+    """
+    return _ready(model, iter(enumerate(_raw(data, batch_size))))
+
+
+def _ready(model: nn.Module, numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    device, dtype = _home(model)
+    for number, batch in numbered:
+        for module in model.modules():  # reading the data may have switched it, as some attacks do
+            module.training = False
+        images, labels = _split(batch, number)
+        if images.shape[0] == 0:
+            continue
+        if dtype is None or not images.is_floating_point():
+            dtype = dtype or torch.get_default_dtype()
+        images = images.detach().to(device=device, dtype=dtype, non_blocking=True)
+        if not _finite(images):
+            row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
+            raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
+        yield images, None if labels is None else labels.to(device)
+
+
+def _finite(images: Tensor) -> bool:
+    if images.numel() == 0:
+        return True
+    lowest, highest = images.aminmax()  # NaN passes through both; several times quicker than a test of every value
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
+def samples_in(data: Data) -> int | None:
+    """How many samples ``data`` holds, where that is known without reading it."""
+    if isinstance(data, Tensor):
+        return data.shape[0] if data.ndim else None
+    if _is_pair(data):
+        return len(data[0])  # type: ignore[index]
+    sampler, dropped = getattr(data, "sampler", None), getattr(data, "drop_last", False)
+    try:
+        return None if sampler is None or dropped else len(sampler)
+    except TypeError:
+        return None
+
+
+def _sampled(data: object) -> DataLoader[Any] | None:
+    """The data as a loader that can be told which samples to read."""
+    return data if isinstance(data, DataLoader) and data.batch_sampler is not None else None
+
+
+def _every(loader: DataLoader[Any], order: list[Any] | None, start: int, step: int) -> Iterator[Any]:
+    """Every ``step``-th batch of a loader, the others unread; ``order`` holds all batches where it is not its own."""
+    chosen = islice(order if order is not None else loader.batch_sampler or (), start, None, step)
+    return iter(
+        DataLoader(
+            loader.dataset,
+            batch_sampler=list(chosen),
+            num_workers=0 if step == _AT_MOST else loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            generator=loader.generator,
+        )
+    )
+
+
+def _numbers(start: int, step: int) -> Iterator[int]:
+    return iter(range(start, _AT_MOST, step))
+
+
+def _is_pair(data: object) -> bool:
+    if not (isinstance(data, (tuple, list)) and len(data) == _PAIR and all(isinstance(part, Tensor) for part in data)):
+        return False
+    second = data[1]  # a list may also be two batches of images
+    return isinstance(data, tuple) or not (second.is_floating_point() and second.ndim >= _PAIR)
+
+
+def _raw(data: Data, batch_size: int) -> Iterable[Any]:
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is not positive")
+    if isinstance(data, Tensor):
+        _check_images(data, 0)
+        return data.split(batch_size)  # type: ignore[no-any-return]
+    if _is_pair(data):
+        images, labels = data  # type: ignore[misc]
+        _check_counts(images, labels, 0)
+        return zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    if not isinstance(data, Iterable):
+        raise UserError(f"data is {type(data).__name__}: pass a DataLoader, or tensors (images, labels)")
+    return data
+
+
+def _split(batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    images, labels = parts[0] if parts else None, parts[1] if len(parts) > 1 else None
+    if not isinstance(images, Tensor) or not (labels is None or isinstance(labels, Tensor)):
+        kind = type(images if not isinstance(images, Tensor) else labels).__name__
+        raise UserError(f"batch {number} holds {kind} where tensors were expected: (images, labels) or images")
+    _check_images(images, number)
+    if labels is not None:
+        _check_counts(images, labels, number)
+    return images, labels
+
+
+def _check_images(images: Tensor, number: int) -> None:
+    if images.layout != torch.strided or images.is_complex():
+        kind = "complex numbers" if images.is_complex() else "a sparse tensor"
+        raise UserError(f"batch {number} is {kind}: expected a dense, real tensor of images (N, C, H, W)")
+    if images.ndim < _PAIR:
+        raise UserError(f"batch {number} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
+
+
+def _check_counts(images: Tensor, labels: Tensor, number: int) -> None:
+    if labels.ndim == 0 or images.shape[0] != labels.shape[0]:
+        raise UserError(
+            f"batch {number} has {images.shape[0]} images but labels of shape {tuple(labels.shape)}: give one per image"
+        )
+
+
+def _home(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return torch.device("cpu"), None
+    if parameter.device.type == "cpu" and parameter.dtype == torch.float16:
+        raise UserError("the model is in half precision (float16) on the CPU: use model.float(), or bfloat16 autocast")
+    return parameter.device, parameter.dtype

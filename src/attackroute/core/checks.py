@@ -1,0 +1,84 @@
+"""Checks of what users pass in and models give back: images, labels, logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attackroute.core.errors import UserError
+
+
+def checked_logits(output: object, samples: int) -> Tensor:
+    """The model's output as logits ``(n, K)``, or an error that says what it is instead."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise UserError(f"the model returns {type(output).__name__}, not logits of shape (N, classes)")
+    if logits.ndim != _MATRIX or logits.shape[0] != samples:
+        raise UserError(
+            f"the model returns a tensor of shape {tuple(logits.shape)} for {samples} images, not logits (N, classes)"
+        )
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are not finite: check its weights and the range of its inputs")
+    return logits
+
+
+def checked_labels(labels: Tensor, classes: int, samples: int) -> Tensor:
+    """Labels as int64 ``(n,)`` within ``0 .. classes - 1``."""
+    if labels.shape != (samples,) or labels.is_floating_point():
+        raise UserError(f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected {samples} integers")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise UserError(f"label {int(wrong[0])} is outside the model's {classes} logits (0 .. {classes - 1})")
+    return labels.long()
+
+
+_MATRIX = 2
+
+
+def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch.
+
+    Raises:
+        UserError: Not a pair of floating images (N, C, H, W) and integer labels (N,).
+    """
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        raise UserError(f"the {what} must give pairs of an image tensor and an integer label")
+    images, labels = batch
+    if images.ndim != _IMAGE_DIMS or not images.is_floating_point():
+        raise UserError(
+            f"the {what} gives images of shape {tuple(images.shape[1:])} and type {images.dtype}; "
+            "floating tensors (channels, height, width) are needed"
+        )
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise UserError(
+            f"the {what} gives labels of shape {tuple(labels.shape[1:])} and type {labels.dtype}; integers are needed"
+        )
+    return images, labels.long()
+
+
+def check_logits(logits: Tensor, labels: Tensor, what: str) -> None:
+    """Check that a model's output can be compared with labels.
+
+    Args:
+        logits: The model's output, (N, classes).
+        labels: (N,), best on the CPU: reading them elsewhere would wait for the device.
+        what: Name of the data set for the message.
+
+    Raises:
+        UserError: The output is not (N, classes), or a label has no logit.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the model returns {shape} for {len(labels)} images; one row of logits an image is needed")
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= logits.shape[1]:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"label {wrong} in the {what} is outside the model's {logits.shape[1]} logits "
+            f"(0 to {logits.shape[1] - 1}); give the model more classes or other data"
+        )
+
+
+_IMAGE_DIMS = 4

@@ -1,0 +1,28 @@
+"""Errors whose message is meant for the user."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input, with one line that says what was wrong, where, and what to do.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean A, B or C?"`` with the known names nearest to ``name``, or nothing where none is near.
+
+    Args:
+        name: What was asked for.
+        known: What there is.
+        prefix: What has to be written before each of the known names.
+    """
+    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)]
+    if not near:
+        return ""
+    *others, last = near
+    return f"; did you mean {', '.join(others) + ' or ' if others else ''}{last}?"

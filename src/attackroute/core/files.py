@@ -1,0 +1,229 @@
+"""Files that are replaced whole: a reader sees the old content or the new, never half of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from attackroute.core.errors import UserError
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write to a new file beside ``path`` and move it there.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _keep_name(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{shown(path)}: cannot be written: {reason}; choose another file or folder") from None
+
+
+def _keep_name(folder: Path) -> None:
+    """Let a new name in a folder outlast a power failure, where the system can promise that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as it can stand in a message of one line."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
+
+
+VERSION = 1
+
+
+ROUTE = "attackroute route"
+
+
+INSTANCE_ROUTES = "attackroute instance routes"
+
+
+HARDNESS = "attackroute hardness"
+
+
+_METADATA_KEY = "attackroute"
+
+
+_FAULTS = (OSError, SafetensorError, ValueError, TypeError, OverflowError, RecursionError)
+
+
+def write_json(path: str | os.PathLike[str], kind: str, body: Mapping[str, Any]) -> None:
+    """Write a header and ``body`` as JSON text, one layer a line.
+
+    Raises:
+        UserError: the file cannot be written; a previous file of that name is then as it was.
+    """
+    replace_file(Path(path), _layout(_seal(kind, body, {})).encode())
+
+
+def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read the body that `write_json` wrote, once format, version and checksum are right.
+
+    Raises:
+        UserError: the file is missing, unreadable, damaged, or something else.
+    """
+    with reading(path):
+        return _unseal(_parse(Path(path).read_bytes(), kind), kind, {})
+
+
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write tensors as safetensors, with a header and ``body`` in the metadata.
+
+    Raises:
+        UserError: the file cannot be written; a previous file of that name is then as it was.
+    """
+    # safetensors refuses tensors that share memory, as labels and predictions may.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    header = _compact(_seal(kind, body, own))
+    replace_file(Path(path), to_safetensors(own, metadata={_METADATA_KEY: header}))
+
+
+def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_tensors` wrote, once format, version and checksum are right.
+
+    Raises:
+        UserError: the file is missing, unreadable, damaged, or something else.
+    """
+    with reading(path):
+        # Opened here first, because safe_open words its own errors for files that cannot be read less clearly.
+        with Path(path).open("rb"):
+            pass
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = (file.metadata() or {}).get(_METADATA_KEY)
+                # A clone, so that nothing stays mapped to a file that may change.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
+        if header is None:
+            raise UserError(f"a safetensors file, but not an {kind} file")
+        return _unseal(_parse(header, kind), kind, tensors), tensors
+
+
+def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The body that `write_tensors` wrote and the checksum, without a look at the tensors.
+
+    Raises:
+        UserError: the file is missing, cut short, or something else; damage inside of tensors goes unnoticed.
+    """
+    with reading(path):
+        with Path(path).open("rb"):
+            pass
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = (file.metadata() or {}).get(_METADATA_KEY)
+        except SafetensorError as error:
+            raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
+        if header is None:
+            raise UserError(f"a safetensors file, but not an {kind} file")
+        document = _parse(header, kind)
+        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (kind, VERSION):
+            raise UserError(f"not an {kind} file of version {VERSION}")
+        return document
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever a file's contents can cause into a `UserError` that begins with the file's path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{shown(path)}: {_one_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{shown(path)}: cannot be read: {error.strerror or error}") from None
+    except _FAULTS as error:
+        raise UserError(f"{shown(path)}: cannot be read: {_one_line(error)}") from None
+
+
+def expect_mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The value of ``key``, which must be a JSON object."""
+    value = body.get(key)
+    if not isinstance(value, dict):
+        raise UserError(f"{key!r} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    content = {"format": kind, "version": VERSION, **body}
+    return {"format": kind, "version": VERSION, "checksum": _checksum(content, tensors), **body}
+
+
+def _unseal(document: object, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if not isinstance(document, dict) or not isinstance(document.get("format"), str):
+        raise UserError(f"not an {kind} file: it states no format")
+    if document["format"] != kind:
+        raise UserError(f"holds {document['format']!r}, not {kind!r}: choose the loader that belongs to it")
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
+        raise UserError(f"has file version {version!r}, this attackroute reads {VERSION}: use the one that wrote it")
+    content = {key: value for key, value in document.items() if key != "checksum"}
+    if document.get("checksum") != _checksum(content, tensors):
+        raise UserError("damaged or edited: the contents do not match the checksum; write it anew")
+    return {key: value for key, value in content.items() if key not in {"format", "version"}}
+
+
+def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(_compact(content).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        # As bytes, since numpy has no bfloat16.
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _layout(document: Mapping[str, Any]) -> str:
+    """JSON text with one line for each key, and one for each layer of a nested object."""
+    entries = []
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            inner = ",\n".join(f"    {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
+            entries.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
+        else:
+            entries.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _parse(text: str | bytes, kind: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,303 @@
+"""Route layers as the model executes them: their names, and a place to read or replace their outputs.
+
+A route layer is a *call* of a 2-D convolution (or of a linear map, when asked), not a module: functional calls,
+lambdas and reused modules all count. A call bears the name of the innermost module whose forward is running, as in
+``model.named_modules()``; the k-th call under one name, k >= 2, is ``name#k``. Calls made by the root module itself
+are named ``model``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from attackroute.core.errors import UserError
+
+CHANNEL_DIM = {"conv2d": -3, "linear": -1}
+"""Where channels stand in the output of each kind of layer, with or without samples before them."""
+
+
+OUTPUT, ACTIVATION = "output", "activation"
+
+
+OUTPUT, ACTIVATION = "output", "activation"
+
+
+_CONVOLUTIONS = frozenset(
+    {
+        torch.conv2d,
+        torch.convolution,
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.conv2d.padding,
+        torch.ops.aten.convolution.default,
+    }
+)
+
+
+_GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution.default})
+
+
+_TRANSPOSED_ARGUMENT = 6
+
+
+_BATCHED_IMAGE_DIMS = 4
+
+
+_ATTENTION_DIMS = 3
+
+
+_ATTENTION = nn.functional.multi_head_attention_forward
+
+
+_OPENED = FunctionType(  # the same function, except that it does not hand itself to the mode that is to look inside it
+    _ATTENTION.__code__,
+    {**vars(nn.functional), "has_torch_function": lambda _: False},
+    argdefs=_ATTENTION.__defaults__,
+)
+
+
+_OPENED.__kwdefaults__ = _ATTENTION.__kwdefaults__
+
+
+_LEVEL: ContextVar[int] = ContextVar("pass_level", default=0)
+
+
+_ATTENDED: ContextVar[int | None] = ContextVar("attended", default=None)
+"""Size of the batch of the multi-head attention under way, where positions come first; shared by nested contexts."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One execution of a route layer.
+
+    Attributes:
+        name: The layer's name, unique within one forward pass.
+        kind: ``"conv2d"`` or ``"linear"``.
+        input: What the layer reads.
+        weight: Its weight, as passed.
+        run: Executes the layer, with another weight if one is given, and returns its output ``Z``.
+        folded: Whether rows were gathered into samples: right only if the model keeps each sample's rows together.
+    """
+
+    name: str
+    kind: str
+    input: Tensor
+    weight: Tensor
+    run: Callable[..., Tensor]
+    folded: bool = False
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Context of forward passes that nothing entered before it sees, such as a look at the network amid a pass."""
+    token = _LEVEL.set(_LEVEL.get() + 1)
+    try:
+        yield
+    finally:
+        _LEVEL.reset(token)
+
+
+def pass_level() -> int:
+    """How many :func:`aside` contexts are open: what was entered at another level leaves a pass alone."""
+    return _LEVEL.get()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the samples are in what a linear map reads, if not simply in the first dimension.
+
+    Attributes:
+        samples: Number of samples.
+        attended: Batch size of the multi-head attention around the call, whose tensors have positions first.
+        folded: Whether each sample has several rows of the batch.
+    """
+
+    samples: int
+    attended: int | None
+    folded: bool
+
+    @classmethod
+    def of(cls, values: Tensor, samples: int | None, attended: int | None) -> _Layout | None:
+        """The layout of ``values``; None where they have one row per sample, or cannot be brought to that."""
+        if values.ndim < 2 or not samples:
+            return None
+        if attended is not None and math.prod(values.shape[:-1]) % attended:
+            return None
+        rows = values.shape[0] if attended is None else attended
+        if rows % samples or (attended is None and rows == samples):
+            return None
+        return cls(samples, attended, rows != samples)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """``values`` as ``(samples, ..., C)``."""
+        if self.attended is not None:
+            values = values.reshape(-1, self.attended, values.shape[-1]).transpose(0, 1)
+        return values.unflatten(0, (self.samples, -1)) if self.folded else values
+
+    def restored(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Undo :meth:`rows`, for the original shape without its last dimension."""
+        values = rows.flatten(0, 1) if self.folded else rows
+        if self.attended is not None:
+            values = values.transpose(0, 1).contiguous()  # what follows may take a view
+        return values.reshape(*shape, rows.shape[-1])
+
+
+class LayerCalls(TorchFunctionMode):
+    """Context in which every route-layer call of ``model`` passes through ``visit``.
+
+    Calls outside the model's own forward are left alone, so that contexts of different models nest. The hooks that
+    keep track of the running module are removed on exit, also after an error. What torch.compile has compiled runs
+    eagerly meanwhile.
+
+    Args:
+        model: The model to watch.
+        visit: Receives each call and returns the tensor that flows on, usually ``call.run()``.
+        linear: Whether linear maps are route layers too.
+    """
+
+    def __init__(self, model: nn.Module, visit: Callable[[LayerCall], Tensor], *, linear: bool = False) -> None:
+        super().__init__()
+        self._model = model
+        self._visit = visit
+        self._linear = linear
+        self._names: dict[nn.Module, str] = {}
+        self._running: list[str] = []
+        self._calls: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+        self._eager: AbstractContextManager[object] = nullcontext()
+        self._level = pass_level()
+        self._samples: int | None = None
+
+    def __enter__(self) -> LayerCalls:
+        # two global hooks, since two for every module would take longer to set than a small network to run
+        self._names = {module: name or "model" for name, module in self._model.named_modules()}
+        self._handles.append(register_module_forward_pre_hook(self._enter_module))
+        self._handles.append(register_module_forward_hook(self._leave_module, always_call=True))
+        self._eager = _without_compilation()
+        self._eager.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        finally:
+            self._eager.__exit__(None, None, None)
+            while self._handles:
+                self._handles.pop().remove()
+
+    def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = self._names.get(module)
+        if name is None or pass_level() != self._level:
+            return
+        if module is self._model:
+            self._running.clear()
+        if not self._running:  # a new forward pass: names count from one again
+            self._calls.clear()
+            self._samples = args[0].shape[0] if args and isinstance(args[0], Tensor) and args[0].ndim else None
+        self._running.append(name)
+
+    def _leave_module(self, module: nn.Module, *_: object) -> None:
+        if self._running and module in self._names and pass_level() == self._level:
+            self._running.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        watched = bool(self._running) and pass_level() == self._level
+        if watched and func is _ATTENTION:
+            return self._attention(args, kwargs)
+        kind = self._kind(func, args, kwargs) if watched else None
+        if kind is None:
+            return func(*args, **kwargs)
+        name = self._running[-1]
+        count = self._calls[name] = self._calls.get(name, 0) + 1
+        if kind == "linear" and not self._linear:  # counted all the same, so that names do not depend on ``linear``
+            return func(*args, **kwargs)
+        label = name if count == 1 else f"{name}#{count}"
+        images = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if kind == "linear" and (layout := _Layout.of(images, self._samples, _ATTENDED.get())) is not None:
+            rows = layout.rows(images)
+            run = partial(_run, func, (rows, weight, *args[2:]), {k: v for k, v in kwargs.items() if k == "bias"})
+            token = _ATTENDED.set(None)  # what looks at the call next finds its samples first
+            try:
+                output = self._visit(LayerCall(label, kind, rows, weight, run, layout.folded))
+            finally:
+                _ATTENDED.reset(token)
+            return layout.restored(output, images.shape[:-1])
+        return self._visit(LayerCall(label, kind, images, weight, partial(_run, func, args, kwargs)))
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """PyTorch's multi-head attention, with this mode looking at what it calls."""
+        query = args[0] if args else kwargs["query"]
+        token = _ATTENDED.set(query.shape[1] if query.ndim == _ATTENTION_DIMS else None)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            return _OPENED(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            _ATTENDED.reset(token)
+
+    def _kind(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if func is nn.functional.linear:
+            return "linear"
+        if func not in _CONVOLUTIONS:
+            return None
+        if func in _GENERAL:
+            transposed = kwargs.get("transposed", args[_TRANSPOSED_ARGUMENT] if len(args) > _TRANSPOSED_ARGUMENT else 0)
+            source = args[0] if args else kwargs["input"]
+            if transposed or source.ndim != _BATCHED_IMAGE_DIMS:
+                return None
+        return "conv2d"
+
+
+def _run(
+    func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor | None = None
+) -> Tensor:
+    if weight is not None and len(args) > 1:
+        args = (args[0], weight, *args[2:])
+    elif weight is not None:
+        kwargs = {**kwargs, "weight": weight}
+    return func(*args, **kwargs)
+
+
+@contextmanager
+def _without_compilation() -> Iterator[None]:
+    """Compiled code does not pass through Python: where torch.compile was used, run what it was given."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing is compiled without it
+        yield
+        return
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
+        # the wrapper counts as a module of its own, which the names allow for
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks", UserWarning)
+        yield
+
+
+def require_gradients(name: str) -> None:
+    """Check that the layer under way can be differentiated."""
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise UserError(
+            f"layer {name!r} runs under no_grad or inference_mode inside the model, where PyTorch knows no "
+            "derivative: switch that off, or activation checkpointing, for tracing"
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; tensors made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version

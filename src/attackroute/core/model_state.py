@@ -1,0 +1,229 @@
+"""Holding a model still while it is looked at, and giving it back as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from attackroute.core.errors import UserError
+from attackroute.core.layers import _version
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters and buffers, those of its normalisation included."""
+    digest = hashlib.sha256()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Hold ``model`` in eval mode, no parameter requiring grad; flags and buffers come back, also after an error."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is {type(model).__name__}, not a module (torch.nn.Module): pass the network itself")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UserError(f"parameter {name!r} of the model is uninitialised (lazy): run the model on a batch first")
+        if parameter.is_inference():
+            raise UserError(f"parameter {name!r} of the model was made in inference_mode: build the model outside it")
+    training = [(module, module.training) for module in model.modules()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = [
+        (module, name, buffer, _version(buffer), None if is_lazy(buffer) else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module, _ in training:  # not model.eval(), which a class may have made to do more
+            module.training = False
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module, name, buffer, version, kept in buffers:
+            module._buffers[name] = buffer
+            if kept is not None and _version(buffer) != version:
+                with torch.no_grad():
+                    buffer.copy_(kept)
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating type of a model's first floating parameter; CPU and float32 without one."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def autocast_of(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast in a dtype on the model's device; None for none."""
+    if dtype is None:
+        return nullcontext()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def explained(images: Tensor) -> Iterator[None]:
+    """Turn what PyTorch says of a forward pass that fails into one line about the model and its input."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        shape = tuple(images.shape)
+        raise UserError(
+            f"the model cannot run on a batch of shape {shape} and type {images.dtype}: {_first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def differentiated() -> Iterator[None]:
+    """Turn what PyTorch says of a backward pass that fails into one line about the model."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"PyTorch cannot differentiate the model (is activation checkpointing on, or is a tensor changed in-place "
+            f"under no_grad?): {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Give every submodule its own ``training`` flag back at the end, also after an exception."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
+def in_channels_last(model: nn.Module) -> Iterator[None]:
+    """Hold the weights in the channels_last format meanwhile; the same parameter objects, the same values."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_contiguous()]
+    model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.data = tensor.data.contiguous()
+
+
+_Buffers = list[tuple[nn.Module, str, Tensor]]
+
+
+class RepeatablePass:
+    """What a forward pass starts from: inputs, buffers, states of the random generators, autocast.
+
+    Args:
+        model: The model that is about to run.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model = model
+        self._args = tuple(map(_kept, args))
+        self._kwargs = {name: _kept(value) for name, value in kwargs.items()}
+        self._buffers = _copies(model)
+        devices = {parameter.device for parameter in model.parameters()}
+        self._random = torch.get_rng_state()
+        self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+        kind = next(iter(devices)).type if devices else "cpu"
+        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def run(self, *first: Any) -> Any:
+        """Run the model again as it ran then; buffers and generators are afterwards as they were before.
+
+        Args:
+            first: What to give it in place of its first positional arguments; a copy is taken.
+        """
+        kind, dtype, enabled = self._autocast
+        with (
+            torch.random.fork_rng(list(self._random_on)),
+            _swapped(self._buffers),
+            torch.autocast(kind, dtype, enabled),
+        ):
+            torch.set_rng_state(self._random)
+            for device, state in self._random_on.items():
+                torch.cuda.set_rng_state(state, device)
+            return self._model(*(_kept(value) for value in first), *self._args[len(first) :], **self._kwargs)
+
+
+def require_ran(layers: Iterable[str], ran: Container[str]) -> None:
+    """Raise a `UserError` naming the first of a route's layers that did not run in a watched pass."""
+    for layer in layers:
+        if layer not in ran:
+            raise UserError(
+                f"layer {layer!r} of the route did not run in the model's forward pass: use the model that the route "
+                "was made for, uncompiled, or leave the layer out (route.restrict)"
+            )
+
+
+@contextmanager
+def spared_buffers(model: nn.Module) -> Iterator[None]:
+    """Context in which the model works on copies of its buffers, such as the running statistics of batch norms.
+
+    The buffers themselves are not even written to, so that earlier passes can still be differentiated.
+    """
+    with _swapped(_copies(model)):
+        yield
+
+
+@contextmanager
+def _swapped(buffers: Iterable[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Put other tensors in the place of buffers meanwhile."""
+    own = [(module, name, module._buffers[name]) for module, name, _ in buffers]
+    try:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        yield
+    finally:
+        for module, name, kept in own:
+            module._buffers[name] = kept
+
+
+def _copies(model: nn.Module) -> _Buffers:
+    return [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def _kept(value: Any) -> Any:
+    """A copy of a tensor, since a model may work on its input in place."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Start the global generators of the CPU and of all CUDA devices from a seed, and put them back at the end."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

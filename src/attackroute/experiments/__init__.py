@@ -1,1 +1,0 @@
-"""Experiments on routes, one a file: inputs, a tidy table, a figure, one sentence."""

@@ -1,0 +1,1 @@
+"""Penalties on a route, and training with them."""

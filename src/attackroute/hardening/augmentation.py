@@ -1,0 +1,74 @@
+"""Random crops and flips of whole batches, every sample on its own, from an explicit generator."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Augment = Literal["none", "crop", "crop-flip"]
+
+
+CROP_PADDING = 4
+
+
+def augment(
+    images: Tensor, kind: Augment, generator: torch.Generator, *, start: int = 0, whole: int | None = None
+) -> Tensor:
+    """Draw a random view of every image.
+
+    Args:
+        images: Float tensor (N, C, H, W) in [0, 1].
+        kind: ``"none"`` returns the images themselves; ``"crop"`` shifts each by up to 4 pixels in both directions
+            (black moves in); ``"crop-flip"`` mirrors half of them as well.
+        generator: A CPU generator. The same state draws the same views on every device.
+        start: Where the images are part of a batch, the first one's number in it: they get the views that they would
+            get among the others.
+        whole: How many images that batch has.
+
+    Returns:
+        Tensor of the same shape, type and device.
+    """
+    if kind == "none":
+        return images
+    samples = len(images) if whole is None else whole
+    own = slice(start, start + len(images))
+    shifts = torch.randint(0, 2 * CROP_PADDING + 1, (2, samples), generator=generator)[:, own]
+    views = crop(images, shifts[0], shifts[1], CROP_PADDING)
+    if kind == "crop":
+        return views
+    return flip(views, torch.randint(0, 2, (samples,), generator=generator)[own].bool())
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
+    """Cut one window of the original size out of every zero-padded image.
+
+    Args:
+        images: (N, C, H, W).
+        top: Integers (N,) in [0, 2 * padding], the window's first row in the padded image; ``padding`` is no shift.
+        left: The same for columns.
+        padding: Width of the black frame in pixels.
+
+    Returns:
+        Tensor (N, C, H, W).
+    """
+    height, width = images.shape[-2:]
+    padded = functional.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, 2p + 1, 2p + 1, H, W)
+    samples = torch.arange(len(images), device=images.device)
+    return windows[samples, :, top.to(images.device), left.to(images.device)]
+
+
+def flip(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror the chosen images left to right.
+
+    Args:
+        images: (N, C, H, W).
+        chosen: Booleans (N,).
+
+    Returns:
+        Tensor (N, C, H, W).
+    """
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)

@@ -1,0 +1,274 @@
+"""Attacks that follow the gradient of the loss at the image.
+
+The cross entropy's gradient at the logits is ``(1 - p_y)`` times ``q - onehot`` (see :mod:`attackroute.seeds`), and
+every attack here uses the direction alone. So they start from ``q - onehot``: the direction is the same where the cross
+entropy's gradient can be represented, and is still there where that has become zero. Large logits are no defence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.draws import image_keys, normals, uniforms
+from attackroute.core.errors import UserError
+from attackroute.core.loss import cross_entropy_seed
+from attackroute.core.model_state import frozen
+from attackroute.robustness.contract import Perturbation, check_count, check_eps, check_images, check_step_size
+
+_EPS = 8 / 255
+
+
+_EPS_L2 = 0.5
+
+
+_STEPS = 10
+
+
+_PAPER_STEPS = 10  # the paper's step size is eps / 10, whatever the number of steps
+
+
+_TINY = 1e-30  # below any gradient norm that float32 can hold but zero
+
+
+@dataclass(frozen=True)
+class FGSM(Perturbation):
+    """Fast gradient sign method (Goodfellow et al., 2015): one step to the ball's corner.
+
+    Attributes:
+        eps: Radius of the L-infinity ball.
+    """
+
+    name: ClassVar[str] = "fgsm"
+    eps: float = _EPS
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See :class:`Perturbation`; nothing here is random."""
+        with attacking(model, x, y) as (images, labels):
+            gradient = input_gradient(model, images, labels)
+            return torch.add(images, gradient.sign(), alpha=self.eps).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class StepLL(Perturbation):
+    """One step towards the class that the model finds least likely (Kurakin et al., 2017).
+
+    Attributes:
+        eps: Radius of the L-infinity ball.
+    """
+
+    name: ClassVar[str] = "step-ll"
+    eps: float = _EPS
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See :class:`Perturbation`; nothing here is random."""
+        with attacking(model, x, y) as (images, _):
+            gradient = input_gradient(model, images, None)
+            return torch.sub(images, gradient.sign(), alpha=self.eps).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class MIFGSM(Perturbation):
+    """Momentum iterative FGSM (Dong et al., 2018): steps along a running sum of gradients of unit L1 norm.
+
+    Attributes:
+        eps: Radius of the L-infinity ball.
+        steps: Number of steps.
+        step_size: None for the paper's ``eps / 10``.
+        decay: Factor on the running sum at every step.
+    """
+
+    name: ClassVar[str] = "mi-fgsm"
+    eps: float = _EPS
+    steps: int = _STEPS
+    step_size: float | None = None
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        check_count("steps", self.steps)
+        check_step_size(self.step_size)
+        if not (isinstance(self.decay, (int, float)) and 0 <= self.decay < math.inf):
+            raise UserError(f"decay {self.decay} is not a factor; the usual one is 1")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See :class:`Perturbation`; nothing here is random."""
+        size = self.eps / _PAPER_STEPS if self.step_size is None else self.step_size
+        with attacking(model, x, y) as (images, labels):
+            low, high = _box(images, self.eps)
+            momentum = torch.zeros_like(images)
+            current = images
+            for _ in range(self.steps):
+                gradient = input_gradient(model, current, labels)
+                norm = _norms(gradient, 1).clamp_(min=_TINY)  # one zero gradient must not make the sum NaN
+                momentum.mul_(self.decay).add_(gradient / norm)
+                current = torch.add(current, momentum.sign(), alpha=size).clamp_(low, high)
+            return current
+
+
+@dataclass(frozen=True)
+class PGD(Perturbation):
+    """Projected gradient descent in the L-infinity ball (Madry et al., 2018).
+
+    Attributes:
+        eps: Radius of the ball.
+        steps: Number of steps; the last image is the result.
+        step_size: None for the paper's ``eps / 10``.
+        restarts: Further starts for images that are still classified correctly.
+        random_start: Whether to start from a random point of the ball.
+        seed: Of the starting points.
+    """
+
+    name: ClassVar[str] = "pgd"
+    eps: float = _EPS
+    steps: int = _STEPS
+    step_size: float | None = None
+    restarts: int = 1
+    random_start: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps, largest=self._largest_eps())
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
+        check_step_size(self.step_size)
+        if self.restarts > 1 and not self.random_start:
+            raise UserError(f"{self.restarts} restarts from the same point are one: set random_start, or restarts=1")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See :class:`Perturbation`."""
+        with attacking(model, x, y) as (images, labels):
+            result = self._descend(model, images, labels, 0, generator)
+            for restart in range(1, self.restarts):
+                left = (predicted(model, result) == labels).nonzero().flatten()
+                if not len(left):
+                    break
+                result[left] = self._descend(model, images[left], labels[left], restart, generator)
+            return result
+
+    def _descend(
+        self, model: nn.Module, x: Tensor, y: Tensor, restart: int, generator: torch.Generator | None
+    ) -> Tensor:
+        size = self.eps / _PAPER_STEPS if self.step_size is None else self.step_size
+        low, high = _box(x, self.eps)
+        current = x.clone()
+        if self.random_start:
+            keys = image_keys(x, self.seed, f"{self.name} {restart}", generator)
+            current += uniforms(keys, x.shape[1:]).to(x.dtype).mul_(2 * self.eps).sub_(self.eps)
+            current.clamp_(low, high)
+        for _ in range(self.steps):
+            gradient = input_gradient(model, current, y)
+            current.add_(gradient.sign(), alpha=size).clamp_(low, high)
+        return current
+
+    @staticmethod
+    def _largest_eps() -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class PGDL2(PGD):
+    """Projected gradient descent in the L2 ball, with steps of the given length.
+
+    Attributes:
+        eps: Radius of the ball: the L2 norm of an image's whole change, for values in [0, 1].
+        steps: Number of steps.
+        step_size: None for ``2.5 eps / steps``, as Madry et al. (2018) have it for this norm.
+        restarts: As for :class:`PGD`.
+        random_start: As for :class:`PGD`.
+        seed: As for :class:`PGD`.
+    """
+
+    name: ClassVar[str] = "pgd-l2"
+    in_levels: ClassVar[bool] = False
+    eps: float = _EPS_L2
+
+    def _descend(
+        self, model: nn.Module, x: Tensor, y: Tensor, restart: int, generator: torch.Generator | None
+    ) -> Tensor:
+        size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        current = x.clone()
+        if self.random_start:  # uniform in the ball: the radius is the n-th root of a uniform number
+            keys = image_keys(x, self.seed, f"{self.name} {restart}", generator)
+            direction = normals(keys, x.shape[1:]).to(x.dtype)
+            keys = image_keys(x, self.seed, f"{self.name} radius {restart}", generator)
+            radius = uniforms(keys, (1,) * (x.ndim - 1)).to(x.dtype) ** (1 / math.prod(x.shape[1:]))
+            current += direction.div_(_norms(direction, 2)).mul_(radius * self.eps)
+            current.clamp_(0, 1)
+        for _ in range(self.steps):
+            gradient = input_gradient(model, current, y)
+            change = current.add_(gradient / _norms(gradient, 2).clamp_(min=_TINY), alpha=size).sub_(x)
+            change.mul_((self.eps / _norms(change, 2).clamp_(min=_TINY)).clamp_(max=1))
+            current = change.add_(x).clamp_(0, 1)  # x is inside the box, so this never leaves the ball
+        return current
+
+    @staticmethod
+    def _largest_eps() -> float:
+        return math.inf
+
+
+@contextmanager
+def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hold the model still while its images are attacked; gives images and labels that no graph knows."""
+    check_images(x, y)
+    with frozen(model), torch.inference_mode(False), torch.no_grad():
+        yield x.detach().clamp(0, 1), y.clone().to(x.device)  # copies, since inference mode may have made these
+
+
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+    """Direction of the cross entropy's gradient at the images, exact at any confidence.
+
+    Args:
+        model: A frozen model.
+        x: Images ``(N, ...)``.
+        y: Labels ``(N,)``; None for the least likely class of each.
+
+    Returns:
+        Of the shape and dtype of ``x``; to be read only, since it may share memory with what the model keeps.
+
+    Raises:
+        UserError: The model does not return logits, a label has none, or the gradient is not finite.
+    """
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = checked_logits(model(leaf.clone()), x.shape[0])  # a copy, since the model may work in place
+    labels = logits.detach().argmin(1) if y is None else checked_labels(y, logits.shape[1], x.shape[0])
+    if not logits.requires_grad:  # the model cuts the graph, which the masking checks report
+        return torch.zeros_like(x)
+    seed = cross_entropy_seed(logits, labels).to(logits.dtype)
+    (gradient,) = torch.autograd.grad(logits, leaf, seed, allow_unused=True, materialize_grads=True)
+    # a sum is one pass, and not finite if a value is not; a sign would make 0 of NaN in silence
+    if not gradient.sum().isfinite() and not gradient.isfinite().all():
+        raise UserError("the model's gradient at the images is not finite: check its weights and its normalisation")
+    return gradient.detach()
+
+
+def predicted(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's classes for images, ``(N,)``."""
+    return checked_logits(model(x.clone()), x.shape[0]).argmax(1)  # a copy, since the model may work in place
+
+
+def _box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of the L-infinity ball within [0, 1]."""
+    return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
+
+
+def _norms(values: Tensor, order: int) -> Tensor:
+    """Norm of each sample's values, ``(N, 1, 1, 1)``."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    dims = tuple(range(1, values.ndim))
+    norms: Tensor = torch.linalg.vector_norm(values, order, dim=dims, keepdim=True, dtype=wide)
+    return norms

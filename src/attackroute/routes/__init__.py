@@ -1,0 +1,1 @@
+"""A route, the routes of samples, and their files."""

@@ -1,0 +1,129 @@
+"""What tells networks apart: layer names and channel counts for routes, a digest of the weights for results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from attackroute.core.errors import UserError
+
+T = TypeVar("T")
+
+
+_CALL_INDEX = re.compile(r"#\d+$")
+
+
+class UnknownLayerError(UserError, KeyError):
+    """A layer name that the route does not have."""
+
+    def __str__(self) -> str:
+        # KeyError would print the message in quotes.
+        return str(self.args[0])
+
+
+class LayerMap(Mapping[str, T]):
+    """Read-only mapping from layer names, in forward order, that says which names it has when one is unknown."""
+
+    def __init__(self, values: Mapping[str, T]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, layer: str) -> T:
+        try:
+            return self._values[layer]
+        except KeyError:
+            names = list(self._values)
+            listed = ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
+            raise UnknownLayerError(f"no layer {layer!r} in the route: its layers are {listed}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._values
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._values!r})"
+
+
+def channel_counts(channels: Mapping[str, Any]) -> LayerMap[int]:
+    """Check and freeze channel counts.
+
+    Raises:
+        UserError: there is no layer, a name is not a string, or a count is not a positive integer.
+    """
+    if not channels:
+        raise UserError("a route needs at least one layer")
+    for layer, count in channels.items():
+        if not isinstance(layer, str):
+            raise UserError(f"layer names must be strings, not {layer!r}")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"layer {layer!r} must have a positive number of channels, not {count!r}")
+    return LayerMap(channels)
+
+
+def require_same(ours: Mapping[str, int], theirs: Mapping[str, int], other: str = "the other route") -> None:
+    """Raise a `UserError` naming the first layer in which two routes' names, order or channel counts differ."""
+    for mine, yours in zip(ours, theirs, strict=False):
+        if mine != yours:
+            if mine not in theirs:
+                raise UserError(f"layer {mine!r} is not in {other}: both must have the same layers")
+            if yours not in ours:
+                raise UserError(f"layer {yours!r} is only in {other}: both must have the same layers")
+            raise UserError(f"layer {mine!r} stands where {other} has {yours!r}: the layers' order differs")
+        if ours[mine] != theirs[yours]:
+            raise UserError(
+                f"layer {mine!r} has {ours[mine]} channels here but {theirs[yours]} in {other}: "
+                "the two come from different networks"
+            )
+    if len(ours) != len(theirs):
+        longer, where = (ours, "not") if len(ours) > len(theirs) else (theirs, "only")
+        extra = list(longer)[min(len(ours), len(theirs))]
+        raise UserError(f"layer {extra!r} is {where} in {other}: both must have the same layers")
+
+
+def require_fit(ours: Mapping[str, int], theirs: Mapping[str, int], what: str) -> None:
+    """Raise a `UserError` naming the first of our layers that is missing or of another size in ``what``.
+
+    Layers of ``what`` that the route lacks are no fault: a route may cover a part of a network.
+    """
+    for layer, count in ours.items():
+        if layer not in theirs:
+            raise UserError(
+                f"layer {layer!r} ({count} channels) of the route is not in the {what}: "
+                f"use the {what} that the route was made for"
+            )
+        require_channels(layer, count, theirs[layer], what)
+
+
+def require_channels(layer: str, ours: int, theirs: int, what: str = "model") -> None:
+    """Raise a `UserError` if a layer has another number of channels in ``what`` than in the route."""
+    if theirs != ours:
+        raise UserError(
+            f"layer {layer!r} has {ours} channels in the route but {theirs} in the {what}: "
+            f"use the {what} that the route was made for"
+        )
+
+
+def require_model(channels: Mapping[str, int], model: nn.Module) -> None:
+    """Raise a `UserError` naming the first layer that ``model`` lacks or has with another number of channels.
+
+    Names are those of the tracer: ``"conv#2"`` is the second call of the module ``conv``, ``"model"`` a call made by
+    the root module itself. Only a leaf that states ``out_channels`` or ``out_features`` has its count compared: a
+    module with children may contain several calls, of other sizes than the one that it states.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    modules.setdefault("model", model)
+    found: dict[str, int] = {}
+    for layer, count in channels.items():
+        module = modules.get(_CALL_INDEX.sub("", layer))
+        if module is not None:
+            stated = getattr(module, "out_channels", getattr(module, "out_features", None))
+            is_leaf = not any(module.children())
+            found[layer] = stated if is_leaf and isinstance(stated, int) else count
+    require_fit(channels, found, "model")

@@ -1,0 +1,98 @@
+"""How many neurons a route keeps in a layer, and which ones: the top-k of Eqs. (4), (5) and (7)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attackroute.core.errors import UserError
+
+# Bits unpacked at a time while counting, which bounds the memory by a few megabytes.
+_CHUNK_BITS = 1 << 22
+
+
+def packed_width(channels: int) -> int:
+    """Bytes that one row of ``channels`` bits takes."""
+    return -(-channels // 8)
+
+
+def pack(masks: Tensor) -> Tensor:
+    """Pack a bool mask (N, C) into uint8 (N, ceil(C / 8)) on the CPU; bit b of byte k is channel 8k + b."""
+    rows = masks.detach().to(device="cpu", dtype=torch.bool).numpy()
+    return torch.from_numpy(np.packbits(rows, axis=1, bitorder="little"))
+
+
+def unpack(packed: Tensor, channels: int) -> Tensor:
+    """Undo `pack`: uint8 (N, ceil(C / 8)) to bool (N, C)."""
+    return torch.from_numpy(_unpack(packed, channels).view(np.bool_))
+
+
+def count(packed: Tensor, channels: int) -> Tensor:
+    """How many rows have each channel set, int64 (C,), unpacking only a few rows at a time."""
+    totals = np.zeros(channels, dtype=np.int64)
+    step = max(1, _CHUNK_BITS // channels)
+    for start in range(0, len(packed), step):
+        totals += _unpack(packed[start : start + step], channels).sum(axis=0, dtype=np.int64)
+    return torch.from_numpy(totals)
+
+
+def has_stray_bits(packed: Tensor, channels: int) -> bool:
+    """Whether a bit beyond the last channel is set, which `pack` never leaves behind."""
+    used = channels % 8
+    return used != 0 and bool((packed[:, -1] >> used).any())
+
+
+def _unpack(packed: Tensor, channels: int) -> np.ndarray:
+    return np.unpackbits(packed.numpy(), axis=1, count=channels, bitorder="little")
+
+
+def check_width(width: float) -> None:
+    """Raise a `UserError` unless ``width`` is a share in (0, 1]."""
+    # The comparison is false for NaN too.
+    if not 0 < width <= 1:
+        raise UserError(f"width {width} is outside (0, 1]: give the share of a layer's channels to keep, such as 0.2")
+
+
+def kept(width: float, channels: int) -> int:
+    """Number of channels that a route keeps in a layer, ``max(1, round(width * channels))``.
+
+    Args:
+        width: share of the channels, in (0, 1].
+        channels: channel count C of the layer, at least 1.
+
+    Raises:
+        UserError: the width is outside (0, 1], or the layer has no channel.
+    """
+    check_width(width)
+    if channels < 1:
+        raise UserError(f"a layer with {channels} channels has none to keep: leave it out of the route layers")
+    return max(1, round(width * channels))
+
+
+def top_k(scores: Tensor, width: float) -> Tensor:
+    """Mark the channels with the largest scores; ties go to the lower index, on every device.
+
+    Args:
+        scores: real scores, shape (..., C); infinities are allowed.
+        width: share of the channels to keep, in (0, 1].
+
+    Returns:
+        A bool mask of shape (..., C) with exactly ``kept(width, C)`` true entries in each row.
+
+    Raises:
+        UserError: the width is outside (0, 1], C is 0, or a score is NaN.
+    """
+    count = kept(width, scores.shape[-1])
+    scores = scores.detach()
+    # The order in which torch.topk returns ties depends on the device, the smallest value that it returns does not.
+    threshold = torch.topk(scores, count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    if threshold.isnan().any():  # a NaN ranks above all numbers, so it is among those returned
+        raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
+    chosen = scores >= threshold
+    if int(chosen.sum()) == count * threshold.numel():
+        return chosen  # no row has more than it keeps: no ties at the threshold
+    above = scores > threshold
+    tied = chosen & ~above
+    room = count - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1) <= room))

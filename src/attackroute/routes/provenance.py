@@ -1,0 +1,98 @@
+"""Where a route comes from: samples, width, model, data, attack, seed, criterion, version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from attackroute.core.errors import UserError
+from attackroute.core.version import __version__
+
+_OPTIONAL_TEXT = ("model", "data", "attack")
+
+
+@dataclass(frozen=True, repr=False)
+class Provenance:
+    """Where a route comes from.
+
+    Attributes:
+        samples: number of samples that it was computed from; 0 for a criterion that needs none.
+        width: share of each layer's channels that was kept, per sample for instance routes, overall for a route.
+        instance_width: width of the instance routes that a model route was aggregated from.
+        model: name of the network.
+        data: name of the data set.
+        attack: name of the attack on the samples, None for clean ones.
+        seed: seed of the run.
+        criterion: what ranked the channels.
+        version: version of the package that made the route.
+    """
+
+    samples: int
+    width: float
+    instance_width: float | None = None
+    model: str | None = None
+    data: str | None = None
+    attack: str | None = None
+    seed: int | None = None
+    criterion: str = "influence"
+    version: str = __version__
+
+    def __post_init__(self) -> None:
+        if not _is_integer(self.samples) or self.samples < 0:
+            raise UserError(f"provenance: samples must be a count, not {self.samples!r}")
+        _check_share("width", self.width)
+        if self.instance_width is not None:
+            _check_share("instance_width", self.instance_width)
+        if self.seed is not None and not _is_integer(self.seed):
+            raise UserError(f"provenance: seed must be an integer or None, not {self.seed!r}")
+        for name in (*_OPTIONAL_TEXT, "criterion", "version"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name in _OPTIONAL_TEXT):
+                raise UserError(f"provenance: {name} must be a string, not {value!r}")
+
+    def __repr__(self) -> str:
+        known = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items() if value is not None)
+        return f"Provenance({known})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values, for a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object) -> Provenance:
+        """Undo `to_json`.
+
+        Raises:
+            UserError: a field is missing, unknown, or of the wrong type.
+        """
+        names = [item.name for item in fields(cls)]
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            raise UserError(f"provenance: expected the fields {', '.join(names)}")
+        return cls(**values)
+
+    @classmethod
+    def merge(cls, parts: Sequence[Provenance]) -> Provenance:
+        """Provenance of several sets of samples of one width taken together.
+
+        Samples add up. An optional field on which the parts differ becomes None; differing criteria and versions
+        are joined with " + ".
+        """
+        merged: dict[str, Any] = {}
+        for name in ("instance_width", *_OPTIONAL_TEXT, "seed"):
+            values = {getattr(part, name) for part in parts}
+            merged[name] = values.pop() if len(values) == 1 else None
+        for name in ("criterion", "version"):
+            merged[name] = " + ".join(dict.fromkeys(getattr(part, name) for part in parts))
+        return replace(parts[0], samples=sum(part.samples for part in parts), **merged)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_share(name: str, value: object) -> None:
+    if not isinstance(value, float) and not _is_integer(value):
+        raise UserError(f"provenance: {name} must be a number, not {value!r}")
+    if not 0 < value <= 1:  # type: ignore[operator]
+        raise UserError(f"provenance: {name} {value} is outside (0, 1]")

@@ -1,0 +1,328 @@
+"""A critical attacking route of a model: one set of channels per layer, with the set algebra that users need."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.core import files
+from attackroute.core.errors import UserError
+from attackroute.core.table import layer_table, plural
+from attackroute.routes.layer_map import LayerMap, channel_counts, require_fit, require_model, require_same
+from attackroute.routes.provenance import Provenance
+
+_SHOWN_CHANNELS = 6
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Route:
+    """The critical neurons of each route layer for a model, or for one class (Eq. 8).
+
+    Two routes are equal when layers, channel counts and channels are; frequency and provenance are notes.
+
+    Attributes:
+        indices: for each layer, its channels on the route as a sorted tuple; the constructor takes them in any order.
+        channels: for each layer, in forward order, how many channels it has.
+        frequency: for each layer, the share of samples whose route uses each channel, float64 (C,); None when the
+            route does not come from instance routes.
+        provenance: where the route comes from, None for a route made by hand or by set operations.
+
+    Raises:
+        UserError: layers differ between the arguments, a channel is out of range or named twice, or a frequency has
+            the wrong shape or lies outside [0, 1].
+    """
+
+    indices: Mapping[str, Sequence[int]]
+    channels: Mapping[str, int]
+    frequency: Mapping[str, Tensor] | None = None
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        channels = channel_counts(self.channels)
+        _require_layers("channels are given", self.indices, channels)
+        indices = {layer: _sorted_indices(layer, self.indices[layer], count) for layer, count in channels.items()}
+        object.__setattr__(self, "channels", channels)
+        object.__setattr__(self, "indices", LayerMap(indices))
+        if self.frequency is not None:
+            _require_layers("a frequency is given", self.frequency, channels)
+            frequency = {layer: _shares(layer, self.frequency[layer], count) for layer, count in channels.items()}
+            object.__setattr__(self, "frequency", LayerMap(frequency))
+
+    @classmethod
+    def from_masks(
+        cls,
+        masks: Mapping[str, Tensor],
+        frequency: Mapping[str, Tensor] | None = None,
+        provenance: Provenance | None = None,
+    ) -> Route:
+        """A route from one bool mask (C,) per layer, in forward order."""
+        for layer, mask in masks.items():
+            if mask.dtype != torch.bool or mask.dim() != 1:
+                raise UserError(f"layer {layer!r}: a mask must be bool (C,), not {mask.dtype} {tuple(mask.shape)}")
+        indices = {layer: mask.nonzero().flatten().tolist() for layer, mask in masks.items()}
+        return cls(indices, {layer: mask.numel() for layer, mask in masks.items()}, frequency, provenance)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Route layers' names in forward order."""
+        return tuple(self.channels)
+
+    @property
+    def size(self) -> int:
+        """Number of neurons on the route, over all layers."""
+        return sum(len(self.indices[layer]) for layer in self)
+
+    @property
+    def share(self) -> float:
+        """Share of all the layers' neurons that is on the route."""
+        return self.size / sum(self.channels.values())
+
+    def __getitem__(self, layer: str) -> Tensor:
+        """Sorted channel indices of a layer, int64 (k,)."""
+        return torch.tensor(self.indices[layer], dtype=torch.int64, device="cpu")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.channels)
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.channels
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Route):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __or__(self, other: Route) -> Route:
+        return self._combine(other, operator.or_)
+
+    def __and__(self, other: Route) -> Route:
+        return self._combine(other, operator.and_)
+
+    def __sub__(self, other: Route) -> Route:
+        return self._combine(other, operator.sub)
+
+    def __repr__(self) -> str:
+        title = [plural(len(self), "layer"), f"{self.size} of {sum(self.channels.values())} channels"]
+        if self.provenance is not None:
+            origin = self.provenance
+            title += [origin.criterion, f"width {origin.width:g}", plural(origin.samples, "sample")]
+        header = ("layer", "channels", "on route", "which")
+        rows = [
+            (layer, str(self.channels[layer]), str(len(chosen)), _preview(chosen))
+            for layer, chosen in self.indices.items()
+        ]
+        return f"Route({', '.join(title)})\n{layer_table(header, rows)}"
+
+    def mask(self, layer: str) -> Tensor:
+        """The layer's channels on the route as a bool mask (C,)."""
+        mask = torch.zeros(self.channels[layer], dtype=torch.bool, device="cpu")
+        mask[self[layer]] = True
+        return mask
+
+    def complement(self) -> Route:
+        """All the neurons of the route's layers that are off the route.
+
+        Its provenance says so in ``criterion``; the width there stays that of this route.
+        """
+        indices = {layer: self._off_route(layer) for layer in self}
+        return Route(indices, self.channels, self.frequency, self._derived("complement of {}"))
+
+    def random_like(self, seed: int) -> Route:
+        """A control of the same size: in each layer as many random channels, all of them off this route.
+
+        The draw depends on nothing but the seed, the layer's name and the channels to draw from: not on the other
+        layers, on any random state, or on a library's version.
+
+        Raises:
+            UserError: a layer has fewer channels off the route than on it.
+        """
+        indices = {}
+        for layer in self:
+            size, rest = len(self.indices[layer]), self._off_route(layer)
+            if len(rest) < size:
+                raise UserError(
+                    f"layer {layer!r} has {len(rest)} channels off the route and {size} on it, too few for a random "
+                    "control of the same size: use a narrower route, or leave the layer out with restrict()"
+                )
+            indices[layer] = sorted(rest, key=partial(_draw, seed, layer))[:size]
+        return Route(indices, self.channels, self.frequency, self._derived(f"random (seed {seed}) off {{}}"))
+
+    def restrict(self, layers: Iterable[str]) -> Route:
+        """The same route on some of its layers, in forward order.
+
+        Raises:
+            UserError: a layer is not on the route, or none is given.
+        """
+        wanted = [layers] if isinstance(layers, str) else list(layers)
+        for layer in wanted:
+            self.indices[layer]  # names the layers that there are if this one is unknown
+        kept = [layer for layer in self if layer in wanted]
+        return Route(
+            {layer: self.indices[layer] for layer in kept},
+            {layer: self.channels[layer] for layer in kept},
+            None if self.frequency is None else {layer: self.frequency[layer] for layer in kept},
+            self.provenance,
+        )
+
+    def overlap(self, other: Route) -> dict[str, float]:
+        """``|A & B| / |A|`` for each layer, A this route and B the other; 1 where A is empty.
+
+        Raises:
+            UserError: the routes have different layers or channel counts.
+        """
+        return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours)))
+
+    def jaccard(self, other: Route) -> dict[str, float]:
+        """``|A & B| / |A | B|`` for each layer; 1 where both are empty.
+
+        Raises:
+            UserError: the routes have different layers or channel counts.
+        """
+        return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours | theirs)))
+
+    def check(self, channels: Mapping[str, int], what: str = "model") -> None:
+        """Require that something with these channel counts can carry the route.
+
+        Args:
+            channels: channel count for each layer name; layers beyond the route's are no fault.
+            what: what the counts belong to, for the message.
+
+        Raises:
+            UserError: names the first layer that is missing or of another size.
+        """
+        require_fit(self.channels, channels, what)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the route as readable JSON, replacing a file of that name in one step.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        frequency = self.frequency
+        body = {
+            "provenance": None if self.provenance is None else self.provenance.to_json(),
+            "fingerprint": dict(self.channels),
+            "route": {layer: list(self.indices[layer]) for layer in self},
+            "frequency": None if frequency is None else {layer: frequency[layer].tolist() for layer in self},
+        }
+        files.write_json(path, files.ROUTE, body)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Route:
+        """Read a route that `save` wrote.
+
+        Args:
+            path: the file.
+            model: when given, must have the route's layers with their channel counts.
+
+        Raises:
+            UserError: the file is missing, damaged or something else, or the model does not fit.
+        """
+        body = files.read_json(path, files.ROUTE)
+        with files.reading(path):
+            origin = body.get("provenance")
+            route = cls(
+                files.expect_mapping(body, "route"),
+                files.expect_mapping(body, "fingerprint"),
+                None if body.get("frequency") is None else _read_frequency(body),
+                None if origin is None else Provenance.from_json(origin),
+            )
+            if model is not None:
+                require_model(route.channels, model)
+        return route
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(self.channels.items()), tuple(self.indices.values())
+
+    def _off_route(self, layer: str) -> list[int]:
+        chosen = set(self.indices[layer])
+        return [channel for channel in range(self.channels[layer]) if channel not in chosen]
+
+    def _derived(self, criterion: str) -> Provenance | None:
+        if self.provenance is None:
+            return None
+        return replace(self.provenance, criterion=criterion.format(self.provenance.criterion))
+
+    def _combine(self, other: Route, operation: Callable[[set[int], set[int]], set[int]]) -> Route:
+        if not isinstance(other, Route):
+            return NotImplemented
+        return Route(self._compare(other, operation), self.channels)
+
+    def _compare(self, other: Route, operation: Callable[[set[int], set[int]], Any]) -> dict[str, Any]:
+        require_same(self.channels, other.channels)
+        return {layer: operation(set(self.indices[layer]), set(other.indices[layer])) for layer in self}
+
+
+def _require_layers(what: str, values: Mapping[str, Any], channels: Mapping[str, int]) -> None:
+    for layer in values:
+        if layer not in channels:
+            raise UserError(f"{what} for layer {layer!r}, but not how many channels it has")
+    for layer in channels:
+        if layer not in values:
+            raise UserError(f"{what} for some layers, but not for layer {layer!r}")
+
+
+def _sorted_indices(layer: str, values: object, count: int) -> tuple[int, ...]:
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    try:
+        indices = sorted(map(_channel, values))  # type: ignore[call-overload]
+    except TypeError:
+        raise UserError(f"layer {layer!r}: channels must be a list of integers, not {values!r:.60}") from None
+    if indices and not 0 <= indices[0] <= indices[-1] < count:
+        wrong = indices[0] if indices[0] < 0 else indices[-1]
+        raise UserError(f"layer {layer!r}: channel {wrong} is out of range, the layer has {count} channels")
+    if len(set(indices)) != len(indices):
+        raise UserError(f"layer {layer!r}: a channel is named twice")
+    return tuple(indices)
+
+
+def _channel(value: object) -> int:
+    if isinstance(value, bool):  # an index to Python, but the sign of a mask given by mistake
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+def _shares(layer: str, values: Tensor, count: int) -> Tensor:
+    shares = values.detach().to(device="cpu", dtype=torch.float64).clone()
+    if shares.shape != (count,):
+        raise UserError(f"layer {layer!r}: the frequency must have shape ({count},), not {tuple(shares.shape)}")
+    if not bool(((shares >= 0) & (shares <= 1)).all()):
+        raise UserError(f"layer {layer!r}: a frequency lies outside [0, 1]")
+    return shares
+
+
+def _read_frequency(body: Mapping[str, Any]) -> dict[str, Tensor]:
+    frequency = {}
+    for layer, values in files.expect_mapping(body, "frequency").items():
+        if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+            raise UserError(f"layer {layer!r}: the frequency must be a list of numbers")
+        frequency[layer] = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
+    return frequency
+
+
+def _preview(chosen: Sequence[int]) -> str:
+    shown = " ".join(map(str, chosen[:_SHOWN_CHANNELS]))
+    return f"{shown} ..." if len(chosen) > _SHOWN_CHANNELS else shown
+
+
+def _draw(seed: int, layer: str, channel: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{layer}/{channel}".encode()).digest()
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0

@@ -1,0 +1,143 @@
+"""Influence between the channels of adjacent layers, averaged over samples (Eqs. (1)-(2))."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.core.batches import Data, batches
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.model_state import frozen
+from attackroute.tracing.closed_form import influence_matrix
+from attackroute.tracing.recorder import Piece, RecordedLayer, record
+from attackroute.tracing.segments import Segments
+from attackroute.tracing.structure import Structure
+
+Edge = tuple[str, str]
+
+
+_PRODUCTS = 4096  # vector-Jacobian products that one layer may cost per batch, when its edges have no closed form
+
+
+@dataclass(frozen=True)
+class MeanInfluence:
+    """Mean influence over samples.
+
+    Attributes:
+        samples: How many there were.
+        channels: Channels of each layer, in forward order.
+        methods: How each edge is computed, by (source, target).
+        matrices: For each edge ``(C_target, C_source)`` float64 on the CPU.
+        unmeasured: Edges without a closed form that would take too long, and have no matrix.
+    """
+
+    samples: int
+    channels: Mapping[str, int]
+    methods: Mapping[Edge, str]
+    matrices: Mapping[Edge, Tensor]
+    unmeasured: tuple[Edge, ...]
+
+
+def mean_influence(
+    model: nn.Module,
+    data: Data,
+    *,
+    linear: bool = False,
+    batch_size: int = 128,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> MeanInfluence:
+    """Mean over samples of the influence of every channel on every channel of each layer that follows directly.
+
+    The model runs once a batch, and is left as it was. A closed form is linear in the window sums of the recording,
+    so these are averaged, and a matrix is made once a batch and not once a sample.
+
+    Args:
+        model: The network.
+        data: Images, or pairs of images and labels, as ``ar.trace_routes`` takes them.
+        linear: Whether linear maps are route layers too.
+        batch_size: Rows per forward pass when ``data`` is tensors.
+        progress: Called after every batch with the samples done, and None.
+
+    Raises:
+        UserError: There is no sample, no route layer, or values are not finite.
+    """
+    structure: Structure | None = None
+    dear: frozenset[str] = frozenset()
+    totals: dict[Edge, Tensor] = {}
+    done = 0
+    with frozen(model):
+        for images, _ in batches(model, data, batch_size):
+            if structure is None:
+                structure, _ = Structure.probe(model, images, linear=linear)
+                dear = _dear(model, images[:1], structure, linear)
+            for edge, matrix in _matrices(model, images, structure, dear, linear):
+                # sums, for batches of different sizes
+                totals[edge] = totals.get(edge, 0) + matrix.double().cpu() * images.shape[0]
+            done += images.shape[0]
+            if progress is not None:
+                progress(done, None)
+    if structure is None:
+        raise UserError("the data hold no sample: the loader is empty")
+    matrices = {edge: totals[edge] / done for edge in structure.methods if edge in totals}
+    for (source, target), matrix in matrices.items():
+        if not matrix.isfinite().all():
+            raise UserError(
+                f"the influence of {source!r} on {target!r} is not finite: look for inf or NaN in images and weights"
+            )
+    unmeasured = tuple(edge for edge in structure.methods if edge not in matrices)
+    return MeanInfluence(done, structure.channels, structure.methods, matrices, unmeasured)
+
+
+def _matrices(
+    model: nn.Module, images: Tensor, structure: Structure, dear: frozenset[str], linear: bool
+) -> Iterable[tuple[Edge, Tensor]]:
+    """Every edge's mean influence over one batch."""
+    layers = structure.applied(record(model, images, linear=linear, expected=len(structure.names)).layers)
+    for layer, closed in zip(layers, structure.closed, strict=True):
+        averaged = _averaged(layer)
+        for source in sorted(closed):
+            yield (
+                (structure.names[source], layer.name),
+                influence_matrix(averaged, source, structure.counts[source], 1)[0],
+            )
+    jacobian = {target: sources for target, sources in structure.jacobian_edges.items() if target not in dear}
+    if jacobian:
+        segments = Segments(model, images, jacobian, linear=linear)
+        for target in jacobian:
+            for name, matrix in segments.influence(target).items():
+                yield (name, target), matrix.mean(0)
+
+
+def _averaged(layer: RecordedLayer) -> RecordedLayer:
+    """The layer with the mean of its samples' window sums, on which a closed form depends linearly."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+
+    def mean(sums: Tensor) -> Tensor:
+        return sums.mean(0, keepdim=True, dtype=torch.promote_types(sums.dtype, dtype))
+
+    def averaged(piece: Piece) -> Piece:
+        if isinstance(piece.sums, Tensor):
+            return replace(piece, sums=mean(piece.sums))
+        return replace(piece, sums=[replace(pattern, sums=mean(pattern.sums)) for pattern in piece.sums])
+
+    return replace(layer, pieces=tuple(map(averaged, layer.pieces)))
+
+
+def _dear(model: nn.Module, image: Tensor, structure: Structure, linear: bool) -> frozenset[str]:
+    """Layers with edges that would take too many vector-Jacobian products: one for each output element."""
+    elements: dict[str, int] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        elements[call.name] = output[0].numel()
+        return output
+
+    targets: Sequence[str] = tuple(structure.jacobian_edges)
+    if targets:
+        with torch.no_grad(), LayerCalls(model, visit, linear=linear):
+            model(image.clone())
+    return frozenset(target for target in targets if elements[target] > _PRODUCTS)

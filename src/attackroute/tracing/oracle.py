@@ -1,0 +1,281 @@
+"""Eqs. (1)-(5) by brute force: slow, short, and there to check the fast engine against.
+
+Every route layer's output is cut out of the autograd graph while the model runs, so that a gradient between two
+recorded outputs runs along direct paths only. Then each element of each output costs one vector-Jacobian product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attackroute.core.errors import UserError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OracleTrace:
+    """What Eqs. (1)-(5) give for N samples, in the dtype and on the device of the layers' outputs.
+
+    Attributes:
+        layers: Route layers' names in execution order.
+        edges: Adjacent pairs (source, target), ordered by target, then by source, in execution order.
+        influence: Eqs. (1)-(2) for each edge, (N, C_target, C_source).
+        scores: The metric that top-k ranked, Eqs. (3)-(5), for each layer, (N, C).
+        masks: The critical neurons of each layer, bool (N, C).
+    """
+
+    layers: tuple[str, ...]
+    edges: tuple[tuple[str, str], ...]
+    influence: dict[tuple[str, str], Tensor]
+    scores: dict[str, Tensor]
+    masks: dict[str, Tensor]
+
+
+class _Call(NamedTuple):
+    """One call of a route layer, both (N, C, ...)."""
+
+    output: Tensor  # Z as a function of the earlier leaves
+    leaf: Tensor  # the same values, cut from the graph: what the rest of the network depends on
+
+
+def trace(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    width: float = 0.2,
+    loss: Loss | None = None,
+    linear: bool = False,
+) -> OracleTrace:
+    """Critical attacking routes of single samples, Eqs. (1)-(5), from full Jacobians.
+
+    Args:
+        model: Maps x to logits (N, K), each sample on its own. It runs in eval mode and is left as it was.
+        x: Samples, (N, ...).
+        y: Labels, int (N,); None takes the model's own predictions.
+        width: Share of each layer's neurons that is critical, in (0, 1].
+        loss: Maps (logits, y) to losses per sample, (N,); None is cross entropy, scaled as `_cross_entropy_seed` says.
+        linear: Whether linear layers are route layers too.
+
+    Raises:
+        UserError: If an argument is out of range, or the model has no route layer or no logits.
+    """
+    if not 0 < width <= 1:
+        raise UserError(f"width is {width}: give a share of the channels above 0 and at most 1")
+    calls, logits = _run(model, x, linear)
+    objective, cotangent = _objective(logits, _labels(logits, y, x.shape[0]), loss)
+    influences = {
+        (source, target): matrix
+        for target in calls
+        for source, matrix in _influences(calls, _sources(calls, target), target).items()
+    }
+    scores: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for name in reversed(calls):
+        successors = [target for source, target in influences if source == name]
+        if successors:  # Eq. (5)
+            critical = [influences[name, target].masked_fill(~masks[target].unsqueeze(2), 0) for target in successors]
+            scores[name] = torch.stack([matrix.sum(dim=1) for matrix in critical]).sum(dim=0)
+        else:  # Eqs. (3)-(4); nothing where the loss does not depend on Z
+            (gradient,) = _gradients(objective, [calls[name].leaf], cotangent)
+            scores[name] = _per_channel(torch.zeros_like(calls[name].leaf) if gradient is None else gradient.abs())
+        masks[name] = _top(scores[name], width)
+    scores, masks = ({name: found[name] for name in calls} for found in (scores, masks))
+    return OracleTrace(tuple(calls), tuple(influences), influences, scores, masks)
+
+
+def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:
+    """Influence of each neuron of `source` on each of `target`, Eqs. (1)-(2): (N, C_target, C_source).
+
+    Arguments as for `trace`; the model may return anything.
+
+    Raises:
+        UserError: If a name is unknown, or the two layers are not adjacent.
+    """
+    calls, _ = _run(model, x, linear)
+    for name in (source, target):
+        if name not in calls:
+            raise UserError(f"no route layer is named {name!r}: choose from {', '.join(calls)}")
+    if source not in _sources(calls, target):
+        raise UserError(f"{source!r} is not adjacent to {target!r}: its sources are {_sources(calls, target)}")
+    return _influences(calls, [source], target)[source]
+
+
+def _sources(calls: Mapping[str, _Call], target: str) -> list[str]:
+    """Names of the layers whose leaves the target's output depends on."""
+    output = calls[target].output
+    gradients = _gradients(output, [call.leaf for call in calls.values()], torch.ones_like(output))
+    return [name for name, gradient in zip(calls, gradients, strict=True) if gradient is not None]
+
+
+def _influences(calls: Mapping[str, _Call], sources: Sequence[str], target: str) -> dict[str, Tensor]:
+    """Eqs. (1)-(2) by source: sum over z in channel j, s in channel i of |dz/ds|, (N, C_target, C_source)."""
+    output, leaves = calls[target].output, [calls[source].leaf for source in sources]
+    samples, channels = output.shape[:2]
+    elements = output[0].numel()
+    sums = [leaf.new_zeros(samples, channels, leaf.shape[1], dtype=torch.float64) for leaf in leaves]
+    for z in range(elements if sources else 0):
+        # Samples do not interact, so one product differentiates the element z of every sample.
+        one = output.new_zeros(samples, elements)
+        one[:, z] = 1
+        gradients = _gradients(output, leaves, one.view(output.shape))
+        for total, gradient in zip(sums, gradients, strict=True):
+            if gradient is not None:
+                total[:, z // (elements // channels)] += _per_channel(gradient.abs())
+    return {source: total.to(output.dtype) for source, total in zip(sources, sums, strict=True)}
+
+
+def _objective(logits: Tensor, y: Tensor, loss: Loss | None) -> tuple[Tensor, Tensor]:
+    """What Eq. (3) differentiates, and the cotangent to start with."""
+    if loss is None:
+        return logits, _cross_entropy_seed(logits, y)
+    with torch.inference_mode(False), torch.enable_grad():
+        losses = loss(logits, y)
+    if losses.shape != y.shape:
+        raise UserError(f"loss returned shape {tuple(losses.shape)}: return one loss per sample, {tuple(y.shape)}")
+    return losses, torch.ones_like(losses)
+
+
+def _cross_entropy_seed(logits: Tensor, y: Tensor) -> Tensor:
+    """Gradient of cross entropy at the logits, divided by 1 - p_y > 0: q - onehot(y), q the softmax without class y.
+
+    softmax - onehot loses its label entry once p_y rounds to 1; this does not, and ranks the neurons alike.
+    """
+    label = nn.functional.one_hot(y, logits.shape[1]).bool()
+    others = logits.detach().double().masked_fill(label, -torch.inf).softmax(dim=1)
+    return (others - label.double()).to(logits.dtype)
+
+
+def _top(scores: Tensor, width: float) -> Tensor:
+    """Top-k: a mask of the max(1, round(width * C)) highest scores of each row; ties go to the lower index."""
+    keep = max(1, round(width * scores.shape[1]))
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for sample, row in enumerate(scores.tolist()):
+        mask[sample, sorted(range(len(row)), key=lambda c: (-row[c], c))[:keep]] = True
+    return mask
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    """Sum over everything but samples and channels, (N, C)."""
+    return values.reshape(*values.shape[:2], -1).sum(dim=2)
+
+
+def _gradients(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
+    """Vector-Jacobian product of `output` for each leaf; None where it does not depend on the leaf."""
+    if not output.requires_grad:
+        return [None] * len(leaves)
+    return torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)
+
+
+def _labels(logits: Any, y: Tensor | None, samples: int) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != samples or logits.shape[1] < 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the model returned {found}: wrap it to return logits, ({samples}, 2 or more classes)")
+    if y is None:
+        return logits.detach().argmax(dim=1)
+    if y.shape != (samples,) or y.is_floating_point() or not bool(((y >= 0) & (y < logits.shape[1])).all()):
+        raise UserError(f"y must hold {samples} integer labels from 0 to {logits.shape[1] - 1}")
+    return y.to(logits.device, torch.int64)
+
+
+def _run(model: nn.Module, x: Tensor, linear: bool) -> tuple[dict[str, _Call], Any]:
+    """Runs the model once: the route layers' calls by name, in execution order, and what the model returned."""
+    running: list[str] = []
+    recorder = _Recorder(running, x.shape[0], linear)
+    with torch.inference_mode(False), torch.enable_grad(), _prepared(model, running), recorder:
+        result = model(x.detach().clone())
+    if not recorder.calls:
+        raise UserError("the model called no route layer: give a network with 2-D convolutions, or set linear=True")
+    return recorder.calls, result
+
+
+class _Recorder(TorchFunctionMode):
+    """Cuts route layers' outputs out of the graph; blind inside scripted code."""
+
+    def __init__(self, running: Sequence[str], samples: int, linear: bool) -> None:
+        super().__init__()
+        self.calls: dict[str, _Call] = {}
+        self._counts: dict[str, int] = {}
+        self._running, self._samples, self._linear = running, samples, linear
+        self._attending = 0  # batch size of the multi-head attention under way
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.multi_head_attention_forward and args[0].dim() == 3:
+            # The function hands itself to a mode unless it is told that there is none.
+            self._attending = args[0].shape[1]
+            with mock.patch.object(nn.functional, "has_torch_function", lambda _: False), self:
+                result = func(*args, **kwargs)
+            self._attending = 0
+            return result
+        output = func(*args, **kwargs)
+        if func is torch.convolution:
+            transposed = kwargs["transposed"] if "transposed" in kwargs else args[6]
+            return output if transposed or output.dim() != 4 else self._cut(output, 1)
+        if func is torch.conv2d:
+            return self._cut(output, 1)
+        if func is not nn.functional.linear:
+            return output
+        return self._cut_linear(output) if self._linear else self._pass(output)
+
+    def _cut_linear(self, output: Tensor) -> Tensor:
+        """Cuts a linear map's output in the shape (samples, ..., C); windows may be folded into the batch."""
+        rows, shape = output, output.shape
+        if self._attending:  # (positions, batch, C), or the first two as one
+            rows = output.reshape(-1, self._attending, shape[-1]).transpose(0, 1)
+        folded = rows.shape[0] != self._samples and rows.shape[0] % self._samples == 0
+        if folded:
+            rows = rows.reshape(self._samples, rows.shape[0] // self._samples, *rows.shape[1:])
+        cut = self._cut(rows, rows.dim() - 1)
+        if folded:
+            cut = cut.flatten(0, 1)
+        return (cut.transpose(0, 1).contiguous() if self._attending else cut).reshape(shape)
+
+    def _pass(self, output: Tensor) -> Tensor:
+        """A linear map that is no route layer; it is counted, so that names do not depend on what is recorded."""
+        self._name()
+        return output
+
+    def _name(self) -> str:
+        module = self._running[-1] or "model"
+        self._counts[module] = self._counts.get(module, 0) + 1
+        return module if self._counts[module] == 1 else f"{module}#{self._counts[module]}"
+
+    def _cut(self, output: Tensor, axis: int) -> Tensor:
+        """Records the output with its neurons in dimension `axis`; returns a copy, as the next op may be in place."""
+        name = self._name()
+        unbatched = axis == 0 or (output.dim() == 3 and axis == 1)  # (C,) or (C, H, W)
+        if unbatched or output.shape[0] != self._samples:
+            raise UserError(f"{name!r} gave {tuple(output.shape)}: dimension 0 must be the {self._samples} samples")
+        leaf = output.detach().movedim(axis, 1).requires_grad_()
+        self.calls[name] = _Call(output.movedim(axis, 1), leaf)
+        return leaf.movedim(1, axis).clone()
+
+
+@contextmanager
+def _prepared(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Eval mode, no gradients for parameters, and in `running` the modules whose forward runs, the innermost last."""
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            undo.callback(setattr, module, "training", module.training)
+            module.training = False
+            enter = module.register_forward_pre_hook(lambda *_, name=name: running.append(name), prepend=True)
+            undo.callback(enter.remove)
+            undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        yield

@@ -1,0 +1,200 @@
+"""Whether a forward pass keeps samples apart, as far as its operations show it by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.table import plural
+from attackroute.tracing.rules.arithmetic import BATCH_NORMS
+from attackroute.tracing.rules.operation import RULES, aten, overloads, tensors_in
+
+
+@dataclass(frozen=True)
+class GraphSources:
+    """Direct predecessors of one route layer, as autograd sees them.
+
+    Attributes:
+        reached: Names of the layers whose output the layer's own depends on.
+        custom: Those of them that a path through a custom ``autograd.Function`` joins.
+    """
+
+    reached: frozenset[str]
+    custom: frozenset[str]
+
+
+class GraphWalk:
+    """Walks the graph of a forward pass back from each route layer's output to the outputs of earlier ones.
+
+    Attributes:
+        found: Predecessors of every layer that has run, by name.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, GraphSources] = {}
+        self._outputs: dict[Any, str] = {}
+
+    def visit(self, name: str, output: Tensor) -> Tensor:
+        """Note the predecessors of a layer that has just run; returns the output that is to flow on."""
+        reached, passed = self._walk([output.grad_fn])
+        self.found[name] = GraphSources(reached, self._walk(passed)[0])
+        if output.grad_fn is None:  # behind a detach: what follows depends on the output all the same
+            output = output.requires_grad_().clone()
+        self._outputs[output.grad_fn] = name
+        return output
+
+    def _walk(self, start: Iterable[Any]) -> tuple[frozenset[str], list[Any]]:
+        """Names of the outputs below some nodes of the graph, and the custom functions on the way."""
+        seen, reached, custom = set[Any](), set[str](), list[Any]()
+        todo = [node for node in start if node is not None]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = self._outputs.get(node)
+            if name is not None:
+                reached.add(name)
+                continue
+            if isinstance(node, BackwardCFunction):
+                custom.append(node)
+            todo += [following for following, _ in node.next_functions if following is not None]
+        return frozenset(reached), custom
+
+
+_ROUNDING = 1e-3  # of an output's largest value; other samples, where they come in, change outputs by much more
+
+
+def require_rows(layer: str, rows: int, samples: int) -> None:
+    """Check that a layer's output has one row per sample.
+
+    Raises:
+        UserError: It has not.
+    """
+    if rows != samples:
+        raise UserError(
+            f"layer {layer!r} gives {plural(rows, 'row')} for {plural(samples, 'image')}, so there are no numbers per "
+            "image: let the model keep the images in the first dimension (batch_first=True), or leave linear maps out"
+        )
+
+
+def require_rows_apart(model: nn.Module, images: Tensor, layers: Container[str] | None = None) -> None:
+    """Check, on a frozen model, that one image's rows of the linear maps' outputs do not depend on another image.
+
+    They would where positions stand first, and where windows of several images take turns in the batch.
+
+    Args:
+        model: The model.
+        images: ``(n, ...)``; the first and the last run together, and once more with the last one changed.
+        layers: Some of the linear maps; None for all.
+
+    Raises:
+        UserError: They do in some layer, or a layer has not one row per image.
+    """
+    seen: list[dict[str, Tensor]] = []
+    for other in (images[-1:], 1 - images[-1:].flip(-1)):
+        batch = torch.cat([images[:1], other]).detach()
+        firsts: dict[str, Tensor] = {}
+
+        def visit(call: LayerCall, firsts: dict[str, Tensor] = firsts) -> Tensor:
+            output = call.run()
+            if call.kind == "linear" and (layers is None or call.name in layers):
+                require_rows(call.name, len(output), 2)
+                firsts[call.name] = output[0].detach().clone()
+            return output
+
+        with torch.no_grad(), LayerCalls(model, visit, linear=True):
+            model(batch)
+        seen.append(firsts)
+    for layer, first in seen[0].items():
+        if layer in seen[1] and bool((first - seen[1][layer]).abs().amax() > _ROUNDING * first.abs().amax()):
+            raise UserError(
+                f"the rows of one image in the output of layer {layer!r} depend on another image, so there are no "
+                "numbers per image: let the model keep the images in the first dimension (batch_first=True), or leave "
+                "linear maps out"
+            )
+
+
+_OPERAND = {aten.addmm.default: 1, aten.mm.default: 0, aten.convolution.default: 0}
+"""Which argument holds samples; another one that depends on the images would take each sample to all of them."""
+
+
+_REDUCTIONS = frozenset(overloads("mean.dim", "sum.dim_IntList"))
+
+
+_CONCATENATION = frozenset(overloads("cat"))
+
+
+_PADDING = frozenset(overloads("constant_pad_nd"))
+
+
+_BROADCASTING = frozenset(
+    overloads("add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor", "mul.Tensor", "mul_.Tensor", "div.Tensor")
+    + overloads("div_.Tensor", "copy_")
+)
+
+
+_BATCH_NORMS = frozenset(overloads(*BATCH_NORMS))
+
+
+_DETACH = frozenset(overloads("detach"))
+
+
+_REARRANGEMENTS = frozenset(overloads("as_strided_"))  # of any kind
+
+
+class Separation:
+    """Watches the operations of a forward pass on images that require grad.
+
+    Attributes:
+        proven: Whether every operation so far on what depends on the images works on each sample by itself. False
+            says only that it is not known.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.proven = True
+        self._samples = samples
+        self._detached: Any = WeakIdKeyDictionary()
+
+    def watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Take note of an ATen operation that has run."""
+        if not self.proven:
+            return
+        read = tensors_in((args, tuple(kwargs.values())))
+        dependent = [value for value in read if value.requires_grad]
+        if func in _DETACH and dependent:  # autograd detaches what it saves; what else is done with it is not followed
+            self._detached[output] = True
+        elif any(value in self._detached for value in read):
+            self.proven = False
+        elif dependent:
+            self.proven = torch.is_grad_enabled() and self._apart(func, args, dependent, output)
+
+    def _apart(self, func: Any, args: tuple[Any, ...], dependent: list[Tensor], output: Any) -> bool:
+        results = tensors_in(output[0] if func in _BATCH_NORMS else output)  # the others are statistics
+        if not all(tensor.shape[:1] == (self._samples,) for tensor in (*dependent, *results)):
+            return False
+        if func in _BROADCASTING:
+            return all(value.ndim == results[0].ndim for value in dependent)
+        if func not in _CONCATENATION and any(value is not args[_OPERAND.get(func, 0)] for value in dependent):
+            return False
+        return func in _OPERAND or (func in RULES and not _meets_samples(func, args, dependent[0].ndim))
+
+
+def _meets_samples(func: Any, args: tuple[Any, ...], ndim: int) -> bool:
+    """Whether an operation that has a rule works, or may work, along the first dimension."""
+    if func in _REDUCTIONS:
+        return not args[1] or 0 in (dim % ndim for dim in args[1])
+    if func in _PADDING:
+        return len(args[1]) >= 2 * ndim
+    if func in _BATCH_NORMS:
+        training = BATCH_NORMS[func.overloadpacket.__name__][3]
+        return training is not None and bool(args[training])
+    return func in _REARRANGEMENTS

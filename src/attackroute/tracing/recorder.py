@@ -1,0 +1,455 @@
+"""One forward pass, recorded: route layers, how they are joined, and the window sums of every closed-form edge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls, require_gradients
+from attackroute.core.model_state import explained
+from attackroute.tracing.flow import EMPTY, Alive, Flow, Path, Term, by_source, disentangled, opaque
+from attackroute.tracing.pass_checks import GraphWalk, Separation
+from attackroute.tracing.rules.operation import RULES, Operation, without_rule
+from attackroute.tracing.windows import Axis, PatternSums, alive_sums, mask_sums, pattern_sums
+
+aten = torch.ops.aten
+
+
+_CONVOLUTION_DIMS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Part of a closed-form edge: a range of source channels as the target's input carries it.
+
+    Attributes:
+        source: Index of the source layer.
+        src: First channel of the source.
+        dst: First input channel of the target.
+        length: Number of channels.
+        sums: ``N``: ``(n or 1, length, kh, kw)``, gains summed over the positions each kernel offset meets; for
+            a map behind overlapping pooling a list, one entry per pattern of windows.
+        scale: ``(length,)``, factor per channel, or None.
+    """
+
+    source: int
+    src: int
+    dst: int
+    length: int
+    sums: Tensor | list[PatternSums]
+    scale: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedLayer:
+    """One executed route layer.
+
+    Attributes:
+        name: The call's name.
+        kind: ``"conv2d"`` or ``"linear"``.
+        channels: Number of neurons.
+        weight: The executed weight, ``(C_out, C_in / groups, kh, kw)``; for linear maps ``(C_out, C_in, P, 1)``
+            with P positions per input channel.
+        groups: Groups of the convolution.
+        axes: Vertical and horizontal axis of the kernel.
+        pieces: Closed-form contributions of earlier layers.
+        jacobian: Sources whose edge needs the Jacobian path.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    weight: Tensor
+    groups: int
+    axes: tuple[Axis, Axis] | None
+    pieces: tuple[Piece, ...]
+    jacobian: frozenset[int]
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """Indices of the adjacent earlier layers."""
+        return self.jacobian.union(piece.source for piece in self.pieces)
+
+    def corrected(self, closed: frozenset[int], jacobian: frozenset[int]) -> RecordedLayer:
+        """The layer with only these sources, each computed in the given way."""
+        pieces = tuple(piece for piece in self.pieces if piece.source in closed)
+        return replace(self, pieces=pieces, jacobian=jacobian)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What one forward pass showed.
+
+    Attributes:
+        layers: Route layers in execution order.
+        output: The model's output.
+        leaves: Outputs of the layers asked for as leaves that require grad, by name.
+    """
+
+    layers: tuple[RecordedLayer, ...]
+    output: Any
+    leaves: Mapping[str, Tensor]
+
+
+def record(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    linear: bool = False,
+    leaves: frozenset[str] = frozenset(),
+    sums: bool = True,
+    expected: int | None = None,
+    graph: GraphWalk | None = None,
+    separation: Separation | None = None,
+    follow: type[Tracker] | None = None,
+) -> Recording:
+    """Run ``model`` on ``images`` and record its route layers.
+
+    The model must be frozen (:func:`attackroute.layers.frozen`).
+
+    Args:
+        model: The model.
+        images: ``(n, ...)`` batch on the model's device.
+        linear: Whether linear maps are route layers too.
+        leaves: Layers whose output becomes a leaf that requires grad, so that what follows can be differentiated.
+        sums: Whether to gather window sums; without, only the structure is recorded.
+        expected: Number of route layers, where it is known: nothing needs following after the last one.
+        graph: Sees every layer's output; the images must then require grad.
+        separation: Sees every operation; likewise.
+        follow: What follows the pass; None for a `Tracker`, which follows derivatives.
+    """
+    tracker = (follow or Tracker)(images.shape[0], gather=sums, expected=expected, separation=separation)
+    held: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        require_gradients(call.name)
+        with tracker.inside(call):
+            output = call.run()
+            if call.kind == "linear":
+                tracker.linear(call, output)
+            if graph is not None:
+                output = graph.visit(call.name, output)
+        if call.name in leaves:
+            held[call.name] = output.detach().requires_grad_()
+            output = held[call.name].clone()  # a copy, since what follows may work in place
+        return output
+
+    with torch.inference_mode(False), torch.enable_grad(), LayerCalls(model, visit, linear=linear), tracker:
+        output = model(images.clone())  # a copy, since a model may work on its input in place
+    tracker.require_kept_kernels()
+    return Recording(tuple(tracker.layers), output, held)
+
+
+def record_first(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    linear: bool,
+    graph: GraphWalk | None = None,
+    separation: Separation | None = None,
+    follow: type[Tracker] | None = None,
+) -> Recording:
+    """Record the structure on a few images, with errors that speak of the input; arguments as of :func:`record`.
+
+    Raises:
+        UserError: The model cannot run on the images, is TorchScript, or runs no route layer.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError("the model is TorchScript, at least in part, which hides its operations: pass the eager model")
+    with explained(images):
+        recording = record(model, images, linear=linear, sums=False, graph=graph, separation=separation, follow=follow)
+    if not recording.layers:
+        hint = "" if linear else "; for networks of linear maps pass linear=True (--linear)"
+        raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")
+    return recording
+
+
+def is_recording() -> bool:
+    """Whether a forward pass is being recorded."""
+    return isinstance(_get_current_dispatch_mode(), Tracker)
+
+
+@dataclass
+class _Known:
+    flow: Flow
+    version: int
+
+
+@dataclass
+class _Written:
+    """Memory that an operation changed in place, and the version that its tensors had then."""
+
+    reference: StorageWeakRef
+    sources: frozenset[int]
+    version: int
+
+
+class Tracker(TorchDispatchMode):
+    """Follows flows through the ATen operations of one forward pass."""
+
+    def __init__(self, samples: int, *, gather: bool, expected: int | None, separation: Separation | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._expected = expected
+        self._separation = separation
+        self.samples = samples
+        self.layers: list[RecordedLayer] = []
+        self._gather = gather
+        self._flows: Any = WeakIdKeyDictionary()
+        self._written: dict[int, _Written] = {}
+        self._kernels: list[tuple[str, Tensor, int]] = []
+        self._moves = 0
+        self._call: LayerCall | None = None
+        self._last: LayerCall | None = None
+
+    # --- the ledger that rules write to
+
+    def move(self) -> int:
+        """A number for one operation that moves positions."""
+        self._moves += 1
+        return self._moves
+
+    def flow(self, tensor: object) -> Flow:
+        """What is known of a tensor; opaque where it, or what it shares memory with, was written to in between."""
+        if not isinstance(tensor, Tensor):
+            return EMPTY
+        known: _Known | None = self._flows.get(tensor)
+        if known is not None and known.version == tensor._version:
+            return known.flow
+        sources = frozenset[int]() if known is None else known.flow.sources
+        if self._written and (written := self._written.get(tensor.untyped_storage()._cdata)) is not None:
+            sources |= written.sources
+        return opaque(sources) if sources else EMPTY
+
+    def record(self, tensor: Tensor, flow: Flow, *, written: bool = False) -> None:
+        """Note a tensor's flow; ``written`` if the operation under way changes it in place."""
+        # the version counter of a tensor changed in place moves on only after the operation is done
+        version = tensor._version + written
+        if self._written or (written and flow.sources):
+            storage = tensor.untyped_storage()
+            known = self._written.get(storage._cdata)
+            if written and flow.sources:
+                # the weak reference keeps the address from being used again while this pass lasts
+                reference = StorageWeakRef(storage) if known is None else known.reference
+                sources = flow.sources if known is None else known.sources | flow.sources
+                self._written[storage._cdata] = _Written(reference, sources, version)
+            elif known is not None and not written:
+                version = max(version, known.version)  # a view joins its base's counter only after this operation
+        self._flows[tensor] = _Known(flow, version)
+
+    # --- execution
+
+    def inside(self, call: LayerCall) -> _Inside:
+        """Context of one route-layer call."""
+        return _Inside(self, call)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = self._followed(func, args, kwargs)
+        if self._separation is not None:
+            self._separation.watch(func, args, kwargs, output)
+        return output
+
+    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is aten.convolution.default and args[0].ndim == _CONVOLUTION_DIMS and not args[6]:
+            return self._convolution(func, args, kwargs)
+        if len(self.layers) == self._expected or (self._call is not None and self._call.kind == "linear"):
+            return func(*args, **kwargs)  # nothing left to follow, or a call that is taken as a whole when it is done
+        if not torch.is_grad_enabled():
+            return self._without_gradient(func, args, kwargs)
+        return self._ruled(Operation(self, func, args, kwargs))
+
+    def _ruled(self, operation: Operation) -> Any:
+        return RULES.get(operation.func, without_rule)(operation)
+
+    def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation under the model's own no_grad: what is new depends on nothing, what is changed in place does."""
+        output = func(*args, **kwargs)
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(tensor, Tensor) and not tensor.is_inference():
+                written = any(tensor is value for value in args)
+                self.record(tensor, opaque(self.flow(tensor).sources) if written else EMPTY, written=written)
+        return output
+
+    def _convolution(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        images, weight, bias, stride, padding, dilation, _, _, groups = args
+        if self._call is None or self._last is self._call:
+            raise UserError(
+                "a convolution runs outside PyTorch's Python interface (TorchScript or a custom extension?), "
+                "where it has no name: pass the eager model"
+            )
+        self._last = self._call
+        output: Tensor = func(*args, **kwargs)
+        self._check_batch(output)
+        self._keep_kernel(weight)
+        axes = tuple(  # from the ends, since ATen may pass one number for both axes
+            Axis.of(images.shape[dim], weight.shape[dim], stride[end], padding[end], dilation[end])
+            for dim, end in ((2, 0), (3, -1))
+        )
+        dynamic = self.flow(weight).sources | self.flow(bias).sources  # a kernel that is itself computed
+        self._add_layer(self._call, images, weight, groups, (axes[0], axes[1]), output, dynamic)
+        return output
+
+    def linear(self, call: LayerCall, output: Tensor) -> None:
+        """Take note of a linear map that has run."""
+        self._check_batch(output)
+        self._keep_kernel(call.weight)
+        flow = self.flow(call.input)
+        positions = math.prod(flow.spatial) if flow.flat and call.input.ndim == 2 else 1
+        shaped = call.weight.reshape(call.weight.shape[0], -1, positions, 1)
+        self._add_layer(call, call.input, shaped, 1, None, output, self.flow(call.weight).sources)
+
+    def _keep_kernel(self, weight: Tensor) -> None:
+        if self._call is not None and not weight.is_inference():
+            self._kernels.append((self._call.name, weight, weight._version))
+
+    def require_kept_kernels(self) -> None:
+        """Kernels are referred to, not copied: none may have been written to since it was used."""
+        for name, weight, version in self._kernels:
+            if weight._version != version:
+                raise UserError(
+                    f"the kernel of layer {name!r} is changed in place after its use, in the same forward pass: "
+                    "give the later use a tensor of its own"
+                )
+
+    def _check_batch(self, output: Tensor) -> None:
+        if output.shape[0] != self.samples:
+            name = self._call.name if self._call else ""
+            raise UserError(
+                f"layer {name!r} runs on a batch of {output.shape[0]} for {self.samples} images; "
+                "routes per sample need one row per image"
+            )
+
+    def _add_layer(
+        self,
+        call: LayerCall,
+        images: Tensor,
+        weight: Tensor,
+        groups: int,
+        axes: tuple[Axis, Axis] | None,
+        out: Tensor,
+        elsewhere: frozenset[int],
+    ) -> None:
+        flow = self.flow(images)
+        if axes is None and images.ndim != 2:  # a linear map reads the last dimension, whatever that is
+            flow = opaque(flow.sources)
+        pieces, lost = self._pieces(call, flow, images, axes, elsewhere)
+        index = len(self.layers)
+        channels = out.shape[-1] if call.kind == "linear" else out.shape[1]
+        layer = RecordedLayer(call.name, call.kind, channels, weight, groups, axes, tuple(pieces), lost)
+        self.layers.append(layer)
+        if call.kind == "linear" and out.ndim > 2:
+            self.record(out, opaque((index,)))
+        else:
+            self.record(out, Flow(tuple(out.shape[1:]), (Term(index, 0, 0, channels),)))
+
+    def _pieces(
+        self,
+        call: LayerCall,
+        flow: Flow,
+        images: Tensor,
+        axes: tuple[Axis, Axis] | None,
+        elsewhere: frozenset[int],
+    ) -> tuple[list[Piece], frozenset[int]]:
+        """Closed-form parts of the edges into a layer that reads ``images``, and the sources whose edge has none."""
+        lost = set(flow.opaque | elsewhere)
+        counter = _Counter(flow, images, axes, gather=self._gather)
+        pieces: list[Piece] = []
+        for source, terms in by_source(flow).items():
+            if source in lost or not disentangled(terms) or not all(counter.closed(term) for term in terms):
+                lost.add(source)
+            else:
+                pieces += [counter.piece(term) for term in terms]
+        return pieces, frozenset(lost)
+
+
+@dataclass
+class _Inside:
+    tracker: Tracker
+    call: LayerCall
+    outer: LayerCall | None = field(default=None)
+
+    def __enter__(self) -> None:
+        self.outer, self.tracker._call = self.tracker._call, self.call
+
+    def __exit__(self, *_: object) -> None:
+        self.tracker._call = self.outer
+
+
+@dataclass
+class _Counter:
+    """Window sums of the terms that meet one layer; terms that share a mask share the work."""
+
+    flow: Flow
+    values: Tensor
+    axes: tuple[Axis, Axis] | None
+    gather: bool
+    known: dict[object, Tensor] = field(default_factory=dict)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each output position meets one input position only."""
+        if self.axes is None:
+            return math.prod(self.flow.spatial) == 1
+        return all(len(axis.starts) == 1 for axis in self.axes)
+
+    def closed(self, term: Term) -> bool:
+        """Whether every pair of a source and a target position is joined by one path, or by known patterns."""
+        path: Path = term.path
+        if not path.many or self.pointwise:
+            return True
+        binary = not isinstance(term.mask, Tensor) or term.mask.dtype == torch.bool
+        return self.axes is not None and path.windows is not None and max(path.windows.reach) <= 2 and binary
+
+    def piece(self, term: Term) -> Piece:
+        """The term with its window sums."""
+        sums: Tensor | list[PatternSums] = self._sums(term) if self.gather else []
+        return Piece(term.source, term.src, term.dst, term.length, sums, term.scale)
+
+    def _sums(self, term: Term) -> Tensor | list[PatternSums]:
+        if self.axes is None:
+            return self._positions(term)
+        if term.path.many and term.path.windows is not None and not self.pointwise:
+            return pattern_sums(term.path.windows, self._alive(term), *self.axes)
+        cut = slice(term.dst, term.dst + term.length)
+        if isinstance(term.mask, Alive):
+            if term.mask not in self.known:
+                self.known[term.mask] = alive_sums(self.values, term.mask, *self.axes)
+            return self.known[term.mask][:, cut]
+        if term.mask is None:
+            return mask_sums(self.values.new_ones((1, 1, *self.flow.spatial)), *self.axes)
+        key = id(term.mask)
+        if key not in self.known:
+            self.known[key] = mask_sums(term.mask.expand(-1, -1, *self.flow.spatial), *self.axes)
+        return self.known[key]
+
+    def _alive(self, term: Term) -> Tensor:
+        values = self.values[:, term.dst : term.dst + term.length]
+        if isinstance(term.mask, Alive):
+            return term.mask.of(values)
+        if term.mask is None:
+            return torch.ones_like(values, dtype=torch.bool)
+        return term.mask.expand(values.shape)
+
+    def _positions(self, term: Term) -> Tensor:
+        """Gains of a linear map's input: every position is a kernel offset of its own."""
+        values = self.flow.view(self.values)[:, term.dst : term.dst + term.length]
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        if isinstance(term.mask, Alive):
+            gains = term.mask.of(values)
+        elif term.mask is None:
+            gains = torch.ones_like(values[:1, :1])
+        else:
+            gains = term.mask.abs() if term.mask.dtype != torch.bool else term.mask
+            gains = gains.expand(-1, -1, *self.flow.spatial)
+        return gains.to(dtype).flatten(2).unsqueeze(-1) if gains.ndim > 2 else gains.to(dtype)[..., None, None]

@@ -1,0 +1,12 @@
+"""One rule for each ATen operation that acts per channel: how it changes what a tensor owes to the route layers.
+
+A rule runs the operation and says what flow its output has. An operation without a rule, or one used in a way that
+its rule does not cover, makes every source that reaches it opaque, so that nothing passes in silence.
+"""
+
+from __future__ import annotations
+
+from attackroute.tracing.rules import activations, arithmetic, copies, layout, pooling
+from attackroute.tracing.rules.operation import RULES, Operation, without_rule
+
+__all__ = ["RULES", "Operation", "activations", "arithmetic", "copies", "layout", "pooling", "without_rule"]

@@ -1,0 +1,249 @@
+"""Influence by vector-Jacobian products, for edges that have no closed form.
+
+Each route layer's output becomes a leaf, so derivatives run along direct paths only. The exact way takes one product
+per output element and critical channel, for all samples at once; sketches (:mod:`attackroute.sketches`) take a few
+products of random combinations of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attackroute.core.cauchy import cauchies, derived_keys
+from attackroute.core.errors import UserError
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.model_state import differentiated
+from attackroute.tracing.sketches import Estimate, ScaleSums, groups
+
+_ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
+
+
+_DRAWN_ELEMENTS = 1 << 18  # the same for sketches on a CPU: larger batches of dense cotangents leave its caches
+
+
+class Segments:
+    """The graph between route layers of one batch, cut at every layer's output.
+
+    Args:
+        model: A frozen model.
+        images: ``(n, ...)`` batch.
+        edges: ``target -> sources`` that will be asked for.
+        linear: Whether linear maps are route layers too.
+        fused: Run attention fused: quicker for single products, but its backward pass cannot be batched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        edges: Mapping[str, Iterable[str]],
+        *,
+        linear: bool = False,
+        fused: bool = False,
+    ) -> None:
+        self._sources = {target: tuple(sources) for target, sources in edges.items()}
+        wanted = frozenset(source for sources in self._sources.values() for source in sources)
+        self._leaves: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._kinds: dict[str, str] = {}
+        self._inputs: dict[str, _Input] = {}
+
+        def visit(call: LayerCall) -> Tensor:
+            output = call.run()
+            self._kinds[call.name] = call.kind
+            if call.name in self._sources:
+                self._outputs[call.name] = output
+                if call.kind == "linear" and call.input.requires_grad and not call.weight.requires_grad:
+                    self._inputs[call.name] = _Input(get_gradient_edge(call.input), call.input.dtype, call.weight)
+            if call.name not in wanted:
+                return output.detach()
+            leaf = self._leaves[call.name] = output.detach().requires_grad_()
+            return leaf.clone()
+
+        attention = nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
+        with torch.inference_mode(False), torch.enable_grad(), attention, LayerCalls(model, visit, linear=linear):
+            model(images.clone())
+
+    def influence(self, target: str) -> dict[str, Tensor]:
+        """Eqs. (1)-(2) for every source of ``target``: ``(n, C_target, C_source)``."""
+        channels = self._channels_last(target, self._outputs[target]).shape[-1]
+        samples = self._outputs[target].shape[0]
+        every = torch.ones(samples, channels, dtype=torch.bool, device=self._outputs[target].device)
+        parts: dict[str, list[Tensor]] = {source: [] for source in self._sources[target]}
+        for channel in range(channels):
+            only = torch.zeros_like(every)
+            only[:, channel] = True
+            for source, score in self.scores(target, only).items():
+                parts[source].append(score)
+        return {source: torch.stack(columns, dim=1) for source, columns in parts.items()}
+
+    def positions(self, target: str) -> int:
+        """Number of positions that each channel of a target has."""
+        return math.prod(self._channels_last(target, self._outputs[target]).shape[1:-1])
+
+    def scores(self, target: str, critical: Tensor, *, most: int | None = None) -> dict[str, Tensor]:
+        """Eq. (5), one target's share: influence summed over its critical channels.
+
+        Args:
+            target: Name of the target layer.
+            critical: Bool ``(n, C_target)``, with the same number of channels set in each row.
+            most: Stop after so many products, of which there is one per critical channel and position.
+
+        Returns:
+            ``(n, C_source)`` for every source of the target.
+        """
+        output = self._outputs[target]
+        leaves = {source: self._leaves[source] for source in self._sources[target]}
+        ranked = _ranked(critical)
+        dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+        totals = {
+            source: leaf.new_zeros(leaf.shape[0], self._channels_last(source, leaf).shape[-1], dtype=dtype)
+            for source, leaf in leaves.items()
+        }
+        if not output.requires_grad:
+            return totals
+        widest = max(output.numel(), *(leaf.numel() for leaf in leaves.values()))
+        pairs = ranked.shape[1] * self.positions(target)
+        pairs = pairs if most is None else min(most, pairs)
+        for cotangents in self._cotangents(target, ranked, pairs, max(1, _ELEMENTS // widest)):
+            gradients = _products(output, list(leaves.values()), cotangents)
+            for source, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    sized = self._channels_last(source, gradient.abs(), batched=True)
+                    totals[source] += sized.flatten(2, -2).sum((0, 2), dtype=dtype)
+        return totals
+
+    def sketched(
+        self, target: str, critical: Tensor, keys: Tensor, draws: range, sources: Iterable[str] | None = None
+    ) -> dict[str, Estimate]:
+        """An estimate of :meth:`scores` from as many products as there are draws.
+
+        Args:
+            target: Name of the target layer.
+            critical: Bool ``(n, C_target)``, with the same number of channels set in each row.
+            keys: ``(n,)`` int64, one for each sample.
+            draws: Which draws of these keys are taken.
+            sources: Some of the target's sources; None means all.
+        """
+        output, names = self._outputs[target], tuple(sources or self._sources[target])
+        leaves = [self._leaves[name] for name in names]
+        source = self._inputs.get(target)
+        start, dtype = (output, output.dtype) if source is None else (source.edge, source.dtype)
+        if dtype == torch.float16:
+            raise UserError(
+                f"layer {target!r} runs in float16, whose range is too small for sketches: use float32 or bfloat16"
+            )
+        ranked = _ranked(critical)
+        widest = max(output.numel(), *(leaf.numel() for leaf in leaves))
+        sums: dict[str, ScaleSums] = {}
+        alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
+        most = (_DRAWN_ELEMENTS if output.device.type == "cpu" else _ELEMENTS) // widest
+        for part in groups(draws, most) if output.requires_grad else []:
+            cotangents = self._random(target, ranked, derived_keys(keys, target, part)).to(dtype)
+            gradients = {
+                name: gradient
+                for name, gradient in zip(names, _products(start, leaves, cotangents), strict=True)
+                if gradient is not None
+            }
+            if not sums:
+                first: dict[object, str] = {}
+                for name, gradient in gradients.items():
+                    place = (gradient.data_ptr(), gradient.shape, gradient.stride(), self._kinds[name])
+                    alike[name] = first.setdefault(place, name)
+                sums = {name: ScaleSums(len(draws), partial(self._per_channel, name)) for name in set(alike.values())}
+            for name, total in sums.items():
+                total.add(gradients[name])
+        found = {name: total.estimate() for name, total in sums.items()}
+        return {
+            name: found[alike[name]] if name in alike else Estimate.zero(self._per_channel(name, leaf.detach()))
+            for name, leaf in zip(names, leaves, strict=True)
+        }
+
+    def _random(self, target: str, ranked: Tensor, keys: Tensor) -> Tensor:
+        """Cauchy cotangents over a target's critical channels, for keys ``(n, draws)``; the draws come first.
+
+        For a linear map they are those of its input: a product with the critical rows of the weight alone.
+        """
+        output = self._outputs[target]
+        shape = self._channels_last(target, output).shape
+        samples, draws, critical = *keys.shape, ranked.shape[1]
+        numbers = cauchies(keys.flatten(), self.positions(target) * critical).to(output.dtype)
+        if target in self._inputs:
+            rows = self._inputs[target].weight.detach()[ranked].to(output.dtype)  # (n, k, C_in)
+            batch = torch.bmm(numbers.view(samples, -1, critical), rows)
+            return batch.view(samples, draws, *shape[1:-1], rows.shape[-1]).movedim(1, 0)
+        numbers = numbers.view(samples, draws, *shape[1:-1], critical)
+        batch = output.new_zeros(samples, draws, *shape[1:])
+        batch.scatter_(-1, ranked.view(samples, *(1,) * (batch.ndim - 2), critical).expand(numbers.shape), numbers)
+        return (batch if self._kinds[target] == "linear" else batch.movedim(-1, 2)).movedim(1, 0)
+
+    def _per_channel(self, name: str, values: Tensor) -> Tensor:
+        """Sum over positions of values shaped like a layer's output: ``(n, C)``."""
+        values = self._channels_last(name, values)
+        return values.flatten(1, -2).sum(1) if values.ndim > 2 else values
+
+    def _cotangents(self, target: str, ranked: Tensor, pairs: int, chunk: int) -> Iterator[Tensor]:
+        """Batches of one-hot cotangents over the first pairs of (rank of critical channel, position)."""
+        output = self._outputs[target]
+        shape = self._channels_last(target, output).shape
+        samples, channels, positions = shape[0], shape[-1], math.prod(shape[1:-1])
+        rows = torch.arange(samples, device=output.device)
+        for start in range(0, pairs, chunk):
+            pair = torch.arange(start, min(start + chunk, pairs), device=output.device)
+            batch = output.new_zeros(len(pair), samples, positions, channels)
+            index = torch.arange(len(pair), device=output.device)[:, None]
+            batch[index, rows[None], (pair % positions)[:, None], ranked.T[pair // positions]] = 1
+            batch = batch.view(len(pair), *shape)
+            yield batch if self._kinds[target] == "linear" else batch.movedim(-1, 2)
+
+    def _channels_last(self, name: str, tensor: Tensor, *, batched: bool = False) -> Tensor:
+        return tensor if self._kinds[name] == "linear" else tensor.movedim(2 if batched else 1, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """What a linear map reads.
+
+    Attributes:
+        edge: Where it stands in the graph; the tensor itself may be written to by what follows.
+        dtype: Its type.
+        weight: The map's weight.
+    """
+
+    edge: GradientEdge
+    dtype: torch.dtype
+    weight: Tensor
+
+
+def _ranked(critical: Tensor) -> Tensor:
+    """Each sample's critical channels, ``(n, k)``."""
+    return critical.nonzero()[:, 1].view(len(critical), -1)
+
+
+def _products(output: Tensor | GradientEdge, leaves: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+    """Vector-Jacobian products for a batch of cotangents, one gradient per leaf with a leading batch dimension."""
+    try:
+        if len(cotangents) == 1:
+            found = torch.autograd.grad(output, leaves, cotangents[0], retain_graph=True, allow_unused=True)
+            return [None if gradient is None else gradient[None] for gradient in found]
+        return list(
+            torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        )
+    except RuntimeError:  # an operation whose backward cannot be batched: one product at a time
+        with differentiated():
+            rows = [
+                torch.autograd.grad(output, leaves, row, retain_graph=True, allow_unused=True) for row in cotangents
+            ]
+        return [
+            None if parts[0] is None else torch.stack([part for part in parts if part is not None])
+            for parts in zip(*rows, strict=True)
+        ]

@@ -1,0 +1,149 @@
+"""Which route layers a model runs, how they are joined, and how each edge is to be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.core.errors import UserError
+from attackroute.tracing.pass_checks import GraphWalk, Separation, require_rows_apart
+from attackroute.tracing.recorder import RecordedLayer, Tracker, record_first
+
+CLOSED_FORM, AUTOGRAD, SKETCH, REPLAY = "closed-form", "autograd", "sketch", "replay"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's route layers and edges.
+
+    Attributes:
+        names: Route layers in forward order; other attributes refer to them by index.
+        counts: Channels of each layer.
+        closed: For each layer, the sources whose influence has a closed form.
+        jacobian: For each layer, the sources whose edge has no closed form.
+        recorded: For each layer, all sources that the recording found, also those that autograd denies.
+        elsewhere: How these are computed, ``"autograd"`` (exact), ``"sketch"``, or for noise ``"replay"`` (exact).
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    closed: tuple[frozenset[int], ...]
+    jacobian: tuple[frozenset[int], ...]
+    recorded: tuple[frozenset[int], ...]
+    elsewhere: str = AUTOGRAD
+
+    @classmethod
+    def probe(
+        cls,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        linear: bool,
+        elsewhere: str = AUTOGRAD,
+        follow: type[Tracker] | None = None,
+    ) -> tuple[Structure, object]:
+        """Run a frozen model on the first images of a batch; returns the structure and the model's output.
+
+        Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
+        What follows the pass, if not derivatives, is ``follow``.
+
+        Raises:
+            UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
+        """
+        # two samples, also of one: some networks squeeze a batch of one, and a gate there looks like a constant
+        images = torch.cat([images[:1], images[-1:]]).requires_grad_()
+        graph, separation = GraphWalk(), Separation(images.shape[0])
+        recording = record_first(model, images, linear=linear, graph=graph, separation=separation, follow=follow)
+        if not separation.proven:
+            _require_independent(images, recording.output)
+            if linear:
+                require_rows_apart(model, images)
+        layers = recording.layers
+        names = tuple(layer.name for layer in layers)
+        closed, jacobian = [], []
+        for layer in layers:
+            reached = frozenset(names.index(name) for name in graph.found[layer.name].reached)
+            custom = frozenset(names.index(name) for name in graph.found[layer.name].custom)
+            shut = layer.sources - layer.jacobian - custom
+            if follow is not None and not reached <= layer.sources:  # noise comes in by a way that was not seen
+                shut = frozenset()
+            closed.append(shut & reached)
+            jacobian.append(reached - shut)
+        return cls(
+            names,
+            tuple(layer.channels for layer in layers),
+            tuple(closed),
+            tuple(jacobian),
+            tuple(layer.sources for layer in layers),
+            elsewhere,
+        ), recording.output
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Channels of each layer, by name."""
+        return dict(zip(self.names, self.counts, strict=True))
+
+    @property
+    def methods(self) -> dict[tuple[str, str], str]:
+        """How each edge is computed, by (source, target)."""
+        return {
+            (self.names[source], name): self.elsewhere if source in jacobian else CLOSED_FORM
+            for name, closed, jacobian in zip(self.names, self.closed, self.jacobian, strict=True)
+            for source in sorted(closed | jacobian)
+        }
+
+    @property
+    def sinks(self) -> frozenset[str]:
+        """Layers without a successor."""
+        followed = frozenset[int]().union(*self.closed, *self.jacobian)
+        return frozenset(name for index, name in enumerate(self.names) if index not in followed)
+
+    @property
+    def jacobian_edges(self) -> dict[str, list[str]]:
+        """Sources whose edge has no closed form, by target."""
+        return {
+            name: [self.names[source] for source in sorted(sources)]
+            for name, sources in zip(self.names, self.jacobian, strict=True)
+            if sources
+        }
+
+    def applied(self, layers: Sequence[RecordedLayer]) -> tuple[RecordedLayer, ...]:
+        """Another recording of the same model, its edges as this structure has them.
+
+        Raises:
+            UserError: The model ran other layers, or joined them in another way.
+        """
+        same = tuple(layer.name for layer in layers) == self.names and all(
+            closed <= layer.sources - layer.jacobian and layer.sources <= recorded
+            for layer, closed, recorded in zip(layers, self.closed, self.recorded, strict=True)
+        )
+        if not same:
+            raise UserError(
+                "the model ran other layers on this batch than on the first one: its structure must not vary"
+            )
+        return tuple(
+            layer.corrected(closed, jacobian)
+            for layer, closed, jacobian in zip(layers, self.closed, self.jacobian, strict=True)
+        )
+
+
+def _require_independent(images: Tensor, output: object) -> None:
+    """Check that neither of two images' logits depend on the other image."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or not logits.requires_grad or logits.shape[:1] != images.shape[:1]:
+        return
+    rows = logits.flatten(1)
+    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype)  # since probabilities sum to 1
+    for row, other in ((0, 1), (1, 0)):
+        try:
+            (gradient,) = torch.autograd.grad(rows[row], images, weights, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # what cannot be differentiated is found, and named, where the derivative is needed
+            return
+        if gradient is not None and gradient.isfinite().all() and gradient[other].count_nonzero():
+            raise UserError(
+                "the model's answer for one image depends on another image of the batch (a statistic over the batch?), "
+                "so there is no route per sample: give the model statistics of its own"
+            )

@@ -1,0 +1,139 @@
+"""Networks from elsewhere: torchvision, timm, or the user's own code. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.zoo.normalisation import Statistics, normalised
+from attackroute.zoo.spec import ModelSpec
+
+# What torchvision itself sets for these two when it loads their weights.
+_INCEPTION: Mapping[str, Any] = {"init_weights": True, "transform_input": True}
+
+
+_TORCHVISION_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
+
+
+def torchvision_names() -> list[str]:
+    """Names of torchvision's classification networks."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def from_torchvision(name: str, spec: ModelSpec) -> nn.Module:
+    """A classification network of torchvision with random weights, in front of it the normalisation of its own.
+
+    Raises:
+        UserError: Unknown name, a width other than 1, or images without three channels.
+    """
+    from torchvision import models
+
+    known = torchvision_names()
+    if name not in known:
+        raise UserError(f"torchvision has no classification network {name!r}{did_you_mean(name, known)}")
+    _refuse_width(spec)
+    if spec.in_channels != 3:
+        raise UserError(f"{spec.name} takes images with 3 channels, not {spec.in_channels}; choose a built-in network")
+    network = models.get_model(name, weights=None, num_classes=spec.num_classes, **_TORCHVISION_ARGUMENTS.get(name, {}))
+    trained_with = models.get_model_weights(name).DEFAULT.transforms()
+    own = Statistics(tuple(trained_with.mean), tuple(trained_with.std))
+    return normalised(network, spec.statistics(own))
+
+
+def from_timm(name: str, spec: ModelSpec) -> nn.Module:
+    """A network of timm with random weights, in front of it the normalisation that timm's weights expect.
+
+    Raises:
+        UserError: timm is not installed, it does not know the name or refuses the number of channels, or a width other
+            than 1 was asked for.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f'{spec.name} needs the timm package: pip install "attackroute[timm]"') from error
+    if not timm.is_model(name):  # also refuses hf-hub: and local-dir: names, which would read a configuration
+        raise UserError(f"timm {timm.__version__} has no network {name!r}{did_you_mean(name, timm.list_models())}")
+    _refuse_width(spec)
+    try:
+        network: nn.Module = timm.create_model(
+            name, pretrained=False, num_classes=spec.num_classes, in_chans=spec.in_channels
+        )
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+    config: Mapping[str, Any] = getattr(network, "pretrained_cfg", None) or {}
+    own = Statistics(tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None
+    return normalised(network, spec.statistics(own))
+
+
+def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
+    """The network that the user's own function returns, as it is; the current directory can be imported from.
+
+    Raises:
+        UserError: No such module or function, one that needs arguments or returns something else, or a width, mean or
+            std for a network that none of them reaches.
+    """
+    if spec.width != 1 or spec.mean is not None or spec.std is not None:
+        raise UserError(f"{spec.name} is taken as it is: set its width, mean and std in {name}() instead")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"{spec.name} must be written package.module:factory; {module_name!r} is no module's name")
+    with _current_directory_first():
+        try:
+            module = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # the module is there, and something that it imports is not
+            raise UserError(
+                f"no module {module_name!r} for {spec.name}; run from the folder that holds it, or install it"
+            ) from error
+        factory = getattr(module, name, None)
+        if factory is None:
+            known = [key for key, value in vars(module).items() if callable(value)]
+            raise UserError(f"{module_name} has no function {name!r}{did_you_mean(name, known)}")
+        if not _needs_no_arguments(factory):
+            raise UserError(f"{spec.name} must be a function that can be called without arguments and returns a module")
+        network = factory()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{spec.name} returned {type(network).__name__}; it must return a torch.nn.Module")
+    return network
+
+
+def _refuse_width(spec: ModelSpec) -> None:
+    if spec.width != 1:
+        raise UserError(f"{spec.name} comes in one width; only built-in networks take width={spec.width}")
+
+
+def _needs_no_arguments(factory: object) -> bool:
+    if not callable(factory) or isinstance(factory, nn.Module):
+        return False
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        return False
+    except ValueError:  # compiled code without a signature
+        return True
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def _current_directory_first() -> Iterator[None]:
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(folder)
