@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 from attackroute.cli.app import app
+from attackroute.core.document import Document
+from attackroute.core.model_state import weights_digest
+from attackroute.core.table import Table
 from attackroute.zoo.card import ModelCard
+from attackroute.zoo.images import loader
+from attackroute.zoo.networks import open_network
+from attackroute.zoo.sources import load_data
 from attackroute.zoo.spec import ModelSpec
 
 CLASSES = ("<script>alert(1)</script>", 'light & "bright"')
 """Names that must be harmless."""
+ATTACK = "fgsm:eps=0.1"
 
 
 def run(*arguments: object) -> Any:
@@ -49,17 +57,69 @@ def make_network(folder: Path, classes: tuple[str, ...] = ("dark", "light")) -> 
     return model.eval()
 
 
+def shares(correct: int, samples: int) -> dict[str, Any]:
+    """An accuracy as evaluations have it."""
+    share = correct / samples
+    ends = {"accuracy_low": max(0.0, share - 0.1), "accuracy_high": min(1.0, share + 0.1)}
+    return {"accuracy": share, **ends, "correct": correct, "samples": samples}
+
+
+def save_traces(folder: Path, pictures: Path) -> None:
+    """Traces of the network below a folder, clean and attacked, with the document of the clean one."""
+    images = load_data(f"folder:{pictures}", image_size=32)
+    network = open_network(str(folder / "model"), images)
+    for attack, home in ((None, folder), (ar.parse_attack(ATTACK), folder / "attacked")):
+        home.mkdir(exist_ok=True)
+        routes = ar.trace_routes(network, loader(images), 0.2, attack=attack)
+        routes = replace(routes, provenance=replace(routes.provenance, data=f"folder:{pictures}", seed=0))
+        routes.save(home / "routes.safetensors")
+        routes.aggregate(0.3).save(home / "route.json")
+        right = float((routes.labels == routes.predictions).double().mean())
+        settings = {
+            "model": str(folder / "model"), "weights": weights_digest(network), "data": f"folder:{pictures}",
+            "split": "all", "samples": None, "seed": 0, "images": [len(images), *images.shape], "width": 0.2,
+            "linear": False,
+        }  # fmt: skip
+        about = {"samples": len(routes), "accuracy": right, "attack": routes.provenance.attack}
+        Document("trace", settings, "It was traced.", about=about).save(home)
+
+
+def save_evaluation(folder: Path, clean: int, attacked: int) -> None:
+    rows = [
+        {"model": "net", "attack": attack, **shares(correct, 16)}
+        for attack, correct in (("clean", clean), (str(ar.parse_attack(ATTACK)), attacked))
+    ]
+    checks = [
+        {"model": "net", "check": "one step against many", "verdict": "silent", "samples": 4, "numbers": {"share": 0.5},
+         "p": 0.25, "sentence": "Many steps fool what one step fools."},
+    ]  # fmt: skip
+    settings = {"data": "folder:pictures", "split": "all", "seed": 0, "libraries": {"torch": "2.9", "numpy": "2.0"}}
+    reading = f"net is right on {clean} and {attacked} images."
+    folder.mkdir()
+    Document("evaluation", settings, reading, Table.of(rows), {"checks": checks}).save(folder)
+
+
 def make_run(root: Path) -> Path:
-    """All that a run can hold, from the commands themselves, with the demo's names of folders."""
+    """All that a run can hold, with the demo's names of folders."""
     make_pictures(root / "pictures")
-    make_network(root / "run" / "model")
-    common = ("--model", root / "run" / "model", "--data", f"folder:{root / 'pictures'}", "--quiet")
-    done("trace", *common, "--out", root / "run")
-    done("trace", *common, "--attack", "fgsm:eps=0.1", "--out", root / "run" / "attacked")
-    done("evaluate", *common, "--attack", "fgsm:eps=0.1", "--check-samples", 4, "--out", root / "run" / "evaluation")
-    done("hardness", *common, "--attack", "fgsm:eps=0.1", "--out", root / "run" / "hardness")
-    done("analyze", *common, "--attack", "fgsm:eps=0.1", "--only", "occurrence", "--out", root / "run" / "analysis")
-    return root / "run"
+    home = root / "run"
+    make_network(home / "model")
+    save_traces(home, root / "pictures")
+    save_evaluation(home / "evaluation", 9, 4)
+    for name, files in (("analysis", ("occurrence.svg",)), ("hardness", ("hardness.svg", "hardness-images.png"))):
+        (home / name).mkdir()
+        for file in files:
+            (home / name / file).write_bytes(f"<svg>{file}</svg>".encode())
+    about = {
+        "attacks": {ATTACK: {"fooled": 3, "bins_hardest_first": [[2, 0], [2, 1], [1, 1]]}},
+        "judgements": [{"predictor": "loss", "statistic": "AUROC", "value": 0.75}],
+        "classes": [{"label": 0, "samples": 8, "V_mean": 75.0}],
+    }
+    Document("hardness", {"seed": 0}, "The attack fools the weakest.", about=about).save(home / "hardness")
+    occurrence = Table.of([{"layer": "features.0", "of": "clean", "value": 0.75}])
+    titled = {"title": "Occurrence, clean and attacked", "order": 1, "seconds": 1.25}
+    Document("occurrence", {"attacks": [ATTACK]}, "Most use the same.", occurrence, titled).save(home / "analysis")
+    return home
 
 
 def data_of(page: Path) -> dict[str, Any]:

@@ -12,17 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import attackroute as ar
-from attackroute.report.comparison import Comparison, build_comparison
 from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content
 from attackroute.report.run_folder import RunFolder
+from attackroute.report.two_runs import Comparison, build_comparison
 from attackroute.zoo.images import loader
 from attackroute.zoo.networks import open_network
 from attackroute.zoo.sources import load_data
-from report_runs import data_of, done, make_network, make_pictures, run
+from report_runs import ATTACK, data_of, done, make_network, make_pictures, run, save_evaluation, save_traces
 from test_report import Elements, bad
-
-ATTACK = "fgsm:eps=0.1"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
             file,
         )
-        common = ("--model", root / name / "model", "--data", f"folder:{root / 'pictures'}", "--quiet")
-        done("trace", *common, "--out", root / name)
-        done("trace", *common, "--attack", ATTACK, "--out", root / name / "attacked")
-        done("evaluate", *common, "--attack", ATTACK, "--check-samples", 2, "--out", root / name / "evaluation")
+        save_traces(root / name, root / "pictures")
+        save_evaluation(root / name / "evaluation", 8 + seed, 4 * seed)
     return root
 
 
@@ -149,6 +145,7 @@ def test_networks_with_other_layers_stand_side_by_side(runs: Path, tmp_path: Pat
     most = len(page.html.encode()) - 1
     small = build_comparison(Comparison(content, other, ("a", "<b>")), most)
     assert small.pruned and len(small.html.encode()) <= most
+    assert Elements(small.html).words["made"].count("left out to keep the page small") == 2
 
 
 def test_bad_input_is_one_line(runs: Path, tmp_path: Path) -> None:

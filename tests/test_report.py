@@ -22,11 +22,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import attackroute as ar
-from attackroute.report.fragments import inlined_json, percent
-from attackroute.report.frame import _SCRIPTS
-from attackroute.report.measuring import unmeasured
-from attackroute.report.page import Content, build_page
+from attackroute.core.document import Document
+from attackroute.core.table import Table
+from attackroute.report.measuring import Condition, Measured, unmeasured
+from attackroute.report.page import _SCRIPTS, Content, build_page, percent
 from attackroute.report.run_folder import RunFolder
+from attackroute.report.two_runs import Comparison, build_comparison
 from attackroute.zoo.sources import load_data
 from report_runs import CLASSES, data_of, done, make_network, make_pictures, make_run, run
 
@@ -97,9 +98,9 @@ def read(path: Path) -> Any:
 
 def test_the_numbers_are_those_of_the_files(folder: Path) -> None:
     data = data_of(folder / "report.html")
-    assert data["summary"] == read(folder / "summary.json")
+    assert data["summary"] == read(folder / "trace.json")
     assert data["evaluation"] == read(folder / "evaluation" / "evaluation.json")
-    assert data["hardness"] == read(folder / "hardness" / "hardness.json")
+    assert data["hardenings"] == {} and data["hardness"] == read(folder / "hardness" / "hardness.json")
     assert data["experiments"] == {"occurrence": read(folder / "analysis" / "occurrence.json")}
     (view,) = data["route_data"]
     for at, place in enumerate((folder, folder / "attacked")):
@@ -121,25 +122,30 @@ def test_the_numbers_are_those_of_the_files(folder: Path) -> None:
 def test_every_part_says_what_was_found(folder: Path) -> None:
     page = Elements((folder / "report.html").read_text())
     assert page.sections == list(PARTS)  # the route first
-    summary, evaluation = read(folder / "summary.json"), read(folder / "evaluation" / "evaluation.json")
-    for layer in summary["layers"]:
-        assert layer["layer"] in page.words["occurrence"] and percent(layer["occurrence"]) in page.words["occurrence"]
-    assert percent(summary["accuracy"]) in page.words["summary"]
+    summary, evaluation = read(folder / "trace.json"), read(folder / "evaluation" / "evaluation.json")
+    for layer, share in ar.InstanceRoutes.load(folder / "routes.safetensors").occurrence(0.2).items():
+        assert layer in page.words["occurrence"] and percent(share) in page.words["occurrence"]
+    assert percent(summary["about"]["accuracy"]) in page.words["summary"]
     for row in evaluation["rows"]:
         assert row["attack"] in page.words["evaluation"] and percent(row["accuracy"]) in page.words["evaluation"]
-    for check in evaluation["checks"]:
-        assert check["check"] in page.words["evaluation"]
+    for check in evaluation["about"]["checks"]:
+        assert check["check"] in page.words["evaluation"] and check["sentence"] in page.words["evaluation"]
+    assert (
+        "Occurrence, clean and attacked" in page.words["experiments"] and "Table (1 row)" in page.words["experiments"]
+    )
+    for word in ("Images fooled, by hardness", "AUROC", "V_mean"):
+        assert word in page.words["hardness"]
     for part, document in (
         ("evaluation", evaluation),
         ("hardness", read(folder / "hardness" / "hardness.json")),
         ("experiments", read(folder / "analysis" / "occurrence.json")),
     ):
         assert document["reading"] in page.words[part] and document["reading"] in page.words["summary"]
-    for library, version in evaluation["libraries"].items():
+    for library, version in evaluation["settings"]["libraries"].items():
         assert f"{library}: {version}" in page.words["made"]
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     pictures = [base64.b64decode(source.partition(",")[2]) for source in sources]
-    for file in ("analysis/occurrence.svg", "hardness/hardness.svg", "hardness/images.png"):
+    for file in ("analysis/occurrence.svg", "hardness/hardness.svg", "hardness/hardness-images.png"):
         assert (folder / file).read_bytes() in pictures
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
 
@@ -166,35 +172,66 @@ def test_the_page_needs_nothing_and_may_load_nothing(folder: Path) -> None:
     assert "http" not in re.sub(r"base64,[^\"]*", "", text).replace("http-equiv", "")
 
 
-def test_names_of_the_user_are_harmless(tmp_path: Path) -> None:
-    attack = "</script><script>alert('${data}')</script>"
+def hostile(value: Any, attack: str) -> Any:
+    """The same with an attack in every name and text."""
+    if isinstance(value, dict):
+        return {f"{name}{attack}": hostile(item, attack) for name, item in value.items()} | {
+            name: hostile(item, attack) for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [hostile(item, attack) for item in value]
+    return f"{value}{attack}" if isinstance(value, str) else value
+
+
+def test_names_of_the_user_are_harmless(folder: Path, tmp_path: Path) -> None:
+    attack = "</script><script>alert('{{ data }}')</script>\"><b onclick=x>"
     home = tmp_path / "<b onclick=x>&"
     home.mkdir()
     model = make_network(tmp_path / "net")
     traced = ar.trace_routes(model, (torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 1])), 0.3)
-    traced = replace(traced, provenance=replace(traced.provenance, data=attack, model=attack))
-    traced.save(home / "routes.safetensors")
-    traced.aggregate(0.3).save(home / "route.json")
-    nasty = {"reading": attack, "rows": [{attack: attack, "n": 1}], "terms": {"model": attack}, "experiment": attack}
-    (home / "detect.json").write_text(json.dumps(nasty))
-    (home / "hardness.json").write_text(
-        json.dumps({"reading": attack, "attacks": {attack: {"bins_hardest_first": [[1, 0]]}}})
+    traced = replace(traced, provenance=replace(traced.provenance, data=attack, model=attack, criterion=attack))
+    attacked = replace(traced, provenance=replace(traced.provenance, attack=attack))
+    documents = {path.stem: Document.load(path) for path in folder.rglob("*.json") if Document.is_at(path)}
+    hardening = {
+        "penalties": {"gradient": 1.0}, "strengths": {"gradient": 1.0}, "target": "route", "lambda": "x",
+        "route_changes": [{"epoch": 1, "changed": 2}], "evaluation": documents["evaluation"].about,
+    }  # fmt: skip
+    documents["hardening"] = replace(documents["evaluation"], kind="hardening", about=hardening)
+    documents["novel"] = replace(documents["occurrence"], kind=attack, about={"verdicts": [{"a": "b"}]})
+    for name, document in documents.items():
+        kind = attack if name == "novel" else document.kind
+        settings, about = hostile(dict(document.settings), attack), hostile(dict(document.about), attack)
+        if kind == "trace":
+            about["attack"] = None
+        rows = Table.of(hostile(list(document.table), attack))
+        Document(kind, settings, f"{document.reading}{attack}", rows, about).save(home, name)
+    (home / f"novel-{CLASSES[1]}.svg").write_text(FIGURE)
+    (home / f"novel-{'<i>'}.svg").write_text(FIGURE + "x" * 3_000_000)
+    found = RunFolder.open(home)
+    assert len(found.experiments) == 2 and found.trace and found.hardness and found.evaluation and found.hardenings
+    content = Content(found, unmeasured(traced, [attacked]), CLASSES, (attack,), attack)
+    pages = (
+        build_page(content),
+        build_comparison(Comparison(content, replace(content, notes=()), (attack, f"{attack}2"), (attack,))),
+        build_comparison(
+            Comparison(content, replace(content, measured=Measured(Condition(None))), (attack, "b"), [attack])
+        ),
     )
-    (home / "evaluation.json").write_text(
-        json.dumps({"reading": attack, "rows": [{"model": attack, "attack": attack}]})
-    )
-    (home / f"detect-{CLASSES[1]}.svg").write_text(FIGURE)
-    built = build_page(Content(RunFolder.open(home), unmeasured(traced), CLASSES, (attack,), attack))
-    page = Elements(built.html)
-    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
-    assert {tag for tag, _ in page.tags if tag in ("b", "script")} == {"script"}
-    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert "<svg onload" not in built.html and base64.b64encode(FIGURE.encode()).decode() in built.html
-    for part in ("summary", "experiments", "hardness", "evaluation", "made"):
-        assert attack in page.words[part]
-    assert built.html.count("alert(") == built.html.count("alert(&#x27;") + built.html.count("u003ealert(")
-    held = json.loads(page.raw["script"][0])
-    assert held["experiments"] == {attack: nasty} and held["route_data"][0]["classes"] == list(CLASSES)
+    for built in pages:
+        page = Elements(built.html)
+        assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == [
+            "application/json",
+            None,
+        ]
+        assert {tag for tag, _ in page.tags if tag in ("b", "i", "script")} == {"script"}
+        assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+        assert "<svg onload" not in built.html and base64.b64encode(FIGURE.encode()).decode() in built.html
+        for part in ("route", "summary", "experiments", "hardening", "hardness", "evaluation", "made"):
+            assert attack in page.words[part], part
+        assert built.html.count("alert(") == built.html.count("alert(&#39;") + built.html.count("u003ealert(")
+    held = json.loads(Elements(pages[0].html).raw["script"][0])
+    assert held == json.loads(json.dumps(pages[0].data)) and held["route_data"][0]["classes"] == list(CLASSES)
+    assert held["experiments"][attack] == read(home / "novel.json")
 
 
 def test_approximate_routes_say_so(tmp_path: Path) -> None:
@@ -210,9 +247,9 @@ def test_approximate_routes_say_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["</script>", "<!--<script>", "\u2028", "]]>", "&lt;", "\ud7ff\U0001f600"])
 def test_json_in_a_script_is_the_same_json(value: str) -> None:
-    written = inlined_json({value: [value]})
-    assert json.loads(written) == {value: [value]}
-    assert not set("<>&\u2028") & set(written)
+    built = build_page(Content(RunFolder(Path("run")), unmeasured(None), notes=[value]))
+    written = Elements(built.html).raw["script"][0]
+    assert json.loads(written)["notes"] == [value] and not set("<>&\u2028") & set(written)
 
 
 def test_what_is_missing_leaves_a_sentence(folder: Path, empty: Path) -> None:
@@ -304,16 +341,37 @@ def test_other_weights_are_not_taken_in_silence(folder: Path, tmp_path: Path) ->
     assert all(found is None for edge in view["edges"] for found in edge["influence"])
 
 
-@pytest.mark.parametrize("most", [400_000, 200_000, 100_000])
-def test_a_page_that_is_too_large_is_pruned(folder: Path, most: int) -> None:
-    found = RunFolder.open(folder)
+@pytest.mark.parametrize(
+    ("most", "left_out", "data_rows"),
+    [
+        (450_000, "", True),
+        (200_000, "occurrence-more", False),
+        (100_000, "occurrence, occurrence-more", False),
+    ],
+)
+def test_a_page_that_is_too_large_is_pruned(
+    folder: Path, tmp_path: Path, most: int, left_out: str, data_rows: bool
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    for name, size in (("occurrence.svg", 450_000), ("occurrence.png", 60_000), ("occurrence-more.svg", 150_000)):
+        (tmp_path / "run" / "analysis" / name).write_text("x" * size)
+    rows = Table.of([{"layer": "conv", "number": number} for number in range(2_000)])
+    Document("detect", {}, "Told.", rows, {"verdicts": [{"sign": "p"}]}).save(tmp_path / "run")
+    found = RunFolder.open(tmp_path / "run")
     content = Content(found, unmeasured(found.routes, found.attacked))
     whole = build_page(content)
     assert not whole.pruned and len(whole.html.encode()) > most
     page = build_page(content, most)
     assert page.pruned and len(page.html.encode()) <= most
-    assert "left out to keep the page small" in Elements(page.html).words["made"]
-    assert page.data["summary"] == whole.data["summary"] and Elements(page.html).sections == list(PARTS)
+    words = Elements(page.html).words
+    assert "left out to keep the page small" in words["made"] and "more rows are in the data" in words["experiments"]
+    (told,) = re.findall("Left out, to keep the page small: (.*?)[.]", words["experiments"]) or [""]
+    assert told == left_out
+    held, everything = page.data["experiments"]["detect"], whole.data["experiments"]["detect"]
+    assert ("rows" in held) == ("verdicts" in held["about"]) == data_rows and held["reading"] == "Told."
+    assert len(everything["rows"]) == 2_000 and everything["about"] == {"verdicts": [{"sign": "p"}]}
+    assert page.data["summary"]["about"] == whole.data["summary"]["about"]
+    assert Elements(page.html).sections == list(PARTS)
 
 
 def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> None:
@@ -325,24 +383,60 @@ def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> Non
     bad(run("report", folder, "--data", "nonsense"), "nonsense")
     bad(run("report", folder, "--attack", "fgsn"), "fgsn")
     bad(run("report", folder, "--samples", 4, "--out", tmp_path / "none" / "page.html"), "cannot be written")
-    for name in ("summary.json", "detect.json", "hardness.json", "evaluation.json", "route.json", "routes.safetensors"):
-        for content in ("{", "[1]", "", '{"reading": NaN}'):
+    for content in ("{", "[1]", "", '{"reading": NaN}'):
+        for name in ("route.json", "routes.safetensors"):
             (empty / name).write_text(content)
             bad(run("report", empty), name)
             (empty / name).unlink()
+    Document("detect", {}).save(empty)
+    whole = (empty / "detect.json").read_text()
+    for damaged in (whole[:-3], whole.replace('"version": 1', '"version": 9'), whole.replace("{}", "3", 1)):
+        assert damaged != whole
+        (empty / "detect.json").write_text(damaged)
+        bad(run("report", empty), "detect.json")
 
 
-def test_what_the_demo_measures_is_an_experiment(empty: Path) -> None:
-    silencing = {"reading": "silencing costs much", "rows": [{"layers": "a", "accuracy": 0.25}]}
-    (empty / "summary.json").write_text(json.dumps({"silencing": silencing, "seconds": {"training": 3.5}, "seed": 7}))
-    (empty / "route.svg").write_text(FIGURE)
+def test_what_no_command_wrote_is_left_alone(empty: Path) -> None:
+    Document("detect", {}, "Told.").save(empty)
+    for name, content in (("notes.json", "{"), ("other.json", '{"format": "something"}'), ("list.json", "[1]")):
+        (empty / name).write_text(content)
+    (empty / "folder.json").mkdir()
+    assert [document.path for document in RunFolder.open(empty).experiments] == ["detect.json"]
+
+
+def test_any_experiment_is_shown_where_it_wants_to_be(empty: Path) -> None:
+    """An experiment that this package does not know yet needs no change of the page."""
+    (empty / "analysis").mkdir()
+    rows = Table.of([{"layer": "conv", "accuracy": 0.25, "held": True}])
+    for kind, about in (
+        ("novel", {"title": "Something novel", "order": 9, "verdicts": [{"sign": "p"}], "seconds": 3.5}),
+        ("early", {"title": "Something early", "order": 1}),
+        ("unplaced", {"order": "first"}),
+    ):
+        Document(kind, {"batch-size": 7}, f"{kind} costs much.", rows, about).save(empty / "analysis")
+    Document("novel", {}, "A second one.").save(empty / "analysis", "zz")
+    for name in ("novel.svg", "novel-more.svg", "novelty.svg"):
+        (empty / "analysis" / name).write_text(f"{FIGURE}{name}")
     done("report", empty, "--quiet")
     text = (empty / "report.html").read_text()
     page = Elements(text)
-    assert "silencing costs much" in page.words["experiments"] and "silencing costs much" in page.words["summary"]
-    assert "0.25" in page.words["experiments"] and "training: 3.5" in page.words["made"]
-    assert base64.b64encode(FIGURE.encode()).decode() in text
-    assert data_of(empty / "report.html")["experiments"] == {"silencing": silencing}
+    words = page.words["experiments"]
+    assert words.index("Something early") < words.index("Something novel") < words.index("unplaced costs much")
+    for word in ("novel costs much.", "Verdicts (1 row)", "Table (1 row)", "0.25", "yes"):
+        assert word in words
+    assert "novel costs much." in page.words["summary"] and "A second one." not in text
+    assert "batch-size" in page.words["made"] and "analysis/novel.json (3.5 s)" in page.words["made"]
+    assert "1 more novel" in page.words["made"]
+    shown = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert shown == ["Figure novel", "Figure novel-more"]
+    assert base64.b64encode(f"{FIGURE}novel.svg".encode()).decode() in text
+
+
+def test_images_are_chosen_as_the_trace_chose_them(empty: Path) -> None:
+    Document("trace", {"data": "digits", "samples": None, "seed": 3}, about={"attack": None}).save(empty)
+    Document("detect", {"data": "others", "samples": 400, "draws": 5}).save(empty)
+    settings = RunFolder.open(empty).settings
+    assert settings == {"data": "digits", "samples": None, "seed": 3, "draws": 5}
 
 
 def test_the_network_called_model_is_the_runs_own(empty: Path) -> None:
@@ -357,27 +451,23 @@ def test_the_network_called_model_is_the_runs_own(empty: Path) -> None:
 
 
 def test_odd_documents_are_shown_as_far_as_they_go(empty: Path) -> None:
-    odd = {"rows": [1, {"accuracy": "high"}, {"accuracy_low": None}], "checks": 3, "libraries": [], "reading": "\ud800"}
-    (empty / "evaluation.json").write_text(json.dumps(odd))
-    (empty / "hardness.json").write_text(
-        json.dumps(
-            {
-                "attacks": {"a": 1, "b": {"bins_hardest_first": 3}, "c": {"bins_hardest_first": [4, [1, 0]]}},
-                "judgements": "?",
-                "classes": None,
-                "data": 3,
-            }
-        )
-    )
-    (empty / "weaken.json").write_text(json.dumps({"rows": {}, "verdicts": [None], "terms": [], "seconds": "long"}))
+    rows = [{}, {"accuracy": "high"}, {"accuracy_low": None, "accuracy": 0.5}]
+    odd = Document("evaluation", {"libraries": []}, "\ud800", Table.of(rows), {"checks": 3})
+    odd.save(empty)
+    attacks = {"a": 1, "b": {"bins_hardest_first": 3}, "c": {"bins_hardest_first": [4, [1, 0]]}}
+    about = {"attacks": attacks, "judgements": "?", "classes": None}
+    Document("hardness", {"data": 3}, about=about).save(empty)
+    Document("weaken", {}, about={"verdicts": [None], "seconds": "long"}).save(empty)
     done("report", empty, "--quiet")
-    assert data_of(empty / "report.html")["evaluation"] == odd
+    assert data_of(empty / "report.html")["evaluation"] == odd.to_json()
+    page = Elements((empty / "report.html").read_text())
+    assert page.words["hardness"].count("The file gives no reading.") == 1 and "50.0" in page.words["evaluation"]
 
 
 def test_no_file_chooses_code_to_run(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "chosen.py").write_text(f"def factory():\n    open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (empty / "summary.json").write_text(json.dumps({"terms": {"model": "chosen:factory", "data": "mnist-sample"}}))
+    Document("trace", {"model": "chosen:factory", "data": "mnist-sample"}).save(empty)
     result = run("report", empty)
     assert result.exit_code == 0 and "give --model" in result.stderr and not (tmp_path / "ran").exists()
 
@@ -402,6 +492,8 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_the_texts_of_the_page_are_package_data() -> None:
-    home = Path(ar.__file__).parent / "report"
-    named = {*_SCRIPTS, "report.css", "report.html", "route.html"}
-    assert named <= {path.name for path in home.iterdir()} and len(_SCRIPTS) == len(list(home.glob("*.js")))
+    home = Path(ar.__file__).parent / "report" / "assets"
+    assert set(_SCRIPTS) == {path.name for path in home.glob("*.js")}
+    named = set(re.findall(r'"([\w.]+\.j2)"', "".join(path.read_text() for path in home.glob("*.j2"))))
+    assert named | {"run.html.j2", "two_runs.html.j2"} == {path.name for path in home.glob("*.j2")}
+    assert (home / "report.css").is_file()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import attackroute as ar
-from attackroute.report.comparison import Comparison, build_comparison
 from attackroute.report.measuring import Measured, measure, unmeasured
 from attackroute.report.page import MOST_BYTES, Content, build_page
 from attackroute.report.run_folder import RunFolder
+from attackroute.report.two_runs import Comparison, build_comparison
 from attackroute.routes.masks import top_k
 from report_runs import CLASSES
 
@@ -33,7 +33,7 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-NOTHING = RunFolder(Path("run"), None, (), None, None, (), None, None, (), None, ())
+NOTHING = RunFolder(Path("run"))
 NAMES = (CLASSES[0], "b", "c", "d")
 RADII = ("2/255", "8/255")
 

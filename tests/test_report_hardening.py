@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import attackroute as ar
-from attackroute.report.fragments import percent
-from attackroute.report.hardening_section import hardening
+from attackroute.core.document import Document
+from attackroute.core.table import Table
+from attackroute.report.measuring import unmeasured
+from attackroute.report.page import Content, build_page, percent
 from attackroute.report.run_folder import RunFolder
+from report_runs import shares
 from test_report import Elements
-
-
-def row(model: str, attack: str, correct: int) -> dict[str, Any]:
-    share = correct / 50
-    return {
-        "model": model, "attack": attack, "accuracy": share, "accuracy_low": share - 0.1, "accuracy_high": share + 0.1,
-        "correct": correct, "samples": 50,
-    }  # fmt: skip
 
 
 def write(folder: Path, target: str, after: tuple[int, int], before: tuple[int, int] = (48, 10)) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        row(model, attack, correct)
+        {"model": model, "attack": attack, **shares(correct, 50)}
         for model, found in (("before", before), ("after", after))
         for attack, correct in zip(("clean", "pgd:eps=0.1"), found, strict=True)
     ]
-    content = {
-        "folder": str(folder),
-        "lambda": 0.1,
+    settings = {"target": target, "lambda": 0.1, "lr": 0.01, "attack": None, "trainable": ["w"], "epochs": 5}
+    about = {
         "epochs": 3,
         "penalties": {"gradient": 0.5},
         "strengths": {"gradient": 2.5},
         "route_changes": [],
-        "overlap_with_full_route": None,
-        "evaluation": {"rows": rows, "checks": []},
+        "overlap_with_full_route": {"share": 0.8125},
+        "evaluation": {"checks": []},
     }
-    (folder / "hardening.json").write_text(json.dumps(content))
-    (folder / "settings.json").write_text(
-        json.dumps({"target": target, "lr": 0.01, "attack": None, "trainable": ["w"]})
-    )
+    Document("hardening", settings, "Told.", Table.of(rows), about).save(folder)
     ar.Route({"a": [1]}, {"a": 3}).save(folder / "route.json")
 
 
+def page_of(folder: Path) -> str:
+    return build_page(Content(RunFolder.open(folder), unmeasured(None))).html
+
+
+def section_of(folder: Path) -> str:
+    html = page_of(folder)
+    start = html.index('<section id="hardening">')
+    return html[start : html.index("</section>", start)]
+
+
 def words(folder: Path) -> str:
-    found = RunFolder.open(folder)
-    return Elements(f'<section id="x">{hardening(found.hardenings, 100)}</section>').words["x"]
+    return Elements(page_of(folder)).words["hardening"]
 
 
 def test_before_and_after_with_settings(tmp_path: Path) -> None:
@@ -57,6 +56,7 @@ def test_before_and_after_with_settings(tmp_path: Path) -> None:
         assert percent(share) in text
     assert "A gradient penalty on the route's neurons, lambda 0.1, 3 epochs" in text
     assert "the gradient penalty's gradient was 2.5 times the task's" in text
+    assert "shares 81.2\u00a0% of its neurons." in text
     assert "lr" in text and "0.01" in text and "trainable" not in text
     assert "No check for masked gradients" in text
 
@@ -70,8 +70,8 @@ def test_controls_stand_beside_it(tmp_path: Path) -> None:
     write(tmp_path / "on-route", "route", (47, 30))
     write(tmp_path / "random", "random", (46, 25))
     found = RunFolder.open(tmp_path)
-    assert [document.name for document in found.hardenings] == ["on-route", "random"]
-    html = hardening(found.hardenings, 100)
+    assert [document.folder for document in found.hardenings] == ["on-route", "random"]
+    html = section_of(tmp_path)
     table = html[html.index("<table>") : html.index("</table>")]
     assert table.count("<th ") == 5 and [table.index(name) for name in ("before", "on-route", "random")] == sorted(
         table.index(name) for name in ("before", "on-route", "random")
@@ -83,14 +83,35 @@ def test_controls_stand_beside_it(tmp_path: Path) -> None:
 def test_hardenings_of_other_networks_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "one", "route", (47, 30))
     write(tmp_path / "two", "route", (46, 25), before=(40, 9))
-    html = hardening(RunFolder.open(tmp_path).hardenings, 100)
+    html = section_of(tmp_path)
     assert html.count("<table>") == 2 and "controls beside them" not in html
 
 
+def test_signs_of_masking_and_changes_of_the_route_are_told(tmp_path: Path) -> None:
+    write(tmp_path, "all", (47, 30))
+    document = Document.load(tmp_path / "hardening.json")
+    check = {"model": "after", "check": "no limit", "verdict": "suspicious", "samples": 8, "numbers": {"share": 0.5}}
+    more = {"evaluation": {"checks": [check]}, "route_changes": [{"epoch": 2, "changed": 7}]}
+    replace(document, about={**document.about, **more}).save(tmp_path)
+    text = words(tmp_path)
+    assert "on all neurons" in text and "suspicious" in text and "share: 0.5" in text
+    assert "How the route changed while it was traced anew" in text and "No check" not in text
+
+
+def test_an_evaluation_that_a_hardening_has_made_is_not_shown_twice(tmp_path: Path) -> None:
+    write(tmp_path, "route", (47, 30))
+    (tmp_path / "evaluation").mkdir()
+    rows = Document.load(tmp_path / "hardening.json").table
+    Document("evaluation", {}, "Told.", Table.of({**row, "step": 1} for row in rows)).save(tmp_path / "evaluation")
+    again = "The table is that of the hardening above"
+    assert again in Elements(page_of(tmp_path)).words["evaluation"]
+    Document("evaluation", {}, "Told.", Table.of([*rows, {"model": "x"}])).save(tmp_path / "evaluation")
+    assert again not in Elements(page_of(tmp_path)).words["evaluation"]
+
+
 def test_odd_files_are_shown_as_far_as_they_go(tmp_path: Path) -> None:
-    (tmp_path / "hardening.json").write_text(
-        json.dumps({"evaluation": 3, "strengths": [1], "lambda": "x", "penalties": None, "<b>": "<i>"})
-    )
-    html = hardening(RunFolder.open(tmp_path).hardenings, 100)
+    odd = {"evaluation": 3, "strengths": [1], "penalties": None, "overlap_with_full_route": "?", "<b>": "<i>"}
+    Document("hardening", {"lambda": "x", "attack": {"name": "pgd"}, "target": 3}, about=odd).save(tmp_path)
+    html = section_of(tmp_path)
     assert "Before and after were not compared" in html and "<b>" not in html and "&lt;i&gt;" in html
-    assert "attackroute harden" in hardening((), 100)
+    assert "<p>Fine-tuning, against pgd.</p>" in html

@@ -16,8 +16,8 @@ from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     from attackroute.cli.report_source import Wanted
-    from attackroute.report.comparison import Comparison
     from attackroute.report.run_folder import RunFolder
+    from attackroute.report.two_runs import Comparison
 
 EXAMPLES = """
  Examples:
@@ -83,8 +83,8 @@ def compare(
     """
     from attackroute.cli.report_source import Wanted
     from attackroute.core.files import replace_file
-    from attackroute.report.comparison import build_comparison
     from attackroute.report.run_folder import RunFolder
+    from attackroute.report.two_runs import build_comparison
 
     output = Output(as_json, quiet)
     runs = RunFolder.open(run_a), RunFolder.open(run_b)
@@ -110,9 +110,9 @@ def compare(
 def _comparison(runs: tuple[RunFolder, RunFolder], wanted: tuple[Wanted, Wanted], output: Output) -> Comparison:
     """Both runs on the same images: by their own traces where these are of the same samples, else by new ones."""
     from attackroute.cli.report_source import Source, chosen_attacks
-    from attackroute.report.comparison import Comparison, comparable_notes, told_apart
     from attackroute.report.measuring import Measured, unmeasured
     from attackroute.report.page import Content
+    from attackroute.report.two_runs import Comparison, comparable_notes, told_apart
 
     first, second = runs
     kept = comparable(first, second)
@@ -122,7 +122,7 @@ def _comparison(runs: tuple[RunFolder, RunFolder], wanted: tuple[Wanted, Wanted]
         first, second = (_with_attacks(run, shared) for run in runs)
     else:
         first, second = (replace(run, routes=None, attacked=(), route=None) for run in runs)
-    images_of = first if wanted[0].data is not None or isinstance(first.terms.get("data"), str) else second
+    images_of = first if wanted[0].data is not None or isinstance(first.settings.get("data"), str) else second
     attacks = chosen_attacks(first, wanted[0])
     notes: list[str] = []
     measured: list[Measured] = []

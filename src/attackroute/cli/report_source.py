@@ -92,8 +92,8 @@ class Source:
         Raises:
             UserError: Neither names them, or they are not those of the run.
         """
-        terms, chosen_by = run.terms, (run if images_of is None else images_of).terms
-        found = wanted.model or (None if run.model is None else str(run.model)) or terms.get("model")
+        settings, chosen_by = run.settings, (run if images_of is None else images_of).settings
+        found = wanted.model or (None if run.model is None else str(run.model)) or settings.get("model")
         if not isinstance(found, str):
             raise UserError("the run does not name its network; give --model")
         if wanted.model is None and _calls_code(found):
@@ -115,9 +115,9 @@ class Source:
         network = open_network(found, images, weights=wanted.weights, width=wanted.width, classes=wanted.classes).to(
             home
         )
-        if terms.get("dtype") == "float64":
+        if settings.get("dtype") == "float64":
             network = network.double()
-        traced = terms.get("weights")
+        traced = settings.get("weights")
         if wanted.model is None and isinstance(traced, str) and traced != weights_digest(network):
             raise UserError(
                 f"{found} has other weights than the run was made with; give --model to take them all the same"
@@ -139,7 +139,7 @@ class Source:
         Raises:
             UserError: ``linear`` is asked for, and the run was traced without it.
         """
-        if run.terms.get("linear") is True:
+        if run.settings.get("linear") is True:
             linear = True
         elif linear and run.routes is not None:
             raise UserError("the run was traced without --linear; trace it with --linear, or leave it out here")
@@ -168,7 +168,7 @@ def chosen_attacks(run: RunFolder, wanted: Wanted) -> dict[str, Perturbation]:
             continue
     asked = list(wanted.attacks)
     if not asked and not run.attacked:
-        used = run.terms.get("attacks")
+        used = run.settings.get("attacks")
         asked = [used[0] if isinstance(used, list) and used and isinstance(used[0], str) else ATTACK]
     known = set(map(str, found.values()))
     for text in asked:
@@ -222,9 +222,9 @@ def _calls_code(model: str) -> bool:
     return bool(colon) and source not in ("torchvision", "timm") and not Path(model).is_dir()
 
 
-def _side(terms: Mapping[str, Any]) -> int | None:
+def _side(settings: Mapping[str, Any]) -> int | None:
     """Height of the traced images, where they are square."""
-    shape = terms.get("images")
+    shape = settings.get("images")
     if isinstance(shape, list) and len(shape) == 4 and shape[2] == shape[3] and isinstance(shape[2], int):
         return shape[2]
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,16 +13,17 @@ from attackroute.analysis.channel_measurements import gradient, sensitivity
 from attackroute.core.batches import Data, batches
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
+from attackroute.core.table import Table
 from attackroute.report.pictures import Pictures, take_pictures
 from attackroute.robustness.application import Attack, attack_name, attacked
 from attackroute.robustness.attack_order import brief, by_radius
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.layer_map import require_same
+from attackroute.routes.masks import kept
 from attackroute.routes.route import Route
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.influence import MeanInfluence, mean_influence
-from attackroute.tracing.trace import trace_routes
-
-Progress = Callable[[int, "int | None"], None]
+from attackroute.tracing.trace import Progress, trace_routes
 
 _BATCH = 128
 
@@ -64,8 +65,24 @@ class Condition:
     @property
     def channels(self) -> Mapping[str, int]:
         """Channels of each layer, in forward order; empty where nothing is known."""
-        found = self.routes if self.routes is not None else self.route
-        return {} if found is None else found.channels
+        routes = self.routes if self.routes is not None else self.route
+        return {} if routes is None else routes.channels
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the samples that the network gets right; None where it is not known."""
+        if self.routes is None or self.routes.labels is None or self.routes.predictions is None:
+            return None
+        return (self.routes.labels == self.routes.predictions).double().mean().item()
+
+    @property
+    def occurrence(self) -> Mapping[str, float]:
+        """How often a layer's most frequent channels are on a sample's route; empty without samples' routes."""
+        return {} if self.routes is None else self.routes.occurrence(self.routes.width)
+
+    def model_route(self, width: float) -> Route | None:
+        """The model's route of these samples, else that of the file; None where there is neither."""
+        return self.route if self.routes is None else self.routes.aggregate(width)
 
 
 @dataclass(frozen=True)
@@ -92,13 +109,88 @@ class Measured:
         """After the last attack; None without any."""
         return self.attacked[-1] if self.attacked else None
 
+    @property
+    def traced(self) -> InstanceRoutes | None:
+        """Routes of samples under the first condition that has them; None where none has."""
+        return next((condition.routes for condition in self.conditions if condition.routes is not None), None)
+
+    def overlap(self, width: float) -> float | None:
+        """Mean Jaccard index over layers of the routes of a width, clean and after the last attack."""
+        clean, last = self.clean.routes, self.strongest
+        if clean is None or last is None or last.routes is None:
+            return None
+        rows = self.clean.rows
+        if rows is not None and len(rows) == len(last.routes) < len(clean):  # the same images
+            clean = clean.select(list(rows))
+        shared = clean.aggregate(width).jaccard(last.routes.aggregate(width))
+        return sum(shared.values()) / len(shared)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share, which a table of a page shows as a bar and in per cent.
+
+    Attributes:
+        value: The share.
+        interval: Its 95 % interval; None where it has none.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def occurrence_table(measured: Measured, route: Route | None) -> Table:
+    """How often a layer's most frequent channels are on a sample's route, by layer; without rows where unknown.
+
+    Args:
+        measured: Samples' routes.
+        route: The model's; its file's frequencies serve where there are no samples' routes.
+    """
+    columns = {condition.name: condition.occurrence for condition in measured.conditions if condition.occurrence}
+    if not columns and route is not None:
+        columns = _occurrence_of(route)
+    channels = next((item.channels for item in (*measured.conditions, route) if item and item.channels), {})
+    return Table.of(
+        {
+            "layer": layer,
+            "channels": count,
+            "on the route": None if route is None else len(route.indices[layer]),
+            **{f"occurrence, {name}": Share(values[layer]) for name, values in columns.items()},
+        }
+        for layer, count in (channels.items() if columns else ())
+    )
+
+
+def response_table(measured: Measured, route: Route | None) -> Table:
+    """Mean sensitivity and gradient of the route's channels beside those off it, by layer; without rows where unknown.
+
+    Args:
+        measured: Sensitivity after the last attack, and the gradient on clean images.
+        route: The model's.
+    """
+    last, kinds = measured.strongest, {}
+    if last is not None and last.sensitivity is not None:
+        kinds[f"sensitivity, {last.name}"] = last.sensitivity
+    if measured.clean.gradient is None or route is None:
+        return Table((), ())
+    kinds["gradient, clean images"] = measured.clean.gradient
+    rows = []
+    for layer in route:
+        mask = route.mask(layer)
+        row: dict[str, object] = {"layer": layer}
+        for name, values in kinds.items():
+            for where, channels in (("on the route", values[layer][mask]), ("off it", values[layer][~mask])):
+                row[f"{name}: {where}"] = channels.mean().item() if len(channels) else None
+        rows.append(row)
+    return Table.of(rows)
+
 
 def unmeasured(
     clean: InstanceRoutes | None, attacked: Sequence[InstanceRoutes] = (), route: Route | None = None
 ) -> Measured:
     """What the files of a run say without its network."""
-    found = tuple(Condition(routes.provenance.attack, routes) for routes in attacked)
-    return Measured(Condition(None, clean, route), found)
+    conditions = tuple(Condition(routes.provenance.attack, routes) for routes in attacked)
+    return Measured(Condition(None, clean, route), conditions)
 
 
 def same_samples(ours: InstanceRoutes | None, theirs: InstanceRoutes | None) -> bool:
@@ -140,46 +232,53 @@ def measure(
     """
     influence = mean_influence(model, data, linear=linear, progress=progress)
     for condition in known.conditions:
-        for part in (condition.routes, condition.route):
-            if part is not None:
-                require_same(part.channels, influence.channels, "the model")
-    trace = partial(trace_routes, model, width=width, linear=linear, progress=progress)
-    here = known.clean.routes is not None
+        for routes in (condition.routes, condition.route):
+            if routes is not None:
+                require_same(routes.channels, influence.channels, "the model")
+    trace = partial(trace_routes, model, width=width, config=TraceConfig(linear=linear), progress=progress)
+    is_traced = known.clean.routes is not None
     clean = replace(
         known.clean,
-        routes=known.clean.routes if here else trace(data),
-        rows=rows if here else range(influence.samples),
+        routes=known.clean.routes if is_traced else trace(data),
+        rows=rows if is_traced else range(influence.samples),
         influence=influence,
         gradient=gradient(model, data, linear=linear, progress=progress),
-        traced=not here,
+        traced=not is_traced,
     )
-    traced = {found.routes.provenance.attack: found for found in known.attacked if found.routes is not None}
-    conditions = []
+    stored = {condition.attack: condition for condition in known.attacked if condition.routes is not None}
+    measured = []
     for name, attack in attacks.items():
         images = _attacked_batches(model, data, attack)
-        found = traced.pop(name, None)
-        routes = None if found is None else found.routes
-        if routes is None:
+        if name in stored:
+            condition = stored.pop(name)
+            condition = replace(condition, rows=rows if same_samples(clean.routes, condition.routes) else None)
+        else:
             routes = trace(images)
             routes = replace(routes, provenance=replace(routes.provenance, attack=attack_name(attack)))
-        conditions.append(
-            Condition(
-                name,
-                routes,
-                rows=range(influence.samples)
-                if found is None
-                else rows
-                if same_samples(clean.routes, routes)
-                else None,
+            condition = Condition(name, routes, rows=range(influence.samples), traced=True)
+        measured.append(
+            replace(
+                condition,
                 influence=mean_influence(model, images, linear=linear, progress=progress),
                 gradient=gradient(model, images, linear=linear, progress=progress),
                 sensitivity=sensitivity(model, _images(data), _images(images), linear=linear, progress=progress),
-                traced=found is None,
             )
         )
     pictures = take_pictures(model, data, shown, linear=linear) if shown else None
-    together = sorted([*traced.values(), *conditions], key=lambda item: by_radius(item.attack or ""))
-    return Measured(clean, tuple(together), pictures)
+    attacked_conditions = sorted([*stored.values(), *measured], key=lambda condition: by_radius(condition.attack or ""))
+    return Measured(clean, tuple(attacked_conditions), pictures)
+
+
+def _occurrence_of(route: Route) -> dict[str, Mapping[str, float]]:
+    """Occurrence from the frequencies in a route's file, by what its samples are; empty where it has none."""
+    origin = route.provenance
+    if route.frequency is None or origin is None or origin.instance_width is None:
+        return {}
+    width = origin.instance_width
+    occurrence = {
+        layer: values.topk(kept(width, len(values))).values.mean().item() for layer, values in route.frequency.items()
+    }
+    return {Condition(origin.attack).name: occurrence}
 
 
 def _images(data: Data) -> Data:
@@ -189,7 +288,7 @@ def _images(data: Data) -> Data:
 
 def _attacked_batches(model: nn.Module, data: Data, attack: Attack) -> list[tuple[Tensor, Tensor]]:
     with frozen(model):
-        found = [attacked(model, attack, images, labels) for images, labels in batches(model, data, _BATCH)]
-    if not found:
+        pairs = [attacked(model, attack, images, labels) for images, labels in batches(model, data, _BATCH)]
+    if not pairs:
         raise UserError("the data hold no sample: the loader is empty")
-    return found
+    return pairs

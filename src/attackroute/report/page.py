@@ -1,29 +1,60 @@
-"""The page of one run: its parts, its data as JSON, and a limit on its size."""
+"""The page of one run: the values of its sections, its data as JSON, and a limit on its size.
+
+What the page says stands in the templates in ``assets/``; here are the numbers and tables that they show.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import base64
+import hashlib
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
-from attackroute.core.table import plural
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from attackroute.core.table import Table, plural
 from attackroute.core.version import __version__
-from attackroute.report import sections
-from attackroute.report.fragments import missing, percent, text
-from attackroute.report.frame import Frame, Part, framed, view_html
-from attackroute.report.hardening_section import compared_rows, hardening
-from attackroute.report.measuring import Measured
-from attackroute.report.origin_section import made
-from attackroute.report.route_setup import run_setup
-from attackroute.report.route_view import Limits, Network, route_view
-from attackroute.report.run_folder import Document, RunFolder
+from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
+from attackroute.report.pictures import inline_figures
+from attackroute.report.route_view import Limits, Network, route_view, run_setup
+from attackroute.report.run_folder import RunFolder, StoredDocument
+from attackroute.robustness.attack_order import brief
+from attackroute.robustness.evaluation_table import library_versions
 from attackroute.routes.route import Route
 
 MOST_BYTES = 10_000_000
-FORMAT, VERSION = "attackroute report", 2
-
-_ROUTE_WIDTH = 0.3
+SECTIONS = {
+    "summary": "Summary",
+    "occurrence": "Occurrence",
+    "responses": "Sensitivity and gradients",
+    "experiments": "Experiments",
+    "hardening": "Hardening",
+    "hardness": "Hardness",
+    "evaluation": "Evaluation under attack",
+    "made": "How it was made",
+}
+"""Headings of a run's sections below its route, by their addresses in the page."""
 PRUNED = "Some figures, rows, channels or images are left out to keep the page small; the run's files have them."
+_FORMAT, _VERSION = "attackroute report", 3
+_ROUTE_WIDTH = 0.3
+_ASSETS = Path(__file__).parent / "assets"
+_SCRIPTS = (  # one after another, as one script
+    "route_numbers.js", "route_columns.js", "route_drawing.js", "route_panel.js", "route_controls.js", "route_view.js",
+    "page.js",
+)  # fmt: skip
+_POLICY = (
+    "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
+)
+_BEFORE = "before"  # what a hardening calls the network that it began with
+_OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "sketches", "batch-size", "dtype")
+_FLAGS = ("linear", "freeze-gates")  # both of a trace
+_MOST_SETTINGS = 40
 
 
 @dataclass(frozen=True)
@@ -46,18 +77,129 @@ class Content:
     command: str | None = None
     seconds: float | None = None
 
-    @property
+    @cached_property
     def route(self) -> Route | None:
         """The model's route: the file's, else that of the traced samples."""
-        if self.run.route is not None:
-            return self.run.route
         clean = self.measured.clean.routes
-        return None if clean is None else clean.aggregate(_ROUTE_WIDTH)
+        return self.run.route or (None if clean is None else clean.aggregate(_ROUTE_WIDTH))
+
+    @cached_property
+    def overlap(self) -> float | None:
+        """Mean Jaccard index of the clean route and that after the last attack."""
+        origin = None if self.route is None else self.route.provenance
+        return self.measured.overlap(_ROUTE_WIDTH if origin is None else origin.width)
 
     @property
     def name(self) -> str:
         """What the run is called."""
         return self.run.path.resolve().name
+
+    @property
+    def key_numbers(self) -> list[tuple[str, object]]:
+        """What a reader wants to know first."""
+        measured, route, trace = self.measured, self.route, self.run.trace
+        accuracy: object = measured.clean.accuracy
+        if accuracy is None and trace is not None:
+            accuracy = trace.document.about.get("accuracy")
+        numbers: list[tuple[str, object]] = []
+        if measured.traced is not None:
+            numbers.append(("samples traced", len(measured.traced)))
+            numbers.append(("of a layer's channels on a sample's route", percent(measured.traced.width)))
+        if isinstance(accuracy, (int, float)):
+            numbers.append(("accuracy on them", percent(accuracy)))
+        for condition in measured.attacked:
+            if condition.routes is not None and condition.accuracy is not None:
+                numbers.append((f"accuracy on {len(condition.routes)} {condition.name}", percent(condition.accuracy)))
+        if route is not None:
+            numbers.append(("layers", len(route)))
+            numbers.append(("channels on the model's route", f"{route.size} of {sum(route.channels.values())}"))
+        if self.overlap is not None:
+            what = "of clean and attacked route shared (Jaccard index, mean over layers)"
+            numbers.append((what, percent(self.overlap)))
+        return numbers
+
+    @property
+    def tenths(self) -> Table:
+        """Of every tenth of the images by hardness, how many an attack fools."""
+        attacks = {} if self.run.hardness is None else mapping(self.run.hardness.document.about.get("attacks"))
+        return Table.of(
+            {"attack": attack, "tenth, hardest first": place, "images": pair[0], "fooled": pair[1]}
+            for attack, found in attacks.items()
+            if isinstance(bins := mapping(found).get("bins_hardest_first"), list)
+            for place, pair in enumerate((pair for pair in bins if isinstance(pair, list) and len(pair) == 2), start=1)
+        )
+
+    @property
+    def hardened_together(self) -> Table:
+        """Several hardenings of one network side by side: before once, and each one's after under its name."""
+        rows: list[Mapping[str, Any]] = []
+        before: dict[object, object] = {}
+        for number, hardening in enumerate(self.run.hardenings):
+            for row in hardening.document.table:
+                if row.get("model") != _BEFORE:
+                    rows.append({**row, "model": hardening.folder})
+                    continue
+                key, correct = (row.get("attack"), row.get("samples")), row.get("correct")
+                if before.setdefault(key, correct) != correct:
+                    return Table((), ())  # of another network, or on other images
+                if not number:
+                    rows.append(row)
+        return accuracy_table(rows if len(self.run.hardenings) > 1 else ())
+
+    @property
+    def repeats_hardening(self) -> bool:
+        """Whether the evaluation is that of a hardening, which has its own section."""
+
+        def counts(table: Table) -> set[tuple[str, ...]]:  # whatever columns other attacks add
+            return {tuple(str(row.get(name)) for name in ("model", "attack", "correct", "samples")) for row in table}
+
+        rows = set() if self.run.evaluation is None else counts(self.run.evaluation.document.table)
+        return bool(rows) and any(rows <= counts(item.document.table) for item in self.run.hardenings)
+
+    @property
+    def origin(self) -> list[tuple[str, object]]:
+        """Commands, versions, seeds, sizes and times, as the files have them."""
+        run = self.run
+        pairs: list[tuple[str, object]] = [("page", f"attackroute {__version__}")]
+        if self.command is not None:
+            pairs.append(("made by", self.command))
+        if self.seconds is not None:
+            pairs.append(("measurements for the page", f"{self.seconds:.1f} s"))
+        if run.trace is not None and "model" in run.trace.document.settings:
+            pairs.append(("traced by", _trace_command(run.trace.document.settings)))
+        for condition in self.measured.conditions:
+            if condition.routes is not None:
+                provenance = condition.routes.provenance.to_json()
+                known = {name: value for name, value in provenance.items() if value is not None}
+                pairs.append((f"trace, {condition.name}", known))
+        about = {} if run.trace is None else run.trace.document.about
+        settings = [(name, value) for name, value in {**run.settings, **about}.items() if _is_setting(value)]
+        pairs += settings[:_MOST_SETTINGS]
+        if run.evaluation is not None and "libraries" in run.evaluation.document.settings:
+            pairs.append(("libraries of the evaluation", run.evaluation.document.settings["libraries"]))
+        pairs.append(("libraries of the page", library_versions()))
+        for stored in run.documents:
+            seconds = stored.document.about.get("seconds")
+            pairs.append(("file", f"{stored.path}{f' ({seconds:.1f} s)' if _is_number(seconds) else ''}"))
+        if run.left_out:
+            pairs.append(("not shown", run.left_out))
+        return list({(name, _text(value)): (name, value) for name, value in pairs}.values())
+
+    def network(self, budget: Budget, name: str = "") -> Network:
+        """The network as the route view takes it."""
+        return Network(name, self.measured.conditions, self.measured.pictures if budget.pictures else None)
+
+    def data(self, budget: Budget) -> dict[str, Any]:
+        """The run's files as plain values."""
+        run = self.run
+        return {
+            "run": self.name,
+            "summary": _document_json(run.trace, budget),
+            "experiments": {item.document.kind: _document_json(item, budget) for item in run.experiments},
+            "hardness": _document_json(run.hardness, budget),
+            "hardenings": {item.folder: _document_json(item, budget) for item in run.hardenings},
+            "evaluation": _document_json(run.evaluation, budget),
+        }
 
 
 @dataclass(frozen=True)
@@ -67,7 +209,7 @@ class Budget:
     Attributes:
         figure_bytes: The largest figure's file.
         table_rows: Rows of each table.
-        data_rows: Whether the JSON holds the experiments' rows and verdicts.
+        data_rows: Whether the JSON holds the rows and verdicts of documents.
         pictures: Whether images of the samples are in it.
         view: Whether the route is drawn.
         limits: How much the route view carries.
@@ -85,9 +227,9 @@ _BUDGETS = (
     Budget(),
     Budget(500_000, 200),
     Budget(200_000, 100, limits=Limits(pairs=40_000, samples=40)),
-    Budget(100_000, 100, False, limits=Limits(128, 16_000, 20)),
-    Budget(0, 50, False, False, limits=Limits(32, 4_000, 5)),
-    Budget(0, 20, False, False, False),
+    Budget(100_000, 100, data_rows=False, limits=Limits(128, 16_000, 20)),
+    Budget(0, 50, data_rows=False, pictures=False, limits=Limits(32, 4_000, 5)),
+    Budget(0, 20, data_rows=False, pictures=False, view=False),
 )
 
 
@@ -131,108 +273,167 @@ def fitting(fill: Callable[[Budget, bool], Page], most_bytes: int) -> Page:
     return page
 
 
+def render(template: str, data: Mapping[str, Any], **values: Any) -> tuple[str, dict[str, Any]]:
+    """A whole page, which loads and sends nothing.
+
+    Args:
+        template: The template's name.
+        data: What the page holds as JSON.
+        values: What the template shows: ``title``, ``sections`` and what else it names.
+
+    Returns:
+        The page, and its JSON with the format's name.
+    """
+    marked = {"format": _FORMAT, "version": _VERSION, "attackroute": __version__, **data}
+    script, style = "\n".join(map(_asset, _SCRIPTS)), _asset("report.css")
+    frame = _environment().get_template(template)
+    html = frame.render(
+        data=marked,
+        policy=_POLICY.format(script=_digest(script), style=_digest(style)),
+        script=Markup(script),
+        style=Markup(style),
+        version=__version__,
+        **values,
+    )
+    return html, marked
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """``0.125`` as ``12.5 %``, with a space that does not break."""
+    return "" if share is None else f"{100 * share:.{digits}f}\u00a0%"
+
+
+def records(value: object) -> Table:
+    """A table in a document, without what is no row of it."""
+    return Table.of(row for row in value if isinstance(row, Mapping)) if isinstance(value, list) else Table((), ())
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """An object in a document; empty where it is something else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of an accuracy; None where the row has none."""
+    low, high = row.get("accuracy_low"), row.get("accuracy_high")
+    return (low, high) if isinstance(low, (int, float)) and isinstance(high, (int, float)) else None
+
+
+def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Accuracies with their 95 % intervals: a row an attack, a column a network.
+
+    Args:
+        rows: As the document of an evaluation has them.
+    """
+    attacks: dict[str, dict[str, Any]] = {}
+    images: dict[str, Any] = {}
+    for row in rows:
+        attack, accuracy = str(row.get("attack")), row.get("accuracy")
+        cells = attacks.setdefault(attack, {"attack": brief(attack)})
+        share = Share(accuracy, interval(row)) if isinstance(accuracy, (int, float)) else None
+        cells[str(row.get("model"))] = share
+        images[attack] = row.get("samples")
+    return Table.of({**cells, "images": images[attack]} for attack, cells in attacks.items())
+
+
 def _filled(content: Content, budget: Budget, *, pruned: bool) -> Page:
-    run, measured = content.run, content.measured
-    view = None
-    if budget.view:
-        view = route_view([network_of(content, budget)], content.classes, budget.limits)
-    setups = [] if view is None else [run_setup(measured.conditions)]
-    notes = [*content.notes, *([PRUNED] if pruned else [])]
+    view = route_view([content.network(budget)], content.classes, budget.limits) if budget.view else None
     data = {
-        "format": FORMAT,
-        "version": VERSION,
-        "attackroute": __version__,
-        **run_data(content, budget),
+        **content.data(budget),
         "route_data": [] if view is None else [view],
-        "route_views": [setup.to_json() for setup in setups],
-        "notes": notes,
+        "route_views": [] if view is None else [run_setup(content.measured.conditions).to_json()],
+        "notes": [*content.notes, *([PRUNED] if pruned else [])],
     }
-    drawing = (
-        f'{view_html(0)}<p class="notes">{text(" ".join(content.notes))}</p>'
-        if view is not None
-        else missing(no_view(budget))
+    html, data = render(
+        "run.html.j2",
+        data,
+        title=f"Critical attacking route: {content.name}",
+        sections={"route": "The route", **SECTIONS},
+        view=view is not None,
+        budget=budget,
+        content=content,
+        left_out=PRUNED if pruned else None,
     )
-    parts = [Part("route", "The route", drawing), *run_parts(content, budget, notes)]
-    frame = Frame(
-        f"Critical attacking route: {content.name}",
-        subtitle(run.network, measured),
-        f"{WHAT} {HOW}",
-        f"Made by attackroute {__version__}. This page loads nothing and sends nothing.",
-    )
-    return Page(framed(frame, parts, data), data, pruned)
+    return Page(html, data, pruned)
 
 
-def network_of(content: Content, budget: Budget, name: str = "") -> Network:
-    """A run's network as the route view takes it."""
-    measured = content.measured
-    return Network(name, measured.conditions, measured.pictures if budget.pictures else None)
+@cache
+def _environment() -> Environment:
+    """Templates in which every value is escaped, and a misspelt name is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(_ASSETS), autoescape=True, undefined=StrictUndefined, finalize=_readable,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {
+        "percent": percent, "records": records, "mapping": mapping, "inlined": inline_figures,
+        "accuracies": accuracy_table, "occurrence": occurrence_table, "responses": response_table, "columns": _columns,
+        "plural": plural, "zip": zip,
+    }  # fmt: skip
+    environment.tests |= {"numeric": _is_number, "share": lambda cell: isinstance(cell, Share)}
+    return environment
 
 
-WHAT = (
-    "Noise that fools a network does not travel through all of it alike: the channels that pass on the most of what "
-    "changes the loss form its critical attacking route."
-)
-HOW = (
-    "Below, columns are layers from the image to the logits, marks are channels of the route with the most used on "
-    "top, and the width of a line is the mean influence of a channel on one of the next layer."
-)
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
 
 
-def run_data(content: Content, budget: Budget) -> dict[str, Any]:
-    """A run's files as plain values."""
-    run = content.run
-    return {
-        "run": content.name,
-        "summary": run.summary,
-        "experiments": {item.name: _values(item, budget) for item in run.experiments},
-        "hardness": None if run.hardness is None else run.hardness.content,
-        "hardenings": {item.name: item.content for item in run.hardenings},
-        "evaluation": None if run.evaluation is None else run.evaluation.content,
-    }
+def _digest(source: str) -> str:
+    """What the policy allows to run: this text and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
-def run_parts(content: Content, budget: Budget, notes: Sequence[str]) -> list[Part]:
-    """The parts of the page below the route."""
-    run, measured, route = content.run, content.measured, content.route
-    rows, largest = budget.table_rows, budget.figure_bytes
-    above = compared_rows(run.hardenings)
-    return [
-        Part("summary", "Summary", sections.summary(run, measured, route)),
-        Part("occurrence", "Occurrence", sections.occurrence(measured, route, rows)),
-        Part("responses", "Sensitivity and gradients", sections.responses(measured, route, rows)),
-        Part("experiments", "Experiments", sections.experiments(run.experiments, rows, largest)),
-        Part("hardening", "Hardening", hardening(run.hardenings, rows)),
-        Part("hardness", "Hardness", sections.hardness(run.hardness, rows, largest)),
-        Part("evaluation", "Evaluation under attack", sections.evaluation(run.evaluation, rows, above)),
-        Part("made", "How it was made", made(run, measured, notes, __version__, content.command, content.seconds)),
-    ]
+def _readable(value: object) -> object:
+    """A value as a template shows it: numbers short, nothing for None."""
+    if isinstance(value, Markup):
+        return value
+    return _text(value).encode(errors="replace").decode()  # half a surrogate pair has no place in a file
 
 
-def no_view(budget: Budget) -> str:
-    """What stands where no route is drawn."""
-    if budget.view:
-        return "There is no route to draw: attackroute trace makes one."
-    return "The network is too large for a drawing in a page of this size; route.json has the route."
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_text(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    return str(value)
 
 
-def subtitle(network: str | None, measured: Measured) -> str:
-    """The network, the samples, and what became of them, in one line."""
-    parts = [] if network is None else [f"network {network}"]
-    clean = measured.clean.routes
-    if clean is not None:
-        origin = clean.provenance
-        right = sections.accuracy_of(clean)
-        told = "" if right is None else f", {percent(right)} classified correctly"
-        parts.append(f"{plural(len(clean), 'sample')}{'' if origin.data is None else f' of {origin.data}'}{told}")
-        if "approximate" in origin.criterion:
-            parts.append(f"routes by {origin.criterion}")
-    for item in measured.attacked:
-        right = None if item.routes is None else sections.accuracy_of(item.routes)
-        parts.append(f"{item.name.removeprefix('images ')}{'' if right is None else f': {percent(right)}'}")
-    return "; ".join(parts)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _values(document: Document, budget: Budget) -> dict[str, Any]:
-    if budget.data_rows:
-        return dict(document.content)
-    return {name: value for name, value in document.content.items() if name not in ("rows", "verdicts")}
+def _columns(table: Table, names: Mapping[str, str]) -> Table:
+    """Some columns of a table under other names."""
+    return Table.of({title: row.get(name) for name, title in names.items()} for row in table)
+
+
+def _document_json(stored: StoredDocument | None, budget: Budget) -> dict[str, Any] | None:
+    if stored is None:
+        return None
+    content = stored.document.to_json()
+    if not budget.data_rows:
+        del content["rows"]
+        content["about"].pop("verdicts", None)
+    return content
+
+
+def _trace_command(settings: Mapping[str, Any]) -> str:
+    """The command line that gives a trace again."""
+    parts = ["attackroute", "trace"]
+    for name in _OPTIONS:
+        value = settings.get(name)
+        if isinstance(value, (str, int, float)) and not (name == "split" and value not in ("train", "test")):
+            parts += [f"--{name}", str(value)]
+    return shlex.join([*parts, *(f"--{name}" for name in _FLAGS if settings.get(name) is True)])
+
+
+def _is_setting(value: object) -> bool:
+    """Whether it can stand in one line: plain, or a list of plain values."""
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, (str, int, float)) for part in parts)

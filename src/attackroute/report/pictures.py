@@ -1,4 +1,4 @@
-"""Pictures in the page: images of the run, and where in them each channel responds most."""
+"""Pictures in the page as data: figures, images of the run, and where in them each channel responds most."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from attackroute.core.batches import Data, batches
 from attackroute.core.errors import UserError
+from attackroute.core.files import shown
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 from attackroute.hardening.folding import following_norms
@@ -21,6 +23,30 @@ _LARGEST = 224  # pixels each way of a picture
 _LOSSLESS = 64  # up to so many pixels each way
 _BEST = 4  # places kept for each channel
 _READ = 16  # images at a time
+_FIGURES = {".svg": "image/svg+xml", ".png": "image/png"}
+
+
+def inline_figures(figures: Mapping[str, Mapping[str, Path]], largest: int) -> dict[str, str | None]:
+    """Each figure as a ``data:`` address: the SVG where it fits, else the PNG, else None.
+
+    As images they cannot run a script or load anything, whatever their files hold.
+
+    Args:
+        figures: Files by title, then by ending.
+        largest: Bytes that one file may have.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    sources: dict[str, str | None] = dict.fromkeys(figures)
+    for title, files in figures.items():
+        for file in (files[ending] for ending in _FIGURES if ending in files):
+            try:
+                if sources[title] is None and file.stat().st_size <= largest:
+                    sources[title] = _address(_FIGURES[file.suffix], file.read_bytes())
+            except OSError as error:
+                raise UserError(f"{shown(file)}: cannot be read: {error.strerror or error}") from None
+    return sources
 
 
 @dataclass(frozen=True)
@@ -101,8 +127,8 @@ def take_pictures(model: nn.Module, data: Data, count: int, *, linear: bool = Fa
         at = torch.cat(places[layer]).T.gather(1, best)
         rows, columns = maps[layer]
         middle = torch.stack([_pixel(at // columns, rows, size[0]), _pixel(at % columns, columns, size[1])], dim=2)
-        seen = fields[layer]
-        field = (max(1, round(seen[0] * size[0] / height)), max(1, round(seen[1] * size[1] / width)))
+        extent = fields[layer]
+        field = (max(1, round(extent[0] * size[0] / height)), max(1, round(extent[1] * size[1] / width)))
         peaks[layer] = Peaks(best, middle, field)
     return Pictures(tuple(_source(image, size) for image in images.cpu()), size, peaks)
 
@@ -143,14 +169,14 @@ def _fields(model: nn.Module, image: Tensor, *, linear: bool) -> dict[str, tuple
     """Height and width of the part of the image on which the middle position of each layer depends."""
     middles: dict[str, Tensor] = {}
     whole = (image.shape[2], image.shape[3])
-    found: dict[str, tuple[int, int]] = {}
+    fields: dict[str, tuple[int, int]] = {}
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()
         if call.kind == "conv2d" and output.shape[2] * output.shape[3] > 1 and output.requires_grad:
             middles[call.name] = output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum()
         else:
-            found[call.name] = whole
+            fields[call.name] = whole
         return output
 
     start = image.detach().clone().requires_grad_()
@@ -159,10 +185,10 @@ def _fields(model: nn.Module, image: Tensor, *, linear: bool) -> dict[str, tuple
     for layer, middle in middles.items():
         (slope,) = torch.autograd.grad(middle, start, retain_graph=True, allow_unused=True)
         touched = None if slope is None else slope[0].abs().sum(0) > 0
-        found[layer] = (
+        fields[layer] = (
             whole if touched is None else (_extent(touched.any(1), whole[0]), _extent(touched.any(0), whole[1]))
         )
-    return found
+    return fields
 
 
 def _extent(touched: Tensor, whole: int) -> int:
@@ -183,11 +209,13 @@ def _source(image: Tensor, size: tuple[int, int]) -> str:
     picture = Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0])
     if picture.size != (size[1], size[0]):
         picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    lossless = max(size) <= _LOSSLESS
     stream = io.BytesIO()
-    if lossless:
+    if max(size) <= _LOSSLESS:
         picture.save(stream, "PNG", optimize=True)
-    else:
-        picture.save(stream, "JPEG", quality=85)
-    kind = "png" if lossless else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+        return _address("image/png", stream.getvalue())
+    picture.save(stream, "JPEG", quality=85)
+    return _address("image/jpeg", stream.getvalue())
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

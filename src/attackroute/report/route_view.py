@@ -1,16 +1,17 @@
-"""What the page's route view draws, as plain values: layers, channels, edges, samples, under several conditions."""
+"""What the page's route views draw, as plain values: layers, channels, edges, samples, conditions to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attackroute.report.measuring import Condition, same_samples
-from attackroute.report.pictures import Peaks, Pictures
+from attackroute.report.pictures import Pictures
+from attackroute.robustness.attack_order import brief, radii
 from attackroute.tracing.influence import MeanInfluence
 
 _NEIGHBOURS = 5  # strongest edges into and out of each channel, which are always kept
@@ -47,6 +48,66 @@ class Network:
     pictures: Pictures | None = None
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two conditions whose routes are laid over one another.
+
+    Attributes:
+        first: Number of the condition drawn as the first.
+        second: Number of the other; None draws one alone.
+        label: What tells this pair from the others.
+    """
+
+    first: int
+    second: int | None
+    label: str
+
+
+@dataclass(frozen=True)
+class RouteSetup:
+    """One route view.
+
+    Attributes:
+        data: Number of its data set.
+        pairs: What it can show, one at a time.
+        control: What moves between pairs: ``"eps"`` is a slider, anything else a list of that name.
+        first: Words for a channel on the first route only.
+        second: For one on the second only.
+        both: For one on both.
+        linked: Whether the view before it sets its width and choices.
+    """
+
+    data: int
+    pairs: tuple[Pair, ...]
+    control: str
+    first: str = "clean images only"
+    second: str = "attacked images only"
+    both: str = "clean and attacked images"
+    linked: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for the page."""
+        return asdict(self)
+
+
+def run_setup(conditions: Sequence[Condition], data: int = 0, start: int = 0, *, linked: bool = False) -> RouteSetup:
+    """Clean images beside those after each attack.
+
+    Args:
+        conditions: Clean images, then those after attacks.
+        data: Number of the data set.
+        start: Number of the first of these conditions in it.
+        linked: As in :class:`RouteSetup`.
+    """
+    attacks = [item.attack or "" for item in conditions[1:]]
+    labels = radii(attacks)
+    names = labels if labels is not None else [brief(attack) for attack in attacks]
+    pairs = [Pair(start, start + number, name) for number, name in enumerate(names, start=1)]
+    return RouteSetup(
+        data, tuple(pairs) or (Pair(start, None, ""),), "attack" if labels is None else "eps", linked=linked
+    )
+
+
 def route_view(
     networks: Sequence[Network], classes: Sequence[str] = (), limits: Limits | None = None
 ) -> dict[str, Any] | None:
@@ -57,58 +118,45 @@ def route_view(
         classes: Names of the labels.
         limits: How much to keep; None is the default.
     """
-    limits = Limits() if limits is None else limits
-    conditions = [item for network in networks for item in network.conditions]
-    first = next((item for item in conditions if not item.is_empty), None)
-    if first is None:
+    limits = limits or Limits()
+    conditions = [condition for network in networks for condition in network.conditions]
+    channels = next((condition.channels for condition in conditions if not condition.is_empty), None)
+    if channels is None:
         return None
-    channels = dict(first.channels)
     names = list(channels)
-    frequencies = [_frequency(item) for item in conditions]
-    methods = next((dict(item) for item in map(_methods, conditions) if item), {})
-    measured = sum(item.influence is not None for item in conditions)
+    frequencies = [_frequency(condition) for condition in conditions]
+    influences = [condition.influence for condition in conditions]
+    methods = next((dict(methods) for methods in map(_methods, conditions) if methods), {})
+    measured = sum(influence is not None for influence in influences)
     most = max(_FEWEST, limits.pairs // max(1, len(methods) * measured))
-    candidates = {
-        layer: _candidates(count, conditions, layer, [item[layer] for item in frequencies if item], limits)
-        for layer, count in channels.items()
-    }
+    candidates = {layer: _candidates(conditions, frequencies, layer, limits.channels) for layer in channels}
     pictures = next((network.pictures for network in networks if network.pictures is not None), None)
-    samples = _samples(conditions, limits.samples, pictured=pictures is not None)
     pictured = 0 if pictures is None else min(limits.samples, len(pictures.sources))
+    origins = (condition.route.provenance for condition in conditions if condition.route is not None)
     return {
-        "width": next(
-            (item.route.provenance.width for item in conditions if item.route and item.route.provenance), 0.3
-        ),
+        "width": next((origin.width for origin in origins if origin is not None), 0.3),
         "classes": list(classes),
         "networks": [network.name for network in networks],
         "conditions": [
             {
-                "name": f"{network.name}: {item.name}" if network.name else item.name,
+                "name": f"{network.name}: {condition.name}" if network.name else condition.name,
                 "network": number,
-                "trace": _origin(item),
-                "influence_samples": None if item.influence is None else item.influence.samples,
+                "trace": _origin(condition),
+                "influence_samples": None if condition.influence is None else condition.influence.samples,
             }
             for number, network in enumerate(networks)
-            for item in network.conditions
+            for condition in network.conditions
         ],
         "layers": [
             {
                 "name": layer,
                 "channels": count,
                 "route": [None if item.route is None else list(item.route.indices[layer]) for item in conditions],
-                "frequency": [item[layer].tolist() if item else None for item in frequencies],
-                "gradient": [_values(item.gradient, layer) for item in conditions],
-                "sensitivity": [_values(item.sensitivity, layer) for item in conditions],
-                "arriving": [
-                    None if item.influence is None else _rounded(_arriving(item.influence, layer, count))
-                    for item in conditions
-                ],
-                "peaks": [
-                    None
-                    if network.pictures is None
-                    else _peaks(network.pictures.peaks.get(layer), candidates[layer], pictured)
-                    for network in networks
-                ],
+                "frequency": [None if frequency is None else frequency[layer].tolist() for frequency in frequencies],
+                "gradient": [_values(condition.gradient, layer) for condition in conditions],
+                "sensitivity": [_values(condition.sensitivity, layer) for condition in conditions],
+                "arriving": [_arriving(influence, layer, count) for influence in influences],
+                "peaks": [_peaks(network.pictures, layer, candidates[layer], pictured) for network in networks],
             }
             for layer, count in channels.items()
         ],
@@ -119,24 +167,24 @@ def route_view(
                 "method": method,
                 "influence": [
                     None
-                    if item.influence is None or (source, target) not in item.influence.matrices
-                    else _pairs(item.influence.matrices[source, target], candidates[target], candidates[source], most)
-                    for item in conditions
+                    if influence is None or (source, target) not in influence.matrices
+                    else _pairs(influence.matrices[source, target], candidates[target], candidates[source], most)
+                    for influence in influences
                 ],
             }
             for (source, target), method in methods.items()
         ],
-        "samples": samples,
+        "samples": _samples(conditions, limits.samples, pictured=pictures is not None),
         "pictures": None
         if pictures is None
         else {"size": list(pictures.size), "sources": list(pictures.sources[:pictured])},
     }
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` of ``count`` rows, evenly apart, since data often come sorted by class."""
-    wanted = min(count, wanted)
-    return [number * count // wanted for number in range(wanted)]
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` rows, evenly apart, since data often come sorted by class."""
+    most = min(count, most)
+    return [number * count // most for number in range(most)]
 
 
 def _frequency(condition: Condition) -> Mapping[str, Tensor] | None:
@@ -152,39 +200,39 @@ def _methods(condition: Condition) -> Mapping[tuple[str, str], str]:
 
 
 def _candidates(
-    count: int, conditions: Sequence[Condition], layer: str, shares: Sequence[Tensor], limits: Limits
+    conditions: Sequence[Condition], frequencies: Sequence[Mapping[str, Tensor] | None], layer: str, most: int
 ) -> Tensor:
     """Channels whose edges are kept: the most frequent ones, those of a route first where nothing is known."""
-    rank = torch.zeros(count, dtype=torch.float64)
-    for item in conditions:
-        if item.route is not None:
-            rank[item.route[layer]] = 1e-9
-    for share in shares:
-        rank = torch.maximum(rank, share)
-    order = rank.argsort(descending=True, stable=True)[: limits.channels]
+    ranks = [frequency[layer] for frequency in frequencies if frequency is not None]
+    ranks += [1e-9 * item.route.mask(layer).double() for item in conditions if item.route is not None]
+    if not ranks:
+        return torch.zeros(0, dtype=torch.int64)
+    rank = torch.stack(ranks).amax(0)
+    order = rank.argsort(descending=True, stable=True)[:most]
     return order[rank[order] > 0].sort().values
 
 
-def _arriving(influence: MeanInfluence, layer: str, count: int) -> Tensor:
+def _arriving(influence: MeanInfluence | None, layer: str, count: int) -> list[float] | None:
     """Influence on each channel of a layer, over all its sources."""
+    if influence is None:
+        return None
     total = torch.zeros(count, dtype=torch.float64)
     for (_, target), matrix in influence.matrices.items():
         if target == layer:
             total += matrix.sum(1)
-    return total
+    return _rounded(total)
 
 
 def _pairs(matrix: Tensor, targets: Tensor, sources: Tensor, limit: int) -> dict[str, Any]:
     """The pairs of channels with the largest influence, and of every channel its own strongest, strongest first."""
-    part = matrix[targets][:, sources]
-    wanted = torch.zeros_like(part, dtype=torch.bool)
-    if part.numel():
-        strongest = part.flatten().topk(min(limit, part.numel())).indices
-        wanted.view(-1)[strongest] = True
+    block = matrix[targets][:, sources]
+    strong = torch.zeros_like(block, dtype=torch.bool)
+    if block.numel():
+        strong.view(-1)[block.flatten().topk(min(limit, block.numel())).indices] = True
         for axis in (0, 1):
-            wanted.scatter_(axis, part.topk(min(_NEIGHBOURS, part.shape[axis]), dim=axis).indices, True)
-    rows, columns = (wanted & (part > 0)).nonzero(as_tuple=True)
-    values = part[rows, columns]
+            strong.scatter_(axis, block.topk(min(_NEIGHBOURS, block.shape[axis]), dim=axis).indices, True)
+    rows, columns = (strong & (block > 0)).nonzero(as_tuple=True)
+    values = block[rows, columns]
     order = values.argsort(descending=True, stable=True)
     total = matrix.sum().item()
     return {
@@ -196,8 +244,9 @@ def _pairs(matrix: Tensor, targets: Tensor, sources: Tensor, limit: int) -> dict
     }
 
 
-def _peaks(peaks: Peaks | None, candidates: Tensor, pictured: int) -> dict[str, Any] | None:
+def _peaks(pictures: Pictures | None, layer: str, candidates: Tensor, pictured: int) -> dict[str, Any] | None:
     """Where channels respond most: image, row and column in turn, the strongest first; of candidates only."""
+    peaks = None if pictures is None else pictures.peaks.get(layer)
     if peaks is None or not pictured:
         return None
     kept = set(candidates.tolist())
@@ -205,38 +254,37 @@ def _peaks(peaks: Peaks | None, candidates: Tensor, pictured: int) -> dict[str, 
     return {
         "field": list(peaks.field),
         "places": [
-            [place for place in found if place[0] < pictured] if channel in kept else None
-            for channel, found in enumerate(places)
+            [place for place in strongest if place[0] < pictured] if channel in kept else None
+            for channel, strongest in enumerate(places)
         ],
     }
 
 
 def _samples(conditions: Sequence[Condition], limit: int, *, pictured: bool) -> list[dict[str, Any]]:
     """The samples that are shown, with their own routes under every condition that has them."""
-    pictured = pictured and any(item.rows is not None for item in conditions)
+    pictured = pictured and any(condition.rows is not None for condition in conditions)
     rows = _rows(conditions, limit)
-    count = max((len(found) for found in rows if found is not None), default=0)
-    shown = [
-        None if item.routes is None or found is None else item.routes.select(list(found))
-        for item, found in zip(conditions, rows, strict=True)
+    chosen = [
+        None if condition.routes is None or indices is None else condition.routes.select(list(indices))
+        for condition, indices in zip(conditions, rows, strict=True)
     ]
-    labels = next((routes.labels for routes in shown if routes is not None and routes.labels is not None), None)
-    masks = [None if routes is None else [routes.masks[layer] for layer in routes.layers] for routes in shown]
+    labels = next((routes.labels for routes in chosen if routes is not None and routes.labels is not None), None)
+    masks = [None if routes is None else [routes.masks[layer] for layer in routes.layers] for routes in chosen]
     return [
         {
-            "row": next(found[number] for found in rows if found is not None),
+            "row": row,
             "label": None if labels is None else int(labels[number]),
             "picture": number if pictured else None,
             "routes": [
-                None if found is None else [mask[number].nonzero().flatten().tolist() for mask in found]
-                for found in masks
+                None if layers is None else [mask[number].nonzero().flatten().tolist() for mask in layers]
+                for layers in masks
             ],
             "predictions": [
                 None if routes is None or routes.predictions is None else int(routes.predictions[number])
-                for routes in shown
+                for routes in chosen
             ],
         }
-        for number in range(count)
+        for number, row in enumerate(next((indices for indices in rows if indices is not None), ()))
     ]
 
 
@@ -252,12 +300,12 @@ def _rows(conditions: Sequence[Condition], limit: int) -> list[Sequence[int] | N
 
 
 def _origin(condition: Condition) -> Mapping[str, Any] | None:
-    found = condition.routes if condition.routes is not None else condition.route
-    return None if found is None or found.provenance is None else found.provenance.to_json()
+    routes = condition.routes if condition.routes is not None else condition.route
+    return None if routes is None or routes.provenance is None else routes.provenance.to_json()
 
 
-def _values(found: Mapping[str, Tensor] | None, layer: str) -> list[float] | None:
-    return None if found is None else _rounded(found[layer])
+def _values(measurements: Mapping[str, Tensor] | None, layer: str) -> list[float] | None:
+    return None if measurements is None else _rounded(measurements[layer])
 
 
 def _rounded(values: Tensor) -> list[float]:

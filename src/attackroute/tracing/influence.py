@@ -19,7 +19,6 @@ from attackroute.tracing.structure import Structure
 
 Edge = tuple[str, str]
 
-
 _PRODUCTS = 4096  # vector-Jacobian products that one layer may cost per batch, when its edges have no closed form
 
 
@@ -66,15 +65,15 @@ def mean_influence(
         UserError: There is no sample, no route layer, or values are not finite.
     """
     structure: Structure | None = None
-    dear: frozenset[str] = frozenset()
+    costly: frozenset[str] = frozenset()
     totals: dict[Edge, Tensor] = {}
     done = 0
     with frozen(model):
         for images, _ in batches(model, data, batch_size):
             if structure is None:
                 structure, _ = Structure.probe(model, images, linear=linear)
-                dear = _dear(model, images[:1], structure, linear)
-            for edge, matrix in _matrices(model, images, structure, dear, linear):
+                costly = _costly(model, images[:1], structure, linear)
+            for edge, matrix in _matrices(model, images, structure, costly, linear):
                 # sums, for batches of different sizes
                 totals[edge] = totals.get(edge, 0) + matrix.double().cpu() * images.shape[0]
             done += images.shape[0]
@@ -93,7 +92,7 @@ def mean_influence(
 
 
 def _matrices(
-    model: nn.Module, images: Tensor, structure: Structure, dear: frozenset[str], linear: bool
+    model: nn.Module, images: Tensor, structure: Structure, costly: frozenset[str], linear: bool
 ) -> Iterable[tuple[Edge, Tensor]]:
     """Every edge's mean influence over one batch."""
     layers = structure.applied(record(model, images, linear=linear, expected=len(structure.names)).layers)
@@ -104,7 +103,7 @@ def _matrices(
                 (structure.names[source], layer.name),
                 influence_matrix(averaged, source, structure.counts[source], 1)[0],
             )
-    jacobian = {target: sources for target, sources in structure.jacobian_edges.items() if target not in dear}
+    jacobian = {target: sources for target, sources in structure.jacobian_edges.items() if target not in costly}
     if jacobian:
         segments = Segments(model, images, jacobian, linear=linear)
         for target in jacobian:
@@ -127,7 +126,7 @@ def _averaged(layer: RecordedLayer) -> RecordedLayer:
     return replace(layer, pieces=tuple(map(averaged, layer.pieces)))
 
 
-def _dear(model: nn.Module, image: Tensor, structure: Structure, linear: bool) -> frozenset[str]:
+def _costly(model: nn.Module, image: Tensor, structure: Structure, linear: bool) -> frozenset[str]:
     """Layers with edges that would take too many vector-Jacobian products: one for each output element."""
     elements: dict[str, int] = {}
 

@@ -1,0 +1,326 @@
+"""The page of two runs: routes side by side, which channels left and entered, and what became of the numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from attackroute.core.table import Table, plural
+from attackroute.report.measuring import Condition, Measured
+from attackroute.report.page import (
+    MOST_BYTES,
+    PRUNED,
+    SECTIONS,
+    Budget,
+    Content,
+    Page,
+    fitting,
+    interval,
+    percent,
+    render,
+)
+from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
+from attackroute.robustness.attack_order import brief
+
+_WIDTH = 0.3  # the paper's
+_POINTS, _FACTOR = "points", "factor"  # how a difference is told
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs and what they are called.
+
+    Attributes:
+        first: The one run, such as the network before hardening.
+        second: The other.
+        names: What the page calls them.
+        notes: Sentences on how they were made comparable.
+    """
+
+    first: Content
+    second: Content
+    names: tuple[str, str]
+    notes: Sequence[str] = ()
+
+    @property
+    def runs(self) -> tuple[Content, Content]:
+        """Both."""
+        return self.first, self.second
+
+    @property
+    def alike(self) -> bool:
+        """Whether both networks have the same layers, so that their channels correspond."""
+        first, second = (_channels(run.measured) for run in self.runs)
+        return bool(first) and list(first.items()) == list(second.items())
+
+    @property
+    def matched(self) -> list[tuple[Condition, Condition]]:
+        """Conditions of the same kind of images."""
+        others = {condition.attack: condition for condition in self.second.measured.conditions}
+        return [
+            (condition, others[condition.attack])
+            for condition in self.first.measured.conditions
+            if condition.attack in others
+        ]
+
+
+@dataclass(frozen=True)
+class RouteChange:
+    """What became of the route under one condition.
+
+    Attributes:
+        images: What the images are.
+        size: Channels on the first run's route.
+        stayed: How many of them are on the second's too.
+        left: How many are not.
+        entered: Channels on the second's route only.
+        counts: The same by layer.
+        channels: By layer, which left and which entered.
+    """
+
+    images: str
+    size: int
+    stayed: int
+    left: int
+    entered: int
+    counts: Table
+    channels: Table
+
+
+def build_comparison(comparison: Comparison, most_bytes: int = MOST_BYTES) -> Page:
+    """Fill the page; where that is too large, with less and less, and a sentence that says so.
+
+    Args:
+        comparison: The runs.
+        most_bytes: Its largest size; the barest page may exceed a very small one.
+    """
+    return fitting(lambda budget, pruned: _filled(comparison, budget, pruned=pruned), most_bytes)
+
+
+def told_apart(first: str, second: str) -> tuple[str, str]:
+    """Two names of runs, with a number where they are the same."""
+    return (first, second) if first != second else (f"{first} (1)", f"{second} (2)")
+
+
+def comparable_notes(samples: int, attacks: Sequence[str], *, traced: bool) -> list[str]:
+    """How two runs were made comparable.
+
+    Args:
+        samples: Images of the traces.
+        attacks: The attacks on both.
+        traced: Whether both were traced for the page.
+    """
+    names = ", ".join(brief(attack) for attack in attacks)
+    after = f", as they are and after {names} made for each network by itself" if attacks else ""
+    how = "were traced for this page" if traced else "are the runs' own traces"
+    return [f"Both routes {how}, on the same {plural(samples, 'image')}{after}."]
+
+
+def _filled(comparison: Comparison, budget: Budget, *, pruned: bool) -> Page:
+    first, second = comparison.names
+    data_sets, views = _views(comparison, budget) if budget.view else ([], [])
+    changes = _route_changes(comparison) if comparison.alike else []
+    differences = {
+        "numbers": _number_differences(comparison),
+        "accuracies": _accuracy_differences(comparison),
+        "layers": _layer_differences(comparison),
+    }
+    data = {
+        "runs": [
+            {"name": name, **run.data(budget)} for name, run in zip(comparison.names, comparison.runs, strict=True)
+        ],
+        "differences": differences,
+        "route_data": data_sets,
+        "route_views": [view.to_json() for view in views],
+        "notes": [*comparison.notes, *([PRUNED] if pruned else [])],
+    }
+    html, data = render(
+        "two_runs.html.j2",
+        data,
+        title=f"Critical attacking routes: {first} and {second}",
+        sections={
+            "route": "The routes",
+            **({"channels": "Channels that left and entered"} if comparison.alike else {}),
+            "differences": "What changed",
+            **SECTIONS,
+        },
+        comparison=comparison,
+        views=len(views),
+        notes=comparison.notes,
+        left_out=PRUNED if pruned else None,
+        route_changes=changes,
+        differences={name: _shown(rows, comparison.names) for name, rows in differences.items()},
+        budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
+    )
+    return Page(html, data, pruned)
+
+
+def _views(comparison: Comparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
+    """Data sets and the views on them: both over one another where channels correspond, then each by itself."""
+    classes, limits = comparison.first.classes, budget.limits
+    conditions = [run.measured.conditions for run in comparison.runs]
+    if not comparison.alike:
+        views = [route_view([run.network(budget)], run.classes, limits) for run in comparison.runs]
+        drawn = [(view, item) for view, item in zip(views, conditions, strict=True) if view is not None]
+        return [view for view, _ in drawn], [run_setup(item, number) for number, (_, item) in enumerate(drawn)]
+    networks = [run.network(budget, name) for name, run in zip(comparison.names, comparison.runs, strict=True)]
+    both = route_view(networks, classes, limits)
+    if both is None:
+        return [], []
+    first, second = comparison.names
+    start = len(conditions[0])
+    places = {condition.attack: number for number, condition in enumerate(conditions[1], start=start)}
+    over_one_another = RouteSetup(
+        data=0,
+        pairs=tuple(
+            Pair(number, places[item.attack], "clean" if item.attack is None else f"after {brief(item.attack)}")
+            for number, item in enumerate(conditions[0])
+            if item.attack in places
+        ),
+        control="images",
+        first=f"left: on the route of {first} only",
+        second=f"entered: on that of {second} only",
+        both="stayed: on both",
+    )
+    return [both], [
+        over_one_another,
+        run_setup(conditions[0], linked=True),
+        run_setup(conditions[1], start=start, linked=True),
+    ]
+
+
+def _channels(measured: Measured) -> Mapping[str, int]:
+    return next((condition.channels for condition in measured.conditions if not condition.is_empty), {})
+
+
+def _route_changes(comparison: Comparison) -> list[RouteChange]:
+    """Which channels stayed on the route, left it and entered it, under each condition that both runs have."""
+    changes = []
+    for ours, theirs in comparison.matched:
+        before, after = ours.model_route(_WIDTH), theirs.model_route(_WIDTH)
+        if before is None or after is None:
+            continue
+        stayed, left, entered = before & after, before - after, after - before
+        counts, channels = [], []
+        for layer, count in before.channels.items():
+            sizes = [len(route.indices[layer]) for route in (before, after, stayed, left, entered)]
+            counts.append(
+                {
+                    "layer": layer,
+                    "channels": count,
+                    "on the route": max(sizes[:2]),
+                    "stayed": sizes[2],
+                    "left": sizes[3],
+                    "entered": sizes[4],
+                    "shared (Jaccard index)": percent(sizes[2] / max(1, sum(sizes[2:]))),
+                    "stayed by chance, expected": round(sizes[0] * sizes[1] / count, 1),
+                }
+            )
+            channels.append({"layer": layer, "left": left.indices[layer], "entered": entered.indices[layer]})
+        changes.append(
+            RouteChange(
+                images=ours.name,
+                size=before.size,
+                stayed=stayed.size,
+                left=left.size,
+                entered=entered.size,
+                counts=Table.of(counts),
+                channels=Table.of(channels),
+            )
+        )
+    return changes
+
+
+def _number_differences(comparison: Comparison) -> list[dict[str, Any]]:
+    """Differences of the whole."""
+    rows = []
+    for ours, theirs in comparison.matched:
+        if ours.routes is not None and theirs.routes is not None:
+            pair = ours.accuracy, theirs.accuracy
+            rows.append(_difference({"number": f"accuracy on the {len(ours.routes)} {ours.name} traced"}, pair))
+            pair = _mean(ours.occurrence), _mean(theirs.occurrence)
+            rows.append(_difference({"number": f"occurrence, mean over layers, {ours.name}"}, pair))
+        for name, values, others in _responses(ours, theirs):
+            about = {"number": f"{name}, mean over layers, {ours.name}"}
+            if values and others:
+                rows.append(_difference(about, (_mean(values), _mean(others)), _FACTOR))
+    pair = comparison.first.overlap, comparison.second.overlap
+    if None not in pair:
+        rows.append(_difference({"number": "of clean and attacked route shared (Jaccard index)"}, pair))
+    return rows
+
+
+def _accuracy_differences(comparison: Comparison) -> list[dict[str, Any]]:
+    """Differences under attack, where both evaluations are of one network."""
+    sides = []
+    for run in comparison.runs:
+        table = Table((), ()) if run.run.evaluation is None else run.run.evaluation.document.table
+        if len({str(row.get("model")) for row in table}) != 1:
+            return []
+        sides.append({(row.get("attack"), row.get("samples")): row for row in table})
+    rows = []
+    for attack, images in (key for key in sides[0] if key in sides[1]):
+        pair = [side[attack, images] for side in sides]
+        values = [row.get("accuracy") for row in pair]
+        if all(isinstance(value, (int, float)) for value in values):
+            row = _difference({"attack": brief(str(attack)), "images": images}, values)
+            rows.append({**row, "intervals": [interval(row) for row in pair]})
+    return rows
+
+
+def _layer_differences(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        _difference({"number": name, "images": ours.name, "layer": layer}, (values[layer], others[layer]), kind)
+        for ours, theirs in comparison.matched
+        for name, values, others, kind in (
+            ("occurrence", ours.occurrence, theirs.occurrence, _POINTS),
+            *((*response, _FACTOR) for response in _responses(ours, theirs)),
+        )
+        for layer in values
+        if layer in others
+    ]
+
+
+def _responses(ours: Condition, theirs: Condition) -> list[tuple[str, dict[str, float], dict[str, float]]]:
+    """Mean sensitivity and gradient over all channels of a layer, of both; empty where they were not measured."""
+    return [
+        ("sensitivity", _layer_means(ours.sensitivity), _layer_means(theirs.sensitivity)),
+        ("gradient", _layer_means(ours.gradient), _layer_means(theirs.gradient)),
+    ]
+
+
+def _layer_means(values: Mapping[str, Tensor] | None) -> dict[str, float]:
+    return {} if values is None else {layer: channels.mean().item() for layer, channels in values.items()}
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return statistics.fmean(values.values())
+
+
+def _difference(about: Mapping[str, Any], pair: Sequence[float | None], kind: str = _POINTS) -> dict[str, Any]:
+    """Two values, and what became of the first: points of per cent, or a factor."""
+    before, after = pair
+    change = None
+    if before is not None and after is not None:
+        change = 100 * (after - before) if kind == _POINTS else after / before if before else None
+    return {**about, "values": [before, after], "change": change, "kind": kind}
+
+
+def _shown(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
+    """Differences as a table shows them."""
+    rows = []
+    for difference in differences:
+        in_points, change = difference["kind"] == _POINTS, difference["change"]
+        row = {name: difference[name] for name in ("number", "attack", "images", "layer") if name in difference}
+        for name, value, ends in zip(
+            names, difference["values"], difference.get("intervals", (None, None)), strict=True
+        ):
+            text = None if value is None else percent(value) if in_points else f"{value:.3g}"
+            row[name] = text if ends is None else f"{text} ({percent(ends[0], 0)} to {percent(ends[1], 0)})"
+        row["change"] = None if change is None else f"{change:+.1f} points" if in_points else f"times {change:.3g}"
+        rows.append(row)
+    return Table.of(rows)
