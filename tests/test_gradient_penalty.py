@@ -13,7 +13,8 @@ from torch.nn import functional
 from architectures import CLOSED, Perceptron, Residual, Reused, chain
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
-from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT, GradientPenalty
+from attackroute.hardening.gradient_penalty import GradientPenalty
+from attackroute.hardening.settings import APPROXIMATE, EXACT
 from attackroute.routes.route import Route
 from tracing import ready
 

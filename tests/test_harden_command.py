@@ -86,8 +86,9 @@ def test_files_and_json_agree_with_the_python_interface(
     settings = attackroute.TrainSettings(epochs=2, batch_size=8, lr=0.01)
     names = ("gradient", "weight") if penalty == "both" else penalty
     expected = attackroute.harden(
-        model, train, test, penalty=names, lam=0.01, attack=ATTACK, route_samples=0.5, settings=settings
-    )
+        model, train, test, penalty=names, lam=0.01, attack=ATTACK,
+        settings=attackroute.HardenSettings(route_samples=0.5), train=settings,
+    )  # fmt: skip
     for name, value in load_file(tmp_path / "out" / "last.safetensors").items():
         assert value.equal(model.state_dict()[name]), name
     assert found["penalties"] == expected.training.last.penalties

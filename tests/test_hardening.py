@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+import attackroute
 from attackroute.core.batches import derived_generator, shuffled
 from attackroute.core.errors import UserError
-from attackroute.hardening import checkpoint, training
-from attackroute.hardening.checkpoint import BEST, LAST
-from attackroute.hardening.gradient_penalty import APPROXIMATE
 from attackroute.hardening.harden import ROUTE_FILE, HardenResult, harden
-from attackroute.hardening.settings import TrainSettings
+from attackroute.hardening.settings import APPROXIMATE, HardenSettings, TrainSettings
 from attackroute.hardening.training import train
 from attackroute.robustness.gradient_attacks import PGD
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.weights import BEST, LAST
 from toy_training import Killed, identical, raises, toy_data, weights_of, without_time
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
@@ -57,12 +56,15 @@ def toy_network(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
 
 
 def hardened(model: nn.Module | None = None, **options: Any) -> tuple[dict[str, Tensor], HardenResult]:
+    """Harden with the arguments of :func:`harden`, among which those of its settings may be."""
     model = toy_network() if model is None else model
-    given = {"settings": SETTINGS, "lam": 0.05, "route_samples": 0.5, **options}
-    result = harden(model, toy_data(), toy_data(12, seed=1), **given)
+    given = {"train": SETTINGS, "lam": 0.05, "route_samples": 0.5, **options}
+    settings = HardenSettings(**{name: given.pop(name) for name in _SETTINGS if name in given})
+    result = harden(model, toy_data(), toy_data(12, seed=1), settings=settings, **given)
     return weights_of(model), result
 
 
+_SETTINGS = {field.name for field in fields(HardenSettings)}
 HALF = Route({"0": [0, 2, 3], "4": [1, 5, 6, 7]}, {"0": 6, "4": 8})
 
 
@@ -108,7 +110,7 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
     attack = PGD(eps=0.1, steps=2, step_size=0.05)
     model = toy_network(dropout=0.0)
     _, result = hardened(
-        model, penalty=penalty, settings=settings, attack=attack if attacked else None, route=HALF,
+        model, penalty=penalty, train=settings, attack=attack if attacked else None, route=HALF,
         lam={"gradient": 0.05, "weight": 0.02, "stabilisation": 0.3},
     )  # fmt: skip
 
@@ -174,9 +176,9 @@ def test_a_factor_of_zero_is_plain_training_bit_for_bit(attack: str | None, opti
 def test_the_approximation_trains_nearly_the_same() -> None:
     """After a few steps, before differences of the last digit have grown."""
     settings = replace(SETTINGS, epochs=1, lr=0.01)
-    exact, _ = hardened(settings=settings)
-    found, _ = hardened(settings=settings, method=APPROXIMATE)
-    plain, _ = hardened(settings=settings, penalty=None)
+    exact, _ = hardened(train=settings)
+    found, _ = hardened(train=settings, method=APPROXIMATE)
+    plain, _ = hardened(train=settings, penalty=None)
     distance = sum(float((exact[name] - found[name]).double().norm()) for name in exact)
     assert 0 < distance < 0.05 * sum(float((exact[name] - plain[name]).double().norm()) for name in exact)
 
@@ -186,8 +188,8 @@ def test_punishing_lowers_what_is_punished(penalty: str) -> None:
     lam = {"gradient": 0.3, "weight": 0.05, "stabilisation": 1.0}
     settings = replace(SETTINGS, epochs=6, augment="none")
     attack = ATTACK if penalty == "stabilisation" else None
-    _, free = hardened(toy_network(dropout=0.0), penalty=penalty, lam=0.0, settings=settings, attack=attack)
-    _, result = hardened(toy_network(dropout=0.0), penalty=penalty, lam=lam, settings=settings, attack=attack)
+    _, free = hardened(toy_network(dropout=0.0), penalty=penalty, lam=0.0, train=settings, attack=attack)
+    _, result = hardened(toy_network(dropout=0.0), penalty=penalty, lam=lam, train=settings, attack=attack)
     assert result.training.last.penalties[penalty] < 0.7 * free.training.last.penalties[penalty]
 
 
@@ -231,7 +233,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
             model[place] = norm
         settings = replace(SETTINGS, batch_size=11, accumulate=accumulate, clip_norm=0.5)
         route = None if options["penalty"] is None else HALF
-        return hardened(model, settings=settings, route=route, **options)
+        return hardened(model, train=settings, route=route, **options)
 
     (wanted, whole), (found, result) = run(1), run(parts)
     start = weights_of(toy_network())
@@ -277,13 +279,13 @@ def test_controls_punish_other_neurons(penalty: str) -> None:
 
 def test_a_route_is_traced_anew(tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=5, lr=0.3)
-    weights, result = hardened(settings=settings, refresh=2, folder=tmp_path)
+    weights, result = hardened(train=settings, refresh=2, folder=tmp_path)
     assert [change.epoch for change in result.changes] == [3, 5]
     first = trace_of(toy_network())
     assert result.route is not None
     sizes = {change.size for change in result.changes}
     assert sizes == {result.route.size} == {first.size}
-    once, other = hardened(settings=settings)
+    once, other = hardened(train=settings)
     assert other.changes == ()
     assert other.route == first
     if any(change.changed for change in result.changes):
@@ -321,7 +323,7 @@ def test_data_in_every_form() -> None:
     wanted, _ = hardened()
     for data in (toy_data().tensors, DataLoader(toy_data(), batch_size=3)):
         model = toy_network()
-        harden(model, data, toy_data(12, seed=1), lam=0.05, route_samples=0.5, settings=SETTINGS)
+        harden(model, data, toy_data(12, seed=1), lam=0.05, settings=HardenSettings(route_samples=0.5), train=SETTINGS)
         assert identical(weights_of(model), wanted)
 
 
@@ -340,10 +342,10 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoch: int) -> None:
     settings = replace(SETTINGS, epochs=3)
-    whole, wanted = hardened(settings=settings, folder=tmp_path / "whole", **options)
+    whole, wanted = hardened(train=settings, folder=tmp_path / "whole", **options)
     with pytest.raises(Killed):
-        hardened(settings=settings, folder=tmp_path / "broken", on_epoch=raises(Killed(), epoch), **options)
-    found, result = hardened(toy_network(seed=9), settings=settings, folder=tmp_path / "broken", resume=True, **options)
+        hardened(train=settings, folder=tmp_path / "broken", on_epoch=raises(Killed(), epoch), **options)
+    found, result = hardened(toy_network(seed=9), train=settings, folder=tmp_path / "broken", resume=True, **options)
     assert identical(found, whole)
     for name in (LAST, BEST):
         assert identical(load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name))
@@ -361,14 +363,14 @@ def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoc
     ],
 )  # fmt: skip
 def test_resuming_on_other_terms_names_them(tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    hardened(folder=tmp_path, settings=replace(SETTINGS, epochs=1))
+    hardened(folder=tmp_path, train=replace(SETTINGS, epochs=1))
     with pytest.raises(UserError, match=named):
-        hardened(folder=tmp_path, settings=replace(SETTINGS, epochs=1), resume=True, **change)
+        hardened(folder=tmp_path, train=replace(SETTINGS, epochs=1), resume=True, **change)
 
 
 def test_the_best_epoch_is_the_most_robust(tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=4, robust_samples=12)
-    _, result = hardened(settings=settings, attack=ATTACK, folder=tmp_path)
+    _, result = hardened(train=settings, attack=ATTACK, folder=tmp_path)
     robust = [record.robust.value for record in result.training.history if record.robust]
     assert len(robust) == 4
     best = result.training.best
@@ -385,7 +387,7 @@ def test_an_unusable_folder_is_found_before_the_route_is_traced(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    monkeypatch.setattr("attackroute.hardening.route_tracing.trace_routes", lambda *_, **__: pytest.fail("traced"))
+    monkeypatch.setattr("attackroute.hardening.route_source.trace_routes", lambda *_, **__: pytest.fail("traced"))
     with pytest.raises(UserError, match="file"):
         hardened(folder=file)
 
@@ -449,12 +451,12 @@ KILLED: dict[str, Any] = {"attack": ATTACK, "penalty": ("gradient", "weight"), "
 
 def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
     settings = replace(SETTINGS, epochs=epochs)
-    hardened(settings=replace(SETTINGS, epochs=1), **KILLED)  # the first optimiser step imports a lot
+    hardened(train=replace(SETTINGS, epochs=1), **KILLED)  # the first optimiser step imports a lot
     started = time.perf_counter()
-    whole, wanted = hardened(settings=settings, folder=folder.with_name("whole"), **KILLED)
+    whole, wanted = hardened(train=settings, folder=folder.with_name("whole"), **KILLED)
     length = time.perf_counter() - started
     command = [sys.executable, __file__, str(folder), str(epochs)]
-    paths = (str(Path(checkpoint.__file__).parents[1]), str(Path(__file__).parent))
+    paths = (str(Path(attackroute.__file__).parents[1]), str(Path(__file__).parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     killed = 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
@@ -469,7 +471,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
             killed += int(server.stdout.readline()) == -signal.SIGKILL
         server.stdin.close()
     assert killed >= kills / 4
-    found, result = hardened(settings=settings, folder=folder, resume=True, **KILLED)
+    found, result = hardened(train=settings, folder=folder, resume=True, **KILLED)
     assert result.training.resumed_from > 0
     assert identical(found, whole)
     for name in (LAST, BEST):
@@ -483,7 +485,6 @@ def serve(folder: Path, epochs: int) -> None:
     import torch._dynamo  # the first optimiser step would import it
 
     torch.set_num_threads(1)
-    training._SAVE_SECONDS = 0.0  # after every step
     while sys.stdin.readline():
         child = os.fork()
         if child == 0:
@@ -493,7 +494,7 @@ def serve(folder: Path, epochs: int) -> None:
                 for line in lines:
                     print(line, flush=True)
 
-            hardened(settings=replace(SETTINGS, epochs=epochs), folder=folder, resume=True, progress=announce, **KILLED)
+            hardened(train=replace(SETTINGS, epochs=epochs), folder=folder, resume=True, progress=announce, **KILLED)
             announce()
             os._exit(0)
         sys.stdin.readline()

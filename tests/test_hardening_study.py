@@ -23,8 +23,7 @@ from attackroute.analysis.paired import BEATS, LOSES, UNDECIDED, PairedDifferenc
 from attackroute.cli.app import app
 from attackroute.core.accuracy import Accuracy
 from attackroute.core.errors import UserError
-from attackroute.hardening.gradient_penalty import APPROXIMATE
-from attackroute.hardening.settings import TrainSettings
+from attackroute.hardening.settings import APPROXIMATE, TrainSettings
 from attackroute.robustness.evaluate import evaluate
 from attackroute.zoo.holdout import drawn, held_out
 from toy_training import Killed, toy_data

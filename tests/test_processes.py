@@ -1,4 +1,4 @@
-"""Several processes give what one gives, byte for byte, and a process that is lost is named.
+"""Several processes give what one gives, byte for byte, and the loss of one ends the job.
 
 Three processes, two and one run every command (:mod:`shared_commands`).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from typer.testing import CliRunner
 
 import attackroute
 from attackroute.cli.app import app
-from attackroute.core import distributed, interruption
-from attackroute.core.distributed import LostProcessError
+from attackroute.core import distributed
+from attackroute.core.distributed import LostProcessError, Processes
 from attackroute.core.errors import UserError
 from attackroute.routes import folder as unfinished
 from shared_commands import COMMANDS, prepare
@@ -97,11 +98,15 @@ def alone(*arguments: object) -> None:
     assert result.exit_code == 0, result.output
 
 
-def said_by_the_command(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """What it printed on stderr, without the words of torchrun."""
-    return [line for line in result.stderr.splitlines() if line.startswith(("error: ", "interrupted: ", "Traceback"))][
-        :3
-    ]
+def assert_killed(result: subprocess.CompletedProcess[str], rank: int) -> None:
+    """Require that the job ended as a process was killed, that torchrun says which, and the others at most one line."""
+    assert result.returncode == 1, result.stderr
+    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert re.search(rf"rank\s*: {rank} ", result.stderr), result.stderr
+    assert "lost another one" in result.stderr or "interrupted: " in result.stderr or rank == 0
+    said = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "interrupted: "))]
+    assert len(said) <= 1, said
+    assert all(line.endswith("--resume to go on") or line.startswith("interrupted: ") for line in said), said
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_path: Path) -> None:
+def test_finished_files_are_kept_when_a_process_is_killed(root: Path, tmp_path: Path) -> None:
     """Three processes trace four batches, each a file; one is killed at its second, and two are told by torchrun.
 
     Then a file is damaged, and two processes trace it again, with the batch that is missing, and no other.
@@ -119,10 +124,7 @@ def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_p
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 4)
     where = "attackroute.tracing.trace:RouteTracer.trace"
     result = launched(3, 0, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert result.returncode == 1
-    (error,) = (line for line in said_by_the_command(result) if line.startswith("error: "))
-    assert error.startswith("error: process 0 of 3 ended without a word")
-    assert error.endswith("give the same command with --resume to go on")
+    assert_killed(result, 0)
     names = [f"routes-0000{number}-of-00004.safetensors" for number in range(4)]
     files = [tmp_path / "broken" / name for name in names]
     assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [*names[:3], "summary.json"]
@@ -143,11 +145,11 @@ def test_a_killed_process_is_named_and_finished_files_are_kept(root: Path, tmp_p
 
 @pytest.mark.slow
 def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, tmp_path: Path) -> None:
-    """Three processes trace eight batches, two a file; what they exchanged first is a file and a half."""
+    """Three processes trace eight batches, two a file; what they exchanged in one round is a file and a half."""
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
     where = "attackroute.tracing.trace:RouteTracer.trace"
     result = launched(3, 1, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert "error: process 1 of 3 ended without a word" in result.stderr
+    assert_killed(result, 1)
     kept = sorted(path.name for path in (tmp_path / "broken").iterdir())
     assert kept == ["partial-00001-of-00004.safetensors", "routes-00000-of-00004.safetensors", "summary.json"]
     resumed = launched(2, NONE, where, 0, *common, "--out", tmp_path / "broken", "--resume", script="killed_command.py")
@@ -189,7 +191,7 @@ def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, v
     common += ("--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
     where = "attackroute.robustness.evaluate:_Run._measure"
     result = launched(2, victim, where, 3, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert f"error: process {victim} of 2 ended without a word" in result.stderr
+    assert_killed(result, victim)
     measured = (tmp_path / "broken" / "measurements.jsonl").read_bytes()
     assert len(measured.splitlines()) == 1 + 2 * 2  # the terms, and what was exchanged: a batch of each, both ways
     resumed = launched(3, *common, "--out", tmp_path / "broken", "--resume")
@@ -206,10 +208,9 @@ def test_a_training_goes_on_with_the_same_number_alone(root: Path, tmp_path: Pat
     common += ("--epochs", 3, "--batch-size", 4, "--holdout", 0.25, "--augment", "crop-flip")
     whole = launched(2, *common, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    where = "attackroute.hardening.training:_Run._step"
+    where = "attackroute.hardening.training:_step"
     result = launched(2, victim, where, 4, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert result.returncode == 1
-    assert f"error: process {victim} of 2 ended without a word" in result.stderr
+    assert_killed(result, victim)
     other = launched(3, *common, "--out", tmp_path / "broken", "--resume")
     assert other.returncode == 1
     assert "is trained by 2 processes and cannot go on with 3" in other.stderr
@@ -232,7 +233,6 @@ def test_a_hardening_runs_in_processes(root: Path, tmp_path: Path) -> None:
     assert one["overlap_with_full_route"] == two["overlap_with_full_route"]
 
 
-@pytest.mark.slow
 def test_what_is_wrong_is_said_once(root: Path, tmp_path: Path) -> None:
     result = launched(2, "trace", "--model", root / "net", "--data", "folder:nowhere")
     assert result.returncode == 1
@@ -244,49 +244,62 @@ def test_what_is_wrong_is_said_once(root: Path, tmp_path: Path) -> None:
     assert result.stderr.count("error: report runs in one process; start it without torchrun") == 1
 
 
-class Store(dict[str, bytes]):
-    """Stands in for the store of a job, on a machine whose processes cannot be seen."""
+class Together(Processes):
+    """Stands for one of several processes; what the others bring to each exchange is given."""
 
-    def __init__(self, words: dict[int, str]) -> None:
-        super().__init__({f"attackroute/left/{rank}": word.encode() for rank, word in words.items()})
-        self.update({f"attackroute/at/{rank}": b"another-machine 1" for rank in range(MOST)})
+    def __init__(self, rank: int, brought: list[list[Any]]) -> None:
+        super().__init__(rank, len(brought[0]))
+        object.__setattr__(self, "brought", iter(brought))
 
-    def set(self, name: str, word: str) -> None:
-        self[name] = word.encode()
+    def all(self, value: Any) -> list[Any]:
+        values = next(self.brought)  # type: ignore[attr-defined]
+        assert values[self.rank] == value
+        return values
 
-    def check(self, names: list[str]) -> bool:
-        return all(name in self for name in names)
 
-    def add(self, name: str, amount: int) -> int:
-        self[name] = str(int(self.get(name, b"0")) + amount).encode()
-        return int(self[name])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_turns_come_in_order_and_end_with_the_data(rank: int) -> None:
+    """Seven batches of three processes, the fifth of which holds nothing."""
+    rounds = [[(0,), (1,), (2,)], [(3,), (), (5,)], [(6,), None, None]]
+    own = iter([values[rank] for values in rounds])
+    assert list(Together(rank, rounds).in_turns(lambda: next(own))) == [0, 1, 2, 3, 5, 6]
 
-    def get(self, name: str, default: bytes | None = None) -> bytes:
-        return self[name] if default is None else super().get(name, default)
+
+class Store:
+    """Stands for what a job has in common."""
+
+    def __init__(self, failures: int | None) -> None:
+        self.failures = failures
+
+    def add(self, _name: str, amount: int) -> int:
+        if self.failures is None:
+            raise RuntimeError("Connection reset by peer")
+        self.failures += amount
+        return self.failures
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "says"),
+    ("before", "error", "kind", "says"),
     [
-        ({1: "lost", 2: "interrupted"}, LostProcessError("x"), "process 2 of 3 was interrupted; go on"),
-        ({1: "lost", 2: "lost"}, LostProcessError("x"), "process 0 of 3 lost the others: x; go on"),
-        ({1: "interrupted", 2: "failed"}, LostProcessError("x"), None),  # that one says why
-        ({1: "lost", 2: "failed"}, KeyboardInterrupt(), None),
-        ({1: "interrupted", 2: "lost"}, KeyboardInterrupt("own"), "own"),
-        ({1: "lost", 2: "lost"}, UserError("wrong data"), "wrong data"),
+        (0, UserError("wrong data"), UserError, "wrong data"),
+        (0, LostProcessError("closed"), LostProcessError, "process 1 of 3 lost another one, .*says which; go on$"),
+        (None, LostProcessError("closed"), LostProcessError, "process 1 of 3 lost another one"),  # with the store
+        (0, KeyboardInterrupt("told to"), KeyboardInterrupt, "told to"),
+        (1, LostProcessError("closed"), SystemExit, "1"),  # another one has said why
+        (1, UserError("wrong data"), SystemExit, "1"),
+        (2, KeyboardInterrupt(), SystemExit, "1"),
     ],
 )
-def test_one_process_says_why_the_job_ends(
-    words: dict[int, str], error: BaseException, says: str | None, monkeypatch: pytest.MonkeyPatch
+def test_the_first_process_to_fail_says_why(
+    before: int | None, error: BaseException, kind: type, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interruption, "deaf_to_termination", lambda: None)  # it would outlast the test
-    team = distributed.Processes(rank=0, count=MOST, store=Store(words))
-    with pytest.raises(BaseException) as raised:
-        distributed._part(team, error, "; go on")
-    assert isinstance(raised.value, SystemExit) if says is None else str(raised.value) == says
-    if not isinstance(error, KeyboardInterrupt) and says is not None:
-        with pytest.raises(SystemExit):  # another one has spoken
-            distributed._part(team, error, "; go on")
+    monkeypatch.setattr(distributed, "started_by_torchrun", lambda: True)
+    monkeypatch.setattr(distributed, "_in_main_thread", lambda: False)  # signals are left alone
+    monkeypatch.setattr(distributed, "_connect", lambda *_: Processes(1, MOST, store=Store(before)))
+    with pytest.raises(kind, match=says), distributed.joined(hint="; go on"):
+        assert not distributed.leading()
+        raise error
+    assert distributed.leading()
 
 
 def compare_folders(one: Path, other: Path) -> None:

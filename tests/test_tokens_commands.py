@@ -17,6 +17,7 @@ from attackroute.analysis.detection import detect
 from attackroute.analysis.figures.style import short_names
 from attackroute.analysis.weakening import weakening_accuracy
 from attackroute.cli.app import app
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.zoo.sources import load_data
 
@@ -168,8 +169,10 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["terms"]["sketches"] == 16
 
     hardened = ar.harden(
-        network_of(trained), data, linear=True, sketches=16, route_samples=1.0, compare_full=False,
-        settings=ar.TrainSettings(epochs=1, batch_size=24),
+        network_of(trained), data, train=ar.TrainSettings(epochs=1, batch_size=24),
+        settings=ar.HardenSettings(
+            route_samples=1.0, compare_full=False, trace=TraceConfig(linear=True, sketches=16)
+        ),
     )  # fmt: skip
     assert hardened.route == expected
 
@@ -177,13 +180,12 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
 @pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
 def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[str, ...]) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))
-    settings = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
+    train = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
+    settings = ar.HardenSettings(route_samples=1.0, compare_full=False, trace=TraceConfig(linear=True))
     values = []
     for lam in (0.0, 0.05):
         copy = network_of(trained)
-        result = ar.harden(
-            copy, data, penalty=penalty, lam=lam, linear=True, route_samples=1.0, compare_full=False, settings=settings
-        )
+        result = ar.harden(copy, data, penalty=penalty, lam=lam, settings=settings, train=train)
         assert result.route is not None and len(result.route) == 10
         values.append(result.training.history[-1].penalties)
     for name, value in values[0].items():
@@ -191,7 +193,7 @@ def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[st
     route = ar.trace_routes(network, data, linear=True).aggregate(0.3)
     assert Connections.find(network, data[0], linear=True).joined(route)[:2] == MLPS
     with pytest.raises(ar.UserError, match="leave out linear"):
-        ar.harden(network, data, route=route, linear=True)
+        ar.harden(network, data, route=route, settings=settings)
 
 
 def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:

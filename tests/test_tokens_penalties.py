@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT
+from attackroute.hardening.settings import APPROXIMATE, EXACT
 from token_networks import GATED, TOKENS, made, readings
 from tracing import state
 

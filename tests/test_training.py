@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +19,11 @@ from attackroute.core import batches
 from attackroute.core.accuracy import accuracy
 from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
-from attackroute.hardening import augmentation, checkpoint, devices
-from attackroute.hardening.checkpoint import LAST
+from attackroute.hardening import augmentation, training
 from attackroute.hardening.history import EpochRecord
-from attackroute.hardening.schedules import learning_rate
-from attackroute.hardening.settings import TrainSettings
+from attackroute.hardening.settings import TrainSettings, learning_rate
 from attackroute.hardening.training import train
+from attackroute.zoo.weights import LAST
 from toy_training import (
     SETTINGS_USED,
     identical,
@@ -125,7 +125,7 @@ def test_schedules_by_hand() -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_clipping_bounds_the_step(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
-    monkeypatch.setattr(devices, "autocast_type", lambda device: torch.float16)
+    monkeypatch.setattr(training, "autocast_type", lambda device: torch.float16)
     model = toy_model(dropout=0.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     settings = TrainSettings(
@@ -179,7 +179,7 @@ def test_same_seed_same_weights_whatever_the_global_generator(change: dict[str, 
 
 def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: dict[str, list[int]] = {"views": [], "readers": [], "dropout": []}
-    augment, load, seed_device = augmentation.augment, batches.load, devices.seed_device
+    augment, load, seed_device = augmentation.augment, batches.load, training.seed_device
 
     def spied_augment(images: Tensor, kind: Any, generator: torch.Generator, **part: int) -> Tensor:
         seeds["views"].append(generator.initial_seed())
@@ -195,7 +195,7 @@ def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(augmentation, "augment", spied_augment)
     monkeypatch.setattr(batches, "load", spied_load)
-    monkeypatch.setattr(devices, "seed_device", spied_seed)
+    monkeypatch.setattr(training, "seed_device", spied_seed)
     for seed in (0, 1):
         train(toy_model(), toy_data(), None, replace(SETTINGS_USED, seed=seed))
     probes = 2  # a reader of the first sample in each run, from one fixed seed
@@ -251,7 +251,7 @@ def test_a_nan_loss_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("interval", [1, 2, 50])
 def test_a_nan_is_located_however_rarely_the_loss_is_read(monkeypatch: pytest.MonkeyPatch, interval: int) -> None:
-    monkeypatch.setattr(devices, "loss_interval", lambda device: interval)
+    monkeypatch.setattr(training, "loss_interval", lambda device: interval)
     data = toy_data()
     data.tensors[0][shuffled(24, 4, 0, 1)[2][0]] = torch.inf
     with pytest.raises(UserError, match="epoch 1, step 3: the loss is nan"):
@@ -347,7 +347,7 @@ def test_an_unusable_folder_is_found_before_the_first_step(tmp_path: Path, monke
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(UserError, match="Permission denied"):
         train(model, toy_data(), None, SETTINGS_USED, folder=tmp_path / "closed", progress=no_step)
     assert identical(weights_of(model), before)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from attackroute.core.errors import UserError
     from attackroute.hardening.gradient_penalty import GradientPenalty
     from attackroute.hardening.harden import HardenResult, harden
-    from attackroute.hardening.settings import TrainSettings
+    from attackroute.hardening.settings import HardenSettings, TrainSettings
     from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
     from attackroute.hardening.training import train
     from attackroute.hardening.weight_penalty import WeightPenalty
@@ -37,6 +37,7 @@ __all__ = [
     "Evaluation",
     "GradientPenalty",
     "HardenResult",
+    "HardenSettings",
     "Hardness",
     "InstanceRoutes",
     "Route",
@@ -70,6 +71,7 @@ _HOMES = {
     "Evaluation": "robustness.evaluation_table",
     "GradientPenalty": "hardening.gradient_penalty",
     "HardenResult": "hardening.harden",
+    "HardenSettings": "hardening.settings",
     "Hardness": "analysis.hardness",
     "InstanceRoutes": "routes.instance_routes",
     "Route": "routes.route",

@@ -8,10 +8,17 @@ from typing import Any
 
 from attackroute.core.accuracy import Accuracy
 from attackroute.core.errors import UserError
-from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT
-from attackroute.hardening.penalised import GRADIENT, PENALTIES, STABILISATION, WEIGHT
-from attackroute.hardening.route_tracing import ROUTE, TARGETS
-from attackroute.hardening.settings import TrainSettings
+from attackroute.hardening.settings import (
+    APPROXIMATE,
+    EXACT,
+    GRADIENT,
+    ON_ROUTE,
+    PENALTIES,
+    STABILISATION,
+    TARGETS,
+    WEIGHT,
+    TrainSettings,
+)
 from attackroute.robustness.contract import Perturbation
 from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.noise import CARRIERS, NOISE, UNIT
@@ -53,7 +60,7 @@ class Variant:
     base: str
     tuned: bool = True
     penalty: str | None = None
-    target: str = ROUTE
+    target: str = ON_ROUTE
     carrier: str = UNIT
     method: str = EXACT
     every_image: bool = False
@@ -66,7 +73,7 @@ class Variant:
         if self.penalty is None:
             return f"{self.base}, no penalty"
         route = [] if self.carrier == UNIT else ["noise route"]
-        notes = route if self.target == ROUTE else [self.target]
+        notes = route if self.target == ON_ROUTE else [self.target]
         notes += [] if self.method == EXACT else ["approximation"]
         notes += ["route of all images"] if self.every_image else []
         return ", ".join([f"{self.base}_{_LETTERS[self.penalty]}", *notes])
@@ -306,7 +313,7 @@ def _controls(plan: StudyPlan, base: str, penalty: str) -> Iterator[Variant]:
     if plan.carrier != UNIT:
         yield Variant(base, True, penalty)
     for target in TARGETS:
-        if target != ROUTE:
+        if target != ON_ROUTE:
             yield Variant(base, True, penalty, target, plan.carrier)
 
 

@@ -11,7 +11,7 @@ from attackroute.analysis.hardening_plan import StudyPlan, Trial, Variant, compa
 from attackroute.analysis.paired import PairedDifference, shown
 from attackroute.analysis.tables import Record
 from attackroute.core.accuracy import Accuracy
-from attackroute.hardening.route_tracing import RouteOverlap
+from attackroute.hardening.route_source import RouteOverlap
 from attackroute.robustness.masking import SUSPICIOUS, Check
 
 

@@ -27,16 +27,14 @@ from attackroute.analysis.hardening_results import HardeningStudy, Outcome, Tuni
 from attackroute.core.accuracy import Accuracy
 from attackroute.core.batches import count_samples
 from attackroute.core.journal import Journal
-from attackroute.hardening.checkpoint import LAST
-from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT
-from attackroute.hardening.harden import HardenResult, harden
-from attackroute.hardening.penalised import GRADIENT, Penalised, PenaltySettings
-from attackroute.hardening.route_tracing import RouteTracing
+from attackroute.hardening.harden import HardenResult, RouteObjective, harden
+from attackroute.hardening.settings import APPROXIMATE, EXACT, GRADIENT, HardenSettings
 from attackroute.hardening.training import train
 from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.registry import parse_attack
-from attackroute.tracing.noise import NOISE
+from attackroute.tracing.config import TraceConfig
 from attackroute.zoo.holdout import held_out
+from attackroute.zoo.weights import LAST
 
 Progress = Callable[[int, int, str], None]
 
@@ -175,15 +173,10 @@ class _Study:
 
     def _grid(self, network: nn.Module, base: str, penalty: str) -> list[float]:
         """The lambdas to try, from the strength of the penalty on the route."""
-        objective = Penalised(PenaltySettings({penalty: 0.0}), self._attack(base), None, self._tracing(base))
+        settings = HardenSettings(compare_full=False, trace=TraceConfig(carrier=self.plan.carrier))
+        objective = RouteObjective({penalty: 0.0}, self._attack(base), settings)
         objective.start(copy.deepcopy(network), self.learnt, self.plan.tuning_seed)
         return [float(f"{share / objective.strengths[penalty]:.2g}") for share in sorted(self.plan.shares)]
-
-    def _tracing(self, base: str) -> RouteTracing:
-        carrier = self.plan.carrier
-        return RouteTracing(
-            compare_full=False, carrier=carrier, attack=self._attack(base) if carrier == NOISE else None
-        )
 
     def _trial(self, network: nn.Module, variant: Variant, lam: float) -> Trial:
         title = f"{variant.name}, lambda {lam:g}"
@@ -205,19 +198,21 @@ class _Study:
         self, model: nn.Module, variant: Variant, seed: int, lam: float | None, folder: Path, title: str
     ) -> HardenResult:
         """Fine-tune in place."""
+        paper = Variant(variant.base, True, GRADIENT, carrier=self.plan.carrier)
         return harden(
             model,
             self.learnt,
             penalty=variant.penalty,
             lam=lam or 0.0,
-            target=variant.target,
-            carrier=variant.carrier,
-            method=variant.method,
             attack=self._attack(variant.base),
-            route_samples=1.0 if variant.every_image else 0.1,
-            compare_full=folder.parent.name != _SCRATCH
-            and variant == Variant(variant.base, True, GRADIENT, carrier=self.plan.carrier),
-            settings=replace(self.plan.fine_tuning, seed=seed),
+            settings=HardenSettings(
+                target=variant.target,
+                route_samples=1.0 if variant.every_image else 0.1,
+                compare_full=folder.parent.name != _SCRATCH and variant == paper,
+                trace=TraceConfig(carrier=variant.carrier),
+                method=variant.method,
+            ),
+            train=replace(self.plan.fine_tuning, seed=seed),
             folder=folder,
             resume=True,
             progress=self._steps(title),

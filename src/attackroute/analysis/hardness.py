@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,6 @@ from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.core.table import plural
-from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 
@@ -222,12 +221,7 @@ class Hardness:
         Raises:
             UserError: The file cannot be written.
         """
-        origin = self.route.provenance
-        body = {
-            "provenance": None if origin is None else origin.to_json(),
-            "fingerprint": dict(self.route.channels),
-            "route": {layer: list(self.route.indices[layer]) for layer in self.route},
-        }
+        body = replace(self.route, frequency=None).to_json()
         tensors = {name: getattr(self, name) for name in _TENSORS}
         if self.reference is not None:
             tensors[_REFERENCE] = self.reference
@@ -244,13 +238,7 @@ class Hardness:
         with files.reading(path):
             if missing := set(_TENSORS) - set(tensors):
                 raise UserError(f"holds no {sorted(missing)[0]}")
-            origin = body.get("provenance")
-            route = Route(
-                files.expect_mapping(body, "route"),
-                files.expect_mapping(body, "fingerprint"),
-                None,
-                None if origin is None else Provenance.from_json(origin),
-            )
+            route = Route.from_json(body)
             return cls(route, **{name: tensors[name] for name in _TENSORS}, reference=tensors.get(_REFERENCE))
 
     def _first(self, count: int, among: Tensor | None, *, descending: bool) -> Tensor:

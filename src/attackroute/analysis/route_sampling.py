@@ -11,7 +11,7 @@ import torch
 
 from attackroute.analysis.tables import Record
 from attackroute.core.errors import UserError
-from attackroute.hardening.route_tracing import RouteOverlap
+from attackroute.hardening.route_source import RouteOverlap
 from attackroute.routes.instance_routes import InstanceRoutes
 
 SHARES = (0.01, 0.03, 0.1, 0.3)

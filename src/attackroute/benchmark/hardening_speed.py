@@ -17,7 +17,8 @@ from attackroute.benchmark.memory import Peaks, measured, memory_repeats
 from attackroute.benchmark.plan import HARDENING, Plan
 from attackroute.benchmark.timing import Runs, Spread, Stopclock, interleaved
 from attackroute.core.model_state import spared_buffers
-from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT, GradientPenalty
+from attackroute.hardening.gradient_penalty import GradientPenalty
+from attackroute.hardening.settings import APPROXIMATE, EXACT
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.hardening.weight_penalty import WeightPenalty
 from attackroute.robustness.gradient_attacks import PGD

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import resize, to_pil_image
 
 from attackroute.benchmark.cases import SPEED_CASES, Case, seeded, workload
 from attackroute.benchmark.timing import Spread, Stopclock, interleaved
-from attackroute.core.distributed import VALUE, Outcome, Processes, Share, apart
+from attackroute.core.distributed import Processes, apart
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.batched import ImageBatches
@@ -87,10 +87,9 @@ def measure_costs(
     load = workload(case, batch_size, batches, seed=seed)
     with apart():
         part = trace_routes(load.model, load.batches[0], batch_size=batch_size)
-    packed = pickle.dumps(Outcome((VALUE, part)))
-    share = Share((packed,) * batches, 0.0)
+    packed = pickle.dumps((part,))
     clock = Stopclock(time.process_time)
-    exchange = {EXCHANGING: clock.whole(lambda: team.all(share))}
+    exchange = {EXCHANGING: clock.whole(lambda: [team.all((part,)) for _ in range(batches)])}
     if not team.leads:
         interleaved(exchange, repeats)
         return None
@@ -100,7 +99,7 @@ def measure_costs(
         actions: dict[str, Callable[[], object]] = {
             FORWARD: load.forward,
             TRACE: lambda: _trace_alone(load.model, load.batches),
-            PACKING: lambda: [pickle.dumps(Outcome((VALUE, part))) for _ in range(batches)],
+            PACKING: lambda: [pickle.dumps((part,)) for _ in range(batches)],
             UNPACKING: lambda: [pickle.loads(packed) for _ in range(batches)],
             WRITING: lambda: InstanceRoutes.concatenate([part] * file_batches).save(file),
             LOADING: lambda: InstanceRoutes.load(file),

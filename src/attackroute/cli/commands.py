@@ -12,9 +12,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from attackroute.cli.console import print_error
-from attackroute.core.distributed import LostProcessError, joined, started_by_torchrun
+from attackroute.core.distributed import LostProcessError, joined, started_by_torchrun, terminated_as_interrupted
 from attackroute.core.errors import UserError
-from attackroute.core.interruption import terminated_as_interrupted
 
 BAD_INPUT = 2
 FAILED = 1

@@ -226,7 +226,8 @@ def _write(folder: Path, silencing: AccuracyTable, summary: Mapping[str, Any]) -
 
 def _clear(folder: Path) -> None:
     """Remove an earlier demo's network, and nothing else."""
-    from attackroute.hardening.checkpoint import BEST, LAST, LOG, SETTINGS, STATE
+    from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE
+    from attackroute.zoo.weights import BEST, LAST
 
     for name in (BEST, LAST, LOG, SETTINGS, STATE, "model.json"):
         (folder / name).unlink(missing_ok=True)

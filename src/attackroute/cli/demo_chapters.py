@@ -18,7 +18,8 @@ from attackroute.cli.console import Output
 from attackroute.cli.hardness_files import write_study
 from attackroute.cli.options import open_folder
 from attackroute.core.journal import MEASUREMENTS
-from attackroute.hardening.harden import FINE_TUNING, harden
+from attackroute.hardening.harden import harden
+from attackroute.hardening.settings import FINE_TUNING, HardenSettings
 from attackroute.robustness.corruptions import GaussianNoise
 from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.evaluation_table import EVALUATION, Evaluation
@@ -103,9 +104,8 @@ def hardened(network: nn.Module, learnt: ImageData, shown: ImageData, folder: Pa
                 learnt,
                 penalty=penalty,
                 lam=_LAMBDA,
-                target=target,
-                compare_full=False,
-                settings=replace(FINE_TUNING, epochs=_HARDENING_EPOCHS, augment="crop", seed=seed),
+                settings=HardenSettings(target=target, compare_full=False),
+                train=replace(FINE_TUNING, epochs=_HARDENING_EPOCHS, augment="crop", seed=seed),
                 progress=progress,
             )
         models[name] = model

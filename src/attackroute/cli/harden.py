@@ -248,10 +248,9 @@ def harden(
     """
     from attackroute.cli.harden_comparison import DEFAULT_ATTACKS, autoattack_by, compared_by
     from attackroute.cli.harden_run import HardenRun
-    from attackroute.hardening.gradient_penalty import APPROXIMATE, EXACT
-    from attackroute.hardening.harden import FINE_TUNING
-    from attackroute.hardening.settings import TrainSettings
+    from attackroute.hardening.settings import APPROXIMATE, EXACT, FINE_TUNING, HardenSettings, TrainSettings
     from attackroute.robustness.registry import parse_attack
+    from attackroute.tracing.config import TraceConfig
 
     output = Output(as_json, quiet)
     names = {Penalties.BOTH: (Penalties.GRADIENT.value, Penalties.WEIGHT.value), Penalties.NONE: ()}.get(
@@ -263,7 +262,7 @@ def harden(
         raise UserError("name the folder of the hardened network with --out, or try lambdas with --sweep")
     if sweep is not None and (out is not None or resume or tensorboard):
         raise UserError("--sweep writes nothing; leave out --out, --resume and --tensorboard")
-    settings = TrainSettings(
+    train = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -295,18 +294,18 @@ def harden(
         checks=check_samples,
         options={
             "penalty": names,
-            "target": target.value,
             "attack": against,
             "route": route,
-            "route_samples": route_samples,
-            "linear": linear,
-            "sketches": sketches,
-            "carrier": carrier.value,
-            "refresh": refresh,
-            "compare_full": compare_full,
-            "method": APPROXIMATE if approximate else EXACT,
-            "folded": folded,
-            "settings": settings,
+            "settings": HardenSettings(
+                target=target.value,
+                route_samples=route_samples,
+                refresh=refresh,
+                compare_full=compare_full,
+                trace=TraceConfig(linear=linear, sketches=sketches, carrier=carrier.value),
+                method=APPROXIMATE if approximate else EXACT,
+                folded=folded,
+            ),
+            "train": train,
         },
         output=output,
     )

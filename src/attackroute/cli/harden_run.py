@@ -15,12 +15,9 @@ from torch import nn
 from attackroute.cli import options, train_report
 from attackroute.cli.console import Output
 from attackroute.cli.harden_comparison import AFTER, BEFORE, Comparison, show
-from attackroute.core.distributed import current, leading
-from attackroute.hardening.checkpoint import BEST
-from attackroute.hardening.data_parallel import take_from_first
-from attackroute.hardening.gradient_penalty import EXACT
+from attackroute.core.distributed import current, leading, take_from_first
 from attackroute.hardening.harden import ROUTE_FILE, Factor, HardenResult, factor_of, harden
-from attackroute.hardening.route_tracing import ROUTE
+from attackroute.hardening.settings import EXACT, ON_ROUTE
 from attackroute.paper.published import PaperSetting
 from attackroute.robustness.contract import Perturbation
 from attackroute.routes.folder import write_json
@@ -29,7 +26,7 @@ from attackroute.zoo.holdout import drawn
 from attackroute.zoo.images import ImageData
 from attackroute.zoo.networks import find_card, open_network, spec_for, with_own_normalisation
 from attackroute.zoo.sources import load_data
-from attackroute.zoo.weights import load_weights
+from attackroute.zoo.weights import BEST, load_weights
 
 SUMMARY = "hardening.json"
 
@@ -84,7 +81,7 @@ class HardenRun:
         """Load the images and the network; arguments as on the command line."""
         found = find_card(model)
         size = image_size if image_size is not None or found is None else found[1].spec.image_size
-        seed = options["settings"].seed
+        seed = options["train"].seed
         train = load_data(data, split="train", image_size=size, skip_unreadable=skip_unreadable)
         test = train_report.test_data(data, train, output, size, skip_unreadable)
         _report_skipped(train, test, output)
@@ -110,7 +107,9 @@ class HardenRun:
             image_size=spec.image_size,
             attack=options["attack"],
             penalties=names,
-            on_route=options["target"] == ROUTE and options["method"] == EXACT and not options["folded"],
+            on_route=options["settings"].target == ON_ROUTE
+            and options["settings"].method == EXACT
+            and not options["settings"].folded,
         )
         card = ModelCard(spec, train.classes)
         chosen_on = train_report.HELD_OUT if holdout else train_report.TEST
@@ -179,7 +178,7 @@ class HardenRun:
     def _train(
         self, network: nn.Module, lam: Factor, folder: Path | None, *, resume: bool, tensorboard: bool
     ) -> HardenResult:
-        epochs = self.options["settings"].epochs
+        epochs = self.options["train"].epochs
         with (
             self.output.progress("steps") as progress,
             train_report.on_epoch(

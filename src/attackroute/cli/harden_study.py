@@ -168,8 +168,7 @@ def harden_study(
 
     from attackroute.analysis.hardening_plan import StudyPlan
     from attackroute.cli.hardening_study_run import run_study
-    from attackroute.hardening.penalised import PENALTIES
-    from attackroute.hardening.settings import TrainSettings
+    from attackroute.hardening.settings import PENALTIES, TrainSettings
     from attackroute.zoo.sources import load_data
 
     output = Output(as_json, quiet)

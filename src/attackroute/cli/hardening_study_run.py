@@ -14,11 +14,11 @@ from attackroute.analysis.tables import save_result
 from attackroute.cli import options
 from attackroute.cli.console import Output
 from attackroute.core.errors import UserError
-from attackroute.hardening.checkpoint import LAST
 from attackroute.zoo.card import ModelCard
 from attackroute.zoo.images import ImageData
 from attackroute.zoo.networks import spec_for, with_own_normalisation
 from attackroute.zoo.registry import build
+from attackroute.zoo.weights import LAST
 
 STUDY = "study"
 """What the files are called."""

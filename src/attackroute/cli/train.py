@@ -41,7 +41,7 @@ EXAMPLES = """
                                         training (--holdout)
    model.json                           how to build the network
    log.jsonl, settings.json             one line an epoch; how it was trained
-   state.pt                             what --resume needs besides
+   state.pt                             what --resume needs
 """
 
 

@@ -59,7 +59,7 @@ def prepare(folder: Path, card: Any, *, resume: bool) -> None:
 @contextmanager
 def on_epoch(output: Output, epochs: int, events: Path | None, on: str) -> Iterator[Callable[[EpochRecord], None]]:
     """What to call after every epoch: it says what the epoch did, and logs it for TensorBoard in a run's folder."""
-    from attackroute.hardening.event_log import event_log
+    from attackroute.hardening.history import event_log
 
     with nullcontext() if events is None else event_log(events) as log:
 
@@ -68,7 +68,11 @@ def on_epoch(output: Output, epochs: int, events: Path | None, on: str) -> Itera
             if log is not None:
                 log(record)
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt as error:
+            output.note(f"interrupted: {error or 'between two epochs'}")
+            raise
 
 
 def epoch_line(record: EpochRecord, epochs: int, on: str) -> str:

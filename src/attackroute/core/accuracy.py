@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from attackroute.core.batches import count_samples, in_order, load
 from attackroute.core.checks import check_logits, checked
-from attackroute.core.distributed import attempted, current, unwrapped
+from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, placement
 
@@ -108,7 +108,7 @@ def count_correct(
 
     with kept_modes(model), torch.no_grad():
         model.eval()
-        return Accuracy(sum(map(unwrapped, team.all(attempted(count)))), samples)
+        return Accuracy(sum(team.all(count())), samples)
 
 
 def accuracy(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from attackroute.core.distributed import END, NOTHING, VALUE, Turn, current, in_turns
+from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 
 
@@ -172,15 +172,15 @@ class BatchStream:
     def map(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[T]:
         """What ``work(images, labels)`` gives for each batch, in the data's order, whichever process did it.
 
-        Several processes work ahead of what is passed on, some seconds (:mod:`attackroute.exchange`) or one batch each.
+        Several processes work on one batch each before any of them is passed on.
 
         Args:
             work: Must not depend on other batches. With several processes its result is pickled, so it is best small
                 and on the CPU.
 
         Raises:
-            UserError: As for :func:`batches`; what ``work`` raises anywhere is raised everywhere.
-            LostProcessError: A process is gone.
+            UserError: As for :func:`batches`.
+            LostProcessError: A process is gone, as one is whose ``work`` raised an error.
         """
         own = self._read()
         if self._is_skimmed:
@@ -191,16 +191,17 @@ class BatchStream:
                 for images, labels in _ready(self._model, iter([item])):
                     yield work(images, labels)
             return
-        yield from in_turns(self._team, lambda: self._turn(own, work))
+        yield from self._team.in_turns(lambda: self._turn(own, work))
 
-    def _turn(self, own: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], Any]) -> Turn:
+    def _turn(self, own: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], T]) -> tuple[T, ...] | None:
+        """What came of this process's next batch, nothing of one that is empty; None where none is left."""
         item = next(own, None)
         if item is None:
-            return END, None
+            return None
         self.number = item[0]
         for images, labels in _ready(self._model, iter([item])):
-            return VALUE, work(images, labels)
-        return NOTHING, None
+            return (work(images, labels),)
+        return ()
 
     @property
     def _is_skimmed(self) -> bool:

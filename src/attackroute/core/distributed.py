@@ -1,39 +1,31 @@
 """The processes of a job that ``torchrun`` started, and how they share what they find.
 
-Every process runs the same program. Work on batches is divided among them (:mod:`attackroute.streams`), and whatever
-one of them finds is given to all, so that all go the same way; only the first one writes files and prints.
+Every process runs the same program. Work on batches is divided among them, and whatever one of them finds is given to
+all, so that all go the same way; only the first one writes files and prints. A process that fails says why and ends;
+the others notice that it is gone and end without a word, and ``torchrun`` reports which one it was.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import socket
-import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from attackroute.core.errors import UserError
-from attackroute.core.interruption import deaf_to_termination
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
-
 WAIT = timedelta(hours=1)
 """How long a process waits for the others; one that is dead is noticed at once, so this is for one that hangs."""
-
-
-_GRACE_SECONDS = 5.0
-
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -42,22 +34,19 @@ class LostProcessError(Exception):
     """Another process of the job is gone, or does not answer."""
 
 
-_FAILED, _LOST, _INTERRUPTED = "failed", "lost", "interrupted"  # the words that processes leave
-
-
-_WORDS: Mapping[type[BaseException], str] = {LostProcessError: _LOST, KeyboardInterrupt: _INTERRUPTED}
-
-
 @dataclass(frozen=True, eq=False)
 class Processes:
     """The processes of a job, seen from one of them.
+
+    All of them must call the same methods in the same order. Errors do not travel: a process that raises one leaves the
+    others with a :class:`LostProcessError`.
 
     Attributes:
         rank: Number of this process, from 0.
         count: How many there are.
         local_rank: Number of this process on its machine.
         group: PyTorch's group for objects and tensors on the CPU; None for one process alone.
-        store: Where processes leave word for each other; None for one process alone.
+        store: Where the first one to fail is known; None for one process alone.
     """
 
     rank: int = 0
@@ -74,10 +63,10 @@ class Processes:
     @property
     def name(self) -> str:
         """How messages call this process."""
-        return named(self.rank, self.count)
+        return f"process {self.rank} of {self.count}"
 
     def all(self, value: T) -> list[T]:
-        """The values of all processes, by rank; every process must ask at the same point.
+        """The values of all processes, by rank; they are pickled.
 
         Raises:
             LostProcessError: A process is gone.
@@ -86,27 +75,27 @@ class Processes:
             return [value]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.count
+        gathered: list[Any] = [None] * self.count
         with _noticing_loss():
-            dist.all_gather_object(found, value, group=self.group)
-        found[self.rank] = value
-        return found
+            dist.all_gather_object(gathered, value, group=self.group)
+        gathered[self.rank] = value
+        return gathered
 
     def first(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, for all of them; also the error that it raises.
+        """What the first process computes, for all of them.
 
         Raises:
-            LostProcessError: A process is gone.
+            LostProcessError: A process is gone, as the first one is if ``compute`` raises an error.
         """
         if self.count == 1:
             return compute()
         import torch.distributed as dist
 
-        outcome: list[Any] = [attempted(compute) if self.leads else None]
+        values: list[Any] = [compute() if self.leads else None]
         with _noticing_loss():
-            dist.broadcast_object_list(outcome, src=0, group=self.group)
-        found: T = unwrapped(outcome[0])
-        return found
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        value: T = values[0]
+        return value
 
     def sum_(self, values: Tensor) -> None:
         """Replace a tensor by its sum over all processes, which is the same on each of them, bit for bit.
@@ -121,51 +110,25 @@ class Processes:
         with _noticing_loss():
             dist.all_reduce(values)
 
+    def in_turns(self, take: Callable[[], tuple[T, ...] | None]) -> Iterator[T]:
+        """Values of the turns of all processes: of process 0, of process 1, ..., again of process 0, and so on.
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a piece of work came to, as it travels between processes: a value, or an error and where it arose."""
+        All are exchanged once a round, in which every process takes one turn.
 
-    value: Any = None
-    error: Exception | None = None
-    trace: str = ""
+        Args:
+            take: Does this process's next turn, and gives the values that came of it; None when nothing is left.
 
-
-def attempted(compute: Callable[[], Any]) -> Outcome:
-    """What a computation gives or raises; interruptions pass."""
-    try:
-        return Outcome(compute())
-    except LostProcessError:
-        raise
-    except Exception as error:
-        return Outcome(error=_portable(error), trace=f"in {_current.name}:\n{traceback.format_exc()}")
-
-
-def unwrapped(outcome: Outcome) -> Any:
-    """The value of an outcome, or its error raised."""
-    if outcome.error is None:
-        return outcome.value
-    if isinstance(outcome.error, UserError):
-        raise outcome.error
-    raise outcome.error from _Elsewhere(outcome.trace)
-
-
-class _Elsewhere(Exception):
-    """Shows the traceback of another process."""
-
-
-def _portable(error: Exception) -> Exception:
-    """The error, if it can travel; else one that says the same."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever an error's own constructor makes of the attempt
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        Raises:
+            LostProcessError: A process is gone.
+        """
+        while True:
+            for values in self.all(take()):
+                if values is None:  # turns are dealt out in order, so nothing is left for those that follow, either
+                    return
+                yield from values
 
 
 _ALONE = Processes()
-
-
 _current: Processes = _ALONE
 
 
@@ -174,19 +137,25 @@ def current() -> Processes:
     return _current
 
 
+def leading() -> bool:
+    """Whether this process writes files and prints."""
+    return _current.leads
+
+
 @contextmanager
 def joined(*, timeout: timedelta = WAIT, hint: str = "") -> Iterator[Processes]:
     """Share work with the other processes of the job that ``torchrun`` started, until the block ends.
 
-    Without ``torchrun``, or where it starts a single process, nothing changes. If a process fails, one of them says
-    so, and the others end without a word.
+    Without ``torchrun``, or where it starts a single process, nothing changes. The first process to fail raises its
+    error, and those that fail in consequence end without a word.
 
     Args:
         timeout: How long to wait for a process that is alive and does not answer.
-        hint: What to do after a failure, as the end of a message.
+        hint: What to do after the loss of a process, as the end of a message.
 
     Raises:
         UserError: The processes do not find each other.
+        LostProcessError: A process ended without a word of its own, as one that is killed does.
     """
     global _current  # noqa: PLW0603  # one job, one group: as PyTorch has it
     if not started_by_torchrun() or _current.count > 1:
@@ -195,11 +164,17 @@ def joined(*, timeout: timedelta = WAIT, hint: str = "") -> Iterator[Processes]:
     team = _connect(os.environ, timeout)
     _current = team
     try:
-        try:
-            yield team
-            team.all(None)  # the first process may hold the store
-        except BaseException as error:
-            _part(team, error, hint)
+        yield team
+        team.all(None)  # the first process may hold the store
+    except BaseException as error:
+        if not _fails_first(team):
+            raise SystemExit(1) from None  # what it says is an effect of what was said
+        if isinstance(error, LostProcessError):
+            raise LostProcessError(
+                f"{team.name} lost another one, which ended without a word (killed, or out of memory): torchrun says "
+                f"which{hint}"
+            ) from error
+        raise
     finally:
         _current = _ALONE
         _disconnect()
@@ -219,16 +194,6 @@ def apart() -> Iterator[None]:
 def started_by_torchrun() -> bool:
     """Whether this process is one of several of a job."""
     return all(name in os.environ for name in _NEEDED) and os.environ["WORLD_SIZE"] != "1"
-
-
-def leading() -> bool:
-    """Whether this process writes files and prints."""
-    return _current.leads
-
-
-def named(rank: int, count: int) -> str:
-    """How messages call a process."""
-    return f"process {rank} of {count}"
 
 
 def own_device(kind: str) -> torch.device:
@@ -252,6 +217,35 @@ def own_device(kind: str) -> torch.device:
     return torch.device(device.type, _current.local_rank)
 
 
+def take_from_first(model: nn.Module, team: Processes, *, buffers_alone: bool = False) -> None:
+    """Give the model the weights and buffers, or the buffers alone, that it has in the first process."""
+    if team.count == 1:
+        return
+    left_out = dict(model.named_parameters()) if buffers_alone else {}
+
+    def state() -> dict[str, Any]:
+        return {name: value.cpu() for name, value in model.state_dict().items() if name not in left_out}
+
+    model.load_state_dict(team.first(state), strict=False)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt in the main thread, unless the caller handles it already."""
+    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _connect(environment: Mapping[str, str], timeout: timedelta) -> Processes:
     import torch
     import torch.distributed as dist
@@ -267,11 +261,10 @@ def _connect(environment: Mapping[str, str], timeout: timedelta) -> Processes:
         group = dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"{named(rank, count)} does not find the others ({str(error).partition(chr(10))[0]}): check torchrun's "
-            "--nnodes, --rdzv-endpoint and that the machines reach each other"
+            f"process {rank} of {count} does not find the others ({str(error).partition(chr(10))[0]}): check "
+            "torchrun's --nnodes, --rdzv-endpoint and that the machines reach each other"
         ) from error
-    store.set(f"attackroute/at/{rank}", f"{socket.gethostname()} {os.getpid()}")
-    return Processes(rank, count, int(environment.get("LOCAL_RANK", rank)), group, store)
+    return Processes(rank, count, int(environment.get("LOCAL_RANK", rank)), group=group, store=store)
 
 
 def _disconnect() -> None:
@@ -292,180 +285,17 @@ def _noticing_loss() -> Iterator[None]:
         raise LostProcessError(str(error).partition("\n")[0]) from error
 
 
-def _part(team: Processes, error: BaseException, hint: str) -> None:
-    """Leave after an error, so that one process speaks for all.
-
-    Raises:
-        BaseException: The error, by the process that is to speak, with a message that names a lost process.
-        SystemExit: By the others.
-    """
+def _fails_first(team: Processes) -> bool:
+    """Whether this process, which has failed, is the first one to do so, and so the one that says why."""
     if team.count == 1:
-        raise error
-    code = _exit_code(error)
-    deaf_to_termination()  # torchrun terminates those that are left
-    try:
-        word = _WORDS.get(type(error), _FAILED)
-        team.store.set(f"attackroute/left/{team.rank}", word)
-        if word == _FAILED:
-            if _speaks(team):
-                raise error
-            raise SystemExit(code)
-        gone, words = _missing(team)
-        if _FAILED in words.values() or (gone and not _speaks(team)):
-            raise SystemExit(code)
-    except (RuntimeError, ConnectionError) as lost:  # the store went with the process that held it
-        raise LostProcessError(f"{named(0, team.count)} is gone{hint}") from lost
-    if gone:
-        names = ", ".join(str(rank) for rank in gone)
-        who = f"process {names}" if len(gone) == 1 else f"processes {names}"
-        what = "ended without a word (killed, or out of memory)"
-        raise LostProcessError(f"{who} of {team.count} {what}{hint}") from error
-    if isinstance(error, LostProcessError):
-        if not _speaks(team):
-            raise SystemExit(code)
-        stopped = [named(rank, team.count) for rank, word in words.items() if word == _INTERRUPTED]
-        what = f"{stopped[0]} was interrupted" if stopped else f"{team.name} lost the others: {error}"
-        raise LostProcessError(f"{what}{hint}") from error
-    raise error
-
-
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    known = {KeyboardInterrupt: 130, UserError: 2}
-    return next((code for kind, code in known.items() if isinstance(error, kind)), getattr(error, "exit_code", 1))
-
-
-def _speaks(team: Processes) -> bool:
-    return bool(team.store.add("attackroute/speaker", 1) == 1)
-
-
-def _missing(team: Processes) -> tuple[list[int], dict[int, str]]:
-    """Processes that left no word, and the words of the others, so far as they came before one had failed."""
-    silent = [rank for rank in range(team.count) if rank != team.rank]
-    limit = time.monotonic() + _GRACE_SECONDS
-    gone: list[int] = []
-    words: dict[int, str] = {}
-    while silent and time.monotonic() < limit:
-        for rank in list(silent):
-            if team.store.check([f"attackroute/left/{rank}"]):  # here and below, word may come at any moment
-                words[rank] = team.store.get(f"attackroute/left/{rank}").decode()
-                silent.remove(rank)
-            elif _is_gone(team.store.get(f"attackroute/at/{rank}").decode()) and not team.store.check(
-                [f"attackroute/left/{rank}"]
-            ):
-                gone.append(rank)
-                silent.remove(rank)
-        if _FAILED in words.values():
-            break
-        time.sleep(0.02)
-    return gone, words
-
-
-def _is_gone(place: str) -> bool:
-    """Whether a process of this machine has ended; those of others cannot be seen."""
-    host, _, number = place.rpartition(" ")
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
         return True
-    except OSError:
-        return False
+    if _in_main_thread():  # torchrun terminates those that are left, and this one has something to say
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with open(f"/proc/{number}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] == b"Z"
-    except OSError:
-        return False
+        return bool(team.store.add("attackroute/failed", 1) == 1)
+    except RuntimeError:  # the store went with the process that held it
+        return True
 
 
-PERIOD = 5.0
-"""Seconds between exchanges; progress is seen, and a kill loses work, by this measure."""
-
-
-_OVERDUE = 2 * PERIOD  # turns that suddenly take longer are not waited for, nor those of a process that is slower
-
-
-_MOST_TURNS = 64  # of one process
-
-
-_MOST_BYTES = 1 << 26  # of one process, held by all of them at once
-
-
-Turn = tuple[str, Any]
-
-
-END, NOTHING, VALUE = "end", "nothing", "value"
-"""What a turn came to: there was nothing left, there was nothing in it, or a value."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a process adds to an exchange.
-
-    Attributes:
-        outcomes: Of its turns since the last one, in order, each pickled.
-        seconds: How long they took.
-    """
-
-    outcomes: tuple[bytes, ...]
-    seconds: float
-
-
-def in_turns(team: Processes, take: Callable[[], Turn]) -> Iterator[Any]:
-    """Values of the turns of all processes, in order, until there is nothing left.
-
-    Args:
-        team: The processes; each of them must ask at the same point.
-        take: Does this process's next turn. Its value is pickled.
-
-    Raises:
-        Exception: What ``take`` raises in any process is raised in all, after the values of the turns before.
-        LostProcessError: A process is gone.
-    """
-    own = _OwnTurns(take)
-    waiting: list[deque[bytes]] = [deque() for _ in range(team.count)]
-    passed, turns = 0, 1
-    while True:
-        # counted from the first turn that is not known: whoever broke off catches up
-        shares = team.all(own.until(passed // team.count + turns))
-        for queue, share in zip(waiting, shares, strict=True):
-            queue.extend(share.outcomes)
-        turns = turns_of(shares)
-        while queue := waiting[passed % team.count]:
-            outcome: Outcome = pickle.loads(queue.popleft())
-            passed += 1
-            kind, value = unwrapped(outcome)
-            if kind == END:
-                return
-            if kind == VALUE:
-                yield value
-
-
-def turns_of(shares: Sequence[Share]) -> int:
-    """How many turns each process is to do before the next exchange, by the slowest one's time."""
-    slowest = max(share.seconds / len(share.outcomes) for share in shares if share.outcomes)
-    return int(max(1, min(_MOST_TURNS, PERIOD / max(slowest, 1e-9))))
-
-
-class _OwnTurns:
-    """The turns of this process."""
-
-    def __init__(self, take: Callable[[], Turn]) -> None:
-        self._take = take
-        self._done = 0
-        self._over = False  # at the end, or after an error
-
-    def until(self, stop: int) -> Share:
-        """Do all turns before number ``stop``, or fewer where they take far too long or find too much."""
-        outcomes: list[bytes] = []
-        size, started, seconds = 0, time.perf_counter(), 0.0
-        while self._done < stop and not self._over and seconds < _OVERDUE and size < _MOST_BYTES:
-            outcome = attempted(self._take)
-            self._over = outcome.error is not None or outcome.value[0] == END
-            outcomes.append(pickle.dumps(outcome))
-            self._done += 1
-            size += len(outcomes[-1])
-            seconds = time.perf_counter() - started
-        return Share(tuple(outcomes), seconds)
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

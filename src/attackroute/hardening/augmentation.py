@@ -10,7 +10,6 @@ from torch.nn import functional
 
 Augment = Literal["none", "crop", "crop-flip"]
 
-
 CROP_PADDING = 4
 
 
@@ -34,41 +33,13 @@ def augment(
     if kind == "none":
         return images
     samples = len(images) if whole is None else whole
-    own = slice(start, start + len(images))
-    shifts = torch.randint(0, 2 * CROP_PADDING + 1, (2, samples), generator=generator)[:, own]
-    views = crop(images, shifts[0], shifts[1], CROP_PADDING)
+    rows = slice(start, start + len(images))
+    top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, samples), generator=generator)[:, rows].to(images.device)
+    height, width = images.shape[-2:]
+    padded = functional.pad(images, (CROP_PADDING,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, 2p + 1, 2p + 1, H, W)
+    views = windows[torch.arange(len(images), device=images.device), :, top, left]
     if kind == "crop":
         return views
-    return flip(views, torch.randint(0, 2, (samples,), generator=generator)[own].bool())
-
-
-def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
-    """Cut one window of the original size out of every zero-padded image.
-
-    Args:
-        images: (N, C, H, W).
-        top: Integers (N,) in [0, 2 * padding], the window's first row in the padded image; ``padding`` is no shift.
-        left: The same for columns.
-        padding: Width of the black frame in pixels.
-
-    Returns:
-        Tensor (N, C, H, W).
-    """
-    height, width = images.shape[-2:]
-    padded = functional.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, 2p + 1, 2p + 1, H, W)
-    samples = torch.arange(len(images), device=images.device)
-    return windows[samples, :, top.to(images.device), left.to(images.device)]
-
-
-def flip(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirror the chosen images left to right.
-
-    Args:
-        images: (N, C, H, W).
-        chosen: Booleans (N,).
-
-    Returns:
-        Tensor (N, C, H, W).
-    """
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+    mirrored = torch.randint(0, 2, (samples,), generator=generator)[rows].bool().to(images.device)
+    return torch.where(mirrored[:, None, None, None], views.flip(3), views)

@@ -1,25 +1,22 @@
-"""The folder of a training run, in which a kill at any moment leaves one consistent checkpoint.
+"""The folder of a training run, in which a kill at any moment leaves one consistent checkpoint, that of an epoch's end.
 
 Files:
-    ``state.pt``: optimiser, counters, history and settings, and the SHA-256 of the weights that belong to them.
-    ``last.safetensors``, ``best.safetensors``: weights alone.
-    ``log.jsonl``, ``settings.json``: for readers; written again from the state, never read back.
+    ``state.pt``: the checkpoint; weights, optimiser, history and settings in one file, which is replaced as a whole.
+    ``last.safetensors``, ``best.safetensors``: weights alone, for other commands.
+    ``log.jsonl``, ``settings.json``: for readers.
 
-A checkpoint is saved in three moves. The weights are written beside the old ones as ``*.new``; ``state.pt`` is
-replaced, which is the moment at which the checkpoint counts; then the new weights take the place of the old. After a
-kill, the sums in ``state.pt`` say which of both files belongs to it, and an interrupted last move is completed.
+All but the first are written after it and from it, and written again when a run goes on, so that a kill between two of
+them does no harm.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
+import json
 import os
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +25,44 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-
-LAST = "last.safetensors"
-
-
-BEST = "best.safetensors"
-
+from attackroute.core.files import replace_file, shown
+from attackroute.zoo.weights import BEST, LAST
 
 STATE = "state.pt"
-
-
 LOG = "log.jsonl"
-
-
 SETTINGS = "settings.json"
 
-
-_FORMAT = 2
-
-
-_NEW = ".new"
+_FORMAT = 3
+_LEFT_OVER = "." + "[0-9a-f]" * 16 + ".tmp"  # what a kill leaves of a file that was to be replaced
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a run needs in order to go on.
+    """What a run needs in order to go on: anything that ``torch.load(weights_only=True)`` reads.
 
     Attributes:
+        settings: All that must be the same for the run to go on, as plain values.
         weights: The model's state dict, tensors only.
-        state: Anything that ``torch.load(weights_only=True)`` reads: tensors, numbers, strings, lists, dicts.
+        optimiser: Its state dict.
+        scaler: That of the scale of the loss; empty where it is not scaled.
+        history: The epochs so far, as plain values.
+        objective: What the objective holds, as plain values.
     """
 
+    settings: Mapping[str, Any]
     weights: Mapping[str, Tensor]
-    state: Mapping[str, Any]
+    optimiser: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    objective: Mapping[str, Any]
 
-    def require_fit(self, terms: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
-        """Require that a run on these terms, of a model with such weights, is the one in the folder.
+    def require_fit(self, settings: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
+        """Require that a run with these settings, of a model with such weights, is the one in the folder.
 
         Raises:
             UserError: It is another one, and what is different.
         """
-        _check_terms(self.state["terms"], terms, path)
+        _check_settings(self.settings, settings, path)
         _check_weights_fit(self.weights, weights, path)
 
 
@@ -81,120 +75,68 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._sums: dict[str, str] = {}
 
-    def open(self, *, resume: bool, space: int) -> Checkpoint | None:
+    def open(self, *, resume: bool) -> Checkpoint | None:
         """Make the folder ready for writing, and read the checkpoint from which to go on.
 
         Args:
             resume: Go on with the run in the folder, if it holds one.
-            space: Bytes that the run's files may take at once.
 
         Returns:
-            The last complete checkpoint; None where the run starts from the beginning.
+            The last checkpoint; None where the run starts from the beginning.
 
         Raises:
-            UserError: The folder cannot be made, has too little space, holds a run although ``resume`` is false, or
-                holds damaged files.
+            UserError: The folder cannot be made, holds a run although ``resume`` is false, or holds a damaged
+                checkpoint.
         """
-        with _disk_errors(self.path):
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (self.path / name).exists()]
-            if present and not resume:
-                raise UserError(
-                    f"{self.path} already holds a run ({present[0]}); pass --resume to go on with it, "
-                    "or choose another folder"
-                )
-            if STATE not in present and (LAST in present or BEST in present):
-                raise UserError(f"{self.path / STATE} is missing, so the run cannot go on; choose another folder")
-            self._check_space(space)
-            checkpoint = self._read() if STATE in present else None
-            for left_over in self.path.glob(f"*{_NEW}"):
-                left_over.unlink()
-            return checkpoint
+        except OSError as error:
+            raise UserError(f"{shown(self.path)}: {error.strerror or error}; choose another folder") from None
+        if present and not resume:
+            raise UserError(
+                f"{self.path} already holds a run ({present[0]}); pass --resume to go on with it, or choose another "
+                "folder"
+            )
+        if STATE not in present and (LAST in present or BEST in present):
+            raise UserError(f"{self.path / STATE} is missing, so the run cannot go on; choose another folder")
+        for left_over in self.path.glob(_LEFT_OVER):
+            left_over.unlink(missing_ok=True)
+        return _read(self.path / STATE) if STATE in present else None
 
-    def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
-        """Replace the checkpoint in the folder, all of it or nothing.
+    def save(self, checkpoint: Checkpoint, *, best: bool, log: str) -> None:
+        """Replace the checkpoint, and then what is made from it.
 
         Args:
-            checkpoint: Weights and state of the same moment.
-            best: Keep these weights as the best ones, too.
+            checkpoint: All of one moment.
+            best: Whether its weights are the best ones so far.
+            log: What ``log.jsonl`` is to say.
 
         Raises:
-            UserError: The disk is full or the folder cannot be written. The previous checkpoint is intact.
+            UserError: A file cannot be written. If it is the first one, the previous checkpoint is intact.
         """
-        weights = _packed(checkpoint.weights)
-        names = (LAST, BEST) if best else (LAST,)
-        with _disk_errors(self.path):
-            sums = {**self._sums, **dict.fromkeys(names, _digest(weights))}
-            for name in names:
-                self._stage(name, weights)
-            self._stage(STATE, _serialised({"format": _FORMAT, "sums": sums, "run": dict(checkpoint.state)}))
-            self._publish(STATE)
-            for name in names:
-                self._publish(name)
-        self._sums = sums
+        buffer = io.BytesIO()
+        torch.save({"format": _FORMAT, **vars(checkpoint)}, buffer)
+        replace_file(self.path / STATE, buffer.getvalue())
+        self.publish(checkpoint, best=best, log=log)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Replace a text file as a whole.
-
-        Raises:
-            UserError: The disk is full or the folder cannot be written.
-        """
-        with _disk_errors(self.path):
-            self._stage(name, text.encode())
-            self._publish(name)
-
-    def _check_space(self, space: int) -> None:
-        held = sum((self.path / name).stat().st_size for name in (STATE, LAST, BEST) if (self.path / name).exists())
-        free = shutil.disk_usage(self.path).free
-        if free + held < space:
-            raise UserError(
-                f"{self.path} has {free / 2**20:.0f} MiB free, but the checkpoints of this run need up to "
-                f"{(space - held) / 2**20:.0f} MiB more; free some space or choose another folder"
-            )
-
-    def _stage(self, name: str, content: bytes) -> None:
-        with open(self.path / (name + _NEW), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _publish(self, name: str) -> None:
-        os.replace(self.path / (name + _NEW), self.path / name)
-        self._sync()
-
-    def _sync(self) -> None:
-        """Make renames last through a power cut, in their order; only POSIX systems need it and can do it."""
-        if os.name != "posix":
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _read(self) -> Checkpoint:
-        stored = _read_state(self.path / STATE)
-        self._sums = stored["sums"]
-        for name, expected in self._sums.items():
-            self._settle(name, expected)
-        weights = safetensors.torch.load((self.path / LAST).read_bytes())
-        return Checkpoint(weights, stored["run"])
-
-    def _settle(self, name: str, expected: str) -> None:
-        """Complete a save that was interrupted after ``state.pt`` had been replaced."""
-        path, new = self.path / name, self.path / (name + _NEW)
-        if path.exists() and _digest(path.read_bytes()) == expected:
-            return
-        if not new.exists() or _digest(new.read_bytes()) != expected:
-            raise _damaged(path)
-        self._publish(name)
+    def publish(self, checkpoint: Checkpoint, *, best: bool, log: str) -> None:
+        """Write what is made from a checkpoint; arguments and errors as for :meth:`save`."""
+        # copies, since safetensors refuses tensors that share memory (tied weights)
+        copies = {
+            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in checkpoint.weights.items()
+        }
+        weights = safetensors.torch.save(copies)
+        for name in (LAST, BEST) if best else (LAST,):
+            replace_file(self.path / name, weights)
+        replace_file(self.path / LOG, log.encode())
+        replace_file(self.path / SETTINGS, (json.dumps(checkpoint.settings, indent=2) + "\n").encode())
 
 
-def _check_terms(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    for name in dict.fromkeys([*wanted, *stored]):
-        value = wanted.get(name)
+def _check_settings(stored: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
+    for name in dict.fromkeys([*given, *stored]):
+        value = given.get(name)
         if stored.get(name) == value:
             continue
         if name == "processes":
@@ -211,10 +153,10 @@ def _check_terms(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Pat
         )
 
 
-def _check_weights_fit(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    for name in [*wanted, *stored]:
+def _check_weights_fit(stored: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
+    for name in [*given, *stored]:
         kinds = [
-            f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing" for side in (stored, wanted)
+            f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing" for side in (stored, given)
         ]
         if kinds[0] != kinds[1]:
             raise UserError(
@@ -223,46 +165,20 @@ def _check_weights_fit(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor
             )
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
+def _read(path: Path) -> Checkpoint:
+    damaged = UserError(f"{path} is damaged or no checkpoint; put the right file back or start again in another folder")
     try:
+        content = path.read_bytes()
         # torch.load itself does not compare the checksums that torch.save leaves in the archive
         intact = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
         stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if intact else None
     except Exception as error:  # damaged bytes make both readers raise nearly anything
-        raise _damaged(path) from error
-    if not (isinstance(stored, dict) and {"format", "sums", "run"} <= stored.keys()):
-        raise _damaged(path)
-    if stored["format"] != _FORMAT:
-        raise UserError(f"{path} has format {stored['format']}, not {_FORMAT}; use the version that wrote it")
-    return stored
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(
-        f"{path} is missing, damaged or from another run; put the right file back or start again in another folder"
-    )
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; free some space or choose another folder") from error
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _packed(weights: Mapping[str, Tensor]) -> bytes:
-    # copies, since safetensors refuses tensors that share memory (tied weights)
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
-    return safetensors.torch.save(copies)
-
-
-def _serialised(state: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+        raise damaged from error
+    if not (isinstance(stored, dict) and "format" in stored):
+        raise damaged
+    version = stored.pop("format")
+    if version != _FORMAT:
+        raise UserError(f"{path} has format {version}, not {_FORMAT}; use the version that wrote it")
+    if stored.keys() != {field.name for field in fields(Checkpoint)}:
+        raise damaged
+    return Checkpoint(**stored)

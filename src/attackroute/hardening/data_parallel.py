@@ -14,25 +14,12 @@ does not run on a CPU.) Other buffers become those of the first process at the e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attackroute.core.distributed import Processes
 from attackroute.core.errors import UserError
-
-
-def take_from_first(model: nn.Module, team: Processes, *, buffers_alone: bool = False) -> None:
-    """Give the model the weights and buffers, or the buffers alone, that it has in the first process."""
-    if team.count == 1:
-        return
-    kept = dict(model.named_parameters()) if buffers_alone else {}
-
-    def state() -> dict[str, Any]:
-        return {name: value.cpu() for name, value in model.state_dict().items() if name not in kept}
-
-    model.load_state_dict(team.first(state), strict=False)
 
 
 class Replicas:

@@ -2,12 +2,13 @@
 
 With v = sign(g) held fixed, the parameters' gradient of ``L_g = sum |g|`` is that of ``sum v * g``, the derivative of
 the loss along v at the route's outputs. Double backward gives it exactly. Two ordinary passes approximate it by the
-difference quotient ``(L(Z + eps v) - L(Z)) / eps``, the second on the same side of every kink as the first.
+difference quotient ``(L(Z + eps v) - L(Z)) / eps``, the second on the same side of every kink as the first: a network
+of ReLUs and max pooling is linear in pieces, and a quotient across pieces is no derivative, however small the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,23 +18,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from attackroute.core.checks import check_logits
-from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.layers import LayerCall, LayerCalls
-from attackroute.core.model_state import RepeatablePass, require_ran
-from attackroute.hardening.kinks import HeldKinks, Kinks
-from attackroute.hardening.twice import TwiceDifferentiable
+from attackroute.core.errors import UserError
+from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
+from attackroute.core.model_state import RepeatablePass
+from attackroute.hardening.objective import task_loss
+from attackroute.hardening.settings import APPROXIMATE, EXACT, METHODS, require_known
 from attackroute.routes.layer_map import require_channels, require_model
 from attackroute.routes.route import Route
 
-EXACT, APPROXIMATE = "exact", "finite-difference (approximation)"
-
-
-METHODS = (EXACT, APPROXIMATE)
-
-
-_CHANNEL_DIM = {"conv2d": -3, "linear": -1}
+_RELU = frozenset(
+    {functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+)  # fmt: skip
+_LEAKY = frozenset({functional.leaky_relu, functional.leaky_relu_})
+_POOL = frozenset({functional.max_pool2d, torch.max_pool2d})
+_SLOPE = 0.01  # leaky_relu's own default
+_ATTENTION = functional.scaled_dot_product_attention
+_HARD_SIGMOID = functional.hardsigmoid
 
 
 class GradientPenalty:
@@ -66,10 +70,7 @@ class GradientPenalty:
     """
 
     def __init__(self, model: nn.Module, route: Route, *, method: str = EXACT, eps: float = 1e-4) -> None:
-        if method not in METHODS:
-            raise UserError(
-                f"unknown method {method!r}{did_you_mean(method, METHODS)}; choose from {', '.join(map(repr, METHODS))}"
-            )
+        require_known("method", method, METHODS)
         if not (isinstance(eps, (int, float)) and 0 < eps < float("inf")):
             raise UserError(f"eps {eps} is not a step above 0; the usual one is 1e-4")
         require_model(route.channels, model)
@@ -152,14 +153,14 @@ class GradientPenalty:
         moved, eps = self._moved(watched, gradients, labels)
         factor = lam / eps
         rest = task.detach() + lam * value - factor * moved.detach()
-        return _Known.apply(rest, 1 - factor, plain, *parameters) + factor * moved, value
+        return _GivenGradients.apply(rest, 1 - factor, plain, *parameters) + factor * moved, value
 
     def _visit(self, call: LayerCall) -> Tensor:
         output = call.run()
         watched = self._watched
         if watched is None or call.name not in self._chosen:
             return output
-        dim = _CHANNEL_DIM[call.kind]
+        dim = CHANNEL_DIM[call.kind]
         require_channels(call.name, self._route.channels[call.name], output.shape[dim])
         if watched.shifts is not None:  # the second pass of the approximation
             shift = watched.shifts.pop(call.name, None)
@@ -252,7 +253,7 @@ class _Watched:
         """Eq. (9) at every layer that the loss depends on, and the gradients of parameters."""
         if not task.requires_grad:
             raise UserError("the logits have no gradient: call the model outside no_grad, and do not detach its output")
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
             task,
             [*self.edges.values(), *parameters],  # type: ignore[arg-type]
             retain_graph=keep_graph,
@@ -261,15 +262,79 @@ class _Watched:
         )
         at_layers = {
             name: gradient
-            for name, gradient in zip(self.edges, found[: len(self.edges)], strict=True)
+            for name, gradient in zip(self.edges, gradients[: len(self.edges)], strict=True)
             if gradient is not None
         }
         if not at_layers:
             raise UserError("the logits do not depend on any layer of the route: are they those of the watched pass?")
-        return at_layers, found[len(self.edges) :]
+        return at_layers, gradients[len(self.edges) :]
 
 
-class _Known(torch.autograd.Function):
+class Kinks(TorchFunctionMode):
+    """Context that notes the kinks of a pass: ReLU, ReLU6, leaky ReLU and 2-D max pooling.
+
+    Attributes:
+        sides: In the order of the calls, where each activation's output was positive (and below 6), or the winners of
+            each pooling.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _POOL:
+            return self._pooled(args, kwargs)
+        output = func(*args, **kwargs)
+        if func in _RELU or func in _LEAKY:
+            self.sides.append(output.detach() > 0)
+        elif func is functional.relu6:
+            self.sides.append((output.detach() > 0).logical_and_(output.detach() < 6))
+        return output
+
+    def _pooled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        both = kwargs.get("return_indices", False)
+        output, winners = functional.max_pool2d_with_indices(*args[:6], **{**kwargs, "return_indices": True})
+        self.sides.append(winners)
+        return (output, winners) if both else output
+
+
+class HeldKinks(TorchFunctionMode):
+    """Context in which a pass stays on the sides that another pass of the same network noted.
+
+    Args:
+        sides: Those of :class:`Kinks`.
+    """
+
+    def __init__(self, sides: list[Tensor]) -> None:
+        super().__init__()
+        self._sides: Iterator[Tensor] = iter(sides)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _RELU and func not in _LEAKY and func not in _POOL and func is not functional.relu6:
+            return func(*args, **kwargs)
+        values = args[0] if args else kwargs["input"]
+        side = next(self._sides, None)
+        if side is None:
+            raise UserError("the model ran other operations on the same batch a second time: use the exact method")
+        if func in _POOL:
+            winners = values.flatten(2).gather(2, side.flatten(2)).view(side.shape)
+            return (winners, side) if kwargs.get("return_indices", False) else winners
+        if func in _LEAKY:
+            slope = args[1] if len(args) > 1 else kwargs.get("negative_slope", _SLOPE)
+            return torch.where(side, values, values * slope)
+        if func is functional.relu6:
+            return torch.where(side, values, values.detach().clamp(0, 6))
+        return values * side
+
+
+class _GivenGradients(torch.autograd.Function):
     """A value whose gradients are known already."""
 
     @staticmethod
@@ -283,14 +348,48 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """The gradients, as they were given."""
         factor = ctx.factor * gradient
-        return (None, None, None, *(None if known is None else known * factor for known in ctx.gradients))
+        return (None, None, None, *(None if given is None else given * factor for given in ctx.gradients))
 
 
 def _task(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross entropy, averaged over the batch."""
     check_logits(logits, labels, "batch")
-    return functional.cross_entropy(logits.to(_wide(logits)), labels.to(logits.device))
+    return task_loss(logits, labels.to(logits.device))
 
 
 def _wide(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Context in which attention and hard sigmoid are computed of operations with a second derivative.
+
+    Their results are the same up to rounding. Enter it before :class:`attackroute.layers.LayerCalls`, which opens
+    multi-head attention up: what was entered later does not see the attention in it.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATTENTION:  # the fused kernels' backward has no derivative
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
+        if func is _HARD_SIGMOID:
+            return _hard_sigmoid(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    values = functional.relu6(input + 3) / 6
+    return input.copy_(values) if inplace else values
+
+
+def require_ran(layers: Iterable[str], ran: Container[str]) -> None:
+    """Raise a `UserError` naming the first of a route's layers that did not run in a watched pass."""
+    for layer in layers:
+        if layer not in ran:
+            raise UserError(
+                f"layer {layer!r} of the route did not run in the model's forward pass: use the model that the route "
+                "was made for, uncompiled, or leave the layer out (route.restrict)"
+            )

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from attackroute.core.batches import count_samples, derived_generator, load
+from attackroute.core.checks import check_logits, checked
 from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
-from attackroute.hardening.gradient_penalty import EXACT
+from attackroute.core.model_state import kept_modes, placement, spared_buffers
+from attackroute.hardening.gradient_penalty import GradientPenalty
 from attackroute.hardening.history import EpochRecord, TrainResult
-from attackroute.hardening.objective import Objective
-from attackroute.hardening.penalised import Penalised, PenaltySettings
-from attackroute.hardening.route_tracing import ROUTE, RouteChange, RouteOverlap, RouteTracing
-from attackroute.hardening.settings import TrainSettings
-from attackroute.hardening.training import fit
+from attackroute.hardening.objective import Batch, Objective, StepLosses, task_loss
+from attackroute.hardening.route_source import RouteChange, RouteOverlap, RouteSource, targeted
+from attackroute.hardening.settings import (
+    APPROXIMATE,
+    FINE_TUNING,
+    GRADIENT,
+    PENALTIES,
+    STABILISATION,
+    WEIGHT,
+    HardenSettings,
+    TrainSettings,
+    require_known,
+)
+from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
+from attackroute.hardening.training import Progress, fit
+from attackroute.hardening.weight_penalty import WeightPenalty
 from attackroute.robustness.contract import Perturbation
-from attackroute.robustness.registry import parse_attack
+from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
-from attackroute.tracing.noise import NOISE, UNIT
-from attackroute.tracing.sketches import Sketches
+from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.connections import Connections
 from attackroute.zoo.images import ImageData
-
-FINE_TUNING = TrainSettings(epochs=10, lr=0.01)
-
 
 ROUTE_FILE = "route.json"
 
@@ -39,6 +53,12 @@ Samples = Dataset[Any] | DataLoader[Any] | ImageData | tuple[Tensor, Tensor]
 
 Factor = float | Mapping[str, float]
 """Lambda: one for all penalties, or one for each by its name."""
+
+
+_TRAIN = "training data"
+
+
+_STRENGTH_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -56,10 +76,10 @@ class HardenResult:
     """
 
     training: TrainResult
-    route: Route | None
-    changes: tuple[RouteChange, ...]
-    strengths: Mapping[str, float]
-    overlap: RouteOverlap | None
+    route: Route | None = None
+    changes: tuple[RouteChange, ...] = ()
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    overlap: RouteOverlap | None = None
 
 
 def harden(
@@ -67,30 +87,22 @@ def harden(
     train_data: Samples,
     test_data: Samples | None = None,
     *,
-    penalty: str | tuple[str, ...] | None = "gradient",
+    penalty: str | tuple[str, ...] | None = GRADIENT,
     lam: Factor = 0.01,
-    target: str = ROUTE,
     attack: str | Perturbation | None = None,
     route: Route | str | os.PathLike[str] | None = None,
-    route_samples: float = 0.1,
-    linear: bool = False,
-    sketches: Sketches = None,
-    carrier: str = UNIT,
-    refresh: int | None = None,
-    compare_full: bool = True,
-    method: str = EXACT,
-    folded: bool = True,
-    settings: TrainSettings = FINE_TUNING,
+    settings: HardenSettings | None = None,
+    train: TrainSettings = FINE_TUNING,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochRecord], None] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> HardenResult:
     """Fine-tune a network in place with a penalty on its critical attacking route.
 
     Without an attack this trains the paper's Vanilla_g (``penalty="gradient"``, Eq. (11)) and Vanilla_w (``"weight"``,
-    Eq. (14)); with ``attack="pgd"``, PAT_g (Eq. (12)) and PAT_w (Eq. (15)). All that :func:`attackroute.training.train`
-    promises holds: runs repeat bit for bit, and go on after a kill as if nothing had happened.
+    Eq. (14)); with ``attack="pgd"``, PAT_g (Eq. (12)) and PAT_w (Eq. (15)). All that
+    :func:`attackroute.hardening.train` promises holds: runs repeat bit for bit, and go on after a kill.
 
     To choose lambda, look at the result's ``strengths``: lambda times the strength is the penalty's share in the first
     step's gradient. Begin where that is about 0.1 and go up by factors of 3 until clean accuracy suffers.
@@ -98,27 +110,16 @@ def harden(
     Args:
         model: Maps images (N, C, H, W) in [0, 1] to logits. It holds the last epoch's weights at the end.
         train_data: What to train on, and to trace the route from, see :data:`Samples`. Order and size of the batches
-            are the settings'.
+            are those of ``train``.
         test_data: The same; tested after every epoch.
         penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
-            the paper's, see :class:`attackroute.penalties.StabilisationPenalty`), a tuple of some, or None for training
-            alone.
+            the paper's, see :class:`StabilisationPenalty`), a tuple of some, or None for training alone.
         lam: The factor lambda, or one for each penalty by name.
-        target: Whose neurons: those of the ``"route"``, or for controls as many ``"random"`` ones off it, or ``"all"``.
         attack: What to train against, as :func:`attackroute.attacks.parse_attack` reads it; None for clean images.
-        route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model).
-        route_samples: Share of the training samples to trace.
-        linear: Whether linear maps are layers of a traced route too; a route that is given has its own layers.
-        sketches: As :func:`attackroute.trace_routes` takes them, for a traced route: approximate.
-        carrier: What a traced route follows: ``"unit"``, or ``"noise"``, that of ``attack`` on the network as it is
-            when the route is traced.
-        refresh: Trace the route anew before every so manyth epoch; None keeps the first.
-        compare_full: Trace all training samples too, and compare; False saves that trace.
-        method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
-        folded: For the weight penalty, which leaves out layers with attention or normalisation over channels before
-            them, whether batch norms are folded into the kernels; see
-            :class:`attackroute.penalties.WeightPenalty`.
-        settings: See :class:`attackroute.train_settings.TrainSettings`.
+        route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model), as ``settings`` say.
+        settings: Whose neurons are punished, how their route is traced, and how penalties are computed; None for the
+            paper's way, ``HardenSettings()``.
+        train: Epochs, learning rate and the like.
         folder: Where checkpoints, log and the route are kept; None keeps nothing.
         resume: Go on with the run in the folder; an empty folder starts one.
         on_epoch: Called after every epoch, when its checkpoint is on disk.
@@ -130,42 +131,241 @@ def harden(
     Raises:
         UserError: As for training and tracing, or a setting is unknown or out of range.
     """
+    settings = settings or HardenSettings()
     names = (penalty,) if isinstance(penalty, str) else tuple(penalty or ())
-    if route is not None and (linear or sketches is not None or carrier != UNIT):
+    if route is not None and settings.trace != TraceConfig():
         raise UserError(
             "a route is given, so none is traced; leave out linear, sketches and carrier, or trace it with them"
         )
     if not names and route is not None:
         raise UserError("a route is given but no penalty, so nothing would be done with it; leave out one")
-    if carrier == NOISE and names and attack is None:
-        raise UserError(
-            "carrier 'noise' follows what an attack changes: train against one (attack=..., --attack), or give a route "
-            "that was traced so (route=..., --route)"
-        )
-    against = parse_attack(attack) if isinstance(attack, str) else attack
-    tracing = RouteTracing(
-        route_samples, refresh, compare_full, linear, sketches, carrier, str(against) if carrier == NOISE else None
-    )
-    factors = {name: factor_of(name, lam) for name in names}
-    chosen = PenaltySettings(factors, target, method, folded)
     if isinstance(route, (str, os.PathLike)):
         route = Route.load(route, model)
     data, tests = as_dataset(train_data), None if test_data is None else as_dataset(test_data)
-    objective = Penalised(chosen, against, route, tracing) if names else Objective(against)
+    factors = {name: factor_of(name, lam) for name in names}
+    hardening = RouteObjective(factors, attack, settings, route) if names else None
 
-    def save_route(record: EpochRecord) -> None:
-        if folder is not None and leading() and isinstance(objective, Penalised) and objective.route is not None:
-            objective.route.save(Path(folder) / ROUTE_FILE)
+    def finish_epoch(record: EpochRecord) -> None:
+        if folder is not None and leading() and hardening is not None and hardening.route is not None:
+            hardening.route.save(Path(folder) / ROUTE_FILE)
         if on_epoch is not None:
             on_epoch(record)
 
     result = fit(
-        model, data, tests, settings, objective,
-        folder=folder, resume=resume, on_epoch=save_route, progress=progress,
+        model, data, tests, train, hardening or Objective(attack),
+        folder=folder, resume=resume, on_epoch=finish_epoch, progress=progress,
     )  # fmt: skip
-    if not isinstance(objective, Penalised):
-        return HardenResult(result, None, (), {}, None)
-    return HardenResult(result, objective.route, tuple(objective.changes), objective.strengths, objective.overlap)
+    if hardening is None:
+        return HardenResult(result)
+    return HardenResult(
+        result,
+        hardening.route,
+        changes=tuple(hardening.changes),
+        strengths=hardening.strengths,
+        overlap=hardening.overlap,
+    )
+
+
+class RouteObjective(Objective):
+    """Plain or adversarial training plus penalties on a route's neurons (Eqs. (11), (12), (14), (15)).
+
+    The gradient penalty takes the images that the network learns from, and with an attack the clean ones too (Eq.
+    (12)), in a pass of their own that leaves the batch norms' running statistics alone. So does stabilisation, which
+    compares the two and needs an attack.
+
+    Args:
+        factors: Lambda for each penalty, ``"gradient"``, ``"weight"`` or ``"stabilisation"``.
+        attack: As for :class:`Objective`.
+        settings: What is punished.
+        route: The route; None traces it when the run starts.
+
+    Attributes:
+        route: The route, once it is known.
+        changes: What each new trace changed.
+        strengths: For each penalty, the norm of its gradient over that of the task's, both by the parameters and on
+            some of the training samples before the first step; infinite where the task has no gradient left.
+        overlap: How much of the route that of all the training samples has too, both for the initial network; None
+            where they are not compared, and for a route that is given or traced from all of them.
+
+    Raises:
+        UserError: A penalty is unknown, a factor is not a number of at least 0, or these do not go together.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[str, float],
+        attack: str | Perturbation | None = None,
+        settings: HardenSettings | None = None,
+        route: Route | None = None,
+    ) -> None:
+        super().__init__(attack)
+        for name, factor in factors.items():
+            require_known("penalty", name, (*PENALTIES, STABILISATION))
+            if isinstance(factor, bool) or not (isinstance(factor, (int, float)) and 0 <= factor < float("inf")):
+                raise UserError(f"the factor lambda of the {name} penalty is {factor!r}; give a number of at least 0")
+        if STABILISATION in factors and self.attack is None:
+            raise UserError(
+                "the stabilisation penalty is on what an attack changes: name one to train against, such as "
+                "attack='pgd' (--attack pgd)"
+            )
+        self.route, self.changes, self.strengths = route, list[RouteChange](), dict[str, float]()
+        self.overlap: RouteOverlap | None = None
+        self._factors, self._hardening = dict(factors), settings or HardenSettings()
+        self._source = RouteSource(self._hardening, self.attack, route)
+        self._gradient: GradientPenalty | None = None
+        self._weight: WeightPenalty | None = None
+        self._stabilisation: StabilisationPenalty | None = None
+        self._seed = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See :class:`Objective`."""
+        return {
+            **super().settings,
+            "factors": self._factors,
+            "target": self._hardening.target,
+            "method": self._hardening.method,
+            "folded": self._hardening.folded,
+            "route": self._source.description,
+        }
+
+    def start(self, model: nn.Module, data: Dataset[Any], seed: int) -> None:
+        """Trace the route and compare the penalties' gradients with the task's."""
+        self._seed = seed
+        self.route, self.overlap = self._source.first(model, data, seed)
+        self._aim(self.route, model, data)
+        self.strengths = self._measured_strengths(model, data)
+
+    def begin_epoch(self, model: nn.Module, data: Dataset[Any], epoch: int) -> None:
+        """Trace the route anew, where that is due."""
+        if self._source.due(epoch):
+            assert self.route is not None
+            old, self.route = self.route, self._source.trace(model, data, self._seed, self._hardening.route_samples)
+            self.changes.append(RouteChange.between(old, self.route, epoch))
+            self._aim(self.route, model, data)
+
+    def state(self) -> dict[str, Any]:
+        """The route and what is known about it."""
+        assert self.route is not None
+        return {
+            "seed": self._seed,
+            "route": self.route.to_json(),
+            "changes": [asdict(change) for change in self.changes],
+            "strengths": dict(self.strengths),
+            "overlap": None if self.overlap is None else asdict(self.overlap),
+        }
+
+    def restore(self, model: nn.Module, data: Dataset[Any], state: Mapping[str, Any]) -> None:
+        """Take the route back."""
+        self._seed = state["seed"]
+        self.route = Route.from_json(state["route"])
+        self.changes = [RouteChange(**change) for change in state["changes"]]
+        self.strengths = dict(state["strengths"])
+        self.overlap = None if state["overlap"] is None else RouteOverlap(**state["overlap"])
+        self._aim(self.route, model, data)
+
+    def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
+        """Eq. (11), (12), (14) or (15), or the same with the noise on the route punished."""
+        images = self.attacked(model, batch)
+        factors = self._factors
+        watches = [penalty.watch() for penalty in (self._gradient, self._stabilisation) if penalty is not None]
+        with ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(watch)
+            stack.enter_context(batch.autocast())
+            logits = model(images)
+        check_logits(logits, batch.labels, _TRAIN)
+        values: dict[str, Tensor] = {}
+        task = task_loss(logits, batch.targets)
+        total = task
+        if self._gradient is not None and self._stabilisation is not None:  # which needs the pass's graph, too
+            value = self._gradient(logits, batch.targets)
+            total, values[GRADIENT] = task + factors[GRADIENT] * value, value.detach()
+        elif self._gradient is not None:
+            total, values[GRADIENT] = self._gradient.with_task(logits, batch.targets, factors[GRADIENT])
+        if self._gradient is not None and self.attack is not None:
+            clean = self._clean_penalty(self._gradient, model, batch)
+            total = total + factors[GRADIENT] * clean
+            values[GRADIENT] = values[GRADIENT] + clean.detach()
+        if self._weight is not None:
+            value = self._weight()
+            total = total + factors[WEIGHT] * value
+            values[WEIGHT] = value.detach()
+        if self._stabilisation is not None:
+            value = self._stabilisation(batch.images)
+            total = total + factors[STABILISATION] * value
+            values[STABILISATION] = value.detach()
+        return StepLosses(total, task.detach(), logits.detach(), values)
+
+    def _clean_penalty(self, penalty: GradientPenalty, model: nn.Module, batch: Batch) -> Tensor:
+        """``L_g(x, y)`` of Eq. (12), at no cost to statistics and random numbers."""
+        devices = [batch.images.device] if batch.images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), spared_buffers(model):
+            with penalty.watch(), batch.autocast():
+                logits = model(batch.images)
+            return penalty(logits, batch.targets)
+
+    def _aim(self, route: Route, model: nn.Module, data: Dataset[Any]) -> None:
+        """Make the penalties for the route as it is."""
+        require_model(route.channels, model)
+        punished = targeted(route, self._hardening.target, self._seed)
+        if GRADIENT in self._factors:
+            self._gradient = GradientPenalty(model, punished, method=self._hardening.method)
+        if WEIGHT in self._factors:
+            device, dtype = placement(model)
+            (probe,) = load(data, [[0, 0]], generator=torch.Generator())
+            images = checked(probe, _TRAIN)[0].to(device, dtype)
+            connections = Connections.of_route(model, images, punished)
+            self._weight = WeightPenalty(
+                model,
+                punished,
+                images,
+                folded=self._hardening.folded,
+                layers=connections.joined(punished) or None,
+                connections=connections,
+            )
+        if STABILISATION in self._factors:
+            self._stabilisation = StabilisationPenalty(model, punished)
+
+    def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
+        """See the attribute; the model and the generators come back as they were."""
+        count = min(_STRENGTH_SAMPLES, count_samples(data, _TRAIN))
+        (batch,) = load(data, [list(range(count))], generator=torch.Generator())
+        images, labels = checked(batch, _TRAIN)
+        device, dtype = placement(model)
+        images, targets = images.to(device, dtype), labels.to(device)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def norm(loss: Tensor) -> float:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return float(torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm())
+
+        norms = {}
+        if self._weight is not None:
+            norms[WEIGHT] = norm(self._weight())  # before any pass in training mode moves running variances
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_modes(model), spared_buffers(model):
+            model.train()
+            draws = derived_generator(self._seed, "strength", 0)
+            clean = images
+            images = self.attacked(model, Batch(images, labels, targets, draws, nullcontext))
+            if self._gradient is not None:
+                with self._gradient.watch():
+                    logits = model(images)
+                try:
+                    norms[GRADIENT] = norm(self._gradient(logits, targets))
+                except RuntimeError as error:
+                    if "is not implemented" not in str(error):
+                        raise
+                    raise UserError(
+                        f"the network has an operation without a second derivative ({str(error).splitlines()[0]}); "
+                        f"take the method {APPROXIMATE!r} (--approximate)"
+                    ) from error
+            if self._stabilisation is not None:
+                with self._stabilisation.watch():
+                    model(images)
+                norms[STABILISATION] = norm(self._stabilisation(clean))
+            task = norm(task_loss(model(images), targets))
+        return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
 
 
 def as_dataset(data: Samples) -> Dataset[Any]:

@@ -1,14 +1,20 @@
-"""What the epochs of a training run did, and how that is written down."""
+"""What the epochs of a training run did, and how that is written down: in a log, and for TensorBoard."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from attackroute.core.accuracy import Accuracy
+from attackroute.core.errors import UserError
+
+EVENTS = "tensorboard"
+"""Where TensorBoard's events are in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,32 @@ class EpochRecord:
     seconds: float
     robust: Accuracy | None = None
     penalties: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_plain(cls, stored: Mapping[str, Any]) -> EpochRecord:
+        """The record that :func:`dataclasses.asdict` took apart."""
+        counts = {name: stored[name] and Accuracy(**stored[name]) for name in ("train", "test", "robust")}
+        return cls(**{**stored, **counts})
+
+    def log_line(self) -> str:
+        """The record as one line of JSON for readers."""
+        line: dict[str, Any] = {"epoch": self.epoch, "loss": self.loss, "train_accuracy": self.train.value}
+        if self.test is not None:
+            line |= {"test_accuracy": self.test.value, "test_interval": self.test.interval}
+        if self.robust is not None:
+            line |= {"robust_accuracy": self.robust.value, "robust_interval": self.robust.interval}
+        line |= {f"{name}_penalty": value for name, value in self.penalties.items()}
+        return json.dumps({**line, "lr": self.lr, "seconds": round(self.seconds, 3)})
+
+    def scalars(self) -> dict[str, float]:
+        """The record's numbers by the names that TensorBoard groups by."""
+        accuracies = {"train": self.train, "test": self.test, "robust": self.robust}
+        return {
+            "loss/task": self.loss,
+            **{f"loss/{name} penalty": value for name, value in self.penalties.items()},
+            **{f"accuracy/{name}": accuracy.value for name, accuracy in accuracies.items() if accuracy is not None},
+            "learning rate": self.lr,
+        }
 
 
 @dataclass(frozen=True)
@@ -69,29 +101,38 @@ def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
     The choice is made on test data, so the chosen epoch's accuracy there is a little too good.
     """
     tested = [(record.robust or record.test, record) for record in history]
-    values = [(found.value, -record.epoch, record) for found, record in tested if found is not None]
+    values = [(accuracy.value, -record.epoch, record) for accuracy, record in tested if accuracy is not None]
     return max(values)[2] if values else None
 
 
-def to_plain(record: EpochRecord) -> dict[str, Any]:
-    """The record as numbers in nested dicts, for :func:`from_plain`."""
-    return asdict(record)
+@contextmanager
+def event_log(folder: str | os.PathLike[str]) -> Iterator[Callable[[EpochRecord], None]]:
+    """Context that gives an ``on_epoch`` which shows each epoch's numbers in TensorBoard.
 
+    Epochs that a resumed run repeats are replaced.
 
-def from_plain(stored: dict[str, Any]) -> EpochRecord:
-    """The record that :func:`to_plain` took apart."""
-    counts = {
-        name: None if stored.get(name) is None else Accuracy(**stored[name]) for name in ("train", "test", "robust")
-    }
-    return EpochRecord(**{**stored, **counts})
+    Args:
+        folder: The folder of the run; events go into ``tensorboard`` in it.
 
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError('TensorBoard is not installed; pip install "attackroute[tensorboard]"') from error
+    writer: Any = None
 
-def log_line(record: EpochRecord) -> str:
-    """The record as one line of JSON for readers."""
-    line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "train_accuracy": record.train.value}
-    if record.test is not None:
-        line |= {"test_accuracy": record.test.value, "test_interval": record.test.interval}
-    if record.robust is not None:
-        line |= {"robust_accuracy": record.robust.value, "robust_interval": record.robust.interval}
-    line |= {f"{name}_penalty": value for name, value in record.penalties.items()}
-    return json.dumps({**line, "lr": record.lr, "seconds": round(record.seconds, 3)})
+    def write(record: EpochRecord) -> None:
+        nonlocal writer
+        if writer is None:
+            writer = SummaryWriter(str(Path(folder) / EVENTS), purge_step=record.epoch)  # type: ignore[no-untyped-call]
+        for name, value in record.scalars().items():
+            writer.add_scalar(name, value, record.epoch)
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()

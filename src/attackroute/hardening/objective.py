@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,7 +67,7 @@ class Objective:
         self.attack = parse_attack(attack) if isinstance(attack, str) else attack
 
     @property
-    def terms(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """All that must be the same for a run to go on, as plain values."""
         return {"attack": None if self.attack is None else str(self.attack)}
 
@@ -121,7 +121,7 @@ def backward_in_parts(
         The whole batch's losses; ``total`` is detached.
     """
     count = len(batch.images)
-    found, start = [], batch.draws.get_state()
+    taken, start = [], batch.draws.get_state()
     for images, labels, targets in zip(
         *(values.tensor_split(min(parts, count)) for values in (batch.images, batch.labels, batch.targets)), strict=True
     ):
@@ -129,16 +129,16 @@ def backward_in_parts(
         losses = objective.losses(model, replace(batch, images=images, labels=labels, targets=targets))
         share = len(images) / count
         scale(losses.total * share).backward()  # type: ignore[no-untyped-call]
-        found.append((share, losses))
+        taken.append((share, losses))
 
-    def mean(value: Callable[[StepLosses], Tensor]) -> Tensor:
-        return torch.stack([share * value(losses).detach() for share, losses in found]).sum()
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([share * value.detach() for (share, _), value in zip(taken, values, strict=True)]).sum()
 
     return StepLosses(
-        mean(lambda losses: losses.total),
-        mean(lambda losses: losses.task),
-        torch.cat([losses.logits for _, losses in found]),
-        {name: mean(lambda losses, name=name: losses.penalties[name]) for name in found[0][1].penalties},  # type: ignore[misc]
+        mean(losses.total for _, losses in taken),
+        mean(losses.task for _, losses in taken),
+        torch.cat([losses.logits for _, losses in taken]),
+        {name: mean(losses.penalties[name] for _, losses in taken) for name in taken[0][1].penalties},
     )
 
 

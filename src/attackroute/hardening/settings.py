@@ -1,19 +1,34 @@
-"""The settings of a training run, checked when they are made."""
+"""The settings of a training run, checked when they are made, and the learning rates that follow from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, get_args
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 
-from attackroute.core.errors import UserError
+from attackroute.core.errors import UserError, did_you_mean
 from attackroute.hardening.augmentation import Augment
-from attackroute.hardening.schedules import Schedule
+from attackroute.tracing.config import TraceConfig
 
-_LARGEST_SEED = 2**63 - 1
+GRADIENT, WEIGHT, STABILISATION = "gradient", "weight", "stabilisation"
+PENALTIES = (GRADIENT, WEIGHT)
+"""The paper's."""
 
+EXACT, APPROXIMATE = "exact", "finite-difference (approximation)"
+METHODS = (EXACT, APPROXIMATE)
+"""Ways to differentiate the gradient penalty."""
 
+ON_ROUTE, RANDOM, ALL = "route", "random", "all"
+TARGETS = (ON_ROUTE, RANDOM, ALL)
+"""Whose neurons are punished."""
+
+Schedule = Literal["one-cycle", "cosine"]
+
+_RISE = 0.3  # share of the steps of a one-cycle schedule in which the learning rate climbs
+_START = 1 / 25  # of the peak
+_END = _START / 1e4
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # tensors take no larger factor
 
 
@@ -27,8 +42,8 @@ class TrainSettings:
         lr: The schedule's largest learning rate.
         momentum: In [0, 1), in Nesterov's form.
         weight_decay: L2 penalty on all parameters.
-        schedule: ``"one-cycle"`` or ``"cosine"``, see :func:`attackroute.schedules.learning_rate`.
-        augment: ``"none"``, ``"crop"`` or ``"crop-flip"``, see :func:`attackroute.augmentation.augment`.
+        schedule: ``"one-cycle"`` or ``"cosine"``, see :func:`learning_rate`.
+        augment: ``"none"``, ``"crop"`` or ``"crop-flip"``, see :func:`attackroute.hardening.augmentation.augment`.
         accumulate: Take each batch in so many parts, one after the other, and step once: memory is that of a part.
             Batch norms and the gradient penalty's approximation then see a part at a time.
         clip_norm: Largest norm of the whole gradient; None leaves it as it is.
@@ -60,34 +75,95 @@ class TrainSettings:
     robust_samples: int = 500
 
     def __post_init__(self) -> None:
-        _check(_is_integer(self.epochs, 1), "epochs", self.epochs, "an integer of at least 1")
-        _check(_is_integer(self.batch_size, 1), "batch_size", self.batch_size, "an integer of at least 1")
-        _check(_is_number(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
-        _check(_is_number(self.momentum) and 0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
-        _check(
-            _is_number(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay", self.weight_decay, "a number of at least 0",
-        )  # fmt: skip
-        _check(self.schedule in get_args(Schedule), "schedule", self.schedule, _one_of(Schedule))
-        _check(self.augment in get_args(Augment), "augment", self.augment, _one_of(Augment))
-        _check(_is_integer(self.accumulate, 1), "accumulate", self.accumulate, "an integer of at least 1")
-        _check(
-            self.clip_norm is None or (_is_number(self.clip_norm) and self.clip_norm > 0),
-            "clip_norm", self.clip_norm, "a number above 0, or None",
-        )  # fmt: skip
-        _check(isinstance(self.amp, bool), "amp", self.amp, "True or False")
-        _check(isinstance(self.channels_last, bool), "channels_last", self.channels_last, "True or False")
-        _check(
-            _is_integer(self.seed, 0) and self.seed <= _LARGEST_SEED,
-            "seed", self.seed, "an integer from 0 to 2**63 - 1",
-        )  # fmt: skip
-        _check(_is_integer(self.workers, 0), "workers", self.workers, "an integer of at least 0")
-        _check(_is_integer(self.robust_samples, 1), "robust_samples", self.robust_samples, "an integer of at least 1")
+        rules = {
+            "epochs": (_is_integer(self.epochs, 1), "an integer of at least 1"),
+            "batch_size": (_is_integer(self.batch_size, 1), "an integer of at least 1"),
+            "lr": (_is_number(self.lr) and self.lr > 0, "a number above 0"),
+            "momentum": (_is_number(self.momentum) and 0 <= self.momentum < 1, "a number in [0, 1)"),
+            "weight_decay": (_is_number(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
+            "schedule": (self.schedule in get_args(Schedule), _one_of(Schedule)),
+            "augment": (self.augment in get_args(Augment), _one_of(Augment)),
+            "accumulate": (_is_integer(self.accumulate, 1), "an integer of at least 1"),
+            "clip_norm": (
+                self.clip_norm is None or (_is_number(self.clip_norm) and self.clip_norm > 0),
+                "a number above 0, or None",
+            ),
+            "amp": (isinstance(self.amp, bool), "True or False"),
+            "channels_last": (isinstance(self.channels_last, bool), "True or False"),
+            "seed": (_is_integer(self.seed, 0) and self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
+            "workers": (_is_integer(self.workers, 0), "an integer of at least 0"),
+            "robust_samples": (_is_integer(self.robust_samples, 1), "an integer of at least 1"),
+        }
+        for name, (valid, expected) in rules.items():
+            if not valid:
+                raise UserError(f"training setting {name} is {getattr(self, name)!r}; give {expected}")
 
 
-def _check(valid: bool, name: str, value: object, wanted: str) -> None:
-    if not valid:
-        raise UserError(f"training setting {name} is {value!r}; give {wanted}")
+@dataclass(frozen=True)
+class HardenSettings:
+    """Which neurons are punished, and how; the defaults are the paper's.
+
+    Attributes:
+        target: Whose neurons: those of the ``"route"``, or for controls as many ``"random"`` ones off it in each layer,
+            or ``"all"`` of its layers.
+        route_samples: Share of the training samples, drawn with the seed, to trace the route from, in (0, 1].
+        refresh: Trace the route anew before every so manyth epoch; None traces once, before the first.
+        compare_full: Trace all training samples too, and compare; False saves that trace.
+        trace: How the route is traced; the seed of sketches is the training's. With the carrier ``"noise"`` it follows
+            what the attack that is trained against changes in the network as it is when the route is traced.
+        method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
+        folded: For the weight penalty, which leaves out layers with attention or normalisation over channels before
+            them, whether batch norms are folded into the kernels; see :class:`WeightPenalty`.
+
+    Raises:
+        UserError: A name is unknown, or a value is out of range.
+    """
+
+    target: str = ON_ROUTE
+    route_samples: float = 0.1
+    refresh: int | None = None
+    compare_full: bool = True
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    method: str = EXACT
+    folded: bool = True
+
+    def __post_init__(self) -> None:
+        share, refresh = self.route_samples, self.refresh
+        if not (isinstance(share, (int, float)) and 0 < share <= 1):
+            raise UserError(f"a share of {share} of the samples is outside (0, 1]; the paper takes 0.1")
+        if refresh is not None and (not isinstance(refresh, int) or refresh < 1):
+            raise UserError(f"refresh {refresh!r} is not a number of epochs; give 1 or more, or None")
+        require_known("target", self.target, TARGETS)
+        require_known("method", self.method, METHODS)
+
+
+def learning_rate(schedule: Schedule, peak: float, step: int, total: int) -> float:
+    """The learning rate of one optimiser step.
+
+    Args:
+        schedule: ``"one-cycle"`` climbs from peak / 25 to the peak within the first 30 % of the steps and falls to
+            peak / 250,000, each along half a cosine; ``"cosine"`` falls from the peak along
+            ``peak / 2 * (1 + cos(pi * step / total))``.
+        peak: The largest learning rate.
+        step: Counts from 0 to ``total - 1``.
+        total: Steps in the whole run.
+
+    Returns:
+        The learning rate. The values are those of PyTorch's ``OneCycleLR`` and ``CosineAnnealingLR``; one-cycle runs
+        of one to three steps, which have no room to climb, start at the peak.
+    """
+    if schedule == "cosine":
+        return _half_cosine(peak, 0.0, step / total)
+    top = max(_RISE * total - 1, 0.0)
+    if step < top:
+        return _half_cosine(peak * _START, peak, step / top)
+    if total == 1:
+        return peak
+    return _half_cosine(peak, peak * _END, (step - top) / (total - 1 - top))
+
+
+def _half_cosine(first: float, last: float, share: float) -> float:
+    return last + (first - last) / 2 * (1 + math.cos(math.pi * share))
 
 
 def _is_integer(value: object, least: int) -> bool:
@@ -100,3 +176,13 @@ def _is_number(value: object) -> bool:
 
 def _one_of(choices: Any) -> str:
     return "one of " + ", ".join(repr(choice) for choice in get_args(choices))
+
+
+def require_known(what: str, name: str, known: tuple[str, ...]) -> None:
+    """Raise a `UserError` unless a name is one of those that are known."""
+    if name not in known:
+        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)}; choose from {', '.join(known)}")
+
+
+FINE_TUNING = TrainSettings(epochs=10, lr=0.01)
+"""What hardening takes by default."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
-from attackroute.core.model_state import RepeatablePass, require_ran
+from attackroute.core.model_state import RepeatablePass
+from attackroute.hardening.gradient_penalty import require_ran
 from attackroute.routes.layer_map import require_channels, require_model
 from attackroute.routes.route import Route
 

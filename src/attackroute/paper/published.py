@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attackroute.hardening.penalised import GRADIENT, WEIGHT
+from attackroute.hardening.settings import GRADIENT, WEIGHT
 from attackroute.robustness.contract import Perturbation
 from attackroute.robustness.gradient_attacks import PGD
 

@@ -17,7 +17,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.files import shown
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
-from attackroute.hardening.folding import following_norms
+from attackroute.hardening.weight_penalty import following_norms
 
 _LARGEST = 224  # pixels each way of a picture
 _LOSSLESS = 64  # up to so many pixels each way

@@ -206,20 +206,38 @@ class Route:
         """
         require_fit(self.channels, channels, what)
 
+    def to_json(self) -> dict[str, Any]:
+        """All of the route as JSON values, for :meth:`from_json`."""
+        frequency = self.frequency
+        return {
+            "provenance": None if self.provenance is None else self.provenance.to_json(),
+            "fingerprint": dict(self.channels),
+            "route": {layer: list(self.indices[layer]) for layer in self},
+            "frequency": None if frequency is None else {layer: frequency[layer].tolist() for layer in self},
+        }
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Route:
+        """The route that :meth:`to_json` took apart.
+
+        Raises:
+            UserError: Something is missing or malformed.
+        """
+        origin = body.get("provenance")
+        return cls(
+            files.expect_mapping(body, "route"),
+            files.expect_mapping(body, "fingerprint"),
+            None if body.get("frequency") is None else _read_frequency(body),
+            None if origin is None else Provenance.from_json(origin),
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the route as readable JSON, replacing a file of that name in one step.
 
         Raises:
             UserError: the file cannot be written.
         """
-        frequency = self.frequency
-        body = {
-            "provenance": None if self.provenance is None else self.provenance.to_json(),
-            "fingerprint": dict(self.channels),
-            "route": {layer: list(self.indices[layer]) for layer in self},
-            "frequency": None if frequency is None else {layer: frequency[layer].tolist() for layer in self},
-        }
-        files.write_json(path, files.ROUTE, body)
+        files.write_json(path, files.ROUTE, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Route:
@@ -234,13 +252,7 @@ class Route:
         """
         body = files.read_json(path, files.ROUTE)
         with files.reading(path):
-            origin = body.get("provenance")
-            route = cls(
-                files.expect_mapping(body, "route"),
-                files.expect_mapping(body, "fingerprint"),
-                None if body.get("frequency") is None else _read_frequency(body),
-                None if origin is None else Provenance.from_json(origin),
-            )
+            route = cls.from_json(body)
             if model is not None:
                 require_model(route.channels, model)
         return route

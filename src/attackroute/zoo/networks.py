@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 
 from attackroute.core.errors import UserError
-from attackroute.hardening.checkpoint import BEST, LAST
 from attackroute.zoo.card import ModelCard
 from attackroute.zoo.checks import check_input
 from attackroute.zoo.images import ImageData
@@ -16,7 +15,7 @@ from attackroute.zoo.normalisation import Normalise
 from attackroute.zoo.presets import preset_folder
 from attackroute.zoo.registry import BUILT_IN, build
 from attackroute.zoo.spec import ModelSpec
-from attackroute.zoo.weights import load_weights
+from attackroute.zoo.weights import BEST, LAST, load_weights
 
 _PRESET = "preset:"
 

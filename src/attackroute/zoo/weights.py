@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 
+LAST, BEST = "last.safetensors", "best.safetensors"
+"""Weights in the folder of a training run: of the last epoch and of the best one."""
+
+
 _CONTAINERS = ("state_dict", "model")
 
 
