@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format install clean
+.PHONY: help demo test benchmark lint format install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: $(STAMP) ## train a small network, trace it and ask what its route is wort
 
 test: $(STAMP) ## run the tests that are quick
 	@$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
+
+benchmark: $(STAMP) ## measure what a trace costs here (about ten minutes)
+	@$(BIN)/python -m benchmarks
 
 lint: $(STAMP) ## check style (ruff) and types (mypy)
 	@$(BIN)/ruff check .
@@ -30,7 +33,7 @@ install: $(STAMP) ## make .venv with the package and its development tools
 
 clean: ## remove .venv, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src studies benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last: an installation that broke off is started again.
 $(STAMP): pyproject.toml

@@ -1,87 +1,79 @@
-"""The benchmark's arithmetic, and that what it times is what it says."""
+"""The benchmark's arithmetic, that what it times is what it says, and its command line."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import count
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from attackroute.benchmark import attack_speed, breakdown, memory, memory_probe
-from attackroute.benchmark.cases import workload
-from attackroute.benchmark.memory import Peaks, measure_memory
-from attackroute.benchmark.plan import Plan
-from attackroute.benchmark.speed import measure_speed, training_step
-from attackroute.benchmark.timing import Runs, Spread, Stopclock, in_threads, interleaved
 from attackroute.core.errors import UserError
 from attackroute.robustness.gradient_attacks import PGD
-from attackroute.tracing import recorder, trace
-from attackroute.tracing import trace as trace_module
-from attackroute.zoo import registry
-from benchmark_samples import TINY, Hands, attack_result, memory_result, speed_result
+from benchmarks import attacks, memory, run
+from benchmarks.cases import CASE_NAMES, SPEED_CASES, Case, Plan, workload
+from benchmarks.memory import Job, Peaks, measure_memory, memory_measurements
+from benchmarks.timing import BYTES, SECONDS, Measurement, Spread, Stopclock, in_threads, interleaved
+from benchmarks.trace import measure_hardness, measure_speed, speed_measurements, training_step
+
+TINY = Case("tiny", "vgg_small", 1.25, image_size=32, classes=10, batch_size=3)
 
 
-def ticking() -> Stopclock:
-    """A clock that moves on by one second each time it is read."""
-    return Stopclock(clock=count().__next__)
+def by_quantity(measurements: list[Measurement]) -> dict[str, tuple[float, ...]]:
+    return {each.quantity: each.spread.values for each in measurements}
 
 
 # --- timing
 
 
-def test_spread_of_paired_ratios():
-    spread = Spread.of_ratios([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])
+def test_spread_of_paired_ratios() -> None:
+    spread = Spread((2.0, 9.0, 8.0)) / Spread((1.0, 3.0, 2.0))
     assert spread.values == (2.0, 3.0, 4.0)
-    assert (spread.median, spread.low, spread.high) == (3.0, 2.0, 4.0)
-    # The ratio of the medians would be 8 / 2.
-    assert spread.to_json() == {"median": 3.0, "min": 2.0, "max": 4.0, "values": [2.0, 3.0, 4.0]}
+    assert (spread.median, spread.low, spread.high) == (3.0, 2.0, 4.0)  # the ratio of the medians would be 8 / 2
     assert Spread((1.0, 4.0)).median == 2.5
-    with pytest.raises(ValueError):
-        Spread.of_ratios([1.0], [1.0, 2.0])
+    assert (Spread((3.0, 4.0)) - Spread((1.0, 1.0))).times(2).values == (4.0, 6.0)
+    with pytest.raises(ValueError, match="zip"):
+        Spread((1.0,)) / Spread((1.0, 2.0))
 
 
-def test_runs_take_turns_and_the_first_turn_does_not_count():
-    clock, order = Hands(), []
-    stopclock = Stopclock(clock=clock)
+def test_runs_take_turns_and_the_first_turn_does_not_count() -> None:
+    order: list[str] = []
 
-    def action(name: str, *seconds: float):
+    def measurement(name: str, *seconds: float) -> Callable[[], float]:
         left = iter(seconds)
 
-        def act() -> None:
+        def measure() -> float:
             order.append(name)
-            clock.move(next(left))
+            return next(left)
 
-        return stopclock.whole(act)
+        return measure
 
-    turns = []
+    turns: list[int] = []
     found = interleaved(
-        {"a": action("a", 100, 1, 2, 4), "b": action("b", 100, 3, 5, 16)}, 3, lambda: turns.append(len(order))
+        {"a": measurement("a", 100, 1, 2, 4), "b": measurement("b", 100, 3, 5, 16)}, 3, lambda: turns.append(len(order))
     )
     assert order == ["a", "b"] * 4
     assert turns == [2, 4, 6, 8]
-    assert found["a"].totals == (1, 2, 4)
-    assert Spread.of_ratios(found["b"].totals, found["a"].totals).values == (3, 2.5, 4)
+    assert found["a"].values == (1, 2, 4)
+    assert (found["b"] / found["a"]).values == (3, 2.5, 4)
 
 
-def test_the_clock_is_read_only_when_the_device_has_finished():
-    events = []
+def test_the_clock_is_read_only_when_the_device_has_finished() -> None:
+    events: list[str] = []
     clock = Stopclock(clock=lambda: events.append("read") or 0.0, finish=lambda: events.append("finish"))
     clock.seconds(lambda: events.append("work"))
     assert events == ["finish", "read", "work", "finish", "read"]
+    ticks = Stopclock(clock=count().__next__)
+    assert ticks.interleaved({"a": lambda: None, "b": ticks.clock}, 2)["b"].values == (2, 2)
 
 
-def test_parts_of_runs():
-    found = Runs(({"a": 1.0, "b": 2.0}, {"a": 4.0}))
-    assert found.totals == (3.0, 4.0)
-    assert found.of("b") == (2.0, 0.0)
-
-
-def test_threads_are_put_back():
+def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError), in_threads(before + 1):
         assert torch.get_num_threads() == before + 1
@@ -91,108 +83,55 @@ def test_threads_are_put_back():
         assert torch.get_num_threads() == before
 
 
-# --- breakdown
+@pytest.mark.parametrize(
+    ("values", "unit", "cells"),
+    [
+        ((1.5, 1.25, 1.0), "", ["1.25", "1.00 to 1.50"]), ((6946.2,), "", ["6,946", "6,946 to 6,946"]),
+        ((2e-16,), "", ["2e-16", "2e-16 to 2e-16"]), ((0.01, 0.02), SECONDS, ["15.0 ms", "10.0 to 20.0"]),
+        ((20.0, 60.0), SECONDS, ["40 s", "20 to 60"]), ((1.2e8,), BYTES, ["120 MB", "120 to 120"]),
+        ((585.2,), BYTES, ["585 bytes", "585 to 585"]),
+    ],
+)  # fmt: skip
+def test_numbers_are_shown_in_fitting_units(values: tuple[float, ...], unit: str, cells: list[str]) -> None:
+    assert Measurement("case", "what", Spread(values), unit, "bound").cells() == ["case", "what", *cells, "bound"]
 
 
-def test_phases_do_not_count_what_other_phases_do(monkeypatch):
-    clock = Hands()
-    home = SimpleNamespace()
-
-    def outer() -> None:
-        clock.move(1)
-        home.inner()
-        clock.move(2)
-        home.inner()
-
-    def probe() -> None:
-        clock.move(100)
-        home.inner()
-
-    def items():
-        for _ in range(2):
-            clock.move(1000)
-            yield clock.move(2000)
-
-    home.outer, home.inner, home.probe, home.items = outer, lambda: clock.move(10), probe, items
-    originals = dict(vars(home))
-    places = {name: ((home, name),) for name in ("outer", "inner", "items")}
-    monkeypatch.setattr(breakdown, "PHASES", {**places, breakdown.PROBE: ((home, "probe"),)})
-
-    def action() -> None:
-        home.outer()
-        home.probe()
-        for _ in home.items():
-            clock.move(0.5)  # what happens between two items is not the generator's
-            home.inner()
-
-    found = breakdown.Stopwatch(Stopclock(clock=clock)).measure(action)
-    assert found == {"outer": 3, "inner": 40, "items": 6000, breakdown.PROBE: 110, breakdown.REST: 1}
-    assert sum(found.values()) == clock.now
-    assert vars(home) == originals
+# --- traces
 
 
-def network_with_every_kind_of_edge() -> nn.Module:
-    """Max pooling that overlaps, a sum over positions that only autograd can differentiate, and a plain edge."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2),
-        nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4),
-        nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
-    )  # fmt: skip
-
-
-def test_every_phase_of_a_trace_is_seen_and_the_trace_is_the_same():
-    torch.manual_seed(0)
-    model, images = network_with_every_kind_of_edge(), torch.rand(5, 3, 16, 16)
-    before = [getattr(home, name) for places in breakdown.PHASES.values() for home, name in places]
-    routes = []
-    clock = ticking()
-    found = breakdown.Stopwatch(clock).measure(lambda: routes.append(trace.trace_routes(model, images, batch_size=3)))
-    assert all(found[phase] > 0 for phase in (*breakdown.PHASES, breakdown.REST)), found
-    # Each reading of the clock is a tick, and all of them lie in some phase.
-    assert sum(found.values()) == clock.clock() - 1
-    assert routes[0] == trace.trace_routes(model, images)
-    assert before == [getattr(home, name) for places in breakdown.PHASES.values() for home, name in places]
-
-
-def test_the_engine_is_put_back_after_an_error():
-    before = recorder.record
-    with pytest.raises(UserError, match="no route layer"):
-        breakdown.Stopwatch(ticking()).measure(lambda: trace.trace_routes(nn.Flatten(), torch.rand(2, 3, 4, 4)))
-    assert recorder.record is before
-
-
-# --- speed
-
-
-def test_arithmetic_of_speed():
-    result = speed_result()
-    assert result.ratio.values == (1.5, 1.25, 1.0)
-    assert result.training_ratio.values == (0.5, 0.5, 2.5)  # of one batch, where the trace ran two
-    assert result.noise_ratio.values == tuple(
-        noise / (2 * forward) for noise, forward in zip((6.0, 8.0, 20.0), result.forward.totals, strict=True)
-    )
-    assert result.shares["top-k"].values == (0.5, 0.25, 0.8)
-    assert list(result.shares) == ["top-k", breakdown.REST]
-    assert result.limit == 1.25
-    assert speed_result(batch_size=4).limit is None
+def test_arithmetic_of_speed() -> None:
+    runs = {
+        "forward": Spread((2.0, 4.0, 5.0)), "trace": Spread((3.0, 5.0, 5.0)),
+        "training step": Spread((3.0, 5.0, 1.0)), "noise trace": Spread((6.0, 8.0, 20.0)),
+    }  # fmt: skip
+    measurements = speed_measurements("tiny", runs, 2, 1.25)
+    found = by_quantity(measurements)
+    assert found["trace / forward"] == (1.5, 1.25, 1.0)
+    assert found["trace / training step"] == (0.5, 0.5, 2.5)  # of one batch, where the trace ran two
+    assert found["noise trace / two forwards"] == (1.5, 1.0, 2.0)
+    assert {each.quantity for each in measurements if each.unit == SECONDS} == set(runs)
+    assert [each.bound for each in measurements][:2] == ["at most 1.25", ""]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_speed_case_is_measured(channels_last):
-    turns = []
+def test_a_speed_case_is_measured(channels_last: bool) -> None:
+    turns: list[int] = []
     plan = Plan(repeats=2, quick=True, batch_size=4)
-    result = measure_speed(TINY, plan, channels_last=channels_last, advance=lambda: turns.append(1))
+    found = measure_speed(TINY, plan, channels_last=channels_last, advance=lambda: turns.append(1))
     assert len(turns) == 3
-    assert (result.batches, result.batch_size, result.limit) == (2, 4, None)
-    assert len(result.ratio.values) == 2 and result.ratio.low > 0
-    content = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert content["memory_format"] == ("channels_last" if channels_last else "contiguous")
-    assert {name: len(values) for name, values in content["seconds"].items()} == dict.fromkeys(
-        ("forward", "trace", "noise_trace", "training_step", "watched_trace"), 2
-    )
+    assert {each.case for each in found} == {f"tiny{', channels_last' * channels_last}, 2 x 4"}
+    assert not any(each.bound for each in found)  # the limit is for another batch size
+    assert all(len(each.spread.values) == 2 and each.spread.low > 0 for each in found)
 
 
-def test_a_workload_is_a_network_as_after_training():
+def test_hardness_is_measured() -> None:
+    ratio, *runs = measure_hardness(TINY, Plan(repeats=3, batch_size=4, quick=True))
+    passes, hardness = (each.spread for each in runs)
+    assert ratio.spread.values == (hardness / passes).values and ratio.spread.low > 0
+    assert len(passes.values) == 3 and ratio.bound == "at most 1.15"
+
+
+def test_a_workload_is_a_network_as_after_training() -> None:
     state = torch.get_rng_state()
     load = workload(TINY, 8, 2, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -212,14 +151,14 @@ def test_a_workload_is_a_network_as_after_training():
         assert not torch.equal(logits, other.model(images))
 
 
-def test_memory_formats():
+def test_memory_formats() -> None:
     load = workload(TINY, 2, 1, channels_last=True)
     assert load.batches[0][0].is_contiguous(memory_format=torch.channels_last)
     assert load.model.features[3].weight.is_contiguous(memory_format=torch.channels_last)
     assert workload(TINY, 2, 1).model.features[3].weight.is_contiguous()
 
 
-def test_training_steps_leave_the_network_as_it_is():
+def test_training_steps_leave_the_network_as_it_is() -> None:
     load = workload(TINY, 4, 1)
     before = {name: value.clone() for name, value in load.model.state_dict().items()}
     training_step(load)()
@@ -231,21 +170,11 @@ def test_training_steps_leave_the_network_as_it_is():
 # --- attack
 
 
-def test_arithmetic_of_attacks():
-    result = attack_result()
-    assert result.overhead.values == (1.0, 2.0, 1.25)
-    assert result.ratio("torchattack").values == (1.5, 1.25, 1.0)
-    content = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert content["others_to_ours"]["torchattacks"]["median"] == 1.0
-    assert content["left_out"] == ["foolbox"]
-    assert set(content["seconds"]) == {"ours", "passes", "torchattack", "torchattacks"}
-
-
-def test_an_attack_is_measured_against_what_is_installed(monkeypatch):
+def test_an_attack_is_measured_against_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def peer(name):
-        def prepare(model, images, labels):
+    def peer(name: str) -> Callable[..., attacks.Attack]:
+        def prepare(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> attacks.Attack:
             assert not any(module.training for module in model.modules())
 
             def attack() -> None:
@@ -257,25 +186,26 @@ def test_an_attack_is_measured_against_what_is_installed(monkeypatch):
 
         return prepare
 
-    monkeypatch.setattr(attack_speed, "PEERS", {name: peer(name) for name in ("torch", "no_such_library", "pytest")})
+    monkeypatch.setattr(attacks, "PEERS", {name: peer(name) for name in ("torch", "no_such_library", "pytest")})
     state, turns = torch.get_rng_state(), []
-    result = attack_speed.measure_attack(Plan(repeats=2, batch_size=3), lambda: turns.append(1))
+    found = by_quantity(attacks.measure_attack(Plan(repeats=2, batch_size=3), lambda: turns.append(1)))
     assert len(turns) == 3 and torch.equal(torch.get_rng_state(), state)
     assert calls == [("torch", (3, 3, 32, 32)), ("pytest", (3, 3, 32, 32))] * 3
-    assert (list(result.others), result.left_out) == (["torch", "pytest"], ("no_such_library",))
-    assert result.versions["torch"] == version("torch")
-    assert len(result.overhead.values) == 2 and result.overhead.low > 0.5
+    torch_name, pytest_name = (name for name in found if name.endswith(" / ours"))
+    assert torch_name == f"torch {version('torch')} / ours" and pytest_name.startswith("pytest ")
+    assert found["ours / bare passes"] == (Spread(found["ours"]) / Spread(found["bare passes"])).values
+    assert found[torch_name] == (Spread(found[f"torch {version('torch')}"]) / Spread(found["ours"])).values
 
 
-@pytest.mark.parametrize("name", list(attack_speed.PEERS))
-def test_other_libraries_run_the_attack_that_is_timed(name, monkeypatch):
+@pytest.mark.parametrize("name", list(attacks.PEERS))
+def test_other_libraries_run_the_attack_that_is_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without random starts they and this package make the same images."""
     pytest.importorskip(name)
     from attack_samples import images, network
 
     x, y = images(16)
     model = network().double()
-    attack = attack_speed.PEERS[name](copy.deepcopy(model), x.double(), y)
+    attack = attacks.PEERS[name](copy.deepcopy(model), x.double(), y)
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, *_, **__: tensor.zero_())
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, 0.5, **options))
     found = attack()
@@ -286,52 +216,52 @@ def test_other_libraries_run_the_attack_that_is_timed(name, monkeypatch):
 # --- memory
 
 
-def test_arithmetic_of_memory():
-    result = memory_result()
-    assert result.ratio.values == (1.2, 1.0)
-    assert result.own_ratio is not None and result.own_ratio.values == (1.3, 1.0)
-    assert result.growth.values == (1.2, 1.0)
-    assert result.growth_per_sample.values == (0.5, 0.0)
-    assert memory_result(before=300).own_ratio is None  # nothing was seen to be added
-    assert memory_result(before=300).to_json()["inference"]["trace_to_forward_own"] is None
+def peaks(before: int = 100) -> dict[str, Peaks]:
+    return {
+        "forward": Peaks.of([(before, 300), (before, 500)]), "trace": Peaks.of([(100, 360), (100, 500)]),
+        "few": Peaks.of([(10, 50), (10, 60)]), "many": Peaks.of([(10, 60), (10, 60)]),
+    }  # fmt: skip
 
 
-def test_memory_jobs_differ_in_what_is_compared_alone(monkeypatch):
-    jobs = []
-    monkeypatch.setattr(memory, "measured", lambda module, job, case: jobs.append(job) or (len(jobs), 10 * len(jobs)))
-    done = []
-    result = measure_memory(Plan(repeats=2, batch_size=5, seed=6), lambda: done.append(1))
-    assert len(jobs) == len(done) == memory.memory_processes(Plan(repeats=2)) == 8
+def test_arithmetic_of_memory() -> None:
+    found = by_quantity(memory_measurements(peaks(), 16, 64, 84))
+    assert found["trace / inference"] == (1.2, 1.0)
+    assert found["the same beyond libraries and weights"] == (1.3, 1.0)
+    assert found["trace of many / of few"] == (1.2, 1.0)
+    hidden = by_quantity(memory_measurements(peaks(before=300), 16, 64, 84))  # nothing was seen to be added
+    assert set(found) - set(hidden) == {"the same beyond libraries and weights"}
+
+
+def test_memory_jobs_differ_in_what_is_compared_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+
+    def measured(_: str, job: dict[str, object], __: str) -> tuple[int, int]:
+        jobs.append(Job(**job))  # type: ignore[arg-type]
+        return len(jobs), 10 * len(jobs)
+
+    monkeypatch.setattr(memory, "measured", measured)
+    plan, done = Plan(repeats=2, batch_size=5, seed=6), []
+    found = measure_memory(plan, lambda: done.append(1))
+    assert len(jobs) == len(done) == 4 * plan.memory_repeats == 8
     assert jobs[:4] == jobs[4:]
     forward, traced, few, many = jobs[:4]
-    assert forward == {**traced, "trace": False} and traced["trace"]
-    assert (traced["model"], traced["image_size"], traced["batch_size"], traced["seed"]) == ("vgg16", 224, 5, 6)
-    assert many == {**few, "batches": many["batches"]}
-    assert (few["batches"] * few["batch_size"], many["batches"] * many["batch_size"]) == (64, 1024)
-    assert (result.few_samples, result.many_samples) == (64, 1024)
-    assert result.trace == Peaks((2, 6), (20, 60))
-    assert memory.memory_repeats(Plan(repeats=50)) == 3
-    for job in jobs[:4]:
-        memory_probe.Job(**job)
+    assert forward == replace(traced, trace=False) and traced.trace
+    assert (traced.image_size, traced.batch_size, traced.seed) == (224, 5, 6)
+    assert many == replace(few, batches=many.batches)
+    assert (few.batches * few.batch_size, many.batches * many.batch_size) == (64, 1024)
+    assert by_quantity(found)["trace"] == (20, 60)
+    assert Plan(repeats=50).memory_repeats == 3
 
 
-TINY_JOB = {
-    "trace": True,
-    "model": "vgg_small",
-    "image_size": 32,
-    "classes": 10,
-    "batch_size": 4,
-    "batches": 2,
-    "threads": 1,
-    "device": "cpu",
-    "seed": 0,
-}
+TINY_JOB = Job(True, 32, 4, 2, threads=1, device="cpu", seed=0, model="vgg_small")
 
 
 @pytest.mark.parametrize("traced", [True, False])
-def test_a_peak_holds_what_was_given_back_at_once_and_nothing_from_before(traced, monkeypatch):
+def test_a_peak_holds_what_was_given_back_at_once_and_nothing_from_before(
+    traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     try:
-        memory_probe._RESET.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pytest.skip("a process cannot forget its peak here")
     size = 1 << 26
@@ -343,21 +273,128 @@ def test_a_peak_holds_what_was_given_back_at_once_and_nothing_from_before(traced
     def job(*_: object) -> None:
         torch.ones(size // 4)
 
-    monkeypatch.setattr(registry, "build_model", build)
-    monkeypatch.setattr(trace_module, "trace_routes", job)
+    monkeypatch.setattr(memory, "build_model", build)
+    monkeypatch.setattr(memory, "trace_routes", job)
     if not traced:
         monkeypatch.setattr(nn.Conv2d, "forward", job)
     with in_threads(None):
-        before, peak = memory_probe.run(memory_probe.Job(**{**TINY_JOB, "trace": traced}))
+        before, peak = memory.run(replace(TINY_JOB, trace=traced))
     assert 0.9 * size < peak - before < 4 * size
 
 
-def test_jobs_run_in_processes_of_their_own():
-    before, peak = memory.measured(memory._PROBE, TINY_JOB, "memory")
+def test_jobs_run_in_processes_of_their_own() -> None:
+    before, peak = memory.measured("benchmarks.memory", asdict(TINY_JOB), "memory")
     assert 10_000_000 < before <= peak
 
 
-def test_failed_processes_are_one_line():
+def test_failed_processes_are_one_line() -> None:
     with pytest.raises(UserError, match=r"no_such_module.*smaller --batch-size") as caught:
-        memory.measured("no_such_module", TINY_JOB, "memory")
+        memory.measured("no_such_module", asdict(TINY_JOB), "memory")
     assert "\n" not in str(caught.value)
+
+
+# --- the plan and the command
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"cases": ("resnet81",)}, "'resnet81'.*resnet18"),
+        ({"repeats": 0}, "repeats must be at least 1, not 0"),
+        ({"batch_size": -2}, "batch size must be at least 1, not -2"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+    ],
+)
+def test_bad_plans(settings: dict[str, object], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        Plan(**settings)  # type: ignore[arg-type]
+
+
+def test_plans() -> None:
+    assert [case.name for case in Plan().speed_cases] == [case.name for case in SPEED_CASES]
+    assert [name for name in CASE_NAMES if not Plan().includes(name)] == ["architectures", "processes"]
+    assert [name for name in CASE_NAMES if Plan(quick=True).includes(name)] == ["vgg16", "naive", "memory"]
+    assert [name for name in CASE_NAMES if Plan(cases=("resnet50",), quick=True).includes(name)] == ["resnet50"]
+    assert (Plan().turns, Plan(quick=True).turns, Plan(quick=True, repeats=9).turns) == (7, 2, 9)
+    assert Plan(quick=True).batches < Plan().batches
+
+
+def fake_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Replace what takes time; returns the speed cases that are asked for."""
+    asked: list[tuple[str, bool]] = []
+
+    def speed(case: Case, plan: Plan, channels_last: bool, advance: Callable[[], None]) -> list[Measurement]:
+        asked.append((case.name, channels_last))
+        return [Measurement(case.name, "trace / forward", Spread((1.5, 1.25, 1.0)), bound="at most 1.30")]
+
+    def named(name: str) -> Callable[..., list[Measurement]]:
+        return lambda *_: [Measurement(name, "measured", Spread((0.5,)), SECONDS)]
+
+    monkeypatch.setattr(run, "measure_speed", speed)
+    for name in ("naive", "memory", "attack", "hardening", "hardness"):
+        monkeypatch.setattr(run, f"measure_{name}", named(name))
+    return asked
+
+
+def test_all_cases_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_parts(monkeypatch)
+    measurements, architectures = run.run_benchmark(Plan(channels_last=True))
+    assert asked == [(case.name, form) for case in SPEED_CASES for form in (False, True)]
+    assert [each.case for each in measurements[8:]] == ["hardness", "naive", "memory", "attack", "hardening"]
+    assert not architectures
+    only, _ = run.run_benchmark(Plan(cases=("memory",)))
+    assert [each.case for each in only] == ["memory"]
+
+
+def test_want_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory\ndetails")
+
+    monkeypatch.setattr(run, "measure_naive", fail)
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match=r"out of memory.*smaller --batch-size") as caught:
+        run.run_benchmark(Plan(cases=("naive",), threads=before + 1))
+    assert "\n" not in str(caught.value)
+    assert torch.get_num_threads() == before
+
+
+def test_tables_json_and_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_parts(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run.main(["--case", "vgg16", "--case", "naive", "--threads", "1"]) == 0
+    shown, notes = capsys.readouterr()
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert notes == "" and "1 thread" in rows[0] and "7 interleaved repeats" in rows[0]
+    assert "vgg16 trace / forward 1.25 1.00 to 1.50 at most 1.30" in rows
+    assert "naive measured 500.0 ms 500.0 to 500.0" in rows
+    assert run.main(["--case", "vgg16", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert {"torch", "device", "threads", "dtype", "repeats", "quick", "seed"} < set(content["settings"])
+    (row,) = content["rows"]
+    assert (row["case"], row["median"], row["values"]) == ("vgg16", 1.25, [1.5, 1.25, 1.0])
+    assert run.main(["--case", "memory", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_real_run_counts_its_steps() -> None:
+    before = torch.get_num_threads()
+    steps: list[tuple[int, int, str]] = []
+    plan = Plan(cases=("vgg16", "hardness"), batch_size=2, repeats=1, quick=True, threads=1)
+    measurements, _ = run.run_benchmark(plan, lambda *step: steps.append(step))
+    assert {each.case for each in measurements} == {"vgg16, 2 x 2", "hardness, vgg16"}
+    assert [done for done, _, _ in steps] == [0, 1, 2, 2, 3, 4] and {total for _, total, _ in steps} == {4}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--case", "vgg61"), ("--repeats", "0"), ("--threads", "none"), ("--batch-size", "-1"),
+        ("--device", "no-such-device"), ("--table", "table.md"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(arguments) == 2
+    shown, error = capsys.readouterr()
+    assert (shown, error.count("\n")) == ("", 1)
+    assert error.startswith("error: ") and arguments[0] in error

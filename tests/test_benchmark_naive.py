@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from attackroute.benchmark import cases, naive
-from attackroute.benchmark.cases import adapt_batch_norms
-from attackroute.benchmark.extrapolation import measure_naive, sampled
-from attackroute.benchmark.plan import Plan
-from attackroute.benchmark.timing import Stopclock
 from attackroute.tracing import oracle
 from attackroute.zoo.chain import ChainNet
 from attackroute.zoo.normalisation import CIFAR
-from benchmark_samples import TINY, Hands, naive_result
+from benchmarks import naive
+from benchmarks.cases import Case, Plan, adapt_batch_norms
+from benchmarks.naive import measure_naive, naive_measurements, sampled
+from benchmarks.timing import Spread, Stopclock
+
+TINY = Case("tiny", "vgg_small", 1.25, image_size=32, classes=10, batch_size=3)
 
 
 def tiny_chain() -> ChainNet:
@@ -68,15 +68,15 @@ def test_parts_are_extrapolated_in_proportion():
     segments = naive.chain_segments(model, image)
     wanted = {segments[0].target: torch.arange(100, 140), segments[1].target: torch.arange(9)}
     pace = {segments[0].target: 0.5, segments[1].target: 3.0}
-    clock, drawn = Hands(), []
+    now, drawn = [0.0], []
 
     def way(segment: naive.Segment, elements: torch.Tensor) -> torch.Tensor:
         drawn.append(elements.tolist())
-        clock.move(pace[segment.target] * len(elements))
+        now[0] += pace[segment.target] * len(elements)
         return torch.zeros(())
 
-    measure = sampled(segments, wanted, [4, 9], way, Stopclock(clock=clock))
-    assert measure() == {segments[0].target: 0.5 * 40, segments[1].target: 3.0 * 9}
+    measure = sampled(segments, wanted, [4, 9], way, Stopclock(clock=lambda: now[0]))
+    assert measure() == 0.5 * 40 + 3.0 * 9
     warm, chosen, _, everything = drawn
     assert warm == chosen[:1]
     assert len(set(chosen)) == 4 and set(chosen) <= set(range(100, 140))
@@ -85,35 +85,24 @@ def test_parts_are_extrapolated_in_proportion():
     assert drawn[5] != chosen
 
 
-def test_arithmetic_of_the_naive_way():
-    result = naive_result()
-    assert result.products == 1100
-    assert result.ratio("autograd").values == pytest.approx((2000, 3000))
-    assert result.ratio("jacrev").values == pytest.approx((1000, 500))
-    content = result.to_json()
-    assert content["ways"]["autograd"]["seconds_per_image"]["values"] == [20.0, 60.0]
-    assert content["ways"]["jacrev"]["products_timed_per_repeat"] == 114
-    assert content["layers"][1] == {
-        "source": "b",
-        "target": "c",
-        "products": 100,
-        "timed_per_repeat": {"autograd": 4, "jacrev": 50},
-        "seconds": {"autograd": [5.0, 10.0], "jacrev": [3.0, 2.0]},
-    }
-    assert content["images_of_the_paper"]["trace_seconds"]["values"] == [100.0, 200.0]
+def test_arithmetic_of_the_naive_way() -> None:
+    runs = {"trace": Spread((0.01, 0.02)), "autograd": Spread((20.0, 60.0)), "jacrev": Spread((10.0, 10.0))}
+    found = {each.quantity: each for each in naive_measurements(runs, {"autograd": 8, "jacrev": 114}, 1100)}
+    assert found["autograd / trace"].spread.values == pytest.approx((2000, 3000))
+    assert found["jacrev / trace"].spread.values == pytest.approx((1000, 500))
+    assert found["jacrev, one image, extrapolated from 114 of 1,100 products"].spread == runs["jacrev"]
+    paper = found["trace, 10,000 images, extrapolated"]
+    assert paper.spread.values == (100.0, 200.0) and "7.4 hours" in paper.bound
 
 
-def test_products_are_those_of_critical_neurons_and_times_those_of_one_image(monkeypatch):
-    monkeypatch.setattr(cases, "SPEED_CASES", (TINY,))
+def test_products_are_those_of_critical_neurons_and_times_those_of_one_image(monkeypatch) -> None:
+    monkeypatch.setattr(naive, "SPEED_CASES", (TINY,))
     every_job_takes_a_second = Stopclock(clock=count().__next__)
     monkeypatch.setattr(Stopclock, "of", lambda device: every_job_takes_a_second)
-    result = measure_naive(Plan(repeats=1, quick=True), lambda: None)
+    found = {each.quantity: each.spread.values for each in measure_naive(Plan(repeats=1, quick=True))}
     # vgg_small at 32x32: the neurons kept (of 16, 32, 32, 64, 64 channels) times the positions.
     products = [3 * 1024, 6 * 256, 6 * 256, 13 * 64, 13 * 64]
-    assert [layer.products for layer in result.layers] == products
-    assert result.batch_size == TINY.batch_size
-    assert result.trace.totals == (1 / 6,)  # two batches of three
-    assert [layer.autograd for layer in result.layers] == [4] * 5
-    assert list(result.autograd.parts[0].values()) == [number / 4 for number in products]
-    assert [layer.jacrev for layer in result.layers] == [256] * 5
-    assert list(result.jacrev.parts[0].values()) == [number / 256 for number in products]
+    assert found["trace, one image"] == (1 / 6,)  # two batches of three
+    of = f"of {sum(products):,} products"
+    assert found[f"autograd, one image, extrapolated from {4 * 5} {of}"] == (sum(products) / 4,)
+    assert found[f"jacrev, one image, extrapolated from {256 * 5:,} {of}"] == (sum(products) / 256,)

@@ -23,7 +23,7 @@ from attackroute.cli.commands import Group, add_command
 from attackroute.cli.console import Output
 from attackroute.core.errors import UserError
 
-COMMANDS = ("demo", "train", "trace", "hardness", "evaluate", "benchmark")
+COMMANDS = ("demo", "train", "trace", "hardness", "evaluate", "reproduce")
 
 
 def run(*arguments: str):

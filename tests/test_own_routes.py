@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.analysis.own_routes import OWN, RANDOM, own_transplant_accuracy
 from attackroute.core.errors import UserError
+from attackroute.paper.experiments import OWN, OWN_RANDOM, per_image_transplant
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def test_it_is_a_transplant_of_every_image_alone(case: tuple[nn.Module, Tensor, 
     model, images, labels = case
     attack = ar.parse_attack("fgsm:eps=0.3")
     groups = [["0"], ["0", "4"], ["4", "6"]]
-    found = own_transplant_accuracy(model, (images, labels), attack, groups, width=0.3, batch_size=5)
-    assert found.samples == 14 and {row.accuracy.total for row in found.rows} == {13}
+    found = per_image_transplant(model, (images, labels), attack, groups, width=0.3, batch_size=5)
+    assert found.about()["images"] == 14 and found.table.distinct("samples") == [13]
     masks = ar.trace_routes(model, (images, labels), 0.3).masks
     for group in groups:
         right = 0
@@ -42,17 +42,16 @@ def test_it_is_a_transplant_of_every_image_alone(case: tuple[nn.Module, Tensor, 
             moved = attack(model, one, label)
             with ar.transplant(model, clean=one, route=route), torch.no_grad():
                 right += int(model(moved).argmax(1) == label)
-        own = next(row for row in found.rows if row.layers == tuple(group) and row.criterion == OWN)
-        assert own.accuracy.correct == right
+        assert found.table.one(layers="+".join(group), criterion=OWN)["accuracy"] == right / 13
     untouched = int((model(attack(model, images, labels)).argmax(1) == labels).sum())
-    assert len({row.accuracy.correct for row in found.rows} | {untouched}) > 1  # it does something here
+    assert len({*found.table.column("accuracy"), untouched / 13}) > 1  # it does something here
 
 
 def test_all_channels_bring_every_image_back(case: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, labels = case
-    found = own_transplant_accuracy(model, (images, labels), ar.parse_attack("fgsm:eps=0.3"), [["6"]], width=1.0)
-    assert [row.accuracy.value for row in found.rows] == [1.0, 1.0]
-    assert [row.criterion for row in found.rows] == [OWN, RANDOM]
+    found = per_image_transplant(model, (images, labels), ar.parse_attack("fgsm:eps=0.3"), [["6"]], width=1.0)
+    assert found.table.column("accuracy") == [1.0, 1.0]
+    assert found.table.column("criterion") == [OWN, OWN_RANDOM]
     assert "own random in 1 of the layers 100.0%" in found.reading()
 
 
@@ -60,8 +59,8 @@ def test_what_cannot_be_measured_is_refused(case: tuple[nn.Module, Tensor, Tenso
     model, images, labels = case
     attack = ar.parse_attack("fgsm:eps=0.3")
     with pytest.raises(UserError, match="none of the 14"):
-        own_transplant_accuracy(model, (images, (model(images).argmax(1) + 1) % 4), attack, [["0"]])
+        per_image_transplant(model, (images, (model(images).argmax(1) + 1) % 4), attack, [["0"]])
     with pytest.raises(UserError, match="no labels"):
-        own_transplant_accuracy(model, images, attack, [["0"]])
+        per_image_transplant(model, images, attack, [["0"]])
     with pytest.raises((UserError, KeyError)):
-        own_transplant_accuracy(model, (images, labels), attack, [["conv1"]])
+        per_image_transplant(model, (images, labels), attack, [["conv1"]])

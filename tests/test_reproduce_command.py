@@ -15,13 +15,12 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from attackroute.analysis import hardening_study
-from attackroute.analysis.hardening_plan import StudyPlan, judged
-from attackroute.analysis.hardening_results import HardeningStudy, Outcome
 from attackroute.analysis.rankings import RANDOM, ROUTE
-from attackroute.cli import paper_experiments
 from attackroute.cli.app import app
-from attackroute.cli.paper_experiments import PARTS, swept_layers
+from attackroute.paper import experiments, hardening_study
+from attackroute.paper.experiments import PARTS, swept_layers
+from attackroute.paper.hardening_plan import StudyPlan, judged
+from attackroute.paper.hardening_results import HardeningStudy, Outcome
 from attackroute.paper.page import skeleton
 from attackroute.zoo.card import ModelCard
 from attackroute.zoo.networks import open_network, spec_for
@@ -114,12 +113,12 @@ def test_an_interruption_keeps_what_is_done(
         raise KeyboardInterrupt
 
     parts = {"table1": {first: PARTS["table1"][first], second: stopped}}
-    monkeypatch.setattr(paper_experiments, "PARTS", {**PARTS, **parts})
+    monkeypatch.setattr(experiments, "PARTS", {**PARTS, **parts})
     arguments = ["table1", "--data", "mnist-sample", "--model", str(model), "--out", str(tmp_path)]
     assert run(*arguments).exit_code == 130
     assert (tmp_path / "digits-net" / f"{first}.json").exists()
     monkeypatch.setattr(
-        paper_experiments,
+        experiments,
         "PARTS",
         {**PARTS, "table1": {first: lambda *_: ran.append(first), second: PARTS["table1"][second]}},
     )
@@ -210,7 +209,15 @@ def test_table_2_is_a_study_in_the_papers_settings(
         assert folder == tmp_path / "out" / "table2"
         names = ("clean", *(attack.name for attack in plan.attacks))
         outcomes = [
-            Outcome(variant, 1, 0.5, {name: (True, number % 2 == 0) for name in names}, (), None, None)
+            Outcome(
+                variant=variant,
+                seed=1,
+                lam=0.5,
+                right={name: (True, number % 2 == 0) for name in names},
+                checks=(),
+                overlap=None,
+                departure=None,
+            )
             for number, variant in enumerate(judged(plan))
         ]
         sizes = {"train_samples": 16, "test_samples": 8}

@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from attackroute.analysis.route_sampling import sample_route
 from attackroute.core.errors import UserError
-from attackroute.paper import fig2, fig3, fig4, fig5, hardening, hardness, table1
-from attackroute.paper.claims import FAILS, HOLDS, PART, by_count, claims_table, markdown, verdict
+from attackroute.paper import hardening_tables, hardness_tables, tables
+from attackroute.paper.claims import (
+    FAILS,
+    HOLDS,
+    PART,
+    Findings,
+    NetworkResults,
+    by_count,
+    claims_table,
+    markdown,
+    verdict,
+)
+from attackroute.paper.experiments import sample_route
 from attackroute.paper.page import blocks, claims_of, fill, skeleton
-from attackroute.paper.results import NetworkResults, mean, rivals, unbeaten
+from attackroute.paper.published import reported
 from route_samples import instances
 
 LAYERS = ("features.0", "features.3", "features.7")
@@ -20,7 +30,8 @@ LAYERS = ("features.0", "features.3", "features.7")
 
 def network(name: str = "vgg16-x", layers: tuple[str, ...] = LAYERS, **parts: Any) -> NetworkResults:
     about = {"neurons": 24, "parameters": 100, "accuracy": 0.9, "images": 1000}
-    return NetworkResults(name, layers, about, {part.replace("_", "-"): content for part, content in parts.items()})
+    findings = {part.replace("_", "-"): Findings.of(content) for part, content in parts.items()}
+    return NetworkResults(name, layers, about, findings)
 
 
 # --- rules and tables ---------------------------------------------------------------------------------------------
@@ -48,23 +59,27 @@ def test_layers_are_named_as_in_the_paper() -> None:
 
 
 def test_rows_are_found_by_their_columns() -> None:
-    content = {
-        "rows": [
-            {"criterion": "route", "draw": None, "value": 1.0},
-            {"criterion": "random off-route", "draw": 0, "value": 2.0},
-            {"criterion": "random off-route", "draw": 1, "value": 4.0},
-            {"criterion": "weight", "draw": None, "value": 8.0},
-        ],
-        "verdicts": [
-            {"control": "weight", "verdict": "undecided against", "layers": "a"},
-            {"control": "random off-route", "verdict": "beats", "layers": "a"},
-            {"control": "gradient", "verdict": "loses to", "layers": "b"},
-        ],
-    }
-    assert mean(content, "value", criterion="random off-route") == 3.0
-    assert mean(content, "value", criterion="gradient") is None
-    assert rivals(content) == ["weight"]
-    assert unbeaten(content, layers="a") == ("weight",)
+    findings = Findings(
+        {
+            "rows": [
+                {"criterion": "route", "draw": None, "value": 1.0},
+                {"criterion": "random off-route", "draw": 0, "value": 2.0},
+                {"criterion": "random off-route", "draw": 1, "value": 4.0},
+                {"criterion": "weight", "draw": None, "value": 8.0},
+            ],
+            "verdicts": [
+                {"control": "weight", "verdict": "undecided against", "layers": "a"},
+                {"control": "random off-route", "verdict": "beats", "layers": "a"},
+                {"control": "gradient", "verdict": "loses to", "layers": "b"},
+            ],
+        }
+    )
+    assert findings.mean("value", criterion="random off-route") == 3.0
+    assert findings.mean("value", criterion="gradient") is None
+    assert findings.rivals == ["weight"]
+    assert findings.unbeaten(layers="a") == ("weight",)
+    document = Findings.of({"kind": "x", "settings": {"seed": 3}, "about": {"verdicts": []}, "rows": []})
+    assert document["seed"] == 3 and document.unbeaten(layers="a") == ()
 
 
 # --- each table and figure ----------------------------------------------------------------------------------------
@@ -90,14 +105,14 @@ def occurrence(values: list[float], chance: float = 0.2) -> dict[str, Any]:
     [([0.8, 0.5, 0.4], HOLDS), ([0.4, 0.5, 0.8], PART), ([0.8, 0.1, 0.4], PART), ([0.1, 0.5, 0.4], FAILS)],
 )
 def test_occurrence_must_fall_and_be_above_chance(values: list[float], expected: str) -> None:
-    (claim,) = table1.claims([network(occurrence=occurrence(values))])
+    (claim,) = tables.occurrence_claims([network(occurrence=occurrence(values))])
     assert claim.verdict == expected
     assert claim.equals == ("activation",)
     assert claim.paper == "70 to 38 %"
 
 
 def test_table_1_has_the_papers_numbers_beside_ours() -> None:
-    text = table1.table([network(occurrence=occurrence([0.8, 0.5, 0.4]))])
+    text = tables.occurrence_table([network(occurrence=occurrence([0.8, 0.5, 0.4]))])
     assert "| vgg16-x | conv1 | 70 | 80.0 | 99.0 | 10.0 | 20.0 |" in text
     assert "| vgg16-x | conv2 |  | 50.0 |" in text  # the paper has conv4, not conv2
 
@@ -106,11 +121,11 @@ def test_how_much_a_tenth_of_the_images_shares() -> None:
     def sampling(*shares: float) -> dict[str, Any]:
         return {"samples": 500, "rows": [{"share": 0.1, "share_of_neurons": share} for share in shares]}
 
-    (claim,) = table1.claims([network(sampling=sampling(0.95, 0.97))])
+    (claim,) = tables.occurrence_claims([network(sampling=sampling(0.95, 0.97))])
     assert claim.verdict == HOLDS and "96.0 %" in claim.found and "50 of 500" in claim.found
-    (claim,) = table1.claims([network(sampling=sampling(0.95, 0.89))])
+    (claim,) = tables.occurrence_claims([network(sampling=sampling(0.95, 0.89))])
     assert claim.verdict == PART
-    (claim,) = table1.claims([network(sampling=sampling(0.8))])
+    (claim,) = tables.occurrence_claims([network(sampling=sampling(0.8))])
     assert claim.verdict == FAILS
 
 
@@ -129,11 +144,13 @@ def responses(beats: list[bool]) -> dict[str, Any]:
 
 
 def test_gradients_are_counted_by_layers() -> None:
-    (claim,) = fig2.claims([network(sensitivity=responses([True, True, False]))])
+    (claim,) = tables.response_claims([network(sensitivity=responses([True, True, False]))])
     assert claim.verdict == PART
     assert claim.found == "in 2 of 3 layers, 1.50 times in the first, 1.50 in the median"
     assert claim.equals == ("weight",)
-    assert "| 2 of 3 | 2 of 3 | 0 of 3 |" in fig2.table([network(sensitivity=responses([True, True, False]))])
+    assert "| 2 of 3 | 2 of 3 | 0 of 3 |" in tables.responses_table(
+        [network(sensitivity=responses([True, True, False]))]
+    )
 
 
 def transplants(route: float, random: float, three: float, clear: bool = True) -> dict[str, Any]:
@@ -167,10 +184,10 @@ def transplants(route: float, random: float, three: float, clear: bool = True) -
     ],
 )
 def test_transplants_must_repair_and_random_ones_must_not(content: Any, first: str, together: str) -> None:
-    claims = list(fig3.claims([network(transplant_layers=content)]))
+    claims = list(tables.transplant_claims([network(transplant_layers=content)]))
     assert [claim.verdict for claim in claims] == [first, together]
     assert "weight" in claims[1].equals
-    text = fig3.layers_table([network(transplant_layers=content)])
+    text = tables.transplant_layers_table([network(transplant_layers=content)])
     assert "| pgd | 0.0 | conv1 |" in text and "| all 3 layers |" in text
 
 
@@ -191,7 +208,7 @@ def test_silence_must_destroy_and_random_silence_must_not(
         "rows": rows,
         "verdicts": [{"control": "random off-route", "beta": 0.5, "verdict": equal}],
     }
-    (claim,) = fig4.claims([network(weaken=content)])
+    (claim,) = tables.silence_claims([network(weaken=content)])
     assert claim.verdict == expected
     assert claim.equals == (() if equal == "beats" else ("random off-route",))
 
@@ -207,7 +224,7 @@ def test_attention_is_judged_by_the_paired_interval() -> None:
         row("pgd", "off-route", "shift", 0.4, -0.3), row("pgd", "weight", "shift", 0.1, 0.05),
         row("pgd", "route", "energy inside", 0.2, 0.0),
     ]  # fmt: skip
-    inside, shift = fig5.claims([network(gradcam={"layer": LAYERS[2], "rows": rows})])
+    inside, shift = tables.attention_claims([network(gradcam={"layer": LAYERS[2], "rows": rows})])
     assert (inside.verdict, inside.equals) == (HOLDS, ("weight",))
     assert (shift.verdict, shift.equals) == (FAILS, ())
 
@@ -230,17 +247,17 @@ def hardness_content(low: float = 0.6, lead: float = 0.1) -> dict[str, Any]:
 
 def test_hardness_by_hand() -> None:
     net = network(hardness=hardness_content())
-    (claim,) = hardness.gradient_claims([net])
+    (claim,) = hardness_tables.gradient_claims([net])
     assert claim.verdict == PART and claim.found == "in 2 of 3 layers, 10 times in the median"
-    (claim,) = hardness.prediction_claims([net])
+    (claim,) = hardness_tables.prediction_claims([net])
     assert claim.verdict == HOLDS and claim.equals == () and "fooled 1 of 10 hardest, 8 of 10 weakest" in claim.found
-    (claim,) = hardness.prediction_claims([network(hardness=hardness_content(low=0.4, lead=-0.01))])
+    (claim,) = hardness_tables.prediction_claims([network(hardness=hardness_content(low=0.4, lead=-0.01))])
     assert claim.verdict == PART and claim.equals == ("loss", "margin", "input gradient", "V on all neurons")
-    assert "| vgg16-x | conv1 | 0.0046 / 4.5565 | 1 / 10 | 1 / 2 |" in hardness.gradients_table([net])
-    assert "| 10 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 8 |" in hardness.bins_table([net])
+    assert "| vgg16-x | conv1 | 0.0046 / 4.5565 | 1 / 10 | 1 / 2 |" in hardness_tables.gradients_table([net])
+    assert "| 10 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 8 |" in hardness_tables.bins_table([net])
 
 
-def study_content(gain: float, found: str) -> dict[str, Any]:
+def study_content(gain: float, found: str) -> Findings:
     attacks = ("clean", "fgsm", "mi-fgsm", "pgd", "gaussian-noise")
     names = [
         f"{base}_{letter}{control}"
@@ -250,39 +267,49 @@ def study_content(gain: float, found: str) -> dict[str, Any]:
     ]
     pairs = [(f"{base}_{letter}", f"{base}, no penalty") for base in ("Vanilla", "PAT") for letter in "gw"]
     pairs += [(name.partition(",")[0], name) for name in names]
-    return {
-        "seeds": [1, 2],
-        "rows": [
-            {"variant": "PAT_g", "lambda": 0.5, "attack": attack, "accuracy": value, "seed": seed}
-            for attack in attacks
-            for seed, value in ((1, 0.4), (2, 0.5))
-        ],
-        "differences": [
-            {"first": first, "second": second, "attack": attack, "difference": gain, "verdict": found}
-            for first, second in pairs
-            for attack in attacks
-        ],
-        "overlap_with_full_route": [{"share": 0.95}, {"share": 0.93}],
-    }
+    return Findings(
+        {
+            "seeds": [1, 2],
+            "rows": [
+                {"variant": "PAT_g", "lambda": 0.5, "attack": attack, "accuracy": value, "seed": seed}
+                for attack in attacks
+                for seed, value in ((1, 0.4), (2, 0.5))
+            ],
+            "differences": [
+                {"first": first, "second": second, "attack": attack, "difference": gain, "verdict": found}
+                for first, second in pairs
+                for attack in attacks
+            ],
+            "overlap_with_full_route": [{"share": 0.95}, {"share": 0.93}],
+        }
+    )
 
 
 def test_hardening_must_beat_the_same_without_a_penalty() -> None:
-    claims = list(hardening.claims(study_content(0.02, "beats"), "cifar10"))
+    claims = list(hardening_tables.hardening_claims(study_content(0.02, "beats"), "cifar10"))
     assert [claim.verdict for claim in claims] == [HOLDS] * 4 + [FAILS]
     assert claims[0].paper == "FGSM +4.4, MI-FGSM +4.4, Gaussian +3.0"
     assert claims[2].paper == "FGSM +1.3, PGD +1.7, Gaussian +0.5"
     assert claims[2].found == "FGSM +2.0, PGD +2.0, Gaussian +2.0"
     assert claims[0].equals == ()
-    claims = list(hardening.claims(study_content(0.02, "undecided against"), "cifar10"))
+    claims = list(hardening_tables.hardening_claims(study_content(0.02, "undecided against"), "cifar10"))
     assert [claim.verdict for claim in claims] == [FAILS] * 5
     assert claims[0].equals == ("random", "all")
 
 
+def test_the_papers_numbers_are_those_of_its_tables() -> None:
+    assert reported("cifar10", "Vanilla_g") == {
+        "clean": 0.926, "fgsm": 0.0926, "mi-fgsm": 0.0748, "gaussian-noise": 0.2854
+    }  # fmt: skip
+    assert reported("svhn", "PAT_w") == {"clean": 0.954, "fgsm": 0.578, "pgd": 0.4874, "gaussian-noise": 0.8023}
+    assert reported("svhn", "PAT_w, random") == reported("mnist", "PAT") == {}
+
+
 def test_table_2_has_the_papers_accuracies() -> None:
-    text = hardening.accuracies_table(study_content(0.0, "beats"), "cifar10")
+    text = hardening_tables.accuracies_table(study_content(0.0, "beats"), "cifar10")
     assert "| PAT_g | 0.5 | 45.0 (40.0-50.0) [84.9] | 45.0 (40.0-50.0) [49.2] |" in text
-    assert "**+2.0**" in hardening.differences_table(study_content(0.02, "beats"))
-    assert "**" not in hardening.differences_table(study_content(0.02, "undecided against"))
+    assert "**+2.0**" in hardening_tables.differences_table(study_content(0.02, "beats"))
+    assert "**" not in hardening_tables.differences_table(study_content(0.02, "undecided against"))
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -327,10 +354,10 @@ def test_every_section_has_its_place() -> None:
 def test_shared_neurons_are_those_of_both_routes() -> None:
     routes = instances(40, {"a": 10, "b": 7}, width=0.3, seed=3)
     found = sample_route(routes, (0.25, 1.0), width=0.4, seeds=(0, 1))
-    assert [draw.samples for draw in found.draws] == [10, 10, 40, 40]
-    assert all(draw.overlap.share == 1.0 for draw in found.draws if draw.share == 1.0)
-    for draw in found.draws:
-        order = torch.randperm(40, generator=torch.Generator().manual_seed(draw.seed))[: draw.samples]
+    assert found.table.column("samples") == [10, 10, 40, 40]
+    assert found.table.select(share=1.0).distinct("share_of_neurons") == [1.0]
+    for draw in found.table:
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(draw["draw"]))[: draw["samples"]]
         both = size = 0
         for layer, channels in (("a", 10), ("b", 7)):
             count = round(0.4 * channels)
@@ -339,7 +366,7 @@ def test_shared_neurons_are_those_of_both_routes() -> None:
                 often = routes.masks[layer][rows].double().mean(0).tolist()
                 chosen.append(set(sorted(range(channels), key=lambda c, often=often: (-often[c], c))[:count]))
             both, size = both + len(chosen[0] & chosen[1]), size + count
-        assert (draw.overlap.shared, draw.overlap.size) == (both, size)
+        assert (draw["shared"], draw["neurons"]) == (both, size)
     assert "100.0%" in found.reading() and len(found.records()) == 4
 
 

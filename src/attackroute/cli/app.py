@@ -6,21 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attackroute.cli import (
-    analyze,
-    benchmark,
-    compare,
-    demo,
-    evaluate,
-    harden,
-    harden_study,
-    hardness,
-    repair_study,
-    report,
-    reproduce,
-    trace,
-    train,
-)
+from attackroute.cli import analyze, compare, demo, evaluate, harden, hardness, report, reproduce, trace, train
 from attackroute.cli.commands import Group, add_command
 from attackroute.core.version import __version__
 
@@ -84,14 +70,11 @@ add_command(app, train.train, train.EXAMPLES, shared=True)
 add_command(app, trace.trace, trace.EXAMPLES, shared=True)
 add_command(app, analyze.analyze, analyze.EXAMPLES, shared=True)
 add_command(app, harden.harden, harden.EXAMPLES, shared=True)
-add_command(app, harden_study.harden_study, harden_study.EXAMPLES)
 add_command(app, hardness.hardness, hardness.EXAMPLES, shared=True)
-add_command(app, repair_study.repair_study, repair_study.EXAMPLES)
 add_command(app, evaluate.evaluate, evaluate.EXAMPLES, shared=True)
 add_command(app, reproduce.reproduce, reproduce.EXAMPLES)
 add_command(app, report.report, report.EXAMPLES)
 add_command(app, compare.compare, compare.EXAMPLES)
-add_command(app, benchmark.benchmark, benchmark.EXAMPLES)
 
 
 def main() -> None:

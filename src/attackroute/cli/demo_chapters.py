@@ -43,7 +43,7 @@ _HARDENED = (  # name, penalty, on which neurons
     ("penalty on random neurons", "gradient", "random"),
 )
 _UNTUNED = (
-    "One network, and one lambda for both penalties, chosen for neither: attackroute harden-study compares\n"
+    "One network, and one lambda for both penalties, chosen for neither: python -m studies.hardening compares\n"
     "them with a lambda chosen for each, on several networks, on all neurons too, and with adversarial training."
 )
 _HARDENING_EPOCHS = 2

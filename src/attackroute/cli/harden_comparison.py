@@ -1,4 +1,4 @@
-"""Before and after a hardening: accuracies, AutoAttack on a subset, signs of masking, the paper's rows."""
+"""Before and after a hardening: accuracies, AutoAttack on a subset, signs of masking."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import nn
 
 from attackroute.cli.console import Output
 from attackroute.core.errors import UserError
-from attackroute.paper.published import PaperSetting, is_paper_attack
 from attackroute.robustness.balls import ball_of
 from attackroute.robustness.contract import Perturbation
 from attackroute.robustness.evaluate import evaluate
-from attackroute.robustness.evaluation_table import COLUMNS, Evaluation, Row
+from attackroute.robustness.evaluation_table import COLUMNS, Evaluation
 from attackroute.robustness.registry import parse_attack
 from attackroute.zoo.images import ImageData, loader
 
@@ -121,23 +120,7 @@ def autoattack_by(
     return wanted or _AUTOATTACK_SAMPLES, attack
 
 
-def show(output: Output, evaluation: Evaluation, setting: PaperSetting) -> None:
-    """Print the table, with the paper's numbers where they belong, and what the checks say."""
-    published = setting.rows()
-    rows = [(row, _paper(row, published)) for row in evaluation.rows]
-    beside = any(value is not None for _, value in rows)
-    output.table(
-        [*COLUMNS, "paper"] if beside else COLUMNS,
-        [[*row.cells(), *(["-" if value is None else f"{value:.2%}"] if beside else [])] for row, value in rows],
-    )
-    if beside:
-        output.line("paper: Li et al. (2021), Tables 2 and 3; they do not state the spread of their Gaussian noise.")
+def show(output: Output, evaluation: Evaluation) -> None:
+    """Print the table, and what the checks say."""
+    output.table(COLUMNS, [row.cells() for row in evaluation.rows])
     output.line(evaluation.reading())
-
-
-def _paper(row: Row, published: Mapping[str, Mapping[str, float]]) -> float | None:
-    own = published.get(row.model)
-    name = row.attack.partition(":")[0]
-    if own is None or name not in own:
-        return None
-    return own[name] if not row.settings or is_paper_attack(parse_attack(row.attack)) else None

@@ -17,8 +17,6 @@ from attackroute.cli.console import Output
 from attackroute.cli.harden_comparison import AFTER, BEFORE, Comparison, show
 from attackroute.core.distributed import current, leading, take_from_first
 from attackroute.hardening.harden import ROUTE_FILE, Factor, HardenResult, factor_of, harden
-from attackroute.hardening.settings import EXACT, ON_ROUTE
-from attackroute.paper.published import PaperSetting
 from attackroute.robustness.contract import Perturbation
 from attackroute.routes.folder import write_json
 from attackroute.zoo.card import ModelCard
@@ -43,7 +41,6 @@ class HardenRun:
         chosen_on: What images these are, in a word.
         final: How before and after are compared; None without images for it.
         trials: How the networks of a sweep are compared; None without images for it.
-        setting: What the run shares with the paper.
         options: For :func:`attackroute.hardening.harden`.
         output: Where to talk.
     """
@@ -55,7 +52,6 @@ class HardenRun:
     chosen_on: str
     final: Comparison | None
     trials: Comparison | None
-    setting: PaperSetting
     options: Mapping[str, Any]
     output: Output
 
@@ -99,21 +95,9 @@ class HardenRun:
                 shown, attacks, _some(shown, count, seed) if count else None, attack, checks, seed, output
             )
             trials = Comparison(_some(chosen_by, evaluate_samples, seed), attacks, None, None, 0, seed, output)
-        names = tuple(options["penalty"])
-        setting = PaperSetting(
-            model=spec.name,
-            width=spec.width,
-            data=train.name,
-            image_size=spec.image_size,
-            attack=options["attack"],
-            penalties=names,
-            on_route=options["settings"].target == ON_ROUTE
-            and options["settings"].method == EXACT
-            and not options["settings"].folded,
-        )
         card = ModelCard(spec, train.classes)
         chosen_on = train_report.HELD_OUT if holdout else train_report.TEST
-        return cls(network, card, learnt, chosen_by, chosen_on, final, trials, setting, options, output)
+        return cls(network, card, learnt, chosen_by, chosen_on, final, trials, options, output)
 
     def harden(self, folder: Path, lam: Factor, *, resume: bool, tensorboard: bool) -> None:
         """Harden into a folder, and compare."""
@@ -135,7 +119,6 @@ class HardenRun:
             "best_epoch": None if best is None else best.epoch,
             "best_epoch_by": f"{self.chosen_on} images",
             "evaluation": None if evaluation is None else evaluation.to_json(),
-            "published": self.setting.rows(),
         }
         if team.leads:
             write_json(folder / SUMMARY, summary)
@@ -144,7 +127,7 @@ class HardenRun:
         if best is not None:
             self.output.line(train_report.best_line(best, len(result.training.history), self.chosen_on))
         if evaluation is not None:
-            show(self.output, evaluation, self.setting)
+            show(self.output, evaluation)
         self.output.line(f"weights, log, {SUMMARY}{f', {ROUTE_FILE}' if result.route else ''} are in {folder}")
 
     def sweep(self, factors: Sequence[float]) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from attackroute.cli import options, study_options, train_options
+from attackroute.cli import options, train_options
 from attackroute.cli.console import Output
-from attackroute.core.errors import UserError
-
-if TYPE_CHECKING:
-    from attackroute.zoo.images import ImageData
 
 EXAMPLES = """
  Examples:
@@ -53,9 +49,8 @@ EXAMPLES = """
    reproduction.md                       all of it, beside the paper's numbers, with a verdict for each claim
 """
 
-_ALL = "all"
-_CHECKED = 128  # images for signs of masked gradients
 _WHAT = "What is reproduced"
+_STUDY = "The study"
 
 
 def reproduce(
@@ -98,7 +93,7 @@ def reproduce(
         typer.Option(
             "--width",
             metavar="FACTOR",
-            rich_help_panel=study_options.STUDY,
+            rich_help_panel=_STUDY,
             help="Factor on the channels of the VGG-16 that tables 2 and 3 train.",
             parser=options.parse_factor,
         ),
@@ -109,24 +104,39 @@ def reproduce(
             "--train-samples",
             metavar="N",
             min=2,
-            rich_help_panel=study_options.STUDY,
+            rich_help_panel=_STUDY,
             help="Only so many training images, for tables 2 and 3.",
         ),
     ] = None,
-    seeds: study_options.Seeds = 3,
-    epochs: study_options.Epochs = 10,
-    fine_epochs: study_options.FineEpochs = 1,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", min=1, rich_help_panel=_STUDY, help="Networks that are judged.")
+    ] = 3,
+    epochs: Annotated[
+        int, typer.Option("--epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Passes of the training.")
+    ] = 10,
+    fine_epochs: Annotated[
+        int, typer.Option("--fine-epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Of the fine-tuning.")
+    ] = 1,
     table_samples: Annotated[
         int,
         typer.Option(
             "--table-samples",
             metavar="N",
             min=1,
-            rich_help_panel=study_options.STUDY,
+            rich_help_panel=_STUDY,
             help="Test images of tables 2 and 3.",
         ),
     ] = 2000,
-    autoattack_samples: study_options.AutoattackSamples = 64,
+    autoattack_samples: Annotated[
+        int,
+        typer.Option(
+            "--autoattack-samples",
+            metavar="N",
+            min=0,
+            rich_help_panel=_STUDY,
+            help="Test images for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it out.",
+        ),
+    ] = 64,
     batch_size: options.BatchSize = 128,
     resume: train_options.Resume = False,
     seed: options.Seed = 0,
@@ -139,59 +149,36 @@ def reproduce(
     Half of the images decide on routes and ranks, the other half are measured. Every comparison has its controls, and a
     control that does as well is named. What was interrupted goes on with --resume.
     """
-    from attackroute.analysis.hardening_plan import paper_plan
-    from attackroute.cli.paper_experiments import PARTS
-    from attackroute.cli.reproduction_run import Run, check_page
-    from attackroute.paper.page import DATA_OF
-    from attackroute.zoo.sources import load_data
+    from attackroute.paper.run import ReproductionSettings, StudySettings
+    from attackroute.paper.run import reproduce as run
 
     output = Output(as_json, quiet)
-    wanted = _chosen(targets, data)
-    plan = paper_plan(seeds, epochs, fine_epochs, autoattack_samples, _CHECKED)
-    if page is not None:
-        check_page(page)
-    run = Run(options.open_folder(out), data, batch_size, seed, options.resolve_device(device), resume, output)
-    figures = [name for name in wanted if name in PARTS]
-    if figures:
-        every = load_data(data, split="test")
-        some = load_data(data, split="test", samples=samples, seed=seed)
-        for name in _models(model, every):
-            run.network(name, figures, every, some)
-    for table in (name for name in wanted if name in DATA_OF):
-        run.hardening(table, plan, width, train_samples, table_samples)
-    run.write_page(page, wanted)
-
-
-def _chosen(targets: list[str], data: str) -> list[str]:
-    """The targets, each once, figures before tables."""
-    from attackroute.cli.paper_experiments import PARTS
-    from attackroute.core.errors import did_you_mean
-    from attackroute.paper.page import DATA_OF
-
-    known = sorted([*PARTS, *DATA_OF])
-    other = "table2" if data.startswith("svhn:") else "table3"
-    found = set()
-    for target in targets:
-        if target == _ALL:
-            found |= set(known) - {other}
-        elif target == other:
-            raise UserError(f"{other} is about {DATA_OF[other]}, not about {data}; leave it out, or give other --data")
-        elif target in known:
-            found.add(target)
-        else:
-            close = did_you_mean(target, [*known, _ALL])
-            raise UserError(f"no table or figure {target!r}{close}; choose from {', '.join([*known, _ALL])}")
-    return [name for name in known if name in found]
-
-
-def _models(given: list[str] | None, images: ImageData) -> list[str]:
-    """The networks to look at."""
-    from attackroute.zoo.card import ModelCard
-    from attackroute.zoo.presets import preset_folder, preset_names
-
-    if given:
-        return list(dict.fromkeys(given))
-    fitting = [name for name in preset_names() if ModelCard.load(preset_folder(name)).classes == images.classes]
-    if not fitting:
-        raise UserError(f"no preset knows the classes of {images.name}'s images; name a network with --model")
-    return [f"preset:{name}" for name in fitting]
+    settings = ReproductionSettings(
+        targets=targets,
+        data=data,
+        folder=out,
+        models=model or (),
+        samples=samples,
+        page=page,
+        study=StudySettings(
+            width=width,
+            train_samples=train_samples,
+            test_samples=table_samples,
+            seeds=seeds,
+            epochs=epochs,
+            fine_epochs=fine_epochs,
+            autoattack_samples=autoattack_samples,
+        ),
+        batch_size=batch_size,
+        seed=seed,
+        device=options.resolve_device(device),
+        resume=resume,
+    )
+    options.open_folder(out)
+    result = run(settings, output)
+    output.result(result.to_json())
+    for target, claims in result.claims.items():
+        output.line(f"\n{target}")
+        for claim in claims:
+            output.line(f"  {claim}")
+    output.line(f"\nAll of it is in {result.page}; tables and figures in {out}")

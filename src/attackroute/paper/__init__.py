@@ -1,3 +1,5 @@
-"""The paper's tables, figures, settings and numbers, with a verdict for each claim."""
+"""The tables and figures of Li et al. (2021) with the paper's settings, beside the paper's numbers, claim by claim.
 
-from __future__ import annotations
+In come networks, data and targets (:mod:`attackroute.paper.run`, where to begin reading); out come the experiments'
+files and a page whose claims each have a verdict.
+"""

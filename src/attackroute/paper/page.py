@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from attackroute.core.errors import UserError
-from attackroute.paper import fig2, fig3, fig4, fig5, hardening, hardness, table1
-from attackroute.paper.claims import Claim, claims_table, markdown, percent
-from attackroute.paper.results import Content, Results
+from attackroute.paper.claims import Claim, Findings, Results, claims_table, markdown, percent
+from attackroute.paper.hardening_tables import accuracies_table, differences_table, hardening_claims, study_terms
+from attackroute.paper.hardness_tables import (
+    bins_table,
+    gradient_claims,
+    gradients_table,
+    prediction_claims,
+    predictors_table,
+)
+from attackroute.paper.tables import (
+    ACTIVATION_ZEROS,
+    OUTPUT_ZEROS,
+    attention_claims,
+    attention_table,
+    deactivation_table,
+    occurrence_claims,
+    occurrence_table,
+    per_image_transplant_table,
+    response_claims,
+    responses_table,
+    silence_claims,
+    transplant_claims,
+    transplant_layers_table,
+    transplant_shares_table,
+    weakening_table,
+)
 
 DATA_OF = {"table2": "cifar10", "table3": "svhn"}
-
 
 _TITLES = {
     "networks": "The networks",
@@ -26,42 +49,39 @@ _TITLES = {
     "fig6": "Fig. 6: hardness",
 }
 
-
 SECTIONS = tuple(_TITLES)
 """Names of the places that a page has."""
 
 
-def blocks(results: Results, studies: Mapping[str, Content]) -> dict[str, str]:
+def blocks(results: Results, studies: Mapping[str, Findings]) -> dict[str, str]:
     """The Markdown of every section for which there are results, by its name.
 
     Args:
         results: What was found on networks.
-        studies: Hardening studies' files, by the table that they are for.
+        studies: Hardening studies, by the table that they are for.
     """
-    found = {"networks": _networks(results)} if results else {}
-    for name, (tables, claims) in _SECTIONS.items():
-        texts = [f"{title}\n\n{text}" for title, table in tables.items() if (text := table(results))]
-        own = list(claims(results))
-        text = _section(texts, own)
+    texts = {"networks": _networks(results)} if results else {}
+    for section, (tables, _) in _SECTIONS.items():
+        filled = [f"{title}\n\n{text}" for title, table in tables.items() if (text := table(results))]
+        text = _section(filled, claims_of(section, results, studies))
         if text:
-            found[name] = text
-    for name, study in studies.items():
-        data = DATA_OF[name]
-        tables_of = [
+            texts[section] = text
+    for section, study in studies.items():
+        filled = [
             "Accuracy in percent: mean over seeds (lowest-highest) [paper's].\n\n"
-            + hardening.accuracies_table(study, data),
+            + accuracies_table(study, DATA_OF[section]),
             "Differences in points; bold where the 95 % intervals over images and over seeds both leave out zero.\n\n"
-            + hardening.differences_table(study),
+            + differences_table(study),
             study_terms(study),
         ]
-        found[name] = _section(tables_of, list(hardening.claims(study, data)))
-    return found
+        texts[section] = _section(filled, claims_of(section, results, studies))
+    return texts
 
 
-def claims_of(section: str, results: Results, studies: Mapping[str, Content]) -> list[Claim]:
+def claims_of(section: str, results: Results, studies: Mapping[str, Findings]) -> list[Claim]:
     """The claims of a table or figure, on every network for which there are results."""
     if section in DATA_OF:
-        return list(hardening.claims(studies[section], DATA_OF[section])) if section in studies else []
+        return list(hardening_claims(studies[section], DATA_OF[section])) if section in studies else []
     return list(_SECTIONS[section][1](results))
 
 
@@ -111,66 +131,57 @@ def _networks(results: Results) -> str:
     return markdown(["network", "neurons", "parameters", "clean test accuracy"], lines)
 
 
-def study_terms(study: Content) -> str:
-    """On what a hardening study was made and judged, and whether it shows signs of masked gradients."""
-    checks, attacked = study["checks"], study["autoattack_samples"]
-    suspicious = sorted({check["variant"] for check in checks if check["verdict"] == "suspicious"})
-    return (
-        f"Networks of seeds {', '.join(map(str, study['seeds']))}, trained for {study['training']['epochs']} epochs on "
-        f"{study['train_samples']:,} images less {study['validation']:.0%} that chose lambda, PAT against "
-        f"`{study['training_attack']}`, fine-tuned for {study['fine_tuning']['epochs']} more; judged on "
-        f"{study['test_samples']:,} test images{f', AutoAttack on {attacked}' if attacked else ''}. "
-        f"Lambda: {study['rule']}. "
-        f"Signs of masked gradients, first seed: {', '.join(suspicious) or 'none'} ({len(checks)} checks)."
-    )
-
-
 _Tables = Mapping[str, Callable[[Results], str]]
-
-
 _SECTIONS: Mapping[str, tuple[_Tables, Callable[[Results], Iterator[Claim]]]] = {
     "table1": (
-        {"Occurrence in percent: mean frequency of the most frequent fifth of a layer's channels.": table1.table},
-        table1.claims,
+        {"Occurrence in percent: mean frequency of the most frequent fifth of a layer's channels.": occurrence_table},
+        occurrence_claims,
     ),
     "fig2": (
-        {"Layers in which the mean over the route's neurons is above that of the other sets:": fig2.table},
-        fig2.claims,
+        {"Layers in which the mean over the route's neurons is above that of the other sets:": responses_table},
+        response_claims,
     ),
     "fig3": (
         {
-            "Fig. 3a, accuracy in percent under PGD over the share of one layer's channels:": fig3.shares_table,
-            "Fig. 3b, 30 % of the channels of single layers, and of several together:": fig3.layers_table,
+            "Fig. 3a, accuracy in percent under PGD over the share of one layer's channels:": transplant_shares_table,
+            "Fig. 3b, 30 % of the channels of single layers, and of several together:": transplant_layers_table,
             "Each image's own route instead, 30 % of the channels, and random channels for each, under PGD:": (
-                fig3.own_table
+                per_image_transplant_table
             ),
         },
-        fig3.claims,
+        transplant_claims,
     ),
     "fig4": (
         {
-            "Fig. 4a, accuracy in percent on clean images over the share set to zero:": fig4.output_table,
-            "The same with zeros after the activation, where a layer has its own:": fig4.activation_table,
-            "Fig. 4b, accuracy in percent with connections multiplied by beta:": fig4.weakening_table,
+            "Fig. 4a, accuracy in percent on clean images over the share set to zero:": partial(
+                deactivation_table, part=OUTPUT_ZEROS
+            ),
+            "The same with zeros after the activation, where a layer has its own:": partial(
+                deactivation_table, part=ACTIVATION_ZEROS
+            ),
+            "Fig. 4b, accuracy in percent with connections multiplied by beta:": weakening_table,
         },
-        fig4.claims,
+        silence_claims,
     ),
     "fig5": (
-        {"Grad-CAM's energy in the middle half of the image, and how much of it PGD moves, in percent:": fig5.table},
-        fig5.claims,
+        {
+            "Grad-CAM's energy in the middle half of the image, and how much of it PGD moves, in "
+            "percent:": attention_table
+        },
+        attention_claims,
     ),
     "table4": (
         {
             "Gradients towards the loss, summed over the layer's route neurons; hard images withstand "
-            "`fgsm:eps=1/255`, weak ones do not.": hardness.gradients_table
+            "`fgsm:eps=1/255`, weak ones do not.": gradients_table
         },
-        hardness.gradient_claims,
+        gradient_claims,
     ),
     "fig6": (
         {
-            "Images fooled in each tenth by V, hardest first:": hardness.bins_table,
-            "AUROC for being fooled (0.5: chance), with 95 % bootstrap intervals:": hardness.predictors_table,
+            "Images fooled in each tenth by V, hardest first:": bins_table,
+            "AUROC for being fooled (0.5: chance), with 95 % bootstrap intervals:": predictors_table,
         },
-        hardness.prediction_claims,
+        prediction_claims,
     ),
 }

@@ -1,0 +1,375 @@
+"""What each table and figure of the paper needs from one network: experiments on a study, by the names of their files.
+
+The paper's settings (section 4.1): an image's route is a fifth of each layer's channels, the model's three tenths; eps
+is 8/255, PGD and MI-FGSM take ten steps of eps / 10. It does not state the spread of its Gaussian noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.analysis.deactivation import deactivation_accuracy
+from attackroute.analysis.figures.accuracy_curves import accuracy_figures
+from attackroute.analysis.figures.hardness_bars import hardness_figure
+from attackroute.analysis.figures.occurrence_lines import occurrence_figure
+from attackroute.analysis.hardness_study import study_hardness
+from attackroute.analysis.interventions import record_outputs, transplant
+from attackroute.analysis.occurrence import tabulate_occurrence
+from attackroute.analysis.rankings import ROUTE
+from attackroute.analysis.study import EXPERIMENTS, Experiment, Figures, Study
+from attackroute.analysis.tables import Result
+from attackroute.analysis.transplanting import leading_groups, transplant_accuracy
+from attackroute.analysis.trials import Clean, right_when_clean
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.batches import Data, batches, samples_in
+from attackroute.core.checks import checked_logits
+from attackroute.core.errors import UserError
+from attackroute.core.layers import ACTIVATION, OUTPUT
+from attackroute.core.model_state import frozen
+from attackroute.core.table import Table
+from attackroute.hardening.route_source import RouteOverlap
+from attackroute.robustness.application import Attack, attacked
+from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.registry import parse_attack
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.masks import kept
+from attackroute.routes.route import Route
+from attackroute.tracing.trace import Progress, trace_routes
+
+NOISE = "gaussian-noise:std=0.1"
+ATTACKS = ("pgd:eps=8/255", "fgsm:eps=8/255", "step-ll:eps=8/255", "mi-fgsm:eps=8/255", NOISE)
+HARDNESS_ATTACKS = ("fgsm:eps=1/255", "gaussian-noise:std=0.05", "pgd:eps=1/255")
+ATTACKED = "route of attacked images"
+OWN, OWN_RANDOM = "own route", "own random"
+"""Channels of each image's own route, and as many random ones, others for each image."""
+
+SAMPLED_SHARES = (0.01, 0.03, 0.1, 0.3)
+_SWEPT = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An experiment's result.
+
+    Attributes:
+        table: The measurements.
+        common: What they have in common, as plain values.
+        sentence: What was found.
+    """
+
+    table: Table
+    common: Mapping[str, Any]
+    sentence: str
+
+    def records(self) -> list[dict[str, Any]]:
+        """The measurements, row by row."""
+        return list(self.table)
+
+    def about(self) -> dict[str, Any]:
+        """What they have in common."""
+        return dict(self.common)
+
+    def reading(self) -> str:
+        """One sentence that says what was found."""
+        return self.sentence
+
+
+def paper_attacks() -> dict[str, Perturbation]:
+    """The attacks of section 4.1 by name, PGD first."""
+    return {attack.name: attack for attack in map(parse_attack, ATTACKS)}
+
+
+def swept_layers(layers: Sequence[str]) -> list[str]:
+    """Five layers spread over the network, the first and the last among them: of VGG-16's, the paper's own five."""
+    if len(layers) <= _SWEPT:
+        return list(layers)
+    last = len(layers) - 1
+    return [layers[round(place * last / (_SWEPT - 1))] for place in range(_SWEPT)]
+
+
+def occurrence(study: Study, _: Progress) -> tuple[Result, Figures]:
+    """Occurrence over all images, beside simple criteria and random routes."""
+    routes = {"clean" if by == ROUTE else by: each for by, each in study.all_routes.items()}
+    result = tabulate_occurrence(routes, width=study.share, seeds=range(study.draws))
+    return result, {"occurrence": occurrence_figure(result)}
+
+
+def sampling(study: Study, _: Progress) -> tuple[Result, Figures]:
+    """The route of a tenth of the images beside that of all (section 5.1.3)."""
+    return sample_route(study.all_routes[ROUTE], width=study.share, seeds=range(study.draws)), {}
+
+
+def transplant_shares(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3a: growing shares of single layers, under PGD."""
+    name = next(iter(study.attacks))
+    result = transplant_accuracy(
+        study.network, study.measured, study.route, {name: study.attacks[name]}, study.rivals,
+        seeds=range(study.draws), layers=swept_layers(study.route.layers), share=study.share, together=(),
+        progress=progress,
+    )  # fmt: skip
+    return result, {"transplant-shares": accuracy_figures(result)["transplant-shares"]}
+
+
+def transplant_layers(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3b: every layer alone and several together, at one share, under PGD."""
+    name = next(iter(study.attacks))
+    return _transplanted(study, progress, {name: study.attacks[name]}, study.route.layers)
+
+
+def transplant_attacks(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3b under the other attacks and noise: the first layer, and several together."""
+    _, *others = study.attacks
+    layers = study.route.layers
+    return _transplanted(study, progress, {name: study.attacks[name] for name in others}, layers[:1])
+
+
+def _transplanted(
+    study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str]
+) -> tuple[Result, Figures]:
+    rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: study.attacked_route}
+    result = transplant_accuracy(
+        study.network, study.measured, study.route, attacks, rivals, seeds=range(study.draws), layers=layers,
+        shares=[study.share], share=study.share, together=leading_groups(study.route.layers), progress=progress,
+    )  # fmt: skip
+    name = "transplant-layers" if len(layers) > 1 else "transplant-attacks"
+    return result, {name: accuracy_figures(result)["transplant-layers"]}
+
+
+def transplant_own(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 3 in another reading: each image's own route, in the first layer and in the first three."""
+    name = next(iter(study.attacks))
+    layers = study.route.layers
+    result = per_image_transplant(
+        study.network, study.measured, study.attacks[name], [layers[:1], layers[:3]], name=name, width=study.share,
+        progress=progress,
+    )  # fmt: skip
+    return result, {}
+
+
+def deactivate(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 4a: growing shares of the layers' own outputs set to zero."""
+    return _deactivated(study, progress, list(study.route.layers), OUTPUT)
+
+
+def deactivate_activation(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Fig. 4a in another reading: zeros after the activation; before batch norm, a zero may become any constant."""
+    return _deactivated(study, progress, _activated(study), ACTIVATION)
+
+
+def _deactivated(study: Study, progress: Progress, layers: list[str], at: str) -> tuple[Result, Figures]:
+    """The first of the layers, the last one, and all together."""
+    result = deactivation_accuracy(
+        study.network, study.measured, study.route, study.rivals, seeds=range(study.draws),
+        layers=[layers[0], layers[-1]], together=[layers], share=study.share, at=at, progress=progress,
+    )  # fmt: skip
+    name = "deactivate" if at == OUTPUT else "deactivate-activation"
+    (figure,) = accuracy_figures(result).values()
+    return result, {name: figure}
+
+
+def hardness(study: Study, progress: Progress) -> tuple[Result, Figures]:
+    """Table 4 and Fig. 6, on images that did not decide on the route."""
+    attacks = [parse_attack(text) for text in HARDNESS_ATTACKS]
+    judged = study_hardness(study.network, study.route, study.measured, attacks, seed=study.seed, progress=progress)
+    table = Table.of(
+        {
+            "target": target,
+            "predictor": item.predictor,
+            "statistic": item.statistic,
+            "value": item.estimate.value,
+            "low": None if item.estimate.interval is None else item.estimate.interval[0],
+            "high": None if item.estimate.interval is None else item.estimate.interval[1],
+        }
+        for target, items in judged.judgements.items()
+        for item in items
+    )
+    title = f"How hard the model is to fool on each of {len(judged.hardness)} images"
+    return Measured(table, judged.to_json(), judged.reading()), {"hardness": hardness_figure(judged, title)}
+
+
+PARTS: Mapping[str, Mapping[str, Experiment]] = {
+    "table1": {"occurrence": occurrence, "sampling": sampling},
+    "fig2": {"sensitivity": EXPERIMENTS["sensitivity"]},
+    "fig3": {
+        "transplant-shares": transplant_shares,
+        "transplant-layers": transplant_layers,
+        "transplant-attacks": transplant_attacks,
+        "transplant-own": transplant_own,
+    },
+    "fig4": {
+        "deactivate": deactivate,
+        "deactivate-activation": deactivate_activation,
+        "weaken": EXPERIMENTS["weaken"],
+    },
+    "fig5": {"gradcam": EXPERIMENTS["gradcam"]},
+    "table4": {"hardness": hardness},
+    "fig6": {"hardness": hardness},
+}
+"""For each table and figure that takes trained networks, its experiments."""
+
+
+def _activated(study: Study) -> list[str]:
+    """The layers that have an activation of their own: where they go into a sum first, they have none."""
+    layers = []
+    for layer in study.route.layers:
+        try:
+            with frozen(study.network), torch.no_grad():
+                record_outputs(study.network, study.pair, [layer], at=ACTIVATION)
+        except UserError:
+            continue
+        layers.append(layer)
+    return layers
+
+
+def sample_route(
+    routes: InstanceRoutes,
+    shares: Sequence[float] = SAMPLED_SHARES,
+    *,
+    width: float = 0.3,
+    seeds: Sequence[int] = range(5),
+) -> Measured:
+    """How few samples give a model's route: model routes of random parts of the samples beside that of all.
+
+    Args:
+        routes: Routes of all samples.
+        shares: Shares of the samples, in (0, 1].
+        width: Width of the model routes.
+        seeds: One random part of each size for each.
+
+    Raises:
+        UserError: There are no routes, or a share is out of range.
+    """
+    if not len(routes) or not seeds:
+        raise UserError("no routes, or no seeds, so there is nothing to compare")
+    full = routes.aggregate(width)
+    rows = []
+    for share in shares:
+        if not 0 < share <= 1:
+            raise UserError(f"a share of {share} of the samples is outside (0, 1]")
+        count = max(1, round(share * len(routes)))
+        for seed in seeds:
+            order = torch.randperm(len(routes), generator=torch.Generator().manual_seed(seed))
+            part = routes.select(order[:count].sort().values).aggregate(width)
+            overlap = RouteOverlap.between(part, full)
+            rows.append(
+                {
+                    "share": share, "draw": seed, "samples": count, "shared": overlap.shared, "neurons": overlap.size,
+                    "share_of_neurons": overlap.share, "least_in_a_layer": overlap.least,
+                }
+            )  # fmt: skip
+    table = Table.of(rows)
+    means = [
+        f"{share:.0%} of them {statistics.fmean(table.select(share=share).column('share_of_neurons')):.1%}"
+        for share in table.distinct("share")
+    ]
+    sentence = f"Of the route of {len(routes)} samples, the route of {', '.join(means)} has the same neurons."
+    return Measured(table, {"experiment": "route sampling", "width": width, "samples": len(routes)}, sentence)
+
+
+def per_image_transplant(
+    model: nn.Module,
+    data: Data,
+    attack: Attack,
+    groups: Iterable[Sequence[str]],
+    *,
+    name: str = "attack",
+    width: float = 0.3,
+    seed: int = 0,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Measured:
+    """Accuracy on attacked images, each with clean values in the channels of its own route, or in random ones.
+
+    Only images that the network gets right when clean count.
+
+    Args:
+        model: The network.
+        data: Labelled images in [0, 1].
+        attack: What attacks them.
+        groups: Layers to change together, in forward order.
+        name: The attack's name.
+        width: Share of each layer's channels on an image's route, which is traced from the clean image.
+        seed: Of the random channels.
+        batch_size: Rows per forward pass when ``data`` is tensors.
+        progress: Called with (images done, in all or None) after every batch.
+
+    Raises:
+        UserError: The data have no labels, a layer is not among the traced ones, or no sample is classified correctly.
+    """
+    groups = [tuple(group) for group in groups]
+    generator = torch.Generator().manual_seed(seed)
+    hits = {(group, criterion): 0 for group in groups for criterion in (OWN, OWN_RANDOM)}
+    samples = counted = 0
+    layers = list(dict.fromkeys(layer for group in groups for layer in group))
+    with frozen(model), torch.no_grad():
+        for images, labels in batches(model, data, batch_size):
+            samples += len(images)
+            clean = right_when_clean(model, images, labels, layers)
+            counted += len(clean.images)
+            if len(clean.images):
+                moved, _ = attacked(model, attack, clean.images, clean.labels)
+                routes = trace_routes(model, (clean.images, clean.labels), width).masks
+                for group in groups:
+                    chosen = {layer: routes[layer] for layer in group}
+                    drawn = {layer: _random_mask(mask, width, generator) for layer, mask in chosen.items()}
+                    for criterion, masks in ((OWN, chosen), (OWN_RANDOM, drawn)):
+                        answers = _mended(model, clean, moved, masks).argmax(1)
+                        hits[group, criterion] += int((answers == clean.labels).sum())
+            if progress is not None:
+                progress(samples, samples_in(data))
+    if not counted:
+        raise UserError(f"the network gets none of the {samples} samples right when they are clean; check its weights")
+    accuracies = {key: Accuracy(right, counted) for key, right in hits.items()}
+    table = Table.of(
+        {
+            "layers": "+".join(group), "criterion": criterion, "accuracy": accuracy.value,
+            "accuracy_low": accuracy.interval[0], "accuracy_high": accuracy.interval[1], "samples": accuracy.total,
+        }
+        for (group, criterion), accuracy in accuracies.items()
+    )  # fmt: skip
+    parts = [
+        f"{criterion} in {len(group)} of the layers {accuracy.value:.1%}"
+        for (group, criterion), accuracy in accuracies.items()
+    ]
+    return Measured(
+        table,
+        {"experiment": "own routes", "width": width, "attack": name, "images": samples},
+        f"Accuracy under {name} with {width:.0%} of the channels as on clean images: {'; '.join(parts)}.",
+    )
+
+
+def _mended(model: nn.Module, clean: Clean, moved: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """Logits of attacked images with clean values where each image's own mask (N, C) says so.
+
+    Layer after layer: what a layer would give is recorded under the transplants before it, mixed with what it gives
+    for the clean images, and put in its place as a whole.
+    """
+    mixed: dict[str, Tensor] = {}
+    for layer, mask in masks.items():
+        with _in_place(model, mixed):
+            values = record_outputs(model, moved, [layer])[layer]
+        mixed[layer] = torch.where(mask.to(values.device)[:, :, None, None], clean.outputs[layer], values)
+    with _in_place(model, mixed):
+        return checked_logits(model(moved.clone()), len(moved))
+
+
+def _in_place(model: nn.Module, outputs: Mapping[str, Tensor]) -> AbstractContextManager[object]:
+    """Context in which these layers give this, in all their channels."""
+    if not outputs:
+        return nullcontext()
+    channels = {layer: values.shape[1] for layer, values in outputs.items()}
+    return transplant(model, outputs, Route({layer: range(count) for layer, count in channels.items()}, channels))
+
+
+def _random_mask(like: Tensor, width: float, generator: torch.Generator) -> Tensor:
+    """As many channels in every row, at random."""
+    rows, channels = like.shape
+    chosen = torch.rand(rows, channels, generator=generator).topk(kept(width, channels), dim=1).indices
+    return torch.zeros(rows, channels, dtype=torch.bool).scatter_(1, chosen, True)

@@ -1,0 +1,58 @@
+"""Make a preset of a folder that ``attackroute train`` or ``harden`` wrote.
+
+    python -m studies.make_preset runs/vgg vgg16-cifar10 --data cifar10:~/data --note "..." -- attackroute train ...
+
+Weights are stored in float16, and the accuracy of what was stored is measured on the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+
+from attackroute.core.accuracy import count_correct
+from attackroute.zoo.card import CARD
+from attackroute.zoo.presets import PRESETS, TRAINING, WEIGHTS, load_preset
+from attackroute.zoo.sources import load_data
+
+_COUNTER = "num_batches_tracked"  # of no use in eval mode
+
+
+def main() -> None:
+    """Make the preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--note", default="")
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    preset = PRESETS / arguments.name
+    preset.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.torch.load_file(arguments.folder / WEIGHTS)
+    halves = {
+        name: value.half().contiguous() if value.is_floating_point() else value
+        for name, value in weights.items()
+        if not name.endswith(_COUNTER)
+    }
+    safetensors.torch.save_file(halves, preset / WEIGHTS)
+    shutil.copy(arguments.folder / CARD, preset / CARD)
+    model = load_preset(arguments.name)
+    tests = load_data(arguments.data, split="test")
+    accuracy = count_correct(model, tests.dataset)
+    content = {
+        "command": shlex.join(arguments.command),
+        "note": arguments.note,
+        "accuracy": {"correct": accuracy.correct, "total": accuracy.total},
+    }
+    (preset / TRAINING).write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{arguments.name}: {accuracy.value:.2%} of {accuracy.total} test images, {preset}")
+
+
+if __name__ == "__main__":
+    main()
