@@ -25,7 +25,7 @@ from attackroute.tracing.segments import Segments
 from attackroute.tracing.sketches import FIRST_SKETCHES
 from attackroute.tracing.structure import CLOSED_FORM, Structure
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.registry import build_model
+from attackroute.zoo.networks import build_model
 from benchmarks import small_networks as small
 from benchmarks.cases import ARCHITECTURES as CASE
 from benchmarks.cases import Plan, adapt_batch_norms, seeded

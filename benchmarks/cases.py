@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.zoo.registry import build_model
+from attackroute.zoo.networks import build_model
 
 
 @dataclass(frozen=True)

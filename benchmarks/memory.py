@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attackroute.core.errors import UserError
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.registry import build_model
+from attackroute.zoo.networks import build_model
 from benchmarks.cases import MEMORY, Plan
 from benchmarks.timing import BYTES, Measurement, Spread
 

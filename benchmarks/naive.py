@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.chain import ChainNet
+from attackroute.zoo.networks import ChainNet
 from benchmarks.cases import NAIVE, SPEED_CASES, Plan, seeded, workload
 from benchmarks.timing import SECONDS, Measurement, Spread, Stopclock, interleaved
 

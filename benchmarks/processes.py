@@ -23,13 +23,11 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import resize, to_pil_image
 
-from attackroute.core.distributed import VALUE, Processes, apart, joined
+from attackroute.core.distributed import Processes, apart, joined
 from attackroute.core.errors import UserError
-from attackroute.paper.hardening_results import Outcome
-from attackroute.report.measuring import Share
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.batched import ImageBatches
+from attackroute.zoo.data import ImageBatches
 from attackroute.zoo.sources import load_data
 from benchmarks.cases import PROCESSES, SPEED_CASES, Case, Plan, Workload, seeded, workload
 from benchmarks.timing import BYTES, SECONDS, Measurement, Spread, Stopclock, interleaved
@@ -172,8 +170,8 @@ def measure_costs(team: Processes, case: Case, load: Workload, *, repeats: int, 
     batch_size, batches = len(load.batches[0][0]), len(load.batches)
     with apart():
         part = trace_routes(load.model, load.batches[0], batch_size=batch_size)
-    packed = pickle.dumps(Outcome((VALUE, part)))
-    share = Share((packed,) * batches, 0.0)
+    packed = pickle.dumps(part)
+    share = (packed,) * batches
     clock = Stopclock(time.process_time)
     exchange: dict[str, Callable[[], object]] = {EXCHANGING: lambda: team.all(share)}
     if not team.leads:
@@ -185,7 +183,7 @@ def measure_costs(team: Processes, case: Case, load: Workload, *, repeats: int, 
         actions: dict[str, Callable[[], object]] = {
             FORWARD: load.forward,
             TRACE: lambda: _trace_alone(load),
-            PACKING: lambda: [pickle.dumps(Outcome((VALUE, part))) for _ in range(batches)],
+            PACKING: lambda: [pickle.dumps(part) for _ in range(batches)],
             UNPACKING: lambda: [pickle.loads(packed) for _ in range(batches)],
             WRITING: lambda: InstanceRoutes.concatenate([part] * file_batches).save(file),
             LOADING: lambda: InstanceRoutes.load(file),

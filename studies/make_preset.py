@@ -16,9 +16,8 @@ from pathlib import Path
 import safetensors.torch
 
 from attackroute.core.accuracy import count_correct
-from attackroute.zoo.card import CARD
-from attackroute.zoo.presets import PRESETS, TRAINING, WEIGHTS, load_preset
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import BEST, CARD, PRESETS, TRAINING, load_preset
 
 _COUNTER = "num_batches_tracked"  # of no use in eval mode
 
@@ -34,13 +33,13 @@ def main() -> None:
     arguments = parser.parse_args()
     preset = PRESETS / arguments.name
     preset.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.load_file(arguments.folder / WEIGHTS)
+    weights = safetensors.torch.load_file(arguments.folder / BEST)
     halves = {
         name: value.half().contiguous() if value.is_floating_point() else value
         for name, value in weights.items()
         if not name.endswith(_COUNTER)
     }
-    safetensors.torch.save_file(halves, preset / WEIGHTS)
+    safetensors.torch.save_file(halves, preset / BEST)
     shutil.copy(arguments.folder / CARD, preset / CARD)
     model = load_preset(arguments.name)
     tests = load_data(arguments.data, split="test")

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.networks import spec_for
-from attackroute.zoo.registry import build
+from attackroute.zoo.networks import build
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import ModelCard, spec_for
 
 SAMPLES = 24
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 
 CLASSES = 4
 ATTACKS = ("fgsm:eps=0.1", "pgd:eps=0.1,steps=3", "gaussian-noise:severity=2")

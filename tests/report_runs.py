@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attackroute.zoo.images import loader
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.utils import save_image
@@ -19,11 +20,9 @@ from attackroute.cli.app import app
 from attackroute.core.document import Document
 from attackroute.core.model_state import weights_digest
 from attackroute.core.table import Table
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.images import loader
-from attackroute.zoo.networks import open_network
 from attackroute.zoo.sources import load_data
 from attackroute.zoo.spec import ModelSpec
+from attackroute.zoo.weights import ModelCard, open_network
 
 CLASSES = ("<script>alert(1)</script>", 'light & "bright"')
 """Names that must be harmless."""

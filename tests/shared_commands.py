@@ -25,7 +25,7 @@ from attackroute.cli.app import app
 from attackroute.core.batches import BatchStream
 from attackroute.core.distributed import Processes, joined
 from attackroute.routes import folder
-from attackroute.zoo.batched import ImageBatches
+from attackroute.zoo.data import ImageBatches
 from attackroute.zoo.sources import load_data
 from report_runs import make_network, make_pictures
 

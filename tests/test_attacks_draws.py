@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attackroute.core.draws import image_keys, normals, uniforms
+from attackroute.core.random import image_keys, normals, uniforms
 
 stats = pytest.importorskip("scipy.stats")
 

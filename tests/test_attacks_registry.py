@@ -9,9 +9,8 @@ import pytest
 
 import attackroute as ar
 from attackroute.core.errors import UserError
-from attackroute.robustness import contract
+from attackroute.robustness.attack import Perturbation, show_eps
 from attackroute.robustness.autoattack import AutoAttack, Square
-from attackroute.robustness.contract import Perturbation, show_eps
 from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
 from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL
 from attackroute.robustness.registry import attack_names, parse_attack
@@ -134,6 +133,6 @@ def test_unknown_corruptions():
     ("name", "extra"), [("autoattack", "autoattack"), ("square", "autoattack"), ("fog", "corruptions")]
 )
 def test_missing_extras_are_named_at_once(name, extra, monkeypatch):
-    monkeypatch.setattr(contract, "find_spec", lambda _: None)
+    monkeypatch.setattr("attackroute.robustness.attack.find_spec", lambda _: None)
     with pytest.raises(UserError, match=rf'{name} needs an optional package: pip install "attackroute\[{extra}\]"'):
         parse_attack(name)

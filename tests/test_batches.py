@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from attackroute.core.batches import count_steps, derived_seed, in_order, load, shuffled
+from attackroute.core.batches import count_steps, in_order, load, shuffled
+from attackroute.core.random import derived_seed
 
 
 @given(st.integers(1, 400), st.integers(1, 150), st.integers(0, 2**63 - 1), st.integers(1, 1000))

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from attackroute.analysis.criteria import rank_channels
-from attackroute.zoo.registry import build_model
+from attackroute.zoo.networks import build_model
 from benchmarks.cases import Plan
 from benchmarks.hardening import (
     GRADIENT,

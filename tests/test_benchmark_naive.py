@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from attackroute.tracing import oracle
-from attackroute.zoo.chain import ChainNet
-from attackroute.zoo.normalisation import CIFAR
+from attackroute.zoo.networks import ChainNet
+from attackroute.zoo.spec import CIFAR
 from benchmarks import naive
 from benchmarks.cases import Case, Plan, adapt_batch_norms
 from benchmarks.naive import measure_naive, naive_measurements, sampled

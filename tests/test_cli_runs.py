@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision.utils import save_image
 from typer.testing import CliRunner
 
@@ -464,12 +465,12 @@ class TestBadInput:
 
     @pytest.mark.parametrize("value", [1.5, -0.5, float("nan"), float("inf")])
     def test_values_of_pixels(self, trained, pictures, monkeypatch, value):
-        load_data = attackroute.data.load_data
+        load_data = attackroute.zoo.load_data
 
         def spoilt(*arguments, **options):
             data = load_data(*arguments, **options)
-            data.dataset.reader = lambda path: torch.full((3, SIZE, SIZE), value)
-            return data
+            labels = torch.tensor([label for _, label in data.dataset])
+            return replace(data, dataset=TensorDataset(torch.full((len(labels), 3, SIZE, SIZE), value), labels))
 
         monkeypatch.setattr("attackroute.zoo.sources.load_data", spoilt)
         assert_bad_input(traced(trained, pictures), "images")

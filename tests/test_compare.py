@@ -16,9 +16,9 @@ from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content
 from attackroute.report.run_folder import RunFolder
 from attackroute.report.two_runs import Comparison, build_comparison
-from attackroute.zoo.images import loader
-from attackroute.zoo.networks import open_network
+from attackroute.zoo.data import ImageBatches
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import open_network
 from report_runs import ATTACK, data_of, done, make_network, make_pictures, run, save_evaluation, save_traces
 from test_report import Elements, bad
 
@@ -133,7 +133,7 @@ def test_networks_with_other_layers_stand_side_by_side(runs: Path, tmp_path: Pat
     torch.manual_seed(0)
     model = ar.build_model("vgg_small", width=0.5, num_classes=2)
     pictures = load_data(f"folder:{runs / 'pictures'}", image_size=32)
-    traced = ar.trace_routes(model, loader(pictures))
+    traced = ar.trace_routes(model, ImageBatches(pictures))
     folders = RunFolder.open(runs / "before"), runs / "before"
     content = Content(folders[0], unmeasured(folders[0].routes))
     other = Content(folders[0], unmeasured(traced))

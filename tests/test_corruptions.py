@@ -5,18 +5,16 @@ from __future__ import annotations
 import builtins
 import random
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
-from attackroute.robustness import contract
 from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
 
-needs_library = pytest.mark.skipif(
-    contract.require_extra.__globals__["find_spec"]("imagecorruptions") is None, reason="needs the corruptions extra"
-)
+needs_library = pytest.mark.skipif(find_spec("imagecorruptions") is None, reason="needs the corruptions extra")
 np = pytest.importorskip("numpy")
 DETERMINISTIC = ("gaussian-blur", "defocus-blur", "zoom-blur", "brightness", "contrast", "pixelate", "saturate")
 MODEL = nn.Identity()
@@ -76,7 +74,7 @@ def test_what_the_library_makes_of_the_same_numbers(kind, severity):
     """The library by itself, seeded with each image's key."""
     import imagecorruptions
 
-    from attackroute.core.draws import image_keys
+    from attackroute.core.random import image_keys
 
     x, y = photos(2)
     found = Corruption(kind, severity, seed=6)(MODEL, x, y)
@@ -218,7 +216,7 @@ def test_a_library_that_cannot_be_loaded_is_one_line(monkeypatch):
             raise ImportError("libGL.so.1: cannot open shared object file")
         return plain(name, *args, **kwargs)
 
-    monkeypatch.setattr(contract, "require_extra", lambda *_: None)
+    monkeypatch.setattr("attackroute.robustness.corruptions.require_extra", lambda *_: None)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"libGL.so.1.*opencv-python-headless"):
         Corruption("fog")(MODEL, *photos())

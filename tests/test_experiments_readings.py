@@ -25,11 +25,12 @@ from attackroute.analysis.occurrence import (
     chance_jaccard,
     tabulate_occurrence,
 )
-from attackroute.analysis.rankings import OFF_ROUTE, RANDOM, ROUTE, random_order
+from attackroute.analysis.rankings import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.responses import GRADIENT, SENSITIVITY, compare_responses
 from attackroute.analysis.sample_routes import sample_routes
 from attackroute.analysis.tables import csv_text, save_result, to_json
 from attackroute.core.errors import UserError
+from attackroute.core.random import random_order
 from attackroute.core.statistics import Moments
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing.trace import trace_routes

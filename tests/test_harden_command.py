@@ -157,7 +157,7 @@ def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
 def test_without_its_package_autoattack_is_left_out_unless_it_is_asked_for(
     trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attackroute.robustness.contract.find_spec", lambda name: None)
+    monkeypatch.setattr("attackroute.robustness.attack.find_spec", lambda name: None)
     command = ("harden", "--model", trained, "--data", f"folder:{pictures}", "--epochs", 1, "--lam", 0.01)
     result = run(*command, "--out", tmp_path / "a", "--check-samples", 0, "--evaluate-samples", 2)
     assert result.exit_code == 0, result.output

@@ -22,8 +22,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import attackroute
-from attackroute.core.batches import derived_generator, shuffled
+from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
+from attackroute.core.random import derived_generator
 from attackroute.hardening.harden import ROUTE_FILE, HardenResult, harden
 from attackroute.hardening.settings import APPROXIMATE, HardenSettings, TrainSettings
 from attackroute.hardening.training import train

@@ -24,7 +24,7 @@ from attackroute.paper.hardening_results import HardeningStudy
 from attackroute.paper.hardening_study import TUNING, study_hardening
 from attackroute.paper.paired import BEATS, LOSES, UNDECIDED, PairedDifference
 from attackroute.robustness.evaluate import evaluate
-from attackroute.zoo.holdout import drawn, held_out
+from attackroute.zoo.data import drawn, held_out
 from studies import fill_page, hardening
 from toy_training import Killed, toy_data
 
@@ -199,8 +199,8 @@ def test_numbers_are_those_of_the_networks_in_the_folder(whole: tuple[HardeningS
         model = build(5)
         model.load_state_dict(load_file(home / "last.safetensors"))
         found = evaluate(model, (images, labels), PLAN.attacks, checks=0)
-        for row in found.rows:
-            assert outcome.accuracy(row.attack.partition(":")[0]) == row.accuracy, (outcome.variant, row.attack)
+        for attack in found.table.column("attack"):
+            assert outcome.accuracy(attack.partition(":")[0]) == found.accuracy(attack), (outcome.variant, attack)
     chosen = {tuning.variant.name: tuning.chosen.lam for tuning in study.tuning}
     assert {outcome.variant.name: outcome.lam for outcome in study.outcomes if outcome.variant.name in chosen} == chosen
     assert [outcome.variant for outcome in study.outcomes] == list(judged(PLAN))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import attackroute as ar
 from attackroute.cli.app import app
-from attackroute.zoo.images import loader
+from attackroute.zoo.data import ImageBatches
 from attackroute.zoo.sources import load_data
 
 
@@ -77,11 +77,11 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) -> None:
-    from attackroute.zoo.networks import open_network
+    from attackroute.zoo.weights import open_network
 
     data = load_data(f"folder:{home / 'pictures'}", split="train")
     network = open_network(str(home / "net"), data)
-    route = ar.trace_routes(network, loader(data)).aggregate(0.5)
+    route = ar.trace_routes(network, ImageBatches(data)).aggregate(0.5)
     route.save(tmp_path / "route.json")
     result = hardness(
         home, "--route", tmp_path / "route.json", "--attack", "fgsm:eps=8/255", "--samples", 20, "--smallest-eps",

@@ -34,7 +34,7 @@ from attackroute.analysis.hardness_study import (
 )
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import AUROC, SPEARMAN, associations
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.gradient_attacks import FGSM
 
 

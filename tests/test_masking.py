@@ -12,11 +12,25 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 from attackroute.robustness import masking, registry
 from attackroute.robustness.gradient_attacks import PGD
-from attackroute.robustness.masking import SILENT, SKIPPED, SUSPICIOUS, Check, check_masking, tail
+from attackroute.robustness.masking import SILENT, SKIPPED, SUSPICIOUS, Check, MaskingProbes, tail
 from attackroute.zoo.sources import load_data
 
 EPS = 0.1
 SAMPLES = 48
+
+
+def check_masking(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    batch_size: int = 128,
+    twin: nn.Module | None = None,
+) -> tuple[Check, ...]:
+    probes = MaskingProbes.of(eps, 0, twin)
+    outcomes = {title: probes.run(title, model, images, labels, batch_size) for title in probes.probes}
+    return probes.judge("model", outcomes)
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +198,7 @@ def test_tail_against_exact_sums(count: int, trials: int, share: float) -> None:
 
 
 def test_sampling_error_is_taken_into_account() -> None:
-    paired = next(check for check in masking._CHECKS if check.name == "one step against many")
+    paired = next(check for check in masking._SIGNS if check.name == "one step against many")
     for wins, losses, verdict in [(6, 0, SILENT), (7, 0, SUSPICIOUS), (20, 15, SILENT), (60, 30, SUSPICIOUS)]:
         both = 50
         weaker = [0] * wins + [1] * losses + [0] * both

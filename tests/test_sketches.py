@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import MIXED, Function, Head, Shuffled, chain, tokens
-from attackroute.core.cauchy import cauchies, derived_keys
-from attackroute.core.draws import mixed
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
+from attackroute.core.random import cauchies, derived_keys, mixed
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import top_k
 from attackroute.tracing import oracle

@@ -16,7 +16,7 @@ from attackroute.tracing import oracle, windows
 from attackroute.tracing.closed_form import critical_sums, influence_matrix
 from attackroute.tracing.recorder import record
 from attackroute.tracing.trace import influence, trace_routes
-from attackroute.zoo.registry import build_model
+from attackroute.zoo.networks import build_model
 from tracing import check, deviation, ready, same_routes, small, worst
 
 EVERY = {**CLOSED, **MIXED}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from attackroute.core import batches
-from attackroute.core.accuracy import accuracy
+from attackroute.core.accuracy import count_correct
 from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
 from attackroute.hardening import augmentation, training
@@ -55,7 +55,7 @@ def test_it_learns(schedule: Any) -> None:
     assert result.last.loss < result.history[0].loss / 3
     assert result.last.train.value > 0.95
     assert result.last.test is not None
-    assert result.last.test.value == accuracy(model, toy_data(80, seed=1)) > 0.95
+    assert result.last.test.value == count_correct(model, toy_data(80, seed=1)).value > 0.95
     assert [record.epoch for record in result.history] == [1, 2, 3, 4, 5, 6]
 
 

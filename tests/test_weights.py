@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from attackroute.core.errors import UserError
-from attackroute.zoo.images import loader
-from attackroute.zoo.registry import build_model
+from attackroute.zoo.data import ImageBatches
+from attackroute.zoo.networks import build_model
 from attackroute.zoo.sources import load_data
 from attackroute.zoo.weights import load_weights
 
@@ -185,6 +185,6 @@ class TestStudyWeights:
         model.eval()
         data = load_data(f"folder:{tmp_path}", samples=500)
         with torch.no_grad():
-            hits = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in loader(data, 250))
+            hits = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in ImageBatches(data, 250))
         assert len(data) == 500
         assert hits / len(data) == pytest.approx(0.848, abs=0.05)

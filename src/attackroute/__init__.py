@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from attackroute.routes.instance_routes import InstanceRoutes
     from attackroute.routes.route import Route
     from attackroute.tracing.trace import influence, trace_routes
-    from attackroute.zoo.registry import build_model
+    from attackroute.zoo.networks import build_model
     from attackroute.zoo.sources import load_data
     from attackroute.zoo.weights import load_weights
 
@@ -80,7 +80,7 @@ _HOMES = {
     "UserError": "core.errors",
     "StabilisationPenalty": "hardening.stabilisation_penalty",
     "WeightPenalty": "hardening.weight_penalty",
-    "build_model": "zoo.registry",
+    "build_model": "zoo.networks",
     "deactivate": "analysis.interventions",
     "evaluate": "robustness.evaluate",
     "gradient": "analysis.channel_measurements",

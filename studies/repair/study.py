@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from attackroute.core.batches import count_samples, derived_generator
+from attackroute.core.batches import count_samples
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.core.model_state import frozen, placement
-from attackroute.robustness.application import Attack, attacked
+from attackroute.core.random import derived_generator
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.masks import top_k
 from studies.repair.criteria import (
     FIRST_LAYERS,

@@ -21,7 +21,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
 from attackroute.core.statistics import Mean, Moments
-from attackroute.robustness.application import Attack, attacked
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 

@@ -18,7 +18,7 @@ from attackroute.analysis.channel_stream import Batches, measured, under_attack
 from attackroute.core.batches import Data, batches, samples_in
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
-from attackroute.robustness.application import Attack
+from attackroute.robustness.attack import Attack
 from attackroute.tracing.trace import Progress
 
 

@@ -5,7 +5,6 @@ Data are read once, in constant memory. Sums over samples are in float64, so tha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,8 @@ from attackroute.analysis.channel_stream import layer_channels, steady, two_of, 
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.model_state import frozen
-from attackroute.robustness.application import Attack, attack_name
+from attackroute.core.random import channel_uniforms
+from attackroute.robustness.attack import Attack, attack_name
 from attackroute.routes.masks import check_width, top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
@@ -219,7 +219,9 @@ def channel_scores(
             if by == "weight":
                 return ChannelScores(by, outgoing_norms(record_first(model, probe, linear=linear).layers))
             channels = layer_channels(model, probe, linear=linear)
-            return ChannelScores(by, {layer: _draws(seed, layer, channels[layer]) for layer in channels}, seed=seed)
+            return ChannelScores(
+                by, {layer: channel_uniforms(seed, layer, channels[layer]) for layer in channels}, seed=seed
+            )
         mean = RunningMean()
         once = steady(model, probe, measure, linear=linear)
         for part in stream.map(lambda images, labels: RunningMean.of(once(images, labels))):
@@ -239,9 +241,3 @@ def _measure(by: str, attack: Attack | None) -> Measure | None:
             f"criterion {by!r} compares images with attacked ones: pass attack=..., such as ar.parse_attack('pgd')"
         )
     return under_attack(_COMPARISONS[by], attack)
-
-
-def _draws(seed: int, layer: str, channels: int) -> Tensor:
-    """Numbers in [0, 1) that no library's version changes, unrelated to other uses of the seed."""
-    digests = [hashlib.sha256(f"rank/{seed}/{layer}/{channel}".encode()).digest() for channel in range(channels)]
-    return torch.tensor([(int.from_bytes(digest[:8], "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)

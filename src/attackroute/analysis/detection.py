@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.passes import counted_passes
-from attackroute.analysis.rankings import ROUTE, random_order
+from attackroute.analysis.rankings import ROUTE
 from attackroute.analysis.sample_routes import SampleRouter, joined_routes, sample_routes
 from attackroute.analysis.tables import Record
 from attackroute.core.batches import BatchStream, Data
@@ -20,8 +20,9 @@ from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
 from attackroute.core.loss import log_doubt
 from attackroute.core.model_state import frozen
+from attackroute.core.random import random_order
 from attackroute.core.statistics import AUROC, associations
-from attackroute.robustness.application import Attack, attacked
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.sketches import Sketches

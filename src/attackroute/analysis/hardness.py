@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from attackroute.analysis.sample_readings import SampleReader, SampleReadings
 from attackroute.analysis.votes import rank_votes, votes_among
-from attackroute.core import files
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
+from attackroute.core.files import HARDNESS_KIND, file_errors, read_tensors, write_tensors
 from attackroute.core.model_state import frozen
 from attackroute.core.table import plural
 from attackroute.routes.route import Route
@@ -225,7 +225,7 @@ class Hardness:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         if self.reference is not None:
             tensors[_REFERENCE] = self.reference
-        files.write_tensors(path, files.HARDNESS, body, tensors)
+        write_tensors(path, HARDNESS_KIND, body, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Hardness:
@@ -234,8 +234,8 @@ class Hardness:
         Raises:
             UserError: The file is missing, damaged or something else.
         """
-        body, tensors = files.read_tensors(path, files.HARDNESS)
-        with files.reading(path):
+        body, tensors = read_tensors(path, HARDNESS_KIND)
+        with file_errors(path):
             if missing := set(_TENSORS) - set(tensors):
                 raise UserError(f"holds no {sorted(missing)[0]}")
             route = Route.from_json(body)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
-from attackroute.robustness.contract import check_count, check_eps
+from attackroute.robustness.attack import check_count, check_eps
 from attackroute.robustness.gradient_attacks import attacking, input_gradient, predicted
 
 _REACH = 2.5  # the steps together go 2.5 times as far as the ball's radius, as Madry et al. (2018) have it

@@ -22,7 +22,7 @@ from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.core.statistics import AUROC, SPEARMAN, Association, Floats, associations, best
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.gradient_attacks import predicted
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress

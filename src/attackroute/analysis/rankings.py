@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from attackroute.analysis.criteria import ChannelScores
 from attackroute.core.errors import UserError
+from attackroute.core.random import random_order
 from attackroute.routes.masks import kept
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
@@ -168,8 +168,3 @@ def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
 
 def _descending(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
     return {layer: values.sort(descending=True, stable=True).indices.tolist() for layer, values in scores.items()}
-
-
-def random_order(seed: int, layer: str, channels: Iterable[int]) -> list[int]:
-    """The channels in an order that no library's version changes, as :meth:`attackroute.Route.random_like` draws."""
-    return sorted(channels, key=lambda channel: hashlib.sha256(f"{seed}/{layer}/{channel}".encode()).digest())

@@ -17,7 +17,7 @@ from attackroute.analysis.tables import Record
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
-from attackroute.robustness.application import Attack, attacked
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 

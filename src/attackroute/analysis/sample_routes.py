@@ -13,7 +13,7 @@ from attackroute.analysis.passes import PassCount
 from attackroute.analysis.rankings import ROUTE
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.model_state import frozen
-from attackroute.robustness.application import Attack, attacked
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.instance_routes import InstanceRoutes, InstanceRoutesBuilder
 from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance

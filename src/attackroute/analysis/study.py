@@ -37,15 +37,14 @@ from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.version import __version__
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.noise import NOISE, UNIT
 from attackroute.tracing.sketches import Sketches
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.batched import ImageBatches
-from attackroute.zoo.images import ImageData
+from attackroute.zoo.data import ImageBatches, ImageData
 
 RIVALS = ("activation", "weight", "gradient", "sensitivity", "attribution")
 

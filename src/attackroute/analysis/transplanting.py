@@ -14,7 +14,7 @@ from attackroute.analysis.trials import Change, Clean, plan, run
 from attackroute.core.batches import Data
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
-from attackroute.robustness.application import Attack
+from attackroute.robustness.attack import Attack
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 

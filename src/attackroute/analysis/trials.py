@@ -19,7 +19,7 @@ from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
-from attackroute.robustness.application import Attack, attacked
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 

@@ -147,8 +147,8 @@ def analyze(
     from attackroute.core.layers import ACTIVATION, OUTPUT
     from attackroute.robustness.registry import parse_attack
     from attackroute.tracing.noise import check_carrier
-    from attackroute.zoo.networks import find_card, open_network
     from attackroute.zoo.sources import load_data
+    from attackroute.zoo.weights import find_card, open_network
 
     output = Output(as_json, quiet)
     names = _listed(only, "--only") or list(EXPERIMENTS)

@@ -81,11 +81,10 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     from attackroute.hardening.settings import TrainSettings
     from attackroute.hardening.training import train
     from attackroute.tracing.trace import trace_routes
-    from attackroute.zoo.card import ModelCard
-    from attackroute.zoo.images import loader
-    from attackroute.zoo.networks import open_network, spec_for, with_own_normalisation
-    from attackroute.zoo.registry import build
+    from attackroute.zoo.data import ImageBatches
+    from attackroute.zoo.networks import build
     from attackroute.zoo.sources import load_data
+    from attackroute.zoo.weights import ModelCard, open_network, spec_for, with_own_normalisation
 
     output = Output(as_json, quiet)
     home = options.resolve_device(device)
@@ -113,7 +112,7 @@ def demo(  # noqa: PLR0915 (a story told from beginning to end)
     output.line(f"Trained {_MODEL} on {len(learnt)} digits in {seconds['training']:.0f} s: {_tested(trained)}")
 
     lap = time.perf_counter()
-    batches = loader(digits["test"])
+    batches = ImageBatches(digits["test"])
     with output.progress("images traced") as progress:
         routes = trace_routes(network, batches, _WIDTH, progress=progress)
     route = routes.aggregate(_ROUTE_WIDTH)
@@ -217,8 +216,7 @@ def _summary(
 
 def _write(folder: Path, silencing: AccuracyTable, summary: Mapping[str, Any]) -> None:
     from attackroute.analysis.tables import csv_text
-    from attackroute.core.files import replace_file
-    from attackroute.routes.folder import write_json
+    from attackroute.core.files import replace_file, write_json
 
     replace_file(folder / "silencing.csv", csv_text(silencing.records()).encode())
     write_json(folder / "summary.json", summary)

@@ -15,6 +15,7 @@ from attackroute.analysis.hardness_study import study_hardness
 from attackroute.analysis.study import Study
 from attackroute.analysis.tables import to_json
 from attackroute.cli.console import Output
+from attackroute.cli.evaluate_report import flat
 from attackroute.cli.hardness_files import write_study
 from attackroute.cli.options import open_folder
 from attackroute.core.journal import MEASUREMENTS
@@ -25,7 +26,7 @@ from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.evaluation_table import EVALUATION, Evaluation
 from attackroute.robustness.registry import parse_attack
 from attackroute.routes.route import Route
-from attackroute.zoo.images import ImageData, loader
+from attackroute.zoo.data import ImageBatches, ImageData
 
 EPS = "0.1"  # of what fools a network on digits; the paper's 8/255 is for natural images
 RADII = ("8/255", "16/255", EPS)  # those of the report
@@ -82,7 +83,7 @@ def judged_hardness(
     """Section 5.2: which digits are easy to attack."""
     attacks = [parse_attack(text) for text in _HARDNESS_ATTACKS]
     with output.progress("images") as progress:
-        study = study_hardness(network, route, loader(digits), attacks, seed=seed, progress=progress)
+        study = study_hardness(network, route, ImageBatches(digits), attacks, seed=seed, progress=progress)
     write_study(open_folder(folder / "hardness"), network, digits, study, {"seed": seed}, 128, output)
     for sentence in study.sentences():
         output.line(f"{sentence}.")
@@ -130,10 +131,16 @@ def evaluated(models: Mapping[str, nn.Module], digits: ImageData, folder: Path, 
     shown = first(digits, _EVALUATED)
     with output.progress("predictions") as progress:
         found = evaluate(
-            models, loader(shown), attacks=[*_ATTACKS, _NOISE], seed=seed, checks=0, folder=home, progress=progress
+            models,
+            ImageBatches(shown),
+            attacks=[*_ATTACKS, _NOISE],
+            seed=seed,
+            checks=0,
+            folder=home,
+            progress=progress,
         )
     output.table(["attack", *models], _side_by_side(found))
-    return found.to_json()
+    return flat(found)
 
 
 def checked(network: nn.Module, digits: ImageData, seed: int, output: Output) -> Any:
@@ -141,10 +148,10 @@ def checked(network: nn.Module, digits: ImageData, seed: int, output: Output) ->
     shown = first(digits, _CHECKED)
     with output.progress("predictions") as progress:
         found = evaluate(
-            {_ON_ROUTE: network}, loader(shown), attacks=_ATTACKS, seed=seed, checks=_CHECKED, progress=progress
+            {_ON_ROUTE: network}, ImageBatches(shown), attacks=_ATTACKS, seed=seed, checks=_CHECKED, progress=progress
         )
     output.line(found.reading())
-    return found.to_json()["checks"]
+    return flat(found)["checks"]
 
 
 def first(data: ImageData, samples: int) -> ImageData:
@@ -154,7 +161,7 @@ def first(data: ImageData, samples: int) -> ImageData:
 
 def _side_by_side(found: Evaluation) -> list[list[str]]:
     cells: dict[str, list[str]] = {}
-    for row in found.rows:
-        low, high = row.accuracy.interval
-        cells.setdefault(row.label, []).append(f"{row.accuracy.value:.1%} ({100 * low:.0f} to {100 * high:.0f})")
+    for row in found.table:
+        interval = f"{100 * row['accuracy_low']:.0f} to {100 * row['accuracy_high']:.0f}"
+        cells.setdefault(found.labels[row["attack"]], []).append(f"{row['accuracy']:.1%} ({interval})")
     return [[label, *values] for label, values in cells.items()]

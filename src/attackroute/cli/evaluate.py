@@ -14,7 +14,7 @@ from attackroute.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from attackroute.robustness.contract import Perturbation
+    from attackroute.robustness.attack import Perturbation
 
 EXAMPLES = """
  Examples:
@@ -175,9 +175,9 @@ def evaluate(
     from attackroute.cli.verification import verify_with
     from attackroute.core.distributed import current
     from attackroute.robustness.evaluate import evaluate as run_evaluation
-    from attackroute.zoo.batched import ImageBatches
-    from attackroute.zoo.networks import find_card, open_network
+    from attackroute.zoo.data import ImageBatches
     from attackroute.zoo.sources import load_data
+    from attackroute.zoo.weights import find_card, open_network
 
     output = Output(as_json, quiet)
     home = options.resolve_device(device)
@@ -240,8 +240,8 @@ def evaluate(
 
 def _attacks(given: list[str] | None, eps: float | None, severity: int | None, seed: int) -> list[Perturbation]:
     """The attacks, with what the options say in place of what they leave open."""
-    from attackroute.robustness.balls import ball_of
-    from attackroute.robustness.evaluate import CLEAN, DEFAULT_ATTACKS
+    from attackroute.robustness.evaluate import DEFAULT_ATTACKS
+    from attackroute.robustness.evaluation_table import CLEAN
     from attackroute.robustness.registry import parse_attack
 
     defaults = {"seed": seed, **({} if severity is None else {"severity": severity})}
@@ -250,7 +250,7 @@ def _attacks(given: list[str] | None, eps: float | None, severity: int | None, s
         if text == CLEAN:
             continue
         attack = parse_attack(text, **defaults)
-        ball = ball_of(attack)
+        ball = attack.ball
         if eps is not None and ball is not None and ball.norm == "linf":  # a radius in another norm is another thing
             attack = parse_attack(text, eps=eps, **defaults)
         found.append(attack)

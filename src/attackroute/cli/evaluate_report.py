@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from attackroute.cli.console import Output, print_error
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.journal import MEASUREMENTS
-from attackroute.core.table import plural
+from attackroute.core.table import Record, Table, plural
 from attackroute.robustness.evaluation_table import COLUMNS, EVALUATION, Evaluation
-from attackroute.robustness.example_checks import FileCheck
 from attackroute.robustness.masking import SKIPPED, Check
+from attackroute.robustness.registry import short_name
 
 
 def report(output: Output, evaluation: Evaluation, out: Path | None, examples: Path | None) -> None:
     """Print the table, the checks and where the files are."""
     folders = {"folder": None if out is None else str(out), "examples": None if examples is None else str(examples)}
-    output.result({**evaluation.to_json(), **folders})
-    output.table(COLUMNS, [row.cells() for row in evaluation.rows])
+    output.result({**flat(evaluation), **folders})
+    output.table(COLUMNS, evaluation.cells())
     for model in dict.fromkeys(check.model for check in evaluation.checks):
         output.line(f"checks for masked gradients, {model}:")
         for check in evaluation.checks:
@@ -33,17 +32,19 @@ def report(output: Output, evaluation: Evaluation, out: Path | None, examples: P
         output.line(f"adversarial examples are in {examples}; check them with --verify {examples}")
 
 
-def report_verification(output: Output, files: Sequence[FileCheck]) -> bool:
+def flat(evaluation: Evaluation) -> dict[str, Any]:
+    """The result as one JSON object."""
+    document = evaluation.document().to_json()
+    return {**document["settings"], **document["about"], "reading": document["reading"], "rows": document["rows"]}
+
+
+def report_verification(output: Output, files: Table) -> bool:
     """Print what was found in files of examples, and say whether all of it is as it was."""
-    faults = [fault for file in files for fault in file.faults]
-    output.result({"files": [file.to_json() for file in files], "faults": len(faults), "passed": not faults})
-    groups: dict[tuple[str, str], list[FileCheck]] = {}
-    for file in files:
-        if file.model is not None and file.attack is not None:
-            groups.setdefault((file.model, file.attack), []).append(file)
+    faults = [fault for file in files for fault in file["faults"]]
+    output.result({"files": files.to_json(), "faults": len(faults), "passed": not faults})
     output.table(
-        ["model", "attack", "files", "samples", "recorded", "now", "largest distance"],
-        [[model, group[0].label, *_cells(group)] for (model, _), group in groups.items()],
+        ["model", "attack", "samples", "recorded", "now", "largest distance"],
+        [_cells(file) for file in files if file["model"] is not None],
     )
     for fault in faults:
         print_error(fault)
@@ -62,19 +63,13 @@ def _numbers(check: Check) -> str:
     return f"{listed} ({plural(check.samples, 'image')}{p}). "
 
 
-def _cells(files: Sequence[FileCheck]) -> list[str]:
-    recorded = [file.recorded for file in files if file.recorded is not None]
-    found = [file.found for file in files if file.found is not None]
-    distances = [file.distance for file in files if file.distance is not None]
+def _cells(file: Record) -> list[str]:
+    now, distance = file["accuracy"], file["largest_distance"]
     return [
-        str(len(files)),
-        str(sum(part.total for part in recorded)),
-        _share(recorded),
-        _share(found),
-        f"{max(distances):.6g}" if distances else "none kept",
+        file["model"],
+        short_name(file["attack"]),
+        str(file["samples"]),
+        f"{file['recorded_accuracy']:.2%}",
+        "none" if now is None else f"{now:.2%}",
+        "none kept" if distance is None else f"{distance:.6g}",
     ]
-
-
-def _share(parts: Sequence[Accuracy]) -> str:
-    total = sum(part.total for part in parts)
-    return f"{sum(part.correct for part in parts) / total:.2%}" if total else "none"

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from attackroute.cli.console import Output
 from attackroute.core.errors import UserError
-from attackroute.robustness.balls import ball_of
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.evaluation_table import COLUMNS, Evaluation
 from attackroute.robustness.registry import parse_attack
-from attackroute.zoo.images import ImageData, loader
+from attackroute.zoo.data import ImageBatches, ImageData
 
 BEFORE, AFTER = "before", "after"
-EVALUATION, SUBSET = "evaluation", "evaluation-autoattack"
+EVALUATION = "evaluation"
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 
 _AUTOATTACK_SAMPLES = 50
@@ -29,10 +28,10 @@ class Comparison:
     """On what networks are compared.
 
     Attributes:
-        images: What all attacks but AutoAttack run on.
+        images: What the attacks run on.
         attacks: All but AutoAttack.
-        subset: What AutoAttack runs on.
         autoattack: AutoAttack; None leaves it out.
+        autoattack_samples: On how many of the images it runs.
         checks: Images on which to look for masked gradients.
         seed: Of the evaluation.
         output: Where to talk.
@@ -40,8 +39,8 @@ class Comparison:
 
     images: ImageData
     attacks: Sequence[Perturbation]
-    subset: ImageData | None
     autoattack: Perturbation | None
+    autoattack_samples: int
     checks: int
     seed: int
     output: Output
@@ -49,38 +48,27 @@ class Comparison:
     def of(self, models: Mapping[str, nn.Module], folder: Path | None, *, resume: bool) -> Evaluation:
         """Compare networks; in a folder, what is done is kept for ``resume``."""
         twin = models.get(BEFORE)
+        costly = [] if self.autoattack is None else [self.autoattack]
         with self.output.progress("images attacked") as progress:
-            found = evaluate(
-                models, loader(self.images), self.attacks, checks=self.checks, twin=twin, seed=self.seed,
+            return evaluate(
+                models, ImageBatches(self.images), [*self.attacks, *costly],
+                samples={str(attack): self.autoattack_samples for attack in costly},
+                checks=self.checks, twin=twin, seed=self.seed,
                 folder=None if folder is None else folder / EVALUATION, resume=resume, progress=progress,
             )  # fmt: skip
-            if self.subset is None or self.autoattack is None:
-                return found
-            more = evaluate(
-                models, loader(self.subset), [self.autoattack], checks=0, seed=self.seed,
-                folder=None if folder is None else folder / SUBSET, resume=resume, progress=progress,
-            )  # fmt: skip
-        rows = [
-            row
-            for model in models
-            for part in (found.rows, [row for row in more.rows if row.settings])
-            for row in part
-            if row.model == model
-        ]
-        return replace(found, rows=tuple(rows))
 
 
 def compared_by(
     names: Sequence[str], eps: float | None, against: Perturbation | None, seed: int
 ) -> tuple[Perturbation, ...]:
     """The attacks of the comparison; ``eps``, or the radius trained against, is for those that do not state theirs."""
-    own = None if against is None else ball_of(against)
+    own = None if against is None else against.ball
     if eps is None and own is not None and own.norm == "linf":
         eps = own.eps
     attacks = []
     for text in names:
         attack = parse_attack(text, seed=seed)
-        ball = ball_of(attack)
+        ball = attack.ball
         if eps is not None and ball is not None and ball.norm == "linf":  # a radius in another norm is another thing
             attack = parse_attack(text, eps=eps, seed=seed)
         attacks.append(attack)

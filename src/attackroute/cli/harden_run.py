@@ -14,17 +14,23 @@ from torch import nn
 
 from attackroute.cli import options, train_report
 from attackroute.cli.console import Output
+from attackroute.cli.evaluate_report import flat
 from attackroute.cli.harden_comparison import AFTER, BEFORE, Comparison, show
 from attackroute.core.distributed import current, leading, take_from_first
+from attackroute.core.files import write_json
 from attackroute.hardening.harden import ROUTE_FILE, Factor, HardenResult, factor_of, harden
-from attackroute.robustness.contract import Perturbation
-from attackroute.routes.folder import write_json
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.holdout import drawn
-from attackroute.zoo.images import ImageData
-from attackroute.zoo.networks import find_card, open_network, spec_for, with_own_normalisation
+from attackroute.robustness.attack import Perturbation
+from attackroute.zoo.data import ImageData, drawn
 from attackroute.zoo.sources import load_data
-from attackroute.zoo.weights import BEST, load_weights
+from attackroute.zoo.weights import (
+    BEST,
+    ModelCard,
+    find_card,
+    load_weights,
+    open_network,
+    spec_for,
+    with_own_normalisation,
+)
 
 SUMMARY = "hardening.json"
 
@@ -140,13 +146,13 @@ class HardenRun:
             results[name] = self._train(models[name], lam, None, resume=False, tensorboard=False)
         evaluation = None if self.trials is None else self.trials.of(models, None, resume=False)
         rows = {name: _summary(result, lam) for (name, result), lam in zip(results.items(), factors, strict=True)}
-        self.output.result({"sweep": rows, "evaluation": None if evaluation is None else evaluation.to_json()})
+        self.output.result({"sweep": rows, "evaluation": None if evaluation is None else flat(evaluation)})
         first = next(iter(results.values()))
         self._show_route(first, None)
         if evaluation is None:
             return
-        attacks = dict.fromkeys(row.attack for row in evaluation.rows)
-        self.output.line(f"on {evaluation.rows[0].accuracy.total} {self.chosen_on} images:")
+        attacks = evaluation.table.distinct("attack")
+        self.output.line(f"on {evaluation.table[0]['samples']} {self.chosen_on} images:")
         self.output.table(
             ["lambda", *(attack.partition(":")[0] for attack in attacks)],
             [

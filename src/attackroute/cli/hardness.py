@@ -14,10 +14,10 @@ from attackroute.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from attackroute.robustness.contract import Perturbation
+    from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
     from attackroute.tracing.sketches import Sketches
-    from attackroute.zoo.batched import ImageBatches
+    from attackroute.zoo.data import ImageBatches
 
 EXAMPLES = """
  Examples:
@@ -123,9 +123,9 @@ def hardness(
     from attackroute.core.distributed import leading
     from attackroute.robustness.registry import parse_attack
     from attackroute.tracing.noise import check_carrier
-    from attackroute.zoo.batched import ImageBatches
-    from attackroute.zoo.networks import find_card, open_network
+    from attackroute.zoo.data import ImageBatches
     from attackroute.zoo.sources import load_data
+    from attackroute.zoo.weights import find_card, open_network
 
     output = Output(as_json, quiet)
     attacks = [parse_attack(text) for text in (attack or _ATTACKS)]

@@ -18,9 +18,8 @@ from attackroute.analysis.hardness_tables import write_csv, write_parquet
 from attackroute.cli.console import Output
 from attackroute.cli.hardness_report import summarise
 from attackroute.core.errors import UserError
-from attackroute.core.files import replace_file
-from attackroute.routes.folder import write_json
-from attackroute.zoo.images import ImageData, loader
+from attackroute.core.files import replace_file, write_json
+from attackroute.zoo.data import ImageBatches, ImageData
 
 _SHOWN = 10
 
@@ -61,7 +60,7 @@ def write_study(
         "Learned worst: the smallest V": found.weakest(count),
         "The smallest V of those classified correctly": found.weakest(right, found.correct),
     }
-    picked = pick_images(network, loader(images, batch_size), found, torch.cat(list(rows.values())))
+    picked = pick_images(network, ImageBatches(images, batch_size), found, torch.cat(list(rows.values())))
     parts = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
     picture = io.BytesIO()
     images_figure(found, rows, parts, images.classes).savefig(picture, dpi=200)

@@ -16,7 +16,7 @@ from attackroute.core.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from attackroute.zoo.images import ImageData
+    from attackroute.zoo.data import ImageData
 
 
 def parse_number(text: str) -> float:

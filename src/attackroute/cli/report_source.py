@@ -17,12 +17,12 @@ from attackroute.core.model_state import weights_digest
 from attackroute.report.measuring import Measured, measure, unmeasured
 from attackroute.report.route_view import Limits, spread
 from attackroute.report.run_folder import RunFolder
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.registry import parse_attack
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.zoo.images import ImageData, loader
-from attackroute.zoo.networks import find_card, open_network
+from attackroute.zoo.data import ImageBatches, ImageData
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import find_card, open_network
 
 ATTACK = "pgd"  # where neither the run nor the user names one
 _WIDTH = 0.2  # the paper's
@@ -146,7 +146,7 @@ class Source:
         with output.progress("images") as progress:
             return measure(
                 self.network,
-                loader(self.images, batch_size),
+                ImageBatches(self.images, batch_size),
                 unmeasured(run.routes, run.attacked, run.route),
                 attacks,
                 rows=self.rows,
@@ -207,7 +207,7 @@ def _are_samples(chosen: ImageData, count: int, rows: Sequence[int], routes: Ins
     """Whether the images are samples of the trace, as far as can be told: as many in all, and the same labels."""
     if routes is None or routes.labels is None or len(routes) != count:
         return False
-    labels = [label for _, label in loader(chosen, 1)]
+    labels = [label for _, label in ImageBatches(chosen, 1)]
     return all(int(label) == int(routes.labels[row]) for label, row in zip(labels, rows, strict=True))
 
 

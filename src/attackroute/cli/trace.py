@@ -190,8 +190,8 @@ def trace(
     from attackroute.robustness.registry import parse_attack
     from attackroute.routes.folder import Missing, RouteWriter, StoredRoutes, TraceFolder
     from attackroute.tracing.noise import check_carrier
-    from attackroute.zoo.networks import find_card, open_network
     from attackroute.zoo.sources import load_data
+    from attackroute.zoo.weights import find_card, open_network
 
     output = Output(as_json, quiet)
     if resume and out is None:

@@ -12,14 +12,13 @@ from attackroute.cli.comparison import Comparison, compare
 from attackroute.cli.console import Progress
 from attackroute.core.batches import BatchStream
 from attackroute.core.model_state import autocast_of, frozen, placement
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.routes.folder import Missing
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing.noise import NOISE
 from attackroute.tracing.sketches import Sketches
 from attackroute.tracing.trace import RouteTracer
-from attackroute.zoo.batched import ImageBatches
-from attackroute.zoo.images import ImageData
+from attackroute.zoo.data import ImageBatches, ImageData
 
 
 @dataclass(frozen=True)

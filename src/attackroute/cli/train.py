@@ -84,10 +84,9 @@ def train(
     from attackroute.hardening.settings import TrainSettings
     from attackroute.hardening.training import train as run_training
     from attackroute.robustness.registry import parse_attack
-    from attackroute.zoo.card import ModelCard
-    from attackroute.zoo.networks import spec_for, with_own_normalisation
-    from attackroute.zoo.registry import build
+    from attackroute.zoo.networks import build
     from attackroute.zoo.sources import load_data
+    from attackroute.zoo.weights import ModelCard, spec_for, with_own_normalisation
 
     output = Output(as_json, quiet)
     settings = TrainSettings(

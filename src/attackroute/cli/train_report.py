@@ -13,7 +13,7 @@ from attackroute.core.errors import UserError
 if TYPE_CHECKING:
     from attackroute.core.accuracy import Accuracy
     from attackroute.hardening.history import EpochRecord
-    from attackroute.zoo.images import ImageData
+    from attackroute.zoo.data import ImageData
 
 
 TEST, HELD_OUT = "test", "held-out"
@@ -41,7 +41,7 @@ def divided(
         raise UserError(f"--holdout {holdout:g} is not a share of the training images; give 0.1, or 0 for none")
     from dataclasses import replace
 
-    from attackroute.zoo.holdout import held_out
+    from attackroute.zoo.data import held_out
 
     learnt, kept = held_out(train_data.dataset, holdout, seed)
     return replace(train_data, dataset=learnt), replace(train_data, dataset=kept)

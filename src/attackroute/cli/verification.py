@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from attackroute.robustness.example_checks import FileCheck, example_shape, verify_examples
-from attackroute.zoo.images import ImageData
-from attackroute.zoo.networks import find_card, open_network
+from attackroute.core.table import Table
+from attackroute.robustness.examples import example_shape, verify_examples
+from attackroute.zoo.data import ImageData
+from attackroute.zoo.weights import find_card, open_network
 
 
 def verify_with(
@@ -20,7 +21,7 @@ def verify_with(
     width: float | None,
     classes: int | None,
     device: torch.device,
-) -> tuple[FileCheck, ...]:
+) -> Table:
     """Build the networks for the examples' images, and check the examples.
 
     Args:

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from attackroute.core.batches import count_samples, in_order, load
-from attackroute.core.checks import check_logits, checked
+from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, placement
 
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
-
-
 _WHAT = "data set"
 
 
@@ -73,7 +71,7 @@ def count_correct(
         batch_size: Images in one forward pass.
         device: Where the images are sent; by default to the model's device. The model is not moved.
         workers: Processes that read the data; 0 reads in this one.
-        attack: Classify what this makes of the images, as :mod:`attackroute.attacks` has them.
+        attack: Classify what this makes of the images, as :mod:`attackroute.robustness` has them.
 
     Returns:
         The counts.
@@ -94,7 +92,7 @@ def count_correct(
         correct = torch.zeros((), dtype=torch.int64, device=home)
         broken = torch.zeros((), dtype=torch.bool, device=home)
         for batch in load(data, batches, generator=torch.Generator(), workers=workers, pin_memory=home.type == "cuda"):
-            images, labels = checked(batch, _WHAT)
+            images, labels = checked_batch(batch, _WHAT)
             images = images.to(home, dtype, non_blocking=True)
             if attack is not None:
                 images = attack(model, images, labels.to(home))
@@ -109,10 +107,3 @@ def count_correct(
     with kept_modes(model), torch.no_grad():
         model.eval()
         return Accuracy(sum(team.all(count())), samples)
-
-
-def accuracy(
-    model: nn.Module, data: Dataset[Any], *, batch_size: int = 256, device: torch.device | str | None = None
-) -> float:
-    """The share of samples in [0, 1] that a model classifies correctly: :func:`count_correct` as a plain number."""
-    return count_correct(model, data, batch_size=batch_size, device=device).value

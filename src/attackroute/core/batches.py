@@ -1,8 +1,7 @@
-"""Batches of a data set in an order that only the seed and the epoch decide, checked before a model sees them."""
+"""Batches of a data set in an order that only the seed and the epoch decide."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -13,17 +12,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
-
-
-def derived_seed(seed: int, purpose: str, epoch: int) -> int:
-    """A 63-bit seed for one purpose in one epoch, unrelated to that of any other purpose, epoch or seed."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def derived_generator(seed: int, purpose: str, epoch: int) -> torch.Generator:
-    """A CPU generator that starts from :func:`derived_seed`."""
-    return torch.Generator().manual_seed(derived_seed(seed, purpose, epoch))
+from attackroute.core.random import derived_generator
 
 
 def count_samples(data: Dataset[Any], what: str) -> int:

@@ -9,6 +9,59 @@ from torch import Tensor
 
 from attackroute.core.errors import UserError
 
+_IMAGE_DIMS = 4
+
+
+_MATRIX = 2
+
+
+_TOLERANCE = 1e-4  # of a value in [0, 1]
+
+
+def checked_batch(batch: Any, what: str) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch.
+
+    Raises:
+        UserError: Not a pair of floating images (N, C, H, W) and integer labels (N,).
+    """
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        raise UserError(f"the {what} must give pairs of an image tensor and an integer label")
+    images, labels = batch
+    if images.ndim != _IMAGE_DIMS or not images.is_floating_point():
+        raise UserError(
+            f"the {what} gives images of shape {tuple(images.shape[1:])} and type {images.dtype}; "
+            "floating tensors (channels, height, width) are needed"
+        )
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise UserError(
+            f"the {what} gives labels of shape {tuple(labels.shape[1:])} and type {labels.dtype}; integers are needed"
+        )
+    return images, labels.long()
+
+
+def check_attackable(x: Tensor, y: Tensor) -> None:
+    """Check a batch that is to be perturbed.
+
+    Raises:
+        UserError: Not images in [0, 1] with one integer label each.
+    """
+    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
+        what = f"shape {tuple(x.shape)} and type {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"images to attack are {what}; floating tensors (N, C, H, W) are needed")
+    if not isinstance(y, Tensor):
+        raise UserError("an attack needs the labels: pass (images, labels)")
+    if y.shape != (len(x),) or y.is_floating_point():
+        raise UserError(f"labels have shape {tuple(y.shape)} and type {y.dtype}; expected {len(x)} integers")
+    if len(x) and int(y.min()) < 0:
+        raise UserError(f"label {int(y.min())} is negative; labels count from 0")
+    if x.numel():
+        low, high = (float(value) for value in x.detach().aminmax())
+        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
+            raise UserError(
+                f"images to attack have values from {low:.3g} to {high:.3g}; they must be in [0, 1], "
+                "with normalisation inside the model"
+            )
+
 
 def checked_logits(output: object, samples: int) -> Tensor:
     """The model's output as logits ``(n, K)``, or an error that says what it is instead."""
@@ -34,32 +87,10 @@ def checked_labels(labels: Tensor, classes: int, samples: int) -> Tensor:
     return labels.long()
 
 
-_MATRIX = 2
-
-
-def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch.
-
-    Raises:
-        UserError: Not a pair of floating images (N, C, H, W) and integer labels (N,).
-    """
-    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        raise UserError(f"the {what} must give pairs of an image tensor and an integer label")
-    images, labels = batch
-    if images.ndim != _IMAGE_DIMS or not images.is_floating_point():
-        raise UserError(
-            f"the {what} gives images of shape {tuple(images.shape[1:])} and type {images.dtype}; "
-            "floating tensors (channels, height, width) are needed"
-        )
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
-        raise UserError(
-            f"the {what} gives labels of shape {tuple(labels.shape[1:])} and type {labels.dtype}; integers are needed"
-        )
-    return images, labels.long()
-
-
 def check_logits(logits: Tensor, labels: Tensor, what: str) -> None:
-    """Check that a model's output can be compared with labels.
+    """Check that a model's output can be compared with labels, without waiting for its device.
+
+    Unlike :func:`checked_logits` it does not look at the values, so that NaN passes.
 
     Args:
         logits: The model's output, (N, classes).
@@ -69,7 +100,7 @@ def check_logits(logits: Tensor, labels: Tensor, what: str) -> None:
     Raises:
         UserError: The output is not (N, classes), or a label has no logit.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+    if not isinstance(logits, Tensor) or logits.ndim != _MATRIX or len(logits) != len(labels):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model returns {shape} for {len(labels)} images; one row of logits an image is needed")
     low, high = labels.min().item(), labels.max().item()
@@ -79,6 +110,3 @@ def check_logits(logits: Tensor, labels: Tensor, what: str) -> None:
             f"label {wrong} in the {what} is outside the model's {logits.shape[1]} logits "
             f"(0 to {logits.shape[1] - 1}); give the model more classes or other data"
         )
-
-
-_IMAGE_DIMS = 4

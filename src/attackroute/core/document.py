@@ -10,15 +10,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import replace_file, shown
+from attackroute.core.files import printable, replace_file
 from attackroute.core.table import Table, plain
 
 _FORMAT = "attackroute document"
 _VERSION = 1
+_LIBRARIES = (
+    *("attackroute", "torch", "torchvision", "numpy", "scipy", "safetensors"),
+    *("pyautoattack", "imagecorruptions-imaug"),
+)
 _FIELDS = {"kind": str, "settings": dict, "reading": str, "about": dict, "rows": list}
 
 
@@ -75,12 +80,16 @@ class Document:
         """
         content = read_object(Path(path))
         if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-            raise UserError(f"{shown(path)}: not an {_FORMAT} of version {_VERSION}; write it anew, or move it away")
+            raise UserError(
+                f"{printable(path)}: not an {_FORMAT} of version {_VERSION}; write it anew, or move it away"
+            )
         for name, kind in _FIELDS.items():
             if not isinstance(content.get(name), kind):
-                raise UserError(f"{shown(path)}: {name!r} must be a {kind.__name__}; write it anew, or move it away")
+                raise UserError(
+                    f"{printable(path)}: {name!r} must be a {kind.__name__}; write it anew, or move it away"
+                )
         if not all(isinstance(row, dict) for row in content["rows"]):
-            raise UserError(f"{shown(path)}: 'rows' must be JSON objects; write it anew, or move it away")
+            raise UserError(f"{printable(path)}: 'rows' must be JSON objects; write it anew, or move it away")
         table = Table.of(content["rows"])
         return cls(content["kind"], content["settings"], content["reading"], table, content["about"])
 
@@ -103,12 +112,25 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse)
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{shown(path)}: not JSON, or damaged ({error}); write it anew, or move it away") from None
+        raise UserError(f"{printable(path)}: not JSON, or damaged ({error}); write it anew, or move it away") from None
     if not isinstance(content, dict):
-        raise UserError(f"{shown(path)}: holds no JSON object; write it anew, or move it away")
+        raise UserError(f"{printable(path)}: holds no JSON object; write it anew, or move it away")
     return content
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of those libraries on which results depend, as far as they are installed."""
+    import torch
+
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**versions, "torch": torch.__version__}  # with the accelerator that it was built for
 
 
 def _refuse(constant: str) -> None:

@@ -1,4 +1,4 @@
-"""Errors whose message is meant for the user."""
+"""Errors whose message is meant for the user, and suggestions for names that were mistyped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Files that are replaced whole: a reader sees the old content or the new, never half of it."""
+"""Files that are replaced whole, and files that are sealed: versioned, with a checksum.
+
+Two containers carry the same header: a JSON text, and a safetensors file whose metadata holds the header beside the
+tensors. The header states a format, a version and a SHA-256 checksum of everything else. Every fault in a file
+becomes a one-line `UserError` that begins with its path.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +23,17 @@ from torch import Tensor
 
 from attackroute.core.errors import UserError
 
+VERSION = 1
+ROUTE_KIND = "attackroute route"
+INSTANCE_ROUTES_KIND = "attackroute instance routes"
+HARDNESS_KIND = "attackroute hardness"
+
+_METADATA_KEY = "attackroute"
+_FAULTS = (OSError, SafetensorError, ValueError, TypeError, OverflowError, RecursionError)
+
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write to a new file beside ``path`` and move it there.
+    """Write to a new file beside ``path`` and move it there: a reader sees the old content or the new, never half.
 
     Raises:
         UserError: The file cannot be written.
@@ -38,59 +51,34 @@ def replace_file(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{shown(path)}: cannot be written: {reason}; choose another file or folder") from None
+        raise UserError(f"{printable(path)}: cannot be written: {reason}; choose another file or folder") from None
 
 
-def _keep_name(folder: Path) -> None:
-    """Let a new name in a folder outlast a power failure, where the system can promise that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path as it can stand in a message of one line."""
-    text = os.fspath(path)
-    return text if text.isprintable() else repr(text)
-
-
-VERSION = 1
-
-
-ROUTE = "attackroute route"
-
-
-INSTANCE_ROUTES = "attackroute instance routes"
-
-
-HARDNESS = "attackroute hardness"
-
-
-_METADATA_KEY = "attackroute"
-
-
-_FAULTS = (OSError, SafetensorError, ValueError, TypeError, OverflowError, RecursionError)
-
-
-def write_json(path: str | os.PathLike[str], kind: str, body: Mapping[str, Any]) -> None:
+def write_sealed_json(path: str | os.PathLike[str], kind: str, body: Mapping[str, Any]) -> None:
     """Write a header and ``body`` as JSON text, one layer a line.
 
     Raises:
-        UserError: the file cannot be written; a previous file of that name is then as it was.
+        UserError: The file cannot be written; a previous file of that name is then as it was.
     """
     replace_file(Path(path), _layout(_seal(kind, body, {})).encode())
 
 
-def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Read the body that `write_json` wrote, once format, version and checksum are right.
+def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read the body that :func:`write_sealed_json` wrote, once format, version and checksum are right.
 
     Raises:
-        UserError: the file is missing, unreadable, damaged, or something else.
+        UserError: The file is missing, unreadable, damaged, or something else.
     """
-    with reading(path):
+    with file_errors(path):
         return _unseal(_parse(Path(path).read_bytes(), kind), kind, {})
 
 
@@ -100,52 +88,33 @@ def write_tensors(
     """Write tensors as safetensors, with a header and ``body`` in the metadata.
 
     Raises:
-        UserError: the file cannot be written; a previous file of that name is then as it was.
+        UserError: The file cannot be written; a previous file of that name is then as it was.
     """
-    # safetensors refuses tensors that share memory, as labels and predictions may.
+    # safetensors refuses tensors that share memory, as labels and predictions may
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = _compact(_seal(kind, body, own))
     replace_file(Path(path), to_safetensors(own, metadata={_METADATA_KEY: header}))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_tensors` wrote, once format, version and checksum are right.
+    """Read what :func:`write_tensors` wrote, once format, version and checksum are right.
 
     Raises:
-        UserError: the file is missing, unreadable, damaged, or something else.
+        UserError: The file is missing, unreadable, damaged, or something else.
     """
-    with reading(path):
-        # Opened here first, because safe_open words its own errors for files that cannot be read less clearly.
-        with Path(path).open("rb"):
-            pass
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                header = (file.metadata() or {}).get(_METADATA_KEY)
-                # A clone, so that nothing stays mapped to a file that may change.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
-        if header is None:
-            raise UserError(f"a safetensors file, but not an {kind} file")
+    with _opened(path, kind) as (file, header):
+        # a clone, so that nothing stays mapped to a file that may change
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return _unseal(_parse(header, kind), kind, tensors), tensors
 
 
 def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The body that `write_tensors` wrote and the checksum, without a look at the tensors.
+    """The body that :func:`write_tensors` wrote and the checksum, without a look at the tensors.
 
     Raises:
-        UserError: the file is missing, cut short, or something else; damage inside of tensors goes unnoticed.
+        UserError: The file is missing, cut short, or something else; damage inside of tensors goes unnoticed.
     """
-    with reading(path):
-        with Path(path).open("rb"):
-            pass
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                header = (file.metadata() or {}).get(_METADATA_KEY)
-        except SafetensorError as error:
-            raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
-        if header is None:
-            raise UserError(f"a safetensors file, but not an {kind} file")
+    with _opened(path, kind) as (_, header):
         document = _parse(header, kind)
         if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (kind, VERSION):
             raise UserError(f"not an {kind} file of version {VERSION}")
@@ -153,16 +122,16 @@ def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever a file's contents can cause into a `UserError` that begins with the file's path."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{shown(path)}: {_one_line(error)}") from None
+        raise UserError(f"{printable(path)}: {_one_line(error)}") from None
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
     except _FAULTS as error:
-        raise UserError(f"{shown(path)}: cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{printable(path)}: cannot be read: {_one_line(error)}") from None
 
 
 def expect_mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -171,6 +140,28 @@ def expect_mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{key!r} must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as it can stand in a message of one line."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str]]:
+    """A safetensors file, open for its tensors, and the header in its metadata."""
+    with file_errors(path):
+        with Path(path).open("rb"):  # safe_open words its own errors for files that cannot be read less clearly
+            pass
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = (file.metadata() or {}).get(_METADATA_KEY)
+                if header is None:
+                    raise UserError(f"a safetensors file, but not an {kind} file")
+                yield file, header
+        except SafetensorError as error:
+            raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
 
 
 def _seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -197,8 +188,7 @@ def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        # As bytes, since numpy has no bfloat16.
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # as bytes, since numpy has no bfloat16
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -227,3 +217,13 @@ def _parse(text: str | bytes, kind: str) -> object:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _keep_name(folder: Path) -> None:
+    """Let a new name in a folder outlast a power failure, where the system can promise that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,12 +1,11 @@
 """Results of a long computation, written down one by one as they come, so that a broken one goes on where it was.
 
-The file holds one JSON object a line: first the terms on which all results depend, then one measurement a line. A line
-is only ever added. A process that is killed leaves at most one torn line at the end, which the next one cuts off.
+The file holds one JSON object a line: first the settings on which all results depend, then one measurement a line. A
+line is only ever added. A process that is killed leaves at most one torn line at the end, which the next one cuts off.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,40 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import replace_file, shown
-
-
-def require_same_terms(what: str, stored: object, terms: Mapping[str, Any]) -> None:
-    """Compare what a file holds with the terms of this run.
-
-    Args:
-        what: What is to go on, and where it is, for the message.
-        stored: The terms that were written down, as JSON gives them back.
-        terms: Those of this run, as JSON values.
-
-    Raises:
-        UserError: One of them differs, and which.
-    """
-    known = stored if isinstance(stored, dict) else {}
-    for name in dict.fromkeys([*terms, *known]):
-        if known.get(name) != terms.get(name):
-            raise UserError(
-                f"{what} has {name} {known.get(name)!r}, not {terms.get(name)!r}; "
-                "give the same to resume it, or choose another folder"
-            )
-
+from attackroute.core.files import printable, replace_file
 
 MEASUREMENTS = "measurements.jsonl"
 
-
 _FORMAT = "attackroute measurements"
-
-
-_VERSION = 1
-
-
-_DIGITS = 16  # of the checksum; damage is to be found, not forgery
-
+_VERSION = 2
 
 Key = tuple[str | int, ...]
 
@@ -57,42 +28,47 @@ class Journal:
 
     Args:
         path: The file; None keeps nothing beyond this process.
-        terms: All on which the measurements depend, as JSON values.
+        settings: All on which the measurements depend, as JSON values.
         stale: Files beside it that say what older measurements came to; the first new one removes them.
     """
 
-    def __init__(self, path: Path | None, terms: Mapping[str, Any], stale: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], stale: Sequence[Path] = ()) -> None:
         self._path = path
-        self._terms = dict(terms)
+        self._settings = dict(settings)
         self._stale = stale
-        self._known: dict[Key, dict[str, Any]] = {}
+        self._records: dict[Key, dict[str, Any]] = {}
         self._started = False
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._records)
 
     def in_memory(self) -> Journal:
         """The same measurements, with new ones kept in this process alone."""
-        copy = Journal(None, self._terms)
-        copy._known = dict(self._known)
+        copy = Journal(None, self._settings)
+        copy._records = dict(self._records)
         return copy
 
     def resume(self) -> None:
         """Take over what the file holds, if there is one.
 
         Raises:
-            UserError: The file is damaged or something else, or its measurements were made on other terms.
+            UserError: The file is damaged or something else, or its measurements were made with other settings.
         """
         if self._path is None or not self._path.exists():
             return
-        content = _read(self._path)
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{printable(self._path)}: cannot be read: {error.strerror or error}; choose another folder"
+            ) from None
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
         if lines:
-            self._check_header(_unsealed(self._path, 1, lines[0]))
+            self._check_header(_parsed(self._path, 1, lines[0], "format"))
             for number, line in enumerate(lines[1:], start=2):
-                record = _unsealed(self._path, number, line)
-                self._known[tuple(record.pop("key"))] = record
+                record = _parsed(self._path, number, line, "key", "samples")
+                self._records[tuple(record.pop("key"))] = record
             self._started = True
             if len(whole) < len(content):
                 os.truncate(self._path, len(whole))
@@ -120,10 +96,10 @@ class Journal:
         Raises:
             UserError: It was measured on other samples.
         """
-        record = self._known.get(key)
+        record = self._records.get(key)
         if record is not None and record["samples"] != samples:
             raise UserError(
-                f"{_named(self._path)} has {' / '.join(map(str, key))} of other images or labels than the data give "
+                f"{self} has {' / '.join(map(str, key))} of other images or labels than the data give "
                 "now: give the same data in the same order to resume, or choose another folder"
             )
         return record
@@ -135,23 +111,43 @@ class Journal:
             UserError: The file cannot be written.
         """
         record = {"samples": samples, **values}
-        self._known[key] = record
+        self._records[key] = record
         if self._path is not None:
             if not self._started:
                 for file in self._stale:
                     file.unlink(missing_ok=True)
-                header = {"format": _FORMAT, "version": _VERSION, "terms": self._terms}
-                replace_file(self._path, _sealed(header))
+                replace_file(self._path, _line({"format": _FORMAT, "version": _VERSION, "settings": self._settings}))
                 self._started = True
-            _append(self._path, _sealed({"key": list(key), **record}))
+            _append(self._path, _line({"key": list(key), **record}))
         return record
+
+    def __str__(self) -> str:
+        return "memory" if self._path is None else printable(self._path)
 
     def _check_header(self, header: Mapping[str, Any]) -> None:
         if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
+            raise UserError(f"{self} is no file of measurements (version {_VERSION}); choose another folder")
+        require_same_settings(f"the evaluation in {self}", header.get("settings"), self._settings)
+
+
+def require_same_settings(what: str, stored: object, settings: Mapping[str, Any]) -> None:
+    """Compare the settings that a file holds with those of this run: all that must be the same for it to go on.
+
+    Args:
+        what: What is to go on, and where it is, for the message.
+        stored: The settings that were written down, as JSON gives them back.
+        settings: Those of this run, as JSON values.
+
+    Raises:
+        UserError: One of them differs, and which.
+    """
+    before = stored if isinstance(stored, dict) else {}
+    for name in dict.fromkeys([*settings, *before]):
+        if before.get(name) != settings.get(name):
             raise UserError(
-                f"{_named(self._path)} is no file of measurements (version {_VERSION}); choose another folder"
+                f"{what} has {name} {before.get(name)!r}, not {settings.get(name)!r}; "
+                "give the same to resume it, or choose another folder"
             )
-        require_same_terms(f"the evaluation in {_named(self._path)}", header.get("terms"), self._terms)
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -161,37 +157,22 @@ def _append(path: Path, line: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be written: {error.strerror or error}; choose another folder") from None
+        raise UserError(
+            f"{printable(path)}: cannot be written: {error.strerror or error}; choose another folder"
+        ) from None
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read: {error.strerror or error}; choose another folder") from None
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n").encode()
 
 
-def _sealed(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(record, separators=(",", ":"), allow_nan=False)
-    return f'{{"checksum":"{_checksum(text)}",{text[1:]}\n'.encode()
-
-
-def _unsealed(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parsed(path: Path, number: int, line: bytes, *required: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        checksum = record.pop("checksum")
-        if checksum != _checksum(json.dumps(record, separators=(",", ":"))):
+        if not isinstance(record, dict) or not all(name in record for name in required):
             raise ValueError
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         raise UserError(
-            f"{shown(path)}: line {number} is damaged: remove this line and all after it, or choose another folder"
+            f"{printable(path)}: line {number} is damaged: remove this line and all after it, or choose another folder"
         ) from None
-    return dict(record)
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
-
-
-def _named(path: Path | None) -> str:
-    return "memory" if path is None else shown(path)
+    return record

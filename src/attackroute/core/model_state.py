@@ -209,11 +209,3 @@ def in_channels_last(model: nn.Module) -> Iterator[None]:
     finally:
         for tensor in tensors:
             tensor.data = tensor.data.contiguous()
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Start the global generators of the CPU and of all CUDA devices from a seed, and put them back at the end."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

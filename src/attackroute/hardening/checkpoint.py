@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import replace_file, shown
+from attackroute.core.files import printable, replace_file
 from attackroute.zoo.weights import BEST, LAST
 
 STATE = "state.pt"
@@ -93,7 +93,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (self.path / name).exists()]
         except OSError as error:
-            raise UserError(f"{shown(self.path)}: {error.strerror or error}; choose another folder") from None
+            raise UserError(f"{printable(self.path)}: {error.strerror or error}; choose another folder") from None
         if present and not resume:
             raise UserError(
                 f"{self.path} already holds a run ({present[0]}); pass --resume to go on with it, or choose another "

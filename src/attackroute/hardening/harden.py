@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from attackroute.core.batches import count_samples, derived_generator, load
-from attackroute.core.checks import check_logits, checked
+from attackroute.core.batches import count_samples, load
+from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, placement, spared_buffers
+from attackroute.core.random import derived_generator
 from attackroute.hardening.gradient_penalty import GradientPenalty
 from attackroute.hardening.history import EpochRecord, TrainResult
 from attackroute.hardening.objective import Batch, Objective, StepLosses, task_loss
@@ -37,12 +38,12 @@ from attackroute.hardening.settings import (
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.hardening.training import Progress, fit
 from attackroute.hardening.weight_penalty import WeightPenalty
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
-from attackroute.zoo.images import ImageData
+from attackroute.zoo.data import ImageData
 
 ROUTE_FILE = "route.json"
 
@@ -314,7 +315,7 @@ class RouteObjective(Objective):
         if WEIGHT in self._factors:
             device, dtype = placement(model)
             (probe,) = load(data, [[0, 0]], generator=torch.Generator())
-            images = checked(probe, _TRAIN)[0].to(device, dtype)
+            images = checked_batch(probe, _TRAIN)[0].to(device, dtype)
             connections = Connections.of_route(model, images, punished)
             self._weight = WeightPenalty(
                 model,
@@ -331,7 +332,7 @@ class RouteObjective(Objective):
         """See the attribute; the model and the generators come back as they were."""
         count = min(_STRENGTH_SAMPLES, count_samples(data, _TRAIN))
         (batch,) = load(data, [list(range(count))], generator=torch.Generator())
-        images, labels = checked(batch, _TRAIN)
+        images, labels = checked_batch(batch, _TRAIN)
         device, dtype = placement(model)
         images, targets = images.to(device, dtype), labels.to(device)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

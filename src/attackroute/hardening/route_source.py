@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from attackroute.core.batches import count_samples, derived_generator, derived_seed, in_order, load
+from attackroute.core.batches import count_samples, in_order, load
 from attackroute.core.errors import UserError
+from attackroute.core.random import derived_generator, derived_seed
 from attackroute.hardening.settings import ALL, RANDOM, HardenSettings
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
 

@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from attackroute.core.accuracy import Accuracy, BrokenLogits, count_correct
-from attackroute.core.batches import count_samples, count_steps, derived_generator, derived_seed, load, shuffled
-from attackroute.core.checks import check_logits, checked
+from attackroute.core.batches import count_samples, count_steps, load, shuffled
+from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.distributed import current, take_from_first
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import in_channels_last, kept_modes, placement
+from attackroute.core.random import derived_generator, derived_seed
 from attackroute.hardening.augmentation import augment
 from attackroute.hardening.checkpoint import Checkpoint, RunFolder
 from attackroute.hardening.data_parallel import Replicas
 from attackroute.hardening.history import EpochRecord, TrainResult, best_epoch
 from attackroute.hardening.objective import Batch, Objective, backward_in_parts
 from attackroute.hardening.settings import TrainSettings, learning_rate
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 
 Progress = Callable[[int, int, str], None]
 
@@ -231,7 +232,7 @@ def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> None:
     """Try the first sample, so that most misfits show before anything is written."""
     count_samples(data, what)
     (batch,) = load(data, [[0]], generator=torch.Generator())
-    images, labels = checked(batch, what)
+    images, labels = checked_batch(batch, what)
     device, dtype = placement(model)
     model.eval()
     try:
@@ -376,7 +377,7 @@ def _learn(run: _Run, epoch: int, progress: Progress | None) -> _Learnt:
     for step, batch in enumerate(loader, start=1):
         number, size = before + step, learnt.sizes[step - 1]
         try:
-            images, labels = checked(batch, _TRAIN)
+            images, labels = checked_batch(batch, _TRAIN)
             losses, hits, learnt.names = _step(run, _placed(run, images, labels, size, number, views), size, number)
         except UserError as error:
             if all(bool(value.isfinite().all()) for value in model.parameters()):

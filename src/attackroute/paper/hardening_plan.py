@@ -20,7 +20,7 @@ from attackroute.hardening.settings import (
     WEIGHT,
     TrainSettings,
 )
-from attackroute.robustness.contract import Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.config import CARRIERS, NOISE, UNIT
 

@@ -34,12 +34,9 @@ from attackroute.paper.hardening_results import HardeningStudy, Outcome, Tuning
 from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.config import TraceConfig
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.holdout import held_out
-from attackroute.zoo.images import ImageData
-from attackroute.zoo.networks import spec_for, with_own_normalisation
-from attackroute.zoo.registry import build
-from attackroute.zoo.weights import LAST
+from attackroute.zoo.data import ImageData, held_out
+from attackroute.zoo.networks import build
+from attackroute.zoo.weights import LAST, ModelCard, spec_for, with_own_normalisation
 
 Progress = Callable[[int, int, str], None]
 Build = Callable[[int], nn.Module]
@@ -246,9 +243,8 @@ class _Study:
             scratch = self.folder / _SCRATCH / _words(f"{variant.name} {lam:g}")
             model = copy.deepcopy(network)
             self._fine_tune(model, variant, self.plan.tuning_seed, lam, scratch, f"choose lambda: {title}")
-            judge = self.plan.judge_of(variant.base)
-            accuracies = evaluate(model, DataLoader(self.validation, _BATCH), [judge], checks=0)
-            clean, attacked = (row.accuracy for row in accuracies.rows)
+            found = evaluate(model, DataLoader(self.validation, _BATCH), [self.plan.judge_of(variant.base)], checks=0)
+            clean, attacked = (found.accuracy(attack) for attack in found.table.distinct("attack"))
             record = self.journal.keep(key, "", clean=vars(clean), attacked=vars(attacked))
             shutil.rmtree(scratch, ignore_errors=True)
         self.count.advance()
@@ -298,8 +294,12 @@ class _Study:
                 evaluate(model, DataLoader(some, _BATCH), [attack], checks=0, folder=folder / "autoattack", resume=True)
             )
         self.count.advance()
-        right = {row.attack.partition(":")[0]: row.right for part in reversed(parts) for row in part.rows}
-        order = dict.fromkeys(row.attack.partition(":")[0] for part in parts for row in part.rows)
+        right = {
+            attack.partition(":")[0]: answers
+            for found in reversed(parts)
+            for (_, attack), answers in found.right.items()
+        }
+        order = dict.fromkeys(attack.partition(":")[0] for found in parts for _, attack in found.right)
         return Outcome(
             variant=variant,
             seed=seed,

@@ -10,7 +10,6 @@ from attackroute.analysis.hardness_study import OURS, RANDOM, RIVALS
 from attackroute.core.statistics import AUROC
 from attackroute.paper.claims import Claim, Findings, NetworkResults, Results, by_count, having, markdown, verdict
 from attackroute.paper.published import GRADIENTS
-from attackroute.robustness.attack_labels import short
 from attackroute.robustness.registry import parse_attack
 
 
@@ -101,7 +100,7 @@ def prediction_claims(results: Results) -> Iterator[Claim]:
 
 def attack_title(attack: str) -> str:
     """An attack's specification without its defaults."""
-    return short(parse_attack(attack))
+    return parse_attack(attack).short()
 
 
 def _table4_layers(network: NetworkResults, findings: Findings) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import nn
 from attackroute.analysis.study import Study
 from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import replace_file
+from attackroute.core.files import replace_file, write_json
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import weights_digest
 from attackroute.paper.claims import Claim, Findings, NetworkResults
@@ -24,13 +24,10 @@ from attackroute.paper.experiments import PARTS, paper_attacks
 from attackroute.paper.hardening_plan import paper_plan
 from attackroute.paper.hardening_study import STUDY, study_networks
 from attackroute.paper.page import DATA_OF, SECTIONS, blocks, claims_of, fill, skeleton
-from attackroute.routes.folder import write_json
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.images import ImageData
-from attackroute.zoo.networks import find_card, open_network
-from attackroute.zoo.presets import preset_folder, preset_names
+from attackroute.zoo.data import ImageData
 from attackroute.zoo.sources import load_data
+from attackroute.zoo.weights import ModelCard, find_card, open_network, preset_folder, preset_names
 
 PAGE = "reproduction.md"
 ALL = "all"

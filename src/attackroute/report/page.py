@@ -18,14 +18,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from attackroute.core.document import library_versions
 from attackroute.core.table import Table, plural
 from attackroute.core.version import __version__
 from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
 from attackroute.report.pictures import inline_figures
 from attackroute.report.route_view import Limits, Network, route_view, run_setup
 from attackroute.report.run_folder import RunFolder, StoredDocument
-from attackroute.robustness.attack_order import brief
-from attackroute.robustness.evaluation_table import library_versions
+from attackroute.robustness.registry import short_name
 from attackroute.routes.route import Route
 
 MOST_BYTES = 10_000_000
@@ -329,7 +329,7 @@ def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     images: dict[str, Any] = {}
     for row in rows:
         attack, accuracy = str(row.get("attack")), row.get("accuracy")
-        cells = attacks.setdefault(attack, {"attack": brief(attack)})
+        cells = attacks.setdefault(attack, {"attack": short_name(attack)})
         share = Share(accuracy, interval(row)) if isinstance(accuracy, (int, float)) else None
         cells[str(row.get("model"))] = share
         images[attack] = row.get("samples")

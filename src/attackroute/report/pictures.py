@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attackroute.core.batches import Data, batches
 from attackroute.core.errors import UserError
-from attackroute.core.files import shown
+from attackroute.core.files import printable
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 from attackroute.hardening.weight_penalty import following_norms
@@ -45,7 +45,7 @@ def inline_figures(figures: Mapping[str, Mapping[str, Path]], largest: int) -> d
                 if sources[title] is None and file.stat().st_size <= largest:
                     sources[title] = _address(_FIGURES[file.suffix], file.read_bytes())
             except OSError as error:
-                raise UserError(f"{shown(file)}: cannot be read: {error.strerror or error}") from None
+                raise UserError(f"{printable(file)}: cannot be read: {error.strerror or error}") from None
     return sources
 
 

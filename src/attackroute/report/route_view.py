@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attackroute.report.measuring import Condition, same_samples
 from attackroute.report.pictures import Pictures
-from attackroute.robustness.attack_order import brief, radii
+from attackroute.robustness.registry import radii, short_name
 from attackroute.tracing.influence import MeanInfluence
 
 _NEIGHBOURS = 5  # strongest edges into and out of each channel, which are always kept
@@ -101,7 +101,7 @@ def run_setup(conditions: Sequence[Condition], data: int = 0, start: int = 0, *,
     """
     attacks = [item.attack or "" for item in conditions[1:]]
     labels = radii(attacks)
-    names = labels if labels is not None else [brief(attack) for attack in attacks]
+    names = labels if labels is not None else [short_name(attack) for attack in attacks]
     pairs = [Pair(start, start + number, name) for number, name in enumerate(names, start=1)]
     return RouteSetup(
         data, tuple(pairs) or (Pair(start, None, ""),), "attack" if labels is None else "eps", linked=linked

@@ -10,12 +10,12 @@ from typing import Any
 
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
-from attackroute.core.files import shown
-from attackroute.robustness.attack_order import by_radius
+from attackroute.core.files import printable
+from attackroute.robustness.registry import by_radius
 from attackroute.routes.folder import StoredRoutes, has_routes
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
-from attackroute.zoo.card import CARD, ModelCard
+from attackroute.zoo.weights import CARD, ModelCard
 
 TRACE, HARDNESS, EVALUATION, HARDENING = "trace", "hardness", "evaluation", "hardening"
 """Kinds of documents that have a section of their own; all others are experiments."""
@@ -142,7 +142,7 @@ class RunFolder:
         )
         if run == cls(folder):
             raise UserError(
-                f"{shown(folder)} holds no run: there is no result, no route and no network in it or one level below; "
+                f"{printable(folder)} holds no run: there is no result, no route and no network in it or one level below; "
                 "name a folder that attackroute wrote"
             )
         return run
@@ -171,13 +171,13 @@ class RunFolder:
 
 def _places(folder: Path) -> list[Path]:
     if not folder.exists():
-        raise UserError(f"{shown(folder)}: there is no such folder; name one that attackroute trace or demo wrote")
+        raise UserError(f"{printable(folder)}: there is no such folder; name one that attackroute trace or demo wrote")
     if not folder.is_dir():
-        raise UserError(f"{shown(folder)} is a file; name the folder of a run")
+        raise UserError(f"{printable(folder)} is a file; name the folder of a run")
     try:
         below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{printable(folder)}: cannot be read: {error.strerror or error}") from None
     return [folder, *below]
 
 

@@ -24,7 +24,7 @@ from attackroute.report.page import (
     render,
 )
 from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
-from attackroute.robustness.attack_order import brief
+from attackroute.robustness.registry import short_name
 
 _WIDTH = 0.3  # the paper's
 _POINTS, _FACTOR = "points", "factor"  # how a difference is told
@@ -114,7 +114,7 @@ def comparable_notes(samples: int, attacks: Sequence[str], *, traced: bool) -> l
         attacks: The attacks on both.
         traced: Whether both were traced for the page.
     """
-    names = ", ".join(brief(attack) for attack in attacks)
+    names = ", ".join(short_name(attack) for attack in attacks)
     after = f", as they are and after {names} made for each network by itself" if attacks else ""
     how = "were traced for this page" if traced else "are the runs' own traces"
     return [f"Both routes {how}, on the same {plural(samples, 'image')}{after}."]
@@ -177,7 +177,7 @@ def _views(comparison: Comparison, budget: Budget) -> tuple[list[dict[str, Any]]
     over_one_another = RouteSetup(
         data=0,
         pairs=tuple(
-            Pair(number, places[item.attack], "clean" if item.attack is None else f"after {brief(item.attack)}")
+            Pair(number, places[item.attack], "clean" if item.attack is None else f"after {short_name(item.attack)}")
             for number, item in enumerate(conditions[0])
             if item.attack in places
         ),
@@ -267,7 +267,7 @@ def _accuracy_differences(comparison: Comparison) -> list[dict[str, Any]]:
         pair = [side[attack, images] for side in sides]
         values = [row.get("accuracy") for row in pair]
         if all(isinstance(value, (int, float)) for value in values):
-            row = _difference({"attack": brief(str(attack)), "images": images}, values)
+            row = _difference({"attack": short_name(str(attack)), "images": images}, values)
             rows.append({**row, "intervals": [interval(row) for row in pair]})
     return rows
 

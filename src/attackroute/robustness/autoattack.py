@@ -23,52 +23,29 @@ from torch import Tensor, nn
 
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.robustness.contract import Perturbation, check_count, check_eps, require_extra
+from attackroute.core.random import drawn_number
+from attackroute.robustness.attack import Perturbation, check_count, check_eps, require_extra
 from attackroute.robustness.gradient_attacks import attacking, predicted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Logits = Callable[[Tensor], Tensor]
-
-
 Part = Callable[[Tensor, Tensor], Tensor]
 """One attack of the package: ``(images, labels) -> images``."""
 
-
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-
-
 PARTS = (*STANDARD, "apgd-dlr", "fab")
 
-
 _NORMS = {"linf": "Linf", "l2": "L2"}
-
-
 _EPS = {"linf": 8 / 255, "l2": 0.5}
-
-
 _ITERATIONS = 100
-
-
 _QUERIES = 5000
-
-
 _MOST_TARGETS = 9
-
-
 _FEWEST_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # the loss is scaled by the difference of logits of lower ranks
-
-
 _IMAGE_DIMS = 4
-
-
 _LOGGER = logging.getLogger(__name__)
-
-
-_LOGGER.addHandler(
-    logging.NullHandler()
-)  # the package tells of zero gradients there, and is not heard unless asked for
+_LOGGER.addHandler(logging.NullHandler())  # told of zero gradients by the package, and not heard unless asked for
 
 
 @dataclass(frozen=True)
@@ -121,7 +98,7 @@ class AutoAttack(Perturbation):
                 warnings.warn(message, stacklevel=4)
             return _parts(logits, names, classes, _NORMS[self.norm], self.radius, seed, _QUERIES)
 
-        return _in_a_row(model, x, y, parts, self.norm, self.radius, _drawn_seed(self.seed, generator))
+        return _in_a_row(model, x, y, parts, self.norm, self.radius, (self.seed + drawn_number(generator)) % 2**63)
 
     @property
     def radius(self) -> float:
@@ -144,8 +121,8 @@ class AutoAttack(Perturbation):
     def _names(self) -> tuple[str, ...]:
         return STANDARD if self.attacks == "standard" else tuple(self.attacks.split("+"))
 
-    def _shown(self, name: str, value: object) -> str:
-        return str(value) if name == "eps" and self.norm != "linf" else super()._shown(name, value)
+    def _text(self, name: str, value: object) -> str:
+        return str(value) if name == "eps" and self.norm != "linf" else super()._text(name, value)
 
 
 @dataclass(frozen=True)
@@ -176,7 +153,7 @@ class Square(Perturbation):
         def parts(logits: Logits, classes: int, seed: int) -> dict[str, Part]:
             return _parts(logits, ("square",), classes, "Linf", self.eps, seed, self.queries)
 
-        return _in_a_row(model, x, y, parts, "linf", self.eps, _drawn_seed(self.seed, generator))
+        return _in_a_row(model, x, y, parts, "linf", self.eps, (self.seed + drawn_number(generator)) % 2**63)
 
 
 def _in_a_row(
@@ -202,8 +179,8 @@ def _in_a_row(
             if not len(rows) or eps == 0:
                 break
             clean = images[rows]
-            found = attack(clean.to(torch.float32).contiguous(), labels[rows].clone())
-            candidates = _projected(found.detach().to(x.dtype), clean, norm, eps)
+            perturbed = attack(clean.to(torch.float32).contiguous(), labels[rows].clone())
+            candidates = _projected(perturbed.detach().to(x.dtype), clean, norm, eps)
             fooled = predicted(model, candidates) != labels[rows]
             images[rows[fooled]] = candidates[fooled]
             right[rows[fooled]] = False
@@ -243,9 +220,9 @@ def _logits_of(model: nn.Module, dtype: torch.dtype) -> Logits:
     return logits
 
 
-def _projected(found: Tensor, clean: Tensor, norm: str, eps: float) -> Tensor:
+def _projected(perturbed: Tensor, clean: Tensor, norm: str, eps: float) -> Tensor:
     """Images in the ball and in [0, 1], from images that are there but for rounding; ``clean`` where they are NaN."""
-    change = found - clean
+    change = perturbed - clean
     if norm == "linf":
         change.clamp_(-eps, eps)
     else:
@@ -255,21 +232,15 @@ def _projected(found: Tensor, clean: Tensor, norm: str, eps: float) -> Tensor:
     return torch.where(whole, clean + change, clean).clamp_(0, 1)
 
 
-def _drawn_seed(seed: int, generator: torch.Generator | None) -> int:
-    if generator is not None:
-        seed += int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    return seed % 2**63
-
-
 @contextmanager
 def _random_state() -> Iterator[None]:
     """Put the global generators back, which the package seeds."""
     import numpy as np
 
-    own, numpys = random.getstate(), np.random.get_state()
+    state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:
-            random.setstate(own)
-            np.random.set_state(numpys)
+            random.setstate(state)
+            np.random.set_state(numpy_state)

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attackroute.core.draws import image_keys, normals
+from attackroute.core.checks import check_attackable
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.robustness.contract import Perturbation, check_images, require_extra
+from attackroute.core.random import image_keys, normals
+from attackroute.robustness.attack import Perturbation, require_extra
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -36,22 +37,11 @@ KINDS = (
 )
 """Names of the corruptions that come from an extra: ImageNet-C without Gaussian noise, and its four further ones."""
 
-
 _STDS = (0.08, 0.12, 0.18, 0.26, 0.38)  # ImageNet-C's, by severity
-
-
 _SEVERITY = 3
-
-
 _OWN_GENERATOR = ("glass-blur", "impulse-noise")  # these do not draw from numpy's global generator, but take a seed
-
-
 _SMALLEST = 32
-
-
 _IMAGE_DIMS = 4
-
-
 _CHANNELS = (1, 3)
 
 
@@ -74,7 +64,7 @@ class GaussianNoise(Perturbation):
 
     def __post_init__(self) -> None:
         severity = _SEVERITY if self.severity is None else self.severity
-        check_severity(severity)
+        _check_severity(severity)
         if self.std is not None and not (isinstance(self.std, (int, float)) and 0 <= self.std < math.inf):
             raise UserError(f"{self.name}: std {self.std} is not a standard deviation; give a number, 0 or more")
         # what prints and compares is what counts
@@ -82,7 +72,7 @@ class GaussianNoise(Perturbation):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; the model is not used."""
-        check_images(x, y)
+        check_attackable(x, y)
         with torch.inference_mode(False), torch.no_grad():
             keys = image_keys(x, self.seed, self.name, generator)
             noise = normals(keys, x.shape[1:]).to(x.dtype)
@@ -120,7 +110,7 @@ class Corruption(Perturbation):
             raise UserError(
                 f"unknown corruption {self.kind!r}{did_you_mean(self.kind, KINDS)}; choose from {', '.join(KINDS)}"
             )
-        check_severity(self.severity)
+        _check_severity(self.severity)
         require_extra("imagecorruptions", "corruptions", self.kind)
 
     @property
@@ -128,8 +118,8 @@ class Corruption(Perturbation):
         """The kind, which is what the registry knows it by."""
         return self.kind
 
-    def __str__(self) -> str:
-        return f"{self.kind}:severity={self.severity},seed={self.seed}"
+    def _specified(self, names: Iterable[str]) -> str:
+        return super()._specified(name for name in names if name != "kind")
 
     def to_json(self) -> dict[str, Any]:
         """Name and parameters as plain values."""
@@ -143,8 +133,8 @@ class Corruption(Perturbation):
         """
         import numpy as np
 
-        check_images(x, y)
-        check_size(self.kind, x)
+        check_attackable(x, y)
+        _check_size(self.kind, x)
         library = _library()
         with torch.inference_mode(False), torch.no_grad():
             keys = image_keys(x, self.seed, self.kind, generator).tolist()
@@ -162,22 +152,22 @@ class Corruption(Perturbation):
     def _corrupted(self, library: ModuleType, image: Pixels, seed: int) -> Pixels:
         import numpy as np
 
-        own = {"seed": seed} if self.kind in _OWN_GENERATOR else {}
+        seeding = {"seed": seed} if self.kind in _OWN_GENERATOR else {}
         with np.errstate(invalid="raise" if self.kind == "spatter" else "warn"):
             try:
-                changed: Pixels = library.corrupt(image, self.severity, self.kind.replace("-", "_"), **own)
+                changed: Pixels = library.corrupt(image, self.severity, self.kind.replace("-", "_"), **seeding)
             except FloatingPointError:  # it divides by the largest drop, and there is none
                 return image
         return changed
 
 
-def check_severity(severity: int) -> None:
+def _check_severity(severity: int) -> None:
     """Check a level of ImageNet-C."""
     if isinstance(severity, bool) or not isinstance(severity, int) or not 1 <= severity <= len(_STDS):
         raise UserError(f"severity {severity!r} is not a level of ImageNet-C; give 1, 2, 3, 4 or 5")
 
 
-def check_size(kind: str, x: Tensor) -> None:
+def _check_size(kind: str, x: Tensor) -> None:
     """Check that images are what the corruption is made for."""
     if x.ndim != _IMAGE_DIMS or x.shape[1] not in _CHANNELS or min(x.shape[2:]) < _SMALLEST:
         raise UserError(

@@ -5,43 +5,38 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.tables import save_result
-from attackroute.core.accuracy import Accuracy
-from attackroute.core.batches import BatchStream, Data, derived_seed, samples_in
-from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.batches import BatchStream, Data, samples_in
+from attackroute.core.checks import check_attackable, checked_labels, checked_logits
 from attackroute.core.distributed import current
-from attackroute.core.errors import UserError
-from attackroute.core.journal import MEASUREMENTS, Journal, Key
-from attackroute.core.model_state import frozen, placement, seeded, weights_digest
-from attackroute.robustness.attack_labels import short
-from attackroute.robustness.balls import ball_of, out_of_range
-from attackroute.robustness.contract import Perturbation, check_images
-from attackroute.robustness.evaluation_table import EVALUATION, Evaluation, Row, library_versions
-from attackroute.robustness.examples import ExampleFolder, Examples, examples_of
-from attackroute.robustness.masking import Check, check_masking
+from attackroute.core.document import library_versions
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.journal import MEASUREMENTS, Journal
+from attackroute.core.model_state import frozen, placement, weights_digest
+from attackroute.core.random import derived_seed, drawn_indices, seeded
+from attackroute.robustness.attack import Perturbation, checked_result
+from attackroute.robustness.evaluation_table import CLEAN, EVALUATION, Evaluation
+from attackroute.robustness.examples import ExampleFolder, Examples
+from attackroute.robustness.masking import Candidates, Check, MaskingProbes, SampleChoice
 from attackroute.robustness.registry import parse_attack
-from attackroute.robustness.sample_choice import Candidates, SampleChoice
-
-CLEAN = "clean"
-
 
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 
-
 _DEFAULT_EPS = 8 / 255  # of the checks, where no attack states a radius
-
-
 _SUM_TOLERANCE = 1e-3
 
+Samples = tuple[Tensor, Tensor]
+"""Images ``(N, C, H, W)`` and labels ``(N,)``."""
 
 Progress = Callable[[int, "int | None", str], None]
 """Called with the images that were attacked so far, how many there will be, and what is under way."""
@@ -52,6 +47,7 @@ def evaluate(
     data: Data,
     attacks: Iterable[str | Perturbation] = DEFAULT_ATTACKS,
     *,
+    samples: Mapping[str, int] | None = None,
     batch_size: int = 128,
     seed: int = 0,
     checks: int = 256,
@@ -72,15 +68,18 @@ def evaluate(
     Args:
         model: Maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, classes)``; or several of them by name.
         data: A DataLoader (any iterable) of ``(images, labels)``, or one such pair of tensors.
-        attacks: Specifications as :func:`attackroute.attacks.parse_attack` reads them, or attacks; clean images are
+        attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, or attacks; clean images are
             always measured first.
+        samples: On how many of the images a costly attack is measured, by the attack's name or its specification, as in
+            ``samples={"autoattack": 50}``; all others are measured on all. The images are drawn with the seed, the same
+            ones for all models, and are attacked last, ``batch_size`` at a time.
         batch_size: Rows at a time when ``data`` is tensors, and in the checks; a DataLoader brings its own.
         seed: Of attacks that are given as text without a seed of their own, of the choice of images for the checks, and
             of PyTorch's global generators, which random models draw from; those come back as they were.
-        checks: On how many images to look for masked gradients (:mod:`attackroute.masking`), at the largest L-infinity
-            radius among the attacks; 0 for no checks. The choice does not depend on the images' order.
+        checks: On how many images to look for masked gradients (:mod:`attackroute.robustness.masking`), at the largest
+            L-infinity radius among the attacks; 0 for no checks. The choice does not depend on the images' order.
         twin: A network of the same task that was not defended, for the check by transfer.
-        save_examples: A folder for the adversarial examples (:mod:`attackroute.adversarial_examples`).
+        save_examples: A folder for the adversarial examples (:mod:`attackroute.robustness.examples`).
         folder: Where results are kept as they come, and the tables at the end; None keeps nothing.
         resume: Go on with the evaluation in ``folder``, if it holds one, to the same numbers as without a break. The
             data must come in the same batches.
@@ -101,11 +100,13 @@ def evaluate(
     if resume and folder is None:
         raise UserError("resume goes on with the evaluation in a folder; name the folder")
     total = samples_in(data)
+    limits = _limits(samples or {}, chosen, total)
     digests = {name: weights_digest(network) for name, network in models.items()}
-    about = {
+    settings = {
         **(origin or {}),
         "models": digests,
         "attacks": [attack.to_json() for attack in chosen],
+        **({"attack_samples": limits} if limits else {}),
         "samples_in_all": total,
         "batch_size": batch_size,
         "seed": seed,
@@ -113,266 +114,315 @@ def evaluate(
         "twin": None if twin is None else weights_digest(twin),
         "devices": {name: placement(network)[0].type for name, network in models.items()},
     }
-    terms = {**about, "save_examples": save_examples is not None}
     team = current()
-    journal = team.first(lambda: _open_journal(folder, terms, resume=resume))
+    journal = team.first(
+        lambda: _open_journal(folder, {**settings, "save_examples": save_examples is not None}, resume=resume)
+    )
     examples = None
     if save_examples is not None:
         names = [*models, *map(str, chosen)]
         examples = team.first(lambda: ExampleFolder.open(save_examples, names, resume=resume and len(journal) > 0))
     if not team.leads:
         journal = journal.in_memory()
+    run = _Run(models, digests, seed, journal, examples=examples, progress=progress)
+    if total is not None:
+        run.total = sum(limits.get(_title(attack), total) for attack in (None, *chosen)) * len(models)
     with ExitStack() as stack:
         for network in {id(item): item for item in (*models.values(), *([twin] if twin is not None else []))}.values():
             stack.enter_context(frozen(network))
         # the widest number format, so that no model gets images that were rounded for another
         reader = max(models.values(), key=lambda network: torch.finfo(placement(network)[1]).bits)
-        choice = SampleChoice(checks, seed)
-        rows = None if total is None else total * len(models) * (1 + len(chosen))
-        run = _Run(models, digests, chosen, seed, journal, examples, progress, rows)
         stream = BatchStream(reader, data, batch_size)
-
-        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Found], Candidates | None, int]:
-            labels = _required(given)
-            check_images(images, labels)
-            found = run.measure(stream.number, images, labels)
-            # alone, each measurement is written down before the next one is made
-            return found if team.count == 1 else list(found), choice.candidates(images, labels), len(images)
-
-        run.probe_corruptions(*stream.first)
-        for measurements, candidates, size in stream.map(once):
-            for measurement in measurements:
-                run.take(measurement)
-            choice.take(candidates)
-            run.start += size
-        found = _check(models, choice, _checked_eps(chosen), seed, batch_size, twin, journal, progress)
-    evaluation = Evaluation(run.rows(), found, {**about, "libraries": library_versions()})
-    if examples is not None and team.leads:
-        examples.finish()
-    if folder is not None and team.leads:
-        save_result(evaluation, {}, folder, EVALUATION)
+        run.probe_corruptions(chosen, *stream.first)
+        choice = SampleChoice(checks, seed)
+        subsets = {count: _Subset(drawn_indices(total or 0, count, seed)) for count in limits.values()}
+        everywhere = [attack for attack in chosen if str(attack) not in limits]
+        run.measure(stream, (None, *everywhere), choice, list(subsets.values()))
+        for count, subset in subsets.items():
+            costly = [attack for attack in chosen if limits.get(str(attack)) == count]
+            run.measure(BatchStream(reader, subset.samples(), batch_size), costly)
+        signs = run.check_masking(choice, _checked_eps(chosen), batch_size, twin)
+    order = [(name, _title(attack)) for name in models for attack in (None, *chosen)]
+    evaluation = Evaluation.of(
+        {key: tuple(run.right[key]) for key in order},
+        run.seconds,
+        chosen,
+        signs,
+        settings={**settings, "libraries": library_versions()},
+    )
+    if team.leads:
+        if examples is not None:
+            examples.finish({key: evaluation.accuracy(key[1], key[0]) for key in evaluation.right if key[1] != CLEAN})
+        if folder is not None:
+            evaluation.document().save(folder)
     return evaluation
 
 
-@dataclass
-class _Tally:
-    correct: int = 0
-    total: int = 0
-    seconds: float = 0.0
-    right: list[bool] = field(default_factory=list)
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """A batch of the data.
+
+    Attributes:
+        number: Its number.
+        images: ``(N, ...)``.
+        labels: ``(N,)``.
+        digest: Of both.
+    """
+
+    number: int
+    images: Tensor
+    labels: Tensor
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Measurement:
     """One model under one attack on one batch.
 
     Attributes:
-        model: The model's name.
-        title: The attack's.
-        batch: Number of the batch.
-        samples: Digest of its images and labels.
+        key: Where it is written down: ``("samples", batch, model, attack)``.
+        digest: Of the batch.
         record: Labels, predictions and seconds.
         new: Whether it was measured now.
-        examples: The attacked images, if they are to be kept; ``start`` is not known yet.
+        examples: The attacked images, if they are to be kept.
     """
 
-    model: str
-    title: str
-    batch: int
-    samples: str
+    key: tuple[str, int, str, str]
+    digest: str
     record: Mapping[str, Any]
     new: bool
-    examples: Examples | None
+    examples: Examples | None = None
 
-    @property
-    def key(self) -> Key:
-        """Where it is written down."""
-        return ("samples", self.batch, self.model, self.title)
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """What is done of one batch, and gathered from it.
+
+    Attributes:
+        measurements: By attack and model, as they are made.
+        candidates: For the checks.
+        parts: For each subset.
+        start: Place of the batch's first image in the data.
+        samples: How many images there are.
+    """
+
+    measurements: Iterable[_Measurement]
+    candidates: Candidates | None
+    parts: Sequence[Samples]
+    start: int
+    samples: int
+
+
+class _Subset:
+    """Some images of the data, gathered as they come.
+
+    Args:
+        indices: Their places in the data, in ascending order.
+    """
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self._indices = torch.tensor(indices)
+        self._parts: list[Samples] = []
+
+    def part(self, start: int, images: Tensor, labels: Tensor) -> Samples:
+        """What belongs to the subset of a batch that begins at ``start``, on the CPU."""
+        rows = self._indices[(self._indices >= start) & (self._indices < start + len(images))] - start
+        rows = rows.to(images.device)
+        return images[rows].cpu(), labels[rows].cpu()
+
+    def take(self, part: Samples) -> None:
+        """Add the next batch's part."""
+        self._parts.append(part)
+
+    def samples(self) -> Samples:
+        """The images and labels in the data's order."""
+        images, labels = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        return images, labels
 
 
 @dataclass
 class _Run:
-    """The models, the attacks, and what was counted so far."""
+    """The models, and what was counted so far."""
 
     models: Mapping[str, nn.Module]
     digests: Mapping[str, str]
-    attacks: Sequence[Perturbation]
     seed: int
     journal: Journal
     examples: ExampleFolder | None
     progress: Progress | None
-    total: int | None
-    start: int = 0
+    total: int | None = None
     done: int = 0
-    tallies: dict[tuple[str, str], _Tally] = field(default_factory=dict)
+    right: defaultdict[tuple[str, str], list[bool]] = field(default_factory=lambda: defaultdict(list))
+    seconds: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
 
-    def measure(self, batch: int, images: Tensor, labels: Tensor) -> Iterator[_Found]:
-        """Measure one batch: clean images first, then each attack on each model."""
-        digest = _digest(images, labels)
-        for attack in (None, *self.attacks):
-            corrupted: list[Tensor] = []  # at most one: the same images for all models
-            for name in self.models:
-                yield self._measure(name, attack, batch, images, labels, digest, corrupted)
-
-    def take(self, found: _Found) -> None:
-        """Write a measurement down, if it is new, and count it; they come in the data's order."""
-        if found.examples is not None and current().leads:
-            assert self.examples is not None
-            self.examples.save(found.batch, replace(found.examples, start=self.start))
-        if found.new:
-            self.journal.keep(found.key, found.samples, **found.record)
-        right = list(map(int.__eq__, found.record["labels"], found.record["predictions"]))
-        correct = sum(right)
-        tally = self.tallies.setdefault((found.model, found.title), _Tally())
-        tally.correct += correct
-        tally.total += len(right)
-        tally.seconds += found.record["seconds"]
-        tally.right += right
-        self.done += len(right)
-        if self.examples is not None and found.title != CLEAN:
-            self.examples.note(found.model, found.title, found.batch, self.start, len(right), correct)
-        if self.progress is not None:
-            self.progress(self.done, self.total, f"{found.model}: {found.title}")
-
-    def probe_corruptions(self, images: Tensor, labels: Tensor | None) -> None:
+    def probe_corruptions(self, attacks: Iterable[Perturbation], images: Tensor, given: Tensor | None) -> None:
         """Let a corruption that cannot take such images say so before any work is done."""
-        answers = _required(labels)
-        check_images(images, answers)
+        labels = _required(given)
+        check_attackable(images, labels)
         with seeded(self.seed):
-            for attack in self.attacks:
+            for attack in attacks:
                 if not attack.uses_model:
-                    attack(next(iter(self.models.values())), images[:1], answers[:1])
+                    attack(next(iter(self.models.values())), images[:1], labels[:1])
 
-    def rows(self) -> tuple[Row, ...]:
-        """One row for each model and attack."""
-        return tuple(
-            Row(
-                name,
-                _title(attack),
-                CLEAN if attack is None else short(attack),
-                Accuracy(tally.correct, tally.total),
-                {} if attack is None else attack.to_json(),
-                tally.seconds,
-                tuple(tally.right),
+    def measure(
+        self,
+        stream: BatchStream,
+        attacks: Sequence[Perturbation | None],
+        choice: SampleChoice | None = None,
+        subsets: Sequence[_Subset] = (),
+    ) -> None:
+        """Measure all models under attacks, batch by batch, and gather images for what comes later.
+
+        Args:
+            stream: The batches.
+            attacks: What to measure under, None for clean images.
+            choice: Gathers images for the checks.
+            subsets: Gather images for costly attacks.
+        """
+        team = current()
+        start = 0
+        size = len(stream.first[0]) if subsets and team.count > 1 else 0
+
+        def once(images: Tensor, given: Tensor | None) -> _Turn:
+            labels = _required(given)
+            check_attackable(images, labels)
+            batch = _Batch(stream.number, images, labels, _digest(images, labels))
+            # what other processes read meanwhile is not seen here, but batches are of one size as a rule
+            place = start if team.count == 1 else batch.number * size
+            measurements = self._measured(batch, attacks)
+            return _Turn(
+                # alone, each measurement is written down before the next one is made
+                measurements=measurements if team.count == 1 else list(measurements),
+                candidates=None if choice is None else choice.candidates(images, labels),
+                parts=[subset.part(place, images, labels) for subset in subsets],
+                start=place,
+                samples=len(images),
             )
-            for name in self.models
-            for attack in (None, *self.attacks)
-            for tally in [self.tallies[name, _title(attack)]]
-        )
+
+        for turn in stream.map(once):
+            if subsets and turn.start != start:
+                raise UserError("several processes can attack a part of the data only where batches are of one size")
+            for measurement in turn.measurements:
+                self._take(measurement)
+            if choice is not None:
+                choice.take(turn.candidates)
+            for subset, part in zip(subsets, turn.parts, strict=True):
+                subset.take(part)
+            start += turn.samples
+
+    def check_masking(
+        self, choice: SampleChoice, eps: float, batch_size: int, twin: nn.Module | None
+    ) -> tuple[Check, ...]:
+        """Look for masked gradients of each model on the chosen images."""
+        if not len(choice):
+            return ()
+        images, labels = choice.samples()
+        digest = _digest(images, labels)
+        probes = MaskingProbes.of(eps, self.seed, twin)
+        checks: list[Check] = []
+        for name, model in self.models.items():
+            device, dtype = placement(model)
+            x, y = images.to(device, dtype), labels.to(device)
+            outcomes = {}
+            for title in probes.probes:
+                key = ("checks", name, title)
+                record = self.journal.recall(key, digest)
+                if record is None:
+                    if self.progress is not None:
+                        self.progress(0, None, f"{name}: check for masking, {title}")
+                    with seeded(derived_seed(self.seed, f"{title}/{digest}", 0)):
+                        outcome = current().first(partial(probes.run, title, model, x, y, batch_size))
+                    record = self.journal.keep(key, digest, outcomes=outcome)
+                outcomes[title] = list(record["outcomes"])
+            checks += probes.judge(name, outcomes)
+        return tuple(checks)
+
+    def _measured(self, batch: _Batch, attacks: Sequence[Perturbation | None]) -> Iterator[_Measurement]:
+        """Each attack on each model."""
+        for attack in attacks:
+            corrupted: Tensor | None = None  # the same images for all models
+            for name in self.models:
+                measurement, corrupted = self._measure(name, attack, batch, corrupted)
+                yield measurement
 
     def _measure(
-        self,
-        name: str,
-        attack: Perturbation | None,
-        batch: int,
-        images: Tensor,
-        labels: Tensor,
-        digest: str,
-        corrupted: list[Tensor],
-    ) -> _Found:
+        self, name: str, attack: Perturbation | None, batch: _Batch, corrupted: Tensor | None
+    ) -> tuple[_Measurement, Tensor | None]:
+        """One measurement, made now or before; and the corrupted images, once they are made."""
         title = _title(attack)
         if self.progress is not None:
             self.progress(self.done, self.total, f"{name}: {title}")
-        known = self.journal.recall(("samples", batch, name, title), digest)
-        if known is not None:
-            return _Found(name, title, batch, digest, known, False, None)
+        key = ("samples", batch.number, name, title)
+        record = self.journal.recall(key, batch.digest)
+        if record is not None:
+            return _Measurement(key, batch.digest, record, new=False), corrupted
         started = time.perf_counter()
-        with seeded(derived_seed(self.seed, f"{title}/{digest}", 0)):
-            predictions, examples = self._predictions(name, attack, images, labels, corrupted)
+        with seeded(derived_seed(self.seed, f"{title}/{batch.digest}", 0)):
+            if attack is not None and not attack.uses_model and corrupted is None:
+                images = attack(self.models[name], batch.images, batch.labels)
+                corrupted = checked_result(attack, images, batch.images)
+            predictions, examples = self._predictions(name, attack, batch, corrupted)
         seconds = round(time.perf_counter() - started, 4)
-        record = {"labels": labels.tolist(), "predictions": predictions, "seconds": seconds}
-        return _Found(name, title, batch, digest, record, True, examples)
+        record = {"labels": batch.labels.tolist(), "predictions": predictions, "seconds": seconds}
+        return _Measurement(key, batch.digest, record, new=True, examples=examples), corrupted
 
     def _predictions(
-        self, name: str, attack: Perturbation | None, images: Tensor, labels: Tensor, corrupted: list[Tensor]
+        self, name: str, attack: Perturbation | None, batch: _Batch, corrupted: Tensor | None
     ) -> tuple[list[int], Examples | None]:
         model = self.models[name]
         device, dtype = placement(model)
-        x, y = images.to(device, dtype), labels.to(device)
-        shown = x
+        x, y = batch.images.to(device, dtype), batch.labels.to(device)
+        attacked = x if corrupted is None else corrupted.to(device, dtype)
         if attack is not None and attack.uses_model:
-            shown = _sound(attack, attack(model, x, y), x)
-        elif attack is not None:
-            if not corrupted:
-                corrupted.append(_sound(attack, attack(model, images, labels), images))
-            shown = corrupted[0].to(device, dtype)
+            attacked = checked_result(attack, attack(model, x, y), x)
         with torch.no_grad():
-            logits = checked_logits(model(shown.clone()), len(shown))
+            logits = checked_logits(model(attacked.clone()), len(attacked))
         checked_labels(y, logits.shape[1], len(y))
-        examples = None
         if attack is None:
             _require_logits(name, logits)
-        elif self.examples is not None:
-            examples = examples_of(attack, name, self.digests[name], 0, logits, x, shown, y)
+        if attack is None or self.examples is None:
+            return logits.argmax(1).tolist(), None
+        examples = Examples.of(attack, name, self.digests[name], logits=logits, clean=x, adversarial=attacked, labels=y)
         return logits.argmax(1).tolist(), examples
 
-
-def _check(
-    models: Mapping[str, nn.Module],
-    choice: SampleChoice,
-    eps: float,
-    seed: int,
-    batch_size: int,
-    twin: nn.Module | None,
-    journal: Journal,
-    progress: Progress | None,
-) -> tuple[Check, ...]:
-    if not len(choice):
-        return ()
-    images, labels = choice.samples()
-    digest = _digest(images, labels)
-    found: list[Check] = []
-    for name, model in models.items():
-
-        def remember(probe: str, compute: Callable[[], list[int]], name: str = name) -> list[int]:
-            key = ("checks", name, probe)
-            record = journal.recall(key, digest)
-            if record is None:
-                if progress is not None:
-                    progress(0, None, f"{name}: check for masking, {probe}")
-                with seeded(derived_seed(seed, f"{probe}/{digest}", 0)):
-                    record = journal.keep(key, digest, outcomes=current().first(compute))
-            return list(record["outcomes"])
-
-        device, dtype = placement(model)
-        found += check_masking(
-            model,
-            images.to(device, dtype),
-            labels.to(device),
-            eps=eps,
-            name=name,
-            seed=seed,
-            batch_size=batch_size,
-            twin=twin,
-            remember=remember,
-        )
-    return tuple(found)
+    def _take(self, measurement: _Measurement) -> None:
+        """Write a measurement down, if it is new, and count it; they come in the data's order."""
+        _, batch, model, title = measurement.key
+        record = measurement.record
+        if measurement.examples is not None and current().leads:
+            assert self.examples is not None
+            self.examples.save(batch, measurement.examples)
+        if measurement.new:
+            self.journal.keep(measurement.key, measurement.digest, **record)
+        self.seconds[model, title] += record["seconds"]
+        self.right[model, title] += map(int.__eq__, record["labels"], record["predictions"])
+        self.done += len(record["labels"])
+        if self.progress is not None:
+            self.progress(self.done, self.total, f"{model}: {title}")
 
 
-def _open_journal(folder: str | os.PathLike[str] | None, terms: Mapping[str, Any], *, resume: bool) -> Journal:
+def _open_journal(folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], *, resume: bool) -> Journal:
     """The measurements of a folder; those of a finished evaluation make way for a new one, others only with a word.
 
     Raises:
         UserError: The folder cannot be made, or what it holds does not go together with this evaluation.
     """
     if folder is None:
-        return Journal(None, terms)
+        return Journal(None, settings)
     home = Path(folder)
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{home} cannot be a folder ({error.strerror}); name another") from None
-    path = home / MEASUREMENTS
     results = [home / f"{EVALUATION}.json", home / f"{EVALUATION}.csv"]
+    journal = Journal(home / MEASUREMENTS, settings, () if resume else results)
     if resume:
-        journal = Journal(path, terms)
         journal.resume()
-        return journal
-    if path.exists() and not results[0].exists():
+    elif (home / MEASUREMENTS).exists() and not results[0].exists():
         raise UserError(
             f"{home} holds an unfinished evaluation; pass --resume to go on with it, or choose another folder"
         )
-    return Journal(path, terms, results)
+    return journal
 
 
 def _named_models(model: object) -> dict[str, nn.Module]:
@@ -391,14 +441,31 @@ def _chosen(attacks: Iterable[str | Perturbation], seed: int) -> tuple[Perturbat
     """The attacks, each once, in the order in which they were given."""
     if isinstance(attacks, (str, Perturbation)):
         raise UserError(f"attacks is {str(attacks)!r}; give a list, as in attacks=[{str(attacks)!r}]")
-    found: list[Perturbation] = []
+    chosen: dict[str, Perturbation] = {}
     for attack in attacks:
         if attack == CLEAN:
             continue
         if not isinstance(attack, (str, Perturbation)):
             raise UserError(f"an attack is {type(attack).__name__}; give a text such as 'pgd:steps=20', or an attack")
-        found.append(parse_attack(attack, seed=seed) if isinstance(attack, str) else attack)
-    return tuple({str(attack): attack for attack in found}.values())
+        perturbation = parse_attack(attack, seed=seed) if isinstance(attack, str) else attack
+        chosen[str(perturbation)] = perturbation
+    return tuple(chosen.values())
+
+
+def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: int | None) -> dict[str, int]:
+    """How many images each attack is measured on that is not measured on all, by specification."""
+    if samples and total is None:
+        raise UserError("samples are drawn from all images, and the data do not say how many there are")
+    limits: dict[str, int] = {}
+    for name, count in samples.items():
+        named = [str(attack) for attack in attacks if name in (attack.name, str(attack))]
+        if not named:
+            known = [attack.name for attack in attacks]
+            raise UserError(f"samples names {name!r}, which is none of the attacks{did_you_mean(name, known)}")
+        if count < 1:
+            raise UserError(f"samples of {name} must be at least 1, not {count}")
+        limits.update(dict.fromkeys(named, min(count, total or 0)))
+    return limits
 
 
 def _title(attack: Perturbation | None) -> str:
@@ -407,29 +474,14 @@ def _title(attack: Perturbation | None) -> str:
 
 def _checked_eps(attacks: Sequence[Perturbation]) -> float:
     """The largest L-infinity radius among the attacks."""
-    balls = [ball for attack in attacks if (ball := ball_of(attack)) is not None and ball.norm == "linf"]
-    return max((ball.eps for ball in balls), default=_DEFAULT_EPS)
+    balls = [attack.ball for attack in attacks if attack.ball is not None]
+    return max((ball.eps for ball in balls if ball.norm == "linf"), default=_DEFAULT_EPS)
 
 
 def _required(labels: Tensor | None) -> Tensor:
     if labels is None:
         raise UserError("the data have no labels, and accuracy needs them: give (images, labels)")
     return labels
-
-
-def _sound(attack: Perturbation, attacked: object, clean: Tensor) -> Tensor:
-    """What an attack returned, if it keeps to the attack's own rules."""
-    if not isinstance(attacked, Tensor) or attacked.shape != clean.shape:
-        what = tuple(attacked.shape) if isinstance(attacked, Tensor) else type(attacked).__name__
-        raise UserError(f"{attack} returns {what} for images of shape {tuple(clean.shape)}")
-    attacked = attacked.detach().to(clean)
-    if out_of_range(attacked).any():
-        raise UserError(f"{attack} returns images with NaN or values outside [0, 1]; its results cannot be trusted")
-    ball = ball_of(attack)
-    if ball is not None and ball.outside(attacked, clean).any():
-        distance = float(ball.distances(attacked, clean).max())
-        raise UserError(f"{attack} returns images at {ball.norm} distance {distance:.6g}, outside its ball of {ball}")
-    return attacked
 
 
 def _require_logits(name: str, logits: Tensor) -> None:

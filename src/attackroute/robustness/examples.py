@@ -1,9 +1,9 @@
-"""Adversarial examples as files: what was attacked, what came out, and all that is needed to check it again.
+"""Adversarial examples as files, and their verification: what was attacked, what came out, and whether it still holds.
 
-A folder holds one safetensors file for each model, attack and batch, ``MODEL/ATTACK/000000.safetensors``, and
-``examples.json``, which lists them once all are written. A file holds the images exactly as the model saw them, in the
-model's number format, and the clean ones too, so that it can be checked without the data; clean images that are 8-bit
-values are stored as such. A SHA-256 of each image says which one is damaged.
+A folder holds one safetensors file for each model and attack, ``MODEL/ATTACK.safetensors``, and ``examples.json``,
+which lists them once all are written; until then the batches lie in ``MODEL/ATTACK.parts/``. A file holds the images
+exactly as the model saw them, in the model's number format, and the clean ones too, so that it can be checked without
+the data; clean images that are 8-bit values are stored as such. A checksum says whether a file is damaged.
 """
 
 from __future__ import annotations
@@ -11,56 +11,59 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attackroute.core import files
+from attackroute.core.accuracy import Accuracy
+from attackroute.core.checks import checked_logits
 from attackroute.core.errors import UserError
-from attackroute.core.files import shown
-from attackroute.robustness.attack_labels import short
-from attackroute.robustness.balls import Ball, ball_of
-from attackroute.robustness.contract import Perturbation
+from attackroute.core.files import (
+    expect_mapping,
+    file_errors,
+    printable,
+    read_sealed_json,
+    read_tensors,
+    write_sealed_json,
+    write_tensors,
+)
+from attackroute.core.model_state import frozen, placement, weights_digest
+from attackroute.core.random import seeded
+from attackroute.core.table import Record, Table
+from attackroute.robustness.attack import Ball, Perturbation, out_of_range
 
 INDEX = "examples.json"
 
-
-SHARD_KIND, INDEX_KIND = "attackroute adversarial examples", "attackroute example index"
-
-
+_KIND, _INDEX_KIND = "attackroute adversarial examples", "attackroute example index"
 _SUFFIX = ".safetensors"
-
-
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
-
-
 _LONGEST_NAME = 100
-
-
 _LEVELS = 255
-
-
-_IMAGES = ("adversarial", "clean")
+_STATED = ("model", "weights", "attack", "classes")
+_TENSORS = ("clean", "adversarial", "labels", "predictions")
+_ROUNDING = 1e-4  # of the largest logit: another device may swap classes that are as near as that
+_NAMED = 3
+_BATCH = 128
+_IMAGE_DIMS = 4
+_COLUMNS = ("file", "model", "attack", "samples", "recorded_accuracy", "accuracy", "largest_distance", "faults")
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The adversarial examples of one batch.
+    """The adversarial examples of one model under one attack.
 
     Attributes:
         model: Name of the attacked model.
         weights: Digest of its weights.
         attack: The attack's specification.
-        label: The same without what is the attack's own default.
-        settings: The attack's settings as plain values.
         ball: The ball that it kept to; None for a corruption.
-        start: Index of the first image in the data.
         classes: Number of logits.
-        clean: Clean images ``(N, ...)``.
+        clean: Clean images ``(N, ...)``, in the data's order.
         adversarial: What the attack made of them, of the same shape and dtype.
         labels: int64 ``(N,)``.
         predictions: The model's classes for the adversarial images, int64 ``(N,)``.
@@ -69,57 +72,66 @@ class Examples:
     model: str
     weights: str
     attack: str
-    label: str
-    settings: Mapping[str, Any]
     ball: Ball | None
-    start: int
     classes: int
     clean: Tensor
     adversarial: Tensor
     labels: Tensor
     predictions: Tensor
 
+    @classmethod
+    def of(
+        cls, attack: Perturbation, model: str, weights: str, *, logits: Tensor, clean: Tensor, adversarial: Tensor,
+        labels: Tensor,
+    ) -> Examples:  # fmt: skip
+        """The examples of one batch, with the predictions that the logits make."""
+        return cls(
+            model=model,
+            weights=weights,
+            attack=str(attack),
+            ball=attack.ball,
+            classes=logits.shape[1],
+            clean=clean.cpu(),
+            adversarial=adversarial.cpu(),
+            labels=labels.cpu().long(),
+            predictions=logits.argmax(1).cpu(),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Examples]) -> Examples:
+        """The examples of several batches of the same model and attack."""
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+        return replace(parts[0], **joined)
+
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def correct(self) -> int:
-        """How many of the adversarial images the model got right."""
-        return int((self.labels == self.predictions).sum())
+    def accuracy(self) -> Accuracy:
+        """Of the model on the adversarial images."""
+        return Accuracy(int((self.labels == self.predictions).sum()), len(self))
 
     def save(self, path: Path) -> None:
-        """Write the file in one step.
+        """Write the file in one step, and the folder that it belongs in.
 
         Raises:
             UserError: It cannot be written.
         """
         ball = None if self.ball is None else {"norm": self.ball.norm, "eps": self.ball.eps}
-        body = {
-            name: getattr(self, name) for name in ("model", "weights", "attack", "label", "start", "classes", "correct")
-        }
-        body |= {"settings": dict(self.settings), "ball": ball}
-        body |= {"digests": {name: image_digests(getattr(self, name)) for name in _IMAGES}}
-        tensors = {
-            "adversarial": self.adversarial,
-            "clean": _packed(self.clean),
-            "labels": self.labels,
-            "predictions": self.predictions,
-        }
-        files.write_tensors(path, SHARD_KIND, body, tensors)
+        body = {name: getattr(self, name) for name in _STATED} | {"ball": ball, "correct": self.accuracy.correct}
+        tensors = {name: getattr(self, name) for name in _TENSORS} | {"clean": _packed(self.clean)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, _KIND, body, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Examples:
         """Read what :meth:`save` wrote.
 
         Raises:
-            UserError: The file is missing, damaged or something else; where that can be told, the message names the
-                damaged image.
+            UserError: The file is missing, damaged or something else.
         """
-        try:
-            body, tensors = files.read_tensors(path, SHARD_KIND)
-        except UserError as error:
-            raise UserError(f"{error}{_damaged_images(path)}") from None
-        with files.reading(path):
+        body, tensors = read_tensors(path, _KIND)
+        with file_errors(path):
             try:
                 return cls._parse(body, tensors)
             except (KeyError, AttributeError) as error:
@@ -127,20 +139,16 @@ class Examples:
 
     @classmethod
     def _parse(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Examples:
-        adversarial = tensors["adversarial"]
-        examples = cls(
-            **{name: body[name] for name in ("model", "weights", "attack", "label", "settings", "start", "classes")},
-            ball=None if body["ball"] is None else Ball(**body["ball"]),
-            adversarial=adversarial,
-            clean=_unpacked(tensors["clean"], adversarial.dtype),
-            labels=tensors["labels"],
-            predictions=tensors["predictions"],
-        )
-        counts = {len(examples.clean), len(adversarial), len(examples.labels), len(examples.predictions)}
-        if counts != {len(examples)} or examples.clean.shape != adversarial.shape or not len(examples):
+        images: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+        images["clean"] = _unpacked(images["clean"], images["adversarial"].dtype)
+        ball = None if body["ball"] is None else Ball(**body["ball"])
+        examples = cls(**{name: body[name] for name in _STATED}, ball=ball, **images)
+        counts = {len(tensor) for tensor in images.values()}
+        if len(counts) > 1 or examples.clean.shape != examples.adversarial.shape or not len(examples):
             raise UserError("numbers or shapes of images, labels and predictions differ: write it anew")
-        if examples.correct != body["correct"]:
-            raise UserError(f"states {body['correct']} correct predictions and holds {examples.correct}: write it anew")
+        correct = examples.accuracy.correct
+        if correct != body["correct"]:
+            raise UserError(f"states {body['correct']} correct predictions and holds {correct}: write it anew")
         return examples
 
 
@@ -150,84 +158,206 @@ class ExampleFolder:
 
     Attributes:
         path: The folder, made when it is missing.
-        names: Names of the models and of the attacks, in folders of their own.
+        names: Names of the models and of the attacks, as they can name files.
     """
 
     path: Path
     names: Mapping[str, str]
-    listed: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], names: list[str], *, resume: bool) -> ExampleFolder:
+    def open(cls, path: str | os.PathLike[str], names: Sequence[str], *, resume: bool) -> ExampleFolder:
         """Make the folder ready.
 
         Raises:
             UserError: It cannot be made, or holds examples although ``resume`` is false.
         """
-        home = Path(path)
+        folder = Path(path)
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{shown(home)} cannot be a folder ({error.strerror}); name another") from None
-        if not resume and next(home.rglob(f"*{_SUFFIX}"), None) is not None:
-            raise UserError(f"{shown(home)} holds examples already; choose another folder, or resume their evaluation")
-        (home / INDEX).unlink(missing_ok=True)
-        return cls(home, _folder_names(names))
+            raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); name another") from None
+        if not resume and next(folder.rglob(f"*{_SUFFIX}"), None) is not None:
+            raise UserError(
+                f"{printable(folder)} holds examples already; choose another folder, or resume their evaluation"
+            )
+        (folder / INDEX).unlink(missing_ok=True)
+        return cls(folder, _file_names(names))
 
-    def file(self, model: str, attack: str, batch: int) -> Path:
-        """Where a batch of examples belongs."""
-        return self.path / self.names[model] / self.names[attack] / f"{batch:06d}{_SUFFIX}"
+    def file(self, model: str, attack: str) -> Path:
+        """Where the examples of a model under an attack belong."""
+        return self.path / self.names[model] / f"{self.names[attack]}{_SUFFIX}"
 
     def save(self, batch: int, examples: Examples) -> None:
-        """Write a batch of examples.
+        """Write the examples of a batch.
 
         Raises:
             UserError: The file cannot be written.
         """
-        path = self.file(examples.model, examples.attack, batch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        examples.save(path)
+        examples.save(self._parts(examples.model, examples.attack) / f"{batch:06d}{_SUFFIX}")
 
-    def note(self, model: str, attack: str, batch: int, start: int, samples: int, correct: int) -> None:
-        """Remember a batch for the list, whether it was written now or before an interruption."""
-        self.listed[self.file(model, attack, batch).relative_to(self.path).as_posix()] = [start, samples, correct]
+    def finish(self, accuracies: Mapping[tuple[str, str], Accuracy]) -> None:
+        """Put batches together, one file a model and attack, and list the files with what they hold.
 
-    def finish(self) -> None:
-        """Write the list of all files, with the first image, number of images and right answers of each."""
-        files.write_json(self.path / INDEX, INDEX_KIND, {"files": self.listed})
+        Args:
+            accuracies: What was measured, by model and attack.
 
+        Raises:
+            UserError: A file cannot be written, or a batch cannot be read.
+        """
+        for model, attack in accuracies:
+            file, parts = self.file(model, attack), self._parts(model, attack)
+            batches = sorted(parts.glob(f"*{_SUFFIX}"))
+            if batches and not file.exists():
+                Examples.concatenate([Examples.load(batch) for batch in batches]).save(file)
+            shutil.rmtree(parts, ignore_errors=True)
+        files = {
+            self.file(*names).relative_to(self.path).as_posix(): [accuracy.total, accuracy.correct]
+            for names, accuracy in accuracies.items()
+        }
+        write_sealed_json(self.path / INDEX, _INDEX_KIND, {"files": files})
 
-def examples_of(
-    attack: Perturbation,
-    model: str,
-    weights: str,
-    start: int,
-    logits: Tensor,
-    clean: Tensor,
-    adversarial: Tensor,
-    labels: Tensor,
-) -> Examples:
-    """The examples of one batch, with the predictions that the logits make."""
-    return Examples(
-        model,
-        weights,
-        str(attack),
-        short(attack),
-        attack.to_json(),
-        ball_of(attack),
-        start,
-        logits.shape[1],
-        clean.cpu(),
-        adversarial.cpu(),
-        labels.cpu().long(),
-        logits.argmax(1).cpu(),
-    )
+    def _parts(self, model: str, attack: str) -> Path:
+        return self.file(model, attack).with_suffix(".parts")
 
 
-def image_digests(images: Tensor) -> list[str]:
-    """SHA-256 of each image's bytes."""
-    rows = images.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
-    return [hashlib.sha256(row.data).hexdigest() for row in rows]
+def example_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of examples at a path: itself, or all below it.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        return [folder]
+    files = sorted(folder.rglob(f"*{_SUFFIX}")) if folder.is_dir() else []
+    if not files:
+        what = "holds no examples" if folder.is_dir() else "does not exist"
+        raise UserError(f"{printable(folder)} {what}; name a folder that --save-examples wrote, or a file in it")
+    return files
+
+
+def example_shape(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], int]:
+    """The images' (C, H, W), and how many logits there were, from the first file that can be read.
+
+    Raises:
+        UserError: There is no file, or none can be read.
+    """
+    faults = []
+    for file in example_files(path):
+        try:
+            examples = Examples.load(file)
+        except UserError as error:
+            faults.append(error)
+            continue
+        if examples.clean.ndim != _IMAGE_DIMS:
+            raise UserError(f"{printable(file)} has images of shape {tuple(examples.clean.shape[1:])}, not (C, H, W)")
+        channels, height, width = examples.clean.shape[1:]
+        return (channels, height, width), examples.classes
+    raise faults[0]
+
+
+def verify_examples(path: str | os.PathLike[str], models: Sequence[nn.Module]) -> Table:
+    """Check saved examples with the models that were attacked: whole files, images in ball and range, same answers.
+
+    Args:
+        path: A file, or a folder with all that lies below it. Beside ``examples.json``, files that it lists must exist.
+        models: The attacked models, in any order; each is recognised by its weights.
+
+    Returns:
+        A row for each file, missing ones included: the attacked ``model`` and ``attack`` (None where the file cannot be
+        read), ``samples``, the ``recorded_accuracy``, the ``accuracy`` now (None where images are not finite), the
+        ``largest_distance`` of an image from its clean one in the attack's norm (None without a ball), and ``faults``,
+        in one line each.
+
+    Raises:
+        UserError: There is no file, or one was made with none of these models.
+    """
+    by_weights = {weights_digest(model): model for model in models}
+    files = example_files(path)
+    return Table.of([*(_checked(file, by_weights) for file in files), *_missing(Path(path), files)])
+
+
+def _missing(folder: Path, files: Sequence[Path]) -> list[Record]:
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        listed = expect_mapping(read_sealed_json(folder / INDEX, _INDEX_KIND), "files")
+    except UserError as error:
+        return [_row(folder / INDEX, [str(error)])]
+    absent = [folder / name for name in listed if folder / name not in files]
+    return [_row(path, [f"{printable(path)}: is missing"]) for path in absent]
+
+
+def _checked(path: Path, by_weights: Mapping[str, nn.Module]) -> Record:
+    try:
+        examples = Examples.load(path)
+    except UserError as error:
+        return _row(path, [str(error)])
+    model = by_weights.get(examples.weights)
+    if model is None:
+        raise UserError(
+            f"{printable(path)} was made with the model {examples.model!r}, and no model that was given has its "
+            "weights; name it with --model"
+        )
+    faults, distance = _image_faults(examples)
+    recorded, accuracy = examples.accuracy, None
+    if examples.adversarial.isfinite().all():  # a model has no answer to others
+        logits = _logits(model, examples.adversarial)
+        faults += _answer_faults(examples, logits)
+        accuracy = Accuracy(int((logits.argmax(1) == examples.labels).sum()), len(examples))
+        if accuracy != recorded:
+            faults.append(f"accuracy is {accuracy.correct} of {accuracy.total}, and {recorded.correct} was recorded")
+    return {
+        **_row(path, [f"{printable(path)}: {fault}" for fault in faults]),
+        "model": examples.model,
+        "attack": examples.attack,
+        "samples": len(examples),
+        "recorded_accuracy": recorded.value,
+        "accuracy": None if accuracy is None else accuracy.value,
+        "largest_distance": distance,
+    }
+
+
+def _row(path: Path, faults: Sequence[str]) -> Record:
+    return {**dict.fromkeys(_COLUMNS), "file": str(path), "faults": tuple(faults)}
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    device, dtype = placement(model)
+    with frozen(model), torch.no_grad(), seeded(0):
+        batches = (batch.to(device, dtype, copy=True) for batch in images.split(_BATCH))
+        return torch.cat([checked_logits(model(batch), len(batch)).cpu() for batch in batches])
+
+
+def _image_faults(examples: Examples) -> tuple[list[str], float | None]:
+    """What is wrong with the images, and the largest distance from a clean one."""
+    faults = []
+    astray = out_of_range(examples.adversarial)
+    if astray.any():
+        faults.append(f"{_samples(astray)} has values outside [0, 1]")
+    if examples.ball is None:
+        return faults, None
+    distances = examples.ball.distances(examples.adversarial, examples.clean)
+    outside = examples.ball.outside(examples.adversarial, examples.clean)
+    if outside.any():
+        furthest = float(distances[outside].max())
+        faults.append(f"{_samples(outside)} is outside the ball {examples.ball} (distance up to {furthest:.6g})")
+    return faults, float(distances.max())
+
+
+def _answer_faults(examples: Examples, logits: Tensor) -> list[str]:
+    """Recorded predictions that are not the model's largest logit, nor as large within rounding."""
+    wide = logits.double()
+    inside = (examples.predictions >= 0) & (examples.predictions < wide.shape[1])
+    recorded = wide.gather(1, examples.predictions.where(inside, 0)[:, None]).flatten()
+    differs = ~inside | (recorded < wide.amax(1) - _ROUNDING * wide.abs().amax(1))
+    return [f"{_samples(differs)} is classified otherwise than was recorded"] if differs.any() else []
+
+
+def _samples(flags: Tensor) -> str:
+    indices = flags.nonzero().flatten().tolist()
+    more = f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""
+    return f"sample {', '.join(map(str, indices[:_NAMED]))}{more}"
 
 
 def _packed(images: Tensor) -> Tensor:
@@ -240,30 +370,8 @@ def _unpacked(stored: Tensor, dtype: torch.dtype) -> Tensor:
     return (stored.float() / _LEVELS).to(dtype) if stored.dtype == torch.uint8 else stored
 
 
-def _damaged_images(path: str | os.PathLike[str]) -> str:
-    """Which images of a damaged file differ from their digests, as the end of a sentence."""
-    import json
-
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            digests = json.loads((file.metadata() or {})["attackroute"])["digests"]
-            adversarial, clean = (file.get_tensor(name) for name in _IMAGES)
-        held = {"adversarial": adversarial, "clean": _unpacked(clean, adversarial.dtype)}
-        faults = [
-            f"{name} image {row}"
-            for name in _IMAGES
-            for row, (stated, found) in enumerate(zip(digests[name], image_digests(held[name]), strict=True))
-            if stated != found
-        ]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
-        return ""
-    return f" ({', '.join(faults)} of the file differ)" if faults else ""
-
-
-def _folder_names(names: list[str]) -> dict[str, str]:
-    """A folder name for each name: readable, safe, and unlike the others."""
+def _file_names(names: Sequence[str]) -> dict[str, str]:
+    """A file name for each name: readable, safe, and unlike the others."""
     taken: dict[str, str] = {}
     for name in names:
         plain = _UNSAFE.sub("-", name).strip("-.")[:_LONGEST_NAME] or "model"

@@ -16,25 +16,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attackroute.core.checks import checked_labels, checked_logits
-from attackroute.core.draws import image_keys, normals, uniforms
+from attackroute.core.checks import check_attackable, checked_labels, checked_logits
 from attackroute.core.errors import UserError
 from attackroute.core.loss import cross_entropy_seed
 from attackroute.core.model_state import frozen
-from attackroute.robustness.contract import Perturbation, check_count, check_eps, check_images, check_step_size
+from attackroute.core.random import image_keys, normals, uniforms
+from attackroute.robustness.attack import Perturbation, check_count, check_eps, check_step_size
 
 _EPS = 8 / 255
-
-
 _EPS_L2 = 0.5
-
-
 _STEPS = 10
-
-
 _PAPER_STEPS = 10  # the paper's step size is eps / 10, whatever the number of steps
-
-
 _TINY = 1e-30  # below any gradient norm that float32 can hold but zero
 
 
@@ -223,7 +215,7 @@ class PGDL2(PGD):
 @contextmanager
 def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Hold the model still while its images are attacked; gives images and labels that no graph knows."""
-    check_images(x, y)
+    check_attackable(x, y)
     with frozen(model), torch.inference_mode(False), torch.no_grad():
         yield x.detach().clamp(0, 1), y.clone().to(x.device)  # copies, since inference mode may have made these
 

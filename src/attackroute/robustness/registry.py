@@ -1,32 +1,27 @@
-"""Attacks and corruptions by name: ``pgd``, ``pgd:eps=4/255,steps=50``, ``fog:severity=3``."""
+"""Attacks and corruptions by name: ``pgd``, ``pgd:eps=4/255,steps=50``, ``fog:severity=3``; in short, and in order."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-from importlib import import_module
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.robustness.contract import Perturbation
-from attackroute.robustness.corruptions import KINDS
+from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.autoattack import AutoAttack, Square
+from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
+from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL
 
-# Where each name's class lives, imported on first use, and the settings that the name itself stands for.
-_HOMES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "fgsm": ("gradient_attacks", "FGSM", {}),
-    "step-ll": ("gradient_attacks", "StepLL", {}),
-    "mi-fgsm": ("gradient_attacks", "MIFGSM", {}),
-    "pgd": ("gradient_attacks", "PGD", {}),
-    "pgd-l2": ("gradient_attacks", "PGDL2", {}),
-    "autoattack": ("autoattack", "AutoAttack", {}),
-    "square": ("autoattack", "Square", {}),
-    "gaussian-noise": ("corruptions", "GaussianNoise", {}),
-    **{kind: ("corruptions", "Corruption", {"kind": kind}) for kind in KINDS},
+_CLASSES: dict[str, type[Perturbation]] = {
+    **{cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, PGDL2, AutoAttack, Square, GaussianNoise)},
+    **dict.fromkeys(KINDS, Corruption),
 }
+_OF_THE_RADIUS = ("eps", "step_size")
 
 
 def attack_names() -> tuple[str, ...]:
     """All names that :func:`parse_attack` knows."""
-    return tuple(_HOMES)
+    return tuple(_CLASSES)
 
 
 def parse_attack(text: str, **defaults: Any) -> Perturbation:
@@ -40,22 +35,56 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
         UserError: The name or a setting is unknown, or a value is not of the setting's kind.
     """
     name, _, settings = text.strip().partition(":")
-    if name not in _HOMES:
+    if name not in _CLASSES:
         near = did_you_mean(name.lower(), attack_names())
         raise UserError(f"unknown attack {name!r}{near}; choose from {', '.join(attack_names())}")
-    module, kind, fixed = _HOMES[name]
-    cls: type[Perturbation] = getattr(import_module(f"attackroute.robustness.{module}"), kind)
-    known = {item.name: item for item in fields(cls) if item.name not in fixed}
-    values = {key: value for key, value in defaults.items() if key in known}
+    cls = _CLASSES[name]
+    fixed = {"kind": name} if cls is Corruption else {}
+    parameters = {item.name: item for item in fields(cls) if item.name not in fixed}
+    values = {key: value for key, value in defaults.items() if key in parameters}
     for setting in filter(None, settings.split(",")):
         key, equals, value = (part.strip() for part in setting.partition("="))
-        if key not in known or not equals:
+        if key not in parameters or not equals:
             raise UserError(
-                f"{name} has no setting {setting!r}{did_you_mean(key, known)}; "
-                f"write key=value, with {', '.join(known) or 'no setting at all'}"
+                f"{name} has no setting {setting!r}{did_you_mean(key, parameters)}; "
+                f"write key=value, with {', '.join(parameters) or 'no setting at all'}"
             )
-        values[key] = _value(name, key, value, known[key])
+        values[key] = _value(name, key, value, parameters[key])
     return cls(**fixed, **values)
+
+
+def short_name(attack: str) -> str:
+    """A specification without what is the attack's own default; as it stands where the attack is not known here."""
+    perturbation = _parsed(attack)
+    return attack if perturbation is None else perturbation.short()
+
+
+def by_radius(attack: str) -> tuple[str, float, str]:
+    """Sorts specifications: those of one attack by their radius."""
+    perturbation = _parsed(attack)
+    ball = None if perturbation is None else perturbation.ball
+    return attack.partition(":")[0], 0.0 if ball is None else ball.eps, attack
+
+
+def radii(attacks: Sequence[str]) -> list[str] | None:
+    """The attacks' radii where nothing else tells them apart; None otherwise."""
+    perturbations = [perturbation for perturbation in map(_parsed, attacks) if perturbation is not None]
+    balls = [perturbation.ball for perturbation in perturbations if perturbation.ball is not None]
+    if len(balls) != len(attacks) or len({str(_without_radius(item)) for item in perturbations}) != 1:
+        return None
+    return [ball.radius for ball in balls]
+
+
+def _parsed(attack: str) -> Perturbation | None:
+    try:
+        return parse_attack(attack)
+    except UserError:
+        return None
+
+
+def _without_radius(attack: Perturbation) -> dict[str, object]:
+    settings = {name: value for name, value in asdict(attack).items() if name not in _OF_THE_RADIUS}
+    return {"name": attack.name, **settings}
 
 
 def _value(attack: str, key: str, text: str, item: Any) -> Any:

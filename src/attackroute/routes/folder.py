@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attackroute.core import files
 from attackroute.core.errors import UserError
-from attackroute.core.files import replace_file, shown
-from attackroute.core.journal import require_same_terms
+from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, printable, read_header, write_json
+from attackroute.core.journal import require_same_settings
 from attackroute.routes import masks
 from attackroute.routes.instance_routes import Edge, InstanceRoutes, aggregated, mean_of_most_frequent, sample_rows
 from attackroute.routes.layer_map import LayerMap, require_model, require_same
@@ -69,8 +68,8 @@ class Shard:
             UserError: It is missing, damaged, or not the file that was there when the folder was opened.
         """
         routes = InstanceRoutes.load(self.path)
-        if files.read_header(self.path, files.INSTANCE_ROUTES)["checksum"] != self.checksum:
-            raise UserError(f"{shown(self.path)} is not the file that was there before: open the folder again")
+        if read_header(self.path, INSTANCE_ROUTES_KIND)["checksum"] != self.checksum:
+            raise UserError(f"{printable(self.path)} is not the file that was there before: open the folder again")
         return routes
 
 
@@ -104,7 +103,7 @@ class StoredRoutes:
         home = Path(folder)
         names = _present(home)
         if not names:
-            raise UserError(f"{shown(home)} holds no instance routes: name a folder that attackroute trace wrote")
+            raise UserError(f"{printable(home)} holds no instance routes: name a folder that attackroute trace wrote")
         count = len(names) if (match := _NAME.search(names[0])) is None else int(match[2])
         shards: list[Shard] = []
         origins: list[Provenance] = []
@@ -112,12 +111,12 @@ class StoredRoutes:
         channels: Mapping[str, int] = {}
         for name in (shard_name(number, count) for number in range(count)):
             path = home / name
-            body = files.read_header(path, files.INSTANCE_ROUTES)
-            with files.reading(path):
+            body = read_header(path, INSTANCE_ROUTES_KIND)
+            with file_errors(path):
                 origin = Provenance.from_json(body.get("provenance"))
-                own = LayerMap(files.expect_mapping(body, "fingerprint"))
+                own = LayerMap(expect_mapping(body, "fingerprint"))
                 if shards:
-                    require_same(channels, own, shown(path))
+                    require_same(channels, own, printable(path))
                 channels = own
                 for source, target, method in body["methods"]:
                     methods.setdefault((source, target), []).append(method)
@@ -283,7 +282,7 @@ class TraceFolder:
         summary = self._read_summary()
         terms = {**self.terms, "file-samples": self.shard}
         if resume and summary is not None:
-            require_same_terms(f"the trace in {self.path}", summary.get("terms"), terms)
+            require_same_settings(f"the trace in {self.path}", summary.get("terms"), terms)
             return tuple(found for number in range(self.count) if (found := self._missing(number, model)) is not None)
         held = sorted({*self.path.glob(f"{ROUTES}*.safetensors"), *self.path.glob(f"{_PARTIAL}*.safetensors")})
         if held and summary is not None and summary.get("finished") is False:
@@ -312,7 +311,7 @@ class TraceFolder:
         """Write the model route, and the summary with the checksums of all files."""
         route.save(self.path / ROUTE)
         names = [shard_name(number, self.count) for number in range(self.count)]
-        sums = {name: files.read_header(self.path / name, files.INSTANCE_ROUTES)["checksum"] for name in names}
+        sums = {name: read_header(self.path / name, INSTANCE_ROUTES_KIND)["checksum"] for name in names}
         terms = {**self.terms, "file-samples": self.shard}
         write_json(self.path / SUMMARY, {"finished": True, "terms": terms, "files": sums, **result})
 
@@ -400,12 +399,3 @@ class RouteWriter:
     def _begin(self) -> None:
         if self._folder is not None:
             self._parts = self._folder.held(self._missing[0]) if self._missing else []
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step, so that no reader ever sees half of it.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

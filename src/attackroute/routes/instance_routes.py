@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from attackroute.core import files
 from attackroute.core.errors import UserError
+from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, read_tensors, write_tensors
 from attackroute.core.table import layer_table, plural
 from attackroute.routes import masks as bits
 from attackroute.routes.layer_map import LayerMap, channel_counts, require_model, require_same
@@ -362,7 +362,7 @@ class InstanceRoutes:
             "fingerprint": dict(self.channels),
             "methods": [[source, target, method] for (source, target), method in self.methods.items()],
         }
-        files.write_tensors(path, files.INSTANCE_ROUTES, body, tensors)
+        write_tensors(path, INSTANCE_ROUTES_KIND, body, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> InstanceRoutes:
@@ -375,8 +375,8 @@ class InstanceRoutes:
         Raises:
             UserError: the file is missing, damaged or something else, or the model does not fit.
         """
-        body, tensors = files.read_tensors(path, files.INSTANCE_ROUTES)
-        with files.reading(path):
+        body, tensors = read_tensors(path, INSTANCE_ROUTES_KIND)
+        with file_errors(path):
             notes = {name: tensors.pop(name, None) for name in _NOTES}
             packed = _with_prefix(tensors, _MASKS)
             scores = _with_prefix(tensors, _SCORES)
@@ -385,11 +385,11 @@ class InstanceRoutes:
                 raise UserError("has tensors that are no part of instance routes")
             routes = cls(
                 packed,
-                files.expect_mapping(body, "fingerprint"),
+                expect_mapping(body, "fingerprint"),
                 Provenance.from_json(body.get("provenance")),
                 methods=_read_methods(body.get("methods")),
                 kept_scores=scores or None,
-                sketched=SketchNotes.from_tensors(sketched, files.expect_mapping(body, "fingerprint")),
+                sketched=SketchNotes.from_tensors(sketched, expect_mapping(body, "fingerprint")),
                 **notes,
             )
             if model is not None:

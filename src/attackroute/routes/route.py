@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.core import files
 from attackroute.core.errors import UserError
+from attackroute.core.files import ROUTE_KIND, expect_mapping, file_errors, read_sealed_json, write_sealed_json
+from attackroute.core.random import random_order
 from attackroute.core.table import layer_table, plural
 from attackroute.routes.layer_map import LayerMap, channel_counts, require_fit, require_model, require_same
 from attackroute.routes.provenance import Provenance
@@ -158,7 +157,7 @@ class Route:
                     f"layer {layer!r} has {len(rest)} channels off the route and {size} on it, too few for a random "
                     "control of the same size: use a narrower route, or leave the layer out with restrict()"
                 )
-            indices[layer] = sorted(rest, key=partial(_draw, seed, layer))[:size]
+            indices[layer] = random_order(seed, layer, rest)[:size]
         return Route(indices, self.channels, self.frequency, self._derived(f"random (seed {seed}) off {{}}"))
 
     def restrict(self, layers: Iterable[str]) -> Route:
@@ -225,8 +224,8 @@ class Route:
         """
         origin = body.get("provenance")
         return cls(
-            files.expect_mapping(body, "route"),
-            files.expect_mapping(body, "fingerprint"),
+            expect_mapping(body, "route"),
+            expect_mapping(body, "fingerprint"),
             None if body.get("frequency") is None else _read_frequency(body),
             None if origin is None else Provenance.from_json(origin),
         )
@@ -237,7 +236,7 @@ class Route:
         Raises:
             UserError: the file cannot be written.
         """
-        files.write_json(path, files.ROUTE, self.to_json())
+        write_sealed_json(path, ROUTE_KIND, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Route:
@@ -250,8 +249,8 @@ class Route:
         Raises:
             UserError: the file is missing, damaged or something else, or the model does not fit.
         """
-        body = files.read_json(path, files.ROUTE)
-        with files.reading(path):
+        body = read_sealed_json(path, ROUTE_KIND)
+        with file_errors(path):
             route = cls.from_json(body)
             if model is not None:
                 require_model(route.channels, model)
@@ -320,7 +319,7 @@ def _shares(layer: str, values: Tensor, count: int) -> Tensor:
 
 def _read_frequency(body: Mapping[str, Any]) -> dict[str, Tensor]:
     frequency = {}
-    for layer, values in files.expect_mapping(body, "frequency").items():
+    for layer, values in expect_mapping(body, "frequency").items():
         if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
             raise UserError(f"layer {layer!r}: the frequency must be a list of numbers")
         frequency[layer] = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
@@ -330,10 +329,6 @@ def _read_frequency(body: Mapping[str, Any]) -> dict[str, Tensor]:
 def _preview(chosen: Sequence[int]) -> str:
     shown = " ".join(map(str, chosen[:_SHOWN_CHANNELS]))
     return f"{shown} ..." if len(chosen) > _SHOWN_CHANNELS else shown
-
-
-def _draw(seed: int, layer: str, channel: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{layer}/{channel}".encode()).digest()
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attackroute.core.draws import image_keys
+from attackroute.core.random import image_keys
 from attackroute.routes.masks import top_k
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.sketches import AUTO, CLEAR_OVERLAP, FIRST_SKETCHES, MOST_SKETCHES, Cut, Estimate

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attackroute.core.cauchy import cauchies, derived_keys
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import differentiated
+from attackroute.core.random import cauchies, derived_keys
 from attackroute.tracing.sketches import Estimate, ScaleSums, groups
 
 _ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved

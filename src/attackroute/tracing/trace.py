@@ -14,7 +14,7 @@ from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
 from attackroute.core.loss import Loss, seed_gradients
 from attackroute.core.model_state import autocast_of, explained, frozen
-from attackroute.robustness.application import Attack, attack_name, attacked
+from attackroute.robustness.attack import Attack, attack_name, attacked
 from attackroute.routes import masks
 from attackroute.routes.instance_routes import InstanceRoutes, InstanceRoutesBuilder
 from attackroute.routes.masks import check_width, top_k

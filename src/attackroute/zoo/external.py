@@ -13,13 +13,10 @@ from typing import Any
 from torch import nn
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.zoo.normalisation import Statistics, normalised
-from attackroute.zoo.spec import ModelSpec
+from attackroute.zoo.spec import ModelSpec, Statistics, normalised
 
 # What torchvision itself sets for these two when it loads their weights.
 _INCEPTION: Mapping[str, Any] = {"init_weights": True, "transform_input": True}
-
-
 _TORCHVISION_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
 
 
@@ -38,16 +35,15 @@ def from_torchvision(name: str, spec: ModelSpec) -> nn.Module:
     """
     from torchvision import models
 
-    known = torchvision_names()
-    if name not in known:
-        raise UserError(f"torchvision has no classification network {name!r}{did_you_mean(name, known)}")
+    names = torchvision_names()
+    if name not in names:
+        raise UserError(f"torchvision has no classification network {name!r}{did_you_mean(name, names)}")
     _refuse_width(spec)
     if spec.in_channels != 3:
         raise UserError(f"{spec.name} takes images with 3 channels, not {spec.in_channels}; choose a built-in network")
     network = models.get_model(name, weights=None, num_classes=spec.num_classes, **_TORCHVISION_ARGUMENTS.get(name, {}))
     trained_with = models.get_model_weights(name).DEFAULT.transforms()
-    own = Statistics(tuple(trained_with.mean), tuple(trained_with.std))
-    return normalised(network, spec.statistics(own))
+    return normalised(network, spec.statistics(Statistics(tuple(trained_with.mean), tuple(trained_with.std))))
 
 
 def from_timm(name: str, spec: ModelSpec) -> nn.Module:
@@ -71,8 +67,8 @@ def from_timm(name: str, spec: ModelSpec) -> nn.Module:
     except (RuntimeError, TypeError, AssertionError) as error:
         raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
     config: Mapping[str, Any] = getattr(network, "pretrained_cfg", None) or {}
-    own = Statistics(tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None
-    return normalised(network, spec.statistics(own))
+    trained_with = Statistics(tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None
+    return normalised(network, spec.statistics(trained_with))
 
 
 def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
@@ -97,8 +93,8 @@ def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
             ) from error
         factory = getattr(module, name, None)
         if factory is None:
-            known = [key for key, value in vars(module).items() if callable(value)]
-            raise UserError(f"{module_name} has no function {name!r}{did_you_mean(name, known)}")
+            names = [key for key, value in vars(module).items() if callable(value)]
+            raise UserError(f"{module_name} has no function {name!r}{did_you_mean(name, names)}")
         if not _needs_no_arguments(factory):
             raise UserError(f"{spec.name} must be a function that can be called without arguments and returns a module")
         network = factory()

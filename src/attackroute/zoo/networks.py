@@ -1,132 +1,332 @@
-"""The network that ``--model`` names, with its weights."""
+"""Networks by name: VGG, AlexNet and ResNet-18 built in, with torchvision's names for their parts, and others' own."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from attackroute.core.errors import UserError
-from attackroute.zoo.card import ModelCard
-from attackroute.zoo.checks import check_input
-from attackroute.zoo.images import ImageData
-from attackroute.zoo.normalisation import Normalise
-from attackroute.zoo.presets import preset_folder
-from attackroute.zoo.registry import BUILT_IN, build
-from attackroute.zoo.spec import ModelSpec
-from attackroute.zoo.weights import BEST, LAST, load_weights
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.zoo.external import from_factory, from_timm, from_torchvision, torchvision_names
+from attackroute.zoo.spec import ModelSpec, Normalise, Statistics
 
-_PRESET = "preset:"
+Plan = Sequence[int | Literal["M"]]
+"""Channels of convolutional layers, and ``"M"`` for a pooling."""
 
-
-def find_card(model: str) -> tuple[Path, ModelCard] | None:
-    """The train folder that ``--model`` names, and its card; None where it names something else.
-
-    ``preset:NAME`` is a folder that comes with the package.
-
-    Raises:
-        UserError: There is no such preset, or the folder does not describe a network.
-    """
-    if model.startswith(_PRESET):
-        folder = preset_folder(model.removeprefix(_PRESET))
-        return folder, ModelCard.load(folder)
-    folder = Path(model).expanduser()
-    if model in BUILT_IN or not folder.is_dir():
-        return None
-    return folder, ModelCard.load(folder)
+_MIN_IMAGE_SIZE = 32  # five poolings by 2 leave one position
+_VGG16: Plan = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+_VGG_SMALL: Plan = (16, 16, "M", 32, 32, "M", 64, 64, "M")
+_HIDDEN = 4096
+_VGG_HEAD_SIZE = 7
+_ALEXNET = (64, 192, 384, 256, 256)
+_ALEXNET_HEAD_SIZE = 6
+_SMALL_ALEXNET_HEAD_SIZE = 3
+_RESNET_STAGES = (64, 128, 256, 512)
 
 
-def open_network(
-    model: str,
-    data: ImageData,
+def build_model(
+    spec: str,
     *,
-    weights: Path | None = None,
-    width: float | None = None,
-    classes: int | None = None,
+    num_classes: int = 10,
+    width: float = 1.0,
+    image_size: int = 32,
+    in_channels: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """Build the network for the data, and load its weights.
+    """Build a network with random weights that takes images in [0, 1]. Nothing is downloaded.
 
     Args:
-        model: Value of ``--model``.
-        data: The images that it will see.
-        weights: Value of ``--weights``.
-        width: Factor on a built-in network's channels.
-        classes: Number of logits; None takes that of the data.
+        spec: One of
+
+            - ``vgg16`` (with batch normalisation), ``alexnet``, ``resnet18``: up to 64 pixels in the form used with
+              CIFAR; above, torchvision's, so that its weights for ``vgg16_bn``, ``alexnet`` and ``resnet18`` load;
+            - ``vgg_small``: six convolutional layers, quick to train on small images;
+            - ``torchvision:NAME``: a classification network of torchvision, its modules' names unchanged, with the
+              normalisation that its weights expect in front;
+            - ``timm:NAME``: the same for timm (``pip install "attackroute[timm]"``);
+            - ``package.module:factory``: what this function returns when it is called without arguments, as it is: it
+              decides on all that follows, and normalises its input itself. The current directory can be imported from.
+        num_classes: Number of logits.
+        width: Factor on the channels of a built-in network: ``max(1, round(base * width))`` in every layer.
+        image_size: Height and width of the images; at least 32 for a built-in network. The others take it as it comes.
+        in_channels: Channels of the images: 3, or 1 where the network allows it.
+        mean: Of each input channel, for images in [0, 1]; by default CIFAR's, ImageNet's above 64 pixels, MNIST's for
+            one channel.
+        std: The same for the standard deviation.
 
     Returns:
-        The network on the CPU, in eval mode.
+        The network, in training mode.
 
     Raises:
-        UserError: Unknown model, missing or mismatching weights, or images that the network cannot take.
+        UserError: Unknown name, a missing extra, or an argument out of range.
+
+    Example:
+        >>> model = build_model("vgg16", width=0.25)
+        >>> model.features[0].out_channels
+        16
     """
-    found = find_card(model)
-    if found is not None:
-        folder, card = found
-        _check_classes(card, data, folder)
-        if width is not None or classes is not None:
-            raise UserError(f"{folder} says itself how wide its network is; leave out --model-width and --classes")
-        spec, weights = card.spec, weights or _kept_weights(folder)
-    else:
-        spec = spec_for(model, data, width=width, classes=classes)
-    network = build(spec)
-    if found is None:  # after a name that nothing bears is refused
-        _require_weights(model, weights)
-    if weights is not None:
-        load_weights(network, weights)
-    check_input(network, data.shape)
-    return network.eval()
-
-
-def spec_for(model: str, data: ImageData, *, width: float | None = None, classes: int | None = None) -> ModelSpec:
-    """How to build the network of that name for the data."""
-    return ModelSpec(
-        model,
-        num_classes=len(data.classes) if classes is None else classes,
-        width=1.0 if width is None else width,
-        image_size=data.shape[1],
-        in_channels=data.shape[0],
+    return build(
+        ModelSpec(
+            spec,
+            num_classes=num_classes,
+            width=width,
+            image_size=image_size,
+            in_channels=in_channels,
+            mean=None if mean is None else tuple(mean),
+            std=None if std is None else tuple(std),
+        )
     )
 
 
-def with_own_normalisation(spec: ModelSpec, network: nn.Module) -> ModelSpec:
-    """The spec with the statistics that its network has, so that a later version's defaults cannot change them."""
-    part = getattr(network, "normalise", None)
-    if not isinstance(part, Normalise) or _is_factory(spec.name):  # a factory brings its own, and takes none
-        return spec
-    return replace(spec, mean=part.statistics.mean, std=part.statistics.std)
+def build(spec: ModelSpec) -> nn.Module:
+    """:func:`build_model` with its arguments in one object.
+
+    Raises:
+        UserError: See :func:`build_model`.
+    """
+    source, colon, name = spec.name.partition(":")
+    if not colon:
+        return _built_in(spec)
+    if not (source and name):
+        raise UserError(f"model {spec.name!r} must be a name, torchvision:NAME, timm:NAME or package.module:factory")
+    if source == "torchvision":
+        return from_torchvision(name, spec)
+    if source == "timm":
+        return from_timm(name, spec)
+    return from_factory(source, name, spec)
 
 
-def _kept_weights(folder: Path) -> Path:
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder} has neither {BEST} nor {LAST}; finish the training, or name a file with --weights")
+class ChainNet(nn.Module):
+    """``classifier(flatten(avgpool(features(normalise(x)))))``.
+
+    Args:
+        statistics: For the normalisation of the input.
+        features: Maps (N, C, H, W) to the last convolutional layer's maps.
+        avgpool: Brings these to the height and width that the classifier needs.
+        classifier: Maps flat features to logits.
+    """
+
+    def __init__(self, statistics: Statistics, features: nn.Module, avgpool: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.normalise = Normalise(statistics)
+        self.features = features
+        self.avgpool = avgpool
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) in [0, 1]."""
+        maps = self.avgpool(self.features(self.normalise(images)))
+        logits: Tensor = self.classifier(torch.flatten(maps, 1))
+        return logits
 
 
-def _require_weights(model: str, weights: Path | None) -> None:
-    """A factory may load its own; any other network without weights would be a random one."""
-    if weights is None and not _is_factory(model):
-        folder = f"; for the folder of that name write ./{model}" if Path(model).is_dir() else ""
+def vgg16(spec: ModelSpec) -> nn.Module:
+    """VGG-16 with batch normalisation (Simonyan and Zisserman, 2015), number by number torchvision's ``vgg16_bn``.
+
+    Up to 64 pixels, the form used with CIFAR replaces the head by a global average (of a single position at 32 pixels)
+    and one linear layer.
+    """
+    features, channels = _vgg_features(spec, _VGG16)
+    if spec.is_small:
+        return _with_linear_head(spec, features, channels)
+    hidden = spec.channels(_HIDDEN)
+    classifier = nn.Sequential(
+        nn.Linear(channels * _VGG_HEAD_SIZE**2, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(hidden, spec.num_classes),
+    )
+    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(_VGG_HEAD_SIZE), classifier)
+
+
+def vgg_small(spec: ModelSpec) -> nn.Module:
+    """Six convolutional layers and a linear one: trained on a few thousand small images within a minute on a CPU."""
+    return _with_linear_head(spec, *_vgg_features(spec, _VGG_SMALL))
+
+
+def _with_linear_head(spec: ModelSpec, features: nn.Module, channels: int) -> nn.Module:
+    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(1), nn.Linear(channels, spec.num_classes))
+
+
+def _vgg_features(spec: ModelSpec, plan: Plan) -> tuple[nn.Sequential, int]:
+    """The convolutional part, initialised, and the channels that leave it."""
+    layers: list[nn.Module] = []
+    channels = spec.in_channels
+    for step in plan:
+        if step == "M":
+            layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
+            continue
+        source, channels = channels, spec.channels(step)
+        layers += [
+            nn.Conv2d(source, channels, kernel_size=3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        ]
+    features = nn.Sequential(*layers)
+    _initialise_convolutions(features)
+    return features, channels
+
+
+def alexnet(spec: ModelSpec) -> nn.Module:
+    """AlexNet (Krizhevsky et al., 2012; in one column, 2014): five convolutional layers, no batch normalisation.
+
+    Above 64 pixels, it is torchvision's. Up to 64 pixels, the first layer is 5x5 with stride 1, as in the authors'
+    networks for CIFAR, so that all three overlapping poolings (3x3, stride 2) still have room: 32 -> 15 -> 7 -> 3
+    pixels; the head is one linear layer.
+    """
+    features = _alexnet_features(spec)
+    _initialise_convolutions(features)
+    last = spec.channels(_ALEXNET[-1])
+    if spec.is_small:
+        pool = nn.AdaptiveAvgPool2d(_SMALL_ALEXNET_HEAD_SIZE)
+        head = nn.Linear(last * _SMALL_ALEXNET_HEAD_SIZE**2, spec.num_classes)
+        return ChainNet(spec.statistics(), features, pool, head)
+    hidden = spec.channels(_HIDDEN)
+    classifier = nn.Sequential(
+        nn.Dropout(),
+        nn.Linear(last * _ALEXNET_HEAD_SIZE**2, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, spec.num_classes),
+    )
+    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(_ALEXNET_HEAD_SIZE), classifier)
+
+
+def _alexnet_features(spec: ModelSpec) -> nn.Sequential:
+    widths = [spec.channels(base) for base in _ALEXNET]
+    if spec.is_small:
+        first = nn.Conv2d(spec.in_channels, widths[0], kernel_size=5, padding=2)
+    else:
+        first = nn.Conv2d(spec.in_channels, widths[0], kernel_size=11, stride=4, padding=2)
+    return nn.Sequential(
+        first,
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(widths[0], widths[1], kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(widths[1], widths[2], kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(widths[2], widths[3], kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(widths[3], widths[4], kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+    )
+
+
+def resnet18(spec: ModelSpec) -> nn.Module:
+    """ResNet-18 (He et al., 2016): four stages of two basic blocks.
+
+    Above 64 pixels, it is torchvision's. Up to 64 pixels, the first layer is 3x3 with stride 1 and no pooling follows
+    it, as is usual with CIFAR.
+    """
+    network = ResNet18(spec)
+    _initialise_convolutions(network)
+    return network
+
+
+class ResNet18(nn.Module):
+    """See :func:`resnet18`, which also initialises it."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        stem, *_, last = widths = [spec.channels(base) for base in _RESNET_STAGES]
+        self.normalise = Normalise(spec.statistics())
+        if spec.is_small:
+            self.conv1 = nn.Conv2d(spec.in_channels, stem, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(spec.in_channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if spec.is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = _stage(stem, widths[0], stride=1)
+        self.layer2 = _stage(widths[0], widths[1], stride=2)
+        self.layer3 = _stage(widths[1], widths[2], stride=2)
+        self.layer4 = _stage(widths[2], widths[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(last, spec.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) in [0, 1]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalise(images)))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
+
+
+class BasicBlock(nn.Module):
+    """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``.
+
+    The shortcut is the identity, or a strided 1x1 convolution with batch normalisation (``downsample``) at the start of
+    a stage that halves the size.
+    """
+
+    def __init__(self, source: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(source, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(source, channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps of (N, channels, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += shortcut
+        activated: Tensor = self.relu(out)
+        return activated
+
+
+def _stage(source: int, channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(source, channels, stride), BasicBlock(channels, channels, stride=1))
+
+
+def _initialise_convolutions(network: nn.Module) -> None:
+    """Draw every convolution's weights from N(0, 2 / fan-in) (He et al., 2015) and set its bias to 0.
+
+    Activations keep their size from layer to layer, which AlexNet needs, having no batch normalisation.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+BUILT_IN: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
+    "alexnet": alexnet,
+    "resnet18": resnet18,
+    "vgg16": vgg16,
+    "vgg_small": vgg_small,
+}
+
+
+def _built_in(spec: ModelSpec) -> nn.Module:
+    factory = BUILT_IN.get(spec.name)
+    if factory is None:
+        names = ", ".join(BUILT_IN)
+        close = did_you_mean(spec.name, BUILT_IN) or did_you_mean(spec.name, torchvision_names(), "torchvision:")
         raise UserError(
-            f"{model} has no weights; name a file with --weights, or take a folder of attackroute train{folder}"
+            f"no model {spec.name!r}{close} "
+            f"(built in: {names}; also torchvision:NAME, timm:NAME and package.module:factory)"
         )
-
-
-def _is_factory(model: str) -> bool:
-    """Whether the name is ``package.module:factory``."""
-    source, colon, _ = model.partition(":")
-    return bool(colon) and source not in ("torchvision", "timm")
-
-
-def _check_classes(card: ModelCard, data: ImageData, folder: Path) -> None:
-    """Labels of other classes would be compared with the wrong logits, in silence."""
-    if card.classes != data.classes:
+    if spec.image_size < _MIN_IMAGE_SIZE:
         raise UserError(
-            f"{folder} was trained for the classes {_listed(card.classes)}, the data have {_listed(data.classes)}; "
-            "give data with the same classes"
+            f"{spec.name} needs images of at least {_MIN_IMAGE_SIZE} pixels, not {spec.image_size}; resize or pad them"
         )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names if len(names) <= 4 else (*names[:2], "...", names[-1])) + f" ({len(names)})"
+    return factory(spec)

