@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attackroute.zoo.images import loader
+from attackroute.zoo.data import ImageBatches
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.utils import save_image
@@ -69,7 +69,7 @@ def save_traces(folder: Path, pictures: Path) -> None:
     network = open_network(str(folder / "model"), images)
     for attack, home in ((None, folder), (ar.parse_attack(ATTACK), folder / "attacked")):
         home.mkdir(exist_ok=True)
-        routes = ar.trace_routes(network, loader(images), 0.2, attack=attack)
+        routes = ar.trace_routes(network, ImageBatches(images), 0.2, attack=attack)
         routes = replace(routes, provenance=replace(routes.provenance, data=f"folder:{pictures}", seed=0))
         routes.save(home / "routes.safetensors")
         routes.aggregate(0.3).save(home / "route.json")

@@ -142,8 +142,8 @@ class RunFolder:
         )
         if run == cls(folder):
             raise UserError(
-                f"{printable(folder)} holds no run: there is no result, no route and no network in it or one level below; "
-                "name a folder that attackroute wrote"
+                f"{printable(folder)} holds no run: there is no result, no route and no network in it or one level "
+                "below; name a folder that attackroute wrote"
             )
         return run
 
