@@ -17,16 +17,15 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from typer.testing import CliRunner
 
 import attackroute as ar
 import shared_training
-from attackroute.cli.app import app
 from attackroute.core.batches import BatchStream
 from attackroute.core.distributed import Processes, joined
 from attackroute.routes import folder
 from attackroute.zoo.data import ImageBatches
 from attackroute.zoo.sources import load_data
+from command_line import run
 from report_runs import make_network, make_pictures
 
 COMMANDS: dict[str, tuple[object, ...]] = {
@@ -61,9 +60,7 @@ def run_commands(root: Path, out: Path) -> dict[str, Any]:
         common = ("--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--out", out / name, "--json")
         examples = ("--save-examples", out / "examples") if command == "evaluate" else ()
         started = time.perf_counter()
-        result = CliRunner().invoke(
-            app, [str(word) for word in (command, *common, *options, *examples)], catch_exceptions=False
-        )
+        result = run(command, *common, *options, *examples)
         assert result.exit_code == 0, (name, result.output)
         printed[name] = result.stdout
         print(name, round(time.perf_counter() - started, 1), file=sys.stderr)

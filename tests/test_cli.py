@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -11,23 +12,18 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import attackroute
-from attackroute.cli import options
-from attackroute.cli.app import app
-from attackroute.cli.commands import Group, add_command
+from attackroute.cli import app, arguments, options
+from attackroute.cli.app import COMMANDS, Command
+from attackroute.cli.arguments import option, parse, shared, switch
 from attackroute.cli.console import Output
 from attackroute.core.errors import UserError
-
-COMMANDS = ("demo", "train", "trace", "hardness", "evaluate", "reproduce")
-
-
-def run(*arguments: str):
-    return CliRunner().invoke(app, arguments)
+from command_line import run
 
 
 def assert_bad_input(result, *parts: str) -> None:
@@ -62,27 +58,32 @@ def test_help_ends_with_examples_that_can_be_copied(command):
     lines = [line.strip().removeprefix("$ ").partition(" | ")[0] for line in text.splitlines()]
     examples = [line for line in lines if line.startswith(f"attackroute {command}")]
     assert len(examples) >= 3
-    group = typer.main.get_command(app)
     for example in examples:
-        name, *arguments = shlex.split(example)[1:]
-        if "--help" not in arguments:
-            with group.commands[name].make_context(name, arguments) as context:  # parses, and runs nothing
-                # a run that is reported on says itself what its network is
-                assert "model" not in context.params or context.params["model"] or name == "report"
+        name, *words = shlex.split(example)[1:]
+        if "--help" not in words:
+            parse(COMMANDS[name].options, name, words)  # and runs nothing
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (("--bogus",), ["--bogus", "attackroute --help"]),
+        (("--versoin",), ["--versoin", "did you mean --version?", "attackroute --help"]),
+        (("trase",), ["trase", "did you mean trace", "attackroute --help"]),
         (("bogus",), ["bogus", "attackroute --help"]),
-        (("trace",), ["--model", "attackroute trace --help"]),
+        (("trace",), ["--model", "--data", "attackroute trace --help"]),
+        (("trace", "--modle", "x"), ["--modle", "did you mean --model", "attackroute trace --help"]),
+        (("trace", "--mod", "x", "--data", "y"), ["no option --mod", "attackroute trace --help"]),
+        (("trace", "--model", "x", "--data", "y", "-x"), ["no option -x", "attackroute trace --help"]),
+        (("trace", "--model", "x", "--data", "y", "more"), ["more", "attackroute trace --help"]),
+        (("trace", "--model", "x", "--data"), ["--data", "expected one argument"]),
         (("trace", "--model", "x", "--data", "y", "--width", "0"), ["--width", "outside (0, 1]"]),
         (("trace", "--model", "x", "--data", "y", "--width", "1.01"), ["--width", "outside (0, 1]"]),
         (("trace", "--model", "x", "--data", "y", "--route-width", "nan"), ["--route-width", "not a number"]),
         (("trace", "--model", "x", "--data", "y", "--check", "0"), ["--check"]),
         (("trace", "--model", "x", "--data", "y", "--batch-size", "0"), ["--batch-size"]),
-        (("trace", "--model", "x", "--data", "y", "--split", "half"), ["--split"]),
+        (("trace", "--model", "x", "--data", "y", "--split", "half"), ["--split", "train, test"]),
+        (("trace", "--model", "x", "--data", "y", "--split", "tests"), ["--split", "did you mean test?"]),
         (("train", "--model", "x", "--data", "y", "--out", "z", "--width", "-1"), ["--width", "not above 0"]),
         (("train", "--model", "x", "--data", "y"), ["--out", "attackroute train --help"]),
         (("train", "--model", "x", "--data", "y", "--out", "z", "--weight-decay", "-1"), ["weight_decay"]),
@@ -96,21 +97,21 @@ def test_bad_options(arguments, parts):
     ("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("1e-3", 1e-3), ("-2", -2.0), (" 1 / 4 ", 0.25), ("3", 3.0)]
 )
 def test_numbers(text, value):
-    assert options.parse_number(text) == value
+    assert arguments.parse_number(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "/", "8/", "/255", "8/0", "eight", "inf", "nan", "1/2/3", "1e999"])
 def test_texts_that_are_no_numbers(text):
-    with pytest.raises(typer.BadParameter, match="8/255"):
-        options.parse_number(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="8/255"):
+        arguments.parse_number(text)
 
 
 def test_shares_end_at_one():
-    assert options.parse_share("1") == 1
-    assert options.parse_share("1/5") == 0.2
+    assert arguments.parse_share("1") == 1
+    assert arguments.parse_share("1/5") == 0.2
     for text in ("0", "-0.1", str(math.nextafter(1, 2))):
-        with pytest.raises(typer.BadParameter):
-            options.parse_share(text)
+        with pytest.raises(argparse.ArgumentTypeError):
+            arguments.parse_share(text)
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "no-such-device"])
@@ -127,47 +128,107 @@ def test_auto_device_can_be_used():
     assert options.resolve_device("cpu") == torch.device("cpu")
 
 
-def failing(error: BaseException):
-    """A command line whose only work is to fail."""
-    failing_app = typer.Typer(cls=Group)
-    failing_app.callback()(lambda: None)
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Take nothing."""
 
-    def work() -> None:
-        """Fail."""
+
+def run_work(monkeypatch: pytest.MonkeyPatch, work):
+    """Run a command line with one command that does this."""
+    monkeypatch.setattr(app, "COMMANDS", {"work": Command(NoOptions, work, "")})
+    return run("work")
+
+
+def raising(error: BaseException):
+    def work(_: NoOptions) -> None:
         raise error
 
-    add_command(failing_app, work, "")
-    return CliRunner().invoke(failing_app, ["work"])
+    return work
 
 
-def test_user_errors_are_one_line_even_if_their_message_is_not():
-    result = failing(UserError("first\n  second"))
+def test_user_errors_are_one_line_even_if_their_message_is_not(monkeypatch):
+    result = run_work(monkeypatch, raising(UserError("first\n  second")))
     assert_bad_input(result)
     assert result.stderr == "error: first second\n"
 
 
-def test_interruptions_exit_with_130():
-    assert failing(KeyboardInterrupt()).exit_code == 130
+def test_interruptions_exit_with_130(monkeypatch):
+    assert run_work(monkeypatch, raising(KeyboardInterrupt())).exit_code == 130
 
 
-def test_other_failures_are_not_hidden():
-    result = failing(ZeroDivisionError("bug"))
-    assert result.exit_code == 1
-    assert isinstance(result.exception, ZeroDivisionError)
+def test_failed_checks_have_their_exit_code(monkeypatch):
+    assert run_work(monkeypatch, lambda _: 1).exit_code == 1
+    assert run_work(monkeypatch, lambda _: None).exit_code == 0
 
 
-def test_sigterm_is_an_interruption():
+def test_other_failures_are_not_hidden(monkeypatch):
+    with pytest.raises(ZeroDivisionError, match="bug"):
+        run_work(monkeypatch, raising(ZeroDivisionError("bug")))
+
+
+def test_sigterm_is_an_interruption(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    killing_app = typer.Typer(cls=Group)
-    killing_app.callback()(lambda: None)
-
-    def work() -> None:
-        """Get killed."""
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    add_command(killing_app, work, "")
-    assert CliRunner().invoke(killing_app, ["work"]).exit_code == 130
+    assert run_work(monkeypatch, lambda _: os.kill(os.getpid(), signal.SIGTERM)).exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    title: ClassVar[str] = "Common things"
+    first: int = option("--first", "A 100 % number.", arguments.integer(1), "N", default=3)
+    second: str = option("-s --second", "A word.", str, "WORD")
+    third: bool = switch("--third", "A switch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything:
+    """Do it.
+
+    As it is done.
+    """
+
+    place: str = option("", "Where.", str, "PLACE", group="Places")
+    third: str = option("--other", "Named as what is hidden.", str, "X", default="3")
+    common: Common = shared(first=5, hide=("third",))
+    many: tuple[float, ...] = option("--many", "Several.", arguments.parse_number, "X", default=None, repeat=True)
+    on: bool = switch("-n --on", "On or off.", off="--off", default=True)
+
+
+def test_options_are_read_into_their_dataclasses():
+    assert parse(Everything, "x", ["there", "-s", "w"]) == Everything(
+        place="there", third="3", common=Common(first=5, second="w", third=False), many=(), on=True
+    )
+    assert [parse(Everything, "x", ["there", "-s", "w", *words]).on for words in (["-n"], ["--on"], ["--off"])] == [
+        *(True, True, False)
+    ]
+    words = ["--second=w", "there", "--many", "1/2", "--first", "7", "--off", "--many", "-1"]
+    assert parse(Everything, "x", words) == Everything(
+        place="there", third="3", common=Common(first=7, second="w", third=False), many=(0.5, -1.0), on=False
+    )
+    for wrong, message in (
+        (["-s", "w"], "PLACE"),
+        (["there"], "-s/--second"),
+        (["there", "-s", "w", "--third"], "no option --third"),
+        (["there", "-s", "w", "--first", "0"], "--first: 0 is below 1"),
+        (["there", "-s", "w", "--first", "x"], "'x' is not an integer"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            parse(Everything, "x work", wrong)
+        assert str(caught.value).endswith("(see x work --help)")
+
+
+def test_help_has_every_option_under_its_heading(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Everything, "x work", ["--help"], "\nExamples:\n\n  $ x   work\n")
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith("usage: x work PLACE -s WORD [options]\n\nDo it.\n\nAs it is done.\n")
+    assert [line for line in text.splitlines() if line[:1].isalpha() and line.endswith(":")] == [
+        "Places:", "Common things:", "Options:", "Examples:",
+    ]  # fmt: skip
+    for part in ("A 100 % number. [default: 5]", "A word. [required]", "[default: -n]", "\n  $ x   work\n"):
+        assert part in text
+    assert "--third" not in text
 
 
 def test_output_keeps_to_its_streams(capsys):

@@ -14,11 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.utils import save_image
-from typer.testing import CliRunner
 
 import attackroute
 from attackroute.cli import comparison
-from attackroute.cli.app import app
 from attackroute.core.model_state import weights_digest
 from attackroute.routes import folder as unfinished
 from attackroute.routes.folder import StoredRoutes
@@ -26,12 +24,9 @@ from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.oracle import OracleTrace
 from attackroute.tracing.trace import RouteTracer
+from command_line import run
 
 SIZE = 32
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 def assert_bad_input(result, *parts: object) -> None:
@@ -100,7 +95,7 @@ def test_training_resumes_and_refuses_to_overwrite(trained, pictures, tmp_path):
     assert_bad_input(run(*same[:4], 0.4, *same[5:], "--lr", 0.02, "--resume"), "model.json", "another network")
     result = run(*same, "--lr", "1/50", "--resume", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["resumed_from"] == 2
+    assert json.loads(result.stdout)["about"]["resumed_from"] == 2
     assert (folder / "last.safetensors").read_bytes() == (trained / "last.safetensors").read_bytes()
 
 
@@ -132,7 +127,7 @@ def test_an_undivided_folder_is_not_tested_on(pictures, tmp_path):
 def test_files_and_json_agree_with_the_python_interface(trained, pictures, tmp_path):
     result = traced(trained, pictures, "--out", tmp_path, "--width", 0.4, "--route-width", 0.5, "--json")
     assert result.exit_code == 0, result.output
-    printed = json.loads(result.stdout)
+    printed = json.loads(result.stdout)["about"]
 
     model = attackroute.build_model("vgg_small", num_classes=2, width=0.2)
     attackroute.load_weights(model, trained / "best.safetensors")
@@ -150,7 +145,7 @@ def test_files_and_json_agree_with_the_python_interface(trained, pictures, tmp_p
     assert {
         (source, row["layer"]): how for row in printed["layers"] for source, how in row["incoming"].items()
     } == expected.methods
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())["about"]
     assert summary["finished"] is True
     assert summary["layers"] == printed["layers"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["route.json", "routes.safetensors", "summary.json"]
@@ -310,7 +305,7 @@ def test_many_samples_are_in_several_files(trained, pictures, sharded, tmp_path)
         assert torch.equal(stored.frequency()[layer], values)
     assert stored.occurrence() == whole.occurrence()
     assert stored.aggregate() == whole.aggregate() == Route.load(sharded / "route.json")
-    summary = json.loads((sharded / "summary.json").read_text())
+    summary = json.loads((sharded / "summary.json").read_text())["about"]
     assert list(summary["files"]) == names
     assert summary["accuracy"] == (whole.labels == whole.predictions).double().mean().item()
 
@@ -451,7 +446,7 @@ class TestBadInput:
         result = traced(trained, tmp_path / "broken", "--skip-unreadable", "--json")
         assert result.exit_code == 0
         assert str(bad) in result.stderr
-        assert json.loads(result.stdout)["samples"] == 11
+        assert json.loads(result.stdout)["about"]["samples"] == 11
 
     def test_classes(self, trained, pictures, tmp_path):
         shutil.copytree(pictures, tmp_path / "more")
@@ -498,10 +493,11 @@ def test_attacked_images_are_traced(trained, pictures, tmp_path):
     assert traced(trained, pictures, "--out", clean).exit_code == 0
     result = traced(trained, pictures, "--attack", "fgsm:eps=128/255", "--out", attacked, "--check", 2, "--json")
     assert result.exit_code == 0, result.output
-    summary = json.loads(result.stdout)
+    printed = json.loads(result.stdout)
+    summary = printed["about"]
     assert summary["attack"] == Route.load(attacked / "route.json").provenance.attack == "fgsm:eps=128/255"
-    assert summary["check"]["passed"]
-    assert summary["accuracy"] < json.loads((clean / "summary.json").read_text())["accuracy"]
+    assert printed["check"]["passed"]
+    assert summary["accuracy"] < json.loads((clean / "summary.json").read_text())["about"]["accuracy"]
     assert InstanceRoutes.load(attacked / "routes.safetensors") != InstanceRoutes.load(clean / "routes.safetensors")
     assert_bad_input(traced(trained, pictures, "--attack", "pgd", "--out", attacked, "--resume"), "attack", "pgd:eps")
     assert_bad_input(traced(trained, pictures, "--attack", "pdg"), "unknown attack 'pdg'", "did you mean pgd")
@@ -526,7 +522,7 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
     assert "overlap" in result.stdout
     assert "influence, approximate (32 sketches)" in result.stdout
     assert "rounding" not in result.stdout
-    summary = json.loads((tmp_path / "shown" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "shown" / "summary.json").read_text())["about"]
     assert summary["criterion"] == "influence, approximate (32 sketches)"
     conv1, conv7 = summary["layers"][0], summary["layers"][-1]
     assert conv1["sketches"] == 32
@@ -537,7 +533,7 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
     assert InstanceRoutes.load(tmp_path / "shown" / "routes.safetensors").sketched is not None
 
     again = run("trace", *options, "--sketches", "auto", "--json")
-    assert json.loads(again.stdout)["criterion"] == "influence, approximate (auto)"
+    assert json.loads(again.stdout)["about"]["criterion"] == "influence, approximate (auto)"
     torch.manual_seed(0)
     resumed = run("trace", *options, "--sketches", 64, "--out", tmp_path / "shown", "--resume")
     assert_bad_input(resumed, "has sketches 32")

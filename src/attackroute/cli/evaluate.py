@@ -2,281 +2,328 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
-from attackroute.cli import options
-from attackroute.cli.console import Output
+from attackroute.cli.arguments import integer, option, parse_number, shared, switch
+from attackroute.cli.console import Output, print_error
+from attackroute.cli.options import (
+    EXPECTED_MODELS,
+    FILES,
+    RUN,
+    ImageOptions,
+    NetworkOptions,
+    RunOptions,
+    classes_option,
+    model_width_option,
+    resolve_device,
+)
 from attackroute.core.errors import UserError
+from attackroute.core.table import plural
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from attackroute.core.accuracy import Accuracy
     from attackroute.robustness.attack import Perturbation
+    from attackroute.robustness.evaluation_table import Evaluation
+    from attackroute.robustness.example_checks import FileCheck
+    from attackroute.robustness.masking import Check
+    from attackroute.zoo.data import ImageData
 
-EXAMPLES = """
- Examples:
+EVALUATE_EXAMPLES = """
+Examples:
 
-   FGSM, MI-FGSM, PGD and Gaussian noise on the test images of a network that was trained here
-   $ attackroute evaluate --model runs/digits --data mnist-sample --eps 0.1 --out runs/digits/evaluation
+  FGSM, MI-FGSM, PGD and Gaussian noise on the test images of a network that was trained here
+  $ attackroute evaluate --model runs/digits --data mnist-sample --eps 0.1 --out runs/digits/evaluation
 
-   Two networks side by side, attacks with settings of their own
-   $ attackroute evaluate --model runs/plain --model runs/hardened --data mnist-sample --samples 500 \\
-       --attack fgsm:eps=0.1 --attack pgd:eps=0.1,steps=50,restarts=5 --attack pgd-l2:eps=1.5
+  Two networks side by side, attacks with settings of their own
+  $ attackroute evaluate --model runs/plain --model runs/hardened --data mnist-sample --samples 500 \\
+      --attack fgsm:eps=0.1 --attack pgd:eps=0.1,steps=50,restarts=5 --attack pgd-l2:eps=1.5
 
-   The standard of the field, and corruptions (needs the extras autoattack and corruptions)
-   $ attackroute evaluate --model runs/vgg --data cifar10:~/data --samples 1000 \\
-       --attack autoattack --attack fog --attack jpeg-compression:severity=5
+  The standard of the field, and corruptions (needs the extras autoattack and corruptions)
+  $ attackroute evaluate --model runs/vgg --data cifar10:~/data --samples 1000 \\
+      --attack autoattack --attack fog --attack jpeg-compression:severity=5
 
-   Go on after an interruption: the same command with --resume, for the same numbers
-   $ attackroute evaluate --model runs/vgg --data cifar10:~/data --out runs/vgg/evaluation --resume
+  Go on after an interruption: the same command with --resume, for the same numbers
+  $ attackroute evaluate --model runs/vgg --data cifar10:~/data --out runs/vgg/evaluation --resume
 
-   Keep the adversarial examples, and check them again later
-   $ attackroute evaluate --model runs/digits --data mnist-sample --save-examples runs/digits/examples
-   $ attackroute evaluate --model runs/digits --verify runs/digits/examples
+  Keep the adversarial examples, and check them again later
+  $ attackroute evaluate --model runs/digits --data mnist-sample --save-examples runs/digits/examples
+  $ attackroute evaluate --model runs/digits --verify runs/digits/examples
 
- The files:
+The files:
 
-   evaluation.json, evaluation.csv   the table; the JSON also has settings, versions and checks
-   measurements.jsonl                each sample's prediction, batch by batch; what --resume goes on from
+  evaluation.json, evaluation.csv   the table; the JSON also has settings, versions and checks
+  measurements.jsonl                each sample's prediction, batch by batch; what --resume goes on from
 
- The checks, on --check-samples of the images at the largest L-infinity eps among the attacks:
+The checks, on --check-samples of the images at the largest L-infinity eps among the attacks:
 
-   Attacks also fail when gradients are masked, which is no robustness. Then one step beats many, a black box beats
-   the white box, accuracy rises with more steps, or an attack with no limit does not reach everything. A check is
-   suspicious if chance explains the paired counts with a probability below 1 %. Silence proves nothing.
+  Attacks also fail when gradients are masked, which is no robustness. Then one step beats many, a black box beats
+  the white box, accuracy rises with more steps, or an attack with no limit does not reach everything. A check is
+  suspicious if chance explains the paired counts with a probability below 1 %. Silence proves nothing.
 """
 
-_ATTACKS = "The attacks"
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedNetworks:
+    """The networks that are evaluated side by side."""
+
+    title: ClassVar[str] = "The network"
+    models: tuple[str, ...] = option(
+        "--model", EXPECTED_MODELS + " Repeat it for several networks side by side.", str, "MODEL", repeat=True
+    )
+    weights: tuple[Path, ...] = option(
+        "--weights", "A state dict as .safetensors or .pt, one for each --model or none. A train folder brings its "
+        "own.", Path, "FILE", default=None, repeat=True,
+    )  # fmt: skip
+    model_width: float | None = model_width_option()
+    classes: int | None = classes_option()
+
+    def each(self) -> dict[str, NetworkOptions]:
+        """The networks by the names that the table gives them: as they were given, with a number where that repeats.
+
+        Raises:
+            UserError: There is not one file of weights for each.
+        """
+        if self.weights and len(self.weights) != len(self.models):
+            raise UserError(
+                f"there are {len(self.models)} --model and {len(self.weights)} --weights; give one for each, in that "
+                "order, or none"
+            )
+        networks = {}
+        for place, (model, file) in enumerate(zip(self.models, self.weights or [None] * len(self.models), strict=True)):
+            repeated = self.models[:place].count(model)
+            networks[f"{model}#{repeated + 1}" if repeated else model] = self.one(model, file)
+        return networks
+
+    def one(self, model: str, weights: Path | None = None) -> NetworkOptions:
+        """A network by its own."""
+        return NetworkOptions(model=model, weights=weights, model_width=self.model_width, classes=self.classes)
 
 
-def evaluate(
-    model: Annotated[
-        list[str],
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            rich_help_panel="The network",
-            help="A folder that [bold]attackroute train[/bold] wrote, or vgg16, alexnet, resnet18, vgg_small, "
-            "torchvision:NAME, timm:NAME or package.module:factory. Repeat it for several networks side by side.",
-        ),
-    ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="DATA",
-            rich_help_panel="The images",
-            help="mnist-sample (digits, no download), cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH.",
-        ),
-    ] = None,
-    weights: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--weights",
-            metavar="FILE",
-            rich_help_panel="The network",
-            help="A state dict as .safetensors or .pt, one for each --model or none. A train folder brings its own.",
-        ),
-    ] = None,
-    model_width: options.ModelWidth = None,
-    classes: options.Classes = None,
-    split: options.Split = options.Splits.TEST,
-    samples: options.Samples = None,
-    image_size: options.ImageSize = None,
-    skip_unreadable: options.SkipUnreadable = False,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--attack",
-            metavar="NAME",
-            rich_help_panel=_ATTACKS,
-            help="An attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, autoattack, fog, ... Repeat it for "
-            "several; without it fgsm, mi-fgsm, pgd and gaussian-noise.",
-        ),
-    ] = None,
-    eps: Annotated[
-        float | None,
-        typer.Option(
-            "--eps",
-            metavar="RADIUS",
-            parser=options.parse_number,
-            rich_help_panel=_ATTACKS,
-            help="Radius of those L-infinity attacks that do not state their own, as 8/255 or 0.1.",
-        ),
-    ] = None,
-    severity: Annotated[
-        int | None,
-        typer.Option(
-            "--severity",
-            metavar="LEVEL",
-            rich_help_panel=_ATTACKS,
-            help="Level, 1 to 5, of those corruptions that do not state their own.",
-        ),
-    ] = None,
-    checks: Annotated[
-        bool, typer.Option("--checks/--no-checks", rich_help_panel=_ATTACKS, help="Look for masked gradients.")
-    ] = True,
-    check_samples: Annotated[
-        int,
-        typer.Option(
-            "--check-samples", metavar="N", min=1, rich_help_panel=_ATTACKS, help="On how many images to do that."
-        ),
-    ] = 256,
-    twin: Annotated[
-        str | None,
-        typer.Option(
-            "--twin",
-            metavar="MODEL",
-            rich_help_panel=_ATTACKS,
-            help="A network of the same task that was not defended, for the check by transfer.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Where the results go; without it they are only shown."),
-    ] = None,
-    save_examples: Annotated[
-        Path | None,
-        typer.Option("--save-examples", metavar="FOLDER", help="Where adversarial examples go; else none are kept."),
-    ] = None,
-    verify: Annotated[
-        Path | None,
-        typer.Option(
-            "--verify",
-            metavar="PATH",
-            help="Check saved adversarial examples again, a file or a folder of them, and evaluate nothing; "
-            "exit code 1 if they are not what they were.",
-        ),
-    ] = None,
-    batch_size: options.BatchSize = 128,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            rich_help_panel="The run",
-            help="Go on with the evaluation in --out: what is done is not done again.",
-        ),
-    ] = False,
-    workers: options.Workers = 0,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
     """Measure accuracy under attacks and corruptions, with signs of masked gradients.
 
     Clean accuracy comes first, every accuracy has its 95 % interval, and several networks see the same images. Ctrl-C
     keeps what is done; --resume goes on.
     """
-    from attackroute.cli.evaluate_report import report, report_verification
-    from attackroute.cli.verification import verify_with
-    from attackroute.core.distributed import current
-    from attackroute.robustness.evaluate import evaluate as run_evaluation
-    from attackroute.zoo.data import ImageBatches
-    from attackroute.zoo.sources import load_data
-    from attackroute.zoo.weights import find_card, open_network
 
-    output = Output(as_json, quiet)
-    home = options.resolve_device(device)
-    files = _weights_for(model, weights)
-    if verify is not None:
-        _only_verifying(data, attack, out, save_examples, resume=resume)
-        found = current().first(lambda: verify_with(verify, model, files, model_width, classes, home))
-        sound = report_verification(output, found)
-        if not sound:
-            raise typer.Exit(1)
-        return
-    if data is None:
-        raise UserError("there is nothing to evaluate on; name the images with --data")
-    if resume and out is None:
-        raise UserError("--resume goes on with the evaluation in a folder; name it with --out")
-    attacks = _attacks(attack, eps, severity, seed)
-    if image_size is None:
-        cards = [card for name in model if (card := find_card(name)) is not None]
-        image_size = cards[0][1].spec.image_size if cards else None
-    images = load_data(
-        data, split=split.value, image_size=image_size, samples=samples, seed=seed, skip_unreadable=skip_unreadable
+    title: ClassVar[str] = "The attacks"
+    out: Path | None = option(
+        "--out", "Where the results go; without it they are only shown.", Path, "FOLDER", default=None, group=FILES
     )
-    options.report_skipped(images, output)
+    save_examples: Path | None = option(
+        "--save-examples", "Where adversarial examples go; else none are kept.", Path, "FOLDER", default=None,
+        group=FILES,
+    )  # fmt: skip
+    verify: Path | None = option(
+        "--verify", "Check saved adversarial examples again, a file or a folder of them, and evaluate nothing; exit "
+        "code 1 if they are not what they were.", Path, "PATH", default=None, group=FILES,
+    )  # fmt: skip
+    networks: EvaluatedNetworks
+    images: ImageOptions = shared(data="")
+    attacks: tuple[str, ...] = option(
+        "--attack", "An attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, autoattack, fog, ... Repeat it for "
+        "several.", str, "NAME", default=None, repeat=True, shown="fgsm, mi-fgsm, pgd and gaussian-noise",
+    )  # fmt: skip
+    eps: float | None = option(
+        "--eps", "Radius of those L-infinity attacks that do not state their own, as 8/255 or 0.1.", parse_number,
+        "RADIUS", default=None,
+    )  # fmt: skip
+    severity: int | None = option(
+        "--severity", "Level, 1 to 5, of those corruptions that do not state their own.", integer(1), "LEVEL",
+        default=None,
+    )  # fmt: skip
+    checks: bool = switch("--checks", "Look for masked gradients, or do not.", off="--no-checks", default=True)
+    check_samples: int = option("--check-samples", "On how many images to do that.", integer(1), "N", default=256)
+    twin: str | None = option(
+        "--twin", "A network of the same task that was not defended, for the check by transfer.", str, "MODEL",
+        default=None,
+    )  # fmt: skip
+    resume: bool = switch("--resume", "Go on with the evaluation in --out: what is done is not done again.", group=RUN)
+    run: RunOptions
 
-    def network(name: str, file: Path | None = None) -> nn.Module:
-        return open_network(name, images, weights=file, width=model_width, classes=classes).to(home)
 
-    models = dict(zip(_names(model), map(network, model, files), strict=True))
-    other = None if twin is None else network(twin)
+def evaluate(options: EvaluateOptions) -> int:
+    """Evaluate networks, or verify saved examples; the exit code is 1 if these are not what they were."""
+    from attackroute.robustness.evaluate import DEFAULT_ATTACKS
+    from attackroute.robustness.evaluate import evaluate as evaluate_networks
+    from attackroute.robustness.evaluation_table import CLEAN
+    from attackroute.zoo.data import ImageBatches
+
+    output = options.run.output
+    device = resolve_device(options.run.device)
+    named = options.networks.each()
+    if options.verify is not None:
+        return _verify(options, options.verify, list(named.values()))
+    if not options.images.data:
+        raise UserError("there is nothing to evaluate on; name the images with --data")
+    if options.resume and options.out is None:
+        raise UserError("--resume goes on with the evaluation in a folder; name it with --out")
+    defaults = {"seed": options.run.seed, **({} if options.severity is None else {"severity": options.severity})}
+    given = [text for text in options.attacks or DEFAULT_ATTACKS if text != CLEAN]
+    attacks = parse_attacks(given, options.eps, **defaults)
+    images = options.images.open(options.run, options.networks.models)
+    networks = {name: network.open(images).to(device) for name, network in named.items()}
+    twin = None if options.twin is None else options.networks.one(options.twin).open(images).to(device)
     origin = {
-        "model_names": dict(zip(models, model, strict=True)),
-        "data": data,
+        "model_names": dict(zip(networks, options.networks.models, strict=True)),
+        "data": options.images.data,
         "split": images.split,
-        "samples": samples,
+        "samples": options.images.samples,
         "images": [len(images), *images.shape],
     }
-    batches = ImageBatches(images, batch_size, workers=workers)
+    batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
     try:
         with output.progress("images") as progress:
-            evaluation = run_evaluation(
-                models,
+            evaluation = evaluate_networks(
+                networks,
                 batches,
                 attacks,
-                batch_size=batch_size,
-                seed=seed,
-                checks=check_samples if checks else 0,
-                twin=other,
-                save_examples=save_examples,
-                folder=out,
-                resume=resume,
+                batch_size=options.run.batch_size,
+                seed=options.run.seed,
+                checks=options.check_samples if options.checks else 0,
+                twin=twin,
+                save_examples=options.save_examples,
+                folder=options.out,
+                resume=options.resume,
                 origin=origin,
                 progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
             )
     except KeyboardInterrupt:
-        kept = "nothing is kept without --out" if out is None else "what is done is kept; go on with --resume"
+        kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
         output.note(f"interrupted: {kept}")
         raise
-    report(output, evaluation, out, save_examples)
+    _show(output, evaluation, options.out, options.save_examples)
+    return 0
 
 
-def _attacks(given: list[str] | None, eps: float | None, severity: int | None, seed: int) -> list[Perturbation]:
-    """The attacks, with what the options say in place of what they leave open."""
-    from attackroute.robustness.evaluate import DEFAULT_ATTACKS
-    from attackroute.robustness.evaluation_table import CLEAN
+def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> list[Perturbation]:
+    """Attacks by their specifications, with defaults for what these leave open.
+
+    Args:
+        names: As :func:`attackroute.attacks.parse_attack` takes them.
+        eps: Radius of L-infinity attacks; in another norm a radius is another thing.
+        defaults: Further parameters, for those that have them.
+
+    Raises:
+        UserError: There is no such attack, or a parameter is out of range.
+    """
+    from attackroute.robustness.balls import ball_of
     from attackroute.robustness.registry import parse_attack
 
-    defaults = {"seed": seed, **({} if severity is None else {"severity": severity})}
-    found = []
-    for text in given or DEFAULT_ATTACKS:
-        if text == CLEAN:
-            continue
+    attacks = []
+    for text in names:
         attack = parse_attack(text, **defaults)
-        ball = attack.ball
-        if eps is not None and ball is not None and ball.norm == "linf":  # a radius in another norm is another thing
+        ball = ball_of(attack)
+        if eps is not None and ball is not None and ball.norm == "linf":
             attack = parse_attack(text, eps=eps, **defaults)
-        found.append(attack)
-    return found
+        attacks.append(attack)
+    return attacks
 
 
-def _weights_for(models: list[str], weights: list[Path] | None) -> list[Path | None]:
-    if not weights:
-        return [None] * len(models)
-    if len(weights) != len(models):
-        raise UserError(
-            f"there are {len(models)} --model and {len(weights)} --weights; give one for each, in that order, or none"
-        )
-    return list(weights)
+def _show(output: Output, evaluation: Evaluation, out: Path | None, examples: Path | None) -> None:
+    """Print the table, the checks and where the files are."""
+    from attackroute.core.journal import MEASUREMENTS
+    from attackroute.robustness.evaluation_table import COLUMNS, EVALUATION
+
+    folders = {"folder": None if out is None else str(out), "examples": None if examples is None else str(examples)}
+    output.result({**evaluation.to_json(), **folders})
+    output.table(COLUMNS, [row.cells() for row in evaluation.rows])
+    for model in dict.fromkeys(check.model for check in evaluation.checks):
+        output.line(f"checks for masked gradients, {model}:")
+        for check in evaluation.checks:
+            if check.model == model:
+                output.line(f"  {check.verdict:<10}  {check.name}: {_numbers(check)}{check.sentence}")
+    if evaluation.checks:
+        output.line("")
+    output.line(evaluation.reading())
+    if out is not None:
+        output.line(f"{EVALUATION}.json, {EVALUATION}.csv and {MEASUREMENTS} are in {out}")
+    if examples is not None:
+        output.line(f"adversarial examples are in {examples}; check them with --verify {examples}")
 
 
-def _names(models: list[str]) -> list[str]:
-    """The models as the table names them: as they were given, with a number where that repeats."""
-    return [
-        name if models.index(name) == place else f"{name}#{models[:place].count(name) + 1}"
-        for place, name in enumerate(models)
-    ]
+def _numbers(check: Check) -> str:
+    from attackroute.robustness.masking import SKIPPED
+
+    if check.verdict == SKIPPED:
+        return ""
+    listed = ", ".join(
+        f"{value} {name}" if isinstance(value, int) else f"{name} {value:.1%}" for name, value in check.numbers.items()
+    )
+    p = "" if check.p is None else f", p = {check.p:.2g}"
+    return f"{listed} ({plural(check.samples, 'image')}{p}). "
 
 
-def _only_verifying(*others: object, resume: bool) -> None:
-    if resume or any(other is not None and other != [] for other in others):
+# Saved adversarial examples
+
+
+def _verify(options: EvaluateOptions, path: Path, networks: Sequence[NetworkOptions]) -> int:
+    """Check saved examples with the networks; the exit code is 1 if they are not what they were."""
+    from attackroute.core.distributed import current
+    from attackroute.robustness.examples import verify_examples
+
+    evaluated = (options.images.data, options.attacks, options.out, options.save_examples, options.resume)
+    if any(evaluated):
         raise UserError(
             "--verify evaluates nothing: leave out --data, --attack, --out, --save-examples and --resume, or --verify"
         )
+    device = resolve_device(options.run.device)
+
+    def verified() -> tuple[FileCheck, ...]:
+        opened = [network.open(_images_of(path, network.model)).to(device) for network in networks]
+        return verify_examples(path, opened)
+
+    files = current().first(verified)
+    faults = [fault for file in files for fault in file.faults]
+    output = options.run.output
+    output.result({"files": [file.to_json() for file in files], "faults": len(faults), "passed": not faults})
+    groups: dict[tuple[str, str], list[FileCheck]] = {}
+    for file in files:
+        if file.model is not None and file.attack is not None:
+            groups.setdefault((file.model, file.attack), []).append(file)
+    output.table(
+        ["model", "attack", "files", "samples", "recorded", "now", "largest distance"],
+        [[model, group[0].label, *_cells(group)] for (model, _), group in groups.items()],
+    )
+    for fault in faults:
+        print_error(fault)
+    verdict = plural(len(faults), "fault") if faults else "all is as it was recorded"
+    output.line(f"{plural(len(files), 'file')} checked: {verdict}")
+    return 1 if faults else 0
+
+
+def _images_of(path: Path, model: str) -> ImageData:
+    """No images, of the shape and the classes that the examples have."""
+    import torch
+    from torch.utils.data import TensorDataset
+
+    from attackroute.robustness.examples import example_shape
+    from attackroute.zoo.data import ImageData
+    from attackroute.zoo.weights import find_card
+
+    shape, logits = example_shape(path)
+    card = find_card(model)
+    classes = tuple(map(str, range(logits))) if card is None else card[1].classes
+    return ImageData(TensorDataset(torch.empty(0, *shape)), classes, shape, "examples", "test")  # type: ignore[arg-type]
+
+
+def _cells(files: Sequence[FileCheck]) -> list[str]:
+    recorded = [file.recorded for file in files if file.recorded is not None]
+    found = [file.found for file in files if file.found is not None]
+    distances = [file.distance for file in files if file.distance is not None]
+    return [
+        str(len(files)),
+        str(sum(accuracy.total for accuracy in recorded)),
+        _share(recorded),
+        _share(found),
+        f"{max(distances):.6g}" if distances else "none kept",
+    ]
+
+
+def _share(accuracies: Sequence[Accuracy]) -> str:
+    total = sum(accuracy.total for accuracy in accuracies)
+    return f"{sum(accuracy.correct for accuracy in accuracies) / total:.2%}" if total else "none"

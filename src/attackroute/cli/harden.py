@@ -2,349 +2,505 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import Enum
+import argparse
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
-from attackroute.cli import options, train_options
+from attackroute.cli.arguments import given, integer, one_of, option, parse_number, parse_share, shared, switch
 from attackroute.cli.console import Output
+from attackroute.cli.evaluate import parse_attacks
+from attackroute.cli.options import (
+    FILES,
+    ROUTE,
+    ImageOptions,
+    NetworkOptions,
+    RunOptions,
+    TracingOptions,
+    TrainingOptions,
+    open_folder,
+    resolve_device,
+)
+from attackroute.cli.train import best_line, chosen_on, divided, epoch_lines, open_test_images, prepare
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
+from attackroute.core.table import Table
 
 if TYPE_CHECKING:
-    from attackroute.hardening.harden import Factor
+    from torch import nn
 
-EXAMPLES = """
- Examples:
+    from attackroute.hardening.harden import Factor, HardenResult
+    from attackroute.robustness.attack import Perturbation
+    from attackroute.robustness.evaluation_table import Evaluation
+    from attackroute.zoo.data import ImageData
+    from attackroute.zoo.weights import ModelCard
 
-   Which lambda? Train briefly with several, write nothing, and compare
-   $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --sweep 0.003,0.03,0.3 \\
-       --epochs 1 --eps 0.1
+HARDEN_EXAMPLES = """
+Examples:
 
-   The paper's Vanilla_g and Vanilla_w (Eqs. (11), (14)): penalties without an attack
-   $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 --eps 0.1 \\
-       --out runs/vanilla-g
-   $ attackroute harden --model runs/digits --data mnist-sample --penalty weight --lam 0.001 --eps 0.1 \\
-       --out runs/vanilla-w
+  Which lambda? Train briefly with several, write nothing, and compare
+  $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --sweep 0.003,0.03,0.3 \\
+      --epochs 1 --eps 0.1
 
-   PAT_g and PAT_w (Eqs. (12), (15)), from a network of attackroute train --attack
-   $ attackroute harden --model runs/robust --data mnist-sample --penalty gradient --lam 0.01 \\
-       --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-g
+  The paper's Vanilla_g and Vanilla_w (Eqs. (11), (14)): penalties without an attack
+  $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 --eps 0.1 \\
+      --out runs/vanilla-g
+  $ attackroute harden --model runs/digits --data mnist-sample --penalty weight --lam 0.001 --eps 0.1 \\
+      --out runs/vanilla-w
 
-   Not the paper's: what the attack changes in the neurons through which most of its noise passes
-   $ attackroute harden --model runs/robust --data mnist-sample --penalty stabilisation --lam 0.01 --carrier noise \\
-       --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-s
+  PAT_g and PAT_w (Eqs. (12), (15)), from a network of attackroute train --attack
+  $ attackroute harden --model runs/robust --data mnist-sample --penalty gradient --lam 0.01 \\
+      --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-g
 
-   Controls of the same size: random neurons off the route, all neurons, no penalty
-   $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 \\
-       --target random --out runs/vanilla-g-random
-   $ attackroute harden --model runs/digits --data mnist-sample --penalty none --out runs/vanilla-longer
+  Not the paper's: what the attack changes in the neurons through which most of its noise passes
+  $ attackroute harden --model runs/robust --data mnist-sample --penalty stabilisation --lam 0.01 --carrier noise \\
+      --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-s
 
- The folder, which other commands take as --model, is that of attackroute train, and:
+  Controls of the same size: random neurons off the route, all neurons, no penalty
+  $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 \\
+      --target random --out runs/vanilla-g-random
+  $ attackroute harden --model runs/digits --data mnist-sample --penalty none --out runs/vanilla-longer
 
-   route.json        the route whose neurons were punished, or from which the control was drawn
-   hardening.json    before and after, how the route changed, and each penalty's strength
+The folder, which other commands take as --model, is that of attackroute train, and:
 
- Lambda times a penalty's strength is its share in the gradient of the first step; begin where that is about 0.1.
+  route.json        the route whose neurons were punished, or from which the control was drawn
+  hardening.json    before and after, how the route changed, and each penalty's strength
+
+Lambda times a penalty's strength is its share in the gradient of the first step; begin where that is about 0.1.
 """
 
-_PENALTY = "The penalty"
-_EVALUATION = "Before and after"
+HARDENING = "hardening"
+"""Kind of the result, and name of its file."""
+BEFORE, AFTER = "before", "after"
+
+_GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE = "gradient", "weight", "stabilisation", "both", "none"
+_EVALUATION, _SUBSET = "evaluation", "evaluation-autoattack"  # folders of what --resume goes on from
+_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
+_AUTOATTACK_SAMPLES = 50
+_COMPARISON = "Before and after"
 
 
-class Penalties(str, Enum):
-    """What is punished."""
-
-    GRADIENT = "gradient"
-    WEIGHT = "weight"
-    STABILISATION = "stabilisation"
-    BOTH = "both"
-    NONE = "none"
-
-
-class Targets(str, Enum):
-    """Whose neurons are punished."""
-
-    ROUTE = "route"
-    RANDOM = "random"
-    ALL = "all"
+def parse_lambda(text: str) -> float | dict[str, float]:
+    """Read lambda: one number for all penalties, or one for each as ``gradient=0.03,weight=0.001``."""
+    if "=" not in text:
+        return parse_number(text)
+    named = [part.partition("=")[::2] for part in text.split(",")]
+    factors = {name.strip(): parse_number(factor) for name, factor in named}
+    if len(factors) < len(named):
+        raise argparse.ArgumentTypeError(f"{text} names a penalty twice; write gradient=0.01,weight=0.01")
+    return factors
 
 
-def harden(
-    model: options.Model,
-    data: options.Data,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Where checkpoints, log and route go; not needed with --sweep."),
-    ] = None,
-    weights: options.Weights = None,
-    model_width: options.ModelWidth = None,
-    image_size: options.ImageSize = None,
-    skip_unreadable: options.SkipUnreadable = False,
-    penalty: Annotated[
-        Penalties,
-        typer.Option(
-            "--penalty",
-            rich_help_panel=_PENALTY,
-            help="The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), both, or "
-            "stabilisation, what --attack changes in its neurons (not the paper's). Kernels "
-            "behind attention or normalisation over channels join no two neurons, and have no weight penalty.",
-        ),
-    ] = Penalties.GRADIENT,
-    lam: Annotated[
-        str | None,
-        typer.Option(
-            "--lam",
-            metavar="FACTOR",
-            rich_help_panel=_PENALTY,
-            help="Lambda, the penalty's factor; with both penalties also as gradient=0.03,weight=0.001.",
-        ),
-    ] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(
-            "--sweep", metavar="F,F,...", rich_help_panel=_PENALTY, help="Try these lambdas and write nothing."
-        ),
-    ] = None,
-    target: Annotated[
-        Targets,
-        typer.Option(
-            "--target",
-            rich_help_panel=_PENALTY,
-            help="The route's neurons, or for controls as many random ones off it, or all.",
-        ),
-    ] = Targets.ROUTE,
-    route: Annotated[
-        Path | None,
-        typer.Option(
-            "--route",
-            metavar="FILE",
-            rich_help_panel=_PENALTY,
-            help="A route of attackroute trace; else one is traced.",
-        ),
-    ] = None,
-    route_samples: Annotated[
-        float,
-        typer.Option(
-            "--route-samples",
-            metavar="SHARE",
-            parser=options.parse_share,
-            rich_help_panel=_PENALTY,
-            help="Share of the training images to trace.",
-        ),
-    ] = 0.1,
-    carrier: options.Carrier = options.Carriers.UNIT,
-    linear: options.Linear = False,
-    sketches: options.Sketches = None,
-    compare_full: Annotated[
-        bool,
-        typer.Option(
-            "--compare-full/--no-compare-full",
-            rich_help_panel=_PENALTY,
-            help="Trace all training images too, and say how much of the route they agree on.",
-        ),
-    ] = True,
-    refresh: Annotated[
-        int | None,
-        typer.Option(
-            "--refresh", metavar="N", min=1, rich_help_panel=_PENALTY, help="Trace the route anew every N epochs."
-        ),
-    ] = None,
-    approximate: Annotated[
-        bool,
-        typer.Option(
-            "--approximate",
-            rich_help_panel=_PENALTY,
-            help="Gradient penalty by finite differences (an approximation) instead of double backward.",
-        ),
-    ] = False,
-    folded: Annotated[
-        bool,
-        typer.Option(
-            "--folded/--raw",
-            rich_help_panel=_PENALTY,
-            help="Weight penalty on kernels with batch norm folded in, or on kernels as they are.",
-        ),
-    ] = True,
-    epochs: train_options.Epochs = 10,
-    lr: train_options.Rate = 0.01,
-    schedule: train_options.Schedule = train_options.Schedules.ONE_CYCLE,
-    weight_decay: train_options.WeightDecay = 5e-4,
-    augment: train_options.Augment = train_options.Augmentations.NONE,
-    attack: train_options.Attack = None,
-    robust_samples: train_options.RobustSamples = 500,
-    accumulate: train_options.Accumulate = 1,
-    clip_norm: train_options.ClipNorm = None,
-    holdout: train_options.Holdout = 0.1,
-    amp: train_options.Amp = False,
-    channels_last: train_options.ChannelsLast = False,
-    evaluate_by: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--evaluate",
-            metavar="NAME",
-            rich_help_panel=_EVALUATION,
-            help="An attack or corruption to compare under, as in attackroute evaluate; repeat it for several.",
-            show_default="fgsm, mi-fgsm, pgd, gaussian-noise, and autoattack on a subset",
-        ),
-    ] = None,
-    eps: Annotated[
-        float | None,
-        typer.Option(
-            "--eps",
-            metavar="RADIUS",
-            parser=options.parse_number,
-            rich_help_panel=_EVALUATION,
-            help="Radius of those that do not state their own.",
-            show_default="that of --attack, or 8/255",
-        ),
-    ] = None,
-    evaluate_samples: Annotated[
-        int | None,
-        typer.Option(
-            "--evaluate-samples",
-            metavar="N",
-            min=1,
-            rich_help_panel=_EVALUATION,
-            help="Only so many test images.",
-            show_default="all",
-        ),
-    ] = None,
-    autoattack_samples: Annotated[
-        int | None,
-        typer.Option(
-            "--autoattack-samples",
-            metavar="N",
-            min=0,
-            rich_help_panel=_EVALUATION,
-            help="AutoAttack on so many of them (needs the extra autoattack); 0 leaves it out.",
-            show_default="50, none with --evaluate",
-        ),
-    ] = None,
-    check_samples: Annotated[
-        int,
-        typer.Option(
-            "--check-samples",
-            metavar="N",
-            min=0,
-            rich_help_panel=_EVALUATION,
-            help="On how many of them to look for masked gradients; 0 for no checks.",
-        ),
-    ] = 128,
-    batch_size: options.BatchSize = 128,
-    workers: train_options.Workers = 0,
-    resume: train_options.Resume = False,
-    tensorboard: train_options.TensorBoard = False,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+def parse_sweep(text: str) -> tuple[float, ...]:
+    """Read the lambdas of a sweep, separated by commas."""
+    factors = tuple(map(parse_number, text.split(",")))
+    if len({f"{factor:g}" for factor in factors}) < len(factors):
+        raise argparse.ArgumentTypeError(f"{text} has a factor twice; give each once")
+    return factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyOptions:
+    """What is punished, and how much."""
+
+    title: ClassVar[str] = "The penalty"
+    penalty: str = option(
+        "--penalty", "The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), both, or "
+        "stabilisation, what --attack changes in its neurons (not the paper's). Kernels behind attention or "
+        "normalisation over channels join no two neurons, and have no weight penalty.",
+        one_of(_GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE), default=_GRADIENT,
+    )  # fmt: skip
+    lam: float | dict[str, float] | None = option(
+        "--lam", "Lambda, the penalty's factor; with both penalties also as gradient=0.03,weight=0.001.", parse_lambda,
+        "FACTOR", default=None,
+    )  # fmt: skip
+    sweep: tuple[float, ...] | None = option(
+        "--sweep", "Try these lambdas and write nothing.", parse_sweep, "F,F,...", default=None
+    )
+    target: str = option(
+        "--target", "The route's neurons, or for controls as many random ones off it, or all.",
+        one_of("route", "random", "all"), default="route",
+    )  # fmt: skip
+    approximate: bool = switch(
+        "--approximate", "Gradient penalty by finite differences (an approximation) instead of double backward."
+    )
+    folded: bool = switch(
+        "--folded", "Weight penalty on kernels with batch norm folded in, or on kernels as they are.", off="--raw",
+        default=True,
+    )  # fmt: skip
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The penalties."""
+        return {_BOTH: (_GRADIENT, _WEIGHT), _NONE: ()}.get(self.penalty, (self.penalty,))
+
+    def check(self) -> None:
+        """Raise a `UserError` unless each penalty has its factor, or several to try."""
+        if not self.names and (self.lam is not None or self.sweep is not None):
+            raise UserError("--penalty none has no lambda; leave out --lam and --sweep")
+        if self.names and (self.lam is None) == (self.sweep is None):
+            raise UserError("give the penalty's factor with --lam, or several to try with --sweep 0.01,0.1,1")
+        if isinstance(self.lam, dict) and sorted(self.lam) != sorted(self.names):
+            example = ",".join(f"{name}=0.01" for name in self.names)
+            raise UserError(f"--lam does not name each penalty once; write {example}, or one number for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteSourceOptions:
+    """Where the route comes from."""
+
+    title: ClassVar[str] = ROUTE
+    route: Path | None = option(
+        "--route", "A route of attackroute trace; else one is traced.", Path, "FILE", default=None
+    )
+    route_samples: float = option(
+        "--route-samples", "Share of the training images to trace.", parse_share, "SHARE", default=0.1
+    )
+    tracing: TracingOptions
+    compare_full: bool = switch(
+        "--compare-full", "Trace all training images too, and say how much of the route they agree "
+        "on.", off="--no-compare-full", default=True,
+    )  # fmt: skip
+    refresh: int | None = option("--refresh", "Trace the route anew every N epochs.", integer(1), "N", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions:
+    """How the network before and after is compared."""
+
+    title: ClassVar[str] = _COMPARISON
+    attacks: tuple[str, ...] = option(
+        "--evaluate", "An attack or corruption to compare under, as in attackroute evaluate; repeat it for several.",
+        str, "NAME", default=None, repeat=True,
+        shown="fgsm, mi-fgsm, pgd, gaussian-noise, and autoattack on a subset",
+    )  # fmt: skip
+    eps: float | None = option(
+        "--eps", "Radius of those that do not state their own.", parse_number, "RADIUS", default=None,
+        shown="that of --attack, or 8/255",
+    )  # fmt: skip
+    evaluate_samples: int | None = option(
+        "--evaluate-samples", "Only so many test images.", integer(1), "N", default=None, shown="all"
+    )
+    autoattack_samples: int | None = option(
+        "--autoattack-samples", "AutoAttack on so many of them (needs the extra autoattack); 0 leaves it out.",
+        integer(0), "N", default=None, shown="50, none with --evaluate",
+    )  # fmt: skip
+    check_samples: int = option(
+        "--check-samples", "On how many of them to look for masked gradients; 0 for no checks.", integer(0), "N",
+        default=128,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardenOptions:
     """Fine-tune a network with a penalty on its critical attacking route, and compare it with what it was.
 
     Runs repeat bit for bit and go on with --resume, as those of attackroute train.
     """
-    from attackroute.cli.harden_comparison import DEFAULT_ATTACKS, autoattack_by, compared_by
-    from attackroute.cli.harden_run import HardenRun
-    from attackroute.hardening.settings import APPROXIMATE, EXACT, FINE_TUNING, HardenSettings, TrainSettings
-    from attackroute.robustness.registry import parse_attack
-    from attackroute.tracing.config import TraceConfig
 
-    output = Output(as_json, quiet)
-    names = {Penalties.BOTH: (Penalties.GRADIENT.value, Penalties.WEIGHT.value), Penalties.NONE: ()}.get(
-        penalty, (penalty.value,)
-    )
-    _check_factors(names, lam, sweep)
-    factor, tried = _factor(names, lam), None if sweep is None else _tried(sweep)
-    if sweep is None and out is None:
+    out: Path | None = option(
+        "--out", "Where checkpoints, log and route go; not needed with --sweep.", Path, "FOLDER", default=None,
+        group=FILES,
+    )  # fmt: skip
+    network: NetworkOptions = shared(hide=("classes",))
+    images: ImageOptions = shared(hide=("split", "samples"))
+    penalty: PenaltyOptions
+    source: RouteSourceOptions
+    training: TrainingOptions = shared(epochs=10, lr=0.01)
+    comparison: ComparisonOptions
+    run: RunOptions
+
+
+def harden(options: HardenOptions) -> None:
+    """Harden a network into a folder, or try several lambdas."""
+    penalty, training = options.penalty, options.training
+    penalty.check()
+    if penalty.sweep is None and options.out is None:
         raise UserError("name the folder of the hardened network with --out, or try lambdas with --sweep")
-    if sweep is not None and (out is not None or resume or tensorboard):
+    if penalty.sweep is not None and (options.out is not None or training.resume or training.tensorboard):
         raise UserError("--sweep writes nothing; leave out --out, --resume and --tensorboard")
-    train = TrainSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=FINE_TUNING.momentum,
-        weight_decay=weight_decay,
-        schedule=schedule.value,
-        augment=augment.value,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-        amp=amp,
-        channels_last=channels_last,
-        seed=seed,
-        workers=workers,
-        robust_samples=robust_samples,
-    )
-    against = None if attack is None else parse_attack(attack)
-    run = HardenRun.open(
-        model,
-        data,
-        weights=weights,
-        width=model_width,
-        image_size=image_size,
-        skip_unreadable=skip_unreadable,
-        holdout=holdout,
-        evaluate_samples=evaluate_samples,
-        device=options.resolve_device(device),
-        attacks=compared_by(evaluate_by or DEFAULT_ATTACKS, eps, against, seed),
-        autoattack=autoattack_by(autoattack_samples, evaluate_by, eps, against, seed, output),
-        checks=check_samples,
-        options={
-            "penalty": names,
-            "attack": against,
-            "route": route,
-            "settings": HardenSettings(
-                target=target.value,
-                route_samples=route_samples,
-                refresh=refresh,
-                compare_full=compare_full,
-                trace=TraceConfig(linear=linear, sketches=sketches, carrier=carrier.value),
-                method=APPROXIMATE if approximate else EXACT,
-                folded=folded,
-            ),
-            "train": train,
-        },
-        output=output,
-    )
-    if tried is not None:
-        run.sweep(tried)
-    elif out is not None:
-        run.harden(options.open_folder(out), factor, resume=resume, tensorboard=tensorboard)
+    hardening = _Hardening.open(options)
+    if penalty.sweep is not None:
+        hardening.sweep(penalty.sweep)
+    elif options.out is not None:
+        hardening.harden(open_folder(options.out), 0.0 if penalty.lam is None else penalty.lam)
 
 
-def _check_factors(penalties: Sequence[str], lam: str | None, sweep: str | None) -> None:
-    if not penalties and (lam is not None or sweep is not None):
-        raise UserError("--penalty none has no lambda; leave out --lam and --sweep")
-    if penalties and (lam is None) == (sweep is None):
-        raise UserError("give the penalty's factor with --lam, or several to try with --sweep 0.01,0.1,1")
+@dataclass(frozen=True, eq=False)
+class _Hardening:
+    """What networks are hardened and compared with.
+
+    Attributes:
+        options: As they were given.
+        network: As it was, on its device.
+        card: How to build it again.
+        learnt: The training images, less those that are held out.
+        chosen_by: The images that choose the best epoch, and lambda in a sweep; None without any.
+        judged_on: The images on which before and after are compared; None without any.
+        attack: What is trained against.
+        attacks: What is compared under, without AutoAttack.
+        autoattack: AutoAttack, and on how many images; None leaves it out.
+    """
+
+    options: HardenOptions
+    network: nn.Module
+    card: ModelCard
+    learnt: ImageData
+    chosen_by: ImageData | None
+    judged_on: ImageData | None
+    attack: Perturbation | None
+    attacks: Sequence[Perturbation]
+    autoattack: tuple[Perturbation, int] | None
+
+    @classmethod
+    def open(cls, options: HardenOptions) -> _Hardening:
+        """Load what the options name.
+
+        Raises:
+            UserError: Something is not there, or does not fit.
+        """
+        from attackroute.robustness.balls import ball_of
+        from attackroute.robustness.registry import parse_attack
+        from attackroute.zoo.weights import ModelCard, find_card, spec_for, with_own_normalisation
+
+        run, model, seed = options.run, options.network.model, options.run.seed
+        options.training.settings(run)  # before anything is loaded
+        attack = None if options.training.attack is None else parse_attack(options.training.attack)
+        eps, ball = options.comparison.eps, None if attack is None else ball_of(attack)
+        if eps is None and ball is not None and ball.norm == "linf":
+            eps = ball.eps
+        attacks = parse_attacks(options.comparison.attacks or _ATTACKS, eps, seed=seed)
+        autoattack = _autoattack(options.comparison, eps, seed, run.output)
+        device = resolve_device(run.device)
+        train_images = options.images.open(run, [model], split="train")
+        test_images = open_test_images(options.images, run, train_images, model)
+        network = options.network.open(train_images).to(device)
+        found = find_card(model)
+        if found is None:
+            spec = spec_for(model, train_images, width=options.network.model_width)
+            card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
+        else:
+            card = ModelCard(found[1].spec, train_images.classes)
+        learnt, chosen_by = divided(train_images, test_images, options.training.holdout, seed)
+        judged_on = chosen_by if test_images is None else test_images
+        return cls(
+            options=options,
+            network=network,
+            card=card,
+            learnt=learnt,
+            chosen_by=chosen_by,
+            judged_on=None if judged_on is None else _some(judged_on, options.comparison.evaluate_samples, seed),
+            attack=attack,
+            attacks=attacks,
+            autoattack=autoattack,
+        )
+
+    @property
+    def output(self) -> Output:
+        """Where the words go."""
+        return self.options.run.output
+
+    @property
+    def chosen_on(self) -> str:
+        """What images choose the best epoch, in a word."""
+        return chosen_on(self.options.training)
+
+    def harden(self, folder: Path, lam: Factor) -> None:
+        """Harden into a folder, and compare."""
+        from attackroute.core.distributed import current, take_from_first
+        from attackroute.hardening.harden import ROUTE_FILE
+        from attackroute.zoo.weights import BEST, load_weights
+
+        team, resume = current(), self.options.training.resume
+        team.first(lambda: prepare(folder, self.card, resume=resume))
+        hardened = copy.deepcopy(self.network)
+        result = self._train(hardened, lam, folder)
+        best = result.training.best
+        if best is not None:  # what other commands load
+            team.first(lambda: load_weights(hardened, folder / BEST))
+            take_from_first(hardened, team)
+        evaluation = self._compare({BEFORE: self.network, AFTER: hardened}, folder)
+        document = self._document(result, lam, evaluation)
+        if team.leads:
+            document.save(folder)
+        self.output.result({**document.to_json(), "folder": str(folder)})
+        self._show_route(result, lam)
+        if best is not None:
+            self.output.line(best_line(best, len(result.training.history), self.chosen_on))
+        if evaluation is not None:
+            from attackroute.robustness.evaluation_table import COLUMNS
+
+            self.output.table(COLUMNS, [row.cells() for row in evaluation.rows])
+            self.output.line(evaluation.reading())
+        files = f"{HARDENING}.json{f', {ROUTE_FILE}' if result.route else ''}"
+        self.output.line(f"weights, log, {files} are in {folder}")
+
+    def sweep(self, factors: Sequence[float]) -> None:
+        """Harden a copy with each lambda, and compare all of them on the images that choose."""
+        models: dict[str, nn.Module] = {BEFORE: self.network}
+        results = []
+        for lam in factors:
+            models[f"lambda {lam:g}"] = copy.deepcopy(self.network)
+            results.append(self._train(models[f"lambda {lam:g}"], lam, None))
+        evaluation = None
+        if self.chosen_by is not None:
+            images = _some(self.chosen_by, self.options.comparison.evaluate_samples, self.options.run.seed)
+            evaluation = self._evaluate(models, images, self.attacks, 0, None)
+        compared = None if evaluation is None else evaluation.to_json()
+        outcomes = [{"lambda": lam, **_outcome(result)} for lam, result in zip(factors, results, strict=True)]
+        self.output.result({"sweep": outcomes, "evaluation": compared})
+        self._show_route(results[0], None)
+        if evaluation is None:
+            return
+        attacks = dict.fromkeys(row.attack for row in evaluation.rows)
+        self.output.line(f"on {evaluation.rows[0].accuracy.total} {self.chosen_on} images:")
+        self.output.table(
+            ["lambda", *(attack.partition(":")[0] for attack in attacks)],
+            [
+                [
+                    name.removeprefix("lambda "),
+                    *(f"{evaluation.accuracy(attack, name).value:.1%}" for attack in attacks),
+                ]
+                for name in models
+            ],
+        )
+
+    def _train(self, network: nn.Module, lam: Factor, folder: Path | None) -> HardenResult:
+        from attackroute.hardening.harden import harden as harden_network
+        from attackroute.hardening.settings import APPROXIMATE, EXACT
+
+        options = self.options
+        source, tracing = options.source, options.source.tracing
+        with self.output.progress("steps") as progress, epoch_lines(folder, options.training, self.output) as on_epoch:
+            return harden_network(
+                network,
+                self.learnt,
+                self.chosen_by,
+                penalty=options.penalty.names,
+                lam=lam,
+                target=options.penalty.target,
+                attack=self.attack,
+                route=source.route,
+                route_samples=source.route_samples,
+                linear=tracing.linear,
+                sketches=tracing.sketches,
+                carrier=tracing.carrier,
+                refresh=source.refresh,
+                compare_full=source.compare_full,
+                method=APPROXIMATE if options.penalty.approximate else EXACT,
+                folded=options.penalty.folded,
+                settings=options.training.settings(options.run),
+                folder=folder,
+                resume=options.training.resume,
+                on_epoch=on_epoch,
+                progress=progress,
+            )
+
+    def _compare(self, models: Mapping[str, nn.Module], folder: Path) -> Evaluation | None:
+        """Before and after on the same images, AutoAttack on some of them; what is done is kept for ``--resume``."""
+        if self.judged_on is None:
+            return None
+        checks = self.options.comparison.check_samples
+        evaluation = self._evaluate(models, self.judged_on, self.attacks, checks, folder / _EVALUATION)
+        if self.autoattack is None:
+            return evaluation
+        attack, count = self.autoattack
+        subset = _some(self.judged_on, count, self.options.run.seed)
+        attacked = self._evaluate(models, subset, [attack], 0, folder / _SUBSET)
+        rows = [
+            row
+            for model in models
+            for row in (*evaluation.rows, *(row for row in attacked.rows if row.settings))
+            if row.model == model
+        ]
+        return replace(evaluation, rows=tuple(rows))
+
+    def _evaluate(
+        self,
+        models: Mapping[str, nn.Module],
+        images: ImageData,
+        attacks: Sequence[Perturbation],
+        checks: int,
+        folder: Path | None,
+    ) -> Evaluation:
+        from attackroute.robustness.evaluate import evaluate
+        from attackroute.zoo.images import loader
+
+        with self.output.progress("images attacked") as progress:
+            return evaluate(
+                models, loader(images), attacks, checks=checks, twin=models[BEFORE], seed=self.options.run.seed,
+                folder=folder, resume=self.options.training.resume, progress=progress,
+            )  # fmt: skip
+
+    def _document(self, result: HardenResult, lam: Factor, evaluation: Evaluation | None) -> Document:
+        options, best = self.options, result.training.best
+        groups = (options.network, options.images, options.penalty, options.source, options.training)
+        settings = {**given(*groups), "lambda": lam, "batch_size": options.run.batch_size, "seed": options.run.seed}
+        about = {
+            **_outcome(result),
+            "best_epoch": None if best is None else best.epoch,
+            "best_epoch_by": f"{self.chosen_on} images",
+            "evaluation": None if evaluation is None else evaluation.about(),
+        }
+        reading = "" if evaluation is None else evaluation.reading()
+        table = Table.of([] if evaluation is None else evaluation.records())
+        return Document(HARDENING, settings, reading, table, about)
+
+    def _show_route(self, result: HardenResult, lam: Factor | None) -> None:
+        from attackroute.hardening.harden import factor_of
+
+        if result.route is None:
+            return
+        self.output.line(f"route: {result.route.size} of {sum(result.route.channels.values())} neurons")
+        if result.overlap is not None:
+            self.output.line(f"  the route of all training images shares {result.overlap}; the paper reports 94.6 %")
+        for change in result.changes:
+            self.output.line(f"  before epoch {change.epoch}: {change.changed} of {change.size} neurons are new")
+        for name, strength in result.strengths.items():
+            factor = None if lam is None else factor_of(name, lam)
+            first = "" if factor is None else f", {factor * strength:.3g} of it at lambda {factor:g}"
+            self.output.line(f"{name} penalty: its gradient is {strength:.3g} times the task's at first{first}")
 
 
-def _factor(penalties: Sequence[str], lam: str | None) -> Factor:
-    """Lambda, for all penalties or for each."""
-    if lam is None:
-        return 0.0
-    if "=" not in lam:
-        return _number("--lam", lam)
-    named = [part.partition("=")[::2] for part in lam.split(",")]
-    if sorted(name.strip() for name, _ in named) != sorted(penalties):
-        example = ",".join(f"{name}=0.01" for name in penalties)
-        raise UserError(f"--lam {lam} does not name each penalty once; write {example}, or one number for all")
-    return {name.strip(): _number("--lam", text) for name, text in named}
+def _autoattack(
+    options: ComparisonOptions, eps: float | None, seed: int, output: Output
+) -> tuple[Perturbation, int] | None:
+    """AutoAttack and on how many images it runs: on 50 beside the usual attacks, where it is installed.
 
-
-def _tried(sweep: str) -> list[float]:
-    """The lambdas of a sweep."""
-    factors = [_number("--sweep", text) for text in sweep.split(",")]
-    if len({f"{factor:g}" for factor in factors}) < len(factors):
-        raise UserError(f"--sweep {sweep} has a factor twice; give each once")
-    return factors
-
-
-def _number(option: str, text: str) -> float:
+    Raises:
+        UserError: It is asked for and not installed.
+    """
+    count = options.autoattack_samples
+    if count == 0 or (count is None and options.attacks):
+        return None
     try:
-        return options.parse_number(text)
-    except typer.BadParameter as error:
-        raise UserError(f"{option}: {error.message}") from None
+        (attack,) = parse_attacks(["autoattack"], eps, seed=seed)
+    except UserError as error:
+        if count is not None:
+            raise
+        output.note(f"note: the comparison is without AutoAttack: {error}")
+        return None
+    return attack, count or _AUTOATTACK_SAMPLES
+
+
+def _outcome(result: HardenResult) -> dict[str, Any]:
+    last = result.training.last
+    return {
+        "epochs": last.epoch,
+        "resumed_from": result.training.resumed_from,
+        "penalties": dict(last.penalties),
+        "strengths": {name: value if math.isfinite(value) else None for name, value in result.strengths.items()},
+        "route_changes": [asdict(change) for change in result.changes],
+        "overlap_with_full_route": None if result.overlap is None else result.overlap.to_json(),
+        "accuracy": None if last.test is None else last.test.value,
+        "robust_accuracy": None if last.robust is None else last.robust.value,
+    }
+
+
+def _some(images: ImageData, count: int | None, seed: int) -> ImageData:
+    from attackroute.zoo.data import drawn
+
+    return images if count is None else replace(images, dataset=drawn(images.dataset, count, seed))

@@ -2,212 +2,271 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
-from attackroute.cli import options
+from attackroute.cli.arguments import option, switch
 from attackroute.cli.console import Output
+from attackroute.cli.options import (
+    FILES,
+    ROUTE,
+    ImageOptions,
+    NetworkOptions,
+    RunOptions,
+    Session,
+    TracingOptions,
+    open_folder,
+)
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
+from attackroute.tracing.config import UNIT, TraceConfig
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from attackroute.analysis.hardness_study import HardnessStudy
+    from attackroute.core.statistics import Association
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
-    from attackroute.tracing.sketches import Sketches
-    from attackroute.zoo.data import ImageBatches
 
-EXAMPLES = """
- Examples:
+HARDNESS_EXAMPLES = """
+Examples:
 
-   Hardness of the test images of a network that was trained here
-   $ attackroute hardness --model runs/digits --data mnist-sample --attack fgsm:eps=16/255 --out runs/hardness
+  Hardness of the test images of a network that was trained here
+  $ attackroute hardness --model runs/digits --data mnist-sample --attack fgsm:eps=16/255 --out runs/hardness
 
-   On a route that attackroute trace wrote, for 1,000 images
-   $ attackroute hardness --model runs/vgg --data cifar10:~/data --route runs/vgg/routes/route.json \\
-       --samples 1000 --out runs/hardness
+  On a route that attackroute trace wrote, for 1,000 images
+  $ attackroute hardness --model runs/vgg --data cifar10:~/data --route runs/vgg/routes/route.json \\
+      --samples 1000 --out runs/hardness
 
-   Other attacks, and the smallest eps that fools the model on each image (slow: some 100 passes an image)
-   $ attackroute hardness --model runs/vgg --data cifar10:~/data --attack pgd:eps=2/255 \\
-       --attack gaussian-noise:std=0.1 --smallest-eps --samples 500 --out runs/hardness
+  Other attacks, and the smallest eps that fools the model on each image (slow: some 100 passes an image)
+  $ attackroute hardness --model runs/vgg --data cifar10:~/data --attack pgd:eps=2/255 \\
+      --attack gaussian-noise:std=0.1 --smallest-eps --samples 500 --out runs/hardness
 
-   On the route that follows the noise of the first attack, beside the paper's
-   $ attackroute hardness --model runs/digits --data mnist-sample --carrier noise --attack fgsm:eps=16/255 \\
-       --out runs/hardness-noise
+  On the route that follows the noise of the first attack, beside the paper's
+  $ attackroute hardness --model runs/digits --data mnist-sample --carrier noise --attack fgsm:eps=16/255 \\
+      --out runs/hardness-noise
 
-   For another program
-   $ attackroute hardness --model runs/digits --data mnist-sample --out runs/hardness --json | jq '.reading'
+  For another program
+  $ attackroute hardness --model runs/digits --data mnist-sample --out runs/hardness --json | jq '.reading'
 
- The files:
+The files:
 
-   hardness.csv, hardness.parquet   V and the votes of each layer, one row an image (Parquet with pyarrow)
-   hardness.safetensors             the same and what other images are scored against (attackroute.Hardness.load)
-   hardness.png, hardness.svg       images that are fooled, by hardness, and V beside its rivals
-   images.png                       the images that the model has learned best and worst
-   hardness.json                    the tables, and gradients of hard and weak images in each layer
-   route.json                       the route, where none was given
+  hardness.csv, hardness.parquet   V and the votes of each layer, one row an image (Parquet with pyarrow)
+  hardness.safetensors             the same and what other images are scored against (attackroute.Hardness.load)
+  hardness.png, hardness.svg       images that are fooled, by hardness, and V beside its rivals
+  images.png                       the images that the model has learned best and worst
+  hardness.json                    the tables, and gradients of hard and weak images in each layer
+  route.json                       the route, where none was given
 
- The tables:
+The tables:
 
-   Only images that the model classifies correctly count: no other can be fooled. Tenths are by V, hardest first.
-   A rival's number is the probability that an image on which the attack succeeds comes before one on which it fails
-   (AUROC; for the smallest eps Spearman's correlation), with its 95 % bootstrap interval.
+  Only images that the model classifies correctly count: no other can be fooled. Tenths are by V, hardest first.
+  A rival's number is the probability that an image on which the attack succeeds comes before one on which it fails
+  (AUROC; for the smallest eps Spearman's correlation), with its 95 % bootstrap interval.
 """
 
+_KIND = "hardness"
 _ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
 _WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
-_METRIC = "The metric"
+_LISTED = 10  # images by V, at either end
+_DRAWN = 10
 
 
-def hardness(
-    model: options.Model,
-    data: options.Data,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where tables and figures go.")],
-    weights: options.Weights = None,
-    model_width: options.ModelWidth = None,
-    classes: options.Classes = None,
-    split: options.Split = options.Splits.TEST,
-    samples: options.Samples = None,
-    image_size: options.ImageSize = None,
-    skip_unreadable: options.SkipUnreadable = False,
-    route: Annotated[
-        Path | None,
-        typer.Option(
-            "--route",
-            metavar="FILE",
-            rich_help_panel=_METRIC,
-            help="The model's route, as attackroute trace writes it; else one is traced from these images.",
-        ),
-    ] = None,
-    carrier: options.Carrier = options.Carriers.UNIT,
-    linear: options.Linear = False,
-    sketches: options.Sketches = None,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--attack",
-            metavar="ATTACK",
-            rich_help_panel=_METRIC,
-            help="What to judge the metric by, such as fgsm:eps=1/255 or gaussian-noise:std=0.05; may be repeated. "
-            f"Without it: {', '.join(_ATTACKS)}.",
-        ),
-    ] = None,
-    smallest_eps: Annotated[
-        bool,
-        typer.Option(
-            "--smallest-eps",
-            rich_help_panel=_METRIC,
-            help="Search the smallest eps at which PGD fools the model on each image, too; slow.",
-        ),
-    ] = False,
-    batch_size: options.BatchSize = 128,
-    workers: options.Workers = 0,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class HardnessOptions:
     """Say how hard the model is to fool on each image, without an attack, and then attack to see whether it is so.
 
     In each layer images are ranked by the loss gradient on the route's neurons; the lower it is, the more votes an
     image gets, and V is the sum of its votes. Rivals are judged by the same attacks.
     """
-    from functools import partial
 
+    title: ClassVar[str] = "The judgement"
+    out: Path = option("--out", "Where tables and figures go.", Path, "FOLDER", group=FILES)
+    network: NetworkOptions
+    images: ImageOptions
+    route: Path | None = option(
+        "--route", "The model's route, as attackroute trace writes it; else one is traced from these images.", Path,
+        "FILE", default=None, group=ROUTE,
+    )  # fmt: skip
+    tracing: TracingOptions
+    attacks: tuple[str, ...] = option(
+        "--attack", "What to judge the metric by, such as fgsm:eps=1/255 or gaussian-noise:std=0.05; may be repeated.",
+        str, "ATTACK", default=None, repeat=True, shown=", ".join(_ATTACKS),
+    )  # fmt: skip
+    smallest_eps: bool = switch(
+        "--smallest-eps", "Search the smallest eps at which PGD fools the model on each image, too; slow."
+    )
+    run: RunOptions
+
+
+def hardness(options: HardnessOptions) -> None:
+    """Rank images by hardness, judge the ranking by attacks, and write both."""
     from attackroute.analysis.hardness_radius import EpsSearch
     from attackroute.analysis.hardness_study import study_hardness
-    from attackroute.cli.hardness_files import write_study
-    from attackroute.cli.hardness_report import report
     from attackroute.core.distributed import leading
     from attackroute.robustness.registry import parse_attack
-    from attackroute.tracing.noise import check_carrier
-    from attackroute.zoo.data import ImageBatches
-    from attackroute.zoo.sources import load_data
-    from attackroute.zoo.weights import find_card, open_network
 
-    output = Output(as_json, quiet)
-    attacks = [parse_attack(text) for text in (attack or _ATTACKS)]
-    home = options.resolve_device(device)
-    if image_size is None and (card := find_card(model)) is not None:
-        image_size = card[1].spec.image_size
-    images = load_data(
-        data, split=split.value, image_size=image_size, samples=samples, seed=seed, skip_unreadable=skip_unreadable
-    )
-    options.report_skipped(images, output)
-    network = open_network(model, images, weights=weights, width=model_width, classes=classes).to(home)
-    if route is not None and (linear or sketches is not None or carrier is not options.Carriers.UNIT):
+    attacks = [parse_attack(text) for text in options.attacks or _ATTACKS]
+    config = options.tracing.config(options.run.seed)
+    session = Session.open(options.network, options.images, options.run)
+    if options.route is not None and config != TraceConfig(seed=config.seed):
         raise UserError(
             "--route is there already; leave out --linear, --sketches and --carrier, or trace the route with them"
         )
-    check_carrier(carrier.value, attacks, sketches)
-    follow = attacks[0] if carrier is options.Carriers.NOISE else None
-    batches = ImageBatches(images, batch_size, workers=workers)
-    traced = partial(_route, network, batches, route, output, linear=linear, sketches=sketches, seed=seed)
-    chosen = traced(noise_of=follow)
-    paper = None if follow is None else traced(noise_of=None)
-    folder = options.open_folder(out)
-    with output.progress("images") as progress:
+    route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
+    paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
+    folder = open_folder(options.out)
+    batches = session.batches
+    with session.output.progress("images") as progress:
         study = study_hardness(
-            network,
-            chosen,
+            session.network,
+            route,
             batches,
             attacks,
             paper=paper,
-            search=EpsSearch() if smallest_eps else None,
-            seed=seed,
+            search=EpsSearch() if options.smallest_eps else None,
+            seed=options.run.seed,
             progress=lambda done, total: progress(done, total, batches.reading),
         )
     if not leading():
         return
-    if route is None:
-        chosen.save(folder / "route.json")
-    origin = {
-        "model": model,
-        "data": f"{data} {images.split}",
-        "route": None if route is None else str(route),
-        "carrier": carrier.value,
-        "linear": linear,
-        "sketches": sketches,
-        "seed": seed,
+    if options.route is None:
+        route.save(folder / "route.json")
+    settings = {
+        **session.settings,
+        "attacks": [str(attack) for attack in attacks],
+        "route": None if options.route is None else str(options.route),
+        "carrier": config.carrier,
+        "linear": config.linear,
+        "sketches": config.sketches,
     }
-    write_study(folder, network, images, study, origin, batch_size, output)
-    report(output, study, folder, origin)
+    document = _document(study, settings)
+    _write(folder, session, study)
+    document.save(folder)
+    session.output.result({**document.to_json(), "folder": str(folder)})
+    _show(session.output, study, folder)
 
 
-def _route(
-    network: nn.Module,
-    batches: ImageBatches,
-    file: Path | None,
-    output: Output,
-    *,
-    noise_of: Perturbation | None,
-    linear: bool,
-    sketches: Sketches,
-    seed: int,
-) -> Route:
+def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: Perturbation | None) -> Route:
+    """The model's route, out of its file or traced from the images."""
     from attackroute.routes.route import Route
-    from attackroute.tracing.noise import NOISE, UNIT
     from attackroute.tracing.trace import trace_routes
 
     if file is not None:
-        return Route.load(file, model=network)
+        return Route.load(file, model=session.network)
     followed = "" if noise_of is None else f", along the noise of {noise_of}"
-    output.note(
-        f"note: no --route is given, so one is traced from these {len(batches.sampler)} images{followed} "
+    session.output.note(
+        f"note: no --route is given, so one is traced from these {len(session.images)} images{followed} "
         f"(width {_WIDTH:g} for an image's route, {_ROUTE_WIDTH:g} for the model's)"
     )
-    with output.progress("images traced") as progress:
+    batches = session.batches
+    with session.output.progress("images traced") as progress:
         routes = trace_routes(
-            network,
+            session.network,
             batches,
             _WIDTH,
             attack=noise_of,
-            carrier=UNIT if noise_of is None else NOISE,
-            linear=linear,
-            sketches=sketches,
-            seed=seed,
+            config=config,
             progress=lambda done, total: progress(done, total, batches.reading),
         )
     return routes.aggregate(_ROUTE_WIDTH)
+
+
+def _document(study: HardnessStudy, settings: Mapping[str, Any]) -> Document:
+    count = min(_LISTED, len(study.hardness))
+    about = study.to_json()
+    reading = about.pop("reading")
+    return Document(
+        _KIND,
+        settings,
+        reading,
+        about={
+            **about,
+            "hardest": study.hardness.hardest(count).tolist(),
+            "weakest": study.hardness.weakest(count).tolist(),
+            "weakest_correct": study.hardness.weakest(min(count, study.correct), study.hardness.correct).tolist(),
+        },
+    )
+
+
+def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
+    """Write the tables of all images and the figures."""
+    import torch
+
+    from attackroute.analysis.figures.hardness_bars import hardness_figure
+    from attackroute.analysis.figures.hardness_images import images_figure, pick_images
+    from attackroute.analysis.figures.style import save_figure
+    from attackroute.analysis.hardness_tables import write_csv, write_parquet
+    from attackroute.core.files import replace_file
+    from attackroute.zoo.images import loader
+
+    ranked = study.hardness
+    write_csv(ranked, folder / f"{_KIND}.csv")
+    try:
+        write_parquet(ranked, folder / f"{_KIND}.parquet")
+    except UserError as error:
+        session.output.note(f"note: {_KIND}.parquet is left out: {error}")
+    ranked.save(folder / f"{_KIND}.safetensors")
+    title = f"How hard the model is to fool on each of {len(ranked)} images"
+    save_figure(hardness_figure(study, title), folder, _KIND)
+    count, correct = min(_DRAWN, len(ranked)), min(_DRAWN, study.correct)
+    rows = {
+        "Learned best: the largest V": ranked.hardest(count),
+        "Learned worst: the smallest V": ranked.weakest(count),
+        "The smallest V of those classified correctly": ranked.weakest(correct, ranked.correct),
+    }
+    batches = loader(session.images, session.batch_size)
+    picked = pick_images(session.network, batches, ranked, torch.cat(list(rows.values())))
+    pictures = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
+    file = io.BytesIO()
+    images_figure(ranked, rows, pictures, session.images.classes).savefig(file, dpi=200)
+    replace_file(folder / "images.png", file.getvalue())
+
+
+def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
+    output.line(
+        f"Images by V, hardest first, and how many are fooled, of the {study.correct} of {len(study.hardness)} "
+        "that the model classifies correctly:"
+    )
+    tenths = zip(*(study.bins(attack) for attack in study.fooled), strict=True)
+    output.table(
+        ["tenth", "images", *study.fooled],
+        [
+            [str(number), str(bins[0].samples), *(str(each.fooled) for each in bins)]
+            for number, bins in enumerate(tenths, start=1)
+        ],
+    )
+    output.line("What tells best who is fooled? (1: always, 0.5 or Spearman's 0: chance)")
+    targets = [f"{target}, {found[0].statistic}" for target, found in study.judgements.items()]
+    output.table(["predictor", *targets], _predictors(study))
+    for sentence in study.sentences():
+        output.line(f"{sentence}.")
+    output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'} and {folder / 'images.png'}")
+
+
+def _predictors(study: HardnessStudy) -> list[list[str]]:
+    """One row for each predictor; random neurons share one, and so do single layers."""
+    from attackroute.analysis.hardness_study import LAYER, OURS, RANDOM
+
+    judged = [[item for item in found if item.statistic == found[0].statistic] for found in study.judgements.values()]
+    rows = [[name, *(_estimate(found, name) for found in judged)] for name in (OURS, *study.rivals)]
+    for title, start in ((f"{RANDOM}, draws", RANDOM), ("votes of single layers", f"{LAYER} ")):
+        cells = [_range(found, start) for found in judged]
+        if any(cells):
+            rows.append([title, *cells])
+    return rows
+
+
+def _estimate(judged: Sequence[Association], name: str) -> str:
+    estimate = next(item.estimate for item in judged if item.predictor == name)
+    if estimate.value is None or estimate.interval is None:
+        return str(estimate)
+    return f"{estimate.value:.3f} ({estimate.interval[0]:.2f} to {estimate.interval[1]:.2f})"
+
+
+def _range(judged: Sequence[Association], start: str) -> str:
+    values = [item.estimate.value for item in judged if item.predictor.startswith(start)]
+    defined = [value for value in values if value is not None]
+    return f"{min(defined):.3f} to {max(defined):.3f}" if defined else ""

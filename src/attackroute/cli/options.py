@@ -1,62 +1,268 @@
-"""Options that commands share, and the parsers of their values."""
+"""Groups of options that commands share, and the network, the images and the output that they name."""
 
 from __future__ import annotations
 
-import math
-from enum import Enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
+from attackroute.cli.arguments import integer, one_of, option, parse_factor, parse_number, parse_sketches, switch
 from attackroute.cli.console import Output
-from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
+from attackroute.tracing.config import CARRIERS, UNIT, Sketches, TraceConfig
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-    from attackroute.zoo.data import ImageData
+    from attackroute.hardening.settings import TrainSettings
+    from attackroute.zoo.data import ImageBatches, ImageData
 
+ROUTE, RUN, FILES = "The route", "The run", "The files"
+"""Headings in the help."""
 
-def parse_number(text: str) -> float:
-    """Read a finite number, also as a fraction: ``0.03``, ``8/255``, ``1e-3``."""
-    numerator, slash, denominator = str(text).partition("/")
-    try:
-        value = float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{text!r} is not a number; write it as 0.03 or 8/255")
-    return value
-
-
-def parse_share(text: str) -> float:
-    """Read a share, above 0 and at most 1."""
-    value = parse_number(text)
-    if not 0 < value <= 1:
-        raise typer.BadParameter(f"{text} is outside (0, 1]; 0.2 is a fifth")
-    return value
+SPLITS = ("train", "test")
+EXPECTED_MODELS = (
+    "A folder that attackroute train wrote, preset:NAME (small networks for CIFAR-10 that come along: vgg16-cifar10, "
+    "alexnet-cifar10, resnet18-cifar10), or vgg16, alexnet, resnet18, vgg_small, torchvision:NAME, timm:NAME or "
+    "package.module:factory."
+)
+EXPECTED_WEIGHTS = "A state dict as .safetensors or .pt. A train folder brings its own."
 
 
-def parse_factor(text: str) -> float:
-    """Read a factor above 0, such as a network's width."""
-    value = parse_number(text)
-    if value <= 0:
-        raise typer.BadParameter(f"{text} is not above 0")
-    return value
+def model_width_option() -> Any:
+    """The field of ``--model-width``."""
+    text = "Factor on the channels of a built-in network; a train folder knows its own."
+    return option("--model-width", text, parse_factor, "FACTOR", default=None)
 
 
-def parse_sketches(text: str) -> int | str:
-    """Read a number of sketches, or ``auto``."""
-    from attackroute.tracing.sketches import AUTO, check_sketches
+def classes_option() -> Any:
+    """The field of ``--classes``."""
+    return option("--classes", "Outputs of the network; else as the data has.", integer(1), "N", default=None)
 
-    value = int(text) if str(text).isdecimal() else text
-    try:
-        check_sketches(value)
-    except UserError as error:
-        raise typer.BadParameter(f"{text!r} is no number of sketches; write 32, 64, ... or {AUTO}") from error
-    return value
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a command runs and what it says."""
+
+    title: ClassVar[str] = RUN
+    batch_size: int = option("--batch-size", "Images at a time.", integer(1), "N", default=128)
+    workers: int = option("--workers", "Processes that read the images.", integer(0), "N", default=0)
+    seed: int = option("--seed", "Same seed, same machine: same result.", integer(0), "N", default=0)
+    device: str = option("--device", "cpu, cuda, cuda:1, mps; auto takes what is there.", str, "NAME", default="auto")
+    as_json: bool = switch("--json", "Print the result as JSON on stdout and nothing else there.")
+    quiet: bool = switch("-q --quiet", "Print nothing but errors (and JSON, with --json).")
+
+    @property
+    def output(self) -> Output:
+        """Where the command's words go."""
+        return Output(self.as_json, self.quiet)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """The network that is looked at."""
+
+    title: ClassVar[str] = "The network"
+    model: str = option("--model", EXPECTED_MODELS, str, "MODEL")
+    weights: Path | None = option("--weights", EXPECTED_WEIGHTS, Path, "FILE", default=None)
+    model_width: float | None = model_width_option()
+    classes: int | None = classes_option()
+
+    def open(self, images: ImageData) -> nn.Module:
+        """The network for the images, with its weights, on the CPU.
+
+        Raises:
+            UserError: Unknown model, missing or mismatching weights, or images that the network cannot take.
+        """
+        from attackroute.zoo.weights import open_network
+
+        return open_network(self.model, images, weights=self.weights, width=self.model_width, classes=self.classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """The images that are taken."""
+
+    title: ClassVar[str] = "The images"
+    data: str = option(
+        "--data", "mnist-sample (digits, no download), cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH.", str,
+        "DATA",
+    )  # fmt: skip
+    split: str = option("--split", "Which part of the data.", one_of(*SPLITS), default="test")
+    samples: int | None = option(
+        "--samples", "Only so many images, drawn with --seed; else all.", integer(1), "N", default=None
+    )
+    image_size: int | None = option(
+        "--image-size", "Resize the images to this size; else as the data set or the train folder has it.", integer(1),
+        "PIXELS", default=None,
+    )  # fmt: skip
+    skip_unreadable: bool = switch("--skip-unreadable", "Leave out image files that cannot be read.")
+
+    def open(self, run: RunOptions, models: Sequence[str] = (), split: str | None = None) -> ImageData:
+        """The images, in the size that the first train folder among the models says; files left out are named.
+
+        Raises:
+            UserError: There are no such images.
+        """
+        from attackroute.zoo.sources import load_data
+        from attackroute.zoo.weights import find_card
+
+        size = self.image_size
+        if size is None:
+            cards = (card for model in models if (card := find_card(model)) is not None)
+            size = next((card.spec.image_size for _, card in cards), None)
+        images = load_data(
+            self.data, split=split or self.split, image_size=size, samples=self.samples, seed=run.seed,  # type: ignore[arg-type]
+            skip_unreadable=self.skip_unreadable,
+        )  # fmt: skip
+        for path in images.skipped:
+            run.output.note(f"note: left out {path}, which cannot be read")
+        return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracingOptions:
+    """What a traced route follows."""
+
+    title: ClassVar[str] = ROUTE
+    carrier: str = option(
+        "--carrier", "What a traced route follows: unit, how strongly channels could act on the next layer's (the "
+        "paper's), or noise, how much of what --attack changes they pass on.", one_of(*CARRIERS), default=UNIT,
+    )  # fmt: skip
+    linear: bool = switch(
+        "--linear", "Linear maps are route layers too: in ViT and Swin the attention's projections and the MLPs. Their "
+        "neurons are output features, their positions tokens.",
+    )  # fmt: skip
+    sketches: Sketches = option(
+        "--sketches", "Estimate edges without a closed form (attention, layer norm) from N random products each, such "
+        "as 32: approximate, and far quicker; auto doubles N until the routes are clear.", parse_sketches, "N|auto",
+        default=None,
+    )  # fmt: skip
+
+    def config(self, seed: int, *, freeze_gates: bool = False) -> TraceConfig:
+        """The settings of a trace.
+
+        Raises:
+            UserError: Options cannot be combined.
+        """
+        return TraceConfig(self.linear, self.carrier, self.sketches, seed, freeze_gates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a network is trained."""
+
+    title: ClassVar[str] = "The training"
+    epochs: int = option("--epochs", "Passes over the images.", integer(1), "N", default=30)
+    lr: float = option("--lr", "Largest learning rate.", parse_factor, "RATE", default=0.1)
+    schedule: str = option(
+        "--schedule", "Course of the learning rate.", one_of("one-cycle", "cosine"), default="one-cycle"
+    )
+    weight_decay: float = option(
+        "--weight-decay", "L2 penalty on all parameters.", parse_number, "FACTOR", default=5e-4
+    )
+    augment: str = option(
+        "--augment", "Random shifts, also with mirror images.", one_of("none", "crop", "crop-flip"), default="none"
+    )
+    attack: str | None = option(
+        "--attack", "Train against this attack, as pgd or pgd:eps=4/255,steps=7.", str, "NAME", default=None,
+        shown="clean images",
+    )  # fmt: skip
+    robust_samples: int = option(
+        "--robust-samples", "Images that are attacked to choose the best epoch, with --attack.", integer(1), "N",
+        default=500,
+    )  # fmt: skip
+    accumulate: int = option(
+        "--accumulate", "Take each batch in N parts, one after the other, for less memory.", integer(1), "N", default=1
+    )
+    clip_norm: float | None = option(
+        "--clip-norm", "Largest norm of a step's whole gradient.", parse_factor, "NORM", default=None, shown="no limit"
+    )
+    holdout: float = option(
+        "--holdout", "Share of the training images that is not learnt from but chooses the best epoch; with 0, the "
+        "test images do, and their accuracy is a little too good.", parse_number, "SHARE", default=0.1,
+    )  # fmt: skip
+    amp: bool = switch("--amp", "Mixed precision, for speed on GPUs.")
+    channels_last: bool = switch("--channels-last", "Hold images and weights channels last, for speed on GPUs.")
+    resume: bool = switch("--resume", "Go on with the run in --out; start one if there is none.", group=RUN)
+    tensorboard: bool = switch(
+        "--tensorboard", "Log to --out/tensorboard too (needs the extra tensorboard).", group=RUN
+    )
+
+    def settings(self, run: RunOptions) -> TrainSettings:
+        """The same for the library.
+
+        Raises:
+            UserError: A value is out of range.
+        """
+        from attackroute.hardening.settings import TrainSettings
+
+        return TrainSettings(
+            epochs=self.epochs,
+            batch_size=run.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,  # type: ignore[arg-type]
+            augment=self.augment,  # type: ignore[arg-type]
+            accumulate=self.accumulate,
+            clip_norm=self.clip_norm,
+            amp=self.amp,
+            channels_last=self.channels_last,
+            seed=run.seed,
+            workers=run.workers,
+            robust_samples=self.robust_samples,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What a command on one network works with.
+
+    Attributes:
+        network: On its device, in eval mode.
+        images: What it is shown.
+        device: Where it runs.
+        output: Where the command's words go.
+        settings: What results depend on: model, data, split, samples, seed, number and shape of the images, device.
+    """
+
+    network: nn.Module
+    images: ImageData
+    device: torch.device
+    output: Output
+    settings: Mapping[str, Any]
+    batch_size: int
+    workers: int
+
+    @classmethod
+    def open(cls, network: NetworkOptions, images: ImageOptions, run: RunOptions) -> Session:
+        """Open what the options name.
+
+        Raises:
+            UserError: Something is not there, or does not fit.
+        """
+        device = resolve_device(run.device)
+        data = images.open(run, [network.model])
+        settings = {
+            "model": network.model,
+            "data": images.data,
+            "split": data.split,
+            "samples": images.samples,
+            "seed": run.seed,
+            "images": [len(data), *data.shape],
+            "device": device.type,
+        }
+        opened = network.open(data).to(device)
+        return cls(opened, data, device, run.output, settings, run.batch_size, run.workers)
+
+    @property
+    def batches(self) -> ImageBatches:
+        """The images, batch by batch."""
+        from attackroute.zoo.data import ImageBatches
+
+        return ImageBatches(self.images, self.batch_size, workers=self.workers)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,8 +276,8 @@ def resolve_device(name: str) -> torch.device:
     from attackroute.core.distributed import own_device
 
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return own_device("cpu" if found is None else found.type)
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return own_device("cpu" if accelerator is None else accelerator.type)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -83,158 +289,11 @@ def resolve_device(name: str) -> torch.device:
 
 def open_folder(folder: Path) -> Path:
     """Create the folder where it is missing, or say in one line why that cannot be; of processes, the first does."""
+    from attackroute.core.distributed import leading
+
     try:
         if leading():
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be a folder ({error.strerror}); name another") from error
     return folder
-
-
-def report_skipped(data: ImageData | None, output: Output) -> None:
-    """Name the files that ``--skip-unreadable`` left out."""
-    for path in () if data is None else data.skipped:
-        output.note(f"note: left out {path}, which cannot be read")
-
-
-class Carriers(str, Enum):
-    """What is pushed through the segments between layers."""
-
-    UNIT = "unit"
-    NOISE = "noise"
-
-
-class Splits(str, Enum):
-    """Parts of a data set."""
-
-    TRAIN = "train"
-    TEST = "test"
-
-
-_NETWORK = "The network"
-_IMAGES = "The images"
-_RUN = "The run"
-
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        rich_help_panel=_NETWORK,
-        help="A folder that [bold]attackroute train[/bold] wrote, preset:NAME (small networks for CIFAR-10 that come "
-        "along: vgg16-cifar10, alexnet-cifar10, resnet18-cifar10), or vgg16, alexnet, resnet18, vgg_small, "
-        "torchvision:NAME, timm:NAME or package.module:factory.",
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        "--weights",
-        metavar="FILE",
-        rich_help_panel=_NETWORK,
-        help="A state dict as .safetensors or .pt. A train folder brings its own.",
-    ),
-]
-ModelWidth = Annotated[
-    float | None,
-    typer.Option(
-        "--model-width",
-        metavar="FACTOR",
-        parser=parse_factor,
-        rich_help_panel=_NETWORK,
-        help="Factor on the channels of a built-in network; a train folder knows its own.",
-    ),
-]
-Classes = Annotated[
-    int | None,
-    typer.Option(
-        "--classes", metavar="N", min=1, rich_help_panel=_NETWORK, help="Outputs of the network; else as the data has."
-    ),
-]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="DATA",
-        rich_help_panel=_IMAGES,
-        help="mnist-sample (digits, no download), cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH.",
-    ),
-]
-Split = Annotated[Splits, typer.Option("--split", rich_help_panel=_IMAGES, help="Which part of the data.")]
-Samples = Annotated[
-    int | None,
-    typer.Option(
-        "--samples",
-        metavar="N",
-        min=1,
-        rich_help_panel=_IMAGES,
-        help="Only so many images, drawn with --seed; else all.",
-    ),
-]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(
-        "--image-size",
-        metavar="PIXELS",
-        min=1,
-        rich_help_panel=_IMAGES,
-        help="Resize the images to this size; else as the data set or the train folder has it.",
-    ),
-]
-SkipUnreadable = Annotated[
-    bool,
-    typer.Option("--skip-unreadable", rich_help_panel=_IMAGES, help="Leave out image files that cannot be read."),
-]
-Linear = Annotated[
-    bool,
-    typer.Option(
-        "--linear",
-        rich_help_panel="The route",
-        help="Linear maps are route layers too: in ViT and Swin the attention's projections and the MLPs. Their "
-        "neurons are output features, their positions tokens.",
-    ),
-]
-Sketches = Annotated[
-    str | None,
-    typer.Option(
-        "--sketches",
-        metavar="N|auto",
-        parser=parse_sketches,
-        rich_help_panel="The route",
-        help="Estimate edges without a closed form (attention, layer norm) from N random products each, such as "
-        "32: approximate, and far quicker; auto doubles N until the routes are clear.",
-    ),
-]
-Carrier = Annotated[
-    Carriers,
-    typer.Option(
-        "--carrier",
-        rich_help_panel="The route",
-        help="What a traced route follows: unit, how strongly channels could act on the next layer's (the paper's), or "
-        "noise, how much of what --attack changes they pass on.",
-    ),
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=_RUN, help="Images at a time.")
-]
-Workers = Annotated[
-    int,
-    typer.Option("--workers", metavar="N", min=0, rich_help_panel=_RUN, help="Processes that read the images."),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="NAME", rich_help_panel=_RUN, help="cpu, cuda, cuda:1, mps; auto takes what is there."
-    ),
-]
-Seed = Annotated[
-    int,
-    typer.Option("--seed", metavar="N", min=0, rich_help_panel=_RUN, help="Same seed, same machine: same result."),
-]
-Json = Annotated[
-    bool,
-    typer.Option("--json", rich_help_panel=_RUN, help="Print the result as JSON on stdout and nothing else there."),
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", rich_help_panel=_RUN, help="Print nothing but errors (and JSON, with --json).")
-]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import ClassVar
 
-import typer
+from attackroute.cli.arguments import integer, option, parse_factor, switch
+from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, resolve_device
 
-from attackroute.cli import options, train_options
-from attackroute.cli.console import Output
-
-EXAMPLES = """
- Examples:
+REPRODUCE_EXAMPLES = """
+Examples:
 
    Table 1 on the networks that come with the package, and your copy of CIFAR-10
    $ attackroute reproduce table1 --data cifar10:~/data --out runs/paper
@@ -49,136 +48,84 @@ EXAMPLES = """
    reproduction.md                       all of it, beside the paper's numbers, with a verdict for each claim
 """
 
-_WHAT = "What is reproduced"
-_STUDY = "The study"
+_STUDY = "The study of tables 2 and 3"
 
 
-def reproduce(
-    targets: Annotated[
-        list[str],
-        typer.Argument(metavar="TARGET...", help="table1 to table4, fig2 to fig6, or all.", show_default=False),
-    ],
-    data: options.Data,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where everything goes.")],
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            rich_help_panel=_WHAT,
-            help="A trained network: preset:NAME or a train folder; may be repeated. Else every preset for the data.",
-        ),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(
-            "--samples",
-            metavar="N",
-            min=2,
-            rich_help_panel=_WHAT,
-            help="Test images; half decide on routes and ranks, half are measured. Table 1 takes all there are.",
-        ),
-    ] = 2500,
-    page: Annotated[
-        Path | None,
-        typer.Option(
-            "--page",
-            metavar="FILE",
-            rich_help_panel=_WHAT,
-            help="Put the tables between the marks of this Markdown file; else into --out/reproduction.md.",
-        ),
-    ] = None,
-    width: Annotated[
-        float,
-        typer.Option(
-            "--width",
-            metavar="FACTOR",
-            rich_help_panel=_STUDY,
-            help="Factor on the channels of the VGG-16 that tables 2 and 3 train.",
-            parser=options.parse_factor,
-        ),
-    ] = 0.125,
-    train_samples: Annotated[
-        int | None,
-        typer.Option(
-            "--train-samples",
-            metavar="N",
-            min=2,
-            rich_help_panel=_STUDY,
-            help="Only so many training images, for tables 2 and 3.",
-        ),
-    ] = None,
-    seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, rich_help_panel=_STUDY, help="Networks that are judged.")
-    ] = 3,
-    epochs: Annotated[
-        int, typer.Option("--epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Passes of the training.")
-    ] = 10,
-    fine_epochs: Annotated[
-        int, typer.Option("--fine-epochs", metavar="N", min=1, rich_help_panel=_STUDY, help="Of the fine-tuning.")
-    ] = 1,
-    table_samples: Annotated[
-        int,
-        typer.Option(
-            "--table-samples",
-            metavar="N",
-            min=1,
-            rich_help_panel=_STUDY,
-            help="Test images of tables 2 and 3.",
-        ),
-    ] = 2000,
-    autoattack_samples: Annotated[
-        int,
-        typer.Option(
-            "--autoattack-samples",
-            metavar="N",
-            min=0,
-            rich_help_panel=_STUDY,
-            help="Test images for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it out.",
-        ),
-    ] = 64,
-    batch_size: options.BatchSize = 128,
-    resume: train_options.Resume = False,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Reproduce tables and figures of the paper with its settings, and say of each claim whether it holds.
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """Repeat the paper's experiments with the paper's settings, and set the numbers beside the paper's.
 
-    Half of the images decide on routes and ranks, the other half are measured. Every comparison has its controls, and a
-    control that does as well is named. What was interrupted goes on with --resume.
+    Every claim gets a verdict: whether it holds here, with the numbers on which the verdict stands and the rule by which it
+    was made. A control that does as well is named. What was interrupted goes on with --resume.
     """
+
+    title: ClassVar[str] = "What is reproduced"
+    targets: tuple[str, ...] = option("", "table1 to table4, fig2 to fig6, or all.", str, "TARGET", repeat=True)
+    data: str = option("--data", "cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH.", str, "DATA")
+    out: Path = option("--out", "Where everything goes.", Path, "FOLDER", group=FILES)
+    models: tuple[str, ...] = option(
+        "--model", "A trained network: preset:NAME or a train folder; may be repeated. Else every preset for the data.",
+        str, "MODEL", default=None, repeat=True,
+    )  # fmt: skip
+    samples: int = option(
+        "--samples", "Test images; half decide on routes and ranks, half are measured. Table 1 takes all there are.",
+        integer(2), "N", default=2500,
+    )  # fmt: skip
+    page: Path | None = option(
+        "--page", "Put the tables between the marks of this Markdown file; else into --out/reproduction.md.", Path,
+        "FILE", default=None, group=FILES,
+    )  # fmt: skip
+    width: float = option(
+        "--width", "Factor on the channels of the VGG-16 that is trained.", parse_factor, "FACTOR", default=0.125,
+        group=_STUDY,
+    )  # fmt: skip
+    train_samples: int | None = option(
+        "--train-samples", "Only so many training images.", integer(2), "N", default=None, group=_STUDY
+    )
+    seeds: int = option("--seeds", "Networks that are judged.", integer(1), "N", default=3, group=_STUDY)
+    epochs: int = option("--epochs", "Passes of the training.", integer(1), "N", default=10, group=_STUDY)
+    fine_epochs: int = option("--fine-epochs", "Of the fine-tuning.", integer(1), "N", default=1, group=_STUDY)
+    table_samples: int = option("--table-samples", "Test images.", integer(1), "N", default=2000, group=_STUDY)
+    autoattack_samples: int = option(
+        "--autoattack-samples", "Test images for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it "
+        "out.", integer(0), "N", default=64, group=_STUDY,
+    )  # fmt: skip
+    run: RunOptions
+    resume: bool = switch("--resume", "Leave what --out holds already on the same terms as it is.", group=RUN)
+
+
+def reproduce(options: ReproduceOptions) -> None:
+    """Run the experiments, and print the verdicts."""
     from attackroute.paper.run import ReproductionSettings, StudySettings
     from attackroute.paper.run import reproduce as run
 
-    output = Output(as_json, quiet)
+    output = options.run.output
     settings = ReproductionSettings(
-        targets=targets,
-        data=data,
-        folder=out,
-        models=model or (),
-        samples=samples,
-        page=page,
+        targets=options.targets,
+        data=options.data,
+        folder=options.out,
+        models=options.models,
+        samples=options.samples,
+        page=options.page,
         study=StudySettings(
-            width=width,
-            train_samples=train_samples,
-            test_samples=table_samples,
-            seeds=seeds,
-            epochs=epochs,
-            fine_epochs=fine_epochs,
-            autoattack_samples=autoattack_samples,
+            width=options.width,
+            train_samples=options.train_samples,
+            test_samples=options.table_samples,
+            seeds=options.seeds,
+            epochs=options.epochs,
+            fine_epochs=options.fine_epochs,
+            autoattack_samples=options.autoattack_samples,
         ),
-        batch_size=batch_size,
-        seed=seed,
-        device=options.resolve_device(device),
-        resume=resume,
+        batch_size=options.run.batch_size,
+        seed=options.run.seed,
+        device=resolve_device(options.run.device),
+        resume=options.resume,
     )
-    options.open_folder(out)
+    open_folder(options.out)
     result = run(settings, output)
     output.result(result.to_json())
     for target, claims in result.claims.items():
         output.line(f"\n{target}")
         for claim in claims:
             output.line(f"  {claim}")
-    output.line(f"\nAll of it is in {result.page}; tables and figures in {out}")
+    output.line(f"\nAll of it is in {result.page}; tables and figures in {options.out}")

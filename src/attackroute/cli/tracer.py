@@ -15,8 +15,7 @@ from attackroute.core.model_state import autocast_of, frozen, placement
 from attackroute.robustness.attack import Perturbation
 from attackroute.routes.folder import Missing
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.tracing.noise import NOISE
-from attackroute.tracing.sketches import Sketches
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import RouteTracer
 from attackroute.zoo.data import ImageBatches, ImageData
 
@@ -29,15 +28,11 @@ class Tracer:
     data: ImageData
     width: float
     batch_size: int
-    linear: bool
     keep_scores: bool
-    sketches: Sketches
-    seed: int
-    freeze_gates: bool
+    config: TraceConfig
     autocast: torch.dtype | None
     attack: Perturbation | None
     origin: tuple[str, str]
-    carrier: str
 
     def trace(self, missing: Sequence[Missing], workers: int, progress: Progress) -> Iterator[InstanceRoutes]:
         """Routes of the samples that are missing, batch by batch; processes take turns at them."""
@@ -48,15 +43,17 @@ class Tracer:
         ]
         data = ImageBatches(self.data, self.batch_size, batches=chosen, workers=workers)
         done = len(self.data) - len(data.sampler)
+        config = self.config
         with frozen(self.network), autocast_of(self.network, self.autocast):
             # the same images whatever is missing, so that nothing depends on it
             probe, _ = BatchStream(self.network, ImageBatches(self.data, self.batch_size), self.batch_size).first
             tracer = RouteTracer.probe(
-                self.network, probe, self.width, attack=self.attack, carrier=self.carrier, linear=self.linear,
-                keep_scores=self.keep_scores, sketches=self.sketches, seed=self.seed, freeze_gates=self.freeze_gates,
+                self.network, probe, self.width, attack=self.attack, carrier=config.carrier, linear=config.linear,
+                keep_scores=self.keep_scores, sketches=config.sketches, seed=config.seed,
+                freeze_gates=config.freeze_gates,
             )  # fmt: skip
             for part in BatchStream(self.network, data, self.batch_size).map(tracer.trace):
-                origin = replace(part.provenance, model=self.origin[0], data=self.origin[1], seed=self.seed)
+                origin = replace(part.provenance, model=self.origin[0], data=self.origin[1], seed=config.seed)
                 yield replace(part, provenance=origin)
                 done += len(part)
                 progress(done, len(self.data), data.reading)
@@ -68,7 +65,7 @@ class Tracer:
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         device, dtype = placement(self.network)
         images, labels = images.to(device, dtype), labels.to(device)
-        clean = images if self.carrier == NOISE else None
+        clean = images if self.config.follows_noise else None
         if self.attack is not None:
             images = self.attack(self.network, images, labels)
         return compare(
@@ -77,9 +74,9 @@ class Tracer:
             labels,
             self.width,
             clean=clean,
-            linear=self.linear,
+            linear=self.config.linear,
             autocast=self.autocast,
-            sketches=self.sketches,
-            seed=self.seed,
-            freeze_gates=self.freeze_gates,
+            sketches=self.config.sketches,
+            seed=self.config.seed,
+            freeze_gates=self.config.freeze_gates,
         )

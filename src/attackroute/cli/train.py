@@ -2,158 +2,238 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from attackroute.cli import options, train_options, train_report
+from attackroute.cli.arguments import given, option, parse_factor, shared
 from attackroute.cli.console import Output
+from attackroute.cli.options import (
+    EXPECTED_MODELS,
+    FILES,
+    ImageOptions,
+    RunOptions,
+    TrainingOptions,
+    open_folder,
+    resolve_device,
+)
+from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.hardening.history import TrainResult
+    from attackroute.core.accuracy import Accuracy
+    from attackroute.hardening.history import EpochRecord, TrainResult
+    from attackroute.zoo.data import ImageData
+    from attackroute.zoo.weights import ModelCard
 
-EXAMPLES = """
- Examples:
+TRAINING = "training"
+"""Kind of the result, and name of its file."""
+TEST, HELD_OUT = "test", "held-out"
 
-   A network in about a minute, without a download
-   $ attackroute train --model vgg_small --data mnist-sample --epochs 3 --out runs/digits
+TRAIN_EXAMPLES = """
+Examples:
 
-   A quarter-width VGG-16 on CIFAR-10, with the usual augmentation
-   $ attackroute train --model vgg16 --width 0.25 --data cifar10:~/data --augment crop-flip \\
-       --epochs 30 --out runs/vgg
+  A network in about a minute, without a download
+  $ attackroute train --model vgg_small --data mnist-sample --epochs 3 --out runs/digits
 
-   Go on after an interruption: the same command with --resume, for the same result
-   $ attackroute train --model vgg16 --width 0.25 --data cifar10:~/data --augment crop-flip \\
-       --epochs 30 --out runs/vgg --resume
+  A quarter-width VGG-16 on CIFAR-10, with the usual augmentation
+  $ attackroute train --model vgg16 --width 0.25 --data cifar10:~/data --augment crop-flip \\
+      --epochs 30 --out runs/vgg
 
-   Adversarial training: every step learns from images that PGD attacks
-   $ attackroute train --model vgg_small --data mnist-sample --attack pgd:eps=0.1,steps=5,step_size=0.03 \\
-       --epochs 10 --out runs/robust
+  Go on after an interruption: the same command with --resume, for the same result
+  $ attackroute train --model vgg16 --width 0.25 --data cifar10:~/data --augment crop-flip \\
+      --epochs 30 --out runs/vgg --resume
 
-   A network of your own, made by make_net() in mynets.py, on your own images
-   $ attackroute train --model mynets:make_net --data folder:photos --image-size 64 --out runs/photos
+  Adversarial training: every step learns from images that PGD attacks
+  $ attackroute train --model vgg_small --data mnist-sample --attack pgd:eps=0.1,steps=5,step_size=0.03 \\
+      --epochs 10 --out runs/robust
 
- The folder, which other commands take as --model:
+  A network of your own, made by make_net() in mynets.py, on your own images
+  $ attackroute train --model mynets:make_net --data folder:photos --image-size 64 --out runs/photos
 
-   best.safetensors, last.safetensors   weights; the best ones are loaded: those of the epoch with the highest
-                                        accuracy, with --attack that under the attack, on images held out of
-                                        training (--holdout)
-   model.json                           how to build the network
-   log.jsonl, settings.json             one line an epoch; how it was trained
-   state.pt                             what --resume needs
+The folder, which other commands take as --model:
+
+  best.safetensors, last.safetensors   weights; the best ones are loaded: those of the epoch with the highest
+                                       accuracy, with --attack that under the attack, on images held out of
+                                       training (--holdout)
+  model.json                           how to build the network
+  log.jsonl, settings.json             one line an epoch; how it was trained
+  training.json                        what came of it
+  state.pt                             what --resume needs besides
 """
 
 
-def train(
-    model: options.Model,
-    data: options.Data,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where checkpoints and the log go.")],
-    width: train_options.Width = 1.0,
-    image_size: options.ImageSize = None,
-    skip_unreadable: options.SkipUnreadable = False,
-    epochs: train_options.Epochs = 30,
-    lr: train_options.Rate = 0.1,
-    schedule: train_options.Schedule = train_options.Schedules.ONE_CYCLE,
-    weight_decay: train_options.WeightDecay = 5e-4,
-    augment: train_options.Augment = train_options.Augmentations.NONE,
-    attack: train_options.Attack = None,
-    robust_samples: train_options.RobustSamples = 500,
-    accumulate: train_options.Accumulate = 1,
-    clip_norm: train_options.ClipNorm = None,
-    holdout: train_options.Holdout = 0.1,
-    amp: train_options.Amp = False,
-    channels_last: train_options.ChannelsLast = False,
-    batch_size: options.BatchSize = 128,
-    workers: train_options.Workers = 0,
-    resume: train_options.Resume = False,
-    tensorboard: train_options.TensorBoard = False,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
     """Train a network with cross entropy, on clean images or, with --attack, on attacked ones (adversarial training).
 
     The run repeats bit for bit with the same seed on the same machine, keeps a checkpoint after every epoch, and goes
     on with --resume after Ctrl-C, SIGTERM or a crash as if it had never stopped.
     """
+
+    out: Path = option("--out", "Where checkpoints and the log go.", Path, "FOLDER", group=FILES)
+    model: str = option("--model", EXPECTED_MODELS, str, "MODEL", group="The network")
+    width: float = option(
+        "--width", "Factor on the channels of a built-in network.", parse_factor, "FACTOR", default=1.0,
+        group="The network",
+    )  # fmt: skip
+    images: ImageOptions = shared(hide=("split", "samples"))
+    training: TrainingOptions
+    run: RunOptions
+
+
+def train(options: TrainOptions) -> None:
+    """Train a network into a folder."""
     import torch
 
     from attackroute.core.distributed import current, leading
-    from attackroute.hardening.settings import TrainSettings
-    from attackroute.hardening.training import train as run_training
+    from attackroute.core.document import Document
+    from attackroute.hardening.training import train as train_network
     from attackroute.robustness.registry import parse_attack
     from attackroute.zoo.networks import build
-    from attackroute.zoo.sources import load_data
     from attackroute.zoo.weights import ModelCard, spec_for, with_own_normalisation
 
-    output = Output(as_json, quiet)
-    settings = TrainSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        schedule=schedule.value,
-        augment=augment.value,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-        amp=amp,
-        channels_last=channels_last,
-        seed=seed,
-        workers=workers,
-        robust_samples=robust_samples,
-    )
-    against = None if attack is None else parse_attack(attack)
-    home = options.resolve_device(device)
-    train_data = load_data(data, split="train", image_size=image_size, skip_unreadable=skip_unreadable)
-    test_data = None
-    if not holdout:
-        test_data = train_report.test_data(data, train_data, output, image_size, skip_unreadable)
-    for part in (train_data, test_data):
-        options.report_skipped(part, output)
-    on = train_report.HELD_OUT if holdout else train_report.TEST
-    learnt, chosen_by = train_report.divided(train_data, test_data, holdout, seed)
-    spec = spec_for(model, train_data, width=width)
-    torch.manual_seed(seed)
-    network = build(spec).to(home)
-    card = ModelCard(with_own_normalisation(spec, network), train_data.classes)
-    current().first(lambda: train_report.prepare(options.open_folder(out), card, resume=resume))
-    with (
-        output.progress("steps") as progress,
-        train_report.on_epoch(output, epochs, out if tensorboard and leading() else None, on) as on_epoch,
-    ):
-        result = run_training(
+    output, training = options.run.output, options.training
+    settings = training.settings(options.run)
+    attack = None if training.attack is None else parse_attack(training.attack)
+    device = resolve_device(options.run.device)
+    train_images = options.images.open(options.run, split="train")
+    test_images = None if training.holdout else open_test_images(options.images, options.run, train_images)
+    learnt, chosen_by = divided(train_images, test_images, training.holdout, options.run.seed)
+    spec = spec_for(options.model, train_images, width=options.width)
+    torch.manual_seed(options.run.seed)
+    network = build(spec).to(device)
+    card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
+    current().first(lambda: prepare(open_folder(options.out), card, resume=training.resume))
+    with output.progress("steps") as progress, epoch_lines(options.out, training, output) as on_epoch:
+        result = train_network(
             network,
             learnt.dataset,
             None if chosen_by is None else chosen_by.dataset,
             settings,
-            attack=against,
-            folder=out,
-            resume=resume,
+            attack=attack,
+            folder=options.out,
+            resume=training.resume,
             on_epoch=on_epoch,
             progress=progress,
         )
-    _report(result, out, output, on)
-
-
-def _report(result: TrainResult, folder: Path, output: Output, on: str) -> None:
     best, last = result.best, result.last
-    output.result(
+    lines = [] if best is None else [best_line(best, last.epoch, chosen_on(training))]
+    lines.append(f"training accuracy {last.train.value:.2%}")
+    about = _summary(result, options)
+    document = Document(
+        TRAINING,
         {
-            "folder": str(folder),
-            "epochs": last.epoch,
-            "resumed_from": result.resumed_from,
-            "loss": last.loss,
-            "train_accuracy": last.train.value,
-            "test_accuracy": None if last.test is None else last.test.value,
-            "tested_on": f"{on} images",
-            "best_epoch": None if best is None else best.epoch,
-            "best_test_accuracy": None if best is None or best.test is None else best.test.value,
-            "best_robust_accuracy": None if best is None or best.robust is None else best.robust.value,
-        }
+            "model": options.model,
+            "width": options.width,
+            **given(options.images, training),
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+        },
+        reading="; ".join(lines),
+        about=about,
     )
-    if best is not None:
-        output.line(train_report.best_line(best, last.epoch, on))
-    output.line(f"training accuracy {last.train.value:.2%}; weights and log are in {folder}")
-    output.line(f"next: attackroute trace --model {folder} --data ...")
+    if leading():
+        document.save(options.out)
+    output.result({**document.to_json(), "folder": str(options.out)})
+    output.line("\n".join(lines) + f"; weights and log are in {options.out}")
+    output.line(f"next: attackroute trace --model {options.out} --data ...")
+
+
+def _summary(result: TrainResult, options: TrainOptions) -> dict[str, Any]:
+    best, last = result.best, result.last
+    return {
+        "epochs": last.epoch,
+        "resumed_from": result.resumed_from,
+        "loss": last.loss,
+        "train_accuracy": last.train.value,
+        "test_accuracy": None if last.test is None else last.test.value,
+        "tested_on": f"{chosen_on(options.training)} images",
+        "best_epoch": None if best is None else best.epoch,
+        "best_test_accuracy": None if best is None or best.test is None else best.test.value,
+        "best_robust_accuracy": None if best is None or best.robust is None else best.robust.value,
+    }
+
+
+# What the commands which train have in common
+
+
+def open_test_images(images: ImageOptions, run: RunOptions, train_images: ImageData, *models: str) -> ImageData | None:
+    """The test images that belong to the training images; None, with a note, where the folder has none."""
+    if train_images.split == "all":
+        run.output.note("note: the folder has no train/ and test/ (or val/), so there is nothing to test on")
+        return None
+    return images.open(run, models, split="test")
+
+
+def divided(
+    train_images: ImageData, test_images: ImageData | None, holdout: float, seed: int
+) -> tuple[ImageData, ImageData | None]:
+    """The images to learn from, and those that choose the best epoch: held out of the former, or the test images."""
+    if not holdout:
+        return train_images, test_images
+    if not 0 < holdout < 1:
+        raise UserError(f"--holdout {holdout:g} is not a share of the training images; give 0.1, or 0 for none")
+    from attackroute.zoo.data import held_out
+
+    learnt, kept = held_out(train_images.dataset, holdout, seed)
+    return replace(train_images, dataset=learnt), replace(train_images, dataset=kept)
+
+
+def chosen_on(training: TrainingOptions) -> str:
+    """What images choose the best epoch, in a word."""
+    return HELD_OUT if training.holdout else TEST
+
+
+def prepare(folder: Path, card: ModelCard, *, resume: bool) -> None:
+    """Describe the network in its folder before the first step, so that a run that is killed can be opened too."""
+    from attackroute.hardening.checkpoint import STATE
+
+    if (folder / STATE).exists() and not resume:
+        raise UserError(f"{folder} already holds a run; pass --resume to go on with it, or choose another folder")
+    card.save(folder)
+
+
+@contextmanager
+def epoch_lines(
+    folder: Path | None, training: TrainingOptions, output: Output
+) -> Iterator[Callable[[EpochRecord], None]]:
+    """What to call after every epoch: it says what the epoch did, and logs it for TensorBoard in a run's folder."""
+    from attackroute.core.distributed import leading
+    from attackroute.hardening.history import event_log
+
+    logs = folder is not None and training.tensorboard and leading()
+    with event_log(folder) if logs and folder is not None else nullcontext() as log:
+
+        def report(record: EpochRecord) -> None:
+            output.note(_epoch_line(record, training.epochs, chosen_on(training)))
+            if log is not None:
+                log(record)
+
+        yield report
+
+
+def _epoch_line(record: EpochRecord, epochs: int, tested_on: str) -> str:
+    test = "" if record.test is None else f", {tested_on} accuracy {record.test.value:.2%}"
+    robust = "" if record.robust is None else f", under the attack {record.robust.value:.2%}"
+    penalties = "".join(f", {name} penalty {value:.4g}" for name, value in record.penalties.items())
+    return (
+        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}{penalties}, "
+        f"training accuracy {record.train.value:.2%}{test}{robust}, {record.seconds:.0f} s"
+    )
+
+
+def best_line(best: EpochRecord, epochs: int, tested_on: str) -> str:
+    """What the best epoch reached, with intervals."""
+    accuracies = [
+        f"{name} {_with_interval(accuracy)}"
+        for name, accuracy in ((f"{tested_on} accuracy", best.test), ("under the attack", best.robust))
+        if accuracy is not None
+    ]
+    return f"best epoch {best.epoch} of {epochs}: {', '.join(accuracies)}"
+
+
+def _with_interval(accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return f"{accuracy.value:.2%} (95 % interval {low:.2%} to {high:.2%})"

@@ -8,7 +8,6 @@ bit, as one that was never broken off. A file that is damaged is found by its ch
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, printable, read_header, write_json
+from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, printable, read_header
 from attackroute.core.journal import require_same_settings
 from attackroute.routes import masks
 from attackroute.routes.instance_routes import Edge, InstanceRoutes, aggregated, mean_of_most_frequent, sample_rows
@@ -211,7 +210,11 @@ def _present(folder: Path) -> list[str]:
 ROUTE = "route.json"
 
 
-SUMMARY = "summary.json"
+TRACE = "trace"
+"""Kind of the summary."""
+
+
+_SUMMARY = "summary"
 
 
 _PARTIAL = "partial"
@@ -280,16 +283,15 @@ class TraceFolder:
             UserError: The folder holds an unfinished trace although ``resume`` is false, or one on other terms.
         """
         summary = self._read_summary()
-        terms = {**self.terms, "file-samples": self.shard}
         if resume and summary is not None:
             require_same_settings(f"the trace in {self.path}", summary.get("terms"), terms)
             return tuple(found for number in range(self.count) if (found := self._missing(number, model)) is not None)
         held = sorted({*self.path.glob(f"{ROUTES}*.safetensors"), *self.path.glob(f"{_PARTIAL}*.safetensors")})
-        if held and summary is not None and summary.get("finished") is False:
+        if held and summary is not None and summary.about.get("finished") is False:
             raise UserError(
                 f"{self.path} holds an unfinished trace; pass --resume to go on with it, or choose another folder"
             )
-        write_json(self.path / SUMMARY, {"finished": False, "terms": terms})
+        self._summary("", {"finished": False}).save(self.path, _SUMMARY)
         for stale in (*held, self.path / ROUTE):
             stale.unlink(missing_ok=True)
         return tuple(Missing(number, *self._range(number)) for number in range(self.count))
@@ -307,13 +309,22 @@ class TraceFolder:
         """The routes of a file's samples before those that are missing; none, or all in one."""
         return [InstanceRoutes.load(self._partial(missing.number))] if missing.start % self.shard else []
 
-    def finish(self, route: Route, result: Mapping[str, Any]) -> None:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The terms, and how many samples are in a file."""
+        return {**self.terms, "file-samples": self.shard}
+
+    def finish(self, route: Route, reading: str, result: Mapping[str, Any]) -> Document:
         """Write the model route, and the summary with the checksums of all files."""
         route.save(self.path / ROUTE)
         names = [shard_name(number, self.count) for number in range(self.count)]
-        sums = {name: read_header(self.path / name, INSTANCE_ROUTES_KIND)["checksum"] for name in names}
-        terms = {**self.terms, "file-samples": self.shard}
-        write_json(self.path / SUMMARY, {"finished": True, "terms": terms, "files": sums, **result})
+        sums = {name: files.read_header(self.path / name, files.INSTANCE_ROUTES)["checksum"] for name in names}
+        document = self._summary(reading, {"finished": True, "files": sums, **result})
+        document.save(self.path, _SUMMARY)
+        return document
+
+    def _summary(self, reading: str, about: Mapping[str, Any]) -> Document:
+        return Document(TRACE, self.settings, reading, about=about)
 
     def _missing(self, number: int, model: nn.Module) -> Missing | None:
         """What is to be traced of a file; None where it is whole."""
@@ -344,17 +355,9 @@ class TraceFolder:
     def _partial(self, number: int) -> Path:
         return self.path / shard_name(number, self.count, _PARTIAL)
 
-    def _read_summary(self) -> dict[str, Any] | None:
-        path = self.path / SUMMARY
-        try:
-            summary = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); remove it or choose another folder") from error
-        if not isinstance(summary, dict):
-            raise UserError(f"{path} is not the summary of a trace; choose another folder")
-        return summary
+    def _read_summary(self) -> Document | None:
+        path = self.path / f"{_SUMMARY}.json"
+        return Document.load(path) if path.exists() else None
 
 
 class RouteWriter:

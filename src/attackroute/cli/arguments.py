@@ -1,0 +1,344 @@
+"""Options of commands: fields of frozen dataclasses, each declared once, and the parsers made of them.
+
+What a command takes is a dataclass of its own options and of groups of options that commands share, which are
+dataclasses too::
+
+    @dataclass(frozen=True, kw_only=True)
+    class TraceOptions:
+        network: NetworkOptions
+        train: TrainingOptions = shared(epochs=10, hide=("holdout",))
+        width: float = option("--width", "Share of each layer's channels.", parse_share, "SHARE", default=0.2)
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from attackroute.core.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+WIDEST = 110
+"""Columns of help, on a terminal that has as many."""
+_OPTIONS = "Options"  # heading of what has none
+_DECLARED, _CHANGED, _HIDDEN = "declared", "changed", "hidden"
+
+
+# Declarations
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """How a field is given on the command line; see :func:`option`."""
+
+    flags: tuple[str, ...]
+    help: str
+    parse: Callable[[str], Any] | None
+    metavar: str | None
+    repeat: bool
+    group: str | None
+    shown: str | None
+    off: str | None = None
+
+
+def option(
+    flags: str,
+    help: str,
+    parse: Callable[[str], Any] = str,
+    metavar: str | None = None,
+    *,
+    default: Any = MISSING,
+    repeat: bool = False,
+    group: str | None = None,
+    shown: str | None = None,
+) -> Any:
+    """A field that is given as ``--option VALUE``.
+
+    Args:
+        flags: The option's names, separated by spaces; none for what is given by its place.
+        help: What it does.
+        parse: Makes a value of the text, or raises ``argparse.ArgumentTypeError`` with what is wrong.
+        metavar: What help calls the value; None for the choices of :func:`one_of`.
+        default: The value without the option; missing where it must be given.
+        repeat: Whether it can be given several times; the value is a tuple of all, empty without any.
+        group: Heading in the help; None for the ``title`` of the dataclass.
+        shown: The default in words, where it does not speak for itself.
+    """
+    metavar = metavar or getattr(parse, "metavar", None)
+    default = () if repeat and default is None else default
+    declared = _Declared(tuple(flags.split()), help, parse, metavar, repeat, group, shown)
+    return field(default=default, metadata={_DECLARED: declared})
+
+
+def switch(
+    flags: str,
+    help: str,
+    *,
+    off: str | None = None,
+    default: bool = False,
+    group: str | None = None,
+) -> Any:
+    """A field that is true where ``--option`` is given; the flag ``off`` makes it false."""
+    declared = _Declared((*flags.split(), *([] if off is None else [off])), help, None, None, False, group, None, off)
+    return field(default=default, metadata={_DECLARED: declared})
+
+
+def shared(*, hide: Sequence[str] = (), **defaults: Any) -> Any:
+    """A field of options that commands share, with other defaults; those to hide keep theirs and cannot be given."""
+    return field(metadata={_CHANGED: defaults, _HIDDEN: tuple(hide)})
+
+
+# Values
+
+
+def parse_number(text: str) -> float:
+    """Read a finite number, also as a fraction: ``0.03``, ``8/255``, ``1e-3``."""
+    numerator, slash, denominator = str(text).partition("/")
+    try:
+        value = float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it as 0.03 or 8/255")
+    return value
+
+
+def parse_share(text: str) -> float:
+    """Read a share, above 0 and at most 1."""
+    value = parse_number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]; 0.2 is a fifth")
+    return value
+
+
+def parse_factor(text: str) -> float:
+    """Read a factor above 0, such as a network's width."""
+    value = parse_number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """A parser of integers from a least one on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A parser of one of some names."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}{did_you_mean(text, names)}")
+        return text
+
+    parse.metavar = "|".join(names)  # type: ignore[attr-defined]
+    return parse
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Read names separated by commas, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("names nothing; separate names by commas, or leave it out for all")
+    return names
+
+
+def parse_sketches(text: str) -> int | str:
+    """Read a number of sketches, or ``auto``."""
+    from attackroute.tracing.config import AUTO, check_sketches
+
+    value = int(text) if text.isdecimal() else text
+    try:
+        check_sketches(value)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of sketches; write 32, 64, ... or {AUTO}") from error
+    return value
+
+
+# Parsers
+
+
+class _Switch(argparse.Action):
+    """Sets true, but by the flag ``off`` false."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, off: str | None, **given: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **given)
+        self._off = off
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string != self._off)
+
+
+class _OptionParser(argparse.ArgumentParser):
+    """A parser of one command's options, with help by groups and errors of one line.
+
+    Args:
+        prog: How the command is called.
+        options: The dataclass of its options; its docstring is the help.
+        epilog: The end of the help, printed as it is written.
+    """
+
+    def __init__(self, prog: str, options: type, epilog: str = "") -> None:
+        width = min(shutil.get_terminal_size().columns - 2, WIDEST)
+        super().__init__(
+            prog, description=filled(inspect.getdoc(options) or "", width), epilog=epilog, add_help=False,
+            allow_abbrev=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, width),
+        )  # fmt: skip
+        listed = list(_flat(options))
+        assert len({each.name for each in listed}) == len(listed), f"{options} has two options of one name"
+        titles = dict.fromkeys(each.title for each in reversed(listed))  # a heading stands where it comes last
+        self._headings = {title: self.add_argument_group(title) for title in reversed(titles or {_OPTIONS: None})}
+        self._flags = ["-h", "--help"]
+        for each in listed:
+            self._add(each)
+        *_, last = self._headings.values()
+        last.add_argument("-h", "--help", action="help", help="Show this, and exit.")
+        self.usage = " ".join([prog, *(each.usage for each in listed if each.default is MISSING), "[options]"])
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """The values in a command line.
+
+        Raises:
+            UserError: An option is unknown, missing, or has a value that it cannot have.
+        """
+        for word in words:
+            if word == "--":
+                break
+            name = word.partition("=")[0] if word.startswith("--") else word[:2]
+            if name[:1] == "-" and name[1:2] not in ("", ".") and not name[1:2].isdecimal() and name not in self._flags:
+                self.error(f"no option {name}{did_you_mean(name, self._flags)}")
+        namespace, unknown = self.parse_known_args(words)
+        if unknown:
+            self.error(f"{unknown[0]!r} belongs to no option")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong, and where help is."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _add(self, each: _Listed) -> None:
+        declared, required = each.declared, each.default is MISSING
+        given: dict[str, Any] = {"help": _help(declared, each.default)}
+        if declared.parse is None:
+            given |= {"action": _Switch, "off": declared.off}
+        else:
+            given |= {"type": declared.parse, "metavar": declared.metavar}
+        if declared.flags:
+            default = None if required or declared.repeat else each.default
+            given |= {"dest": each.name, "required": required, "default": default}
+            given |= {"action": "append"} if declared.repeat else {}
+        elif declared.repeat:
+            given |= {"nargs": "+"}
+        self._headings[each.title].add_argument(*(declared.flags or [each.name]), **given)
+        self._flags += declared.flags
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """An option of a command, its own or that of a group.
+
+    Attributes:
+        name: Of the field.
+        declared: How it is given.
+        default: The value without it; missing where it must be given.
+        title: The heading in the help.
+    """
+
+    name: str
+    declared: _Declared
+    default: Any
+    title: str
+
+    @property
+    def usage(self) -> str:
+        """How it stands in a command line."""
+        return " ".join([*self.declared.flags[:1], str(self.declared.metavar)])
+
+
+def _flat(options: type, changed: Mapping[str, Any] | None = None, hidden: Sequence[str] = ()) -> Iterator[_Listed]:
+    """The options of a dataclass and of those in it, but for those that are hidden."""
+    changed, hints, title = changed or {}, get_type_hints(options), getattr(options, "title", _OPTIONS)
+    assert {*changed, *hidden} <= {each.name for each in fields(options)}, (options, changed, hidden)
+    for each in fields(options):
+        if is_dataclass(hints[each.name]):
+            yield from _flat(hints[each.name], each.metadata.get(_CHANGED), each.metadata.get(_HIDDEN, ()))  # type: ignore[arg-type]
+        elif each.name not in hidden:
+            declared: _Declared = each.metadata[_DECLARED]
+            default = changed.get(each.name, each.default)
+            yield _Listed(each.name, declared, default, declared.group or title)
+
+
+def parse(options: type[T], prog: str, words: Sequence[str], epilog: str = "") -> T:
+    """The options that a command line gives.
+
+    Raises:
+        UserError: One of them is wrong.
+    """
+    return _built(options, vars(_OptionParser(prog, options, epilog).read(words)), {})
+
+
+def given(*options: Any) -> dict[str, Any]:
+    """What options are, by name, as JSON values."""
+    values: dict[str, Any] = {}
+    for group in options:
+        for each in fields(group):
+            value = getattr(group, each.name)
+            if is_dataclass(value):
+                values |= given(value)
+            else:
+                values[each.name] = str(value) if isinstance(value, Path) else value
+    return values
+
+
+def filled(text: str, width: int, start: str = "") -> str:
+    """Paragraphs broken into lines of a width, those after the first line as far in as its start."""
+    return "\n\n".join(
+        textwrap.fill(" ".join(part.split()), width, initial_indent=start, subsequent_indent=" " * len(start))
+        for part in text.split("\n\n")
+    )
+
+
+def _built(options: type[T], values: Mapping[str, Any], metadata: Mapping[str, Any]) -> T:
+    hints, changed, hidden = get_type_hints(options), metadata.get(_CHANGED, {}), metadata.get(_HIDDEN, ())
+    built: dict[str, Any] = {}
+    for each in fields(options):  # type: ignore[arg-type]
+        if is_dataclass(hints[each.name]):
+            built[each.name] = _built(hints[each.name], values, each.metadata)  # type: ignore[arg-type]
+        elif each.name in hidden:
+            built[each.name] = changed.get(each.name, each.default)
+        else:
+            value = values[each.name]
+            built[each.name] = tuple(value or ()) if each.metadata[_DECLARED].repeat else value
+    return options(**built)
+
+
+def _help(declared: _Declared, default: Any) -> str:
+    text = declared.help.replace("%", "%%")
+    if declared.shown is not None:
+        return f"{text} [default: {declared.shown}]"
+    if default is MISSING:
+        return f"{text} [required]"
+    if isinstance(default, bool):
+        return f"{text} [default: {declared.flags[0]}]" if default else text
+    if default is None or default in ("", ()):
+        return text
+    return f"{text} [default: {f'{default:g}' if isinstance(default, float) else default}]"
