@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attackroute.analysis.hardness_study import LAYER, OURS, RANDOM
+from attackroute.analysis.hardness_experiment import LAYER, OURS, RANDOM
 from attackroute.core.document import read_object
 from attackroute.core.statistics import AUROC
 from attackroute.paper.claims import Findings, markdown, percent
@@ -208,8 +208,9 @@ def _hardness(files: dict[str, Findings]) -> str:
     header: dict[str, None] = {}
     lines: list[tuple[list[str], dict[str, str]]] = []
     for title, content in files.items():
-        judged = content.entries("judgements", statistic=AUROC)
-        for attack in content["attacks"]:
+        about = content["about"]
+        judged = [item for item in content["rows"] if item["statistic"] == AUROC]
+        for attack in about["attacks"]:
             cells = {}
             draws = []
             for item in (each for each in judged if each["target"] == attack):
@@ -224,7 +225,7 @@ def _hardness(files: dict[str, Findings]) -> str:
                     [
                         title,
                         attack_title(attack),
-                        f"{content['attacks'][attack]['fooled']} of {content['correctly_classified']}",
+                        f"{about['attacks'][attack]['fooled']} of {about['correctly_classified']}",
                     ],
                     cells,
                 )
@@ -242,8 +243,8 @@ def _estimate(item: dict[str, Any]) -> str:
     """An AUROC, bold where it is clearly away from that of V along the noise."""
     if item["value"] is None:
         return ""
-    text, lead = f"{item['value']:.3f}", item["lead_of_hardness_V"]["interval_95"]
-    away = item["predictor"] != OURS and lead is not None and (lead[0] > 0 or lead[1] < 0)
+    text, low, high = f"{item['value']:.3f}", item["lead_low"], item["lead_high"]
+    away = item["predictor"] != OURS and low is not None and (low > 0 or high < 0)
     return f"**{text}**" if away else text
 
 

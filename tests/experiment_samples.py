@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from architectures import chain, randomised
+from attackroute.analysis.controls import Comparison
 from attackroute.analysis.criteria import ChannelScores, channel_scores
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
@@ -31,6 +33,10 @@ class Case:
     @property
     def data(self) -> tuple[Tensor, Tensor]:
         return self.images, self.labels
+
+    def compared(self, **options: Any) -> Comparison:
+        """The route beside random channels alone, unless options name baselines."""
+        return Comparison(**{"model": self.model, "data": self.data, "route": self.route, **options})
 
     def right(self) -> Tensor:
         """Indices of the samples that the network gets right, one at a time."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from attackroute.core.accuracy import Accuracy, count_correct
+from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError
+from attackroute.core.statistics import Accuracy
 
 
 class Brightness(nn.Module):

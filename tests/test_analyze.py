@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import attackroute as ar
-from attackroute.analysis import study
+from attackroute.analysis import experiment
 from attackroute.zoo.sources import load_data
 from attackroute.zoo.weights import open_network
 from command_line import Result
@@ -38,12 +39,14 @@ def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Pa
     result = run(model, tmp_path, "--attack", "fgsm:eps=0.2", "--layers", layers, "--share", "0.25")
     assert result.exit_code == 0, result.output
     assert "route beats" in result.stdout and "AUROC" in result.stdout
-    for name in study.EXPERIMENTS:
+    for name, each in experiment.all_experiments().items():
         content = json.loads((tmp_path / f"{name}.json").read_text())
         with open(tmp_path / f"{name}.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == len(content["rows"]) > 0 and content["reading"] in result.stdout
-        assert content["terms"]["attacks"] == ["fgsm:eps=51/255"] and content["seconds"] > 0
+        assert content["kind"] == name and content["settings"]["attacks"] == ["fgsm:eps=51/255"]
+        assert (content["about"]["title"], content["about"]["order"]) == (each.title, each.order)
+        assert content["about"]["seconds"] > 0
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {path.with_suffix(".png").name for path in tmp_path.glob("*.svg")}
     assert {"transplant-shares.png", "transplant-layers.png", "gradcam.png", "gradcam-measures.png"} <= figures
@@ -59,7 +62,7 @@ def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Pa
     with torch.no_grad():
         right = [i for i in measured if int(network(images[i : i + 1]).argmax()) == labels[i]]
     content = json.loads((tmp_path / "deactivate.json").read_text())
-    assert content["counted"] == len(right) > 0 and content["samples"] == 12
+    assert content["about"]["counted"] == len(right) > 0 and content["about"]["samples"] == 12
     with torch.no_grad(), ar.deactivate(network, route, ["features.3"]):
         hits = sum(int(network(images[i : i + 1]).argmax()) == labels[i] for i in right)
     (row,) = [
@@ -75,9 +78,13 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def interrupt(patch: pytest.MonkeyPatch, name: str) -> None:
+        known = experiment.all_experiments()
+        patch.setattr(experiment, "all_experiments", lambda: known | {name: replace(known[name], run=interrupted)})
+
     options = ("--only", "weaken,deactivate", "--layers", "features.0,features.3")
     with monkeypatch.context() as patch:
-        patch.setitem(study.EXPERIMENTS, "weaken", interrupted)
+        interrupt(patch, "weaken")
         result = run(model, tmp_path, *options)
     assert result.exit_code == 130 and "kept (deactivate)" in result.stderr
     before = (tmp_path / "deactivate.json").read_bytes()
@@ -87,7 +94,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     assert list(json.loads(result.stdout)["experiments"]) == ["deactivate", "weaken"]
     assert (tmp_path / "deactivate.json").read_bytes() == before  # with its seconds
     with monkeypatch.context() as patch:
-        patch.setitem(study.EXPERIMENTS, "deactivate", interrupted)  # other terms: it must run again
+        interrupt(patch, "deactivate")  # other settings: it must run again
         result = run(model, tmp_path, *options, "--resume", "--share", "0.5")
         assert result.exit_code == 130
         (tmp_path / "deactivate.json").write_text("{")  # a damaged file is no result

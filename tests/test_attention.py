@@ -253,7 +253,7 @@ def test_projections_inside_attention_can_be_silenced(traced: tuple[nn.Module, T
 def test_gradients_of_tokens_add_up(name: str) -> None:
     build, size = NETWORKS[name]
     model, images, labels = ready(livened(build), samples=3, size=size)
-    found = ar.gradient(model, (images, labels), linear=True)
+    found = ar.loss_gradient(model, (images, labels), linear=True)
     held: dict[str, Tensor] = {}
 
     def visit(call: LayerCall) -> Tensor:

@@ -96,7 +96,7 @@ def test_differences_are_those_of_the_files(runs: Path) -> None:
     images, labels = torch.stack([image for image, _ in chosen]), torch.tensor([label for _, label in chosen])
     for at, name in enumerate(("before", "after")):
         network = open_network(str(runs / name / "model"), pictures)
-        gradient = ar.gradient(network, (images, labels))
+        gradient = ar.loss_gradient(network, (images, labels))
         moved = ar.sensitivity(network, (images, labels), attack=ar.parse_attack(ATTACK))
         found = {
             (row["number"], row["images"], row["layer"]): row["values"][at] for row in data["differences"]["layers"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.errors import UserError
+from attackroute.core.statistics import Accuracy
 from attackroute.robustness.attack import Ball, Perturbation
 from attackroute.robustness.corruptions import GaussianNoise
 from attackroute.robustness.evaluation_table import Evaluation

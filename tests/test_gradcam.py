@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures import Residual, chain, randomised
-from attackroute.analysis.gradcam import enlarged, evidence, grad_cam, jointly_normalised
+from attackroute.analysis.gradcam import enlarged, grad_cam, jointly_normalised, layer_evidence
 from attackroute.core.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_a_set_of_channels_is_the_sum_of_its_own(case: tuple[nn.Module, Tensor])
 
 def test_a_set_and_its_complement_make_the_whole_before_the_relu(case: tuple[nn.Module, Tensor]) -> None:
     model, images = case
-    found = evidence(model, images, "8")
+    found = layer_evidence(model, images, "8")
     mask = torch.tensor([[True, False, True, False, False, True, False]])
     parts = found.cams(torch.cat([mask, ~mask]))
     whole = (found.weights[:, :, None, None] * found.maps).sum(1)
@@ -126,4 +126,4 @@ def test_bad_input_is_one_line(case: tuple[nn.Module, Tensor]) -> None:
             grad_cam(model, images, layer, **options)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="the layer needs"):
-        evidence(model, images, "3").cams(torch.ones(8, dtype=torch.bool))
+        layer_evidence(model, images, "3").cams(torch.ones(8, dtype=torch.bool))

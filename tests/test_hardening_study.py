@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
+from attackroute.core.statistics import Accuracy
 from attackroute.hardening.settings import APPROXIMATE, TrainSettings
 from attackroute.paper.hardening_plan import StudyPlan, Trial, Variant, compared, judged, punished
 from attackroute.paper.hardening_results import HardeningStudy

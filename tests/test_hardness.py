@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Perceptron, chain, randomised
-from attackroute.analysis.hardness_tables import columns, write_csv, write_parquet
-from attackroute.analysis.sample_readings import SampleReader, log_loss_and_margin
-from attackroute.analysis.votes import rank_votes, votes_among
+from attackroute.analysis.hardness import GradientReader, log_loss_and_margin, rank_votes, votes_among
 from attackroute.core.errors import UserError
 
 
@@ -195,7 +193,7 @@ def test_input_gradient_against_autograd(case: tuple[nn.Module, Tensor, Tensor])
     leaf = images.clone().requires_grad_()
     F.cross_entropy(model(leaf), labels, reduction="sum").backward()
     assert leaf.grad is not None
-    found = SampleReader(model, {"route": every_other(model, images)}).read(images, labels)
+    found = GradientReader(model, {"route": every_other(model, images)}).read(images, labels)
     torch.testing.assert_close(found.log_input_gradients, leaf.grad.abs().sum((1, 2, 3)).log(), rtol=1e-9, atol=1e-9)
 
 
@@ -295,22 +293,10 @@ def small() -> ar.Hardness:
     return ar.Hardness(route, logs, torch.tensor([7, 8, 7]), torch.tensor([7, 7, 7]))
 
 
-def test_tables_hold_every_sample(small: ar.Hardness, tmp_path: Path) -> None:
-    write_csv(small, tmp_path / "h.csv")
-    with (tmp_path / "h.csv").open() as file:
-        rows = list(csv.DictReader(file))
+def test_the_table_holds_every_sample(small: ar.Hardness) -> None:
+    rows = list(csv.DictReader(small.table.to_csv().splitlines()))
     expected = {"index": "0", "label": "7", "prediction": "7", "V": "5.0", "votes:a": "2.0", "votes:b": "3.0"}
     assert rows[0] == expected and [row["V"] for row in rows] == ["5.0", "2.5", "4.5"]
-    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra that writes Parquet")
-    write_parquet(small, tmp_path / "h.parquet")
-    assert parquet.read_table(tmp_path / "h.parquet").to_pydict() == columns(small)
-
-
-def test_parquet_says_what_it_needs(small: ar.Hardness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match="attackroute\\[parquet\\]"):
-        write_parquet(small, tmp_path / "h.parquet")
-    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_are_refused(small: ar.Hardness, tmp_path: Path) -> None:

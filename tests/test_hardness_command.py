@@ -58,19 +58,18 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("note: no --route is given, so one is traced from these 24 images")
     content = json.loads(result.stdout)
-    names = {"hardness.csv", "hardness.safetensors", "hardness.png", "hardness.svg", "images.png", "hardness.json"}
-    found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found - {"hardness.parquet"} == names | {"route.json"}
+    names = {"images.csv", "images.png", *(f"hardness.{kind}" for kind in ("csv", "json", "png", "safetensors", "svg"))}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"route.json"}
     assert content == json.loads((tmp_path / "out" / "hardness.json").read_text()) | {"folder": str(tmp_path / "out")}
     stored = ar.Hardness.load(tmp_path / "out" / "hardness.safetensors")
     assert stored.route == ar.Route.load(tmp_path / "out" / "route.json")
-    with (tmp_path / "out" / "hardness.csv").open() as file:
+    with (tmp_path / "out" / "images.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["V"]) for row in rows] == stored.values.tolist() and len(rows) == 24
-    about = content["about"]
-    assert about["hardest"] == stored.hardest(10).tolist() and about["samples"] == 24
+    assert content["about"]["hardest"] == stored.hardest(10).tolist() and content["about"]["samples"] == 24
+    attacks = {"fgsm:eps=8/255", "gaussian-noise:std=0.2,seed=0"}
+    assert set(content["about"]["attacks"]) == {row["target"] for row in content["rows"]} == attacks
     assert (content["settings"]["data"], content["settings"]["split"]) == (f"folder:{home / 'pictures'}", "test")
-    assert set(about["attacks"]) == {"fgsm:eps=8/255", "gaussian-noise:std=0.2,seed=0"}
 
 
 def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) -> None:

@@ -18,17 +18,16 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import Function, chain, randomised
-from attackroute.analysis.figures.hardness_bars import hardness_figure
-from attackroute.analysis.figures.hardness_images import images_figure, pick_images
-from attackroute.analysis.hardness_radius import EpsSearch
-from attackroute.analysis.hardness_study import (
+from attackroute.analysis.figures.hardness import hardness_figure, images_figure, pick_images
+from attackroute.analysis.hardness_experiment import (
     ALL,
+    BASELINES,
     LAYER,
     OURS,
     PAPER,
     RANDOM,
-    RIVALS,
     SMALLEST_EPS,
+    EpsSearch,
     _verdict,
     study_hardness,
 )
@@ -191,7 +190,7 @@ def test_the_papers_route_is_a_rival_of_another(case: tuple[nn.Module, Tensor, T
     right = found.hardness.correct
     assert (found.predictors["V on the paper's route"] == plain.predictors["hardness V"]).all()
     assert (found.predictors["hardness V"] == -ar.hardness(model, other, (images, labels)).values[right].numpy()).all()
-    assert found.rivals == (*plain.rivals, "V on the paper's route")
+    assert found.baselines == (*plain.baselines, "V on the paper's route")
     (sentence,) = found.sentences()
     assert "V on the paper's route (" in sentence
     assert "the paper's" not in plain.sentences()[0]
@@ -200,27 +199,28 @@ def test_the_papers_route_is_a_rival_of_another(case: tuple[nn.Module, Tensor, T
 def test_a_papers_route_that_says_nothing_is_no_rival() -> None:
     numbers = np.arange(6.0)
     predictors = {OURS: numbers, "loss": numbers[::-1], PAPER: np.zeros(6)}
-    text = _verdict(associations(predictors, numbers, SPEARMAN, resamples=20))
+    text = _verdict({row["predictor"]: row for row in associations(predictors, numbers, SPEARMAN, resamples=20)})
     assert "the best rival, loss" in text and PAPER not in text
 
 
 def test_the_page_shows_an_attack_that_fools_nobody(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "fill_beyond.py"))
-    found = study(case, attacks=[Darken(), Darken(factor=1.0)], draws=1).to_json()
+    found = study(case, attacks=[Darken(), Darken(factor=1.0)], draws=1).document({}).to_json()
     names = [f"fgsm:eps={eps}/255" for eps in (1, 2)]  # the page takes attacks that have a name
-    for name, attack in zip(names, list(found["attacks"]), strict=True):
-        found["attacks"][name] = found["attacks"].pop(attack)
-        for item in found["judgements"]:
+    attacks = found["about"]["attacks"]
+    for name, attack in zip(names, list(attacks), strict=True):
+        attacks[name] = attacks.pop(attack)
+        for item in found["rows"]:
             item["target"] = name if item["target"] == attack else item["target"]
     first, second = tool["_hardness"]({"chain": found}).splitlines()[-2:]
-    assert " to " in first and f"0 of {found['correctly_classified']} |  |" in second
+    assert " to " in first and f"0 of {found['about']['correctly_classified']} |  |" in second
 
 
 def test_predictors_are_larger_for_what_is_easier_to_fool(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     model, images, labels, route = case
     found = study(case)
     right = found.hardness.correct
-    assert list(found.predictors)[:5] == [OURS, *RIVALS[:3], ALL]
+    assert list(found.predictors)[:5] == [OURS, *BASELINES[:3], ALL]
     assert (found.predictors[OURS] == -ar.hardness(model, route, (images, labels)).values[right].numpy()).all()
     logits = model(images).detach()
     loss = F.cross_entropy(logits, labels, reduction="none")[right]
@@ -241,14 +241,14 @@ def test_judgements_and_bins_are_those_of_the_samples(case: tuple[nn.Module, Ten
     attack = "fgsm:eps=1/255"
     events, scores = found.fooled[attack], found.predictors[OURS]
     pairs = [(a > b) + (a == b) / 2 for a in scores[events] for b in scores[~events]]
-    ours = found.judgements[attack][0]
-    assert (ours.predictor, ours.statistic) == (OURS, AUROC) and ours.estimate.value == pytest.approx(np.mean(pairs))
-    assert {item.statistic for item in found.judgements[SMALLEST_EPS]} == {SPEARMAN}
+    ours = found.judged(attack)[OURS]
+    assert ours["statistic"] == AUROC and ours["value"] == pytest.approx(np.mean(pairs))
+    assert found.table.select(target=SMALLEST_EPS).distinct("statistic") == [SPEARMAN]
     assert found.smallest_eps is not None
-    margin = next(item for item in found.judgements[SMALLEST_EPS] if item.predictor == "margin")
+    margin = found.judged(SMALLEST_EPS)["margin"]
     finite = np.where(np.isinf(found.smallest_eps), 9.0, found.smallest_eps)
     ranks = [stats(values) for values in (found.predictors["margin"], -finite)]
-    assert margin.estimate.value == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert margin["value"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     bins = found.bins(attack)
     assert [part.samples for part in bins] == [4, 4, *[3] * 8]
     order = sorted(range(32), key=lambda at: scores[at])  # the largest V first
@@ -267,27 +267,27 @@ def test_table_of_gradients(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) ->
     sizes = found.hardness.log_gradients[found.hardness.correct].exp().numpy()
     weak = found.fooled[attack]
     for at, row in enumerate(found.gradients(attack)):
-        assert row.layer == found.hardness.layers[at]
-        assert row.hard_mean == pytest.approx(sizes[~weak, at].mean())
-        assert row.weak_mean == pytest.approx(sizes[weak, at].mean())
-        assert row.hard_median == pytest.approx(np.median(sizes[~weak, at]))
-        assert row.weak_median == pytest.approx(np.median(sizes[weak, at]))
+        assert row["layer"] == found.hardness.layers[at]
+        assert row["hard_mean"] == pytest.approx(sizes[~weak, at].mean())
+        assert row["weak_mean"] == pytest.approx(sizes[weak, at].mean())
+        assert row["hard_median"] == pytest.approx(np.median(sizes[~weak, at]))
+        assert row["weak_median"] == pytest.approx(np.median(sizes[weak, at]))
 
 
 def test_batches_do_not_matter(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     whole, parts = study(case), study(case, batch_size=7)
-    assert json.dumps(whole.to_json()["judgements"][:5]) == json.dumps(parts.to_json()["judgements"][:5])
+    assert whole.table.rows[:5] == parts.table.rows[:5]
     assert whole.reading() == parts.reading()
 
 
 def test_nobody_fooled_and_everything_fooled(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     found = study(case, attacks=[FGSM(0.0)])
     assert not found.fooled["fgsm:eps=0/255"].any()
-    assert all(item.estimate.value is None for item in found.judgements["fgsm:eps=0/255"] if item.statistic == AUROC)
+    assert set(found.table.select(target="fgsm:eps=0/255", statistic=AUROC).column("value")) == {None}
     assert "nothing to judge" in found.reading()
     row = found.gradients("fgsm:eps=0/255")[0]
-    assert row.weak_mean is row.weak_median is None and row.hard_mean is not None
-    json.dumps(found.to_json(), allow_nan=False)
+    assert row["weak_mean"] is row["weak_median"] is None and row["hard_mean"] is not None
+    json.dumps(found.document({}).to_json(), allow_nan=False)
     hardness_figure(found, "nobody").canvas.draw()  # type: ignore[attr-defined]
 
 
@@ -301,11 +301,14 @@ def test_a_wide_route_has_no_random_control(case: tuple[nn.Module, Tensor, Tenso
 
 def test_json_is_plain_and_says_which_samples_count(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     found = study(case, search=EpsSearch(0.01, 0.001, 2))
-    content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    document = found.document({"seed": 0}).to_json()
+    content = json.loads(json.dumps(document, allow_nan=False))["about"]
     assert content["counted"] == "only samples that the model classifies correctly"
     assert content["samples"] == 40 and content["correctly_classified"] == 32
     assert sum(size for size, _ in content["attacks"]["fgsm:eps=1/255"]["bins_hardest_first"]) == 32
     assert content["smallest_eps"]["tolerance"] == 0.001
+    assert {row["target"] for row in document["rows"]} == set(found.targets)
+    assert content["hardest"] == found.hardness.hardest(10).tolist()
     sentences = found.sentences()
     assert len(sentences) == 3 and "AUROC of V" in sentences[0] and "Spearman of V" in sentences[2]
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import attackroute as ar
 from architectures import Residual
-from attackroute.analysis.channel_means import attributions
+from attackroute.analysis.channel_statistics import attributions
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k
@@ -25,11 +25,11 @@ from attackroute.tracing import noise_oracle
 from digit_networks import digit_network
 from noise import shaken
 from studies import fill_page
-from studies.repair import criteria, oracle, repair, study
+from studies.repair import criteria, oracle, study
 from studies.repair.criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
 from studies.repair.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
 from studies.repair.results import NetworkRepair, RepairStudy
-from studies.repair.run import main
+from studies.repair.run import main, repair
 from tracing import ready, small
 
 

@@ -93,7 +93,7 @@ def test_attacked_images_have_their_own_influence_and_trace() -> None:
     for condition, shown in ((found.clean, images), (attacked, images * 0.25)):
         matrix = condition.influence.matrices["0", "2"]
         assert deviation(matrix, ar.influence(model, shown, "0", "2").mean(0)) <= 1e-5
-        expected = ar.gradient(model, (shown, labels))
+        expected = ar.loss_gradient(model, (shown, labels))
         assert all(torch.equal(condition.gradient[layer], expected[layer]) for layer in expected)
     moved = ar.sensitivity(model, images, images * 0.25)
     assert found.clean.sensitivity is None

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from attackroute.analysis.rankings import RANDOM, ROUTE
+from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.cli.app import app
 from attackroute.paper import experiments, hardening_study
 from attackroute.paper.experiments import PARTS, swept_layers

@@ -233,7 +233,7 @@ def hardness_content(low: float = 0.6, lead: float = 0.1) -> dict[str, Any]:
     def judgement(predictor: str, value: float) -> dict[str, Any]:
         return {
             "target": "fgsm:eps=1/255", "predictor": predictor, "statistic": "AUROC", "value": value,
-            "interval_95": [low, 0.9], "lead_of_hardness_V": {"value": lead, "interval_95": [lead, lead]},
+            "low": low, "high": 0.9, "lead": lead, "lead_low": lead, "lead_high": lead,
         }  # fmt: skip
 
     gradients = [
@@ -242,7 +242,7 @@ def hardness_content(low: float = 0.6, lead: float = 0.1) -> dict[str, Any]:
     ]
     attack = {"bins_hardest_first": [[10, 1]] * 9 + [[10, 8]], "gradients": gradients}
     names = ("hardness V", "loss", "margin", "input gradient", "V on all neurons", "V on random neurons 0")
-    return {"attacks": {"fgsm:eps=1/255": attack}, "judgements": [judgement(name, 0.8) for name in names]}
+    return {"attacks": {"fgsm:eps=1/255": attack}, "rows": [judgement(name, 0.8) for name in names]}
 
 
 def test_hardness_by_hand() -> None:

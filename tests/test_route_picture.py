@@ -6,26 +6,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from attackroute.analysis.accuracy_table import UNTOUCHED, AccuracyTable, Cost, Row, Setting
-from attackroute.analysis.figures.route_picture import route_figure
+from attackroute.analysis.controls import RANDOM, ROUTE
+from attackroute.analysis.figures.route import route_figure
 from attackroute.analysis.figures.style import save_figure
-from attackroute.analysis.rankings import RANDOM, ROUTE
-from attackroute.core.accuracy import Accuracy
+from attackroute.analysis.intervention_table import DEACTIVATE, UNTOUCHED, Counts, InterventionTable, Setting
 from attackroute.core.errors import UserError
+from attackroute.core.table import Table
 from attackroute.routes.route import Route
 
 
-def measured() -> AccuracyTable:
-    found = [
+def measured() -> InterventionTable:
+    accuracies = [
         (ROUTE, None, (10, 50)), (RANDOM, 0, (30, 90)), (RANDOM, 1, (20, 40)), ("weight", None, (20, 60)),
     ]  # fmt: skip
-    rows = [Row(Setting((), 0.0), UNTOUCHED, None, 0, 0, Accuracy(100, 100), 0, 0)]
+    settings = tuple(Setting((f"layer{layer}",), 0.3) for layer in range(2))
+    rows = [{**Setting((), 0.0).cells, "criterion": UNTOUCHED, "draw": None, "accuracy": 1.0, "samples": 100}]
     rows += [
-        Row(Setting((f"layer{layer}",), 0.3), criterion, draw, 1, 4, Accuracy(values[layer], 100), 0, 0)
-        for layer in range(2)
-        for criterion, draw, values in found
+        {**setting.cells, "criterion": criterion, "draw": draw, "accuracy": values[layer] / 100, "samples": 100}
+        for layer, setting in enumerate(settings)
+        for criterion, draw, values in accuracies
     ]
-    return AccuracyTable("deactivate", tuple(rows), 0.3, False, "activation", Cost(120, 100, 1, 9), 8)
+    return InterventionTable(
+        kind=DEACTIVATE, table=Table.of(rows), settings=settings, main_share=0.3, at="activation",
+        counts=Counts(120, 100, 1),
+    )  # fmt: skip
 
 
 def test_it_shows_every_measurement(tmp_path) -> None:

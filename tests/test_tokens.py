@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.analysis.channel_measurements import gradient_per_sample, sensitivity_per_sample
+from attackroute.analysis.channel_statistics import gradients, loss_gradient, sensitivity
 from attackroute.analysis.criteria import NEED_ATTACK, channel_scores
 from attackroute.analysis.interventions import deactivate, record_outputs, transplant
 from attackroute.core.errors import UserError
@@ -229,20 +229,18 @@ def test_measurements_agree_with_one_image_at_a_time(name: str) -> None:
     before, other = state(model), attacked(x)
     clean = [readings(model, *each) for each in zip(x, y, strict=True)]
     moved = [readings(model, *each) for each in zip(other, y, strict=True)]
-    slopes = gradient_per_sample(model, (x, y), linear=True)
-    changes = sensitivity_per_sample(model, x, other, linear=True)
+    slopes = loss_gradient(model, (x, y), linear=True, batch_size=2)
+    changes = sensitivity(model, x, other, linear=True)
     activations = channel_scores(model, x, "activation", linear=True).values
     attributed = channel_scores(model, (x, y), "attribution", attack=lambda _m, _x, _y: other, linear=True).values
     for index, layer in enumerate(slopes):
         own, theirs = [each[index] for each in clean], [each[index] for each in moved]
-        torch.testing.assert_close(slopes[layer], torch.stack([slope.abs().sum(0) for _, slope in own]))
+        torch.testing.assert_close(slopes[layer], torch.stack([slope.abs().sum(0) for _, slope in own]).mean(0))
         gaps = [(z - moved_z).abs().mean(0) for (z, _), (moved_z, _) in zip(own, theirs, strict=True)]
-        torch.testing.assert_close(changes[layer], torch.stack(gaps))
+        torch.testing.assert_close(changes[layer], torch.stack(gaps).mean(0))
         torch.testing.assert_close(activations[layer], torch.stack([z.abs().mean(0) for z, _ in own]).mean(0))
         terms = [-((z - moved_z) * slope).sum(0) for (z, _), (moved_z, slope) in zip(own, theirs, strict=True)]
         torch.testing.assert_close(attributed[layer], torch.stack(terms).mean(0))
-    for layer, values in ar.gradient(model, (x, y), linear=True, batch_size=2).items():
-        torch.testing.assert_close(values, slopes[layer].mean(0))
     assert state(model) == before
 
 
@@ -279,7 +277,7 @@ def test_positions_before_samples_are_an_error(samples: int) -> None:
     before = state(model)
     route = ar.Route({"fc": [0]}, {"fc": 6})
     calls: list[Callable[[], object]] = [
-        lambda: ar.gradient(model, (x, y), linear=True),
+        lambda: ar.loss_gradient(model, (x, y), linear=True),
         lambda: ar.sensitivity(model, x, attacked(x), linear=True),
         lambda: ar.rank_channels(model, x, "activation", linear=True),
     ]
@@ -289,7 +287,7 @@ def test_positions_before_samples_are_an_error(samples: int) -> None:
         with pytest.raises(UserError, match=r"layer 'fc' .*per image.*batch_first=True") as error:
             call()
         assert "\n" not in str(error.value)
-    ar.gradient(model, (x, y))  # convolutions alone have their samples first
+    ar.loss_gradient(model, (x, y))  # convolutions alone have their samples first
     assert state(model) == before
 
 
@@ -315,6 +313,6 @@ def test_contexts_nest_around_attention(samples: int, linear: bool) -> None:
     assert names == [layer for layer in route if linear or layer == "embed"]
     with deactivate(model, silenced):
         torch.testing.assert_close(
-            gradient_per_sample(model, other[:1], linear=True)["embed"],
-            gradient_per_sample(model, other, linear=True)["embed"][:1],
+            gradients(model, other[:1], None, linear=True).values["embed"],
+            gradients(model, other, None, linear=True).values["embed"][:1],
         )

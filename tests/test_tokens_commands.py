@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import attackroute as ar
-from attackroute.analysis.detection import detect
+from attackroute.analysis.controls import Comparison
+from attackroute.analysis.experiments.detect import detect
+from attackroute.analysis.experiments.weaken import weaken_accuracy
 from attackroute.analysis.figures.style import short_names
-from attackroute.analysis.weakening import weakening_accuracy
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.zoo.sources import load_data
 from command_line import Result, done
@@ -91,7 +93,7 @@ def test_analyze_takes_linear_maps_as_layers(trained: Path, analysis: tuple[Path
     route = ar.trace_routes(network, reference, linear=True).aggregate(0.3)
     assert len(route) == 10 and ar.Route.load(out / "route.json", model=network) == route
     content = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
-    assert all(content[name]["terms"]["linear"] is True for name in content if name != "route")
+    assert all(content[name]["settings"]["linear"] is True for name in content if name != "route")
     assert {row["layer"] for row in content["sensitivity"]["rows"]} == set(route)
 
     # no control by weights, since channels mix; and only what is left is weakened
@@ -155,7 +157,7 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     half = halves(sorted(order[:12]))
     route = ar.Route.load(tmp_path / "analysis" / "route.json", model=network)
     assert route == ar.trace_routes(network, half, linear=True, sketches=16).aggregate(0.3)
-    assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["terms"]["sketches"] == 16
+    assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["settings"]["sketches"] == 16
 
     hardened = ar.harden(
         network_of(trained), data, linear=True, sketches=16, route_samples=1.0, compare_full=False,
@@ -187,17 +189,18 @@ def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[st
 def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))
     attack = {"fgsm": ar.parse_attack("fgsm:eps=0.2")}
-    found = detect(network, data, data, attack, seeds=range(1), linear=True)
-    layers = {row.layer for row in found.rows if row.score == "route"}
+    found = detect(network, data, data, attack, seeds=range(1), config=TraceConfig(linear=True))
+    layers = set(found.table.select(score="route").column("layer"))
     assert layers == {"all", *ar.trace_routes(network, data, linear=True).layers}
 
 
 def test_weakening_says_into_which_layers(trained: Path) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))
     route = ar.trace_routes(network, data, linear=True).aggregate(0.3)
+    compared = Comparison(model=network, data=data, route=route, seeds=range(1))
     with pytest.raises(ar.UserError, match="no kernel slice"):
-        weakening_accuracy(network, data, route, seeds=range(1))
-    found = weakening_accuracy(network, data, route, seeds=range(1), targets=MLPS, betas=[0.5])
+        weaken_accuracy(compared)
+    found = weaken_accuracy(compared, targets=MLPS, betas=[0.5])
     assert "into 2 layers, to 0.5" in found.reading()
 
 

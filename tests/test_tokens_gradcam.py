@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.gradcam import evidence, grad_cam
-from attackroute.analysis.token_grid import token_maps
+from attackroute.analysis.gradcam import grad_cam, layer_evidence, token_maps
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
 from token_networks import CLASSES, GATED, TOKENS, Attentive, made, vit
@@ -73,7 +72,7 @@ def test_maps_of_tokens_agree_with_loops(name: str, layer: str, grid: tuple[int,
 
 def test_attention_inside_a_module_that_never_calls_its_parts() -> None:
     model, images, _ = made(Attentive)
-    found = evidence(model, images, "attn#2")  # the projection behind multi-head attention
+    found = layer_evidence(model, images, "attn#2")  # the projection behind multi-head attention
     assert found.maps.shape == (3, 8, 4, 4)
     kept: list[Tensor] = []
     model.attn.register_forward_hook(lambda _module, _args, output: kept.append(output[0]))
@@ -152,7 +151,7 @@ def test_what_has_no_map_says_what_to_take() -> None:
 def test_maps_after_the_activation_of_tokens() -> None:
     model, images, _ = made(Attentive)
     target = torch.arange(3) % CLASSES
-    found = evidence(model, images, "fc1", target=target, at="activation")
+    found = layer_evidence(model, images, "fc1", target=target, at="activation")
     hidden: list[Tensor] = []
     model.fc1.register_forward_hook(lambda _module, _args, output: hidden.append(output))
     model(images)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from attackroute.core.version import __version__
 
 if TYPE_CHECKING:
-    from attackroute.analysis.channel_measurements import gradient, sensitivity
+    from attackroute.analysis import hardness
+    from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
     from attackroute.analysis.criteria import rank_channels
-    from attackroute.analysis.hardness import Hardness, hardness
+    from attackroute.analysis.hardness import Hardness
     from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
     from attackroute.core.errors import UserError
     from attackroute.hardening.gradient_penalty import GradientPenalty
@@ -50,12 +51,12 @@ __all__ = [
     "build_model",
     "deactivate",
     "evaluate",
-    "gradient",
     "harden",
     "hardness",
     "influence",
     "load_data",
     "load_weights",
+    "loss_gradient",
     "parse_attack",
     "rank_channels",
     "record_outputs",
@@ -83,16 +84,16 @@ _HOMES = {
     "build_model": "zoo.networks",
     "deactivate": "analysis.interventions",
     "evaluate": "robustness.evaluate",
-    "gradient": "analysis.channel_measurements",
     "harden": "hardening.harden",
-    "hardness": "analysis.hardness",
+    "hardness": "analysis",
     "influence": "tracing.trace",
     "load_data": "zoo.sources",
     "load_weights": "zoo.weights",
+    "loss_gradient": "analysis.channel_statistics",
     "parse_attack": "robustness.registry",
     "rank_channels": "analysis.criteria",
     "record_outputs": "analysis.interventions",
-    "sensitivity": "analysis.channel_measurements",
+    "sensitivity": "analysis.channel_statistics",
     "trace_routes": "tracing.trace",
     "train": "hardening.training",
     "transplant": "analysis.interventions",

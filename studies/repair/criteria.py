@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_means import attributions
+from attackroute.analysis.channel_statistics import attributions
 from attackroute.analysis.criteria import channel_scores
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
@@ -73,7 +73,7 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
       that noise of either sign cancels, and so do weights; for chains of convolutions without groups.
     * ``"noise x gradient"``: how often a channel is among a sample's best by ``sum of (Z(x') - Z(x)) dL/dZ(x')``, which
       is the noise route's seed at every layer instead of its recursion.
-    * ``"attribution"``, ``"sensitivity"``, ``"random"``: as :func:`attackroute.rivals.channel_scores`.
+    * ``"attribution"``, ``"sensitivity"``, ``"random"``: as :func:`attackroute.analysis.channel_scores`.
 
     Args:
         model: The network.

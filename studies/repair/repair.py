@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attackroute.analysis.controls import Ranking
 from attackroute.analysis.criteria import ChannelScores
 from attackroute.analysis.interventions import record_outputs, transplant
-from attackroute.analysis.rankings import Ranking
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.core.model_state import frozen

@@ -1,4 +1,4 @@
-"""Rival criteria: routes of the same size by what else one might rank channels by, as controls for the paper's route.
+"""Criteria by which to rank channels, other than influence: baselines of the route's size for the paper's route.
 
 Data are read once, in constant memory. Sums over samples are in float64, so that batch size and order do not matter.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_means import (
+from attackroute.analysis.channel_statistics import (
     Measure,
     Measured,
     RunningMean,
@@ -19,10 +19,13 @@ from attackroute.analysis.channel_means import (
     attributions,
     changes,
     gradients,
+    layer_channels,
+    steady,
+    under_attack,
 )
-from attackroute.analysis.channel_stream import layer_channels, steady, two_of, under_attack
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.layers import two_of
 from attackroute.core.model_state import frozen
 from attackroute.core.random import channel_uniforms
 from attackroute.robustness.attack import Attack, attack_name
@@ -32,69 +35,9 @@ from attackroute.routes.route import Route
 from attackroute.tracing.recorder import RecordedLayer, record_first
 from attackroute.tracing.trace import Progress
 
-
-class MixedChannelsError(UserError):
-    """What stands between two layers mixes channels, so that no weight belongs to a channel."""
-
-
-def outgoing_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
-    """Weight norm ``|W|_1`` by which each channel is read: the influence of Eqs. (1)-(2) with its masks left out.
-
-    For channel i of layer l it is the sum, over the layers l' directly after l, of
-    ``|s_i| * sum over j, u of |W_l'[j, i, u]|``, where s_i is the factor that the channel meets on its way, such as
-    batch norm's ``gamma / sigma``. Derivatives that differ between positions (activations, pooling, gates) count as
-    one. A sink, which no route layer follows, is scored by its own kernel, ``sum over i, u of |W_l[m, i, u]|``.
-
-    Args:
-        layers: The layers of a recording.
-
-    Returns:
-        For each layer, float64 ``(C,)`` on the CPU.
-
-    Raises:
-        MixedChannelsError: Something between two layers mixes channels or positions, so that no weight belongs to a
-            channel.
-    """
-    norms = {index: torch.zeros(layer.channels, dtype=torch.float64) for index, layer in enumerate(layers)}
-    sinks = set(norms)
-    for layer in layers:
-        sinks -= layer.sources
-        if layer.jacobian:
-            raise MixedChannelsError(
-                f"there is no weight norm for the channels of layer {layers[min(layer.jacobian)].name!r}: what stands "
-                f"between it and {layer.name!r} mixes channels or positions; choose another criterion"
-            )
-        read = _read_norms(layer)
-        for piece in layer.pieces:
-            part = read[piece.dst : piece.dst + piece.length]
-            if piece.scale is not None:
-                part = part * _wide(piece.scale).abs()
-            norms[piece.source][piece.src : piece.src + piece.length] += part
-    for index in sinks:
-        norms[index] = _wide(layers[index].weight).abs().flatten(1).sum(1)
-    return {layer.name: norms[index] for index, layer in enumerate(layers)}
-
-
-def _read_norms(layer: RecordedLayer) -> Tensor:
-    """``sum over j, u of |W[j, i, u]|`` for each input channel i, ``(C_in,)``."""
-    weight = _wide(layer.weight).abs().unflatten(0, (layer.groups, -1))  # (groups, outputs, C_in / groups, kh, kw)
-    norms: Tensor = weight.sum((1, 3, 4))
-    return norms.flatten()
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.detach().cpu().to(torch.float64)
-
-
 _MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
-
-
 _COMPARISONS: dict[str, Callable[..., Measured]] = {"sensitivity": changes, "attribution": attributions}
-
-
 CRITERIA = (*_MEASURES, *_COMPARISONS, "weight", "random")
-
-
 NEED_ATTACK = tuple(_COMPARISONS)
 """The criteria that compare images with attacked ones."""
 
@@ -139,7 +82,7 @@ def rank_channels(
     linear: bool = False,
     progress: Progress | None = None,
 ) -> Route:
-    """A route of the paper's size by a rival criterion: in each layer the channels with the largest scores.
+    """A route of the paper's size by another criterion: in each layer the channels with the largest scores.
 
     Args:
         model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
@@ -186,7 +129,7 @@ def channel_scores(
       dL/dZ^m(x')``: the first-order estimate of the loss on x' that a transplant of the channel takes away, with L as
       for ``"gradient"``. Below zero for channels whose clean values would raise the loss.
     * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain,
-      :func:`attackroute.outgoing.outgoing_norms`.
+      :func:`outgoing_weight_norms`.
     * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross
       entropy for the sample's label, or for the model's own prediction where there is none. Right at any confidence;
       only if every sample's ``1 - p_y`` is below 1e-260, the scores share a factor that keeps them above zero.
@@ -217,15 +160,15 @@ def channel_scores(
         probe = two_of(stream.first[0])
         if measure is None:
             if by == "weight":
-                return ChannelScores(by, outgoing_norms(record_first(model, probe, linear=linear).layers))
+                return ChannelScores(by, outgoing_weight_norms(record_first(model, probe, linear=linear).layers))
             channels = layer_channels(model, probe, linear=linear)
             return ChannelScores(
                 by, {layer: channel_uniforms(seed, layer, channels[layer]) for layer in channels}, seed=seed
             )
         mean = RunningMean()
-        once = steady(model, probe, measure, linear=linear)
-        for part in stream.map(lambda images, labels: RunningMean.of(once(images, labels))):
-            mean.add(part)
+        measure_batch = steady(model, probe, measure, linear=linear)
+        for batch_mean in stream.map(lambda images, labels: RunningMean.of(measure_batch(images, labels))):
+            mean.add(batch_mean)
             if progress is not None:
                 progress(mean.samples, stream.total)
     compared = attack_name(attack) if attack is not None and by in NEED_ATTACK else None
@@ -241,3 +184,56 @@ def _measure(by: str, attack: Attack | None) -> Measure | None:
             f"criterion {by!r} compares images with attacked ones: pass attack=..., such as ar.parse_attack('pgd')"
         )
     return under_attack(_COMPARISONS[by], attack)
+
+
+class MixedChannelsError(UserError):
+    """What stands between two layers mixes channels, so that no weight belongs to a channel."""
+
+
+def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
+    """Weight norm ``|W|_1`` by which each channel is read: the influence of Eqs. (1)-(2) with its masks left out.
+
+    For channel i of layer l it is the sum, over the layers l' directly after l, of
+    ``|s_i| * sum over j, u of |W_l'[j, i, u]|``, where s_i is the factor that the channel meets on its way, such as
+    batch norm's ``gamma / sigma``. Derivatives that differ between positions (activations, pooling, gates) count as
+    one. A sink, which no route layer follows, is scored by its own kernel, ``sum over i, u of |W_l[m, i, u]|``.
+
+    Args:
+        layers: The layers of a recording.
+
+    Returns:
+        For each layer, float64 ``(C,)`` on the CPU.
+
+    Raises:
+        MixedChannelsError: Something between two layers mixes channels or positions, so that no weight belongs to a
+            channel.
+    """
+    norms = {index: torch.zeros(layer.channels, dtype=torch.float64) for index, layer in enumerate(layers)}
+    sinks = set(norms)
+    for layer in layers:
+        sinks -= layer.sources
+        if layer.jacobian:
+            raise MixedChannelsError(
+                f"there is no weight norm for the channels of layer {layers[min(layer.jacobian)].name!r}: what stands "
+                f"between it and {layer.name!r} mixes channels or positions; choose another criterion"
+            )
+        norm_of_input = _input_norms(layer)
+        for piece in layer.pieces:
+            norm = norm_of_input[piece.dst : piece.dst + piece.length]
+            if piece.scale is not None:
+                norm = norm * _wide(piece.scale).abs()
+            norms[piece.source][piece.src : piece.src + piece.length] += norm
+    for index in sinks:
+        norms[index] = _wide(layers[index].weight).abs().flatten(1).sum(1)
+    return {layer.name: norms[index] for index, layer in enumerate(layers)}
+
+
+def _input_norms(layer: RecordedLayer) -> Tensor:
+    """``sum over j, u of |W[j, i, u]|`` for each input channel i, ``(C_in,)``."""
+    weight = _wide(layer.weight).abs().unflatten(0, (layer.groups, -1))  # (groups, outputs, C_in / groups, kh, kw)
+    norms: Tensor = weight.sum((1, 3, 4))
+    return norms.flatten()
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().cpu().to(torch.float64)

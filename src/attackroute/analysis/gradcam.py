@@ -4,12 +4,13 @@ Grad-CAM (Selvaraju et al., 2017) weighs each channel's map ``A^c`` by the mean 
 gradient, ``alpha_c``, and keeps what speaks for the class: ``relu(sum_c alpha_c A^c)``. Here the sum runs over any set
 of channels. Before the ReLU the maps of a set and of its complement add up to the whole.
 
-Tokens are maps too: channels are the features, positions the tokens of the image, see :mod:`attackroute.token_grid`.
+Tokens are maps too: channels are the features, positions the tokens of the image, see :func:`token_maps`.
 Class tokens are no positions: they are left out of the maps and of the means over positions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.sites import Follower
-from attackroute.analysis.token_grid import Grid, token_maps
+from attackroute.analysis.sites import ActivationFollower, check_site
 from attackroute.core.checks import checked_labels, checked_logits
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError
 from attackroute.core.layers import ACTIVATION, OUTPUT, LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 
 _MAP_DIMS = 4
+_MOST_LEADING = 16  # class, distillation and register tokens before those of the image
+_UNSEEN_LEADING = 2  # of them, where no convolution shows the grid: a class token, and one of distillation
+
+Grid = tuple[int, int]
+"""Rows and columns of tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +90,7 @@ def grad_cam(
         channels: Indices of the channels to sum over; None for all, which is the usual Grad-CAM.
         target: ``(N,)`` classes; None for those that the model predicts.
         at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
-        grid: Rows and columns of the tokens; None to find out, see :func:`attackroute.token_grid.token_maps`. Tokens
+        grid: Rows and columns of the tokens; None to find out, see :func:`token_maps`. Tokens
             before the grid are left out.
 
     Returns:
@@ -95,18 +100,18 @@ def grad_cam(
         UserError: The layer does not run or has no maps, its tokens have no grid, the logits depend on none of them, a
             channel or class is out of range, or ``at`` is unknown.
     """
-    found = evidence(model, images, layer, target=target, at=at, grid=grid)
-    count = found.maps.shape[1]
+    evidence = layer_evidence(model, images, layer, target=target, at=at, grid=grid)
+    count = evidence.maps.shape[1]
     chosen = torch.ones(1, count, dtype=torch.bool)
     if channels is not None:
         index = torch.as_tensor(channels, dtype=torch.int64).cpu().flatten()
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
             raise UserError(f"a channel of layer {layer!r} is out of range: it has channels 0 to {count - 1}")
         chosen = torch.zeros(1, count, dtype=torch.bool).index_fill_(1, index, True)
-    return found.cams(chosen)[0]
+    return evidence.cams(chosen)[0]
 
 
-def evidence(
+def layer_evidence(
     model: nn.Module,
     images: Tensor,
     layer: str,
@@ -183,11 +188,8 @@ class _Held:
 @contextmanager
 def _leaf(model: nn.Module, layer: str, at: str) -> Iterator[_Held]:
     """While the model runs, make the layer's maps a leaf that requires grad."""
-    if at not in (OUTPUT, ACTIVATION):
-        raise UserError(
-            f"unknown place at={at!r}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give 'output' or 'activation'"
-        )
-    follower = Follower() if at == ACTIVATION else None
+    check_site(at)
+    follower = ActivationFollower() if at == ACTIVATION else None
     held = _Held()
 
     def hold(values: Tensor) -> Tensor:
@@ -211,3 +213,70 @@ def _leaf(model: nn.Module, layer: str, at: str) -> Iterator[_Held]:
             stack.enter_context(follower)
         stack.enter_context(LayerCalls(model, visit, linear=True))
         yield held
+
+
+def token_maps(call: LayerCall, output: Tensor, seen: Sequence[Grid], grid: Grid | None) -> Tensor:
+    """The output of a linear map as maps, without the tokens that are no part of the image.
+
+    Tokens ``(n, rows, columns, C)`` have their grid in their shape, if its proportions are those of a convolution's
+    maps. Those in one line, ``(n, T, C)``, lie row by row and behind the class token and its like. Their grid is the
+    one that is given, or that of the patches: the size of the last convolution's maps that leaves at most 16 tokens,
+    and fewer than it has itself. Without such a convolution it is square, with none, one, or two tokens before it.
+
+    Args:
+        call: The linear map.
+        output: What it gives, ``(n, ..., C)``.
+        seen: Sizes of the maps of convolutions that ran before it, in order.
+        grid: Rows and columns, where the user knows them.
+
+    Returns:
+        ``(n, C, rows, columns)``, a view.
+
+    Raises:
+        UserError: The output has no tokens, or they stand in windows, or their grid cannot be told or does not fit.
+    """
+    name, shape = call.name, tuple(output.shape)
+    if output.ndim < 3:
+        raise UserError(
+            f"layer {name!r} gives {shape}, no maps (N, C, H, W) and no tokens (N, T, C): Grad-CAM needs a convolution "
+            "or a linear map over tokens"
+        )
+    if call.folded or output.ndim > _MAP_DIMS:
+        raise UserError(
+            f"layer {name!r} gives {shape}, tokens in windows, whose places in the image cannot be told: take a layer "
+            "outside the windows, such as the MLP after the attention"
+        )
+    if output.ndim == _MAP_DIMS:
+        if grid is not None and tuple(grid) != shape[1:3]:
+            raise UserError(f"layer {name!r} has a grid of {shape[1]} x {shape[2]} tokens, not {grid[0]} x {grid[1]}")
+        if grid is None and seen and not any(_alike((shape[1], shape[2]), size) for size in seen):
+            raise UserError(
+                f"layer {name!r} gives {shape}, whose {shape[1]} x {shape[2]} tokens have not the shape of the "
+                f"convolutions' maps (windows?): if they are rows and columns, give grid=({shape[1]}, {shape[2]})"
+            )
+        return output.movedim(-1, 1)
+    rows, columns = _token_grid(name, shape[1], seen) if grid is None else grid
+    leading = shape[1] - rows * columns
+    if rows < 1 or columns < 1 or leading < 0:
+        raise UserError(f"layer {name!r} has {shape[1]} tokens, too few for a grid of {rows} x {columns}")
+    image: Tensor = output[:, leading:].unflatten(1, (rows, columns))
+    return image.movedim(-1, 1)
+
+
+def _alike(grid: Grid, size: Grid) -> bool:
+    """Whether both have the same proportions, up to rounding to whole tokens."""
+    return abs(grid[0] * size[1] - grid[1] * size[0]) <= max(size)
+
+
+def _token_grid(name: str, tokens: int, seen: Sequence[Grid]) -> Grid:
+    for size in reversed(seen):
+        if 0 <= tokens - math.prod(size) <= min(_MOST_LEADING, math.prod(size) - 1):
+            return size
+    for leading in range(_UNSEEN_LEADING + 1):
+        side = math.isqrt(max(0, tokens - leading))
+        if side > 1 and side**2 == tokens - leading:
+            return side, side
+    raise UserError(
+        f"the {tokens} tokens of layer {name!r} fit no grid that the network shows: give grid=(rows, columns); tokens "
+        "that are left over count as class tokens at the front"
+    )

@@ -2,32 +2,35 @@
 
 Nothing is perturbed: in every layer the samples are ranked by the loss gradient on the layer's route neurons, and the
 lower the gradient the more votes a sample gets. V, the metric, is the sum of a sample's votes over the layers.
+Gradients are in logarithms, right at any confidence: a sample with ``p = 1.0`` in floating point keeps its place.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.sample_readings import SampleReader, SampleReadings
-from attackroute.analysis.votes import rank_votes, votes_among
+from attackroute.analysis.channel_statistics import gradients
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.files import HARDNESS_KIND, file_errors, read_tensors, write_tensors
-from attackroute.core.model_state import frozen
-from attackroute.core.table import plural
+from attackroute.core.model_state import explained, frozen
+from attackroute.core.table import Table, plural
+from attackroute.routes.layer_map import require_channels, require_model, require_same
 from attackroute.routes.route import Route
+from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
+_LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
 _TENSORS = ("log_gradients", "labels", "predictions")
-
-
 _REFERENCE = "reference"
 
 
@@ -50,7 +53,7 @@ def hardness(
         UserError: The model cannot carry the route, the data hold fewer than two samples or no labels, an input does
             not fit the model, or values are not finite.
     """
-    result = Hardness.of_readings(read_samples(model, {"route": route}, data, batch_size, progress), route)
+    result = Hardness.from_gradients(read_gradients(model, {"route": route}, data, batch_size, progress), route)
     if len(result) < 2:
         raise UserError(
             "the data hold one sample, which cannot be ranked: give two or more, or score it against others"
@@ -58,20 +61,20 @@ def hardness(
     return result
 
 
-def read_samples(
+def read_gradients(
     model: nn.Module, routes: Mapping[str, Route], data: Data, batch_size: int, progress: Progress | None
-) -> SampleReadings:
-    """Readings of every sample, for several routes at once; see :class:`SampleReader`."""
-    parts: list[SampleReadings] = []
+) -> SampleGradients:
+    """The gradients of every sample, for several routes at once; see :class:`GradientReader`."""
+    batches: list[SampleGradients] = []
     done = 0
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        for part in stream.map(SampleReader(model, routes).read):
-            parts.append(part)
-            done += len(part)
+        for batch in stream.map(GradientReader(model, routes).read):
+            batches.append(batch)
+            done += len(batch)
             if progress is not None:
                 progress(done, stream.total)
-    return SampleReadings.concatenate(parts)
+    return SampleGradients.concatenate(batches)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,15 +112,15 @@ class Hardness:
             raise UserError("the reference needs one column for each layer of the route, each in ascending order")
 
     @classmethod
-    def of_readings(cls, readings: SampleReadings, route: Route, index: int = 0) -> Hardness:
-        """Hardness by the readings' route of that index, the samples ranked among themselves.
+    def from_gradients(cls, samples: SampleGradients, route: Route, index: int = 0) -> Hardness:
+        """Hardness by the route of that index among those that were read, the samples ranked among themselves.
 
         Raises:
             UserError: There is one sample alone.
         """
-        if len(readings) < 2:
+        if len(samples) < 2:
             raise UserError("the data hold one sample, which cannot be ranked: give two or more, or score it by others")
-        return cls(route, readings.log_gradients[:, index].clone(), readings.labels, readings.predictions)
+        return cls(route, samples.log_gradients[:, index].clone(), samples.labels, samples.predictions)
 
     @cached_property
     def votes(self) -> Tensor:
@@ -193,27 +196,36 @@ class Hardness:
         Raises:
             UserError: As for :func:`hardness`.
         """
-        readings = read_samples(model, {"route": self.route}, data, batch_size, progress)
+        samples = read_gradients(model, {"route": self.route}, data, batch_size, progress)
         return Hardness(
-            self.route, readings.log_gradients[:, 0].clone(), readings.labels, readings.predictions, self.quantiles()
+            self.route, samples.log_gradients[:, 0].clone(), samples.labels, samples.predictions, self.quantiles()
         )
 
     def by_class(self) -> list[dict[str, Any]]:
         """For each label: how many samples bear it, how many are classified correctly, and the spread of their V."""
         rows = []
         for label in self.labels.unique().tolist():
-            own = self.labels == label
-            low, middle, high = self.values[own].quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+            mask = self.labels == label
+            low, middle, high = self.values[mask].quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
             rows.append(
                 {
                     "label": label,
-                    "samples": int(own.sum()),
-                    "correct": int(self.correct[own].sum()),
-                    "V_mean": float(self.values[own].mean()),
+                    "samples": int(mask.sum()),
+                    "correct": int(self.correct[mask].sum()),
+                    "V_mean": float(self.values[mask].mean()),
                     "V_quartiles": [low, middle, high],
                 }
             )
         return rows
+
+    @property
+    def table(self) -> Table:
+        """One row a sample: index, label, prediction, V, and ``votes:LAYER`` for each layer in forward order."""
+        numbers = (self.labels.tolist(), self.predictions.tolist(), self.values.tolist(), self.votes.tolist())
+        return Table(
+            ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.layers)),
+            tuple((index, *row, *votes) for index, (*row, votes) in enumerate(zip(*numbers, strict=True))),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as safetensors, replacing a file of that name in one step.
@@ -248,3 +260,162 @@ class Hardness:
         if not 0 < count <= len(order):
             raise UserError(f"{count} samples are wanted of {len(order)}: give a number from 1 to {len(order)}")
         return order[:count]
+
+
+def rank_votes(log_gradients: Tensor) -> Tensor:
+    """Votes of each sample in each layer among the samples themselves, Eq. (17).
+
+    Args:
+        log_gradients: ``(N, L)`` float64 without NaN; ``-inf`` is a gradient of zero.
+
+    Returns:
+        ``(N, L)`` float64: 1 for the layer's largest gradient, N for its smallest; equal gradients share the mean.
+    """
+    from scipy.stats import rankdata  # here, since it takes a second to load
+
+    return torch.from_numpy(rankdata(-log_gradients.numpy(), axis=0))
+
+
+def votes_among(reference: Tensor, log_gradients: Tensor) -> Tensor:
+    """Votes of samples by their place among those of a reference, without ranking that anew.
+
+    A sample whose gradient is in the reference gets that one's votes, exactly as :func:`rank_votes` gave them; one
+    between two samples of the reference gets the mean of theirs.
+
+    Args:
+        reference: ``(M, L)`` float64, each column in ascending order.
+        log_gradients: ``(N, L)`` float64.
+
+    Returns:
+        ``(N, L)`` float64, from 1/2 to ``M + 1/2``.
+    """
+    places = np.empty(log_gradients.shape)
+    for layer, (ascending, values) in enumerate(zip(reference.numpy().T, log_gradients.numpy().T, strict=True)):
+        # with b of the reference below and e equal: M - b - e above, and the mean of e ranks from there on
+        places[:, layer] = np.searchsorted(ascending, values, "left") + np.searchsorted(ascending, values, "right")
+    return torch.from_numpy(len(reference) + 0.5 - places / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class SampleGradients:
+    """What the loss says of N samples, in the order in which they came, on the CPU.
+
+    Attributes:
+        log_gradients: ``(N, R, L)`` float64, R routes of L layers: log of the sum over the layer's route neurons of
+            ``|dL/dZ|`` summed over positions (Eq. (16)), L the cross entropy. ``-inf`` where no gradient arrives.
+        labels: ``(N,)`` int64.
+        predictions: ``(N,)`` int64.
+        log_losses: ``(N,)`` float64, log of the cross entropy.
+        margins: ``(N,)`` float64, the label's logit less the largest other one.
+        log_input_gradients: ``(N,)`` float64, log of the L1 norm of the loss gradient at the image: what a small
+            step of size eps in the L-infinity ball adds to the loss, over eps.
+    """
+
+    log_gradients: Tensor
+    labels: Tensor
+    predictions: Tensor
+    log_losses: Tensor
+    margins: Tensor
+    log_input_gradients: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def concatenate(cls, batches: Iterable[SampleGradients]) -> SampleGradients:
+        """The samples of several batches, one after another.
+
+        Raises:
+            UserError: There is none.
+        """
+        batches = list(batches)
+        if not batches:
+            raise UserError("the data hold no sample: the loader is empty")
+        return cls(*(torch.cat([getattr(batch, item.name) for batch in batches]) for item in fields(cls)))
+
+
+class GradientReader:
+    """Reads batches with one forward and one backward pass each, all layers and routes at once.
+
+    Args:
+        model: A frozen model (:func:`attackroute.layers.frozen`).
+        routes: At least one route, all with the same layers.
+
+    Raises:
+        UserError: The routes differ in their layers, or the model cannot carry them.
+    """
+
+    def __init__(self, model: nn.Module, routes: Mapping[str, Route]) -> None:
+        first, *others = routes.values()
+        for name, route in routes.items():
+            require_same(first.channels, route.channels, f"route {name!r}")
+            if not route.size:
+                raise UserError(f"route {name!r} has no neuron in any layer: give one with neurons")
+        require_model(first.channels, model)
+        self._model = model
+        self._channels = first.channels
+        self._apart = False  # whether samples were seen to stand in the first dimension of tokens
+        self._neurons = {layer: [route[layer] for route in (first, *others)] for layer in first}
+
+    def read(self, images: Tensor, labels: Tensor | None) -> SampleGradients:
+        """Read one batch, on the model's device and in its dtype.
+
+        Raises:
+            UserError: There are no labels, a layer did not run or has another number of channels, samples do not
+                stand in the first dimension of a layer's output, or a gradient is not finite.
+        """
+        if labels is None:
+            raise UserError("the data have no labels, and the loss is that of a label: give (images, labels)")
+        with explained(images):
+            measured = gradients(self._model, images, labels, linear=True)
+            if not self._apart and measured.tokens.intersection(self._channels):
+                require_rows_apart(self._model, images, self._channels)
+        self._apart = True
+        assert measured.logits is not None and measured.at_images is not None
+        sums = torch.stack([self._sums(measured.values, layer) for layer in self._channels], dim=2)
+        # summed in float64, away from the device, which may not have it
+        at_images = measured.at_images.flatten(1).abs().sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
+        inputs = at_images.cpu().double()
+        if not (sums.isfinite().all() and inputs.isfinite().all()):
+            raise UserError(
+                "a gradient of the loss is not finite: check the model's weights and the range of its inputs"
+            )
+        logits, answers = measured.logits.cpu().double(), labels.cpu().long()
+        return SampleGradients(
+            sums.log() + measured.log_factor[:, None, None],
+            answers,
+            logits.argmax(1),
+            *log_loss_and_margin(logits, answers),
+            inputs.log() + measured.log_factor,
+        )
+
+    def _sums(self, values: Mapping[str, Tensor], layer: str) -> Tensor:
+        """Eq. (16) for one layer and every route, ``(n, R)``, up to the sample's factor."""
+        sizes = values.get(layer)
+        if sizes is None:
+            raise UserError(
+                f"layer {layer!r} of the route did not run in the model's forward pass: "
+                "use the model that the route was made for, uncompiled"
+            )
+        require_channels(layer, self._channels[layer], sizes.shape[1])
+        sizes = sizes.cpu().double()
+        # each row alone, where a product of matrices might round equal rows in different ways
+        return torch.stack([sizes[:, neurons].sum(1) for neurons in self._neurons[layer]], dim=1)
+
+
+def log_loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the cross entropy, and the label's logit less the largest other one; both ``(n,)``.
+
+    With s the log odds against the label, the loss is ``log(1 + exp(s))``, whose logarithm is s itself where the loss
+    is too small for floating point.
+
+    Args:
+        logits: ``(n, K)`` float64, K >= 2.
+        labels: ``(n,)`` int64.
+    """
+    label = F.one_hot(labels, logits.shape[1]).bool()
+    of_label = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.masked_fill(label, -torch.inf)
+    odds = others.logsumexp(1) - of_label
+    log_loss = torch.where(odds < _LINEAR_BELOW, odds, F.softplus(odds.clamp(min=_LINEAR_BELOW), threshold=700).log())
+    return log_loss, of_label - others.amax(1)

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from attackroute.analysis.sites import LayerEdits
 from attackroute.core.errors import UserError
-from attackroute.core.layers import ACTIVATION, CHANNEL_DIM, OUTPUT, LayerCall
+from attackroute.core.layers import CHANNEL_DIM, OUTPUT, LayerCall
 from attackroute.core.model_state import explained, frozen
 from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.recorder import is_recording
-
-__all__ = ["ACTIVATION", "OUTPUT", "Graft", "deactivate", "record_outputs", "transplant", "weaken"]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Edits of layers' outputs while a model runs: what all interventions have in common."""
+"""Sites at which channels are read and changed while a model runs: a layer's output, or the activation after it."""
 
 from __future__ import annotations
 
@@ -34,20 +34,16 @@ _ACTIVATIONS = _functions(
     *("leaky_relu", "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus"),
     *("softshrink", "softsign", "tanh", "tanhshrink", "threshold"),
 )
-
-
 # Normalisation, which keeps every channel in its place, copies, and what other interventions and measurements do to a
 # layer's output before it flows on.
-_CARRIERS = _functions(
+_PASSES_THROUGH = _functions(
     *("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"),
     *("clone", "contiguous", "detach", "index_copy", "index_fill", "requires_grad", "to"),
 )
-
-
 _READINGS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout, RemovableHandle, Node)
 
 
-class Follower(TorchFunctionMode):
+class ActivationFollower(TorchFunctionMode):
     """Context that follows tensors to the elementwise activation that reads them next, and edits its output.
 
     Between the two only normalisation and copies may stand. Whatever else reads a followed tensor would carry it past
@@ -84,7 +80,7 @@ class Follower(TorchFunctionMode):
         if alone and func in _ACTIVATIONS:
             self.reached.add(name)
             return edit(result)
-        if alone and func in _CARRIERS:
+        if alone and func in _PASSES_THROUGH:
             self.follow(result, name, edit)
             return result
         raise UserError(
@@ -103,6 +99,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(value.values()))
 
 
+def check_site(at: str) -> None:
+    """Raise a `UserError` unless ``at`` names a site, ``"output"`` or ``"activation"``."""
+    if at not in (OUTPUT, ACTIVATION):
+        raise UserError(
+            f"unknown place at={at!r}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give 'output' or 'activation'"
+        )
+
+
 class LayerEdits:
     """Edits the outputs of some layers as they run, and checks that every forward pass had these layers.
 
@@ -117,12 +121,9 @@ class LayerEdits:
     """
 
     def __init__(self, channels: Mapping[str, int | None], at: str = OUTPUT) -> None:
-        if at not in (OUTPUT, ACTIVATION):
-            raise UserError(
-                f"unknown place at={at!r}{did_you_mean(at, (OUTPUT, ACTIVATION))}; give 'output' or 'activation'"
-            )
+        check_site(at)
         self._channels = channels
-        self._follower = Follower() if at == ACTIVATION else None
+        self._follower = ActivationFollower() if at == ACTIVATION else None
         self._ran: set[str] = set()
 
     def begun(self, args: tuple[Any, ...]) -> None:
@@ -195,7 +196,7 @@ class LayerEdits:
         if self._follower is not None:
             self._follower.clear()
 
-    def _require_channels(self, layer: str, found: int) -> None:
+    def _require_channels(self, layer: str, count: int) -> None:
         expected = self._channels[layer]
         if expected is not None:
-            require_channels(layer, expected, found)
+            require_channels(layer, expected, count)

@@ -9,16 +9,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from matplotlib.figure import Figure
-
-from attackroute.analysis.figures.style import save_figure
 from attackroute.core.errors import UserError
 from attackroute.core.files import replace_file
+from attackroute.core.table import Record
 
-Record = dict[str, Any]
-"""One row of a tidy table: column names and plain values, the same columns in every row."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Result(Protocol):
@@ -55,6 +53,8 @@ def save_result(
     Raises:
         UserError: A file cannot be written.
     """
+    from attackroute.analysis.figures.style import save_figure
+
     home = Path(folder)
     paths = [path for title, figure in figures.items() for path in save_figure(figure, home, title)]
     table, document = home / f"{name}.csv", home / f"{name}.json"

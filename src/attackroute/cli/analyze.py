@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attackroute.cli.arguments import integer, option, parse_names, parse_share, switch
 from attackroute.cli.console import Output
@@ -20,13 +20,13 @@ from attackroute.cli.options import (
     TracingOptions,
     open_folder,
 )
-from attackroute.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from attackroute.analysis.accuracy_table import AccuracyTable, Setting
+    from attackroute.analysis.accuracy_table import AccuracyTable
     from attackroute.analysis.attention import Attention
-    from attackroute.analysis.detection import Detection
-    from attackroute.analysis.occurrence import Occurrence
+    from attackroute.analysis.experiments.detect import Detection
+    from attackroute.analysis.experiments.occurrence import Occurrence
+    from attackroute.analysis.intervention_table import Setting
     from attackroute.analysis.responses import Responses
     from attackroute.analysis.tables import Result
 
@@ -115,61 +115,50 @@ class AnalyzeOptions:
 
 def analyze(options: AnalyzeOptions) -> None:
     """Run experiments into a folder, and show what each came to."""
-    from attackroute.analysis.study import EXPERIMENTS, Study
-    from attackroute.core.distributed import current
-    from attackroute.core.layers import ACTIVATION, OUTPUT
+    from attackroute.analysis.experiment import ExperimentResult, chosen_experiments
+    from attackroute.analysis.sites import check_site
+    from attackroute.analysis.study import Study
+    from attackroute.core.document import Document
     from attackroute.robustness.registry import parse_attack
 
-    names = EXPERIMENTS if options.only is None else options.only
-    for name in names:
-        if name not in EXPERIMENTS:
-            raise UserError(
-                f"unknown experiment {name!r}{did_you_mean(name, EXPERIMENTS)}; choose from {', '.join(EXPERIMENTS)}"
-            )
-    if options.at not in (OUTPUT, ACTIVATION):
-        near = did_you_mean(options.at, (OUTPUT, ACTIVATION))
-        raise UserError(f"unknown place --at {options.at}{near}; give output or activation")
+    chosen_experiments(options.only)
+    check_site(options.at)
     attacks = {text: parse_attack(text) for text in dict.fromkeys(options.attacks or ["pgd"])}
     config = options.tracing.config(options.run.seed)
     config.check_attack(attacks)
     session = Session.open(options.network, options.images, options.run)
     output = session.output
     study = Study(
-        network=session.network,
+        model=session.network,
         images=session.images,
         attacks=attacks,
-        chosen=options.layers,
+        config=config,
+        layers=options.layers,
         share=options.share,
         at=options.at,
         draws=options.draws,
         batch_size=options.run.batch_size,
-        seed=options.run.seed,
-        origin={name: session.settings[name] for name in ("model", "data", "samples", "device")},
-        folder=open_folder(options.out),
-        output=output,
-        linear=config.linear,
-        sketches=config.sketches,
         workers=options.run.workers,
-        carrier=config.carrier,
+        seed=options.run.seed,
+        folder=open_folder(options.out),
+        settings={name: session.settings[name] for name in ("model", "data", "samples", "device")},
+        note=output.note,
+        progress=output.progress,
     )
-    if not options.resume:
-        study.check_layers()
-    results: dict[str, Any] = {}
-    for name in (name for name in EXPERIMENTS if name in names):
-        done = current().first(lambda name=name: study.finished(name)) if options.resume else None  # type: ignore[misc]
-        if done is not None:
-            output.line(f"{name}: done before. {done['reading']}")
-            results[name] = done
-            continue
-        try:
-            result, results[name] = study.run(name)
-        except KeyboardInterrupt:
-            kept = ", ".join(results) or "none yet"
-            output.note(f"interrupted in {name}; finished experiments are kept ({kept}), go on with --resume")
-            raise
-        _show(output, name, result, results[name]["seconds"])
+
+    def tell(document: Document, result: ExperimentResult | None) -> None:
+        if result is None:
+            output.line(f"{document.kind}: done before. {document.reading}")
+            return
+        output.line(f"\n{document.kind} ({document.about['seconds']:.0f} s)")
+        summary = result.summary()
+        output.table(summary.columns, summary.rows)
+        output.line(document.reading)
+
+    documents = study.run_all(options.only, resume=options.resume, done=tell)
     output.line(f"Tables and figures are in {options.out}")
-    output.result({"folder": str(options.out), "experiments": results})
+    experiments = {name: document.to_json() for name, document in documents.items()}
+    output.result({"folder": str(options.out), "experiments": experiments})
 
 
 # A small table of each experiment
@@ -187,7 +176,7 @@ def _show(output: Output, name: str, result: Result, seconds: float) -> None:
 def _table(result: Result) -> _Table:
     from attackroute.analysis.accuracy_table import AccuracyTable
     from attackroute.analysis.attention import Attention
-    from attackroute.analysis.occurrence import Occurrence
+    from attackroute.analysis.experiments.occurrence import Occurrence
     from attackroute.analysis.responses import Responses
 
     if isinstance(result, AccuracyTable):
@@ -201,9 +190,9 @@ def _table(result: Result) -> _Table:
 
 def _accuracies(table: AccuracyTable) -> _Table:
     """Settings at the main share, or factors: the route, random channels, and which controls the route beats."""
-    from attackroute.analysis.accuracy_table import spread
+    from attackroute.analysis.controls import ROUTE as ON_ROUTE
     from attackroute.analysis.rankings import RANDOM
-    from attackroute.analysis.rankings import ROUTE as ON_ROUTE
+    from attackroute.report.route_view import spread
 
     attack = table.attacks[0]
     if table.main_beta is not None:
@@ -234,7 +223,7 @@ def _layers(setting: Setting, single: tuple[str, ...]) -> str:
 
 def _occurrences(found: Occurrence) -> _Table:
     """Occurrence of the route, of random routes, and overlaps with the routes of attacked images and of controls."""
-    from attackroute.analysis.occurrence import OCCURRENCE, OVERLAP, RANDOM_ROUTES
+    from attackroute.analysis.experiments.occurrence import OCCURRENCE, OVERLAP, RANDOM_ROUTES
 
     first = found.names(OCCURRENCE)[0][0]
     overlaps = found.names(OVERLAP)
@@ -251,8 +240,8 @@ def _occurrences(found: Occurrence) -> _Table:
 
 def _responses(found: Responses) -> _Table:
     """The route's mean over that of all other neurons."""
-    from attackroute.analysis.rankings import OFF_ROUTE
-    from attackroute.analysis.rankings import ROUTE as ON_ROUTE
+    from attackroute.analysis.controls import OFF_ROUTE
+    from attackroute.analysis.controls import ROUTE as ON_ROUTE
 
     head, rows = ["layer"], [[layer] for layer in found.layers]
     for quantity, attack in found.quantities:
@@ -265,7 +254,7 @@ def _responses(found: Responses) -> _Table:
 
 def _attention(found: Attention) -> _Table:
     """Where the maps' energy is, and how far it moves under the first attack."""
-    from attackroute.analysis.attention import CLEAN, INSIDE, SHIFT
+    from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT
 
     attack = found.attacks[0]
     cases = [(CLEAN, INSIDE), (attack, INSIDE), (attack, SHIFT)]

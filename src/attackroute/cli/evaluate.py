@@ -24,7 +24,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.table import plural
 
 if TYPE_CHECKING:
-    from attackroute.core.accuracy import Accuracy
+    from attackroute.core.statistics import Accuracy
     from attackroute.robustness.attack import Perturbation
     from attackroute.robustness.evaluation_table import Evaluation
     from attackroute.robustness.example_checks import FileCheck

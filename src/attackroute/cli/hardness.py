@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attackroute.cli.arguments import option, switch
 from attackroute.cli.console import Output
@@ -20,13 +19,11 @@ from attackroute.cli.options import (
     TracingOptions,
     open_folder,
 )
-from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import UNIT, TraceConfig
 
 if TYPE_CHECKING:
-    from attackroute.analysis.hardness_study import HardnessStudy
-    from attackroute.core.statistics import Association
+    from attackroute.analysis.hardness_experiment import HardnessStudy
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
 
@@ -53,10 +50,10 @@ Examples:
 
 The files:
 
-  hardness.csv, hardness.parquet   V and the votes of each layer, one row an image (Parquet with pyarrow)
+  hardness-images.csv              V and the votes of each layer, one row an image
   hardness.safetensors             the same and what other images are scored against (attackroute.Hardness.load)
   hardness.png, hardness.svg       images that are fooled, by hardness, and V beside its rivals
-  images.png                       the images that the model has learned best and worst
+  hardness-images.png              the images that the model has learned best and worst
   hardness.json                    the tables, and gradients of hard and weak images in each layer
   route.json                       the route, where none was given
 
@@ -68,6 +65,7 @@ The tables:
 """
 
 _KIND = "hardness"
+_IMAGES_CSV, _IMAGES_PNG = "hardness-images.csv", "hardness-images.png"
 _ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
 _WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
 _LISTED = 10  # images by V, at either end
@@ -103,8 +101,7 @@ class HardnessOptions:
 
 def hardness(options: HardnessOptions) -> None:
     """Rank images by hardness, judge the ranking by attacks, and write both."""
-    from attackroute.analysis.hardness_radius import EpsSearch
-    from attackroute.analysis.hardness_study import study_hardness
+    from attackroute.analysis.hardness_experiment import EpsSearch, study_hardness
     from attackroute.core.distributed import leading
     from attackroute.robustness.registry import parse_attack
 
@@ -142,7 +139,7 @@ def hardness(options: HardnessOptions) -> None:
         "linear": config.linear,
         "sketches": config.sketches,
     }
-    document = _document(study, settings)
+    document = study.document(settings)
     _write(folder, session, study)
     document.save(folder)
     session.output.result({**document.to_json(), "folder": str(folder)})
@@ -174,55 +171,30 @@ def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: P
     return routes.aggregate(_ROUTE_WIDTH)
 
 
-def _document(study: HardnessStudy, settings: Mapping[str, Any]) -> Document:
-    count = min(_LISTED, len(study.hardness))
-    about = study.to_json()
-    reading = about.pop("reading")
-    return Document(
-        _KIND,
-        settings,
-        reading,
-        about={
-            **about,
-            "hardest": study.hardness.hardest(count).tolist(),
-            "weakest": study.hardness.weakest(count).tolist(),
-            "weakest_correct": study.hardness.weakest(min(count, study.correct), study.hardness.correct).tolist(),
-        },
-    )
-
-
 def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
     """Write the tables of all images and the figures."""
     import torch
 
-    from attackroute.analysis.figures.hardness_bars import hardness_figure
-    from attackroute.analysis.figures.hardness_images import images_figure, pick_images
+    from attackroute.analysis.figures.hardness import images_figure, pick_images
     from attackroute.analysis.figures.style import save_figure
-    from attackroute.analysis.hardness_tables import write_csv, write_parquet
     from attackroute.core.files import replace_file
-    from attackroute.zoo.images import loader
 
     ranked = study.hardness
-    write_csv(ranked, folder / f"{_KIND}.csv")
-    try:
-        write_parquet(ranked, folder / f"{_KIND}.parquet")
-    except UserError as error:
-        session.output.note(f"note: {_KIND}.parquet is left out: {error}")
+    replace_file(folder / _IMAGES_CSV, ranked.table.to_csv().encode())
     ranked.save(folder / f"{_KIND}.safetensors")
-    title = f"How hard the model is to fool on each of {len(ranked)} images"
-    save_figure(hardness_figure(study, title), folder, _KIND)
+    for name, figure in study.figures().items():
+        save_figure(figure, folder, name)
     count, correct = min(_DRAWN, len(ranked)), min(_DRAWN, study.correct)
     rows = {
         "Learned best: the largest V": ranked.hardest(count),
         "Learned worst: the smallest V": ranked.weakest(count),
         "The smallest V of those classified correctly": ranked.weakest(correct, ranked.correct),
     }
-    batches = loader(session.images, session.batch_size)
-    picked = pick_images(session.network, batches, ranked, torch.cat(list(rows.values())))
+    picked = pick_images(session.network, session.batches, ranked, torch.cat(list(rows.values())))
     pictures = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
     file = io.BytesIO()
     images_figure(ranked, rows, pictures, session.images.classes).savefig(file, dpi=200)
-    replace_file(folder / "images.png", file.getvalue())
+    replace_file(folder / _IMAGES_PNG, file.getvalue())
 
 
 def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
@@ -239,34 +211,8 @@ def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
         ],
     )
     output.line("What tells best who is fooled? (1: always, 0.5 or Spearman's 0: chance)")
-    targets = [f"{target}, {found[0].statistic}" for target, found in study.judgements.items()]
-    output.table(["predictor", *targets], _predictors(study))
+    summary = study.summary()
+    output.table(summary.columns, summary.rows)
     for sentence in study.sentences():
         output.line(f"{sentence}.")
-    output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'} and {folder / 'images.png'}")
-
-
-def _predictors(study: HardnessStudy) -> list[list[str]]:
-    """One row for each predictor; random neurons share one, and so do single layers."""
-    from attackroute.analysis.hardness_study import LAYER, OURS, RANDOM
-
-    judged = [[item for item in found if item.statistic == found[0].statistic] for found in study.judgements.values()]
-    rows = [[name, *(_estimate(found, name) for found in judged)] for name in (OURS, *study.rivals)]
-    for title, start in ((f"{RANDOM}, draws", RANDOM), ("votes of single layers", f"{LAYER} ")):
-        cells = [_range(found, start) for found in judged]
-        if any(cells):
-            rows.append([title, *cells])
-    return rows
-
-
-def _estimate(judged: Sequence[Association], name: str) -> str:
-    estimate = next(item.estimate for item in judged if item.predictor == name)
-    if estimate.value is None or estimate.interval is None:
-        return str(estimate)
-    return f"{estimate.value:.3f} ({estimate.interval[0]:.2f} to {estimate.interval[1]:.2f})"
-
-
-def _range(judged: Sequence[Association], start: str) -> str:
-    values = [item.estimate.value for item in judged if item.predictor.startswith(start)]
-    defined = [value for value in values if value is not None]
-    return f"{min(defined):.3f} to {max(defined):.3f}" if defined else ""
+    output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'} and {folder / _IMAGES_PNG}")

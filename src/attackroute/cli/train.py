@@ -22,7 +22,7 @@ from attackroute.cli.options import (
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.core.accuracy import Accuracy
+    from attackroute.core.statistics import Accuracy
     from attackroute.hardening.history import EpochRecord, TrainResult
     from attackroute.zoo.data import ImageData
     from attackroute.zoo.weights import ModelCard

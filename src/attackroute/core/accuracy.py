@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,42 +14,13 @@ from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, placement
+from attackroute.core.statistics import Accuracy
 
-_Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 _WHAT = "data set"
 
 
 class BrokenLogits(UserError):
     """A model's logits are NaN."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of correctly classified samples.
-
-    Attributes:
-        correct: Samples whose largest logit is that of their label.
-        total: Samples in all, at least 1.
-    """
-
-    correct: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """The share in [0, 1]."""
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval of the share, within [0, 1].
-
-        With p = correct / n: ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
-        """
-        ratio = _Z95 * _Z95 / self.total
-        centre = self.value + ratio / 2
-        spread = _Z95 * math.sqrt(self.value * (1 - self.value) / self.total + ratio / (4 * self.total))
-        return max(0.0, (centre - spread) / (1 + ratio)), min(1.0, (centre + spread) / (1 + ratio))
 
 
 def count_correct(

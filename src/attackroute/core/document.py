@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -101,6 +102,35 @@ class Document:
                 return _FORMAT.encode() in file.read(200)
         except OSError:
             return False
+
+
+class Result(ABC):
+    """What a measurement gives: a table, a sentence about it, and what all its rows have in common.
+
+    Attributes:
+        kind: What was measured; the name of the document.
+        table: The measurements.
+    """
+
+    kind: str
+    table: Table
+
+    @abstractmethod
+    def reading(self) -> str:
+        """One sentence that says what came out."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What all rows have in common, and the verdicts, as plain values."""
+
+    def document(self, settings: Mapping[str, Any], **about: Any) -> Document:
+        """The result as a document.
+
+        Args:
+            settings: All on which the numbers depend.
+            about: What else there is to say of them all, such as the seconds that it took.
+        """
+        return Document(self.kind, settings, self.reading(), self.table, {**about, **self.about()})
 
 
 def read_object(path: Path) -> dict[str, Any]:

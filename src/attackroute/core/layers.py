@@ -27,14 +27,12 @@ from torch.utils.hooks import RemovableHandle
 
 from attackroute.core.errors import UserError
 
+OUTPUT, ACTIVATION = "output", "activation"
+"""Places at which a layer's channels are read and changed: its own output, or that of the activation that follows."""
+
+
 CHANNEL_DIM = {"conv2d": -3, "linear": -1}
 """Where channels stand in the output of each kind of layer, with or without samples before them."""
-
-
-OUTPUT, ACTIVATION = "output", "activation"
-
-
-OUTPUT, ACTIVATION = "output", "activation"
 
 
 _CONVOLUTIONS = frozenset(
@@ -99,6 +97,14 @@ class LayerCall:
     weight: Tensor
     run: Callable[..., Tensor]
     folded: bool = False
+
+
+def two_of(images: Tensor) -> Tensor:
+    """Two images that show a model's structure, a batch's first and last.
+
+    Two even of one: in a batch of one a gate looks like a constant factor.
+    """
+    return torch.cat([images[:1], images[-1:]])
 
 
 @contextmanager

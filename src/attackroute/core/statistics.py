@@ -1,84 +1,65 @@
-"""Intervals, tests and rank statistics of paired measurements."""
+"""Statistics of samples: shares and means with their intervals, the sign test, and how well a number ranks a target.
+
+AUROC and Spearman's correlation are sums over mid-ranks, and a bootstrap resample is a set of weights: how often each
+sample is drawn. So all resamples of all predictors share one sort.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_Z95 = 1.959963984540054
+from attackroute.core.table import Record, Table
 
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over samples.
-
-    Attributes:
-        value: The mean; NaN without samples.
-        half_width: Half of its 95 % interval, in the normal approximation; NaN below two samples.
-        samples: How many there are.
-    """
-
-    value: float
-    half_width: float
-    samples: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The approximate 95 % interval."""
-        return self.value - self.half_width, self.value + self.half_width
-
-
-class Moments:
-    """Running sums of several quantities over samples; values that are NaN are left out.
-
-    Args:
-        count: Number of quantities.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._samples, self._mean, self._squares = torch.zeros(3, count, dtype=torch.float64)
-
-    @classmethod
-    def of(cls, values: Tensor) -> Moments:
-        """Those of values ``(quantities, n)``."""
-        values = values.detach().to("cpu", torch.float64)
-        known = ~values.isnan()
-        found = cls(len(values))
-        found._samples = known.sum(1).double()
-        found._mean = values.nan_to_num(0).sum(1) / found._samples.clamp(min=1)
-        found._squares = (values - found._mean[:, None]).nan_to_num(0).square().sum(1)
-        return found
-
-    def add(self, other: Moments) -> None:
-        """Add other samples (Chan's parallel update, so that nothing cancels)."""
-        total = self._samples + other._samples
-        apart = other._mean - self._mean
-        weight = other._samples / total.clamp(min=1)
-        self._squares += other._squares + apart.square() * self._samples * weight
-        self._mean += apart * weight
-        self._samples = total
-
-    def means(self) -> list[Mean]:
-        """One mean for each quantity."""
-        found = []
-        for samples, mean, squares in zip(
-            self._samples.tolist(), self._mean.tolist(), self._squares.tolist(), strict=True
-        ):
-            half = _Z95 * math.sqrt(squares / (samples - 1) / samples) if samples > 1 else math.nan
-            found.append(Mean(mean if samples else math.nan, half, int(samples)))
-        return found
-
+Floats = NDArray[np.float64]
 
 CLEAR = 0.05
 """Below this probability a difference is called clear; nothing is corrected for the number of comparisons."""
+
+AUROC, SPEARMAN = "AUROC", "Spearman"
+
+Z95 = 1.959963984540054
+"""The 97.5 % quantile of the normal distribution."""
+
+_CHUNK = 1 << 22  # weights at a time
+_INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of correctly classified samples.
+
+    Attributes:
+        correct: Samples whose largest logit is that of their label.
+        total: Samples in all, at least 1.
+    """
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The share in [0, 1]."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval of the share, within [0, 1].
+
+        With p = correct / n: ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
+        """
+        ratio = Z95 * Z95 / self.total
+        centre = self.value + ratio / 2
+        spread = Z95 * math.sqrt(self.value * (1 - self.value) / self.total + ratio / (4 * self.total))
+        return max(0.0, (centre - spread) / (1 + ratio)), min(1.0, (centre + spread) / (1 + ratio))
 
 
 @lru_cache(maxsize=100_000)
@@ -97,55 +78,53 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-Floats = NDArray[np.float64]
+class Mean(NamedTuple):
+    """A mean over samples, NaN without any, and its 95 % interval in the normal approximation, NaN below two."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
 
 
-_CHUNK = 1 << 22  # weights at a time
+class Moments:
+    """Running sums of several quantities over samples; values that are NaN are left out.
 
-
-_INTERVAL = (2.5, 97.5)
-
-
-AUROC, SPEARMAN = "AUROC", "Spearman"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic with its 95 % bootstrap interval (percentiles).
-
-    Attributes:
-        value: None where it is not defined: one side is empty, or all values are equal.
-        interval: None where no resample has a value.
+    Args:
+        count: Number of quantities.
     """
 
-    value: float | None
-    interval: tuple[float, float] | None
+    def __init__(self, count: int) -> None:
+        self._samples, self._mean, self._squares = torch.zeros(3, count, dtype=torch.float64)
 
-    def to_json(self) -> dict[str, Any]:
-        """Value and interval."""
-        return {"value": self.value, "interval_95": None if self.interval is None else list(self.interval)}
+    @classmethod
+    def of(cls, values: Tensor) -> Moments:
+        """Those of values ``(quantities, n)``."""
+        values = values.detach().to("cpu", torch.float64)
+        moments = cls(len(values))
+        moments._samples = (~values.isnan()).sum(1).double()
+        moments._mean = values.nan_to_num(0).sum(1) / moments._samples.clamp(min=1)
+        moments._squares = (values - moments._mean[:, None]).nan_to_num(0).square().sum(1)
+        return moments
 
-    def __str__(self) -> str:
-        if self.value is None or self.interval is None:
-            return "not defined"
-        return f"{self.value:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})"
+    def add(self, other: Moments) -> None:
+        """Add other samples (Chan's parallel update, so that nothing cancels)."""
+        total = self._samples + other._samples
+        apart = other._mean - self._mean
+        weight = other._samples / total.clamp(min=1)
+        self._squares += other._squares + apart.square() * self._samples * weight
+        self._mean += apart * weight
+        self._samples = total
 
-
-@dataclass(frozen=True)
-class Association:
-    """How well a predictor ranks a target.
-
-    Attributes:
-        predictor: Its name.
-        statistic: ``"AUROC"`` or ``"Spearman"``.
-        estimate: The statistic.
-        lead: The first predictor's statistic less this one's, on the same resamples.
-    """
-
-    predictor: str
-    statistic: str
-    estimate: Estimate
-    lead: Estimate
+    def means(self) -> list[Mean]:
+        """One mean for each quantity."""
+        means = []
+        for samples, mean, squares in zip(
+            self._samples.tolist(), self._mean.tolist(), self._squares.tolist(), strict=True
+        ):
+            half = Z95 * math.sqrt(squares / (samples - 1) / samples) if samples > 1 else math.nan
+            means.append(Mean(mean if samples else math.nan, mean - half, mean + half, int(samples)))
+        return means
 
 
 def associations(
@@ -155,8 +134,8 @@ def associations(
     *,
     resamples: int = 1000,
     seed: int = 0,
-) -> list[Association]:
-    """Judge predictors of a target, each beside the first.
+) -> Table:
+    """How well each predictor ranks a target, and how far it is behind the first.
 
     Args:
         predictors: Values ``(N,)`` by name, without NaN; infinities are allowed.
@@ -164,6 +143,12 @@ def associations(
         statistic: ``"AUROC"`` or ``"Spearman"``.
         resamples: Number of bootstrap resamples.
         seed: Of the resamples; every predictor and statistic sees the same ones.
+
+    Returns:
+        A row for each ``predictor`` with the ``statistic``, its ``value`` and its 95 % bootstrap interval (percentiles)
+        ``low`` to ``high``; and ``lead``, ``lead_low``, ``lead_high``, the first predictor's statistic less this one's
+        on the same resamples. They are None where the statistic is not defined, for want of samples on one side or
+        because all values are equal.
     """
     compute: Callable[[Floats, NDArray[Any], Floats], Floats]
     compute = auroc if statistic == AUROC else spearman
@@ -175,15 +160,15 @@ def associations(
             drawn[name].append(compute(scores, target, weights))
     spread = {name: np.concatenate(parts) for name, parts in drawn.items()}
     first = next(iter(predictors))
-    return [
-        Association(
-            name,
-            statistic,
-            _estimate(values[name], spread[name]),
-            _estimate(values[first] - values[name], spread[first] - spread[name]),
-        )
+    return Table.of(
+        {
+            "predictor": name,
+            "statistic": statistic,
+            **_estimate("value", "", values[name], spread[name]),
+            **_estimate("lead", "lead_", values[first] - values[name], spread[first] - spread[name]),
+        }
         for name in predictors
-    ]
+    )
 
 
 def auroc(scores: Floats, events: NDArray[np.bool_], weights: Floats) -> Floats:
@@ -240,15 +225,10 @@ def _quotient(numerator: Floats, denominator: Floats) -> Floats:
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
 
-def _estimate(value: float, spread: Floats) -> Estimate:
-    known = spread[~np.isnan(spread)]
-    if np.isnan(value) or not len(known):
-        return Estimate(None, None)
-    low, high = np.percentile(known, _INTERVAL)
-    return Estimate(value, (float(low), float(high)))
-
-
-def best(found: Sequence[Association]) -> Association | None:
-    """The association with the largest value, the first of equals; None where no value is defined."""
-    known = [item for item in found if item.estimate.value is not None]
-    return max(known, key=lambda item: item.estimate.value or 0.0) if known else None
+def _estimate(name: str, prefix: str, value: float, spread: Floats) -> Record:
+    """A statistic with both ends of its interval; None where it, or every resample's, is not defined."""
+    defined = spread[~np.isnan(spread)]
+    if np.isnan(value) or not len(defined):
+        return dict.fromkeys((name, f"{prefix}low", f"{prefix}high"))
+    low, high = np.percentile(defined, _INTERVAL)
+    return {name: value, f"{prefix}low": float(low), f"{prefix}high": float(high)}

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.errors import UserError
+from attackroute.core.statistics import Accuracy
 
 EVENTS = "tensorboard"
 """Where TensorBoard's events are in the folder of a run."""

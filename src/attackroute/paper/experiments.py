@@ -15,24 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.deactivation import deactivation_accuracy
-from attackroute.analysis.figures.accuracy_curves import accuracy_figures
-from attackroute.analysis.figures.hardness_bars import hardness_figure
-from attackroute.analysis.figures.occurrence_lines import occurrence_figure
-from attackroute.analysis.hardness_study import study_hardness
+from attackroute.analysis.experiment import Experiment
+from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
+from attackroute.analysis.figures.accuracy import accuracy_figures
+from attackroute.analysis.figures.hardness import hardness_figure
+from attackroute.analysis.figures.occurrence import occurrence_figure
+from attackroute.analysis.hardness_experiment import study_hardness
 from attackroute.analysis.interventions import record_outputs, transplant
 from attackroute.analysis.occurrence import tabulate_occurrence
-from attackroute.analysis.rankings import ROUTE
-from attackroute.analysis.study import EXPERIMENTS, Experiment, Figures, Study
+from attackroute.analysis.study import EXPERIMENTS, Figures, Study
 from attackroute.analysis.tables import Result
-from attackroute.analysis.transplanting import leading_groups, transplant_accuracy
 from attackroute.analysis.trials import Clean, right_when_clean
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.batches import Data, batches, samples_in
 from attackroute.core.checks import checked_logits
 from attackroute.core.errors import UserError
 from attackroute.core.layers import ACTIVATION, OUTPUT
 from attackroute.core.model_state import frozen
+from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table
 from attackroute.hardening.route_source import RouteOverlap
 from attackroute.robustness.attack import Attack, Perturbation, attacked

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.errors import UserError
+from attackroute.core.statistics import Accuracy
 from attackroute.core.table import plain
 from attackroute.hardening.settings import (
     APPROXIMATE,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.document import Document
+from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table
 from attackroute.hardening.route_source import RouteOverlap
 from attackroute.paper.hardening_plan import StudyPlan, Trial, Variant, compared

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.batches import count_samples
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
+from attackroute.core.statistics import Accuracy
 from attackroute.hardening.harden import HardenResult, RouteObjective, harden
 from attackroute.hardening.settings import APPROXIMATE, EXACT, GRADIENT, HardenSettings
 from attackroute.hardening.training import train

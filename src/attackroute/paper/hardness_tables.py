@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from attackroute.analysis.hardness_study import OURS, RANDOM, RIVALS
+from attackroute.analysis.hardness_experiment import OURS
+from attackroute.analysis.hardness_study import RANDOM, RIVALS
 from attackroute.core.statistics import AUROC
 from attackroute.paper.claims import Claim, Findings, NetworkResults, Results, by_count, having, markdown, verdict
 from attackroute.paper.published import GRADIENTS

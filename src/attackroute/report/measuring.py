@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_measurements import gradient, sensitivity
+from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.core.batches import Data, batches
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
@@ -242,7 +242,7 @@ def measure(
         routes=known.clean.routes if is_traced else trace(data),
         rows=rows if is_traced else range(influence.samples),
         influence=influence,
-        gradient=gradient(model, data, linear=linear, progress=progress),
+        gradient=loss_gradient(model, data, linear=linear, progress=progress),
         traced=not is_traced,
     )
     stored = {condition.attack: condition for condition in known.attacked if condition.routes is not None}
@@ -260,7 +260,7 @@ def measure(
             replace(
                 condition,
                 influence=mean_influence(model, images, linear=linear, progress=progress),
-                gradient=gradient(model, images, linear=linear, progress=progress),
+                gradient=loss_gradient(model, images, linear=linear, progress=progress),
                 sensitivity=sensitivity(model, _images(data), _images(images), linear=linear, progress=progress),
             )
         )

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table, aligned, plural
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.masking import SUSPICIOUS, Check

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attackroute.core.accuracy import Accuracy
 from attackroute.core.checks import checked_logits
 from attackroute.core.errors import UserError
 from attackroute.core.files import (
@@ -34,6 +33,7 @@ from attackroute.core.files import (
 )
 from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.random import seeded
+from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Ball, Perturbation, out_of_range
 

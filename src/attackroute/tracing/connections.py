@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attackroute.core.errors import UserError
-from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls, aside
+from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls, aside, two_of
 from attackroute.core.model_state import explained, frozen
 from attackroute.routes.route import Route
 from attackroute.tracing.recorder import RecordedLayer, record
@@ -126,7 +126,7 @@ class Connections:
             UserError: The model cannot run on the images, cannot be followed, or has no route layer.
         """
         with frozen(model), torch.inference_mode(False), aside(), _disable_current_modes():
-            probe = _two(images)
+            probe = two_of(images).detach()
             structure, _ = Structure.probe(model, probe, linear=linear)
             layers = structure.applied(record(model, probe, linear=linear, sums=False).layers)
             edges = {
@@ -154,7 +154,7 @@ class Connections:
             LayerCalls(model, note, linear=True),
             explained(images),
         ):
-            model(_two(images))
+            model(two_of(images).detach())
         return cls.find(model, images, linear=any(kinds.get(layer) == "linear" for layer in route))
 
     @property
@@ -222,8 +222,3 @@ class Connections:
         names = [self.layers[source].name for source in sorted(layer.jacobian)]
         wanted = (name for name in names if name in route and route.indices[name])
         return next((name for name in wanted if (name, layer.name) not in self.tokens), None)
-
-
-def _two(images: Tensor) -> Tensor:
-    """The first and the last image: two even of one, since in a batch of one a gate looks like a constant factor."""
-    return torch.cat([images[:1], images[-1:]]).detach().clone()

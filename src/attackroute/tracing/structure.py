@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
+from attackroute.core.layers import two_of
 from attackroute.tracing.pass_checks import GraphWalk, Separation, require_rows_apart
 from attackroute.tracing.recorder import RecordedLayer, Tracker, record_first
 
@@ -54,7 +55,7 @@ class Structure:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
         """
         # two samples, also of one: some networks squeeze a batch of one, and a gate there looks like a constant
-        images = torch.cat([images[:1], images[-1:]]).requires_grad_()
+        images = two_of(images).requires_grad_()
         graph, separation = GraphWalk(), Separation(images.shape[0])
         recording = record_first(model, images, linear=linear, graph=graph, separation=separation, follow=follow)
         if not separation.proven:

@@ -1,7 +1,5 @@
-"""Figures, as matplotlib figures that a caller saves: no display, no global state. One kind of picture a module."""
+"""Figures of tables, as matplotlib figures that a caller saves: no display, no global state.
 
-from __future__ import annotations
-
-from attackroute.analysis.figures.style import save_figure
-
-__all__ = ["save_figure"]
+In come results; out go figures. One kind of picture a module; read `style.py` first, which all share. Nothing outside
+of this folder loads matplotlib.
+"""

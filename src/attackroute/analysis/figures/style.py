@@ -16,12 +16,8 @@ from attackroute.core.errors import UserError
 
 _SHORT = 20  # characters of a layer's name in a figure
 
-
 ROUTE_COLOUR = "#D55E00"
-
-
 _GREY = "#8A8A8A"
-
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers tell apart what is left
 _LOOKS: Mapping[str, tuple[str, str]] = {
@@ -39,11 +35,7 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "softmax": ("#6A3D9A", "*"),
     "margin": ("#A65628", "p"),
 }
-
-
 _OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
-
-
 _NAMES = {"route": "critical attacking route"}
 
 

@@ -1,0 +1,433 @@
+"""What a network's channels do on data: their activation, the loss gradient at them, and what an attack changes.
+
+A *measure* gives one number per sample and channel of a batch; means over samples are in float64, from one reading of
+the data in constant memory, so that batch size and order do not matter. Section 4.2.1 of the paper has two of them:
+:func:`sensitivity` to an attack, and :func:`loss_gradient`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.core.batches import Data, batches, samples_in
+from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.errors import UserError
+from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls, two_of
+from attackroute.core.loss import log_doubt, seed_gradients
+from attackroute.core.model_state import explained, frozen
+from attackroute.robustness.attack import Attack, attacked
+from attackroute.tracing.pass_checks import require_rows_apart
+from attackroute.tracing.trace import Progress
+
+_LOG_SMALLEST = -600.0  # exp(-600) and quotients of it are far above float64's smallest number
+
+Batches = Iterator[tuple[Tensor, "Tensor | None"]]
+"""Images and what belongs to them: labels, or attacked images."""
+
+
+def sensitivity(
+    model: nn.Module,
+    x: Data,
+    x_adv: Data | None = None,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 128,
+    linear: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Neuron sensitivity (Fig. 2a): mean over pairs of ``||Z^m(x) - Z^m(x')||_1 / dim Z^m``, Z the layer's own output.
+
+    A batch costs one forward pass of x and one of x', apart from those of the attack and of a look at two images.
+
+    Args:
+        model: Any network of images ``(N, C, H, W)``.
+        x: Clean images: a tensor, or a DataLoader (any iterable) of ``(images, labels)`` or of images.
+        x_adv: The attacked images in the same order, and, if both come in batches, in the same batches.
+        attack: Instead of ``x_adv``, what makes x' of x, as in ``ar.parse_attack("pgd")``, for the labels of ``x`` or
+            the model's predictions.
+        batch_size: Rows per forward pass of tensors.
+        linear: Whether linear maps are layers too; their neurons are output features.
+        progress: Called with (samples done, samples in all or None) after every batch.
+
+    Returns:
+        For each route layer in forward order, float64 ``(C,)`` on the CPU.
+
+    Raises:
+        UserError: Neither or both of ``x_adv`` and ``attack`` are given, the images are no pairs, there is no route
+            layer, or an input does not fit the model.
+    """
+    with _pairs(model, x, x_adv, attack, batch_size) as (stream, measure):
+        return _mean_over(model, stream, measure, linear=linear, progress=progress, total=samples_in(x))
+
+
+def loss_gradient(
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 128,
+    linear: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Loss gradient at each neuron (Fig. 2b): mean over samples of ``sum over positions of |dL/dZ^m|``.
+
+    L is the cross entropy for the sample's label, or for the model's own prediction where there is none, and all paths
+    to the logits count. Right at any confidence, see :func:`attackroute.analysis.channel_scores`.
+
+    Args:
+        model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
+        data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
+        batch_size: Rows per forward pass of tensors.
+        linear: Whether linear maps are layers too.
+        progress: Called with (samples done, samples in all or None) after every batch.
+
+    Returns:
+        For each route layer in forward order, float64 ``(C,)`` on the CPU.
+
+    Raises:
+        UserError: There is no route layer, or an input does not fit the model.
+    """
+    with _still(model):
+        stream = batches(model, data, batch_size)
+        return _mean_over(model, stream, gradients, linear=linear, progress=progress, total=samples_in(data))
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One number per sample and channel, times a factor per sample.
+
+    Attributes:
+        values: For each layer, in forward order, ``(n, C)``.
+        log_factor: ``(n,)``, float64 on the CPU.
+        logits: ``(n, K)``, detached, where a gradient was measured.
+        at_images: The gradient at the images, in their shape and up to the factor, where one was measured.
+        tokens: Layers whose outputs have positions between samples and channels, where a gradient was measured.
+    """
+
+    values: dict[str, Tensor]
+    log_factor: Tensor
+    logits: Tensor | None = None
+    at_images: Tensor | None = None
+    tokens: frozenset[str] = frozenset()
+
+
+Measure = Callable[..., Measured]
+"""``(model, images, labels or None, linear=...) -> Measured``, for a frozen model."""
+
+
+def activations(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
+    """Mean over positions of ``|Z^m|``, the layer's own output."""
+    values: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        values[call.name] = _position_means(output.detach().abs(), call.kind)
+        return output
+
+    _run(model, images, visit, linear=linear)
+    return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
+
+
+def changes(
+    model: nn.Module, images: Tensor, attacked: Tensor, _labels: Tensor | None = None, *, linear: bool = False
+) -> Measured:
+    """Mean over positions of ``|Z^m(x) - Z^m(x')|``, from one forward pass of the images and one of the attacked ones.
+
+    The clean outputs of the batch are held meanwhile.
+    """
+    clean = _outputs(model, images, linear=linear)
+    values: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        values[call.name] = _position_means(_less(clean, call.name, output).abs_(), call.kind)
+        return output
+
+    _run(model, attacked, visit, linear=linear)
+    return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
+
+
+def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
+    """Sum over positions of ``|dL/dZ^m|``, through all paths, L the cross entropy.
+
+    The factor ``1 - p_y``, which a confident sample's logits cannot hold, is kept apart as a logarithm.
+
+    Raises:
+        UserError: The output is not logits, a label is outside them, or the logits do not depend on any layer.
+    """
+    return _differentiated(model, images, labels, lambda call, _: partial(_magnitudes, kind=call.kind), linear=linear)
+
+
+def attributions(
+    model: nn.Module, images: Tensor, attacked: Tensor, labels: Tensor | None, *, linear: bool = False
+) -> Measured:
+    """Attribution patching: the first-order estimate of the loss that a transplant of each channel takes away.
+
+    ``- sum over positions of (Z^m(x) - Z^m(x')) * dL/dZ^m(x')``, through all paths, L the cross entropy of the
+    attacked image; above zero where clean values would lower the loss. From one forward pass of the images, and one
+    forward and one backward pass of the attacked ones. The factor ``1 - p_y`` of the attacked image is kept apart.
+
+    Raises:
+        UserError: As :func:`gradients`.
+    """
+    clean = _outputs(model, images, linear=linear)
+
+    def follow(call: LayerCall, output: Tensor) -> Callable[[Tensor], Tensor]:
+        change = _less(clean, call.name, output).neg_()  # Z(x') - Z(x)
+        return lambda slope: _position_sums(change.mul_(slope), call.kind)
+
+    return _differentiated(model, attacked, labels, follow, linear=linear)
+
+
+def _differentiated(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    follow: Callable[[LayerCall, Tensor], Callable[[Tensor], Tensor]],
+    *,
+    linear: bool,
+) -> Measured:
+    """Values made of the loss gradient at each layer: ``follow(call, output)`` gives what makes them of it.
+
+    Values are zero where no gradient arrives.
+    """
+    values: dict[str, Tensor] = {}
+    tokens: set[str] = set()
+    start = images.detach().requires_grad_()
+    leaves = {"": start}  # where gradients end: all that lies between these and the logits is differentiated
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        if not output.requires_grad:  # the model cut the graph before this layer
+            leaves[call.name] = output.detach().requires_grad_()
+            output = leaves[call.name].clone()  # a copy, since what follows may work in place
+        shape = (output.shape[0], output.shape[_channel_dim(output, call.kind)])
+        values[call.name] = torch.zeros(shape, device=output.device)
+        if call.kind == "linear" and output.ndim > 2:
+            tokens.add(call.name)
+        if output.requires_grad:
+            output.register_hook(partial(keep, call.name, follow(call, output)))
+        return output
+
+    def keep(layer: str, measure: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+        values[layer] = measure(gradient.detach())
+
+    with torch.enable_grad(), LayerCalls(model, visit, linear=linear):
+        logits = checked_logits(model(start.clone()), images.shape[0])
+    answers = logits.detach().argmax(1) if labels is None else checked_labels(labels, logits.shape[1], images.shape[0])
+    ends = seed_gradients(logits, answers, leaves, None)
+    logits = logits.detach()
+    doubt = log_doubt(logits.cpu().to(torch.float64), answers.cpu())
+    return Measured(values, doubt, logits, ends[""], frozenset(tokens))
+
+
+@dataclass
+class RunningMean:
+    """Mean over samples, in float64, that no factor can push below what float64 holds.
+
+    Attributes:
+        samples: How many samples are in.
+    """
+
+    samples: int = 0
+    _total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    _log_scale: float = -math.inf
+    _channels: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, measured: Measured) -> RunningMean:
+        """That of one batch alone."""
+        values = torch.cat(list(measured.values.values()), dim=1).cpu().to(torch.float64)
+        scale = float(measured.log_factor.max())
+        total = (measured.log_factor - scale).exp() @ values
+        return cls(len(values), total, scale, {layer: each.shape[1] for layer, each in measured.values.items()})
+
+    def add(self, other: RunningMean | Measured) -> None:
+        """Add other samples; the same parts in the same order give the same sum, bit for bit."""
+        mean = other if isinstance(other, RunningMean) else self.of(other)
+        scale = max(self._log_scale, mean._log_scale)
+        here, there = math.exp(self._log_scale - scale), math.exp(mean._log_scale - scale)
+        self._total = self._total * here + mean._total * there
+        self._log_scale = scale
+        self._channels = mean._channels
+        self.samples += mean.samples
+
+    def by_layer(self) -> dict[str, Tensor]:
+        """The means of each layer's channels, ``(C,)``: float64, on the CPU.
+
+        If all factors are below about 1e-260, the means are too large by a common factor.
+        """
+        means = self._total / self.samples * math.exp(max(self._log_scale, _LOG_SMALLEST))
+        return dict(zip(self._channels, means.split(list(self._channels.values())), strict=True))
+
+
+def under_attack(compare: Callable[..., Measured], attack: Attack) -> Measure:
+    """A measure of images and labels from one of images, attacked images and labels."""
+
+    def measure(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
+        changed, answers = attacked(model, attack, images, labels)
+        return compare(model, images, changed, answers, linear=linear)
+
+    return measure
+
+
+def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, int]:
+    """Names and channels of the route layers that a frozen model runs on images, in forward order.
+
+    Raises:
+        UserError: There is none, the model cannot run on the images, or samples do not stand in the first dimension
+            of the layers' outputs.
+    """
+    channels: dict[str, int] = {}
+    tokens = False
+
+    def visit(call: LayerCall) -> Tensor:
+        nonlocal tokens
+        output = call.run()
+        channels[call.name] = output.shape[CHANNEL_DIM[call.kind]]
+        tokens |= call.kind == "linear" and output.ndim > 2
+        return output
+
+    with torch.no_grad(), explained(images):
+        with LayerCalls(model, visit, linear=linear):
+            model(images.clone())
+        if tokens:
+            require_rows_apart(model, images)
+    if not channels:
+        hint = "" if linear else "; for networks of linear maps pass linear=True"
+        raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")
+    return channels
+
+
+def _mean_over(
+    model: nn.Module,
+    stream: Batches,
+    measure: Measure,
+    *,
+    linear: bool,
+    progress: Progress | None,
+    total: int | None,
+) -> dict[str, Tensor]:
+    """Mean of a measure over the batches of a frozen model, all with the layers of the first.
+
+    Raises:
+        UserError: There is no sample or no route layer, the model cannot run on the images, or its structure varies.
+    """
+    first = next(stream, None)
+    if first is None:
+        raise UserError("the data hold no sample: the loader is empty")
+    measure_batch = steady(model, two_of(first[0]), measure, linear=linear)
+    mean = RunningMean()
+    for images, other in chain([first], stream):
+        mean.add(measure_batch(images, other))
+        if progress is not None:
+            progress(mean.samples, total)
+    return mean.by_layer()
+
+
+def steady(
+    model: nn.Module, probe: Tensor, measure: Measure, *, linear: bool
+) -> Callable[[Tensor, Tensor | None], Measured]:
+    """A measure of batches ``(images, what belongs to them)`` that refuses other layers than ``probe`` shows.
+
+    Raises:
+        UserError: There is no route layer, or the model cannot run on the images.
+    """
+    expected = list(layer_channels(model, probe, linear=linear).items())
+
+    def measure_batch(images: Tensor, other: Tensor | None) -> Measured:
+        with explained(images):
+            measured = measure(model, images, other, linear=linear)
+        if [(layer, values.shape[1]) for layer, values in measured.values.items()] != expected:
+            raise UserError(
+                "the model ran other layers on this batch than on the first one: its structure must not vary"
+            )
+        return measured
+
+    return measure_batch
+
+
+def _run(model: nn.Module, images: Tensor, visit: Callable[[LayerCall], Tensor], *, linear: bool) -> None:
+    with torch.no_grad(), LayerCalls(model, visit, linear=linear):
+        model(images.clone())  # a copy, since a model may work on its input in place
+
+
+def _outputs(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, Tensor]:
+    """Copies of the outputs of all layers."""
+    values: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        values[call.name] = output.detach().clone()  # a copy, since what follows may work in place
+        return output
+
+    _run(model, images, visit, linear=linear)
+    return values
+
+
+def _less(clean: dict[str, Tensor], layer: str, output: Tensor) -> Tensor:
+    """``Z(x) - Z(x')`` as a tensor of its own, in float32 or wider; the clean output is given up."""
+    if layer not in clean or clean[layer].shape != output.shape:
+        raise UserError("the model ran other layers on the attacked images: its structure must not vary")
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    return clean.pop(layer).to(dtype).sub_(output.detach())
+
+
+def _magnitudes(values: Tensor, kind: str) -> Tensor:
+    return _position_sums(values.abs(), kind)
+
+
+def _position_means(values: Tensor, kind: str) -> Tensor:
+    totals = _position_sums(values, kind)
+    return totals * (totals.numel() / values.numel())
+
+
+def _position_sums(values: Tensor, kind: str) -> Tensor:
+    """Sum over positions: ``(n, C)``, in float32 or wider."""
+    positions = [dim for dim in range(1, values.ndim) if dim != _channel_dim(values, kind)]
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.sum(positions, dtype=dtype) if positions else values.to(dtype)
+
+
+def _channel_dim(values: Tensor, kind: str) -> int:
+    return 1 if kind == "conv2d" else values.ndim - 1
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    with frozen(model), torch.inference_mode(False):
+        yield
+
+
+@contextmanager
+def _pairs(
+    model: nn.Module, x: Data, x_adv: Data | None, attack: Attack | None, batch_size: int
+) -> Iterator[tuple[Batches, Measure]]:
+    """The stream to read and the measure for it, on a frozen model."""
+    if (x_adv is None) == (attack is None):
+        raise UserError("sensitivity compares two: pass the attacked images x_adv, or the attack that makes them")
+    with _still(model):
+        stream = batches(model, x, batch_size)
+        if attack is not None:
+            yield stream, under_attack(changes, attack)
+        else:
+            assert x_adv is not None
+            yield _paired(stream, batches(model, x_adv, batch_size)), changes
+
+
+def _paired(clean: Batches, attacked: Batches) -> Batches:
+    """Clean images with the attacked ones in the place of labels."""
+    for first, second in zip_longest(clean, attacked):
+        if first is None or second is None or first[0].shape != second[0].shape:
+            here, there = ("no more" if batch is None else str(tuple(batch[0].shape)) for batch in (first, second))
+            raise UserError(
+                f"a batch of x has the shape {here}, that of x_adv {there}: give one attacked image for each image"
+            )
+        yield first[0], second[0]

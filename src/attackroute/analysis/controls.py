@@ -1,0 +1,304 @@
+"""Controls of a route's size: rankings of channels, nested sets of any size, routes of samples by simple rules."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.analysis.channel_statistics import Measure, activations, gradients
+from attackroute.analysis.criteria import ChannelScores
+from attackroute.core.batches import BatchStream, Data
+from attackroute.core.errors import UserError
+from attackroute.core.layers import OUTPUT
+from attackroute.core.model_state import frozen
+from attackroute.robustness.attack import Attack, attacked
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.masks import kept, pack, top_k
+from attackroute.routes.provenance import Provenance
+from attackroute.routes.route import Route
+from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.trace import Progress, RouteTracer
+
+ROUTE = "route"
+RANDOM = "random off-route"
+OFF_ROUTE = "off-route"
+
+Baselines = Mapping[str, "Route | ChannelScores"]
+"""Controls by name: routes by other criteria, or scores of channels that give routes of any size."""
+
+SAMPLE_BASELINES: Mapping[str, Measure] = {"activation": activations, "gradient": gradients}
+"""Criteria that rank the channels for one sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Channels of each layer, best first.
+
+    Attributes:
+        criterion: What ranked them: ``"route"``, ``"random off-route"``, or the name of a baseline.
+        draw: Seed of a random ranking; None for other criteria.
+        order: For each layer, in forward order, the channels that may be chosen, best first.
+        channels: For each layer, how many it has.
+        whole: Only all of ``order`` can be chosen, since nothing ranks its channels.
+    """
+
+    criterion: str
+    draw: int | None
+    order: Mapping[str, Sequence[int]]
+    channels: Mapping[str, int]
+    whole: bool = False
+
+    @classmethod
+    def of_route(cls, route: Route, criterion: str = ROUTE) -> Ranking:
+        """Channels by falling frequency, ties to the lower index, so that sets are those of ``aggregate(width)``.
+
+        A route without frequencies, such as one that :func:`attackroute.rank_channels` gives, is taken whole.
+        """
+        if route.frequency is None:
+            return cls(criterion, None, route.indices, route.channels, whole=True)
+        return cls(criterion, None, _descending(route.frequency), route.channels)
+
+    @classmethod
+    def of_scores(cls, scores: ChannelScores, criterion: str) -> Ranking:
+        """Channels by falling score, ties to the lower index."""
+        channels = {layer: len(values) for layer, values in scores.values.items()}
+        return cls(criterion, None, _descending(scores.values), channels)
+
+    @classmethod
+    def off_route(cls, route: Route, seed: int) -> Ranking:
+        """The channels off a route in random order; its first ones are ``route.random_like(seed)``."""
+        rest = route.complement()
+        order = {layer: random_order(seed, layer, rest.indices[layer]) for layer in route}
+        return cls(RANDOM, seed, order, route.channels)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers' names in forward order."""
+        return tuple(self.channels)
+
+    def size(self, layer: str, share: float) -> int | None:
+        """How many channels a share of the layer is; None where fewer may be chosen."""
+        count = 0 if share == 0 else kept(share, self.channels[layer])
+        available = len(self.order[layer])
+        return None if count > available or (self.whole and count != available) else count
+
+    def route(self, share: float, layers: Iterable[str]) -> Route | None:
+        """The best share of the layers' channels as a route; None where one of them does not have as many.
+
+        Args:
+            share: Of each layer's channels, in [0, 1]; above 0, ``max(1, round(share * C))`` channels.
+            layers: Names of layers.
+        """
+        chosen = set(layers)
+        indices: dict[str, Sequence[int]] = {}
+        for layer in (name for name in self.channels if name in chosen):
+            count = self.size(layer, share)
+            if count is None:
+                return None
+            indices[layer] = self.order[layer][:count]
+        origin = Provenance(0, share, seed=self.draw, criterion=self.criterion) if share else None
+        return Route(indices, {layer: self.channels[layer] for layer in indices}, None, origin)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """A route beside its controls on one network's images: what every experiment with a route takes.
+
+    Attributes:
+        model: The network; runs in eval mode and comes back as it was.
+        data: Labelled images in [0, 1] to measure on, other ones than those that decided on the route and baselines.
+        route: The route; its frequencies rank the channels.
+        baselines: Routes by other criteria, or their scores, which serve every share.
+        share: Share of each layer's channels, in [0, 1], for the route and for every control.
+        seeds: One random ranking of the channels off the route for each.
+        at: Where channels are changed and maps taken: the layers' ``"output"``, or after their ``"activation"``.
+        batch_size: Rows per forward pass when ``data`` is tensors.
+        progress: Called with what is done, and of how much where that is known.
+
+    Raises:
+        UserError: The share is outside [0, 1].
+    """
+
+    model: nn.Module
+    data: Data
+    route: Route
+    baselines: Baselines = field(default_factory=dict)
+    share: float = 0.3
+    seeds: Sequence[int] = range(5)
+    at: str = OUTPUT
+    batch_size: int = 128
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        check_shares([self.share])
+
+    def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
+        """The route's ranking first, then random ones off it, then the baselines', all on the same layers.
+
+        Args:
+            layers: Some of the route's layers; None for all.
+
+        Raises:
+            UserError: A layer is not on the route, a baseline lacks a layer or has it in another size, or a layer has
+                no channel off the route.
+        """
+        route = self.route if layers is None else self.route.restrict(layers)
+        rankings = [Ranking.of_route(route)]
+        for layer in route if len(self.seeds) else ():
+            if len(route.indices[layer]) == route.channels[layer]:
+                raise UserError(
+                    f"all {route.channels[layer]} channels of layer {layer!r} are on the route, so there is no control "
+                    "off it: use a narrower route, or leave the layer out"
+                )
+        rankings += [Ranking.off_route(route, seed) for seed in self.seeds]
+        for name, other in self.baselines.items():
+            if name in (ROUTE, RANDOM, OFF_ROUTE):
+                raise UserError(f"a baseline must not be called {name!r}: give it the name of its criterion")
+            sizes = other.channels if isinstance(other, Route) else {at: len(v) for at, v in other.values.items()}
+            route.check(sizes, f"baseline {name!r}")
+            if isinstance(other, Route):
+                rankings.append(Ranking.of_route(other.restrict(route), name))
+            else:
+                rankings.append(Ranking.of_scores(replace(other, values={at: other.values[at] for at in route}), name))
+        return rankings
+
+
+def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tuple[str, int | None], Tensor]:
+    """Bool masks (C,) of one layer by criterion and draw: the route, all others as ``"off-route"``, then the controls.
+
+    Raises:
+        UserError: The route cannot give this share.
+    """
+    routes = {(each.criterion, each.draw): each.route(share, [layer]) for each in rankings}
+    masks = {label: route.mask(layer) for label, route in routes.items() if route is not None}
+    if (ROUTE, None) not in masks:
+        raise UserError(
+            f"the route has no frequencies, so that it cannot give a share of {share} of layer {layer!r}: aggregate it "
+            "from instance routes, or ask for the share that it has"
+        )
+    on_route = masks.pop((ROUTE, None))
+    return {(ROUTE, None): on_route, (OFF_ROUTE, None): ~on_route, **masks}
+
+
+def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
+    """The shares in ascending order, each once.
+
+    Raises:
+        UserError: There is none, or one is outside [0, 1].
+    """
+    ascending = sorted(set(shares))
+    if not ascending:
+        raise UserError("no share is given: give some in [0, 1], such as 0.3")
+    for share in ascending:
+        if not 0 <= share <= 1:  # false for NaN too
+            raise UserError(f"share {share} is outside [0, 1]: give the share of a layer's channels, such as 0.3")
+    return tuple(ascending)
+
+
+def _descending(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    return {layer: values.sort(descending=True, stable=True).indices.tolist() for layer, values in scores.items()}
+
+
+def random_order(seed: int, layer: str, channels: Iterable[int]) -> list[int]:
+    """The channels in an order that no library's version changes, as :meth:`attackroute.Route.random_like` draws."""
+    return sorted(channels, key=lambda channel: hashlib.sha256(f"{seed}/{layer}/{channel}".encode()).digest())
+
+
+def sample_routes(
+    model: nn.Module,
+    data: Data,
+    width: float = 0.2,
+    *,
+    attack: Attack | None = None,
+    config: TraceConfig | None = None,
+    baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, InstanceRoutes]:
+    """The routes of samples by several criteria, the paper's under ``"route"``.
+
+    Args:
+        model: The network; runs in eval mode and comes back as it was.
+        data: Images, with labels or without; then the model's own predictions take their place.
+        width: Share of each layer's channels on a sample's route.
+        attack: Trace what this makes of the images; where the routes follow noise, its noise. The baselines are then
+            those of the images themselves.
+        config: How routes are traced; None for the paper's way.
+        baselines: Of :data:`SAMPLE_BASELINES`; each costs one more forward pass.
+        batch_size: Rows per forward pass when ``data`` is tensors.
+        progress: Called after every batch with the samples done.
+
+    Returns:
+        Instance routes by criterion, all of the same samples in the same order.
+    """
+    config = config or TraceConfig()
+    noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
+    batches: list[dict[str, InstanceRoutes]] = []
+    done = 0
+    with frozen(model), torch.inference_mode(False):
+        stream = BatchStream(model, data, batch_size)
+        router = SampleRouter.probe(
+            model, stream.first[0], width, noise_of=noise_of, config=config, baselines=baselines
+        )
+
+        def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
+            return router.routes(*((images, labels) if made_by is None else attacked(model, made_by, images, labels)))
+
+        for routes in stream.map(routes_of):
+            batches.append(routes)
+            done += len(routes[ROUTE])
+            if progress is not None:
+                progress(done, stream.total)
+    return joined_routes(batches)
+
+
+@dataclass(frozen=True)
+class SampleRouter:
+    """Routes of one batch after another, by several criteria; see :func:`sample_routes`. The model is held frozen."""
+
+    model: nn.Module
+    tracer: RouteTracer
+    width: float
+    baselines: Sequence[str]
+    linear: bool
+
+    @classmethod
+    def probe(
+        cls,
+        model: nn.Module,
+        images: Tensor,
+        width: float,
+        *,
+        noise_of: Attack | None = None,
+        config: TraceConfig,
+        baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
+    ) -> SampleRouter:
+        """Learn the model's layers from some images."""
+        tracer = RouteTracer.probe(
+            model, images, width, attack=noise_of, carrier=config.carrier, linear=config.linear,
+            sketches=config.sketches, seed=config.seed, freeze_gates=config.freeze_gates,
+        )  # fmt: skip
+        return cls(model, tracer, width, baselines, config.linear)
+
+    def routes(self, images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
+        """Instance routes by criterion, on the CPU."""
+        routes = {ROUTE: self.tracer.trace(images, labels)}
+        answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
+        for by in self.baselines:
+            values = SAMPLE_BASELINES[by](self.model, images, labels, linear=self.linear).values
+            routes[by] = InstanceRoutes(
+                {layer: pack(top_k(sizes, self.width)) for layer, sizes in values.items()},
+                {layer: sizes.shape[1] for layer, sizes in values.items()},
+                Provenance(len(images), self.width, criterion=by),
+                answers,
+            )
+        return routes
+
+
+def joined_routes(batches: Sequence[Mapping[str, InstanceRoutes]]) -> dict[str, InstanceRoutes]:
+    """The samples of several batches, one after another."""
+    return {by: InstanceRoutes.concatenate([routes[by] for routes in batches]) for by in batches[0]}

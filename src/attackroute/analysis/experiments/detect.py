@@ -1,0 +1,365 @@
+"""Detect: is an image attacked? The distance of its route from that of the class which the network sees in it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attackroute.analysis.controls import ROUTE, SampleRouter, joined_routes, sample_routes
+from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.study import SAMPLE_WIDTH, Study
+from attackroute.core.batches import BatchStream, Data
+from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.errors import UserError
+from attackroute.core.loss import log_doubt
+from attackroute.core.model_state import frozen
+from attackroute.core.random import random_order
+from attackroute.core.statistics import AUROC, associations
+from attackroute.core.table import Record, Table
+from attackroute.robustness.attack import Attack, attacked
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.route import Route
+from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.trace import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RANDOM_ROUTE = "random route"
+SOFTMAX, MARGIN = "softmax", "margin"
+ALL_LAYERS = "all"
+_AREA = {"value": "", "low": "_low", "high": "_high"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection(ExperimentResult):
+    """Areas under the ROC curve, by attack, score and layer.
+
+    Attributes:
+        table: How well one score tells attacked images from clean ones, a row each. Its ``score`` is ``"route"``,
+            another criterion's routes, ``"random route"``, ``"softmax"`` or ``"margin"``; ``layer`` the layer whose
+            routes are compared, or ``"all"`` for the mean distance over layers; ``auroc`` the probability that an
+            attacked image scores higher than a clean one, ties counting half, with its 95 % bootstrap interval, and
+            NaN where no image was fooled. ``attacked`` images are misclassified, ``clean`` ones classified correctly.
+            ``route_against_it`` is 1 if the route's area over all layers is clearly larger, -1 if clearly smaller,
+            0 if neither.
+        reference: Samples from which the classes' routes come.
+        samples: Samples read beside them.
+        counted: Those that the network gets right when clean.
+        unknown: Images left out, because no reference sample bears the class which the network sees in them.
+        width: Share of each layer's channels on a sample's route.
+        route_width: Share of each layer's channels on a class's route.
+    """
+
+    kind = "detect"
+    table: Table
+    reference: int
+    samples: int
+    counted: int
+    unknown: int
+    width: float
+    route_width: float
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The attacks."""
+        return tuple(self.table.distinct("attack"))
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores."""
+        return tuple(self.table.distinct("score"))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose routes are compared alone."""
+        return tuple(name for name in self.table.distinct("layer") if name != ALL_LAYERS)
+
+    def rows(self, attack: str, score: str, layer: str = ALL_LAYERS) -> list[Record]:
+        """The rows of one score, one for each random draw."""
+        return list(self.table.select(attack=attack, score=score, layer=layer))
+
+    def reading(self) -> str:
+        """One sentence: the areas of the route by attack, and the controls that it beats and loses to."""
+        clauses = []
+        for attack in self.attacks:
+            (route,) = self.rows(attack, ROUTE)
+            if not route["attacked"]:
+                clauses.append(f"{attack} fools the network on no image")
+                continue
+            controls: dict[str, list[str]] = {"beats": [], "loses to": [], "is level with": []}
+            for score in self.scores[1:]:
+                rows = self.rows(attack, score)
+                signs = {row["route_against_it"] for row in rows}
+                verdict = "beats" if signs == {1} else "loses to" if signs == {-1} else "is level with"
+                controls[verdict].append(f"{score} {statistics.fmean(row['auroc'] for row in rows):.2f}")
+            verdicts = ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in controls.items() if names)
+            clauses.append(f"{attack} {route['auroc']:.2f} ({verdicts})")
+        return f"AUROC of the distance from the predicted class's route: {'; '.join(clauses)}."
+
+    def about(self) -> dict[str, Any]:
+        """What the areas have in common."""
+        return {
+            "distance": "1 - Jaccard index of the sample's route and its predicted class's, mean over layers",
+            "reference_samples": self.reference,
+            "samples": self.samples,
+            "counted": self.counted,
+            "left_out_for_want_of_a_class_route": self.unknown,
+            "width": self.width,
+            "route_width": self.route_width,
+            "clear": "95 % bootstrap interval of the paired difference, not corrected for the number of tests",
+        }
+
+    def summary(self) -> Table:
+        """The areas over all layers by score and attack."""
+        lines = []
+        for score in self.scores:
+            cells = []
+            for attack in self.attacks:
+                rows = self.rows(attack, score)
+                mean = statistics.fmean(row["auroc"] for row in rows)
+                cells.append(f"{mean:.3f}" if rows[0]["attacked"] else "-")
+            lines.append((score, *cells))
+        return Table(("score", *(f"AUROC, {attack}" for attack in self.attacks)), tuple(lines))
+
+    def figures(self) -> dict[str, Figure]:
+        """``detect``: areas under the ROC curve, by score and by layer."""
+        from attackroute.analysis.figures.detect import detection_figure
+
+        return {"detect": detection_figure(self)}
+
+
+@experiment(
+    "detect",
+    order=7,
+    title="Detection: whether an image's route gives an attack away",
+    help="whether an image's route gives an attack away",
+)
+def run(study: Study, progress: Progress) -> Detection:
+    """The experiment on a study's images, by influence."""
+    if study.config.follows_noise:
+        study.note("note: detect goes by influence, since an image to judge has no clean partner")
+    return detect(
+        study.model, study.measured, study.reference, study.attacks, width=SAMPLE_WIDTH, route_width=study.share,
+        seeds=study.seeds, config=study.plain_config, progress=progress,
+    )  # fmt: skip
+
+
+def detect(
+    model: nn.Module,
+    data: Data,
+    reference: Data,
+    attacks: Mapping[str, Attack],
+    *,
+    width: float = 0.2,
+    route_width: float = 0.3,
+    seeds: Sequence[int] = range(5),
+    config: TraceConfig | None = None,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Detection:
+    """Tell attacked images from clean ones by their routes, beside scores that need no route.
+
+    An image is traced for the class that the network predicts, so no label is needed to judge it. Its score is the
+    distance of its route from the route of that class: 1 less the Jaccard index, the mean over layers. Attacked
+    images count if they fool the network, clean ones if they are classified correctly. Controls: routes of samples
+    and classes by activation and by gradient, random routes of the classes' size, the largest softmax probability
+    (as ``log(1 - p)``, which never saturates), and the margin of the two largest logits.
+
+    Args:
+        model: The network.
+        data: Labelled images in [0, 1] to judge.
+        reference: Other labelled images, from which the classes' routes come.
+        attacks: Attacks by name.
+        width: Share of each layer's channels on a sample's route.
+        route_width: Share of each layer's channels on a class's route.
+        seeds: One set of random routes for each.
+        config: How routes are traced; None for the paper's way. They cannot follow noise, since an image to judge has
+            no clean partner.
+        batch_size: Rows per forward pass when data are tensors.
+        progress: Called with (images traced, in all or None).
+
+    Raises:
+        UserError: No attack, labels are missing, or no sample is classified correctly or has a class route.
+    """
+    if not attacks:
+        raise UserError("no attack is given: pass one by name, such as pgd")
+    config = config or TraceConfig()
+    if config.follows_noise:
+        raise UserError("an image to judge has no clean partner, so no noise to follow: detect by influence")
+    with frozen(model), torch.inference_mode(False):
+        reference_routes = sample_routes(model, reference, width, config=config, batch_size=batch_size)
+        if reference_routes[ROUTE].labels is None:
+            raise UserError("the reference data have no labels: give (images, labels)")
+        stream = BatchStream(model, data, batch_size)
+        judge = _Judge(model, attacks, SampleRouter.probe(model, stream.first[0], width, config=config))
+        judged: list[_Judged] = []
+        samples = 0
+        for batch in stream.map(judge.judge):
+            judged.append(batch)
+            samples += batch.samples
+            if progress is not None:
+                progress(samples, stream.total)
+    groups = [group for batch in judged for group in batch.groups]
+    counted = sum(batch.counted for batch in judged)
+    if not counted:
+        raise UserError(
+            f"the network gets none of the {samples} samples right when they are clean: check its weights "
+            "and its labels, or give more samples"
+        )
+    routes = joined_routes([each.routes for each in groups])
+    group, seen, softmax, margin = (
+        torch.cat([getattr(each, name) for each in groups]) for name in ("group", "seen", "softmax", "margin")
+    )
+    logit_scores = {SOFTMAX: softmax, MARGIN: margin}
+    classes = {by: each.by_label(route_width) for by, each in reference_routes.items()}
+    has_route = torch.tensor([int(label) in classes[ROUTE] for label in seen], dtype=torch.bool)
+    if not has_route[group == 0].any():
+        raise UserError(
+            "no clean sample's class has a route: give reference samples of the classes that the network predicts"
+        )
+    distances: dict[tuple[str, int | None], Tensor] = {
+        (by, None): _distances(each, classes[by], seen, has_route) for by, each in routes.items()
+    }
+    for seed in seeds:
+        drawn = {label: _random_route(route, seed, label) for label, route in classes[ROUTE].items()}
+        distances[RANDOM_ROUTE, seed] = _distances(routes[ROUTE], drawn, seen, has_route)
+    layers = routes[ROUTE].layers
+    rows: list[Record] = []
+    for number, attack in enumerate(attacks, start=1):
+        clean, fooled = (group == 0) & has_route, (group == number) & has_route
+        scores: dict[tuple[str, int | None, str], Tensor] = {}
+        for (by, draw), values in distances.items():
+            scores[by, draw, ALL_LAYERS] = values.mean(1)
+            for column, layer in enumerate(layers):
+                scores[by, draw, layer] = values[:, column]
+        scores |= {(name, None, ALL_LAYERS): values for name, values in logit_scores.items()}
+        rows += _rows(attack, scores, clean, fooled)
+    return Detection(
+        table=Table.of(rows), reference=len(reference_routes[ROUTE]), samples=samples, counted=counted,
+        unknown=int((~has_route).sum()), width=width, route_width=route_width,
+    )  # fmt: skip
+
+
+def _rows(
+    attack: str, scores: Mapping[tuple[str, int | None, str], Tensor], clean: Tensor, fooled: Tensor
+) -> Iterator[Record]:
+    """The areas of all scores under one attack, the first of which is the route's over all layers."""
+    chosen = clean | fooled
+    names = {f"{score}/{draw}/{layer}": (score, draw, layer) for score, draw, layer in scores}
+    predictors = {name: scores[key][chosen].double().numpy() for name, key in names.items()}
+    for each in associations(predictors, fooled[chosen].numpy(), AUROC):
+        score, draw, layer = names[each["predictor"]]
+        area = {f"auroc{end}": math.nan if each[name] is None else each[name] for name, end in _AREA.items()}
+        behind = 0 if each["lead"] is None else int(each["lead_low"] > 0) - int(each["lead_high"] < 0)
+        yield {
+            "attack": attack,
+            "score": score,
+            "draw": draw,
+            "layer": layer,
+            **area,
+            "attacked": int(fooled.sum()),
+            "clean": int(clean.sum()),
+            "route_against_it": behind,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Images of one batch that are all clean, or all of one attack.
+
+    Attributes:
+        group: For each image 0, or its attack's number.
+        seen: The class that the network sees in it.
+        softmax: Its score by the largest probability.
+        margin: Its score by the margin of the two largest logits.
+        routes: Its routes by criterion.
+    """
+
+    group: Tensor
+    seen: Tensor
+    softmax: Tensor
+    margin: Tensor
+    routes: dict[str, InstanceRoutes]
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """One batch: how many images it has, how many count, and these by group."""
+
+    samples: int
+    counted: int
+    groups: list[_Group]
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Takes batches one by one: clean images that the model gets right, then those with which each attack fools it."""
+
+    model: nn.Module
+    attacks: Mapping[str, Attack]
+    router: SampleRouter
+
+    def judge(self, images: Tensor, answers: Tensor | None) -> _Judged:
+        logits = self._logits(images)
+        labels = _require(answers, logits)
+        right = logits.argmax(1) == labels
+        groups = []
+        if right.any():
+            groups.append(self._group(0, images[right], logits[right]))
+            for number, attack in enumerate(self.attacks.values(), start=1):
+                changed, _ = attacked(self.model, attack, images[right], labels[right])
+                logits_then = self._logits(changed)
+                fooled = logits_then.argmax(1) != labels[right]
+                if fooled.any():
+                    groups.append(self._group(number, changed[fooled], logits_then[fooled]))
+        return _Judged(len(images), int(right.sum()), groups)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return checked_logits(self.model(images.clone()), len(images)).detach()
+
+    def _group(self, number: int, images: Tensor, logits: Tensor) -> _Group:
+        seen = logits.argmax(1)
+        two = logits.double().topk(2, dim=1).values
+        return _Group(
+            torch.full((len(images),), number),
+            seen.cpu(),
+            log_doubt(logits.double(), seen).cpu(),
+            (two[:, 1] - two[:, 0]).cpu(),
+            self.router.routes(images, None),
+        )
+
+
+def _require(labels: Tensor | None, logits: Tensor) -> Tensor:
+    if labels is None:
+        raise UserError("the data have no labels: give (images, labels)")
+    return checked_labels(labels, logits.shape[1], len(logits))
+
+
+def _distances(routes: InstanceRoutes, classes: Mapping[int, Route], seen: Tensor, has_route: Tensor) -> Tensor:
+    """1 less the Jaccard index with the class's route: float64 (samples, layers), NaN without a class route."""
+    columns = []
+    labels = sorted(classes)
+    row = {label: index for index, label in enumerate(labels)}
+    index = torch.tensor([row.get(int(label), 0) for label in seen])
+    for layer in routes.layers:
+        masks = routes.masks[layer]
+        of_class = torch.stack([classes[label].mask(layer) for label in labels])[index]
+        columns.append(1 - (masks & of_class).sum(1).double() / (masks | of_class).sum(1))
+    return torch.stack(columns, dim=1).masked_fill(~has_route[:, None], torch.nan)
+
+
+def _random_route(route: Route, seed: int, label: int) -> Route:
+    """Random channels, as many as the route has, whether on it or not; others for each class."""
+    indices = {
+        layer: random_order(seed, f"class {label}/{layer}", range(count))[: len(route.indices[layer])]
+        for layer, count in route.channels.items()
+    }
+    return Route(indices, route.channels)

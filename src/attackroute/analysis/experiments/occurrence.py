@@ -1,0 +1,243 @@
+"""Occurrence: how much the routes of samples have in common (Table 1), and how much routes do."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attackroute.analysis.controls import ROUTE, sample_routes
+from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.study import SAMPLE_WIDTH, Study
+from attackroute.core.errors import UserError
+from attackroute.core.table import Record, Table
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.layer_map import require_same
+from attackroute.routes.masks import kept
+from attackroute.routes.route import Route
+from attackroute.tracing.trace import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OCCURRENCE, OVERLAP, CLASSES = "occurrence", "overlap", "overlap of classes"
+RANDOM_ROUTES = "random routes"
+_BLOCK = 4096  # random routes at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occurrence(ExperimentResult):
+    """Occurrence and overlap, layer by layer.
+
+    Attributes:
+        table: One number a row. Its ``measure`` is ``"occurrence"``, mean frequency of the most frequent channels over
+            samples, ``"overlap"``, Jaccard index of two model routes, or ``"overlap of classes"``, its mean over all
+            pairs of classes' routes; ``of`` is whose routes, ``beside`` the other route of an overlap, ``draw`` the
+            number of a random draw, and ``chance`` what an overlap is between random sets of the same sizes, in the
+            mean.
+        share: Share of a layer's channels that an occurrence is the mean over.
+        width: Share of a layer's channels on each sample's route.
+        route_width: Share of a layer's channels on a model route.
+        samples: Samples whose routes there are.
+    """
+
+    kind = "occurrence"
+    table: Table
+    share: float
+    width: float
+    route_width: float
+    samples: int
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers in forward order."""
+        return tuple(self.table.distinct("layer"))
+
+    def names(self, measure: str) -> tuple[tuple[str, str | None], ...]:
+        """Whose numbers there are of a measure, and beside what."""
+        return tuple(dict.fromkeys((row["of"], row["beside"]) for row in self.table.select(measure=measure)))
+
+    def values(self, layer: str, measure: str, of: str, beside: str | None = None) -> list[float]:
+        """The numbers of one layer, one for each random draw."""
+        return self.table.select(layer=layer, measure=measure, of=of, beside=beside).column("value")
+
+    def reading(self) -> str:
+        """One sentence: the range of occurrences, beside random routes, and the overlaps' means."""
+        first = self.names(OCCURRENCE)[0][0]
+        occurrence = {layer: self.values(layer, OCCURRENCE, first)[0] for layer in self.layers}
+        low, high = min(occurrence, key=occurrence.__getitem__), max(occurrence, key=occurrence.__getitem__)
+        exceeded = [
+            f"{name} in {sum(occurrence[layer] > max(self.values(layer, OCCURRENCE, name)) for layer in self.layers)}"
+            for name, _ in self.names(OCCURRENCE)[1:]
+        ]
+        overlaps = [
+            f"{beside} {statistics.fmean(self.values(layer, OVERLAP, of, beside)[0] for layer in self.layers):.2f}"
+            for of, beside in self.names(OVERLAP)
+        ]
+        clauses = [
+            f"The most frequent {self.share:.0%} of channels are on {occurrence[low]:.0%} ({low}) to "
+            f"{occurrence[high]:.0%} ({high}) of {first} samples' routes"
+        ]
+        if exceeded:
+            clauses.append(f"more than those of {', '.join(exceeded)} of {len(self.layers)} layers")
+        if overlaps:
+            chance = self.table.mean("chance")
+            clauses.append(f"Jaccard index with the route of {', '.join(overlaps)} (by chance {chance:.2f})")
+        return "; ".join(clauses) + "."
+
+    def about(self) -> dict[str, Any]:
+        """What the numbers have in common."""
+        return {
+            "share": self.share,
+            "width": self.width,
+            "route_width": self.route_width,
+            "samples": self.samples,
+        }
+
+    def summary(self) -> Table:
+        """Occurrence of the route, of random routes, and overlaps with routes of attacked images and of controls."""
+        first = self.names(OCCURRENCE)[0][0]
+        overlaps = self.names(OVERLAP)
+        rows = []
+        for layer in self.layers:
+            shares = [statistics.fmean(self.values(layer, OCCURRENCE, name)) for name in (first, RANDOM_ROUTES)]
+            beside = ", ".join(f"{other} {self.values(layer, OVERLAP, of, other)[0]:.2f}" for of, other in overlaps)
+            rows.append((layer, *(f"{share:.1%}" for share in shares), beside or "-"))
+        head = ("layer", f"occurrence, {first}", RANDOM_ROUTES, "Jaccard index with the route of")
+        return Table(head, tuple(rows))
+
+    def figures(self) -> dict[str, Figure]:
+        """``occurrence``: Table 1 as lines over layers."""
+        from attackroute.analysis.figures.occurrence import occurrence_figure
+
+        return {"occurrence": occurrence_figure(self)}
+
+
+@experiment(
+    "occurrence",
+    order=1,
+    title="Occurrence, clean and attacked",
+    help="how much samples' routes have in common (Table 1), clean and attacked",
+)
+def run(study: Study, progress: Progress) -> Occurrence:
+    """The experiment on a study's reference images."""
+    # where routes follow noise, there is no route of clean images, and that of the first attack is known
+    follows = study.config.follows_noise
+    first, *others = study.attacks
+    routes = {first if follows else "clean": study.routes[ROUTE]}
+    for name in others if follows else study.attacks:
+        routes[name] = sample_routes(
+            study.model, study.reference, SAMPLE_WIDTH, attack=study.attacks[name], config=study.config, baselines=(),
+            progress=progress,
+        )[ROUTE]  # fmt: skip
+    routes |= {by: each for by, each in study.routes.items() if by != ROUTE}
+    others_by = {by: scores.route(study.share) for by, scores in study.baselines.items() if by not in routes}
+    return measure_occurrence(routes, others_by, width=study.share, seeds=study.seeds)
+
+
+def measure_occurrence(
+    routes: Mapping[str, InstanceRoutes],
+    baselines: Mapping[str, Route] | None = None,
+    *,
+    share: float | None = None,
+    width: float = 0.3,
+    seeds: Sequence[int] = range(5),
+) -> Occurrence:
+    """Table 1 and its controls, from routes alone.
+
+    Args:
+        routes: Instance routes by name, of the same width and layers: those of clean samples first, then, say, of
+            attacked ones, of another model, or by another criterion.
+        baselines: Further model routes to compare the first one's with.
+        share: Share of a layer's channels that an occurrence is the mean over; None for the routes' own width.
+        width: Width of the model routes that are compared.
+        seeds: One set of random routes for each, as many as the first has samples: what occurrence is by chance.
+
+    Raises:
+        UserError: There are no routes, or layers or channel counts differ.
+    """
+    if not routes:
+        raise UserError("no instance routes are given")
+    first_name, first = next(iter(routes.items()))
+    for name, other in routes.items():
+        require_same(first.channels, other.channels, f"the routes {name!r}")
+    share = first.width if share is None else share
+    rows: list[Record] = []
+    for name, each in routes.items():
+        rows += _rows(first, OCCURRENCE, each.occurrence(share), name)
+    for seed in seeds:
+        rows += _rows(first, OCCURRENCE, _random_occurrence(first, share, seed), RANDOM_ROUTES, draw=seed)
+    model_routes = {name: each.aggregate(width) for name, each in routes.items()}
+    route = model_routes.pop(first_name)
+    for name, beside in {**model_routes, **(baselines or {})}.items():
+        chance = _chance(route, beside)
+        rows += _rows(first, OVERLAP, route.jaccard(beside), first_name, beside=name, chance=chance)
+    pairs = [] if first.labels is None else list(combinations(first.by_label(width).values(), 2))
+    if pairs:
+        overlaps = [left.jaccard(right) for left, right in pairs]
+        means = {layer: statistics.fmean(values[layer] for values in overlaps) for layer in first.layers}
+        rows += _rows(first, CLASSES, means, first_name, chance=_chance(*pairs[0]))
+    return Occurrence(table=Table.of(rows), share=share, width=first.width, route_width=width, samples=len(first))
+
+
+def _rows(
+    routes: InstanceRoutes,
+    measure: str,
+    values: Mapping[str, float],
+    of: str,
+    *,
+    beside: str | None = None,
+    draw: int | None = None,
+    chance: Mapping[str, float] | None = None,
+) -> list[Record]:
+    """One number of each layer as rows of the table."""
+    return [
+        {
+            "layer": layer,
+            "channels": routes.channels[layer],
+            "measure": measure,
+            "of": of,
+            "beside": beside,
+            "draw": draw,
+            "value": value,
+            "chance": None if chance is None else chance[layer],
+        }
+        for layer, value in values.items()
+    ]
+
+
+def chance_jaccard(left: int, right: int, channels: int) -> float:
+    """Mean Jaccard index of two independent random sets of these sizes: a sum over the hypergeometric distribution."""
+    if left + right == 0:
+        return 1.0
+    ways = math.comb(channels, right)
+    return math.fsum(
+        math.comb(left, both) * math.comb(channels - left, right - both) / ways * both / (left + right - both)
+        for both in range(max(0, left + right - channels), min(left, right) + 1)
+    )
+
+
+def _chance(left: Route, right: Route) -> dict[str, float]:
+    return {
+        layer: chance_jaccard(len(left.indices[layer]), len(right.indices[layer]), left.channels[layer])
+        for layer in left
+    }
+
+
+def _random_occurrence(routes: InstanceRoutes, share: float, seed: int) -> dict[str, float]:
+    """Occurrence of as many random routes of the same width."""
+    generator = torch.Generator().manual_seed(seed)
+    occurrence = {}
+    for layer, count in routes.channels.items():
+        frequency = torch.zeros(count, dtype=torch.float64)
+        for start in range(0, len(routes), _BLOCK):
+            block = min(_BLOCK, len(routes) - start)
+            chosen = torch.rand(block, count, generator=generator).topk(kept(routes.width, count), dim=1).indices
+            frequency += torch.bincount(chosen.flatten(), minlength=count)
+        occurrence[layer] = float(frequency.topk(kept(share, count)).values.mean()) / len(routes)
+    return occurrence

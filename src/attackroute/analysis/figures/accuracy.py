@@ -1,0 +1,167 @@
+"""Figs. 3 and 4: accuracy under transplants, deactivation and weakened connections, the route beside its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from attackroute.analysis.figures.style import grid_of, label, look, new_figure, shared_legend, tidy, upright_layers
+from attackroute.analysis.intervention_table import DEACTIVATE, WEAKEN, InterventionTable, Setting
+
+_PLACES = {
+    "output": "at the layer's output, before batch norm",
+    "activation": "after the layer's activation",
+    "weights": "Kernel slices between chosen channels",
+}
+
+
+def accuracy_figures(table: InterventionTable) -> dict[str, Figure]:
+    """The figures of an intervention, by file name.
+
+    Returns:
+        For transplants ``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b); ``deactivate`` (Fig. 4a);
+        ``weaken`` (Fig. 4b).
+    """
+    if table.kind == WEAKEN:
+        return {WEAKEN: _weakened(table)}
+    if table.kind == DEACTIVATE:
+        return {DEACTIVATE: _shares(table, None)}
+    return {"transplant-shares": _shares(table, table.attacks[0]), "transplant-layers": _layers(table)}
+
+
+def _shares(table: InterventionTable, attack: str | None) -> Figure:
+    """One panel for each group of layers: accuracy over the share of channels."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for setting in table.settings:
+        if setting.attack == attack:
+            groups.setdefault(setting.layers, []).append(setting.share)
+    swept = {layers: sorted(levels) for layers, levels in groups.items() if len(levels) > 1}
+    swept = swept or {layers: levels for layers, levels in groups.items() if len(layers) == 1}
+    rows, columns = grid_of(len(swept), 5)
+    figure = new_figure(1.45 * columns + 0.6, 1.4 * rows + 1.3)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    untouched = table.untouched(attack).value
+    handles: dict[str, Any] = {}
+    for axes, (layers, levels) in zip(panels, swept.items(), strict=False):
+        cases = [(100 * level, Setting(layers, level, attack)) for level in levels]
+        handles = _curves(axes, table, cases, (0.0, untouched)) | handles
+        axes.axhline(100 * untouched, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(_group_name(layers, table.layers), fontsize=8, pad=3)
+        tidy(axes)
+    for axes in panels[len(swept) :]:
+        axes.set_visible(False)
+    for axes in panels[max(0, len(swept) - columns) : len(swept)]:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("share in %", fontsize=8)
+    _name_accuracy(figure, table)
+    title = f"A share of the channels transplanted, {attack}" if attack else "A share of the channels set to zero"
+    dotted = "attacked, nothing transplanted" if attack else "untouched network"
+    figure.suptitle(f"{title}\n{_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
+    shared_legend(figure, handles, min(3, len(handles)))
+    return figure
+
+
+def _layers(table: InterventionTable) -> Figure:
+    """One panel for each attack: single layers, then several together, at the main share."""
+    attacks = table.attacks
+    groups = list(dict.fromkeys(setting.layers for setting in table.settings if setting.share == table.main_share))
+    names = [_group_name(layers, table.layers) for layers in groups]
+    figure = new_figure(max(4.5, 0.42 * len(groups) + 1.2), 1.55 * len(attacks) + 1.9)
+    panels = figure.subplots(len(attacks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    handles: dict[str, Any] = {}
+    for axes, attack in zip(panels, attacks, strict=True):
+        cases = [Setting(layers, table.main_share, attack) for layers in groups]
+        for index, criterion in enumerate(reversed(table.criteria)):
+            shift = ((len(table.criteria) - 1 - index) / max(1, len(table.criteria) - 1) - 0.5) * 0.6
+            style = look(criterion)
+            draws = 1
+            for place, setting in enumerate(cases):
+                values = [100 * value for value in table.values(setting, criterion)]
+                if not values:
+                    continue
+                draws = max(draws, len(values))
+                if len(values) > 1:
+                    axes.plot([place + shift] * 2, [min(values), max(values)], color=style.colour, linewidth=1.5)
+                (line,) = axes.plot(place + shift, sum(values) / len(values), **style.point)
+                handles.setdefault(criterion, line)
+        axes.axhline(100 * table.untouched(attack).value, color="black", linewidth=0.8, linestyle=":")
+        for place in range(len(groups) - 1):
+            axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
+        axes.set_title(str(attack), fontsize=8.5, loc="left", pad=3)
+        tidy(axes)
+        axes.set_ylim(-4, 104)
+    upright_layers(panels[-1], names)
+    _name_accuracy(figure, table)
+    figure.suptitle(
+        f"{table.main_share:.0%} of the channels transplanted, {_PLACES[table.at]}\n"
+        "dotted: attacked, nothing transplanted",
+        fontsize=9.5,
+    )
+    shared_legend(figure, {label(name, _draws(table, name)): handles[name] for name in table.criteria}, 3)
+    return figure
+
+
+def _weakened(table: InterventionTable) -> Figure:
+    """Accuracy over the factor, which falls to the right."""
+    settings = table.settings
+    figure = new_figure(5.2, 4.0)
+    axes = figure.subplots()
+    handles = _curves(axes, table, [(setting.beta or 0.0, setting) for setting in settings], None)
+    axes.axhline(100 * table.untouched().value, color="black", linewidth=0.8, linestyle=":")
+    axes.invert_xaxis()
+    axes.set_xlabel(r"factor $\beta$ on the connections", fontsize=9)
+    tidy(axes)
+    axes.set_ylabel(f"accuracy in %\n({table.counts.counted} images right when clean)", fontsize=9)
+    figure.suptitle(
+        f"{_PLACES[table.at]} multiplied by a factor\n"
+        f"{table.main_share:.0%} of the channels, {len(settings[0].layers)} layers together; dotted: untouched",
+        fontsize=9,
+    )
+    shared_legend(figure, handles, 3)
+    return figure
+
+
+def _curves(
+    axes: Axes, table: InterventionTable, cases: Sequence[tuple[float, Setting]], start: tuple[float, float] | None
+) -> dict[str, Any]:
+    """A line for each criterion, with the range of its draws; gives the legend's lines."""
+    handles: dict[str, Any] = {}
+    for criterion in table.criteria:
+        style = look(criterion)
+        points = [(at, [100 * value for value in table.values(setting, criterion)]) for at, setting in cases]
+        points = [(at, values) for at, values in points if values]
+        if start is not None and 0 not in (at for at, _ in points):
+            points = [(start[0], [100 * start[1]]), *points]
+        if not points:
+            continue
+        across = [at for at, _ in points]
+        if any(len(values) > 1 for _, values in points):
+            low, high = [min(values) for _, values in points], [max(values) for _, values in points]
+            axes.fill_between(across, low, high, color=style.colour, alpha=0.25, linewidth=0)
+        (line,) = axes.plot(across, [sum(values) / len(values) for _, values in points], **style.line)
+        handles[label(criterion, _draws(table, criterion))] = line
+    axes.set_ylim(-4, 104)
+    return handles
+
+
+def _draws(table: InterventionTable, criterion: str) -> int:
+    return len(table.table.select(criterion=criterion).distinct("draw"))
+
+
+def _name_accuracy(figure: Figure, table: InterventionTable) -> None:
+    figure.supylabel(
+        f"accuracy in %\n({table.counts.counted} images right when clean)", fontsize=8.5, multialignment="center"
+    )
+
+
+def _group_name(layers: Sequence[str], single: Sequence[str]) -> str:
+    if len(layers) == 1:
+        return layers[0]
+    if tuple(layers) == tuple(single):
+        return f"all {len(layers)} layers"
+    if tuple(layers) == tuple(single[: len(layers)]):
+        return f"first {len(layers)} layers"
+    return "+".join(layers) if len(layers) < 3 else f"{layers[0]} ... {layers[-1]}"

@@ -1,0 +1,336 @@
+"""Occurrence, sensitivity, Grad-CAM and detection, each against loops over samples and channels."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, sample_routes
+from attackroute.analysis.experiments.detect import ALL_LAYERS, MARGIN, RANDOM_ROUTE, SOFTMAX, detect
+from attackroute.analysis.experiments.gradcam import CLEAN, ENTROPY, INSIDE, PART, SHIFT, map_panels, measure_gradcam
+from attackroute.analysis.experiments.occurrence import (
+    CLASSES,
+    OCCURRENCE,
+    OVERLAP,
+    RANDOM_ROUTES,
+    chance_jaccard,
+    measure_occurrence,
+)
+from attackroute.analysis.experiments.sensitivity import GRADIENT, SENSITIVITY, measure_sensitivity
+from attackroute.analysis.figures.detect import detection_figure
+from attackroute.analysis.figures.gradcam import maps_figure, measures_figure
+from attackroute.analysis.figures.occurrence import occurrence_figure
+from attackroute.analysis.figures.sensitivity import sensitivity_figure
+from attackroute.analysis.gradcam import grad_cam
+from attackroute.core.document import Document, Result
+from attackroute.core.errors import UserError
+from attackroute.core.random import random_order
+from attackroute.core.statistics import Moments
+from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.trace import trace_routes
+from experiment_samples import Case, counting, make_case, shifted
+from route_samples import instances
+
+LAYERS = ("0", "3", "8", "10")
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return make_case(14)
+
+
+def outputs(case: Case, image: Tensor) -> dict[str, Tensor]:
+    """What each layer gives for one image, module by module."""
+    found, x = {}, image[None]
+    for name, module in case.model.named_children():
+        x = module(x)
+        if name in LAYERS:
+            found[name] = x[0]
+    return found
+
+
+def saved(result: Result, folder: Path) -> Document:
+    """The result's document as its file holds it."""
+    return Document.load(result.document({}).save(folder)[-1])
+
+
+class TestOccurrence:
+    def test_is_a_mean_frequency_and_a_jaccard_index(self, tmp_path: Path) -> None:
+        clean, other = instances(20, seed=1), instances(20, seed=2)
+        rival = instances(20, seed=3).aggregate(0.3)
+        found = measure_occurrence(
+            {"clean": clean, "pgd": other}, {"weight": rival}, share=0.3, width=0.3, seeds=(0, 1)
+        )
+        for layer, count in clean.channels.items():
+            size = max(1, round(0.3 * count))
+            for name, routes in (("clean", clean), ("pgd", other)):
+                shares = sorted((sum(map(bool, column)) / 20 for column in routes.masks[layer].T), reverse=True)
+                assert found.values(layer, OCCURRENCE, name) == pytest.approx([sum(shares[:size]) / size])
+            assert len(found.values(layer, OCCURRENCE, RANDOM_ROUTES)) == 2
+            ours = set(clean.aggregate(0.3).indices[layer])
+            for name, route in (("pgd", other.aggregate(0.3)), ("weight", rival)):
+                theirs = set(route.indices[layer])
+                assert found.values(layer, OVERLAP, "clean", name) == [len(ours & theirs) / len(ours | theirs)]
+            classes = [set(route.indices[layer]) for route in clean.by_label(0.3).values()]
+            pairs = [len(a & b) / len(a | b) for a, b in combinations(classes, 2)]
+            assert found.values(layer, CLASSES, "clean") == pytest.approx([sum(pairs) / len(pairs)])
+        assert "pgd" in found.reading() and "weight" in found.reading()
+        assert saved(found, tmp_path).table.to_json() == found.table.to_json()
+
+    @pytest.mark.parametrize(("left", "right", "channels"), [(2, 3, 6), (0, 0, 4), (5, 5, 5), (1, 4, 5), (4, 4, 6)])
+    def test_chance_is_the_mean_over_all_sets(self, left: int, right: int, channels: int) -> None:
+        ours = set(range(left))
+        values = [
+            len(ours & set(theirs)) / len(ours | set(theirs)) if ours | set(theirs) else 1.0
+            for theirs in combinations(range(channels), right)
+        ]
+        assert chance_jaccard(left, right, channels) == pytest.approx(sum(values) / len(values))
+
+    def test_random_routes_occur_as_often_as_their_width_in_the_long_run(self) -> None:
+        many = instances(4000, {"a": 10})
+        found = measure_occurrence({"clean": many}, width=0.3, share=0.5, seeds=(0,))
+        assert found.values("a", OCCURRENCE, RANDOM_ROUTES)[0] == pytest.approx(0.4, abs=0.02)
+
+    def test_routes_of_different_networks_are_refused(self) -> None:
+        with pytest.raises(UserError, match="'mine'"):
+            measure_occurrence({"clean": instances(), "mine": instances(channels={"a": 4})})
+        with pytest.raises(UserError, match="no instance routes"):
+            measure_occurrence({})
+
+
+class TestResponses:
+    def test_are_those_of_one_sample_at_a_time(self, case: Case, tmp_path: Path) -> None:
+        compared = case.compared(baselines={"weight": case.weight}, seeds=(4,), batch_size=5)
+        found = measure_sensitivity(compared, {"shifted": shifted})
+        assert found.samples == 14
+        attacked = shifted(case.model, *case.data)
+        moved = {layer: [] for layer in LAYERS}  # type: dict[str, list[Tensor]]
+        steep = {layer: [] for layer in LAYERS}  # type: dict[str, list[Tensor]]
+        for i in range(14):
+            with torch.no_grad():
+                before, after = outputs(case, case.images[i]), outputs(case, attacked[i])
+            for layer in LAYERS:
+                moved[layer].append((before[layer] - after[layer]).abs().mean((1, 2)))
+            kept: dict[str, Tensor] = {}
+            x = case.images[i : i + 1]
+            for name, module in case.model.named_children():
+                x = module(x)
+                if name in LAYERS:
+                    x.retain_grad()
+                    kept[name] = x
+            nn.functional.cross_entropy(x, case.labels[i : i + 1]).backward()
+            for layer in LAYERS:
+                grad = kept[layer].grad
+                assert grad is not None
+                steep[layer].append(grad[0].abs().sum((1, 2)))
+        case.model.zero_grad(set_to_none=True)
+        sets = {ROUTE: case.route, OFF_ROUTE: case.route.complement(), RANDOM: case.route.random_like(4)}
+        sets["weight"] = case.weight.route(0.3)
+        for layer, (by, route) in product(LAYERS, sets.items()):
+            for quantity, attack, each in ((SENSITIVITY, "shifted", moved), (GRADIENT, None, steep)):
+                values = torch.stack(each[layer]).double().mean(0)[list(route.indices[layer])]
+                (row,) = found.rows(layer, quantity, attack, by)
+                assert row["neurons"] == len(values)
+                assert row["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
+                low, middle, high = (row[name] for name in ("minimum", "median", "maximum"))
+                assert (low, high) == pytest.approx((float(values.min()), float(values.max())), rel=1e-4)
+                assert middle == pytest.approx(float(values.quantile(0.5)), rel=1e-4)
+        for verdict in found.verdicts:
+            case_of = verdict["layer"], verdict["quantity"], verdict["attack"]
+            (ours,) = found.rows(*case_of, ROUTE)
+            theirs = [row["mean"] for row in found.rows(*case_of, verdict["control"])]
+            assert verdict["beats"] == all(ours["mean"] > value for value in theirs)
+        assert "gradient is higher than off-route" in found.reading()
+        assert saved(found, tmp_path).about["samples"] == 14
+        assert found.summary().columns[1:] == (
+            "sensitivity to shifted, route / off-route",
+            "gradient, route / off-route",
+        )
+        assert sensitivity_figure(found).axes[0].get_yscale() == "log"
+
+
+class TestGradCam:
+    def test_measures_are_those_of_single_maps(self, case: Case, tmp_path: Path) -> None:
+        with counting(case.model) as sizes:
+            compared = case.compared(baselines={"weight": case.weight}, seeds=(6,), batch_size=5)
+            found = measure_gradcam(compared, "3", {"shifted": shifted})
+        right = case.right()
+        assert (found.samples, found.counted) == (14, len(right))
+        assert len(sizes) == 2 * 3 + len(right)  # a clean and an attacked pass a batch, and those of the attack itself
+        sets = {ROUTE: case.route, OFF_ROUTE: case.route.complement(), RANDOM: case.route.random_like(6)}
+        sets["weight"] = case.weight.route(0.3)
+        expected: dict[tuple[str, str, str], list[float]] = {}
+        for by, route in sets.items():
+            for i in right:
+                image, label = case.images[i : i + 1], case.labels[i : i + 1]
+                maps = {}
+                for name, x in ((CLEAN, image), ("shifted", shifted(case.model, image, label))):
+                    large = [
+                        nn.functional.interpolate(
+                            grad_cam(case.model, x, "3", part["3"])[None], (13, 13), mode="bilinear"
+                        )
+                        for part in (route, route.complement())
+                    ]
+                    own, rest = (each[0, 0].double() for each in large)
+                    total = float(own.sum()) or math.nan  # a map that is all zero says nothing
+                    middle = [(y, z) for y in range(13) for z in range(13) if 3 < y + 0.5 < 10 and 3 < z + 0.5 < 10]
+                    inside = sum(float(own[y, z]) for y, z in middle)
+                    maps[name] = spread = own / total
+                    shares = [float(p) for p in spread.flatten() if not p <= 0]
+                    expected.setdefault((name, by, INSIDE), []).append(inside / total)
+                    entropy = -sum(p * math.log(p) for p in shares) / math.log(169)
+                    expected.setdefault((name, by, ENTROPY), []).append(entropy)
+                    total = float(own.sum())
+                    expected.setdefault((name, by, PART), []).append(total / (total + float(rest.sum())))
+                apart = float((maps[CLEAN] - maps["shifted"]).abs().sum()) / 2
+                expected.setdefault(("shifted", by, SHIFT), []).append(apart)
+        assert len(found.table) == len(expected)
+        for row in found.table:
+            every = torch.tensor(expected[row["images"], row["criterion"], row["measure"]]).double()
+            values = every[~every.isnan()]
+            assert len(every) == len(right) and row["samples"] == len(values) > 2
+            assert row["mean"] == pytest.approx(float(values.mean()), rel=1e-3, abs=1e-6)
+            half = 1.96 * float(values.std()) / math.sqrt(len(values))
+            assert row["high"] - row["mean"] == pytest.approx(half, rel=1e-2, abs=1e-6)
+            ours = torch.tensor(expected[row["images"], ROUTE, row["measure"]]).double()
+            assert row["route_minus_this"] == pytest.approx(float((ours - every).nanmean()), rel=1e-3, abs=1e-6)
+        assert "shifts by" in found.reading() and saved(found, tmp_path).about["map_size"] == [13, 13]
+        assert len(measures_figure(found).axes) == 4 and list(found.figures()) == ["gradcam-measures"]
+
+    def test_a_box_holds_the_energy_inside_it(self, case: Case) -> None:
+        whole = torch.tensor([[0.0, 0, 13, 13]]).expand(14, 4)
+        found = measure_gradcam(case.compared(seeds=()), "3", {"s": shifted}, whole)
+        assert found.boxed and found.rows(CLEAN, ROUTE, INSIDE)[0]["mean"] == pytest.approx(1)
+        halves = [torch.tensor([[0.0, 0, 5, 13]]), torch.tensor([[5.0, 0, 13, 13]])]
+        parts = [measure_gradcam(case.compared(seeds=()), "3", {"s": shifted}, box.expand(14, 4)) for box in halves]
+        means = [part.rows("s", OFF_ROUTE, INSIDE)[0]["mean"] for part in parts]
+        assert sum(means) == pytest.approx(1) and min(means) > 0
+
+    def test_the_panels_share_one_scale_an_image(self, case: Case) -> None:
+        panels = map_panels(case.model, *[part[:3] for part in case.data], case.route, "3", shifted, "shifted")
+        assert panels.cams.shape == (2, 2, 3, 13, 13)
+        assert panels.cams.amax((0, 1, 3, 4)).tolist() == pytest.approx([1, 1, 1])
+        clean = grad_cam(case.model, case.images[:3], "3", case.route["3"])
+        scale = panels.cams[0, 0] / nn.functional.interpolate(clean[:, None], (13, 13), mode="bilinear")[:, 0]
+        for each in scale:  # one factor for all positions
+            known = each[each.isfinite() & (each > 0)]
+            torch.testing.assert_close(known, known[0].expand_as(known), rtol=1e-3, atol=0)
+        figure = maps_figure(panels)
+        assert sum(bool(axes.images) for axes in figure.axes[:24]) == 18
+
+    def test_bad_input_is_one_line(self, case: Case) -> None:
+        wrong = (case.model(case.images).argmax(1) + 1) % 5
+        boxes = torch.zeros(3, 4)
+        for data, layer, attacks, limits, message in (
+            (case.data, "99", {"s": shifted}, None, "no layer '99'"),
+            (case.data, "3", {}, None, "no attack"),
+            ((case.images, wrong), "3", {"s": shifted}, None, "none of the 14 samples right"),
+            (case.data, "3", {"s": shifted}, boxes, "boxes"),
+            (case.images, "3", {"s": shifted}, None, "no labels"),
+        ):
+            with pytest.raises(UserError, match=message) as error:
+                measure_gradcam(case.compared(data=data), layer, attacks, limits)
+            assert "\n" not in str(error.value)
+
+
+class TestDetection:
+    def test_areas_are_those_of_all_pairs(self, case: Case) -> None:
+        found = detect(case.model, case.data, case.reference, {"shifted": shifted}, seeds=(3,), batch_size=5)
+        assert found.reference == 14
+        classes = case.routes.by_label(0.3)
+        scores: dict[tuple[str, str], list[list[float]]] = {}
+        for i in case.right():
+            attacked = shifted(case.model, case.images[i : i + 1], case.labels[i : i + 1])
+            for group, image in enumerate((case.images[i : i + 1], attacked)):
+                with torch.no_grad():
+                    logits = case.model(image)[0].double()
+                seen = int(logits.argmax())
+                if (group and seen == case.labels[i]) or seen not in classes:
+                    continue
+                own = trace_routes(case.model, image)
+                fake = {
+                    layer: random_order(3, f"class {seen}/{layer}", range(count))[: len(classes[seen].indices[layer])]
+                    for layer, count in own.channels.items()
+                }
+                for score, theirs in ((ROUTE, classes[seen].indices), (RANDOM_ROUTE, fake)):
+                    distances = []
+                    for layer in LAYERS:
+                        ours, other = set(own.masks[layer][0].nonzero().flatten().tolist()), set(theirs[layer])
+                        distances.append(1 - len(ours & other) / len(ours | other))
+                        scores.setdefault((score, layer), [[], []])[group].append(distances[-1])
+                    scores.setdefault((score, ALL_LAYERS), [[], []])[group].append(sum(distances) / 4)
+                p = logits.softmax(0)
+                first, second = sorted(logits.tolist())[:-3:-1]
+                scores.setdefault((SOFTMAX, ALL_LAYERS), [[], []])[group].append(-float(p.max()))
+                scores.setdefault((MARGIN, ALL_LAYERS), [[], []])[group].append(second - first)
+        for (score, layer), (clean, attacked_scores) in scores.items():
+            pairs = [(a > c) + 0.5 * (abs(a - c) < 1e-9) * (not a > c) for a in attacked_scores for c in clean]
+            (row,) = found.rows("shifted", score, layer)
+            assert (row["clean"], row["attacked"]) == (len(clean), len(attacked_scores))
+            assert row["auroc"] == pytest.approx(sum(pairs) / len(pairs), abs=0.02), (score, layer)
+        assert set(found.scores) == {ROUTE, "activation", "gradient", RANDOM_ROUTE, SOFTMAX, MARGIN}
+        assert len(detection_figure(found).axes) == 2 and "AUROC" in found.reading()
+
+    def test_an_attack_that_fools_nobody_has_no_area(self, case: Case, tmp_path) -> None:
+        found = detect(case.model, case.data, case.reference, {"nothing": lambda model, x, y: x}, seeds=(0,))
+        assert all(math.isnan(row["auroc"]) and row["attacked"] == 0 for row in found.table)
+        assert "fools the network on no image" in found.reading() and found.figures()
+        assert saved(found, tmp_path).table[0]["auroc"] is None and found.summary()[0]["AUROC, nothing"] == "-"
+
+    def test_it_cannot_follow_noise(self, case: Case) -> None:
+        with pytest.raises(UserError, match="no noise to follow"):
+            detect(case.model, case.data, case.reference, {"s": shifted}, config=TraceConfig(carrier="noise"))
+
+    def test_bad_input_is_one_line(self, case: Case) -> None:
+        wrong = (case.model(case.images).argmax(1) + 1) % 5
+        for arguments, message in (
+            ((case.data, case.reference, {}), "no attack"),
+            (((case.images, wrong), case.reference, {"s": shifted}), "none of the 14 samples right"),
+            ((case.data, case.reference[0], {"s": shifted}), "reference data have no labels"),
+            ((case.images, case.reference, {"s": shifted}), "no labels"),
+        ):
+            with pytest.raises(UserError, match=message) as error:
+                detect(case.model, *arguments)  # type: ignore[arg-type]
+            assert "\n" not in str(error.value)
+
+
+def test_sample_routes_by_simple_rules(case: Case) -> None:
+    found = sample_routes(case.model, [(case.images[:5], case.labels[:5]), (case.images[5:], case.labels[5:])])
+    assert found[ROUTE] == trace_routes(case.model, case.data)
+    for i in range(14):
+        with torch.no_grad():
+            values = outputs(case, case.images[i])
+        for layer in LAYERS:
+            size = max(1, round(0.2 * len(values[layer])))
+            best = values[layer].abs().mean((1, 2)).topk(size).indices.sort().values
+            assert found["activation"].masks[layer][i].nonzero().flatten().tolist() == best.tolist()
+    assert isinstance(found["gradient"], InstanceRoutes) and len(found["gradient"]) == 14
+
+
+def test_moments_leave_nan_out_and_do_not_depend_on_batches() -> None:
+    values = torch.randn(3, 50, dtype=torch.float64) + 1e6
+    values[0, ::7] = torch.nan
+    values[2] = torch.nan
+    for size in (1, 8, 50):
+        moments = Moments(3)
+        for part in values.split(size, dim=1):
+            moments.add(Moments.of(part))
+        for row, mean in zip(values[:2], moments.means(), strict=False):
+            known = row[~row.isnan()]
+            assert mean.samples == len(known) and mean.value == pytest.approx(float(known.mean()))
+            assert mean.high - mean.value == pytest.approx(1.959964 * float(known.std()) / len(known) ** 0.5, rel=1e-6)
+        assert moments.means()[2].samples == 0 and math.isnan(moments.means()[2].value)
+
+
+def test_the_occurrence_figure_shows_every_series() -> None:
+    found = measure_occurrence({"clean": instances(20), "pgd": instances(20, seed=5)}, {}, width=0.3)
+    upper, lower = occurrence_figure(found).axes
+    first = [100 * found.values(layer, OCCURRENCE, "clean")[0] for layer in found.layers]
+    assert list(upper.lines[0].get_ydata()) == first
+    assert len(upper.lines) == 3 and len(lower.lines) == 3  # clean, pgd, random; pgd, classes, chance

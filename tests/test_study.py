@@ -1,0 +1,126 @@
+"""Studies as a library has them: the registry of experiments, documents with and without files, and what is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from attackroute.analysis import experiment
+from attackroute.analysis.experiment import ExperimentResult, all_experiments
+from attackroute.analysis.study import Study, analyze
+from attackroute.core.document import Document
+from attackroute.core.errors import UserError
+from attackroute.core.table import Table
+from attackroute.robustness.gradient_attacks import FGSM
+from attackroute.tracing.trace import Progress
+from attackroute.zoo.data import ImageData
+from experiment_samples import Case, make_case
+
+NAMES = ["occurrence", "sensitivity", "transplant", "deactivate", "weaken", "gradcam", "detect"]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return make_case(12)
+
+
+@pytest.fixture
+def images(case: Case) -> ImageData:
+    pairs = list(zip(case.images, case.labels.tolist(), strict=True))
+    return ImageData(pairs, tuple("abcde"), (3, 13, 13), "pictures", "test")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes(ExperimentResult):
+    """How many channels of each layer are on the route."""
+
+    table: Table
+    kind = "sizes"
+
+    def reading(self) -> str:
+        return f"There are {sum(self.table.column('on the route'))} neurons on the route."
+
+    def about(self) -> dict[str, object]:
+        return {"layers": len(self.table)}
+
+    def summary(self) -> Table:
+        return self.table
+
+    def figures(self) -> dict[str, object]:  # type: ignore[override]
+        return {}
+
+
+def sizes(study: Study, progress: Progress) -> Sizes:
+    progress(1, 1)
+    return Sizes(Table.of({"layer": layer, "on the route": len(study.route[layer])} for layer in study.route))
+
+
+def test_experiments_are_found_in_order() -> None:
+    assert list(all_experiments()) == NAMES
+    assert all(each.title and each.help for each in all_experiments().values())
+
+
+def test_an_experiment_is_one_function(
+    case: Case, images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "_registered", dict(experiment._registered))
+    experiment.experiment("sizes", order=4, title="Sizes", help="how many")(sizes)
+    assert list(all_experiments()).index("sizes") in (3, 4, 5)
+    (document,) = analyze(case.model, images, tmp_path / "new", ["sizes"], attacks=["fgsm"]).values()
+    again = Document.load(tmp_path / "new" / "sizes.json")
+    assert again == replace(document, settings=again.settings) and again.about["title"] == "Sizes"
+    assert again.about["order"] == 4 and again.about["layers"] == 4 and again.reading.startswith("There are ")
+    with pytest.raises(UserError, match="did you mean sizes"):
+        analyze(case.model, images, None, ["size"])
+
+
+def test_a_study_without_a_folder_has_the_same_numbers(case: Case, images: ImageData, tmp_path: Path) -> None:
+    settings = {"attacks": ["fgsm:eps=0.1"], "draws": 1, "seed": 2}
+    written = analyze(case.model, images, tmp_path, ["deactivate"], **settings)["deactivate"]  # type: ignore[arg-type]
+    plain = analyze(case.model, images, None, ["deactivate"], **settings)["deactivate"]  # type: ignore[arg-type]
+    assert plain.table == written.table == Document.load(tmp_path / "deactivate.json").table
+    assert {path.suffix for path in tmp_path.glob("deactivate.*")} == {".json", ".csv", ".png", ".svg"}
+
+
+def test_what_was_finished_is_not_run_again(case: Case, images: ImageData, tmp_path: Path) -> None:
+    told: list[tuple[str, bool]] = []
+
+    def run(**settings: object) -> None:
+        options = {"model": case.model, "images": images, "folder": tmp_path, "draws": 1, **settings}
+        study = Study(attacks={"fgsm": FGSM(eps=0.1)}, **options)  # type: ignore[arg-type]
+        study.run_all(["deactivate"], resume=True, done=lambda document, new: told.append((document.kind, bool(new))))
+
+    run()
+    run()
+    run(share=0.5)
+    (tmp_path / "deactivate.json").write_text("{")
+    run(share=0.5)
+    assert told == [("deactivate", True), ("deactivate", False), ("deactivate", True), ("deactivate", True)]
+
+
+def test_bad_studies_are_one_line(case: Case, images: ImageData) -> None:
+    for options, message in (
+        ({"attacks": []}, "no attack"),
+        ({"at": "outputs"}, "did you mean output"),
+        ({"layers": ["9"]}, "no layer '9'"),
+        ({"data": replace(images, dataset=[images.dataset[0]])}, "one image is too few"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            analyze(case.model, **{"data": images, "experiments": ["weaken"], **options})  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+
+
+def test_figures_alone_load_matplotlib() -> None:
+    code = (
+        "import sys, attackroute as ar\n"
+        "ar.deactivate, ar.hardness, ar.evaluate, ar.trace_routes\n"
+        "from attackroute.analysis.experiment import all_experiments\n"
+        "assert all_experiments()\n"
+        "print([name for name in ('matplotlib', 'torchvision', 'scipy.stats') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
