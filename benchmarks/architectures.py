@@ -19,10 +19,9 @@ from attackroute.core.model_state import frozen
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import kept, top_k
 from attackroute.tracing import oracle
-from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.config import FIRST_SKETCHES, TraceConfig
 from attackroute.tracing.frozen_gates import FrozenGates
 from attackroute.tracing.segments import Segments
-from attackroute.tracing.sketches import FIRST_SKETCHES
 from attackroute.tracing.structure import CLOSED_FORM, Structure
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.networks import build_model

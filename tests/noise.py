@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from attackroute.core.loss import Loss
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.tracing import noise_oracle
+from attackroute.tracing import oracle
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
 from tracing import same_routes, worst
 
@@ -23,11 +23,28 @@ def shaken(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_noise(
-    model: nn.Module, images: Tensor, labels: Tensor, *, width: float = 0.3, tolerance: float = 1e-12, **options: Any
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    width: float = 0.3,
+    tolerance: float = 1e-12,
+    linear: bool = False,
+    loss: Loss | None = None,
 ) -> InstanceRoutes:
     """Trace, and compare with the oracle: layers, edges, scores and routes."""
-    expected = noise_oracle.trace(model, images, shaken(model, images, labels), labels, width=width, **options)
-    found = trace_routes(model, (images, labels), width, carrier="noise", attack=shaken, keep_scores=True, **options)
+    expected = oracle.trace(
+        model, shaken(model, images, labels), labels, clean=images, width=width, linear=linear, loss=loss
+    )
+    found = trace_routes(
+        model,
+        (images, labels),
+        width,
+        config=TraceConfig(carrier="noise", linear=linear),
+        attack=shaken,
+        loss=loss,
+        keep_scores=True,
+    )
     assert set(found.methods) == set(expected.edges)
     assert worst(found, expected) <= tolerance
     assert same_routes(found, expected)

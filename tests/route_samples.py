@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from attackroute.core.errors import UserError
-from attackroute.routes.instance_routes import InstanceRoutes, InstanceRoutesBuilder
+from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
@@ -32,14 +33,18 @@ def instances(
 ) -> InstanceRoutes:
     """Instance routes along a chain of layers, labels counting modulo three."""
     generator = torch.Generator().manual_seed(seed)
-    builder = InstanceRoutesBuilder(list(channels), channels, width, keep_scores=keep_scores)
     scores = {layer: torch.rand(samples, count, generator=generator) for layer, count in channels.items()}
     masks = {layer: top_k(values, width) for layer, values in scores.items()}
     labels = torch.arange(samples) % 3 if labelled else None
     predictions = (torch.arange(samples) + 1) % 3 if labelled else None
-    builder.add(masks, labels, predictions, scores if keep_scores else None)
-    methods = {edge: "closed-form" for edge in pairwise(channels)}
-    return builder.build(methods=methods, provenance=provenance)
+    return InstanceRoutes.from_masks(
+        masks,
+        replace(provenance or Provenance(samples, width), samples=samples, width=width),
+        labels=labels,
+        predictions=predictions,
+        methods={edge: "closed-form" for edge in pairwise(channels)},
+        scores=scores if keep_scores else None,
+    )
 
 
 SAMPLES: dict[str, tuple[Any, Callable[[], Any]]] = {

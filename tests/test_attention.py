@@ -16,6 +16,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.hardening.gradient_penalty import GradientPenalty
 from attackroute.tracing import oracle
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
 from tracing import check, ready, state, worst
 
@@ -108,13 +109,13 @@ def test_traces_are_the_oracle(name: str) -> None:
 
 def test_layers_inside_attention_are_named() -> None:
     model, images, _ = ready(livened(vit), samples=2, size=8)
-    found = trace_routes(model, images, linear=True, sketches=32)
+    found = trace_routes(model, images, config=TraceConfig(linear=True, sketches=32))
     block = "encoder.layers.encoder_layer_0."
     names = [f"{block}self_attention", f"{block}self_attention#2", f"{block}mlp.0", f"{block}mlp.3"]
     assert list(found.layers)[1:5] == names
     assert [found.channels[name] for name in names] == [24, 8, 12, 8]
     windows, images, _ = ready(livened(swin), samples=2, size=8)
-    found = trace_routes(windows, images, linear=True, sketches=32)
+    found = trace_routes(windows, images, config=TraceConfig(linear=True, sketches=32))
     assert {"features.1.0.attn", "features.1.0.attn#2", "features.1.0.mlp.0", "features.1.0.mlp.3"} < set(found.layers)
 
 
@@ -147,15 +148,15 @@ def test_positions_first_are_refused_even_where_there_are_as_many_as_images() ->
 
     model, images, labels = ready(build, samples=2, size=8)
     with pytest.raises(UserError, match="batch_first=True"):
-        trace_routes(model, (images, labels), linear=True)
+        trace_routes(model, (images, labels), config=TraceConfig(linear=True))
 
 
 def test_rows_that_are_not_together_are_refused() -> None:
     model, images, labels = ready(lambda: folded(together=False), samples=2, size=8)
     with pytest.raises(UserError, match="batch_first=True"):
-        trace_routes(model, (images, labels), linear=True)
+        trace_routes(model, (images, labels), config=TraceConfig(linear=True))
     with pytest.raises(UserError, match="batch_first=True"):
-        trace_routes(model, images[:1], linear=True)
+        trace_routes(model, images[:1], config=TraceConfig(linear=True))
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
@@ -163,9 +164,9 @@ def test_many_sketches_are_the_oracle(name: str) -> None:
     build, size = NETWORKS[name]
     model, images, labels = ready(livened(build), samples=1, size=size)
     expected = oracle.trace(model, images, labels, width=1.0, linear=True)
-    found = trace_routes(model, (images, labels), 1.0, linear=True, sketches=4096, keep_scores=True)
+    found = trace_routes(model, (images, labels), 1.0, config=TraceConfig(linear=True, sketches=4096), keep_scores=True)
     assert worst(found, expected) < 0.1
-    rough = trace_routes(model, (images, labels), 1.0, linear=True, sketches=16, keep_scores=True)
+    rough = trace_routes(model, (images, labels), 1.0, config=TraceConfig(linear=True, sketches=16), keep_scores=True)
     assert worst(found, expected) < worst(rough, expected)
 
 
@@ -177,7 +178,11 @@ BLOCK = "encoder.layers.encoder_layer_1."
 @pytest.fixture(scope="module")
 def traced() -> tuple[nn.Module, Tensor, ar.Route]:
     model, images, labels = ready(livened(vit), samples=3, size=8)
-    return model, images, trace_routes(model, (images, labels), 0.3, linear=True, sketches=64).aggregate(0.3)
+    return (
+        model,
+        images,
+        trace_routes(model, (images, labels), 0.3, config=TraceConfig(linear=True, sketches=64)).aggregate(0.3),
+    )
 
 
 def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def test_pack_and_unpack_are_inverse(mask: np.ndarray) -> None:
 def test_count_is_the_column_sum_in_chunks_of_any_size(mask: np.ndarray, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "_CHUNK_BITS", chunk)
-        counts = masks.count(masks.pack(torch.from_numpy(mask)), mask.shape[1])
+        counts = masks.usage_counts(masks.pack(torch.from_numpy(mask)), mask.shape[1])
     assert counts.dtype == torch.int64
     assert counts.tolist() == [sum(int(value) for value in column) for column in mask.T]
 
@@ -46,7 +46,7 @@ def test_count_never_unpacks_all_samples_at_once(monkeypatch: pytest.MonkeyPatch
     unpack = masks._unpack
     monkeypatch.setattr(masks, "_CHUNK_BITS", 80)
     monkeypatch.setattr(masks, "_unpack", lambda packed, channels: seen.append(len(packed)) or unpack(packed, channels))
-    masks.count(masks.pack(torch.ones(25, 8, dtype=torch.bool)), 8)
+    masks.usage_counts(masks.pack(torch.ones(25, 8, dtype=torch.bool)), 8)
     assert seen == [10, 10, 5]
 
 

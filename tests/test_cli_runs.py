@@ -16,14 +16,15 @@ from torch.utils.data import TensorDataset
 from torchvision.utils import save_image
 
 import attackroute
-from attackroute.cli import comparison
+from attackroute.core.document import Document
 from attackroute.core.model_state import weights_digest
-from attackroute.routes import folder as unfinished
-from attackroute.routes.folder import StoredRoutes
+from attackroute.routes import folder as route_folder
+from attackroute.routes.folder import RouteFolder
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
+from attackroute.tracing import oracle_check
 from attackroute.tracing.oracle import OracleTrace
-from attackroute.tracing.trace import RouteTracer
+from attackroute.tracing.trace import Tracer
 from command_line import run
 
 SIZE = 32
@@ -145,7 +146,7 @@ def test_files_and_json_agree_with_the_python_interface(trained, pictures, tmp_p
     assert {
         (source, row["layer"]): how for row in printed["layers"] for source, how in row["incoming"].items()
     } == expected.methods
-    summary = json.loads((tmp_path / "summary.json").read_text())["about"]
+    summary = Document.load(tmp_path / "summary.json").about
     assert summary["finished"] is True
     assert summary["layers"] == printed["layers"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["route.json", "routes.safetensors", "summary.json"]
@@ -189,8 +190,8 @@ def altered_oracle(monkeypatch, part: str, layer: str, change) -> None:
         values = getattr(found, part)
         return replace(found, **{part: {**values, layer: change(values[layer])}})
 
-    trace = comparison.oracle.trace
-    monkeypatch.setattr(comparison.oracle, "trace", oracle)
+    trace = oracle_check.oracle.trace
+    monkeypatch.setattr(oracle_check.oracle, "trace", oracle)
 
 
 def test_check_fails_when_the_oracle_disagrees(factories, pictures, monkeypatch):
@@ -219,8 +220,8 @@ def interrupt_after(monkeypatch, batches: int, error: BaseException):
         traced_samples.append(len(routes))
         return routes
 
-    original = RouteTracer.trace
-    monkeypatch.setattr(RouteTracer, "trace", trace)
+    original = Tracer.trace
+    monkeypatch.setattr(Tracer, "trace", trace)
     return traced_samples
 
 
@@ -269,13 +270,13 @@ def test_interruption_without_out_keeps_nothing(trained, pictures, monkeypatch):
 def test_samples_are_saved_now_and_then(trained, pictures, tmp_path, monkeypatch):
     saved: list[int] = []
 
-    def save_partial(folder: unfinished.TraceFolder, number: int, routes: InstanceRoutes) -> None:
-        saved.append(len(routes))
-        original(folder, number, routes)
+    def keep(writer: route_folder.RouteWriter) -> None:
+        original(writer)
+        saved.append(len(InstanceRoutes.load(tmp_path / "partial.safetensors")))
 
-    original = unfinished.TraceFolder.save_partial
-    monkeypatch.setattr(unfinished.TraceFolder, "save_partial", save_partial)
-    monkeypatch.setattr(unfinished, "_AUTOSAVE_SECONDS", 0.0)
+    original = route_folder.RouteWriter.keep
+    monkeypatch.setattr(route_folder.RouteWriter, "keep", keep)
+    monkeypatch.setattr(route_folder, "_AUTOSAVE_SECONDS", 0.0)
     assert traced(trained, pictures, "--out", tmp_path).exit_code == 0
     assert saved == [4, 8]  # and the twelve as a whole
     assert not (tmp_path / "partial.safetensors").exists()
@@ -284,7 +285,7 @@ def test_samples_are_saved_now_and_then(trained, pictures, tmp_path, monkeypatch
 @pytest.fixture
 def sharded(trained, pictures, tmp_path, monkeypatch):
     """A trace of eleven samples in three files of four."""
-    monkeypatch.setattr(unfinished, "_SHARD_SAMPLES", 3)  # rounded up to a batch
+    monkeypatch.setattr(route_folder, "_SHARD_SAMPLES", 3)  # rounded up to a batch
     assert traced(trained, pictures, "--samples", 11, "--out", tmp_path / "routes").exit_code == 0
     return tmp_path / "routes"
 
@@ -297,7 +298,7 @@ def test_many_samples_are_in_several_files(trained, pictures, sharded, tmp_path)
     names = [f"routes-0000{number}-of-00003.safetensors" for number in range(3)]
     assert sorted(contents(sharded)) == ["route.json", *names, "summary.json"]
     whole = InstanceRoutes.concatenate(map(InstanceRoutes.load, (sharded / name for name in names)))
-    stored = StoredRoutes.open(sharded)
+    stored = RouteFolder.open(sharded)
     assert [(shard.start, shard.samples) for shard in stored.shards] == [(0, 4), (4, 4), (8, 3)]
     assert stored.load() == whole
     assert (len(stored), stored.layers, stored.width, stored.methods) == (11, whole.layers, 0.2, whole.methods)
@@ -305,14 +306,14 @@ def test_many_samples_are_in_several_files(trained, pictures, sharded, tmp_path)
         assert torch.equal(stored.frequency()[layer], values)
     assert stored.occurrence() == whole.occurrence()
     assert stored.aggregate() == whole.aggregate() == Route.load(sharded / "route.json")
-    summary = json.loads((sharded / "summary.json").read_text())["about"]
+    summary = Document.load(sharded / "summary.json").about
     assert list(summary["files"]) == names
     assert summary["accuracy"] == (whole.labels == whole.predictions).double().mean().item()
 
 
 @pytest.mark.parametrize("index", [[9, 0, 9, -1], slice(3, 9, 2), torch.arange(11) % 3 == 1, [5]])
 def test_some_stored_routes_can_be_selected(sharded, index, monkeypatch):
-    stored = StoredRoutes.open(sharded)
+    stored = RouteFolder.open(sharded)
     expected = stored.load().select(index)
     read = []
     original = InstanceRoutes.load
@@ -329,9 +330,9 @@ def test_a_damaged_file_is_traced_again_and_it_alone(trained, pictures, sharded,
     flipped[-1] ^= 1
     third.write_bytes(flipped)
     with pytest.raises(attackroute.UserError, match=second.name):
-        StoredRoutes.open(sharded)
+        RouteFolder.open(sharded)
     second.write_bytes(before[second.name])
-    stored = StoredRoutes.open(sharded)
+    stored = RouteFolder.open(sharded)
     assert len(stored.select([0, 1])) == 2
     with pytest.raises(attackroute.UserError, match=third.name):
         stored.select([8])
@@ -351,9 +352,9 @@ def test_a_damaged_file_is_traced_again_and_it_alone(trained, pictures, sharded,
 def test_a_missing_file_is_named(sharded):
     (sharded / "routes-00001-of-00003.safetensors").unlink()
     with pytest.raises(attackroute.UserError, match="routes-00001-of-00003"):
-        StoredRoutes.open(sharded)
+        RouteFolder.open(sharded)
     with pytest.raises(attackroute.UserError, match="holds no instance routes"):
-        StoredRoutes.open(sharded.parent)
+        RouteFolder.open(sharded.parent)
 
 
 def test_finished_files_survive_an_interruption(trained, pictures, sharded, tmp_path, monkeypatch):
@@ -497,7 +498,7 @@ def test_attacked_images_are_traced(trained, pictures, tmp_path):
     summary = printed["about"]
     assert summary["attack"] == Route.load(attacked / "route.json").provenance.attack == "fgsm:eps=128/255"
     assert printed["check"]["passed"]
-    assert summary["accuracy"] < json.loads((clean / "summary.json").read_text())["about"]["accuracy"]
+    assert summary["accuracy"] < Document.load(clean / "summary.json").about["accuracy"]
     assert InstanceRoutes.load(attacked / "routes.safetensors") != InstanceRoutes.load(clean / "routes.safetensors")
     assert_bad_input(traced(trained, pictures, "--attack", "pgd", "--out", attacked, "--resume"), "attack", "pgd:eps")
     assert_bad_input(traced(trained, pictures, "--attack", "pdg"), "unknown attack 'pdg'", "did you mean pgd")
@@ -522,7 +523,7 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
     assert "overlap" in result.stdout
     assert "influence, approximate (32 sketches)" in result.stdout
     assert "rounding" not in result.stdout
-    summary = json.loads((tmp_path / "shown" / "summary.json").read_text())["about"]
+    summary = Document.load(tmp_path / "shown" / "summary.json").about
     assert summary["criterion"] == "influence, approximate (32 sketches)"
     conv1, conv7 = summary["layers"][0], summary["layers"][-1]
     assert conv1["sketches"] == 32

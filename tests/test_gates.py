@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from architectures import Function, Head, Inverted, Shuffled, chain
 from attackroute.tracing import oracle
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.frozen_gates import FrozenGates
 from attackroute.tracing.trace import trace_routes
 from tracing import deviation, ready, same_routes, worst
@@ -67,7 +68,7 @@ def test_normalisation_has_a_closed_form_that_is_the_oracle_of_constant_statisti
     written.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(written(images), model(images))
     expected = oracle.trace(written, images, labels, width=0.3)
-    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, freeze_gates=True)
+    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, config=TraceConfig(freeze_gates=True))
     assert set(found.methods.values()) == {"closed-form"}
     assert worst(found, expected) < 1e-9
     assert same_routes(found, expected)
@@ -80,7 +81,7 @@ def test_normalisation_has_a_closed_form_that_is_the_oracle_of_constant_statisti
 def test_gates_pass_nothing_on() -> None:
     model, images, labels = ready(Inverted)
     true = trace_routes(model, (images, labels), 0.3, keep_scores=True)
-    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, freeze_gates=True)
+    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, config=TraceConfig(freeze_gates=True))
     assert ("excite", "project.0") in true.methods
     assert ("excite", "project.0") not in found.methods
     assert (found.scores["excite"] == 0).all()
@@ -112,10 +113,16 @@ def test_values_stay_what_they_are(build: Callable[..., Any]) -> None:
         torch.testing.assert_close(model(images), plain)
     if build is chain:
         exact = trace_routes(model, (images, labels), keep_scores=True)
-        assert worst(trace_routes(model, (images, labels), keep_scores=True, freeze_gates=True), exact) == 0
+        assert (
+            worst(trace_routes(model, (images, labels), keep_scores=True, config=TraceConfig(freeze_gates=True)), exact)
+            == 0
+        )
 
 
 def test_heads_are_no_gates() -> None:
     model, images, labels = ready(lambda: nn.Sequential(chain(), nn.Softmax(1)))
     exact = trace_routes(model, (images, labels), keep_scores=True)
-    assert worst(trace_routes(model, (images, labels), keep_scores=True, freeze_gates=True), exact) == 0
+    assert (
+        worst(trace_routes(model, (images, labels), keep_scores=True, config=TraceConfig(freeze_gates=True)), exact)
+        == 0
+    )

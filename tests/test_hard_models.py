@@ -347,8 +347,8 @@ def test_torchvision_at_random(name: str) -> None:
     """Every edge's structure, and the influence of some edges on single elements of the target."""
     import torchvision
 
+    from attackroute.tracing.influence import influence
     from attackroute.tracing.oracle import _gradients, _run
-    from attackroute.tracing.trace import influence
 
     torch.manual_seed(0)
     model = randomised(torchvision.models.get_model(name, weights=None, num_classes=5)).double().eval()

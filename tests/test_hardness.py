@@ -30,7 +30,7 @@ def conv(weight: list[list[float]]) -> nn.Conv2d:
 
 def every_other(model: nn.Module, images: Tensor, *, linear: bool = False) -> ar.Route:
     """A route of every other channel, from the first on."""
-    channels = ar.trace_routes(model, images[:2], linear=linear).channels
+    channels = ar.trace_routes(model, images[:2], config=ar.TraceConfig(linear=linear)).channels
     return ar.Route({layer: range(0, count, 2) for layer, count in channels.items()}, channels)
 
 

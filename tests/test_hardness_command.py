@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from attackroute.zoo.images import loader
 from torchvision.utils import save_image
 
 import attackroute as ar
+from attackroute.zoo.data import loader
 from attackroute.zoo.sources import load_data
 from command_line import run
 

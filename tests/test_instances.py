@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from attackroute.core.errors import UserError
-from attackroute.routes.instance_routes import InstanceRoutes, InstanceRoutesBuilder
+from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
@@ -22,11 +24,8 @@ from route_samples import CHANNELS, instances
 MASKS = npst.arrays(np.bool_, st.tuples(st.integers(1, 30), st.integers(1, 40)))
 
 
-def built(masks: dict[str, torch.Tensor], width: float = 0.5, **notes: torch.Tensor | None) -> InstanceRoutes:
-    channels = {layer: mask.shape[1] for layer, mask in masks.items()}
-    builder = InstanceRoutesBuilder(list(masks), channels, width)
-    builder.add(masks, notes.get("labels"), notes.get("predictions"))
-    return builder.build(methods={})
+def built(masks: dict[str, torch.Tensor], width: float = 0.5, **notes: Any) -> InstanceRoutes:
+    return InstanceRoutes.from_masks(masks, Provenance(len(next(iter(masks.values()))), width), **notes)
 
 
 # -- what users see ----------------------------------------------------------------------------------------------------
@@ -93,6 +92,62 @@ def test_repr_shortens_many_successors() -> None:
     routes = instances(samples=2, channels={name: 4 for name in "abcde"})
     dense = replace(routes, methods={("a", target): "closed-form" for target in "bcde"})
     assert "b (closed-form), c (closed-form), 2 more" in repr(dense)
+
+
+# -- routes from the masks of a batch ----------------------------------------------------------------------------------
+
+
+def test_from_masks_shares_nothing_with_what_it_was_given() -> None:
+    mask, labels, scores = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
+    routes = built({"a": mask}, labels=labels, predictions=labels, scores={"a": scores})
+    mask.fill_(False)
+    labels.fill_(1)
+    scores.fill_(1)
+    assert routes.masks["a"].all()
+    assert routes.scores["a"].sum() == 0
+    assert routes.labels is not None and routes.labels.sum() == 0
+    assert routes.predictions is not None and routes.predictions.sum() == 0
+
+
+def test_from_masks_holds_one_bit_a_neuron() -> None:
+    routes = built({"a": torch.ones(500, 16, dtype=torch.bool), "b": torch.ones(500, 9, dtype=torch.bool)})
+    assert sum(packed.untyped_storage().nbytes() for packed in routes.packed.values()) == 2000
+    assert routes.labels is routes.predictions is routes.kept_scores is None
+
+
+def test_from_masks_takes_small_integer_labels_and_half_scores() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    scores = {"a": torch.zeros(2, 3, dtype=torch.bfloat16)}
+    routes = built({"a": mask}, labels=torch.tensor([1, 2], dtype=torch.uint8), scores=scores)
+    assert routes.labels is not None
+    assert routes.labels.dtype == torch.int64
+    assert routes.scores["a"].dtype == torch.bfloat16
+
+
+BATCH = {"a": torch.ones(2, 3, dtype=torch.bool), "b": torch.ones(2, 4, dtype=torch.bool)}
+SCORES = {"a": torch.rand(2, 3), "b": torch.rand(2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("masks", "notes", "message"),
+    [
+        ({**BATCH, "b": BATCH["b"][:1]}, {}, r"layer 'b' must have shape \(2, 1\), not \(1, 1\)"),
+        ({**BATCH, "b": BATCH["b"].float()}, {}, "layer 'b' must be bool"),
+        ({**BATCH, "b": BATCH["b"][0]}, {}, "layer 'b' must be bool"),
+        ({}, {}, "at least one layer"),
+        ({"a": BATCH["a"][:0]}, {}, "at least one sample"),
+        (BATCH, {"labels": torch.tensor([1])}, r"labels must have shape \(2,\)"),
+        (BATCH, {"predictions": torch.zeros(2)}, "predictions must be integers"),
+        (BATCH, {"scores": {"a": SCORES["a"]}}, "no scores for layer 'b'"),
+        (BATCH, {"scores": {**SCORES, "b": SCORES["a"]}}, "scores of layer 'b' must have shape"),
+        (BATCH, {"methods": {("a", "c"): "closed-form"}}, "'c'"),
+    ],
+    ids=itertools.count(),
+)
+def test_from_masks_refuses(masks: dict[str, torch.Tensor], notes: dict[str, Any], message: str) -> None:
+    samples = len(next(iter(masks.values()), [0, 0]))
+    with pytest.raises(UserError, match=message):
+        InstanceRoutes.from_masks(masks, Provenance(samples, 0.5), **notes)
 
 
 # -- frequency, occurrence, aggregation --------------------------------------------------------------------------------
@@ -169,7 +224,7 @@ def test_bad_widths_are_refused(width: float) -> None:
         with pytest.raises(UserError, match=r"outside \(0, 1\]"):
             call(width)
     with pytest.raises(UserError, match=r"outside \(0, 1\]"):
-        InstanceRoutesBuilder(["conv"], {"conv": 3}, width)
+        built({"conv": torch.ones(1, 3, dtype=torch.bool)}, width)
 
 
 # -- selection and concatenation ---------------------------------------------------------------------------------------

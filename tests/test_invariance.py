@@ -10,7 +10,8 @@ from torch import nn
 
 from architectures import CLOSED, MIXED, Head, Residual, activations, chain
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.tracing.trace import influence, trace_routes
+from attackroute.tracing.influence import influence
+from attackroute.tracing.trace import trace_routes
 from tracing import deviation, ready, same_routes, worst
 
 NAMES = ["residual", "dense", "overlapping pools", "inverted", "shuffled", "aliased"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from architectures import CLOSED, MIXED, Head
 from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
 from attackroute.core.errors import UserError
-from attackroute.tracing.trace import influence, trace_routes
+from attackroute.tracing.influence import influence
+from attackroute.tracing.trace import trace_routes
 from tracing import ready, small, state, untidy
 
 MODELS = {name: {**CLOSED, **MIXED}[name] for name in ("residual", "inverted", "shuffled", "aliased")}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import attackroute as ar
 from architectures import CLOSED, Head, Residual, Shuffled, dynamic, tokens
 from attackroute.core.errors import UserError
-from attackroute.tracing import noise_oracle
+from attackroute.tracing import oracle
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
 from benchmarks import small_networks
 from hard_models import HARD, HARD_LINEAR, two
@@ -60,8 +61,10 @@ def test_blocks_of_well_known_architectures(build: Callable[[], nn.Module], line
 def check_random(network: tuple[nn.Module, Tensor]) -> None:
     model, images = network
     labels = torch.tensor([0, 2])
-    expected = noise_oracle.trace(model, images, shaken(model, images, labels), labels, width=0.4)
-    found = trace_routes(model, (images, labels), 0.4, carrier="noise", attack=shaken, keep_scores=True)
+    expected = oracle.trace(model, shaken(model, images, labels), labels, clean=images, width=0.4)
+    found = trace_routes(
+        model, (images, labels), 0.4, config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True
+    )
     assert tuple(found.layers) == expected.layers
     assert set(found.methods) == set(expected.edges)
     for layer in reversed(found.layers):
@@ -136,7 +139,12 @@ def pair(clean: list[float], attacked: list[float]) -> tuple[Tensor, Callable[..
 def test_a_chain_by_hand() -> None:
     images, attack = pair([0.5, 0.1], [0.7, 0.4])
     found = trace_routes(
-        Given(skip=False), (images, torch.tensor([0])), 0.5, carrier="noise", attack=attack, keep_scores=True
+        Given(skip=False),
+        (images, torch.tensor([0])),
+        0.5,
+        config=TraceConfig(carrier="noise"),
+        attack=attack,
+        keep_scores=True,
     )
     # relu(a): (0.5, 0.2) and (0.7, 0.8); the noise at b's input is (0.2, 0.6). b: (1.8, 0.55) and (2.0, 2.85).
     # q - onehot is (-1, 1), so the seeds are 0.2 * -1 and 2.3 * 1: neuron 1 is critical, with |W| = (0.5, 4).
@@ -148,7 +156,12 @@ def test_a_chain_by_hand() -> None:
 def test_noise_that_lowers_the_loss_ranks_last() -> None:
     images, attack = pair([0.5, 0.1], [0.7, 0.4])
     found = trace_routes(
-        Given(skip=False), (images, torch.tensor([1])), 0.5, carrier="noise", attack=attack, keep_scores=True
+        Given(skip=False),
+        (images, torch.tensor([1])),
+        0.5,
+        config=TraceConfig(carrier="noise"),
+        attack=attack,
+        keep_scores=True,
     )
     assert found.scores["b"].tolist() == [pytest.approx([0.2, -2.3], abs=1e-6)]
     assert found.masks["b"].tolist() == [[True, False]]
@@ -157,7 +170,12 @@ def test_noise_that_lowers_the_loss_ranks_last() -> None:
 def test_a_skip_by_hand() -> None:
     images, attack = pair([0.5, 0.1], [0.7, 0.4])
     found = trace_routes(
-        Given(skip=True), (images, torch.tensor([1])), 0.5, carrier="noise", attack=attack, keep_scores=True
+        Given(skip=True),
+        (images, torch.tensor([1])),
+        0.5,
+        config=TraceConfig(carrier="noise"),
+        attack=attack,
+        keep_scores=True,
     )
     # a = (0.5, 0.2) and (0.7, 0.8); c = (-a_0, a_1). b reads relu(a + c): (0, 0.4), and under attack (0, 1.6).
     # With a clean and c as under attack: relu(0.5 - 0.7) = 0 and 0.2 + 0.8 = 1; with c clean: 0.2 and 0.8 + 0.2 = 1.
@@ -172,7 +190,9 @@ def test_a_skip_by_hand() -> None:
 def test_a_chain_is_the_noise_at_the_next_input() -> None:
     model, images, labels = ready(small)
     changed = shaken(model, images, labels)
-    found = trace_routes(model, (images, labels), 0.5, carrier="noise", attack=shaken, keep_scores=True)
+    found = trace_routes(
+        model, (images, labels), 0.5, config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True
+    )
     first, last = model[0], model[2]
     noise = (F.relu(first(changed)) - F.relu(first(images))).abs()
     for row, critical in enumerate(found.masks["2"]):
@@ -187,20 +207,29 @@ def test_a_chain_is_the_noise_at_the_next_input() -> None:
 @pytest.mark.parametrize("build", [Residual, Shuffled])
 def test_batches_and_order_change_nothing(build: Callable[[], nn.Module]) -> None:
     model, images, labels = ready(build, samples=5)
-    whole = trace_routes(model, (images, labels), carrier="noise", attack=shaken, keep_scores=True)
-    single = trace_routes(model, (images, labels), carrier="noise", attack=shaken, keep_scores=True, batch_size=1)
+    whole = trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True)
+    single = trace_routes(
+        model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True, batch_size=1
+    )
     assert worst(single, whole) <= 1e-12
     assert same_routes(single, whole)
     order = torch.tensor([3, 0, 4, 1, 2])
     moved = trace_routes(
-        model, (images[order], labels[order]), carrier="noise", attack=shaken, keep_scores=True, batch_size=2
+        model,
+        (images[order], labels[order]),
+        config=TraceConfig(carrier="noise"),
+        attack=shaken,
+        keep_scores=True,
+        batch_size=2,
     )
     assert worst(moved, whole.select(order)) <= 1e-12
 
 
 def test_without_an_effect_there_is_no_noise() -> None:
     model, images, labels = ready(Residual)
-    found = trace_routes(model, (images, labels), 0.3, carrier="noise", attack=lambda _, x, __: x, keep_scores=True)
+    found = trace_routes(
+        model, (images, labels), 0.3, config=TraceConfig(carrier="noise"), attack=lambda _, x, __: x, keep_scores=True
+    )
     for layer in found.layers:
         assert not found.scores[layer].any()
         kept = int(found.masks[layer][0].sum())
@@ -211,8 +240,10 @@ def test_samples_without_labels_are_attacked_for_the_clean_prediction() -> None:
     model, images, _ = ready(Residual)
     with torch.no_grad():
         answers = model(images).argmax(1)
-    found = trace_routes(model, images, carrier="noise", attack=shaken, keep_scores=True)
-    expected = trace_routes(model, (images, answers), carrier="noise", attack=shaken, keep_scores=True)
+    found = trace_routes(model, images, config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True)
+    expected = trace_routes(
+        model, (images, answers), config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True
+    )
     assert worst(found, expected) == 0
     assert found.labels is None
 
@@ -221,8 +252,10 @@ def test_samples_without_labels_are_attacked_for_the_clean_prediction() -> None:
 def test_attacks_by_name(attack: str) -> None:
     model, images, labels = ready(Residual)
     known = ar.parse_attack(attack)
-    found = trace_routes(model, (images, labels), 0.3, carrier="noise", attack=known, keep_scores=True)
-    expected = noise_oracle.trace(model, images, known(model, images, labels), labels, width=0.3)
+    found = trace_routes(
+        model, (images, labels), 0.3, config=TraceConfig(carrier="noise"), attack=known, keep_scores=True
+    )
+    expected = oracle.trace(model, known(model, images, labels), labels, clean=images, width=0.3)
     assert worst(found, expected) <= 1e-12
     assert (found.provenance.criterion, found.provenance.attack) == ("noise", str(known))
 
@@ -240,7 +273,9 @@ def test_low_precision_is_near(precision: torch.dtype) -> None:
     def routes(**options: Any) -> ar.InstanceRoutes:
         attack = lambda _, x, __: changed.to(x)  # noqa: E731
         data = (images, labels)
-        return trace_routes(model, data, 1.0, carrier="noise", attack=attack, keep_scores=True, **options)
+        return trace_routes(
+            model, data, 1.0, config=TraceConfig(carrier="noise"), attack=attack, keep_scores=True, **options
+        )
 
     exact = routes()
     model, images = model.float(), images.float()
@@ -253,7 +288,7 @@ def test_the_model_comes_back_as_it_was(fails: str) -> None:
     model = untidy()
     images, labels = torch.rand(2, 3, 9, 9), torch.tensor([0, 1])
     before = state(model)
-    trace_routes(model, (images, labels), carrier="noise", attack=shaken)
+    trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken)
     assert state(model) == before
 
     def broken(_: nn.Module, x: Tensor, __: Tensor) -> Tensor:
@@ -261,10 +296,10 @@ def test_the_model_comes_back_as_it_was(fails: str) -> None:
 
     if fails == "attack":
         with pytest.raises(KeyboardInterrupt):
-            trace_routes(model, (images, labels), carrier="noise", attack=broken)
+            trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=broken)
     else:
         with pytest.raises(UserError, match="cannot run"):
-            trace_routes(model, torch.rand(2, 4, 9, 9), carrier="noise", attack=shaken)
+            trace_routes(model, torch.rand(2, 4, 9, 9), config=TraceConfig(carrier="noise"), attack=shaken)
     assert state(model) == before
 
 
@@ -274,16 +309,20 @@ def test_the_model_comes_back_as_it_was(fails: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"carrier": "noise"}, "follows what an attack changes: pass attack="),
-        ({"carrier": "nose", "attack": shaken}, "carrier 'nose' is unknown; choose from unit, noise"),
-        ({"carrier": "noise", "attack": shaken, "sketches": 32}, "leave one of the two out"),
-        ({"carrier": "noise", "attack": shaken, "freeze_gates": True}, "leave one of the two out"),
+        ({"carrier": "nose"}, "carrier 'nose' is unknown; choose from unit, noise"),
+        ({"carrier": "noise", "sketches": 32}, "leave one of the two out"),
+        ({"carrier": "noise", "freeze_gates": True}, "leave one of the two out"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(options: dict[str, object], message: str) -> None:
-    model, images, labels = ready(small)
+def test_what_cannot_be_followed_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        trace_routes(model, (images, labels), **options)  # type: ignore[arg-type]
+        TraceConfig(**options)
+
+
+def test_noise_needs_an_attack() -> None:
+    model, images, labels = ready(small)
+    with pytest.raises(UserError, match="follows what an attack changes: pass attack="):
+        trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"))
 
 
 def test_noise_in_a_kernel_is_refused() -> None:
@@ -296,12 +335,12 @@ def test_noise_in_a_kernel_is_refused() -> None:
     model.run = forward
     model.parts["head"] = Head(3).double()
     with pytest.raises(UserError, match=r"kernel of layer 'model' is itself computed|depends on another image"):
-        trace_routes(model, (images, labels), carrier="noise", attack=shaken)
+        trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken)
 
 
 def test_unit_routes_are_as_before_beside_noise() -> None:
     model, images, labels = ready(two(F.relu))
     plain = trace_routes(model, (images, labels), keep_scores=True)
-    named = trace_routes(model, (images, labels), carrier="unit", keep_scores=True)
+    named = trace_routes(model, (images, labels), config=TraceConfig(carrier="unit"), keep_scores=True)
     assert worst(named, plain) == 0
     assert plain.provenance.criterion == "influence"

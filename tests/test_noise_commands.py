@@ -112,7 +112,7 @@ def test_occurrence_of_routes_that_follow_the_noise(trained: Path, tmp_path: Pat
     images, labels = zip(*(digits.dataset[index] for index in sorted(order)), strict=True)
     network = open_network(str(trained), digits).eval()
     data = (torch.stack(images), torch.tensor(labels))
-    routes = ar.trace_routes(network, data, attack=ar.parse_attack(attacks[1]), carrier="noise")
+    routes = ar.trace_routes(network, data, attack=ar.parse_attack(attacks[1]), config=ar.TraceConfig(carrier="noise"))
     found = {row["layer"]: row["value"] for row in rows if (row["measure"], row["of"]) == ("occurrence", attacks[1])}
     assert found == pytest.approx(routes.occurrence(0.2))
 

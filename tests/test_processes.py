@@ -24,7 +24,7 @@ from attackroute.cli.app import app
 from attackroute.core import distributed
 from attackroute.core.distributed import LostProcessError, Processes
 from attackroute.core.errors import UserError
-from attackroute.routes import folder as unfinished
+from attackroute.routes import folder as route_folder
 from command_line import done
 from shared_commands import COMMANDS, prepare
 from shared_training import RUNS, TOLERANCE
@@ -122,7 +122,7 @@ def test_finished_files_are_kept_when_a_process_is_killed(root: Path, tmp_path: 
     Then a file is damaged, and two processes trace it again, with the batch that is missing, and no other.
     """
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 4)
-    where = "attackroute.tracing.trace:RouteTracer.trace"
+    where = "attackroute.tracing.trace:Tracer.trace"
     result = launched(3, 0, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
     assert_killed(result, 0)
     names = [f"routes-0000{number}-of-00004.safetensors" for number in range(4)]
@@ -138,7 +138,7 @@ def test_finished_files_are_kept_when_a_process_is_killed(root: Path, tmp_path: 
         *(True, False, True)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unfinished, "_SHARD_SAMPLES", 3)
+        patch.setattr(route_folder, "_SHARD_SAMPLES", 3)
         done(*common, "--out", tmp_path / "whole")
     compare_folders(tmp_path / "whole", tmp_path / "broken")
 
@@ -147,7 +147,7 @@ def test_finished_files_are_kept_when_a_process_is_killed(root: Path, tmp_path: 
 def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, tmp_path: Path) -> None:
     """Three processes trace eight batches, two a file; what they exchanged in one round is a file and a half."""
     common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
-    where = "attackroute.tracing.trace:RouteTracer.trace"
+    where = "attackroute.tracing.trace:Tracer.trace"
     result = launched(3, 1, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
     assert_killed(result, 1)
     kept = sorted(path.name for path in (tmp_path / "broken").iterdir())
@@ -156,7 +156,7 @@ def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, 
     assert resumed.returncode == 0, resumed.stderr
     assert "6 of 16 samples are done already" in resumed.stderr
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unfinished, "_SHARD_SAMPLES", 3)
+        patch.setattr(route_folder, "_SHARD_SAMPLES", 3)
         done(*common, "--out", tmp_path / "whole")
     compare_folders(tmp_path / "whole", tmp_path / "broken")
 

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from attackroute.tracing import oracle
-from attackroute.tracing.trace import influence, trace_routes
+from attackroute.tracing.influence import influence
+from attackroute.tracing.trace import trace_routes
 from random_networks import networks, segments
 from tracing import deviation
 

@@ -21,7 +21,7 @@ from attackroute.analysis.channel_statistics import attributions
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k
-from attackroute.tracing import noise_oracle
+from attackroute.tracing import oracle
 from digit_networks import digit_network
 from noise import shaken
 from studies import fill_page
@@ -45,7 +45,7 @@ def some_pairs(build: object = small, samples: int = 12) -> tuple[nn.Module, Pai
 
 def test_the_noise_and_its_mean_are_the_oracles() -> None:
     model, pairs = some_pairs(Residual)
-    expected = noise_oracle.trace(model, pairs.clean, pairs.attacked, pairs.labels, width=0.2)
+    expected = oracle.trace(model, pairs.attacked, pairs.labels, clean=pairs.clean, width=0.2)
     frequencies = criterion_scores(model, pairs, "noise")
     means = criterion_scores(model, pairs, "noise, mean")
     for layer in expected.layers:

@@ -15,7 +15,7 @@ from attackroute.core.errors import UserError
 from attackroute.report.measuring import Condition, Measured, measure, unmeasured
 from attackroute.report.route_view import Limits, Network, route_view, run_setup, spread
 from attackroute.robustness.registry import by_radius
-from attackroute.tracing import influence, oracle, recorder
+from attackroute.tracing import influence, oracle
 from attackroute.tracing.influence import mean_influence
 from tracing import deviation, ready, small, state, untidy
 
@@ -50,8 +50,8 @@ def test_the_model_runs_once_a_batch_and_comes_back_as_it_was(monkeypatch: pytes
     model = untidy()
     before = state(model)
     batches: list[int] = []
-    original = recorder.record
-    monkeypatch.setattr(recorder, "record", lambda *a, **k: (batches.append(a[1].shape[0]), original(*a, **k))[1])
+    original = influence.record
+    monkeypatch.setattr(influence, "record", lambda *a, **k: (batches.append(a[1].shape[0]), original(*a, **k))[1])
     mean_influence(model, torch.rand(5, 3, 9, 9), batch_size=2)
     assert batches == [2, 2, 1] and state(model) == before
     with pytest.raises(UserError, match="no sample"):

@@ -18,6 +18,7 @@ from attackroute.core.random import cauchies, derived_keys, mixed
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import top_k
 from attackroute.tracing import oracle
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.sketches import Estimate, groups
 from attackroute.tracing.structure import Structure
@@ -146,7 +147,7 @@ def test_expected_overlap_is_what_happens() -> None:
     model, images, labels = ready(build, dtype=torch.float32, samples=40, size=8)
     labels = labels % 5
     exact = trace_routes(model, (images, labels), keep_scores=True)
-    found = trace_routes(model, (images, labels), sketches=32, keep_scores=True)
+    found = trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True)
     assert found.sketched is not None
     kept = found.masks["parts.b"]
     wrong = kept & ~exact.masks["parts.b"]
@@ -172,7 +173,7 @@ def test_a_mean_of_two_estimates_has_the_error_of_both() -> None:
 def test_only_edges_without_a_closed_form_are_sketched(name: str) -> None:
     model, images, labels = ready(MIXED[name])
     exact = trace_routes(model, (images, labels), 0.3, keep_scores=True)
-    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, sketches=32)
+    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, config=TraceConfig(sketches=32))
     assert exact.sketched is None
     renamed = {edge: "sketch" if way == "autograd" else way for edge, way in exact.methods.items()}
     assert found.methods == renamed
@@ -187,7 +188,9 @@ def test_routes_of_many_draws_are_the_exact_ones(name: str) -> None:
     build, linear = SKETCHED[name]
     model, images, labels = ready(build, samples=2)
     expected = oracle.trace(model, images, labels, width=0.5, linear=linear)
-    found = trace_routes(model, (images, labels), 0.5, keep_scores=True, sketches=8192, linear=linear)
+    found = trace_routes(
+        model, (images, labels), 0.5, keep_scores=True, config=TraceConfig(sketches=8192, linear=linear)
+    )
     assert found.sketched is not None
     for layer in reversed(found.layers):
         assert deviation(found.scores[layer], expected.scores[layer]) < 0.08, layer
@@ -208,14 +211,14 @@ def test_what_is_written_to_after_a_linear_map_has_read_it_counts_as_it_was() ->
 
     model, images, labels = ready(build, samples=2)
     expected = oracle.trace(model, images, labels, width=1.0, linear=True)
-    found = trace_routes(model, (images, labels), 1.0, keep_scores=True, sketches=4096, linear=True)
+    found = trace_routes(model, (images, labels), 1.0, keep_scores=True, config=TraceConfig(sketches=4096, linear=True))
     assert worst(found, expected) < 0.08
 
 
 def test_closed_form_networks_stay_exact() -> None:
     model, images, labels = ready(chain)
     exact = trace_routes(model, (images, labels), keep_scores=True)
-    found = trace_routes(model, (images, labels), keep_scores=True, sketches="auto", seed=5)
+    found = trace_routes(model, (images, labels), keep_scores=True, config=TraceConfig(sketches="auto", seed=5))
     assert found == exact
     assert worst(found, exact) == 0
     assert found.sketched is None
@@ -230,7 +233,12 @@ def test_batches_and_order_change_nothing(sketches: int | str) -> None:
     def traced(order: Tensor, batch_size: int, seed: int = 1) -> InstanceRoutes:
         data = images[order], labels[order]
         return trace_routes(
-            model, data, 0.4, sketches=sketches, linear=True, batch_size=batch_size, seed=seed, keep_scores=True
+            model,
+            data,
+            0.4,
+            config=TraceConfig(sketches=sketches, linear=True, seed=seed),
+            batch_size=batch_size,
+            keep_scores=True,
         )
 
     order = torch.tensor([4, 1, 5, 0, 3, 2])
@@ -247,15 +255,15 @@ def test_batches_and_order_change_nothing(sketches: int | str) -> None:
 
 def test_chunks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, labels = ready(Shuffled, dtype=torch.float32)
-    whole = trace_routes(model, (images, labels), sketches=32, keep_scores=True)
+    whole = trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True)
     monkeypatch.setattr("attackroute.tracing.segments._ELEMENTS", 1)
-    assert worst(trace_routes(model, (images, labels), sketches=32, keep_scores=True), whole) < 1e-4
+    assert worst(trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True), whole) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_channels_that_nothing_passes_score_exactly_zero(dtype: torch.dtype) -> None:
     model, images, labels = ready(dead, dtype=dtype)
-    found = trace_routes(model, (images, labels), 0.5, sketches=32, keep_scores=True)
+    found = trace_routes(model, (images, labels), 0.5, config=TraceConfig(sketches=32), keep_scores=True)
     assert found.methods["parts.a", "parts.b"] == "sketch"
     scores = found.scores["parts.a"]
     assert (scores[:, 2] == 0).all()
@@ -267,17 +275,17 @@ def test_channels_that_nothing_passes_score_exactly_zero(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
 def test_small_and_large_derivatives_stay_in_range(factor: float) -> None:
     model, images, labels = ready(dead, dtype=torch.float32)
-    before = trace_routes(model, (images, labels), 0.5, sketches=32, keep_scores=True)
+    before = trace_routes(model, (images, labels), 0.5, config=TraceConfig(sketches=32), keep_scores=True)
     with torch.no_grad():
         model.parts["b"].weight.mul_(factor)
         model.parts["head"].fc.weight.div_(factor)
-    after = trace_routes(model, (images, labels), 0.5, sketches=32, keep_scores=True)
+    after = trace_routes(model, (images, labels), 0.5, config=TraceConfig(sketches=32), keep_scores=True)
     assert deviation(after.scores["parts.a"] / factor, before.scores["parts.a"]) < 1e-3
 
 
 def test_auto_draws_more_where_the_cut_is_not_clear() -> None:
     model, images, labels = ready(Shuffled)
-    found = trace_routes(model, (images, labels), 0.5, sketches="auto")
+    found = trace_routes(model, (images, labels), 0.5, config=TraceConfig(sketches="auto"))
     assert found.provenance.criterion == "influence, approximate (auto)"
     notes = found.sketched
     assert notes is not None
@@ -294,7 +302,7 @@ def test_auto_draws_more_where_the_cut_is_not_clear() -> None:
 
 def test_notes_follow_the_samples_into_files(tmp_path: Path) -> None:
     model, images, labels = ready(Shuffled, samples=4)
-    whole = trace_routes(model, (images, labels), sketches=32, keep_scores=True)
+    whole = trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True)
     whole.save(tmp_path / "routes.safetensors")
     loaded = InstanceRoutes.load(tmp_path / "routes.safetensors")
     joined = InstanceRoutes.concatenate([whole.select([0, 1]), whole.select([2, 3])])
@@ -314,7 +322,9 @@ def test_notes_follow_the_samples_into_files(tmp_path: Path) -> None:
 
 def test_exact_and_approximate_routes_are_not_joined() -> None:
     model, images, labels = ready(Shuffled)
-    exact, found = (trace_routes(model, (images, labels), sketches=sketches) for sketches in (None, 32))
+    exact, found = (
+        trace_routes(model, (images, labels), config=TraceConfig(sketches=sketches)) for sketches in (None, 32)
+    )
     with pytest.raises(UserError, match="trace all parts in the same way"):
         InstanceRoutes.concatenate([exact, found])
 
@@ -326,12 +336,12 @@ def test_exact_and_approximate_routes_are_not_joined() -> None:
 def test_numbers_of_draws_that_cannot_be_used_are_refused(sketches: Any) -> None:
     model, images, labels = ready(Shuffled)
     with pytest.raises(UserError, match="multiple of 8"):
-        trace_routes(model, (images, labels), sketches=sketches)
+        trace_routes(model, (images, labels), config=TraceConfig(sketches=sketches))
 
 
 def test_bfloat16_is_near_and_float16_is_refused() -> None:
     model, images, labels = ready(tokens, dtype=torch.float32)
-    settings: dict[str, Any] = {"sketches": 32, "linear": True, "keep_scores": True}
+    settings: dict[str, Any] = {"config": TraceConfig(sketches=32, linear=True), "keep_scores": True}
     plain = trace_routes(model, (images, labels), 1.0, **settings)
     short = trace_routes(model, (images, labels), 1.0, autocast=torch.bfloat16, **settings)
     assert worst(short, plain) < 0.2
@@ -350,7 +360,7 @@ def test_derivatives_that_are_not_finite_are_named() -> None:
 
     model, images, labels = ready(build)
     with pytest.raises(UserError, match="NaN"):
-        trace_routes(model, (images, labels), sketches=32)
+        trace_routes(model, (images, labels), config=TraceConfig(sketches=32))
 
 
 def test_the_model_comes_back_as_it_was() -> None:
@@ -358,6 +368,6 @@ def test_the_model_comes_back_as_it_was() -> None:
 
     model = untidy()
     before = state(model)
-    found = trace_routes(model, torch.rand(2, 3, 9, 9), sketches=32)
+    found = trace_routes(model, torch.rand(2, 3, 9, 9), config=TraceConfig(sketches=32))
     assert "sketch" in found.methods.values()
     assert state(model) == before

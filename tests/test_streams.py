@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from attackroute.core.batches import batches, samples_in
+from attackroute.core.batches import BatchStream, batches, samples_in
 from attackroute.core.errors import UserError
 from attackroute.tracing.trace import trace_routes
 from tracing import ready, small, worst
@@ -54,6 +54,36 @@ def test_every_source_gives_every_sample_once(name: str) -> None:
     assert torch.equal(images, IMAGES)
     assert labels is not None
     assert torch.equal(labels, LABELS)
+
+
+class Numbered:
+    """Data any of whose batches can be read alone."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.numbered(range(3))
+
+    def numbered(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in numbers:
+            self.read.append(number)
+            yield IMAGES[3 * number : 3 * number + 3], LABELS[3 * number : 3 * number + 3]
+
+
+@pytest.mark.parametrize("name", ["pair", "loader", "generator", "numbered"])
+def test_some_batches_can_be_worked_on_alone(name: str) -> None:
+    data = Numbered() if name == "numbered" else SOURCES[name]()
+    stream = BatchStream(MODEL, data, 3, numbers=[1, 2])
+    first = [2, 3] if name == "generator" else [3, 4, 5]
+    assert stream.first[1].tolist() == first  # type: ignore[union-attr]
+    worked = list(stream.map(lambda _, labels: (stream.number, labels.tolist())))  # type: ignore[union-attr]
+    assert worked == [(1, first), (2, [4, 5] if name == "generator" else [6])]
+    if isinstance(data, Numbered):
+        assert data.read == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_analyze_takes_linear_maps_as_layers(trained: Path, analysis: tuple[Path
     network = network_of(trained)
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
     reference, measured = (halves(sorted(part)) for part in (order[:12], order[12:]))
-    route = ar.trace_routes(network, reference, linear=True).aggregate(0.3)
+    route = ar.trace_routes(network, reference, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     assert len(route) == 10 and ar.Route.load(out / "route.json", model=network) == route
     content = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert all(content[name]["settings"]["linear"] is True for name in content if name != "route")
@@ -130,7 +130,7 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
     assert run("hardness", trained, *options).exit_code == 0
     network, data = network_of(trained), halves(list(range(SAMPLES)))
     route = ar.Route.load(folder / "route.json", model=network)
-    assert route == ar.trace_routes(network, data, linear=True).aggregate(0.3)
+    assert route == ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     found = ar.Hardness.load(folder / "hardness.safetensors")
     torch.testing.assert_close(found.values, ar.hardness(network, route, data).values)
     assert json.loads((folder / "hardness.json").read_text())["settings"]["linear"] is True
@@ -140,7 +140,7 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
 
 def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: Path, tmp_path: Path) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))
-    expected = ar.trace_routes(network, data, linear=True, sketches=16).aggregate(0.3)
+    expected = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True, sketches=16)).aggregate(0.3)
     options = ["--samples", str(SAMPLES), "--attack", "fgsm:eps=8/255", "--linear", "--sketches", "16"]
     assert run("hardness", trained, *options, "--out", str(tmp_path / "hardness")).exit_code == 0
     route = ar.Route.load(tmp_path / "hardness" / "route.json", model=network)
@@ -156,7 +156,7 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
     half = halves(sorted(order[:12]))
     route = ar.Route.load(tmp_path / "analysis" / "route.json", model=network)
-    assert route == ar.trace_routes(network, half, linear=True, sketches=16).aggregate(0.3)
+    assert route == ar.trace_routes(network, half, config=ar.TraceConfig(linear=True, sketches=16)).aggregate(0.3)
     assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["settings"]["sketches"] == 16
 
     hardened = ar.harden(
@@ -180,7 +180,7 @@ def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[st
         values.append(result.training.history[-1].penalties)
     for name, value in values[0].items():
         assert values[1][name] < value
-    route = ar.trace_routes(network, data, linear=True).aggregate(0.3)
+    route = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     assert Connections.find(network, data[0], linear=True).joined(route)[:2] == MLPS
     with pytest.raises(ar.UserError, match="leave out linear"):
         ar.harden(network, data, route=route, linear=True)
@@ -191,12 +191,12 @@ def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:
     attack = {"fgsm": ar.parse_attack("fgsm:eps=0.2")}
     found = detect(network, data, data, attack, seeds=range(1), config=TraceConfig(linear=True))
     layers = set(found.table.select(score="route").column("layer"))
-    assert layers == {"all", *ar.trace_routes(network, data, linear=True).layers}
+    assert layers == {"all", *ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).layers}
 
 
 def test_weakening_says_into_which_layers(trained: Path) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))
-    route = ar.trace_routes(network, data, linear=True).aggregate(0.3)
+    route = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     compared = Comparison(model=network, data=data, route=route, seeds=range(1))
     with pytest.raises(ar.UserError, match="no kernel slice"):
         weaken_accuracy(compared)

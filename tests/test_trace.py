@@ -14,8 +14,9 @@ from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.tracing import oracle, windows
 from attackroute.tracing.closed_form import critical_sums, influence_matrix
+from attackroute.tracing.influence import influence
 from attackroute.tracing.recorder import record
-from attackroute.tracing.trace import influence, trace_routes
+from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.networks import build_model
 from tracing import check, deviation, ready, same_routes, small, worst
 

@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from architectures import Function, Head
 from attackroute.core.errors import UserError
-from attackroute.tracing.trace import influence, trace_routes
+from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.influence import influence
+from attackroute.tracing.trace import trace_routes
 from tracing import small, state, untidy
 
 IMAGES, LABELS = torch.rand(4, 3, 13, 13), torch.tensor([0, 1, 2, 3])
@@ -47,7 +49,7 @@ def refused(message: str, function: Callable[..., object], *args: Any, **options
 
 def test_a_trace_leaves_the_model_as_it_was(model: nn.Sequential) -> None:
     trace_routes(model, (IMAGES, LABELS), keep_scores=True)
-    trace_routes(model, (IMAGES, LABELS), linear=True, autocast=torch.bfloat16)
+    trace_routes(model, (IMAGES, LABELS), config=TraceConfig(linear=True), autocast=torch.bfloat16)
     influence(model, IMAGES, "0", "3")
     influence(model, IMAGES, "3", "6")
 
@@ -150,8 +152,10 @@ def test_losses(model: nn.Sequential, loss: Any, message: str) -> None:
 def test_a_model_without_route_layers(model: nn.Sequential) -> None:
     linear = nn.Sequential(nn.Flatten(), nn.Linear(507, 5))
     refused(r"no 2-D convolution.*linear=True", trace_routes, linear, IMAGES)
-    assert trace_routes(linear, IMAGES, linear=True).layers == ("1",)
-    line = refused(r"no 2-D convolution", trace_routes, nn.Sequential(nn.Flatten()), IMAGES, linear=True)
+    assert trace_routes(linear, IMAGES, config=TraceConfig(linear=True)).layers == ("1",)
+    line = refused(
+        r"no 2-D convolution", trace_routes, nn.Sequential(nn.Flatten()), IMAGES, config=TraceConfig(linear=True)
+    )
     assert "linear=True" not in line
 
 

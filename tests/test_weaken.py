@@ -276,7 +276,7 @@ def test_linear_maps_are_not_traced_inside() -> None:
         weaken(model, route, 0.1),
         pytest.raises(UserError, match="'fc1' is weakened, so the network cannot be traced"),
     ):
-        ar.trace_routes(model, images(), linear=True)
+        ar.trace_routes(model, images(), config=ar.TraceConfig(linear=True))
 
 
 def test_known_connections_save_the_look_at_the_first_batch() -> None:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from architectures import randomised
+from attackroute.core.loss import Loss
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing import oracle
-from attackroute.tracing.trace import influence, trace_routes
+from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.influence import influence
+from attackroute.tracing.trace import trace_routes
 
 
 def ready(
@@ -50,16 +53,16 @@ def check(
     width: float = 0.3,
     tolerance: float = 1e-9,
     influences: bool = False,
-    **options: Any,
+    linear: bool = False,
+    loss: Loss | None = None,
 ) -> InstanceRoutes:
     """Trace, and compare with the oracle: layers, edges, scores, routes, and on request the influence of every edge."""
-    expected = oracle.trace(model, images, labels, width=width, **options)
+    expected = oracle.trace(model, images, labels, width=width, linear=linear, loss=loss)
     data = images if labels is None else (images, labels)
-    found = trace_routes(model, data, width, keep_scores=True, **options)
+    found = trace_routes(model, data, width, config=TraceConfig(linear=linear), loss=loss, keep_scores=True)
     assert set(found.methods) == set(expected.edges)
     assert worst(found, expected) <= tolerance
     assert same_routes(found, expected)
-    linear = bool(options.get("linear", False))
     for edge in expected.edges if influences else ():
         matrix = influence(model, images, *edge, linear=linear)
         assert deviation(matrix, expected.influence[edge]) <= tolerance, edge

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attackroute.robustness.evaluate import evaluate
     from attackroute.robustness.evaluation_table import Evaluation
     from attackroute.robustness.registry import parse_attack
-    from attackroute.routes.folder import StoredRoutes
+    from attackroute.routes.folder import RouteFolder
     from attackroute.routes.instance_routes import InstanceRoutes
     from attackroute.routes.route import Route
     from attackroute.tracing.trace import influence, trace_routes
@@ -42,8 +42,9 @@ __all__ = [
     "Hardness",
     "InstanceRoutes",
     "Route",
+    "RouteFolder",
     "StabilisationPenalty",
-    "StoredRoutes",
+    "TraceConfig",
     "TrainSettings",
     "UserError",
     "WeightPenalty",
@@ -76,7 +77,8 @@ _HOMES = {
     "Hardness": "analysis.hardness",
     "InstanceRoutes": "routes.instance_routes",
     "Route": "routes.route",
-    "StoredRoutes": "routes.folder",
+    "RouteFolder": "routes.folder",
+    "TraceConfig": "tracing.config",
     "TrainSettings": "hardening.settings",
     "UserError": "core.errors",
     "StabilisationPenalty": "hardening.stabilisation_penalty",

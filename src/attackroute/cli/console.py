@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from attackroute.core.distributed import leading
+from attackroute.core.files import replace_file
 
 
 class Progress(Protocol):
@@ -105,3 +106,12 @@ class Output:
 
         with bar:
             yield move
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step, so that no reader ever sees half of it.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

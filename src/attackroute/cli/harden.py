@@ -427,7 +427,7 @@ class _Hardening:
         folder: Path | None,
     ) -> Evaluation:
         from attackroute.robustness.evaluate import evaluate
-        from attackroute.zoo.images import loader
+        from attackroute.zoo.data import loader
 
         with self.output.progress("images attacked") as progress:
             return evaluate(

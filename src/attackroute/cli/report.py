@@ -354,7 +354,7 @@ class _Source:
         """
         from attackroute.report.measuring import measure, unmeasured
         from attackroute.report.route_view import Limits
-        from attackroute.zoo.images import loader
+        from attackroute.zoo.data import loader
 
         linear = request.linear
         if run.terms.get("linear") is True:
@@ -377,7 +377,7 @@ class _Source:
 
 def _are_samples(measured: ImageData, count: int, rows: Sequence[int], routes: InstanceRoutes | None) -> bool:
     """Whether the images are samples of the trace, as far as can be told: as many in all, and the same labels."""
-    from attackroute.zoo.images import loader
+    from attackroute.zoo.data import loader
 
     if routes is None or routes.labels is None or len(routes) != count:
         return False

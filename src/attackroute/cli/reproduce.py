@@ -53,10 +53,10 @@ _STUDY = "The study of tables 2 and 3"
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceOptions:
-    """Repeat the paper's experiments with the paper's settings, and set the numbers beside the paper's.
+    """Reproduce tables and figures of the paper with its settings, and say of each claim whether it holds.
 
-    Every claim gets a verdict: whether it holds here, with the numbers on which the verdict stands and the rule by which it
-    was made. A control that does as well is named. What was interrupted goes on with --resume.
+    Half of the images decide on routes and ranks, the other half are measured. Every comparison has its controls, and a
+    control that does as well is named. What was interrupted goes on with --resume.
     """
 
     title: ClassVar[str] = "What is reproduced"

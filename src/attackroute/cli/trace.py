@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,14 @@ from attackroute.cli.options import (
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.cli.comparison import Comparison
-    from attackroute.cli.tracer import Tracer
-    from attackroute.routes.folder import Missing, RouteWriter, StoredRoutes
+    import torch
+
+    from attackroute.core.document import Document
+    from attackroute.robustness.attack import Perturbation
+    from attackroute.routes.folder import RouteFolder
     from attackroute.routes.instance_routes import InstanceRoutes
-    from attackroute.routes.route import Route
+    from attackroute.tracing.config import TraceConfig
+    from attackroute.tracing.oracle_check import Comparison
 
 TRACE_EXAMPLES = """
 Examples:
@@ -67,7 +70,7 @@ Examples:
 The files:
 
   routes.safetensors   the route of each sample (attackroute.InstanceRoutes.load); of more than 8,192 samples in
-                       several files, routes-00000-of-00005.safetensors, ... (attackroute.StoredRoutes.open)
+                       several files, routes-00000-of-00005.safetensors, ... (attackroute.RouteFolder.open)
   route.json           the route of the model (attackroute.Route.load)
   summary.json         the table, and the settings on which the result depends
 
@@ -135,12 +138,9 @@ def trace(options: TraceOptions) -> int:
     """Trace images, and write or show their routes; the exit code is 1 if a check fails."""
     import torch
 
-    from attackroute.cli.tracer import Tracer
     from attackroute.core.distributed import current
-    from attackroute.core.document import Document
-    from attackroute.core.model_state import weights_digest
     from attackroute.robustness.registry import parse_attack
-    from attackroute.routes.folder import TRACE, Missing, RouteWriter, StoredRoutes, TraceFolder
+    from attackroute.tracing.trace import trace_routes
 
     if options.resume and options.out is None:
         raise UserError("--resume goes on with the trace in a folder; name it with --out")
@@ -148,73 +148,46 @@ def trace(options: TraceOptions) -> int:
     config = options.tracing.config(options.run.seed, freeze_gates=options.freeze_gates)
     config.check_attack(attack)
     session = Session.open(options.network, options.images, options.run)
-    output, images = session.output, session.images
+    output, batches = session.output, session.batches
     network = session.network.double() if options.dtype == _DOUBLE else session.network
-    tracer = Tracer(
-        network=network,
-        data=images,
-        width=options.width,
-        batch_size=options.run.batch_size,
-        keep_scores=options.keep_scores,
-        config=config,
-        autocast=getattr(torch, options.dtype) if options.dtype in _REDUCED else None,
-        attack=attack,
-        origin=(options.network.model, f"{options.images.data} {images.split}"),
-    )
-    folder = None
+    autocast = getattr(torch, options.dtype) if options.dtype in _REDUCED else None
     if options.out is not None:
-        terms = {
-            **session.settings,
-            "weights": weights_digest(network),
-            "width": options.width,
-            "attack": None if attack is None else str(attack),
-            "carrier": config.carrier,
-            "linear": config.linear,
-            "sketches": config.sketches,
-            "freeze-gates": config.freeze_gates,
-            "keep-scores": options.keep_scores,
-            "batch-size": options.run.batch_size,
-            "dtype": options.dtype,
-        }
-        folder = TraceFolder(options.out, terms, len(images), options.run.batch_size)
-    team = current()
+        open_folder(options.out)
+    started, counts = time.perf_counter(), []
+    try:
+        with output.progress("images") as progress:
 
-    def begin() -> tuple[Missing, ...]:
-        if folder is None:
-            return (Missing(0, 0, len(images)),)
-        open_folder(folder.path)
-        return folder.open(network, resume=options.resume)
+            def advance(count: int, total: int | None) -> None:
+                counts.append(count)
+                progress(count, total, batches.reading)
 
-    missing = team.first(begin)
-    for note in (note for part in missing for note in part.notes):
-        output.note(f"note: {note}")
-    started = time.perf_counter()
-    writer = RouteWriter(folder, missing) if team.leads else None
-    count = _trace_missing(tracer, missing, options.run.workers, writer, output, kept=folder is not None)
+            routes = trace_routes(
+                network, batches, options.width, attack=attack, config=config, keep_scores=options.keep_scores,
+                batch_size=options.run.batch_size, autocast=autocast, folder=options.out, resume=options.resume,
+                settings=session.settings, note=output.note, progress=advance,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
+        output.note(f"interrupted: {kept}")
+        raise
     seconds = time.perf_counter() - started
-
-    def finish() -> Document:
-        assert writer is not None
-        routes = writer.routes if folder is None else StoredRoutes.open(folder.path)
-        route, summary = summarise(routes, options.route_width)
-        reading = f"The network is right on {summary['accuracy']:.1%} of {summary['samples']} samples."
-        if folder is not None:
-            return folder.finish(route, reading, summary)
-        return Document(TRACE, session.settings, reading, about=summary)
-
-    document = team.first(finish)
+    traced = counts[-1] - counts[0] if options.out is not None else counts[-1]
+    team = current()
+    document = team.first(lambda: _document(routes, options.route_width, session.settings))
     check = options.check
-    comparison = None if check is None else team.first(lambda: tracer.compare(check))
+    comparison = (
+        None if check is None else team.first(lambda: _compare(session, check, options.width, attack, config, autocast))
+    )
     output.result(
         {
             **document.to_json(),
-            "traced_now": count,
+            "traced_now": traced,
             "seconds": seconds,
             "check": None if comparison is None else _check_values(comparison),
             "folder": None if options.out is None else str(options.out),
         }
     )
-    _show(output, document.about, count, seconds)
+    _show(output, document.about, traced, seconds)
     if comparison is not None:
         output.line(_check_line(comparison))
     if options.out is not None:
@@ -222,92 +195,40 @@ def trace(options: TraceOptions) -> int:
     return 0 if comparison is None or comparison.passed else 1
 
 
-def _trace_missing(
-    tracer: Tracer, missing: Sequence[Missing], workers: int, writer: RouteWriter | None, output: Output, *, kept: bool
-) -> int:
-    """Trace what is not done, and say what is kept where that is broken off.
+def _document(routes: InstanceRoutes | RouteFolder, width: float, settings: Mapping[str, Any]) -> Document:
+    """What is said of the trace; in a folder it is written, with the model's route."""
+    from attackroute.routes.folder import RouteFolder
+    from attackroute.routes.totals import RouteTotals
 
-    Returns:
-        How many samples were traced.
-    """
-    total = sum(part.stop - part.start for part in missing)
-    if total < len(tracer.data):
-        output.note(f"{len(tracer.data) - total} of {len(tracer.data)} samples are done already")
-    try:
-        with output.progress("images") as progress:
-            for part in tracer.trace(missing, workers, progress) if total else ():
-                if writer is not None:
-                    writer.add(part)
-    except BaseException as error:  # an interruption too
-        if writer is not None:
-            writer.keep()
-        if isinstance(error, KeyboardInterrupt):
-            kept_now = "finished samples are kept; go on with --resume" if kept else "nothing is kept without --out"
-            output.note(f"interrupted: {kept_now}")
-        raise
-    return total
+    if isinstance(routes, RouteFolder):
+        return routes.save_route(width)
+    totals = RouteTotals.of(routes)
+    return totals.document(totals.aggregate(width), settings)
 
 
-def summarise(routes: InstanceRoutes | StoredRoutes, width: float) -> tuple[Route, dict[str, Any]]:
-    """The model route of a width, and what the table shows, as JSON values.
+def _compare(
+    session: Session,
+    samples: int,
+    width: float,
+    attack: Perturbation | None,
+    config: TraceConfig,
+    autocast: torch.dtype | None,
+) -> Comparison:
+    """The first samples, against the oracle."""
+    import torch
 
-    They are the same for every run with the same result; stored routes are read once, file by file.
-    """
-    from attackroute.routes.folder import frequency_of
-    from attackroute.routes.instance_routes import InstanceRoutes, aggregated, mean_of_most_frequent
+    from attackroute.core.model_state import placement
+    from attackroute.tracing.oracle_check import verify
+    from attackroute.zoo.data import ImageBatches
 
-    counts = _Counts()
-    frequency = frequency_of(map(counts.add, [routes] if isinstance(routes, InstanceRoutes) else routes.parts()))
-    occurrence = mean_of_most_frequent(frequency, routes.width)
-    route = aggregated(frequency, width, routes.provenance)
-    return route, {
-        "samples": len(routes),
-        "accuracy": counts.correct / len(routes),
-        "attack": routes.provenance.attack,
-        "criterion": routes.provenance.criterion,
-        "width": routes.width,
-        "route_width": width,
-        "layers": [
-            {
-                "layer": layer,
-                "channels": routes.channels[layer],
-                "route_channels": route.indices[layer],
-                "occurrence": occurrence[layer],
-                "incoming": {source: method for (source, target), method in routes.methods.items() if target == layer},
-                **counts.sketch_errors(layer),
-            }
-            for layer in routes.layers
-        ],
-    }
-
-
-class _Counts:
-    """What is counted of routes as they pass."""
-
-    def __init__(self) -> None:
-        self.correct = 0
-        self._samples = 0
-        self._sums: dict[str, list[float]] = {}
-
-    def add(self, routes: InstanceRoutes) -> InstanceRoutes:
-        """Count some samples, and pass them on."""
-        assert routes.labels is not None and routes.predictions is not None  # every source of images has labels
-        self.correct += int((routes.labels == routes.predictions).sum())
-        self._samples += len(routes)
-        if routes.sketched is not None:
-            for layer in routes.sketched.layers:
-                undecided = routes.sketched.undecided(layer).double().mean(1)
-                values = (routes.sketched.draws[layer], routes.sketched.overlap[layer], undecided)
-                sums = self._sums.setdefault(layer, [0.0, 0.0, 0.0])
-                self._sums[layer] = [total + own.double().sum().item() for total, own in zip(sums, values, strict=True)]
-        return routes
-
-    def sketch_errors(self, layer: str) -> dict[str, float]:
-        """How far the layer's routes can be trusted, where they rest on sketches: means over the samples."""
-        if layer not in self._sums:
-            return {}
-        means = [total / self._samples for total in self._sums[layer]]
-        return dict(zip(("sketches", "expected_overlap", "undecided"), means, strict=True))
+    chosen = [[row] for row in range(min(samples, len(session.images)))]
+    batches = ImageBatches(session.images, 1, batches=chosen)
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    device, dtype = placement(session.network)
+    return verify(
+        session.network, images.to(device, dtype), labels.to(device), width, attack=attack, config=config,
+        autocast=autocast,
+    )  # fmt: skip
 
 
 def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float) -> None:

@@ -82,14 +82,17 @@ _AT_MOST = 1 << 62  # more batches than there are: as a step, it leaves only the
 
 
 @runtime_checkable
-class Turns(Protocol):
-    """Data that can be read in turns, so that no process reads what belongs to another."""
+class NumberedBatches(Protocol):
+    """Data any of whose batches can be read alone, so that no process reads what belongs to another."""
 
     def __iter__(self) -> Iterator[Any]:
         """Every batch."""
 
-    def turns(self, start: int, step: int) -> Iterator[Any]:
-        """Every ``step``-th batch from batch ``start`` on."""
+    def __len__(self) -> int:
+        """Number of batches."""
+
+    def numbered(self, numbers: Sequence[int]) -> Iterator[Any]:
+        """The batches of these numbers."""
 
 
 def _numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
@@ -120,13 +123,15 @@ class BatchStream:
         model: Decides device and floating dtype, by its first parameter.
         data: See :data:`Data`.
         batch_size: Rows per batch when ``data`` is tensors.
+        numbers: Only the batches of these numbers, rising; None for all.
 
     Attributes:
         number: Number of the batch that this process works on, by the data's order.
     """
 
-    def __init__(self, model: nn.Module, data: Data, batch_size: int) -> None:
-        self._model, self._data, self._batch_size = model, data, batch_size
+    def __init__(self, model: nn.Module, data: Data, batch_size: int, numbers: Sequence[int] | None = None) -> None:
+        self._model, self._data, self._batch_size, self._numbers = model, data, batch_size, numbers
+        self._chosen = None if numbers is None else frozenset(numbers)
         self._team = current()
         self.number = 0
         self._source: Iterator[tuple[int, Any]] | None = None
@@ -147,15 +152,16 @@ class BatchStream:
         Raises:
             UserError: As for :func:`batches`; or there is no sample.
         """
-        mine = self._team.leads or self._is_skimmed
-        source = self._read() if mine else self._raw(0, _AT_MOST)
-        held: list[tuple[int, Any]] = []
+        belongs_here = self._team.leads or self._is_skimmed
+        source = self._read() if belongs_here else self._raw(0, _AT_MOST)
+        read: list[tuple[int, Any]] = []
         for item in source:
-            held.append(item)
-            for found in _ready(self._model, iter([item])):
-                if mine:
-                    self._source = chain(_handed_over(held), source)
-                return found
+            read.append(item)
+            batch = _prepared(self._model, *item)
+            if batch is not None:
+                if belongs_here:  # it is to be worked on, too
+                    self._source = chain(_handed_over(read), source)
+                return batch
         raise UserError("the data hold no sample: the loader is empty")
 
     def map(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[T]:
@@ -171,32 +177,35 @@ class BatchStream:
             UserError: As for :func:`batches`.
             LostProcessError: A process is gone, as one is whose ``work`` raised an error.
         """
-        own = self._read()
+        items = self._read()
         if self._is_skimmed:
-            own = islice(own, self._team.rank, None, self._team.count)
-        if self._team.count == 1:
-            for item in own:
-                self.number = item[0]
-                for images, labels in _ready(self._model, iter([item])):
-                    yield work(images, labels)
+            items = islice(items, self._team.rank, None, self._team.count)
+        if self._team.count > 1:
+            yield from in_turns(self._team, lambda: self._turn(items, work))
             return
-        yield from self._team.in_turns(lambda: self._turn(own, work))
+        for item in items:
+            self.number = item[0]
+            batch = _prepared(self._model, *item)
+            del item  # nothing holds what was read while the batch is worked on
+            if batch is not None:
+                yield work(*batch)
 
-    def _turn(self, own: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], T]) -> tuple[T, ...] | None:
+    def _turn(
+        self, items: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], T]
+    ) -> tuple[T, ...] | None:
         """What came of this process's next batch, nothing of one that is empty; None where none is left."""
-        item = next(own, None)
+        item = next(items, None)
         if item is None:
             return None
         self.number = item[0]
-        for images, labels in _ready(self._model, iter([item])):
-            return (work(images, labels),)
-        return ()
+        batch = _prepared(self._model, *item)
+        return () if batch is None else (work(*batch),)
 
     @property
     def _is_skimmed(self) -> bool:
         """Whether processes read what belongs to others, too, since the data can be read only one after the other."""
         tensors = isinstance(self._data, Tensor) or _is_pair(self._data)
-        return not (tensors or isinstance(self._data, Turns) or _sampled(self._data) is not None)
+        return not (tensors or isinstance(self._data, NumberedBatches) or _sampled(self._data) is not None)
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         """This process's batches with their numbers; all of them where the data are skimmed."""
@@ -205,13 +214,25 @@ class BatchStream:
         return self._source
 
     def _raw(self, start: int, step: int) -> Iterator[tuple[int, Any]]:
-        """Every ``step``-th batch from ``start`` on."""
+        """Every ``step``-th batch from ``start`` on, of those that are asked for."""
         loader = _sampled(self._data)
-        if step > 1 and isinstance(self._data, Turns):
-            return zip(_numbers(start, step), self._data.turns(start, step), strict=False)
-        if step > 1 and loader is not None:
-            return zip(_numbers(start, step), _every(loader, self._order, start, step), strict=False)
-        return islice(_numbered(_raw(self._data, self._batch_size)), start, None, step)
+        if self._numbers is None and step == 1:
+            return islice(_numbered(_raw(self._data, self._batch_size)), start, None)
+        if isinstance(self._data, NumberedBatches):
+            numbers = (range(len(self._data)) if self._numbers is None else self._numbers)[start::step]
+            return zip(numbers, self._data.numbered(numbers), strict=False)
+        if loader is not None:
+            samples = enumerate(self._order if self._order is not None else loader.batch_sampler or ())
+            chosen = list(islice((item for item in samples if self._asks_for(item[0])), start, None, step))
+            workers = 0 if step == _AT_MOST else loader.num_workers
+            return zip(
+                (number for number, _ in chosen), _reader(loader, [rows for _, rows in chosen], workers), strict=False
+            )
+        items = _numbered(_raw(self._data, self._batch_size))
+        return islice((item for item in items if self._asks_for(item[0])), start, None, step)
+
+    def _asks_for(self, number: int) -> bool:
+        return self._chosen is None or number in self._chosen
 
 
 def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -231,24 +252,27 @@ def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Ten
         UserError: A batch is not images and labels, their numbers differ, a value is not finite, or the model holds
             half-precision weights on a CPU.
     """
-    return _ready(model, iter(enumerate(_raw(data, batch_size))))
+    for number, batch in enumerate(_raw(data, batch_size)):
+        ready = _prepared(model, number, batch)
+        if ready is not None:
+            yield ready
 
 
-def _ready(model: nn.Module, numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    device, dtype = _home(model)
-    for number, batch in numbered:
-        for module in model.modules():  # reading the data may have switched it, as some attacks do
-            module.training = False
-        images, labels = _split(batch, number)
-        if images.shape[0] == 0:
-            continue
-        if dtype is None or not images.is_floating_point():
-            dtype = dtype or torch.get_default_dtype()
-        images = images.detach().to(device=device, dtype=dtype, non_blocking=True)
-        if not _finite(images):
-            row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
-            raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
-        yield images, None if labels is None else labels.to(device)
+def _prepared(model: nn.Module, number: int, batch: Any) -> tuple[Tensor, Tensor | None] | None:
+    """One batch, checked, on the model's device and in its dtype; None where it holds no image."""
+    device, dtype = _placement(model)
+    for module in model.modules():  # reading the data may have switched it, as some attacks do
+        module.training = False
+    images, labels = _split(batch, number)
+    if images.shape[0] == 0:
+        return None
+    if dtype is None or not images.is_floating_point():
+        dtype = dtype or torch.get_default_dtype()
+    images = images.detach().to(device=device, dtype=dtype, non_blocking=True)
+    if not _finite(images):
+        row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
+        raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
+    return images, None if labels is None else labels.to(device)
 
 
 def _finite(images: Tensor) -> bool:
@@ -271,19 +295,40 @@ def samples_in(data: Data) -> int | None:
         return None
 
 
+def batches_in_order(data: Data, batch_size: int) -> tuple[int, int]:
+    """How many samples ``data`` holds, and how many are in a batch, where neither its order nor these change.
+
+    Args:
+        data: See :data:`Data`.
+        batch_size: Rows per batch when ``data`` is tensors.
+
+    Raises:
+        UserError: That is not known of the data, or they are shuffled.
+    """
+    samples, loader = samples_in(data), _sampled(data)
+    if loader is not None and not isinstance(loader.sampler, SequentialSampler):
+        raise UserError("the loader shuffles the data, or draws from them: results in a folder need a fixed order")
+    rows = getattr(data, "batch_size", batch_size)
+    if not samples or not isinstance(rows, int):
+        raise UserError(
+            "the number of samples, or of those in a batch, is not known in advance: results in a folder need tensors, "
+            "or a DataLoader of a data set in its order, without drop_last or a batch sampler of its own"
+        )
+    return samples, rows
+
+
 def _sampled(data: object) -> DataLoader[Any] | None:
     """The data as a loader that can be told which samples to read."""
     return data if isinstance(data, DataLoader) and data.batch_sampler is not None else None
 
 
-def _every(loader: DataLoader[Any], order: list[Any] | None, start: int, step: int) -> Iterator[Any]:
-    """Every ``step``-th batch of a loader, the others unread; ``order`` holds all batches where it is not its own."""
-    chosen = islice(order if order is not None else loader.batch_sampler or (), start, None, step)
+def _reader(loader: DataLoader[Any], batches: list[Any], workers: int) -> Iterator[Any]:
+    """Some batches of a loader, given by their samples, with the others unread."""
     return iter(
         DataLoader(
             loader.dataset,
-            batch_sampler=list(chosen),
-            num_workers=0 if step == _AT_MOST else loader.num_workers,
+            batch_sampler=batches,
+            num_workers=workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
@@ -293,15 +338,13 @@ def _every(loader: DataLoader[Any], order: list[Any] | None, start: int, step: i
     )
 
 
-def _numbers(start: int, step: int) -> Iterator[int]:
-    return iter(range(start, _AT_MOST, step))
-
-
 def _is_pair(data: object) -> bool:
-    if not (isinstance(data, (tuple, list)) and len(data) == _PAIR and all(isinstance(part, Tensor) for part in data)):
+    if not (
+        isinstance(data, (tuple, list)) and len(data) == _PAIR and all(isinstance(tensor, Tensor) for tensor in data)
+    ):
         return False
-    second = data[1]  # a list may also be two batches of images
-    return isinstance(data, tuple) or not (second.is_floating_point() and second.ndim >= _PAIR)
+    labels = data[1]  # a list may also be two batches of images
+    return isinstance(data, tuple) or not (labels.is_floating_point() and labels.ndim >= _PAIR)
 
 
 def _raw(data: Data, batch_size: int) -> Iterable[Any]:
@@ -346,7 +389,7 @@ def _check_counts(images: Tensor, labels: Tensor, number: int) -> None:
         )
 
 
-def _home(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return torch.device("cpu"), None

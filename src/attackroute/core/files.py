@@ -84,16 +84,17 @@ def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 def write_tensors(
     path: str | os.PathLike[str], kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    """Write tensors as safetensors, with a header and ``body`` in the metadata.
+) -> str:
+    """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all.
 
     Raises:
         UserError: The file cannot be written; a previous file of that name is then as it was.
     """
     # safetensors refuses tensors that share memory, as labels and predictions may
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    header = _compact(_seal(kind, body, own))
-    replace_file(Path(path), to_safetensors(own, metadata={_METADATA_KEY: header}))
+    header = _seal(kind, body, own)
+    replace_file(Path(path), to_safetensors(own, metadata={_METADATA_KEY: _compact(header)}))
+    return str(header["checksum"])
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

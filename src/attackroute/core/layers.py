@@ -243,11 +243,11 @@ class LayerCalls(TorchFunctionMode):
             run = partial(_run, func, (rows, weight, *args[2:]), {k: v for k, v in kwargs.items() if k == "bias"})
             token = _ATTENDED.set(None)  # what looks at the call next finds its samples first
             try:
-                output = self._visit(LayerCall(label, kind, rows, weight, run, layout.folded))
+                output = self._visit(LayerCall(label, kind, input=rows, weight=weight, run=run, folded=layout.folded))
             finally:
                 _ATTENDED.reset(token)
             return layout.restored(output, images.shape[:-1])
-        return self._visit(LayerCall(label, kind, images, weight, partial(_run, func, args, kwargs)))
+        return self._visit(LayerCall(label, kind, input=images, weight=weight, run=partial(_run, func, args, kwargs)))
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """PyTorch's multi-head attention, with this mode looking at what it calls."""
@@ -304,6 +304,6 @@ def require_gradients(name: str) -> None:
         )
 
 
-def _version(tensor: Tensor) -> int:
+def write_count(tensor: Tensor) -> int:
     """How often a tensor was written to; tensors made in inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version

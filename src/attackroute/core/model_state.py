@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from attackroute.core.errors import UserError
-from attackroute.core.layers import _version
+from attackroute.core.layers import write_count
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -38,7 +38,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = [
-        (module, name, buffer, _version(buffer), None if is_lazy(buffer) else buffer.clone())
+        (module, name, buffer, write_count(buffer), None if is_lazy(buffer) else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -56,7 +56,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, name, buffer, version, kept in buffers:
             module._buffers[name] = buffer
-            if kept is not None and _version(buffer) != version:
+            if kept is not None and write_count(buffer) != version:
                 with torch.no_grad():
                     buffer.copy_(kept)
 

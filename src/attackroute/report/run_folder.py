@@ -12,7 +12,7 @@ from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.files import printable
 from attackroute.robustness.registry import by_radius
-from attackroute.routes.folder import StoredRoutes, has_routes
+from attackroute.routes.folder import RouteFolder, has_routes
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.zoo.weights import CARD, ModelCard
@@ -114,7 +114,7 @@ class RunFolder:
             kinds.setdefault(stored.document.kind, []).append(stored)
         hardenings = kinds.pop(HARDENING, [])
         kinds[TRACE] = [stored for stored in kinds.get(TRACE, []) if stored.document.about.get("attack") is None]
-        traces = [StoredRoutes.open(place).load() for place in places if has_routes(place)]
+        traces = [RouteFolder.open(place).load() for place in places if has_routes(place)]
         clean = [routes for routes in traces if routes.provenance.attack is None]
         attacked: dict[str, InstanceRoutes] = {}
         for routes in traces:

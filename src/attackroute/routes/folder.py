@@ -1,9 +1,9 @@
-"""A trace that can be interrupted at any moment, and goes on where it was.
+"""The routes of many samples in a folder: written while they are traced, read file by file.
 
-The folder of a trace holds ``summary.json`` from the start, with the terms on which the result depends, files of routes
-as they are finished (:mod:`attackroute.stored_routes`), and in ``partial.safetensors`` what is done of the one under
-way. All of them end where batches end, so a resumed trace sees the same batches and gives the same routes, bit for
-bit, as one that was never broken off. A file that is damaged is found by its checksum, and it alone is traced again.
+The folder holds ``summary.json`` from the start, with the settings on which the result depends, files of routes as they
+are finished, and in ``partial*.safetensors`` what is done of the one under way. All of them end where batches end, so
+a resumed trace sees the same batches and gives the same routes, bit for bit, as one that was never broken off. A file
+that is damaged is found by its checksum, and it alone is traced again. In the end ``route.json`` is the model's route.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, printable, read_header
 from attackroute.core.journal import require_same_settings
-from attackroute.routes import masks
-from attackroute.routes.instance_routes import Edge, InstanceRoutes, aggregated, mean_of_most_frequent, sample_rows
+from attackroute.routes.instance_routes import Edge, InstanceRoutes, joined_methods, mean_of_most_frequent
 from attackroute.routes.layer_map import LayerMap, require_model, require_same
+from attackroute.routes.masks import sample_rows
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
+from attackroute.routes.totals import TRACE, RouteTotals
 
-ROUTES = "routes"
+ROUTE = "route.json"
 
-
-_NAME = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors")
-
-
-def shard_name(number: int, count: int, stem: str = ROUTES) -> str:
-    """Name of one of ``count`` files; a file that is the only one has no number."""
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05}-of-{count:05}.safetensors"
+_ROUTES, _PARTIAL, _SUMMARY = "routes", "partial", "summary"
+_NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors")
+_SHARD_SAMPLES = 8192  # some megabytes
+_AUTOSAVE_SECONDS = 60.0
 
 
 def has_routes(folder: Path) -> bool:
     """Whether a folder holds instance routes."""
-    return bool(_present(folder))
+    return bool(_shard_files(folder))
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Shard:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StoredRoutes:
+class RouteFolder:
     """Instance routes in a folder, as :class:`attackroute.InstanceRoutes` in memory; one file is read at a time.
 
     Attributes:
@@ -81,16 +80,18 @@ class StoredRoutes:
         channels: For each layer, in forward order, how many channels it has.
         provenance: Where the routes come from.
         methods: For each edge (source layer, target layer), how its influence was computed.
+        totals: What all samples come to, where it was counted while they were traced; None reads the files for it.
     """
 
     shards: tuple[Shard, ...]
     channels: Mapping[str, int]
     provenance: Provenance
     methods: Mapping[Edge, str]
+    totals: RouteTotals | None = None
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], model: nn.Module | None = None) -> StoredRoutes:
-        """Look at a folder that ``attackroute trace`` wrote; only the files' headers are read.
+    def open(cls, folder: str | os.PathLike[str], model: nn.Module | None = None) -> RouteFolder:
+        """Look at a folder that a trace has written; only the files' headers are read.
 
         Args:
             folder: The folder.
@@ -99,33 +100,34 @@ class StoredRoutes:
         Raises:
             UserError: A file is missing, damaged or something else, or the files do not belong together.
         """
-        home = Path(folder)
-        names = _present(home)
+        path = Path(folder)
+        names = _shard_files(path)
         if not names:
-            raise UserError(f"{printable(home)} holds no instance routes: name a folder that attackroute trace wrote")
-        count = len(names) if (match := _NAME.search(names[0])) is None else int(match[2])
+            raise UserError(f"{printable(path)} holds no instance routes: name a folder that attackroute trace wrote")
+        count = len(names) if (match := _NUMBERED.search(names[0])) is None else int(match[2])
         shards: list[Shard] = []
         origins: list[Provenance] = []
-        methods: dict[Edge, list[str]] = {}
+        methods: list[dict[Edge, str]] = []
         channels: Mapping[str, int] = {}
-        for name in (shard_name(number, count) for number in range(count)):
-            path = home / name
-            body = read_header(path, INSTANCE_ROUTES_KIND)
-            with file_errors(path):
-                origin = Provenance.from_json(body.get("provenance"))
-                own = LayerMap(expect_mapping(body, "fingerprint"))
+        for file in (path / _file_name(number, count) for number in range(count)):
+            header = read_header(file, INSTANCE_ROUTES_KIND)
+            with file_errors(file):
+                origins.append(Provenance.from_json(header.get("provenance")))
+                layers = LayerMap(expect_mapping(header, "fingerprint"))
                 if shards:
-                    require_same(channels, own, printable(path))
-                channels = own
-                for source, target, method in body["methods"]:
-                    methods.setdefault((source, target), []).append(method)
+                    require_same(channels, layers, printable(file))
+                channels = layers
+                methods.append({(source, target): method for source, target, method in header["methods"]})
             start = shards[-1].start + shards[-1].samples if shards else 0
-            shards.append(Shard(path, start, origin.samples, str(body["checksum"])))
-            origins.append(origin)
+            shards.append(Shard(file, start, origins[-1].samples, str(header["checksum"])))
         if model is not None:
             require_model(channels, model)
-        joined = {edge: " + ".join(dict.fromkeys(found)) for edge, found in methods.items()}
-        return cls(tuple(shards), channels, Provenance.merge(origins), joined)
+        return cls(tuple(shards), channels, Provenance.merge(origins), joined_methods(methods))
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.shards[0].path.parent
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -141,7 +143,7 @@ class StoredRoutes:
         return self.provenance.samples
 
     def __repr__(self) -> str:
-        return f"StoredRoutes({len(self)} samples, {len(self.channels)} layers, {len(self.shards)} files)"
+        return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.shards)} files)"
 
     def parts(self) -> Iterator[InstanceRoutes]:
         """The routes file by file, in the samples' order.
@@ -167,18 +169,18 @@ class StoredRoutes:
         """
         rows = sample_rows(index, len(self)).remainder(len(self))  # negative ones count from the end
         starts = torch.tensor([shard.start for shard in self.shards])
-        home = torch.searchsorted(starts, rows, right=True) - 1
-        found: list[InstanceRoutes] = []
-        places: list[Tensor] = []
-        for number in home.unique().tolist():
-            places.append((home == number).nonzero().flatten())
-            found.append(self.shards[number].load().select(rows[places[-1]] - self.shards[number].start))
-        order = torch.cat(places).argsort()
-        return InstanceRoutes.concatenate(found).select(order)
+        numbers = torch.searchsorted(starts, rows, right=True) - 1
+        selected: list[InstanceRoutes] = []
+        positions: list[Tensor] = []
+        for number in numbers.unique().tolist():
+            positions.append((numbers == number).nonzero().flatten())
+            shard = self.shards[number]
+            selected.append(shard.load().select(rows[positions[-1]] - shard.start))
+        return InstanceRoutes.concatenate(selected).select(torch.cat(positions).argsort())
 
     def frequency(self) -> dict[str, Tensor]:
         """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
-        return frequency_of(self.parts())
+        return self._counted().frequency()
 
     def occurrence(self, share: float = 0.2) -> dict[str, float]:
         """See :meth:`attackroute.InstanceRoutes.occurrence`."""
@@ -186,90 +188,70 @@ class StoredRoutes:
 
     def aggregate(self, width: float = 0.3) -> Route:
         """See :meth:`attackroute.InstanceRoutes.aggregate`."""
-        return aggregated(self.frequency(), width, self.provenance)
+        return Route.from_frequency(self.frequency(), width, self.provenance)
 
+    def save_route(self, width: float = 0.3) -> Document:
+        """Write the model's route as ``route.json``, and what there is to say of it and of all samples.
 
-def frequency_of(parts: Iterator[InstanceRoutes]) -> dict[str, Tensor]:
-    """Share of all parts' samples whose route uses each channel: counts are added, which is exact."""
-    counts: dict[str, Tensor] = {}
-    samples = 0
-    for part in parts:
-        samples += len(part)
-        for layer, channels in part.channels.items():
-            own = masks.count(part.packed[layer], channels)
-            counts[layer] = own if layer not in counts else counts[layer] + own
-    return {layer: count.double() / samples for layer, count in counts.items()}
+        Returns:
+            What ``summary.json`` then holds.
 
+        Raises:
+            UserError: A file cannot be written, or is damaged.
+        """
+        settings = Document.load(self.path / f"{_SUMMARY}.json").settings
+        route = self.aggregate(width)
+        route.save(self.path / ROUTE)
+        checksums = {shard.path.name: shard.checksum for shard in self.shards}
+        document = self._counted().document(route, settings, {"finished": True, "files": checksums})
+        document.save(self.path, _SUMMARY)
+        return document
 
-def _present(folder: Path) -> list[str]:
-    if (folder / shard_name(0, 1)).is_file():
-        return [shard_name(0, 1)]
-    return sorted(path.name for path in folder.glob(f"{ROUTES}-*.safetensors") if _NAME.search(path.name))
-
-
-ROUTE = "route.json"
-
-
-TRACE = "trace"
-"""Kind of the summary."""
-
-
-_SUMMARY = "summary"
-
-
-_PARTIAL = "partial"
-
-
-_SHARD_SAMPLES = 8192  # some megabytes
-
-
-_AUTOSAVE_SECONDS = 60.0
+    def _counted(self) -> RouteTotals:
+        return self.totals or RouteTotals.sum([RouteTotals.of(routes) for routes in self.parts()])
 
 
 @dataclass(frozen=True)
-class Missing:
+class Gap:
     """Samples that are to be traced, all of one file.
 
     Attributes:
         number: Number of the file.
         start: First of the samples.
         stop: End of the samples, and of the file.
-        notes: What was found to be wrong with the file, for the user.
+        faults: What is wrong with the files that were there, for the user.
     """
 
     number: int
     start: int
     stop: int
-    notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class TraceFolder:
-    """The files of one trace.
+class RouteWriter:
+    """Puts the routes of a trace, which come batch by batch, into the files of a folder, each as soon as it is whole.
 
     Args:
-        path: The folder, which exists.
-        terms: All that must be the same for a trace to go on, as JSON values.
+        folder: The folder; it is created where it is missing.
+        settings: All that must be the same for a trace to go on, as JSON values.
         samples: How many samples the whole trace has.
         batch_size: Samples in a batch.
     """
 
-    path: Path
-    terms: Mapping[str, Any]
-    samples: int
-    batch_size: int
+    def __init__(
+        self, folder: str | os.PathLike[str], settings: Mapping[str, Any], samples: int, batch_size: int
+    ) -> None:
+        self._path, self._samples, self._batch_size = Path(folder), samples, batch_size
+        self._shard = batch_size * -(-_SHARD_SAMPLES // batch_size)  # samples in every file but the last
+        self._count = -(-samples // self._shard)
+        self._settings = {**settings, "file-samples": self._shard}
+        self._gaps: list[Gap] = []
+        self._pending: list[InstanceRoutes] = []  # of the file under way
+        self._saved = time.monotonic()
+        self._shards: dict[int, Shard] = {}
+        self._totals: dict[int, RouteTotals] = {}
 
-    @property
-    def shard(self) -> int:
-        """How many samples there are in every file but the last."""
-        return self.batch_size * -(-_SHARD_SAMPLES // self.batch_size)
-
-    @property
-    def count(self) -> int:
-        """How many files there are in the end."""
-        return -(-self.samples // self.shard)
-
-    def open(self, model: nn.Module, *, resume: bool) -> tuple[Missing, ...]:
+    def begin(self, model: nn.Module, *, resume: bool) -> tuple[Gap, ...]:
         """Make the folder ready for writing, and see what is done.
 
         Args:
@@ -280,125 +262,118 @@ class TraceFolder:
             What is to be traced, in order.
 
         Raises:
-            UserError: The folder holds an unfinished trace although ``resume`` is false, or one on other terms.
+            UserError: The folder cannot be used, holds an unfinished trace although ``resume`` is false, or one with
+                other settings.
         """
-        summary = self._read_summary()
-        if resume and summary is not None:
-            require_same_settings(f"the trace in {self.path}", summary.get("terms"), terms)
-            return tuple(found for number in range(self.count) if (found := self._missing(number, model)) is not None)
-        held = sorted({*self.path.glob(f"{ROUTES}*.safetensors"), *self.path.glob(f"{_PARTIAL}*.safetensors")})
-        if held and summary is not None and summary.about.get("finished") is False:
-            raise UserError(
-                f"{self.path} holds an unfinished trace; pass --resume to go on with it, or choose another folder"
-            )
-        self._summary("", {"finished": False}).save(self.path, _SUMMARY)
-        for stale in (*held, self.path / ROUTE):
-            stale.unlink(missing_ok=True)
-        return tuple(Missing(number, *self._range(number)) for number in range(self.count))
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{printable(self._path)} cannot be a folder ({error.strerror}); name another") from None
+        summary = self._path / f"{_SUMMARY}.json"
+        previous = Document.load(summary) if summary.exists() else None
+        if resume and previous is not None:
+            require_same_settings(f"the trace in {self._path}", previous.settings, self._settings)
+            gaps = [self._gap(number, model) for number in range(self._count)]
+            self._gaps = [gap for gap in gaps if gap is not None]
+        else:
+            stale = sorted(file for stem in (_ROUTES, _PARTIAL) for file in self._path.glob(f"{stem}*.safetensors"))
+            if stale and previous is not None and previous.about.get("finished") is False:
+                raise UserError(
+                    f"{self._path} holds an unfinished trace; pass --resume to go on with it, or choose another folder"
+                )
+            Document(TRACE, self._settings, about={"finished": False}).save(self._path, _SUMMARY)
+            for file in (*stale, self._path / ROUTE):
+                file.unlink(missing_ok=True)
+            self._gaps = [Gap(number, *self._range(number)) for number in range(self._count)]
+        self._open_file()
+        return tuple(self._gaps)
 
-    def save(self, number: int, routes: InstanceRoutes) -> None:
-        """Write a whole file of routes; when this returns, no crash loses it."""
-        routes.save(self.path / shard_name(number, self.count))
+    def add(self, routes: InstanceRoutes) -> None:
+        """Take the next batch."""
+        self._pending.append(routes)
+        number, (start, stop) = self._gaps[0].number, self._range(self._gaps[0].number)
+        if sum(map(len, self._pending)) == stop - start:
+            self._save(number, InstanceRoutes.concatenate(self._pending))
+            del self._gaps[0]
+            self._open_file()
+        elif time.monotonic() - self._saved > _AUTOSAVE_SECONDS:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write down what is done of the file under way; when this returns, no crash loses it."""
+        if self._gaps and self._pending:
+            self._pending = [InstanceRoutes.concatenate(self._pending)]
+            self._pending[0].save(self._partial(self._gaps[0].number))
+        self._saved = time.monotonic()
+
+    def finish(self) -> RouteFolder:
+        """Write the model's route and the summary, once all files are whole."""
+        totals = RouteTotals.sum([self._totals[number] for number in range(self._count)])
+        shards = tuple(self._shards[number] for number in range(self._count))
+        routes = RouteFolder(shards, totals.channels, totals.provenance, methods=totals.methods, totals=totals)
+        routes.save_route()
+        return routes
+
+    def _open_file(self) -> None:
+        """Take up what there is of the next file that is not whole."""
+        gap = self._gaps[0] if self._gaps else None
+        self._pending = [] if gap is None or gap.start % self._shard == 0 else [
+            InstanceRoutes.load(self._partial(gap.number))
+        ]  # fmt: skip
+
+    def _save(self, number: int, routes: InstanceRoutes) -> None:
+        path = self._path / _file_name(number, self._count)
+        checksum = routes.save(path)
         self._partial(number).unlink(missing_ok=True)
+        self._note(number, routes, checksum)
 
-    def save_partial(self, number: int, routes: InstanceRoutes) -> None:
-        """Keep the samples of a file that are done."""
-        routes.save(self._partial(number))
+    def _note(self, number: int, routes: InstanceRoutes, checksum: str) -> None:
+        path = self._path / _file_name(number, self._count)
+        self._shards[number] = Shard(path, self._range(number)[0], len(routes), checksum)
+        self._totals[number] = RouteTotals.of(routes)
 
-    def held(self, missing: Missing) -> list[InstanceRoutes]:
-        """The routes of a file's samples before those that are missing; none, or all in one."""
-        return [InstanceRoutes.load(self._partial(missing.number))] if missing.start % self.shard else []
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The terms, and how many samples are in a file."""
-        return {**self.terms, "file-samples": self.shard}
-
-    def finish(self, route: Route, reading: str, result: Mapping[str, Any]) -> Document:
-        """Write the model route, and the summary with the checksums of all files."""
-        route.save(self.path / ROUTE)
-        names = [shard_name(number, self.count) for number in range(self.count)]
-        sums = {name: files.read_header(self.path / name, files.INSTANCE_ROUTES)["checksum"] for name in names}
-        document = self._summary(reading, {"finished": True, "files": sums, **result})
-        document.save(self.path, _SUMMARY)
-        return document
-
-    def _summary(self, reading: str, about: Mapping[str, Any]) -> Document:
-        return Document(TRACE, self.settings, reading, about=about)
-
-    def _missing(self, number: int, model: nn.Module) -> Missing | None:
+    def _gap(self, number: int, model: nn.Module) -> Gap | None:
         """What is to be traced of a file; None where it is whole."""
         start, stop = self._range(number)
-        notes: list[str] = []
-        for path in (self.path / shard_name(number, self.count), self._partial(number)):
+        faults: list[str] = []
+        for path in (self._path / _file_name(number, self._count), self._partial(number)):
+            partial = path == self._partial(number)
             if not path.exists():
                 continue
             try:
                 routes = InstanceRoutes.load(path)
             except UserError as error:
-                notes.append(f"{error}; its samples are traced again")
+                faults.append(f"{error}; its samples are traced again")
                 continue
             whole = len(routes) == stop - start
-            if len(routes) > stop - start or (path != self._partial(number) and not whole):
-                notes.append(f"{path} has {len(routes)} samples, not {stop - start}; they are traced again")
+            if not whole and (not partial or len(routes) > stop - start or len(routes) % self._batch_size):
+                faults.append(f"{path} has {len(routes)} samples, not {stop - start}; they are traced again")
                 continue
             require_model(routes.channels, model)
-            if whole and path == self._partial(number):  # the disk was full when it was to be written as a whole
-                self.save(number, routes)
-            start += len(routes)
-            break
-        return None if start >= stop else Missing(number, start, stop, tuple(notes))
+            if not whole:
+                start += len(routes)
+                break
+            if partial:  # the disk was full when it was to be written as a whole
+                self._save(number, routes)
+            else:
+                self._note(number, routes, str(read_header(path, INSTANCE_ROUTES_KIND)["checksum"]))
+            return None
+        return Gap(number, start, stop, tuple(faults))
 
     def _range(self, number: int) -> tuple[int, int]:
-        return number * self.shard, min((number + 1) * self.shard, self.samples)
+        return number * self._shard, min((number + 1) * self._shard, self._samples)
 
     def _partial(self, number: int) -> Path:
-        return self.path / shard_name(number, self.count, _PARTIAL)
-
-    def _read_summary(self) -> Document | None:
-        path = self.path / f"{_SUMMARY}.json"
-        return Document.load(path) if path.exists() else None
+        return self._path / _file_name(number, self._count, _PARTIAL)
 
 
-class RouteWriter:
-    """Puts routes that come batch by batch into files, each as soon as it is whole.
+def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:
+    """Name of one of ``count`` files; a file that is the only one has no number."""
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05}-of-{count:05}.safetensors"
 
-    Args:
-        folder: Where; None keeps all in memory.
-        missing: What comes, in order.
-    """
 
-    def __init__(self, folder: TraceFolder | None, missing: Sequence[Missing]) -> None:
-        self._folder, self._missing = folder, list(missing)
-        self._parts: list[InstanceRoutes] = []
-        self._saved = time.monotonic()
-        self._begin()
-
-    @property
-    def routes(self) -> InstanceRoutes:
-        """What is in memory."""
-        return InstanceRoutes.concatenate(self._parts)
-
-    def add(self, part: InstanceRoutes) -> None:
-        """Take the next batch."""
-        self._parts.append(part)
-        if self._folder is None:
-            return
-        number, size = self._missing[0].number, self._missing[0].stop % self._folder.shard or self._folder.shard
-        if sum(map(len, self._parts)) == size:
-            self._folder.save(number, self.routes)
-            del self._missing[0]
-            self._begin()
-        elif time.monotonic() - self._saved > _AUTOSAVE_SECONDS:
-            self._parts = [self.routes]
-            self.keep()
-
-    def keep(self) -> None:
-        """Write down what is done of the file under way."""
-        if self._folder is not None and self._missing and self._parts:
-            self._folder.save_partial(self._missing[0].number, self.routes)
-        self._saved = time.monotonic()
-
-    def _begin(self) -> None:
-        if self._folder is not None:
-            self._parts = self._folder.held(self._missing[0]) if self._missing else []
+def _shard_files(folder: Path) -> list[str]:
+    """Names of the files of routes in a folder."""
+    if (folder / _file_name(0, 1)).is_file():
+        return [_file_name(0, 1)]
+    return sorted(file.name for file in folder.glob(f"{_ROUTES}-*.safetensors") if _NUMBERED.search(file.name))

@@ -12,125 +12,26 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, read_tensors, write_tensors
 from attackroute.core.table import layer_table, plural
-from attackroute.routes import masks as bits
 from attackroute.routes.layer_map import LayerMap, channel_counts, require_model, require_same
-from attackroute.routes.masks import check_width, kept, top_k
+from attackroute.routes.masks import (
+    PackedMasks,
+    has_stray_bits,
+    kept,
+    pack,
+    packed_width,
+    sample_rows,
+    usage_counts,
+)
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
-from attackroute.routes.sketch_errors import SketchNotes
+from attackroute.routes.sketch_errors import SketchErrors
 
 Edge = tuple[str, str]
 
 
-def check_masks(packed: Mapping[str, Tensor], channels: Mapping[str, int], samples: int) -> None:
-    """Require packed masks uint8 (samples, ceil(C / 8)) on the CPU for every layer, with no bit beyond the channels."""
-    if samples < 1:
-        raise UserError("instance routes need at least one sample: see whether the data are empty")
-    _check_layers("masks", packed, channels)
-    for layer, count in channels.items():
-        what = f"the packed masks of layer {layer!r}"
-        _check_tensor(what, packed[layer], (samples, bits.packed_width(count)))
-        if packed[layer].dtype != torch.uint8 or packed[layer].device.type != "cpu":
-            raise UserError(f"{what} must be uint8 on the CPU, not {packed[layer].dtype} on {packed[layer].device}")
-        if bits.has_stray_bits(packed[layer], count):
-            raise UserError(f"{what} have bits set beyond the last of its {count} channels")
-
-
-def check_scores(scores: Mapping[str, Tensor], channels: Mapping[str, int], samples: int) -> None:
-    """Require floating-point scores (samples, C) for every layer."""
-    _check_layers("scores", scores, channels)
-    for layer, count in channels.items():
-        what = f"the scores of layer {layer!r}"
-        _check_tensor(what, scores[layer], (samples, count))
-        if not scores[layer].is_floating_point():
-            raise UserError(f"{what} must be floating point, not {scores[layer].dtype}")
-
-
-def check_note(name: str, values: Tensor | None, samples: int) -> None:
-    """Require one integer for each sample, int64 (samples,), or None."""
-    if values is None:
-        return
-    _check_tensor(name, values, (samples,))
-    if values.dtype != torch.int64:
-        raise UserError(f"{name} must be int64, not {values.dtype}")
-
-
-def check_methods(methods: Mapping[Edge, str], channels: Mapping[str, int]) -> None:
-    """Require that every edge joins two of the layers and states its method in words."""
-    for edge, method in methods.items():
-        for layer in edge:
-            if layer not in channels:
-                raise UserError(f"edge {edge!r} names layer {layer!r}, which is not a layer of the routes")
-        if not isinstance(method, str):
-            raise UserError(f"edge {edge!r}: the method must be a string, not {method!r}")
-
-
-def sample_rows(index: slice | Sequence[int] | Tensor, samples: int) -> Tensor:
-    """The samples that an index selects, as int64 positions on the CPU, negative ones from the end.
-
-    Raises:
-        UserError: the index selects no sample, is out of range, or is neither a slice, integers nor a mask (samples,).
-    """
-    if isinstance(index, slice):
-        rows = torch.tensor(range(samples)[index], dtype=torch.int64, device="cpu")
-    else:
-        rows = _positions(torch.as_tensor(index, device="cpu"), samples)
-    if rows.numel() == 0:
-        raise UserError(f"the index selects none of the {samples} samples")
-    return rows
-
-
-def _positions(index: Tensor, samples: int) -> Tensor:
-    if index.dtype == torch.bool:
-        if index.shape != (samples,):
-            raise UserError(f"a mask of samples must have shape ({samples},), not {tuple(index.shape)}")
-        return index.nonzero().flatten()
-    if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
-        raise UserError(
-            f"samples are selected by a slice, a list of integers or a mask, not by {index.dtype} {tuple(index.shape)}"
-        )
-    rows = index.to(torch.int64)
-    outside = rows[(rows < -samples) | (rows >= samples)]
-    if outside.numel():
-        raise UserError(f"sample {int(outside[0])} is out of range: there are {samples} samples")
-    return rows
-
-
-def _check_layers(what: str, values: Mapping[str, Tensor], channels: Mapping[str, int]) -> None:
-    for layer in channels:
-        if layer not in values:
-            raise UserError(f"there are no {what} for layer {layer!r}")
-    for layer in values:
-        if layer not in channels:
-            raise UserError(f"there are {what} for layer {layer!r}, but no channel count")
-
-
-def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"{what} must have shape {shape}, not {tuple(tensor.shape)}")
-
-
 _MASKS, _SCORES, _SKETCHED = "masks/", "scores/", "sketched/"
-
-
-_NOTES = ("labels", "predictions")
-
-
-_SHOWN_TARGETS = 2
-
-
-class PackedMasks(LayerMap[Tensor]):
-    """Packed masks by layer; a layer is unpacked to a new bool tensor (N, C) whenever it is asked for."""
-
-    def __init__(self, packed: Mapping[str, Tensor], channels: Mapping[str, int]) -> None:
-        super().__init__(packed)
-        self._channels = channels
-
-    def __getitem__(self, layer: str) -> Tensor:
-        return bits.unpack(super().__getitem__(layer), self._channels[layer])
-
-    def __repr__(self) -> str:
-        return f"PackedMasks({', '.join(self)})"
+_ANSWERS = ("labels", "predictions")
+_PREVIEWED_TARGETS = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -161,22 +62,62 @@ class InstanceRoutes:
     predictions: Tensor | None = None
     methods: Mapping[Edge, str] = field(default_factory=dict)
     kept_scores: Mapping[str, Tensor] | None = None
-    sketched: SketchNotes | None = None
+    sketched: SketchErrors | None = None
 
     def __post_init__(self) -> None:
         channels = channel_counts(self.channels)
-        check_masks(self.packed, channels, len(self))
-        for name in _NOTES:
-            check_note(name, getattr(self, name), len(self))
-        check_methods(self.methods, channels)
+        _check_masks(self.packed, channels, len(self))
+        for name in _ANSWERS:
+            _check_answers(name, getattr(self, name), len(self))
+        _check_methods(self.methods, channels)
         object.__setattr__(self, "channels", channels)
         object.__setattr__(self, "packed", LayerMap({layer: self.packed[layer] for layer in channels}))
         object.__setattr__(self, "methods", dict(self.methods))
         if self.kept_scores is not None:
-            check_scores(self.kept_scores, channels, len(self))
+            _check_scores(self.kept_scores, channels, len(self))
             object.__setattr__(self, "kept_scores", LayerMap({layer: self.kept_scores[layer] for layer in channels}))
         if self.sketched is not None and len(self.sketched) != len(self):
             raise UserError(f"there are notes on {len(self.sketched)} sketched samples, and {len(self)} samples")
+
+    @classmethod
+    def from_masks(
+        cls,
+        masks: Mapping[str, Tensor],
+        provenance: Provenance,
+        *,
+        labels: Tensor | None = None,
+        predictions: Tensor | None = None,
+        methods: Mapping[Edge, str] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
+        sketched: SketchErrors | None = None,
+    ) -> InstanceRoutes:
+        """Routes from the masks of one batch, on any device; nothing is shared with what is given.
+
+        Args:
+            masks: for each layer, in forward order, the neurons on the samples' routes, bool (n, C).
+            provenance: where the routes come from, with n as ``samples``.
+            labels: the samples' labels, integers (n,).
+            predictions: the network's predictions, likewise.
+            methods: for each edge (source, target), how its influence was computed.
+            scores: for each layer what the masks were chosen by, float (n, C).
+            sketched: what is known of the errors, where edges were sketched.
+
+        Raises:
+            UserError: a shape or a type is wrong, or a layer is missing.
+        """
+        for layer, mask in masks.items():
+            if mask.dtype != torch.bool or mask.ndim != 2:
+                raise UserError(f"the masks of layer {layer!r} must be bool (n, C), not {mask.dtype} {mask.shape}")
+        return cls(
+            {layer: pack(mask) for layer, mask in masks.items()},
+            {layer: mask.shape[1] for layer, mask in masks.items()},
+            provenance,
+            labels=_on_cpu("labels", labels),
+            predictions=_on_cpu("predictions", predictions),
+            methods=methods or {},
+            kept_scores=scores and {layer: values.detach().to("cpu", copy=True) for layer, values in scores.items()},
+            sketched=sketched,
+        )
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -219,7 +160,7 @@ class InstanceRoutes:
             list(self.channels.items()) == list(other.channels.items())
             and (len(self), self.width) == (len(other), other.width)
             and all(torch.equal(self.packed[layer], other.packed[layer]) for layer in self.channels)
-            and all(_equal(getattr(self, name), getattr(other, name)) for name in _NOTES)
+            and all(_equal(getattr(self, name), getattr(other, name)) for name in _ANSWERS)
         )
 
     __hash__ = None  # type: ignore[assignment]  # equality looks at tensors, which can change
@@ -240,7 +181,8 @@ class InstanceRoutes:
     def frequency(self) -> dict[str, Tensor]:
         """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
         return {
-            layer: bits.count(self.packed[layer], count).double() / len(self) for layer, count in self.channels.items()
+            layer: usage_counts(self.packed[layer], count).double() / len(self)
+            for layer, count in self.channels.items()
         }
 
     def occurrence(self, share: float = 0.2) -> dict[str, float]:
@@ -264,7 +206,7 @@ class InstanceRoutes:
         Raises:
             UserError: the width is outside (0, 1].
         """
-        return aggregated(self.frequency(), width, self.provenance)
+        return Route.from_frequency(self.frequency(), width, self.provenance)
 
     def by_label(self, width: float = 0.3) -> dict[int, Route]:
         """One route for each label, aggregated over the samples that bear it.
@@ -276,9 +218,9 @@ class InstanceRoutes:
             raise UserError("these routes have no labels to group by: trace (image, label) pairs")
         routes = {}
         for label in sorted(set(self.labels.tolist())):
-            part = self.select(self.labels == label)
+            labelled = self.select(self.labels == label)
             data = f"label {label}" if self.provenance.data is None else f"{self.provenance.data}, label {label}"
-            routes[label] = replace(part, provenance=replace(part.provenance, data=data)).aggregate(width)
+            routes[label] = replace(labelled, provenance=replace(labelled.provenance, data=data)).aggregate(width)
         return routes
 
     def select(self, index: slice | Sequence[int] | Tensor) -> InstanceRoutes:
@@ -299,11 +241,13 @@ class InstanceRoutes:
             {layer: tensor[rows] for layer, tensor in self.packed.items()},
             self.channels,
             replace(self.provenance, samples=rows.numel()),
-            pick(self.labels),
-            pick(self.predictions),
-            self.methods,
-            None if self.kept_scores is None else {layer: tensor[rows] for layer, tensor in self.kept_scores.items()},
-            None if self.sketched is None else self.sketched.select(rows),
+            labels=pick(self.labels),
+            predictions=pick(self.predictions),
+            methods=self.methods,
+            kept_scores=None
+            if self.kept_scores is None
+            else {layer: tensor[rows] for layer, tensor in self.kept_scores.items()},
+            sketched=None if self.sketched is None else self.sketched.select(rows),
         )
 
     @classmethod
@@ -328,10 +272,6 @@ class InstanceRoutes:
                     f"part {number} has width {part.width} in every layer, from {first.layers[0]!r} on, and part 1 has "
                     f"{first.width}: trace both at one width"
                 )
-        methods: dict[Edge, list[str]] = {}
-        for part in parts:
-            for edge, method in part.methods.items():
-                methods.setdefault(edge, []).append(method)
         scores = {
             layer: _join("scores", [None if part.kept_scores is None else part.kept_scores[layer] for part in parts])
             for layer in first.layers
@@ -340,15 +280,18 @@ class InstanceRoutes:
             {layer: torch.cat([part.packed[layer] for part in parts]) for layer in first.layers},
             first.channels,
             Provenance.merge([part.provenance for part in parts]),
-            _join("labels", [part.labels for part in parts]),
-            _join("predictions", [part.predictions for part in parts]),
-            {edge: " + ".join(dict.fromkeys(names)) for edge, names in methods.items()},
-            {layer: values for layer, values in scores.items() if values is not None} or None,
-            _join_notes([part.sketched for part in parts]),
+            labels=_join("labels", [part.labels for part in parts]),
+            predictions=_join("predictions", [part.predictions for part in parts]),
+            methods=joined_methods([part.methods for part in parts]),
+            kept_scores={layer: values for layer, values in scores.items() if values is not None} or None,
+            sketched=SketchErrors.concatenate([part.sketched for part in parts]),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str]) -> str:
         """Write masks, notes and scores as safetensors, replacing a file of that name in one step.
+
+        Returns:
+            The checksum of all that the file holds.
 
         Raises:
             UserError: the file cannot be written.
@@ -356,13 +299,13 @@ class InstanceRoutes:
         tensors = {_MASKS + layer: packed for layer, packed in self.packed.items()}
         tensors |= {_SCORES + layer: values for layer, values in (self.kept_scores or {}).items()}
         tensors |= {} if self.sketched is None else self.sketched.tensors(_SKETCHED)
-        tensors |= {name: values for name in _NOTES if (values := getattr(self, name)) is not None}
+        tensors |= {name: values for name in _ANSWERS if (values := getattr(self, name)) is not None}
         body = {
             "provenance": self.provenance.to_json(),
             "fingerprint": dict(self.channels),
             "methods": [[source, target, method] for (source, target), method in self.methods.items()],
         }
-        write_tensors(path, INSTANCE_ROUTES_KIND, body, tensors)
+        return write_tensors(path, INSTANCE_ROUTES_KIND, body, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> InstanceRoutes:
@@ -377,7 +320,7 @@ class InstanceRoutes:
         """
         body, tensors = read_tensors(path, INSTANCE_ROUTES_KIND)
         with file_errors(path):
-            notes = {name: tensors.pop(name, None) for name in _NOTES}
+            notes = {name: tensors.pop(name, None) for name in _ANSWERS}
             packed = _with_prefix(tensors, _MASKS)
             scores = _with_prefix(tensors, _SCORES)
             sketched = _with_prefix(tensors, _SKETCHED)
@@ -389,7 +332,7 @@ class InstanceRoutes:
                 Provenance.from_json(body.get("provenance")),
                 methods=_read_methods(body.get("methods")),
                 kept_scores=scores or None,
-                sketched=SketchNotes.from_tensors(sketched, expect_mapping(body, "fingerprint")),
+                sketched=SketchErrors.from_tensors(sketched, expect_mapping(body, "fingerprint")),
                 **notes,
             )
             if model is not None:
@@ -402,10 +345,12 @@ def mean_of_most_frequent(frequency: Mapping[str, Tensor], share: float) -> dict
     return {layer: float(values.topk(kept(share, values.numel())).values.mean()) for layer, values in frequency.items()}
 
 
-def aggregated(frequency: Mapping[str, Tensor], width: float, origin: Provenance) -> Route:
-    """The model route (Eqs. 7-8) from the frequencies of instance routes of that origin."""
-    masks = {layer: top_k(values, width) for layer, values in frequency.items()}
-    return Route.from_masks(masks, frequency, replace(origin, width=width, instance_width=origin.width))
+def joined_methods(parts: Sequence[Mapping[Edge, str]]) -> dict[Edge, str]:
+    """How each edge was computed in several sets of routes; methods that differ are joined with " + "."""
+    methods: dict[Edge, list[str]] = {}
+    for edge, method in (item for part in parts for item in part.items()):
+        methods.setdefault(edge, []).append(method)
+    return {edge: " + ".join(dict.fromkeys(names)) for edge, names in methods.items()}
 
 
 def _join(what: str, parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -418,18 +363,9 @@ def _join(what: str, parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(present)
 
 
-def _join_notes(parts: Sequence[SketchNotes | None]) -> SketchNotes | None:
-    present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    if len(present) != len(parts):
-        raise UserError("some parts are exact and others approximate (sketches): trace all parts in the same way")
-    return SketchNotes.concatenate(present)
-
-
 def _preview(targets: Sequence[str]) -> str:
-    more = len(targets) - _SHOWN_TARGETS
-    return ", ".join([*targets[:_SHOWN_TARGETS], *([f"{more} more"] if more > 0 else [])])
+    more = len(targets) - _PREVIEWED_TARGETS
+    return ", ".join([*targets[:_PREVIEWED_TARGETS], *([f"{more} more"] if more > 0 else [])])
 
 
 def _equal(left: Tensor | None, right: Tensor | None) -> bool:
@@ -446,135 +382,66 @@ def _read_methods(values: object) -> dict[Edge, str]:
     return {(source, target): method for source, target, method in values}
 
 
-class InstanceRoutesBuilder:
-    """Collects the masks of one batch after another and packs each at once, on the CPU.
-
-    Args:
-        layers: route layers' names in forward order.
-        channels: channel count of each layer.
-        width: share of each layer's channels that the masks mark.
-        keep_scores: keep the scores of every batch too.
-
-    Raises:
-        UserError: a layer has no channel count, a count is not positive, or the width is outside (0, 1].
-    """
-
-    def __init__(
-        self, layers: Sequence[str], channels: Mapping[str, int], width: float, keep_scores: bool = False
-    ) -> None:
-        check_width(width)
-        self._channels = channel_counts({layer: channels.get(layer) for layer in layers})
-        self._width = width
-        self._keep_scores = keep_scores
-        # One growing buffer a layer: small batches of small layers would cost more as tensors than as bits.
-        self._packed = {layer: bytearray() for layer in layers}
-        self._scores: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-        self._notes: dict[str, list[Tensor]] = {"labels": [], "predictions": []}
-        self._sketched: list[SketchNotes] = []
-        self._batches = 0
-        self._samples = 0
-
-    def __len__(self) -> int:
-        """Number of samples added so far."""
-        return self._samples
-
-    def add(
-        self,
-        masks: Mapping[str, Tensor],
-        labels: Tensor | None,
-        predictions: Tensor | None,
-        scores: Mapping[str, Tensor] | None = None,
-        sketched: SketchNotes | None = None,
-    ) -> None:
-        """Add a batch; a batch that is refused leaves what was collected as it was.
-
-        Args:
-            masks: for each layer the neurons on the samples' routes, bool (n, C), on any device.
-            labels: the samples' labels, integers (n,), or None; all batches have them or none has.
-            predictions: the network's predictions, likewise.
-            scores: for each layer what the masks were chosen by, float (n, C); kept only with ``keep_scores``.
-            sketched: what is known of the errors, where edges were sketched; all batches have it or none has.
-
-        Raises:
-            UserError: a layer is missing, a shape is wrong, or labels come with some batches only.
-        """
-        if self._keep_scores and scores is None:
-            raise UserError("keep_scores=True needs the scores of every batch")
-        samples = self._batch_size(masks)
-        notes = {"labels": labels, "predictions": predictions}
-        for name, values in notes.items():
-            self._check_note(name, values, samples)
-        kept_scores = scores if self._keep_scores and scores is not None else {}
-        for layer in self._channels if kept_scores else ():
-            _check_shape("scores", layer, kept_scores, (samples, self._channels[layer]))
-
-        if self._batches and (sketched is None) == bool(self._sketched):
-            raise UserError("notes on sketches must come with every batch or with none")
-
-        for layer in self._channels:
-            self._packed[layer] += bits.pack(masks[layer]).numpy().tobytes()
-        for layer in kept_scores:
-            self._scores[layer].append(kept_scores[layer].detach().to("cpu", copy=True))
-        for name, values in notes.items():
-            if values is not None:
-                self._notes[name].append(values.detach().to("cpu", torch.int64, copy=True))
-        if sketched is not None:
-            self._sketched.append(sketched)
-        self._batches += 1
-        self._samples += samples
-
-    def build(self, methods: Mapping[Edge, str], provenance: Provenance | None = None) -> InstanceRoutes:
-        """The routes of all samples added so far.
-
-        Args:
-            methods: for each edge (source, target), how its influence was computed.
-            provenance: where the samples come from; its sample count and width are set here.
-
-        Raises:
-            UserError: no sample was added, or an edge names an unknown layer.
-        """
-        if self._samples == 0:
-            raise UserError("there are no samples: the data are empty")
-        origin = provenance or Provenance(samples=self._samples, width=self._width)
-        notes = {name: torch.cat(batches) if batches else None for name, batches in self._notes.items()}
-        return InstanceRoutes(
-            {layer: self._masks(layer) for layer in self._packed},
-            self._channels,
-            replace(origin, samples=self._samples, width=self._width),
-            notes["labels"],
-            notes["predictions"],
-            methods,
-            {layer: torch.cat(batches) for layer, batches in self._scores.items()} if self._keep_scores else None,
-            SketchNotes.concatenate(self._sketched) if self._sketched else None,
-        )
-
-    def _masks(self, layer: str) -> Tensor:
-        # A clone, since the buffer could not grow any more while a tensor looks into it.
-        return torch.frombuffer(self._packed[layer], dtype=torch.uint8).view(self._samples, -1).clone()
-
-    def _batch_size(self, masks: Mapping[str, Tensor]) -> int:
-        for layer in masks:
-            if layer not in self._channels:
-                raise UserError(f"there are masks for layer {layer!r}, which is not a layer of the routes")
-        first = next(iter(self._channels))
-        samples = len(masks[first]) if first in masks else 0
-        for layer, count in self._channels.items():
-            _check_shape("masks", layer, masks, (samples, count))
-            if masks[layer].dtype != torch.bool:
-                raise UserError(f"the masks of layer {layer!r} must be bool, not {masks[layer].dtype}")
-        return samples
-
-    def _check_note(self, name: str, values: Tensor | None, samples: int) -> None:
-        if self._batches and (values is None) == bool(self._notes[name]):
-            raise UserError(f"{name} must come with every batch or with none")
-        if values is None:
-            return
-        if values.shape != (samples,) or values.is_floating_point() or values.is_complex():
-            raise UserError(f"{name} must be {samples} integers, not {values.dtype} {tuple(values.shape)}")
+def _on_cpu(name: str, answers: Tensor | None) -> Tensor | None:
+    if answers is None:
+        return None
+    if answers.is_floating_point() or answers.is_complex():
+        raise UserError(f"{name} must be integers, not {answers.dtype}")
+    return answers.detach().to("cpu", torch.int64, copy=True)
 
 
-def _check_shape(what: str, layer: str, values: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-    if layer not in values:
-        raise UserError(f"the batch has no {what} for layer {layer!r}")
-    if tuple(values[layer].shape) != shape:
-        raise UserError(f"the {what} of layer {layer!r} must have shape {shape}, not {tuple(values[layer].shape)}")
+def _check_masks(packed: Mapping[str, Tensor], channels: Mapping[str, int], samples: int) -> None:
+    """Require packed masks uint8 (samples, ceil(C / 8)) on the CPU for every layer, with no bit beyond the channels."""
+    if samples < 1:
+        raise UserError("instance routes need at least one sample: see whether the data are empty")
+    _check_layers("masks", packed, channels)
+    for layer, size in channels.items():
+        what = f"the packed masks of layer {layer!r}"
+        _check_tensor(what, packed[layer], (samples, packed_width(size)))
+        if packed[layer].dtype != torch.uint8 or packed[layer].device.type != "cpu":
+            raise UserError(f"{what} must be uint8 on the CPU, not {packed[layer].dtype} on {packed[layer].device}")
+        if has_stray_bits(packed[layer], size):
+            raise UserError(f"{what} have bits set beyond the last of its {size} channels")
+
+
+def _check_scores(scores: Mapping[str, Tensor], channels: Mapping[str, int], samples: int) -> None:
+    """Require floating-point scores (samples, C) for every layer."""
+    _check_layers("scores", scores, channels)
+    for layer, size in channels.items():
+        what = f"the scores of layer {layer!r}"
+        _check_tensor(what, scores[layer], (samples, size))
+        if not scores[layer].is_floating_point():
+            raise UserError(f"{what} must be floating point, not {scores[layer].dtype}")
+
+
+def _check_answers(name: str, values: Tensor | None, samples: int) -> None:
+    """Require one integer for each sample, int64 (samples,), or None."""
+    if values is None:
+        return
+    _check_tensor(name, values, (samples,))
+    if values.dtype != torch.int64:
+        raise UserError(f"{name} must be int64, not {values.dtype}")
+
+
+def _check_methods(methods: Mapping[Edge, str], channels: Mapping[str, int]) -> None:
+    """Require that every edge joins two of the layers and states its method in words."""
+    for edge, method in methods.items():
+        for layer in edge:
+            if layer not in channels:
+                raise UserError(f"edge {edge!r} names layer {layer!r}, which is not a layer of the routes")
+        if not isinstance(method, str):
+            raise UserError(f"edge {edge!r}: the method must be a string, not {method!r}")
+
+
+def _check_layers(what: str, values: Mapping[str, Tensor], channels: Mapping[str, int]) -> None:
+    for layer in channels:
+        if layer not in values:
+            raise UserError(f"there are no {what} for layer {layer!r}")
+    for layer in values:
+        if layer not in channels:
+            raise UserError(f"there are {what} for layer {layer!r}, but no channel count")
+
+
+def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{what} must have shape {shape}, not {tuple(tensor.shape)}")

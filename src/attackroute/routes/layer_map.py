@@ -69,16 +69,16 @@ def channel_counts(channels: Mapping[str, Any]) -> LayerMap[int]:
 
 def require_same(ours: Mapping[str, int], theirs: Mapping[str, int], other: str = "the other route") -> None:
     """Raise a `UserError` naming the first layer in which two routes' names, order or channel counts differ."""
-    for mine, yours in zip(ours, theirs, strict=False):
-        if mine != yours:
-            if mine not in theirs:
-                raise UserError(f"layer {mine!r} is not in {other}: both must have the same layers")
-            if yours not in ours:
-                raise UserError(f"layer {yours!r} is only in {other}: both must have the same layers")
-            raise UserError(f"layer {mine!r} stands where {other} has {yours!r}: the layers' order differs")
-        if ours[mine] != theirs[yours]:
+    for our_layer, their_layer in zip(ours, theirs, strict=False):
+        if our_layer != their_layer:
+            if our_layer not in theirs:
+                raise UserError(f"layer {our_layer!r} is not in {other}: both must have the same layers")
+            if their_layer not in ours:
+                raise UserError(f"layer {their_layer!r} is only in {other}: both must have the same layers")
+            raise UserError(f"layer {our_layer!r} stands where {other} has {their_layer!r}: the layers' order differs")
+        if ours[our_layer] != theirs[their_layer]:
             raise UserError(
-                f"layer {mine!r} has {ours[mine]} channels here but {theirs[yours]} in {other}: "
+                f"layer {our_layer!r} has {ours[our_layer]} channels here but {theirs[their_layer]} in {other}: "
                 "the two come from different networks"
             )
     if len(ours) != len(theirs):
@@ -119,11 +119,11 @@ def require_model(channels: Mapping[str, int], model: nn.Module) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     modules.setdefault("model", model)
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for layer, count in channels.items():
         module = modules.get(_CALL_INDEX.sub("", layer))
         if module is not None:
             stated = getattr(module, "out_channels", getattr(module, "out_features", None))
             is_leaf = not any(module.children())
-            found[layer] = stated if is_leaf and isinstance(stated, int) else count
-    require_fit(channels, found, "model")
+            counts[layer] = stated if is_leaf and isinstance(stated, int) else count
+    require_fit(channels, counts, "model")

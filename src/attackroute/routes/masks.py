@@ -1,12 +1,15 @@
-"""How many neurons a route keeps in a layer, and which ones: the top-k of Eqs. (4), (5) and (7)."""
+"""Masks of samples' critical neurons: the top-k of Eqs. (4), (5) and (7), packed bits, and the rows of some samples."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
+from attackroute.routes.layer_map import LayerMap
 
 # Bits unpacked at a time while counting, which bounds the memory by a few megabytes.
 _CHUNK_BITS = 1 << 22
@@ -28,7 +31,7 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
     return torch.from_numpy(_unpack(packed, channels).view(np.bool_))
 
 
-def count(packed: Tensor, channels: int) -> Tensor:
+def usage_counts(packed: Tensor, channels: int) -> Tensor:
     """How many rows have each channel set, int64 (C,), unpacking only a few rows at a time."""
     totals = np.zeros(channels, dtype=np.int64)
     step = max(1, _CHUNK_BITS // channels)
@@ -45,6 +48,20 @@ def has_stray_bits(packed: Tensor, channels: int) -> bool:
 
 def _unpack(packed: Tensor, channels: int) -> np.ndarray:
     return np.unpackbits(packed.numpy(), axis=1, count=channels, bitorder="little")
+
+
+class PackedMasks(LayerMap[Tensor]):
+    """Packed masks by layer; a layer is unpacked to a new bool tensor (N, C) whenever it is asked for."""
+
+    def __init__(self, packed: Mapping[str, Tensor], channels: Mapping[str, int]) -> None:
+        super().__init__(packed)
+        self._channels = channels
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return unpack(super().__getitem__(layer), self._channels[layer])
+
+    def __repr__(self) -> str:
+        return f"PackedMasks({', '.join(self)})"
 
 
 def check_width(width: float) -> None:
@@ -96,3 +113,34 @@ def top_k(scores: Tensor, width: float) -> Tensor:
     tied = chosen & ~above
     room = count - above.sum(dim=-1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=-1) <= room))
+
+
+def sample_rows(index: slice | Sequence[int] | Tensor, samples: int) -> Tensor:
+    """The samples that an index selects, as int64 positions on the CPU, negative ones from the end.
+
+    Raises:
+        UserError: the index selects no sample, is out of range, or is neither a slice, integers nor a mask (samples,).
+    """
+    if isinstance(index, slice):
+        rows = torch.tensor(range(samples)[index], dtype=torch.int64, device="cpu")
+    else:
+        rows = _positions(torch.as_tensor(index, device="cpu"), samples)
+    if rows.numel() == 0:
+        raise UserError(f"the index selects none of the {samples} samples")
+    return rows
+
+
+def _positions(index: Tensor, samples: int) -> Tensor:
+    if index.dtype == torch.bool:
+        if index.shape != (samples,):
+            raise UserError(f"a mask of samples must have shape ({samples},), not {tuple(index.shape)}")
+        return index.nonzero().flatten()
+    if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
+        raise UserError(
+            f"samples are selected by a slice, a list of integers or a mask, not by {index.dtype} {tuple(index.shape)}"
+        )
+    rows = index.to(torch.int64)
+    outside = rows[(rows < -samples) | (rows >= samples)]
+    if outside.numel():
+        raise UserError(f"sample {int(outside[0])} is out of range: there are {samples} samples")
+    return rows

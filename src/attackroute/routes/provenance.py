@@ -52,8 +52,8 @@ class Provenance:
                 raise UserError(f"provenance: {name} must be a string, not {value!r}")
 
     def __repr__(self) -> str:
-        known = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items() if value is not None)
-        return f"Provenance({known})"
+        given = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items() if value is not None)
+        return f"Provenance({given})"
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values, for a file."""

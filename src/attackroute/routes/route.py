@@ -16,9 +16,10 @@ from attackroute.core.files import ROUTE_KIND, expect_mapping, file_errors, read
 from attackroute.core.random import random_order
 from attackroute.core.table import layer_table, plural
 from attackroute.routes.layer_map import LayerMap, channel_counts, require_fit, require_model, require_same
+from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance
 
-_SHOWN_CHANNELS = 6
+_PREVIEWED_CHANNELS = 6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,6 +69,21 @@ class Route:
                 raise UserError(f"layer {layer!r}: a mask must be bool (C,), not {mask.dtype} {tuple(mask.shape)}")
         indices = {layer: mask.nonzero().flatten().tolist() for layer, mask in masks.items()}
         return cls(indices, {layer: mask.numel() for layer, mask in masks.items()}, frequency, provenance)
+
+    @classmethod
+    def from_frequency(cls, frequency: Mapping[str, Tensor], width: float, origin: Provenance) -> Route:
+        """The model route (Eqs. (7)-(8)): each layer's most frequent channels, ties to the lower index.
+
+        Args:
+            frequency: for each layer, the share of samples whose route uses each channel, (C,).
+            width: share of each layer's channels to keep, in (0, 1].
+            origin: where the instance routes come from.
+
+        Raises:
+            UserError: the width is outside (0, 1].
+        """
+        masks = {layer: top_k(values, width) for layer, values in frequency.items()}
+        return cls.from_masks(masks, frequency, replace(origin, width=width, instance_width=origin.width))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -151,11 +167,11 @@ class Route:
         """
         indices = {}
         for layer in self:
-            size, rest = len(self.indices[layer]), self._off_route(layer)
-            if len(rest) < size:
+            size, off_route = len(self.indices[layer]), self._off_route(layer)
+            if len(off_route) < size:
                 raise UserError(
-                    f"layer {layer!r} has {len(rest)} channels off the route and {size} on it, too few for a random "
-                    "control of the same size: use a narrower route, or leave the layer out with restrict()"
+                    f"layer {layer!r} has {len(off_route)} channels off the route and {size} on it, too few for a "
+                    "random control of the same size: use a narrower route, or leave the layer out with restrict()"
                 )
             indices[layer] = random_order(seed, layer, rest)[:size]
         return Route(indices, self.channels, self.frequency, self._derived(f"random (seed {seed}) off {{}}"))
@@ -166,10 +182,10 @@ class Route:
         Raises:
             UserError: a layer is not on the route, or none is given.
         """
-        wanted = [layers] if isinstance(layers, str) else list(layers)
-        for layer in wanted:
+        names = [layers] if isinstance(layers, str) else list(layers)
+        for layer in names:
             self.indices[layer]  # names the layers that there are if this one is unknown
-        kept = [layer for layer in self if layer in wanted]
+        kept = [layer for layer in self if layer in names]
         return Route(
             {layer: self.indices[layer] for layer in kept},
             {layer: self.channels[layer] for layer in kept},
@@ -327,8 +343,8 @@ def _read_frequency(body: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _preview(chosen: Sequence[int]) -> str:
-    shown = " ".join(map(str, chosen[:_SHOWN_CHANNELS]))
-    return f"{shown} ..." if len(chosen) > _SHOWN_CHANNELS else shown
+    listed = " ".join(map(str, chosen[:_PREVIEWED_CHANNELS]))
+    return f"{listed} ..." if len(chosen) > _PREVIEWED_CHANNELS else listed
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.routes import masks
 from attackroute.routes.layer_map import LayerMap
+from attackroute.routes.masks import packed_width, unpack
 
-_DRAWS, _OVERLAP, _UNDECIDED, _ERRORS = "draws", "overlap", "undecided", "errors"
+_FILE_KEYS = {"draws": "draws", "overlap": "overlap", "packed": "undecided", "errors": "errors"}
+"""What each field is called in files."""
 
 
 @dataclass(frozen=True, eq=False)
-class SketchNotes:
+class SketchErrors:
     """How far the routes of N samples can be trusted, for each layer with an edge that was sketched.
 
     What is said of a layer holds for the critical channels of later layers as they were found.
@@ -36,9 +37,9 @@ class SketchNotes:
     errors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        for name in (_DRAWS, _OVERLAP, "packed", _ERRORS):
+        for name in _FILE_KEYS:
             values = getattr(self, name)
-            if set(values) != set(self.draws) and (name != _ERRORS or values):
+            if set(values) != set(self.draws) and (name != "errors" or values):
                 raise UserError(f"sketches: {name} are given for other layers than draws")
             for layer, tensor in values.items():
                 _check(name, layer, tensor, len(self), self.channels)
@@ -54,60 +55,66 @@ class SketchNotes:
 
     def undecided(self, layer: str) -> Tensor:
         """Channels of a layer within two standard errors of the cut, bool (N, C)."""
-        return masks.unpack(self.packed[layer], self.channels[layer])
+        return unpack(self.packed[layer], self.channels[layer])
 
-    def select(self, rows: Tensor) -> SketchNotes:
+    def select(self, rows: Tensor) -> SketchErrors:
         """The notes of some samples."""
-        return SketchNotes(self.channels, *({layer: t[rows] for layer, t in part.items()} for part in self._parts()))
+        fields = {
+            name: {layer: tensor[rows] for layer, tensor in tensors.items()} for name, tensors in self._fields().items()
+        }
+        return SketchErrors(self.channels, **fields)
 
     @classmethod
-    def concatenate(cls, notes: Sequence[SketchNotes]) -> SketchNotes:
-        """The notes of several sets of samples, one after another.
+    def concatenate(cls, parts: Sequence[SketchErrors | None]) -> SketchErrors | None:
+        """The errors of several sets of samples, one after another; None where all of them are exact.
 
         Raises:
-            UserError: They are about different layers.
+            UserError: Some are exact and others not, or they are about different layers.
         """
-        first = notes[0]
-        if any(set(note.draws) != set(first.draws) or bool(note.errors) != bool(first.errors) for note in notes):
+        given = [part for part in parts if part is not None]
+        if not given:
+            return None
+        if len(given) != len(parts):
+            raise UserError("some parts are exact and others approximate (sketches): trace all parts in the same way")
+        first = given[0]
+        if any(set(errors.draws) != set(first.draws) or bool(errors.errors) != bool(first.errors) for errors in given):
             raise UserError("the parts were sketched in different layers: trace all parts in the same way")
-        parts = (
-            {layer: torch.cat([part[layer] for part in same]) for layer in same[0]}
-            for same in zip(*(note._parts() for note in notes), strict=True)
-        )
-        return cls(first.channels, *parts)
+        fields = {
+            name: {layer: torch.cat([errors._fields()[name][layer] for errors in given]) for layer in tensors}
+            for name, tensors in first._fields().items()
+        }
+        return cls(first.channels, **fields)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The notes as named tensors, for a file."""
         return {
-            f"{prefix}{name}/{layer}": tensor
-            for name, part in zip(_NAMES, self._parts(), strict=True)
-            for layer, tensor in part.items()
+            f"{prefix}{_FILE_KEYS[name]}/{layer}": tensor
+            for name, tensors in self._fields().items()
+            for layer, tensor in tensors.items()
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], channels: Mapping[str, int]) -> SketchNotes | None:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], channels: Mapping[str, int]) -> SketchErrors | None:
         """Undo `tensors`, the prefix removed; None where there are none."""
         if not tensors:
             return None
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in _NAMES}
-        for key, tensor in tensors.items():
-            name, _, layer = key.partition("/")
-            if name not in found or layer not in channels:
-                raise UserError(f"sketches: {key!r} is no part of them")
-            found[name][layer] = tensor
-        return cls(channels, *(found[name] for name in _NAMES))
+        fields: dict[str, dict[str, Tensor]] = {name: {} for name in _FILE_KEYS}
+        names = {key: name for name, key in _FILE_KEYS.items()}
+        for path, tensor in tensors.items():
+            key, _, layer = path.partition("/")
+            if key not in names or layer not in channels:
+                raise UserError(f"sketches: {path!r} is no part of them")
+            fields[names[key]][layer] = tensor
+        return cls(channels, **fields)
 
-    def _parts(self) -> tuple[Mapping[str, Tensor], ...]:
-        return self.draws, self.overlap, self.packed, self.errors
-
-
-_NAMES = (_DRAWS, _OVERLAP, _UNDECIDED, _ERRORS)
+    def _fields(self) -> dict[str, Mapping[str, Tensor]]:
+        return {name: getattr(self, name) for name in _FILE_KEYS}
 
 
 def _check(name: str, layer: str, tensor: Tensor, samples: int, channels: Mapping[str, int]) -> None:
     if layer not in channels:
         raise UserError(f"sketches: {name} are given for layer {layer!r}, which is not a layer of the routes")
     count = channels[layer]
-    shape = {"packed": (samples, -(-count // 8)), _ERRORS: (samples, count)}.get(name, (samples,))
+    shape = {"packed": (samples, packed_width(count)), "errors": (samples, count)}.get(name, (samples,))
     if tuple(tensor.shape) != shape:
         raise UserError(f"sketches: {name} of layer {layer!r} must have shape {shape}, not {tuple(tensor.shape)}")

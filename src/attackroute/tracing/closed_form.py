@@ -97,8 +97,8 @@ def chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
     total = chosen.new_zeros(samples, weight[0].numel())
     step = max(1, _BLOCK // weight[0].numel()) if weight.device.type == "cpu" else weight.shape[0]
     for start in range(0, weight.shape[0], step):
-        part = ordered[start : start + step].abs().to(chosen.dtype).flatten(1)
-        total.addmm_(chosen[:, start : start + step], part)
+        block = ordered[start : start + step].abs().to(chosen.dtype).flatten(1)
+        total.addmm_(chosen[:, start : start + step], block)
     return total.view(samples, -1, kh, kw) if dense else total.view(samples, kh, kw, -1).permute(0, 3, 1, 2)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +38,7 @@ def token_carriers(
         For each such edge (source, target), for each neuron of the source the input feature of the target that
         carries it, or -1 where none does: int64 ``(C_source,)`` on the CPU.
     """
-    wanted = {source for sources in edges.values() for source in sources}
+    sources_cut = {source for sources in edges.values() for source in sources}
     leaves: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     inputs: dict[str, Tensor] = {}
@@ -47,7 +48,7 @@ def token_carriers(
         if call.name in edges and call.kind == "linear" and call.input.ndim > 2:
             inputs[call.name] = call.input.clone()  # a copy, since what reads it too may work in place
         output = call.run()
-        if call.name not in wanted:
+        if call.name not in sources_cut:
             return output.detach()
         values = torch.randn(output.shape, generator=draws) * _SPREAD
         leaves[call.name] = values.to(output.device, output.dtype).requires_grad_()
@@ -56,32 +57,32 @@ def token_carriers(
 
     with torch.enable_grad(), LayerCalls(model, visit, linear=True):
         model(images.clone())
-    found: dict[tuple[str, str], Tensor] = {}
+    features: dict[tuple[str, str], Tensor] = {}
     for target, values in inputs.items():
         sources = {source: leaves[source] for source in edges[target] if source in leaves}
         for source, carried in _carried(values, sources, kinds).items():
-            found[source, target] = carried
-    return found
+            features[source, target] = carried
+    return features
 
 
 def _carried(values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
     """For each source that is not mixed, the features of ``values``, ``(..., F)``, that carry its neurons."""
     features = torch.arange(values.shape[-1], device=values.device)
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
-    left = dict(leaves) if values.requires_grad else {}
-    numbers = {source: torch.tensor(0) for source in left}
-    touched = {source: torch.tensor(False) for source in left}
+    unmixed = dict(leaves) if values.requires_grad else {}
+    numbers = {source: torch.tensor(0) for source in unmixed}
+    touched = {source: torch.tensor(False) for source in unmixed}
     for digit in range(max(1, (len(features) - 1).bit_length())):
-        if not left:
+        if not unmixed:
             break
         bits = (features >> digit) & 1
-        zeros, ones = (_reached(values, left, kinds, weights * (bits == bit)) for bit in (0, 1))
+        zeros, ones = (_reached(values, unmixed, kinds, weights * (bits == bit)) for bit in (0, 1))
         for source in zeros:
             if (zeros[source] & ones[source]).any():
-                del left[source]
+                del unmixed[source]
             numbers[source] = numbers[source] + (ones[source].long() << digit)
             touched[source] = touched[source] | zeros[source] | ones[source]
-    return {source: numbers[source].where(touched[source], -1) for source in left}
+    return {source: numbers[source].where(touched[source], -1) for source in unmixed}
 
 
 def _reached(
@@ -97,7 +98,7 @@ def _reached(
     }
 
 
-_NAMED = 4  # layers at most in a message
+_LISTED_LAYERS = 4  # layers at most in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +126,7 @@ class Connections:
         Raises:
             UserError: The model cannot run on the images, cannot be followed, or has no route layer.
         """
-        with frozen(model), torch.inference_mode(False), aside(), _disable_current_modes():
+        with _unseen(model):
             probe = two_of(images).detach()
             structure, _ = Structure.probe(model, probe, linear=linear)
             layers = structure.applied(record(model, probe, linear=linear, sums=False).layers)
@@ -145,15 +146,7 @@ class Connections:
             kinds[call.name] = call.kind
             return call.run()
 
-        with (
-            frozen(model),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            aside(),
-            _disable_current_modes(),
-            LayerCalls(model, note, linear=True),
-            explained(images),
-        ):
+        with _unseen(model), torch.no_grad(), LayerCalls(model, note, linear=True), explained(images):
             model(two_of(images).detach())
         return cls.find(model, images, linear=any(kinds.get(layer) == "linear" for layer in route))
 
@@ -183,11 +176,13 @@ class Connections:
         mixed = self._mixed(route, layer)
         if mixed is not None:
             joined = self.joined(route)
-            rest = f"take layers={joined}" if joined and len(joined) <= _NAMED else "see Connections.joined(route)"
+            advice = (
+                f"take layers={joined}" if joined and len(joined) <= _LISTED_LAYERS else "see Connections.joined(route)"
+            )
             raise UserError(
                 f"no kernel slice of layer {target!r} belongs to a channel of layer {mixed!r}: what stands between "
                 f"them mixes channels or positions; leave {target!r} out (layers=...)"
-                + (f", or {rest}, where this is not so" if joined else "")
+                + (f", or {advice}, where this is not so" if joined else "")
             )
         rows = route.mask(target)
         inputs, positions = layer.weight.shape[1], 1 if layer.kind == "conv2d" else layer.weight.shape[2]
@@ -220,5 +215,12 @@ class Connections:
         if not route.indices[layer.name]:
             return None
         names = [self.layers[source].name for source in sorted(layer.jacobian)]
-        wanted = (name for name in names if name in route and route.indices[name])
-        return next((name for name in wanted if (name, layer.name) not in self.tokens), None)
+        route_sources = (name for name in names if name in route and route.indices[name])
+        return next((name for name in route_sources if (name, layer.name) not in self.tokens), None)
+
+
+@contextmanager
+def _unseen(model: nn.Module) -> Iterator[None]:
+    """Context of passes that neither interventions nor other modes see; the model comes back as it was."""
+    with frozen(model), torch.inference_mode(False), aside(), _disable_current_modes():
+        yield

@@ -60,15 +60,15 @@ class Windows:
         winners = winners.to(torch.int32)
         shared = {}
         for dy, dx in offsets:
-            same = torch.zeros_like(winners, dtype=torch.bool)
+            same_winner = torch.zeros_like(winners, dtype=torch.bool)
             if winners.shape[-2] > dy and winners.shape[-1] > abs(dx):
                 earlier, later = shifted(winners, dy, dx)
-                torch.eq(earlier, later, out=shifted(same, dy, dx)[0])
+                torch.eq(earlier, later, out=shifted(same_winner, dy, dx)[0])
                 if dy:
-                    same[..., -1, :] = False
+                    same_winner[..., -1, :] = False
                 if dx:
-                    same[..., -1 if dx > 0 else 0] = False  # there, memory goes on to another row
-            shared[dy, dx] = same
+                    same_winner[..., -1 if dx > 0 else 0] = False  # there, memory goes on to another row
+            shared[dy, dx] = same_winner
         return cls(reach, shared)
 
     def channels(self, cut: slice) -> Windows:
@@ -225,21 +225,21 @@ def scaled(flow: Flow, scale: Tensor) -> Flow:
     """``flow`` times a factor per channel, ``scale`` of shape ``(C,)``; masks must be settled."""
     terms = []
     for term in flow.terms:
-        part = scale if term.length == len(scale) else scale[term.dst : term.dst + term.length]
-        terms.append(replace(term, scale=part if term.scale is None else term.scale * part))
+        factor = scale if term.length == len(scale) else scale[term.dst : term.dst + term.length]
+        terms.append(replace(term, scale=factor if term.scale is None else term.scale * factor))
     return replace(flow, terms=tuple(terms))
 
 
 def times(flow: Flow, factor: Tensor) -> Flow:
     """``flow`` times a factor per position, broadcastable to ``(n, C, *spatial)``; masks must be settled."""
-    known: dict[tuple[int, int, int], Tensor] = {}  # terms of a residual stream share their masks: multiply once
+    products: dict[tuple[int, int, int], Tensor] = {}  # terms of a residual stream share their masks: multiply once
     terms = []
     for term in flow.terms:
         key = (id(term.mask), term.dst, term.length)
-        if key not in known:
-            part = cut_channels(factor, slice(term.dst, term.dst + term.length))
-            known[key] = part if term.mask is None else product(term.mask, part)  # type: ignore[arg-type]
-        terms.append(replace(term, mask=known[key]))
+        if key not in products:
+            channel_factor = cut_channels(factor, slice(term.dst, term.dst + term.length))
+            products[key] = channel_factor if term.mask is None else product(term.mask, channel_factor)  # type: ignore[arg-type]
+        terms.append(replace(term, mask=products[key]))
     return replace(flow, terms=tuple(terms))
 
 
@@ -273,7 +273,7 @@ def added(first: Flow, second: Flow) -> Flow:
     terms = list(first.terms)
     lost = set(first.opaque | second.opaque)
     for new in second.terms:
-        for index, old in enumerate(terms):
+        for index, old in enumerate(terms):  # a residual stream brings the same source by several paths
             if old.source != new.source or not _overlap(old.src, old.length, new.src, new.length):
                 continue
             if old.dst - old.src != new.dst - new.src:
@@ -290,14 +290,14 @@ def added(first: Flow, second: Flow) -> Flow:
 
 
 def _joined(old: Term, new: Term, dims: int) -> Term | None:
-    same = (old.src, old.length, old.path) == (new.src, new.length, new.path)
-    if not same or old.path.summed:
+    comparable = (old.src, old.length, old.path) == (new.src, new.length, new.path)
+    if not comparable or old.path.summed:
         return None
     if old.mask is new.mask:
-        known = old.scale if old.scale is not None else new.scale
-        if known is None:
+        given_scale = old.scale if old.scale is not None else new.scale
+        if given_scale is None:
             return None
-        return replace(old, scale=known + (1.0 if old.scale is None or new.scale is None else new.scale))
+        return replace(old, scale=given_scale + (1.0 if old.scale is None or new.scale is None else new.scale))
     total = _coefficient(old, dims) + _coefficient(new, dims)
     return replace(old, scale=None, mask=total) if isinstance(total, Tensor) else None
 
@@ -317,10 +317,10 @@ def _overlap(first: int, first_length: int, second: int, second_length: int) -> 
 
 def by_source(flow: Flow) -> dict[int, list[Term]]:
     """The terms of each source."""
-    found: dict[int, list[Term]] = {}
+    terms: dict[int, list[Term]] = {}
     for term in flow.terms:
-        found.setdefault(term.source, []).append(term)
-    return found
+        terms.setdefault(term.source, []).append(term)
+    return terms
 
 
 def disentangled(terms: Iterable[Term]) -> bool:

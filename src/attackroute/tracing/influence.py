@@ -1,4 +1,4 @@
-"""Influence between the channels of adjacent layers, averaged over samples (Eqs. (1)-(2))."""
+"""Influence between the channels of adjacent layers (Eqs. (1)-(2)), of each image or averaged over samples."""
 
 from __future__ import annotations
 
@@ -15,11 +15,47 @@ from attackroute.core.model_state import frozen
 from attackroute.tracing.closed_form import influence_matrix
 from attackroute.tracing.recorder import Piece, RecordedLayer, record
 from attackroute.tracing.segments import Segments
-from attackroute.tracing.structure import Structure
+from attackroute.tracing.structure import AUTOGRAD, Structure
 
 Edge = tuple[str, str]
 
 _PRODUCTS = 4096  # vector-Jacobian products that one layer may cost per batch, when its edges have no closed form
+
+
+def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:
+    """Influence of every channel of one route layer on every channel of an adjacent one (Eqs. (1)-(2)).
+
+    Args:
+        model: The network.
+        x: ``(N, C, H, W)`` batch of images.
+        source: Name of the earlier layer.
+        target: Name of a layer that follows it directly.
+        linear: Whether linear maps are route layers too.
+
+    Returns:
+        ``(N, C_target, C_source)``: the sum over both channels' positions of ``|dZ_target / dZ_source|``.
+
+    Raises:
+        UserError: A name is unknown, or the layers are not adjacent.
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"x is {type(x).__name__}: pass the images as one tensor (N, C, H, W)")
+    with frozen(model):
+        for images, _ in batches(model, x, x.shape[0] or 1):
+            structure, _ = Structure.probe(model, images, linear=linear)
+            names, methods = structure.names, structure.methods
+            for name in (source, target):
+                if name not in names:
+                    raise UserError(f"no route layer {name!r} ran: the layers are {', '.join(names)}")
+            if (source, target) not in methods:
+                after = ", ".join(later for earlier, later in methods if earlier == source) or "no route layer"
+                raise UserError(f"{source!r} and {target!r} are not adjacent; directly after {source!r}: {after}")
+            if methods[source, target] == AUTOGRAD:
+                return Segments(model, images, {target: [source]}, linear=linear).influence(target)[source]
+            layers = structure.applied(record(model, images, linear=linear).layers)
+            index = names.index(source)
+            return influence_matrix(layers[names.index(target)], index, structure.counts[index], images.shape[0])
+    raise UserError("the batch holds no image")
 
 
 @dataclass(frozen=True)
@@ -88,7 +124,7 @@ def mean_influence(
                 f"the influence of {source!r} on {target!r} is not finite: look for inf or NaN in images and weights"
             )
     unmeasured = tuple(edge for edge in structure.methods if edge not in matrices)
-    return MeanInfluence(done, structure.channels, structure.methods, matrices, unmeasured)
+    return MeanInfluence(done, structure.channels, methods=structure.methods, matrices=matrices, unmeasured=unmeasured)
 
 
 def _matrices(

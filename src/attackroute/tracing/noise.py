@@ -26,13 +26,6 @@ from attackroute.tracing.rules.copies import constant, identity
 from attackroute.tracing.rules.operation import RULES, Operation, overloads, tensors_in, without_rule
 from attackroute.tracing.windows import Axis, PatternSums, mask_sums
 
-UNIT, NOISE = "unit", "noise"
-
-
-CARRIERS = (UNIT, NOISE)
-"""What is pushed through the segments between layers: ones, which is the paper's influence, or an attack's noise."""
-
-
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
 
 
@@ -46,22 +39,6 @@ _SIZED = frozenset(overloads("view", "_unsafe_view", "reshape"))  # whose argume
 
 
 _RESTRIDED = frozenset(overloads("as_strided_"))
-
-
-def check_carrier(carrier: object, attack: object, sketches: object, *, freeze_gates: bool = False) -> None:
-    """Raise a `UserError` unless there is such a carrier, and it can be followed in this way."""
-    if carrier not in CARRIERS:
-        raise UserError(f"carrier {carrier!r} is unknown; choose from {', '.join(CARRIERS)}")
-    if carrier == UNIT:
-        return
-    if attack is None:
-        raise UserError(
-            "carrier 'noise' follows what an attack changes: pass attack=..., such as ar.parse_attack('pgd') "
-            "(--attack pgd)"
-        )
-    if sketches is not None or freeze_gates:
-        which = "sketches estimate" if sketches is not None else "frozen gates concern"
-        raise UserError(f"{which} derivatives, and carrier 'noise' takes none between layers: leave one of the two out")
 
 
 class NoiseTracker(Tracker):
@@ -96,9 +73,9 @@ class NoiseTracker(Tracker):
                 self.record(tensor, opaque(sources))
         if variants is not None:
             # not self.flow: the version of what is changed in place moves on only after the operation is done
-            flows = [EMPTY if (known := self._flows.get(tensor)) is None else known.flow for tensor in results]
-            wanted = sorted({term.source for flow in flows for term in flow.terms})
-            repeated = {source: variants.repeated(source, results) for source in wanted}
+            flows = [EMPTY if (record := self._flows.get(tensor)) is None else record.flow for tensor in results]
+            merging = sorted({term.source for flow in flows for term in flow.terms})
+            repeated = {source: variants.repeated(source, results) for source in merging}
             for index, (tensor, flow) in enumerate(zip(results, flows, strict=True)):
                 if flow.terms:
                     self._cleaned[tensor] = {term.source: repeated[term.source][index] for term in flow.terms}
@@ -136,7 +113,7 @@ class NoiseTracker(Tracker):
                 continue
             for term in terms:
                 sums: Tensor | list[PatternSums] = delivered.sums(term) if self._gather else []
-                pieces.append(Piece(source, term.src, term.dst, term.length, sums, None))
+                pieces.append(Piece(source, term.src, dst=term.dst, length=term.length, sums=sums, scale=None))
         return pieces, frozenset(lost)
 
 
@@ -170,14 +147,14 @@ class _Variants:
         dims = next((tensor.ndim for tensor in read if flows[id(tensor)].terms), None)
         # samples are apart, so what has as many rows in as many dimensions has one for each image
         rows = {id(value): value for value in read if value.ndim == dims and value.shape[0] == 2 * pairs}
-        kept = {key: cleaned.get(value) if flows[key].terms else None for key, value in rows.items()}
-        if not any(kept.values()) and (len(rows) < 2 or operation.func in _CATS):
+        variants = {key: cleaned.get(value) if flows[key].terms else None for key, value in rows.items()}
+        if not any(variants.values()) and (len(rows) < 2 or operation.func in _CATS):
             return None
-        held = {
+        values_before = {
             key: (value.clone() if operation.func._schema.is_mutable and value is read[0] else value)
             for key, value in rows.items()
         }
-        return cls(operation, {key: (held[key], flows[key], kept[key]) for key in rows}, pairs)
+        return cls(operation, {key: (values_before[key], flows[key], variants[key]) for key in rows}, pairs)
 
     def repeated(self, source: int, results: list[Tensor]) -> list[Tensor]:
         """The operation's results on the attacked rows with a source cleaned."""
@@ -189,9 +166,9 @@ class _Variants:
             return [first.reshape(self._pairs, *results[0].shape[1:])]
         if self._mutable and first is not args[0]:
             first = first.clone()
-        rest = [self._replaced(value, source) for value in args[1:]]
+        arguments = [self._replaced(value, source) for value in args[1:]]
         named = {name: self._replaced(value, source) for name, value in kwargs.items()}
-        return tensors_in(func(first, *rest, **named))
+        return tensors_in(func(first, *arguments, **named))
 
     def _replaced(self, value: Any, source: int) -> Any:
         if isinstance(value, (list, tuple)):
@@ -262,7 +239,7 @@ def noise_sums(attacked: Tensor, clean: Tensor, axes: tuple[Axis, Axis] | None) 
     size = max(1, _BLOCK // max(1, attacked[0].numel())) if attacked.device.type == "cpu" else len(attacked)
     return torch.cat(
         [
-            mask_sums((one.to(dtype) - other).abs_(), *axes)
-            for one, other in zip(attacked.split(size), clean.split(size), strict=True)
+            mask_sums((attacked_block.to(dtype) - clean_block).abs_(), *axes)
+            for attacked_block, clean_block in zip(attacked.split(size), clean.split(size), strict=True)
         ]
     )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from attackroute.core.random import image_keys
 from attackroute.routes.masks import top_k
+from attackroute.tracing.config import AUTO, FIRST_SKETCHES
 from attackroute.tracing.segments import Segments
-from attackroute.tracing.sketches import AUTO, CLEAR_OVERLAP, FIRST_SKETCHES, MOST_SKETCHES, Cut, Estimate
+from attackroute.tracing.sketches import CLEAR_OVERLAP, MOST_SKETCHES, Cut, Estimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +32,17 @@ class Ranked:
     cut: Cut | None = None
 
 
-class Mixing(Protocol):
+class OpenEdges(Protocol):
     """The computation of a batch's edges without a closed form."""
 
-    def rank(self, name: str, known: Tensor) -> Ranked:
-        """Rank a layer all of whose targets have been followed; ``known`` ``(n, C)`` is the other edges' share."""
+    def rank(self, name: str, partial: Tensor) -> Ranked:
+        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
 
     def follow(self, target: str, critical: Tensor) -> None:
         """Take note of a target's critical neurons, bool ``(n, C)``, for all its sources."""
 
 
-class Products:
+class ExactProducts:
     """Exact vector-Jacobian products.
 
     Args:
@@ -54,18 +55,18 @@ class Products:
         self._width = width
         self._scores: dict[str, Tensor] = {}
 
-    def rank(self, name: str, known: Tensor) -> Ranked:
-        """See :class:`Mixing`."""
-        scores = known + self._scores.pop(name) if name in self._scores else known
+    def rank(self, name: str, partial: Tensor) -> Ranked:
+        """See :class:`OpenEdges`."""
+        scores = partial + self._scores.pop(name) if name in self._scores else partial
         return Ranked(scores, top_k(scores, self._width))
 
     def follow(self, target: str, critical: Tensor) -> None:
-        """See :class:`Mixing`."""
-        for source, part in self._segments.scores(target, critical).items():
-            self._scores[source] = part + self._scores[source] if source in self._scores else part
+        """See :class:`OpenEdges`."""
+        for source, score in self._segments.scores(target, critical).items():
+            self._scores[source] = score + self._scores[source] if source in self._scores else score
 
 
-class Sketcher:
+class SketchedProducts:
     """Ranks the layers of a batch from the last to the first, drawing as it goes.
 
     Args:
@@ -92,21 +93,22 @@ class Sketcher:
         for source, estimate in drawn.items():
             self._estimates.setdefault(source, {})[target] = estimate
 
-    def rank(self, name: str, known: Tensor) -> Ranked:
-        """Rank a layer all of whose targets have been followed; ``known`` ``(n, C)`` is the other edges' share."""
+    def rank(self, name: str, partial: Tensor) -> Ranked:
+        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
         targets = self._estimates.pop(name, None)
         if targets is None:
-            return Ranked(known, top_k(known, self._width))
-        exact = Estimate(known, known.new_zeros(0, *known.shape))
+            return Ranked(partial, top_k(partial, self._width))
+        exact = Estimate(partial, partial.new_zeros(0, *partial.shape))
         estimate = Estimate.sum([exact, *targets.values()])
         done = self._first
-        draws = torch.full((len(known),), done, dtype=torch.int32, device=known.device)
+        draws = torch.full((len(partial),), done, dtype=torch.int32, device=partial.device)
         while True:
             mask = top_k(estimate.scores, self._width)
             cut = Cut.of(estimate, mask, self._width)
             unclear = (cut.overlap < CLEAR_OVERLAP) & (draws == done)
             if done >= self._most or not unclear.any():
                 return Ranked(estimate.scores, mask, draws, cut)
+            # samples whose cut is unclear double their draws, so old and new weigh alike; others keep theirs
             more = [self._drawn(target, name, range(done, 2 * done)) for target in targets]
             estimate = Estimate.mean(estimate, Estimate.sum([exact, *more]), unclear / 2)
             done *= 2

@@ -1,7 +1,11 @@
-"""Eqs. (1)-(5) by brute force: slow, short, and there to check the fast engine against.
+"""Eqs. (1)-(5) by brute force, for influence and for noise: slow, short, and there to check the fast engine against.
 
 Every route layer's output is cut out of the autograd graph while the model runs, so that a gradient between two
 recorded outputs runs along direct paths only. Then each element of each output costs one vector-Jacobian product.
+
+For noise every neuron is cleaned by itself: the network runs on the attacked images once more with all route layers'
+outputs put in from a plain pass, that neuron's from the clean images. What then differs at a later layer's input is
+carried on by the layer itself, with the absolute values of its weight.
 """
 
 from __future__ import annotations
@@ -9,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,14 @@ from attackroute.core.errors import UserError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_ATTENTION = nn.functional.multi_head_attention_forward
+_OPEN_ATTENTION = FunctionType(  # the same function, which hands itself to a mode unless it is told that there is none
+    _ATTENTION.__code__,
+    {**vars(nn.functional), "has_torch_function": lambda _: False},
+    argdefs=_ATTENTION.__defaults__,
+)
+_OPEN_ATTENTION.__kwdefaults__ = _ATTENTION.__kwdefaults__
+
 
 @dataclass(frozen=True)
 class OracleTrace:
@@ -28,7 +40,8 @@ class OracleTrace:
     Attributes:
         layers: Route layers' names in execution order.
         edges: Adjacent pairs (source, target), ordered by target, then by source, in execution order.
-        influence: Eqs. (1)-(2) for each edge, (N, C_target, C_source).
+        influence: Eqs. (1)-(2) for each edge, (N, C_target, C_source); for noise what each neuron's adds to the next
+            layer's.
         scores: The metric that top-k ranked, Eqs. (3)-(5), for each layer, (N, C).
         masks: The critical neurons of each layer, bool (N, C).
     """
@@ -52,16 +65,19 @@ def trace(
     x: Tensor,
     y: Tensor | None = None,
     *,
+    clean: Tensor | None = None,
     width: float = 0.2,
     loss: Loss | None = None,
     linear: bool = False,
 ) -> OracleTrace:
-    """Critical attacking routes of single samples, Eqs. (1)-(5), from full Jacobians.
+    """Critical attacking routes of single samples, Eqs. (1)-(5).
 
     Args:
         model: Maps x to logits (N, K), each sample on its own. It runs in eval mode and is left as it was.
         x: Samples, (N, ...).
         y: Labels, int (N,); None takes the model's own predictions.
+        clean: The same samples before an attack, if the noise between the two is what routes follow; None for
+            influence.
         width: Share of each layer's neurons that is critical, in (0, 1].
         loss: Maps (logits, y) to losses per sample, (N,); None is cross entropy, scaled as `_cross_entropy_seed` says.
         linear: Whether linear layers are route layers too.
@@ -73,24 +89,39 @@ def trace(
         raise UserError(f"width is {width}: give a share of the channels above 0 and at most 1")
     calls, logits = _run(model, x, linear)
     objective, cotangent = _objective(logits, _labels(logits, y, x.shape[0]), loss)
-    influences = {
-        (source, target): matrix
-        for target in calls
-        for source, matrix in _influences(calls, _sources(calls, target), target).items()
-    }
+    edges = [(source, target) for target in calls for source in _sources(calls, target)]
+    before: dict[str, Tensor] = {}
+    if clean is None:
+        sources = {target: [source for source, end in edges if end == target] for target in calls}
+        influences = {
+            (source, target): matrix
+            for target in calls
+            for source, matrix in _influences(calls, sources[target], target).items()
+        }
+    else:
+        before = {name: call.leaf.detach() for name, call in _run(model, clean, linear)[0].items()}
+        influences = _noise_influences(model, x, calls, before, edges, linear)
     scores: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for name in reversed(calls):
-        successors = [target for source, target in influences if source == name]
+        successors = [target for source, target in edges if source == name]
         if successors:  # Eq. (5)
             critical = [influences[name, target].masked_fill(~masks[target].unsqueeze(2), 0) for target in successors]
             scores[name] = torch.stack([matrix.sum(dim=1) for matrix in critical]).sum(dim=0)
         else:  # Eqs. (3)-(4); nothing where the loss does not depend on Z
-            (gradient,) = _gradients(objective, [calls[name].leaf], cotangent)
-            scores[name] = _per_channel(torch.zeros_like(calls[name].leaf) if gradient is None else gradient.abs())
+            leaf = calls[name].leaf
+            (gradient,) = _gradients(objective, [leaf], cotangent)
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            size = gradient.abs() if clean is None else (leaf.detach() - before[name]) * gradient
+            scores[name] = _per_channel(size)
         masks[name] = _top(scores[name], width)
-    scores, masks = ({name: found[name] for name in calls} for found in (scores, masks))
-    return OracleTrace(tuple(calls), tuple(influences), influences, scores, masks)
+    return OracleTrace(
+        tuple(calls),
+        tuple(edges),
+        influences,
+        scores={name: scores[name] for name in calls},
+        masks={name: masks[name] for name in calls},
+    )
 
 
 def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:
@@ -125,13 +156,48 @@ def _influences(calls: Mapping[str, _Call], sources: Sequence[str], target: str)
     sums = [leaf.new_zeros(samples, channels, leaf.shape[1], dtype=torch.float64) for leaf in leaves]
     for z in range(elements if sources else 0):
         # Samples do not interact, so one product differentiates the element z of every sample.
-        one = output.new_zeros(samples, elements)
-        one[:, z] = 1
-        gradients = _gradients(output, leaves, one.view(output.shape))
+        cotangent = output.new_zeros(samples, elements)
+        cotangent[:, z] = 1
+        gradients = _gradients(output, leaves, cotangent.view(output.shape))
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 total[:, z // (elements // channels)] += _per_channel(gradient.abs())
     return {source: total.to(output.dtype) for source, total in zip(sources, sums, strict=True)}
+
+
+def _noise_influences(
+    model: nn.Module,
+    attacked: Tensor,
+    calls: Mapping[str, _Call],
+    before: Mapping[str, Tensor],
+    edges: Sequence[tuple[str, str]],
+    linear: bool,
+) -> dict[tuple[str, str], Tensor]:
+    """Eqs. (1)-(2) with an attack's noise in place of ones, by edge: (N, C_target, C_source).
+
+    Args:
+        model: The model.
+        attacked: The attacked samples.
+        calls: The route layers' calls on them.
+        before: The outputs of the same calls on the clean samples.
+        edges: Adjacent pairs.
+        linear: Whether linear layers are route layers too.
+    """
+    outputs = {name: call.leaf.detach() for name, call in calls.items()}
+    inputs = _Replay.of(model, attacked, outputs, {}, linear).inputs
+    influences: dict[tuple[str, str], Tensor] = {}
+    for source in dict.fromkeys(source for source, _ in edges):
+        targets = {target: inputs[target] for start, target in edges if start == source}
+        columns: dict[str, list[Tensor]] = {target: [] for target in targets}
+        for channel in range(outputs[source].shape[1]):
+            cleaned = outputs[source].clone()
+            cleaned[:, channel] = before[source][:, channel]
+            replay = _Replay.of(model, attacked, {**outputs, source: cleaned}, targets, linear)
+            for target in targets:
+                columns[target].append(_per_channel(replay.carried[target]))
+        for target in targets:
+            influences[source, target] = torch.stack(columns[target], dim=2)
+    return influences
 
 
 def _objective(logits: Tensor, y: Tensor, loss: Loss | None) -> tuple[Tensor, Tensor]:
@@ -178,8 +244,8 @@ def _gradients(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> S
 
 def _labels(logits: Any, y: Tensor | None, samples: int) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != samples or logits.shape[1] < 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"the model returned {found}: wrap it to return logits, ({samples}, 2 or more classes)")
+        returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the model returned {returned}: wrap it to return logits, ({samples}, 2 or more classes)")
     if y is None:
         return logits.detach().argmax(dim=1)
     if y.shape != (samples,) or y.is_floating_point() or not bool(((y >= 0) & (y < logits.shape[1])).all()):
@@ -210,11 +276,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.multi_head_attention_forward and args[0].dim() == 3:
-            # The function hands itself to a mode unless it is told that there is none.
+        if func is _ATTENTION and args[0].dim() == 3:
             self._attending = args[0].shape[1]
-            with mock.patch.object(nn.functional, "has_torch_function", lambda _: False), self:
-                result = func(*args, **kwargs)
+            with self:
+                result = _OPEN_ATTENTION(*args, **kwargs)
             self._attending = 0
             return result
         output = func(*args, **kwargs)
@@ -259,6 +324,70 @@ class _Recorder(TorchFunctionMode):
         leaf = output.detach().movedim(axis, 1).requires_grad_()
         self.calls[name] = _Call(output.movedim(axis, 1), leaf)
         return leaf.movedim(1, axis).clone()
+
+
+class _Replay(_Recorder):
+    """One forward pass with the route layers' outputs put in, and their inputs measured.
+
+    Attributes:
+        inputs: What each layer read.
+        carried: For the layers whose former inputs are given, what the change is worth to their neurons, (N, C, ...).
+    """
+
+    def __init__(
+        self,
+        running: Sequence[str],
+        samples: int,
+        linear: bool,
+        given: Mapping[str, Tensor],
+        former: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(running, samples, linear)
+        self.inputs: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = {}
+        self._given, self._former = given, former
+        self._last = ""
+        self._measuring = False
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, x: Tensor, given: Mapping[str, Tensor], former: Mapping[str, Tensor], linear: bool
+    ) -> _Replay:
+        """Run the model on x with the outputs that are given."""
+        running: list[str] = []
+        replay = cls(running, len(x), linear, given=given, former=former)
+        with torch.inference_mode(False), torch.no_grad(), _prepared(model, running), replay:
+            model(x.detach().clone())
+        return replay
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        self._last = ""
+        convolves = func in (torch.convolution, torch.conv2d)
+        read = None
+        if convolves or func is nn.functional.linear:
+            read = (args[0] if args else kwargs["input"]).clone()
+        output = super().__torch_function__(func, types, args, kwargs)
+        if read is None or not self._last:
+            return output
+        name = self._last
+        self.inputs[name] = read
+        if name in self._former:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            options = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
+            noise = (read - self._former[name]).abs()
+            carried = func(noise, weight.abs(), None, *args[3:], **options)
+            self._measuring = True
+            _ = self._cut(carried, 1) if convolves else self._cut_linear(carried)
+            self._measuring = False
+        return output
+
+    def _cut(self, output: Tensor, axis: int) -> Tensor:
+        if self._measuring:
+            self.carried[self._last] = output.movedim(axis, 1)
+            return output
+        self._last = self._name()
+        return self._given[self._last].movedim(1, axis).clone()
 
 
 @contextmanager

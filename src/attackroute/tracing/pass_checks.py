@@ -35,17 +35,17 @@ class GraphWalk:
     """Walks the graph of a forward pass back from each route layer's output to the outputs of earlier ones.
 
     Attributes:
-        found: Predecessors of every layer that has run, by name.
+        sources: Predecessors of every layer that has run, by name.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, GraphSources] = {}
+        self.sources: dict[str, GraphSources] = {}
         self._outputs: dict[Any, str] = {}
 
     def visit(self, name: str, output: Tensor) -> Tensor:
         """Note the predecessors of a layer that has just run; returns the output that is to flow on."""
         reached, passed = self._walk([output.grad_fn])
-        self.found[name] = GraphSources(reached, self._walk(passed)[0])
+        self.sources[name] = GraphSources(reached, self._walk(passed)[0])
         if output.grad_fn is None:  # behind a detach: what follows depends on the output all the same
             output = output.requires_grad_().clone()
         self._outputs[output.grad_fn] = name
@@ -99,9 +99,9 @@ def require_rows_apart(model: nn.Module, images: Tensor, layers: Container[str] 
     Raises:
         UserError: They do in some layer, or a layer has not one row per image.
     """
-    seen: list[dict[str, Tensor]] = []
-    for other in (images[-1:], 1 - images[-1:].flip(-1)):
-        batch = torch.cat([images[:1], other]).detach()
+    first_rows: list[dict[str, Tensor]] = []
+    for partner in (images[-1:], 1 - images[-1:].flip(-1)):
+        batch = torch.cat([images[:1], partner]).detach()
         firsts: dict[str, Tensor] = {}
 
         def visit(call: LayerCall, firsts: dict[str, Tensor] = firsts) -> Tensor:
@@ -113,9 +113,11 @@ def require_rows_apart(model: nn.Module, images: Tensor, layers: Container[str] 
 
         with torch.no_grad(), LayerCalls(model, visit, linear=True):
             model(batch)
-        seen.append(firsts)
-    for layer, first in seen[0].items():
-        if layer in seen[1] and bool((first - seen[1][layer]).abs().amax() > _ROUNDING * first.abs().amax()):
+        first_rows.append(firsts)
+    for layer, first in first_rows[0].items():
+        if layer in first_rows[1] and bool(
+            (first - first_rows[1][layer]).abs().amax() > _ROUNDING * first.abs().amax()
+        ):
             raise UserError(
                 f"the rows of one image in the output of layer {layer!r} depend on another image, so there are no "
                 "numbers per image: let the model keep the images in the first dimension (batch_first=True), or leave "

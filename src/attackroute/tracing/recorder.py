@@ -114,7 +114,7 @@ def record(
 ) -> Recording:
     """Run ``model`` on ``images`` and record its route layers.
 
-    The model must be frozen (:func:`attackroute.layers.frozen`).
+    The model must be frozen (:func:`attackroute.core.model_state.frozen`).
 
     Args:
         model: The model.
@@ -128,7 +128,7 @@ def record(
         follow: What follows the pass; None for a `Tracker`, which follows derivatives.
     """
     tracker = (follow or Tracker)(images.shape[0], gather=sums, expected=expected, separation=separation)
-    held: dict[str, Tensor] = {}
+    leaf_outputs: dict[str, Tensor] = {}
 
     def visit(call: LayerCall) -> Tensor:
         require_gradients(call.name)
@@ -139,14 +139,14 @@ def record(
             if graph is not None:
                 output = graph.visit(call.name, output)
         if call.name in leaves:
-            held[call.name] = output.detach().requires_grad_()
-            output = held[call.name].clone()  # a copy, since what follows may work in place
+            leaf_outputs[call.name] = output.detach().requires_grad_()
+            output = leaf_outputs[call.name].clone()  # a copy, since what follows may work in place
         return output
 
     with torch.inference_mode(False), torch.enable_grad(), LayerCalls(model, visit, linear=linear), tracker:
         output = model(images.clone())  # a copy, since a model may work on its input in place
     tracker.require_kept_kernels()
-    return Recording(tuple(tracker.layers), output, held)
+    return Recording(tuple(tracker.layers), output, leaf_outputs)
 
 
 def record_first(
@@ -179,7 +179,7 @@ def is_recording() -> bool:
 
 
 @dataclass
-class _Known:
+class _Followed:
     flow: Flow
     version: int
 
@@ -221,10 +221,10 @@ class Tracker(TorchDispatchMode):
         """What is known of a tensor; opaque where it, or what it shares memory with, was written to in between."""
         if not isinstance(tensor, Tensor):
             return EMPTY
-        known: _Known | None = self._flows.get(tensor)
-        if known is not None and known.version == tensor._version:
-            return known.flow
-        sources = frozenset[int]() if known is None else known.flow.sources
+        record: _Followed | None = self._flows.get(tensor)
+        if record is not None and record.version == tensor._version:
+            return record.flow
+        sources = frozenset[int]() if record is None else record.flow.sources
         if self._written and (written := self._written.get(tensor.untyped_storage()._cdata)) is not None:
             sources |= written.sources
         return opaque(sources) if sources else EMPTY
@@ -235,15 +235,15 @@ class Tracker(TorchDispatchMode):
         version = tensor._version + written
         if self._written or (written and flow.sources):
             storage = tensor.untyped_storage()
-            known = self._written.get(storage._cdata)
+            earlier = self._written.get(storage._cdata)
             if written and flow.sources:
                 # the weak reference keeps the address from being used again while this pass lasts
-                reference = StorageWeakRef(storage) if known is None else known.reference
-                sources = flow.sources if known is None else known.sources | flow.sources
+                reference = StorageWeakRef(storage) if earlier is None else earlier.reference
+                sources = flow.sources if earlier is None else earlier.sources | flow.sources
                 self._written[storage._cdata] = _Written(reference, sources, version)
-            elif known is not None and not written:
-                version = max(version, known.version)  # a view joins its base's counter only after this operation
-        self._flows[tensor] = _Known(flow, version)
+            elif earlier is not None and not written:
+                version = max(version, earlier.version)  # a view joins its base's counter only after this operation
+        self._flows[tensor] = _Followed(flow, version)
 
     # --- execution
 
@@ -261,6 +261,7 @@ class Tracker(TorchDispatchMode):
         return output
 
     def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # a convolution ends the segments before it, also one whose input is not followed any more
         if func is aten.convolution.default and args[0].ndim == _CONVOLUTION_DIMS and not args[6]:
             return self._convolution(func, args, kwargs)
         if len(self.layers) == self._expected or (self._call is not None and self._call.kind == "linear"):
@@ -346,8 +347,18 @@ class Tracker(TorchDispatchMode):
         pieces, lost = self._pieces(call, flow, images, axes, elsewhere)
         index = len(self.layers)
         channels = out.shape[-1] if call.kind == "linear" else out.shape[1]
-        layer = RecordedLayer(call.name, call.kind, channels, weight, groups, axes, tuple(pieces), lost)
+        layer = RecordedLayer(
+            call.name,
+            call.kind,
+            channels=channels,
+            weight=weight,
+            groups=groups,
+            axes=axes,
+            pieces=tuple(pieces),
+            jacobian=lost,
+        )
         self.layers.append(layer)
+        # what follows owes to this layer alone: earlier ones act through it, and are not adjacent to later ones
         if call.kind == "linear" and out.ndim > 2:
             self.record(out, opaque((index,)))
         else:
@@ -366,6 +377,7 @@ class Tracker(TorchDispatchMode):
         counter = _Counter(flow, images, axes, gather=self._gather)
         pieces: list[Piece] = []
         for source, terms in by_source(flow).items():
+            # two paths from one channel add with their signs before the absolute value, which window sums cannot tell
             if source in lost or not disentangled(terms) or not all(counter.closed(term) for term in terms):
                 lost.add(source)
             else:
@@ -394,7 +406,7 @@ class _Counter:
     values: Tensor
     axes: tuple[Axis, Axis] | None
     gather: bool
-    known: dict[object, Tensor] = field(default_factory=dict)
+    counted: dict[object, Tensor] = field(default_factory=dict)
 
     @property
     def pointwise(self) -> bool:
@@ -414,7 +426,7 @@ class _Counter:
     def piece(self, term: Term) -> Piece:
         """The term with its window sums."""
         sums: Tensor | list[PatternSums] = self._sums(term) if self.gather else []
-        return Piece(term.source, term.src, term.dst, term.length, sums, term.scale)
+        return Piece(term.source, term.src, dst=term.dst, length=term.length, sums=sums, scale=term.scale)
 
     def _sums(self, term: Term) -> Tensor | list[PatternSums]:
         if self.axes is None:
@@ -423,15 +435,15 @@ class _Counter:
             return pattern_sums(term.path.windows, self._alive(term), *self.axes)
         cut = slice(term.dst, term.dst + term.length)
         if isinstance(term.mask, Alive):
-            if term.mask not in self.known:
-                self.known[term.mask] = alive_sums(self.values, term.mask, *self.axes)
-            return self.known[term.mask][:, cut]
+            if term.mask not in self.counted:
+                self.counted[term.mask] = alive_sums(self.values, term.mask, *self.axes)
+            return self.counted[term.mask][:, cut]
         if term.mask is None:
             return mask_sums(self.values.new_ones((1, 1, *self.flow.spatial)), *self.axes)
         key = id(term.mask)
-        if key not in self.known:
-            self.known[key] = mask_sums(term.mask.expand(-1, -1, *self.flow.spatial), *self.axes)
-        return self.known[key]
+        if key not in self.counted:
+            self.counted[key] = mask_sums(term.mask.expand(-1, -1, *self.flow.spatial), *self.axes)
+        return self.counted[key]
 
     def _alive(self, term: Term) -> Tensor:
         values = self.values[:, term.dst : term.dst + term.length]

@@ -71,9 +71,9 @@ class Replays:
         chosen = critical.to(torch.promote_types(layer.weight.dtype, torch.float32))
         self._reached[target] = chosen_rows(chosen, layer.weight, layer.groups)
 
-    def rank(self, name: str, known: Tensor) -> Ranked:
-        """Rank a layer all of whose targets have been followed; ``known`` ``(n, C)`` is the other edges' share."""
-        scores = known + self._replayed(name) if name in self._targets else known
+    def rank(self, name: str, partial: Tensor) -> Ranked:
+        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
+        scores = partial + self._replayed(name) if name in self._targets else partial
         return Ranked(scores, top_k(scores, self._width))
 
     def _replayed(self, source: str) -> Tensor:
@@ -110,8 +110,8 @@ class Replays:
             if layer.axes is not None:
                 # padding="same" pads by one more behind than before, which is no part of what the call reads
                 rows, columns = (axis.size - size for axis, size in zip(layer.axes, values.shape[2:], strict=True))
-                one, other = (functional.pad(each, (0, columns, 0, rows)) for each in (attacked, values))
-                sums = noise_sums(one, other, layer.axes)
+                read, cleaned_read = (functional.pad(each, (0, columns, 0, rows)) for each in (attacked, values))
+                sums = noise_sums(read, cleaned_read, layer.axes)
             else:  # (n, ..., C_in): the weight acts on the last dimension, at every position
                 noise = (attacked.to(reached.dtype) - values).abs_()
                 sums = (noise.flatten(1, -2).sum(1) if noise.ndim > 2 else noise).view(-1, *reached.shape[1:])

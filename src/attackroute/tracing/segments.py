@@ -1,8 +1,8 @@
 """Influence by vector-Jacobian products, for edges that have no closed form.
 
 Each route layer's output becomes a leaf, so derivatives run along direct paths only. The exact way takes one product
-per output element and critical channel, for all samples at once; sketches (:mod:`attackroute.sketches`) take a few
-products of random combinations of them.
+per output element and critical channel, for all samples at once; sketches take a few products of
+random combinations of them; see :mod:`attackroute.tracing.sketches`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Segments:
         fused: bool = False,
     ) -> None:
         self._sources = {target: tuple(sources) for target, sources in edges.items()}
-        wanted = frozenset(source for sources in self._sources.values() for source in sources)
+        cut_layers = frozenset(source for sources in self._sources.values() for source in sources)
         self._leaves: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._kinds: dict[str, str] = {}
@@ -64,9 +64,9 @@ class Segments:
                 self._outputs[call.name] = output
                 if call.kind == "linear" and call.input.requires_grad and not call.weight.requires_grad:
                     self._inputs[call.name] = _Input(get_gradient_edge(call.input), call.input.dtype, call.weight)
-            if call.name not in wanted:
+            if call.name not in cut_layers:
                 return output.detach()
-            leaf = self._leaves[call.name] = output.detach().requires_grad_()
+            leaf = self._leaves[call.name] = output.detach().requires_grad_()  # no derivative goes on beyond it
             return leaf.clone()
 
         attention = nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
@@ -114,6 +114,7 @@ class Segments:
         widest = max(output.numel(), *(leaf.numel() for leaf in leaves.values()))
         pairs = ranked.shape[1] * self.positions(target)
         pairs = pairs if most is None else min(most, pairs)
+        # samples do not interact, so each product is taken for all of them; only the sum over products is kept
         for cotangents in self._cotangents(target, ranked, pairs, max(1, _ELEMENTS // widest)):
             gradients = _products(output, list(leaves.values()), cotangents)
             for source, gradient in zip(leaves, gradients, strict=True):
@@ -147,14 +148,14 @@ class Segments:
         sums: dict[str, ScaleSums] = {}
         alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
         most = (_DRAWN_ELEMENTS if output.device.type == "cpu" else _ELEMENTS) // widest
-        for part in groups(draws, most) if output.requires_grad else []:
-            cotangents = self._random(target, ranked, derived_keys(keys, target, part)).to(dtype)
+        for group in groups(draws, most) if output.requires_grad else []:
+            cotangents = self._random(target, ranked, derived_keys(keys, target, group)).to(dtype)
             gradients = {
                 name: gradient
                 for name, gradient in zip(names, _products(start, leaves, cotangents), strict=True)
                 if gradient is not None
             }
-            if not sums:
+            if not sums:  # the first draws tell which sources share a gradient, and so all that follows from it
                 first: dict[object, str] = {}
                 for name, gradient in gradients.items():
                     place = (gradient.data_ptr(), gradient.shape, gradient.stride(), self._kinds[name])
@@ -162,9 +163,9 @@ class Segments:
                 sums = {name: ScaleSums(len(draws), partial(self._per_channel, name)) for name in set(alike.values())}
             for name, total in sums.items():
                 total.add(gradients[name])
-        found = {name: total.estimate() for name, total in sums.items()}
+        estimates = {name: total.estimate() for name, total in sums.items()}
         return {
-            name: found[alike[name]] if name in alike else Estimate.zero(self._per_channel(name, leaf.detach()))
+            name: estimates[alike[name]] if name in alike else Estimate.zero(self._per_channel(name, leaf.detach()))
             for name, leaf in zip(names, leaves, strict=True)
         }
 
@@ -233,8 +234,8 @@ def _products(output: Tensor | GradientEdge, leaves: list[Tensor], cotangents: T
     """Vector-Jacobian products for a batch of cotangents, one gradient per leaf with a leading batch dimension."""
     try:
         if len(cotangents) == 1:
-            found = torch.autograd.grad(output, leaves, cotangents[0], retain_graph=True, allow_unused=True)
-            return [None if gradient is None else gradient[None] for gradient in found]
+            gradients = torch.autograd.grad(output, leaves, cotangents[0], retain_graph=True, allow_unused=True)
+            return [None if gradient is None else gradient[None] for gradient in gradients]
         return list(
             torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
         )
@@ -244,6 +245,8 @@ def _products(output: Tensor | GradientEdge, leaves: list[Tensor], cotangents: T
                 torch.autograd.grad(output, leaves, row, retain_graph=True, allow_unused=True) for row in cotangents
             ]
         return [
-            None if parts[0] is None else torch.stack([part for part in parts if part is not None])
-            for parts in zip(*rows, strict=True)
+            None
+            if leaf_gradients[0] is None
+            else torch.stack([gradient for gradient in leaf_gradients if gradient is not None])
+            for leaf_gradients in zip(*rows, strict=True)
         ]

@@ -20,15 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attackroute.core.errors import UserError
 from attackroute.routes.masks import kept
-
-AUTO = "auto"
-
-
-FIRST_SKETCHES = 32
-"""Draws that ``"auto"`` begins with."""
-
+from attackroute.tracing.config import SKETCH_GROUPS
 
 MOST_SKETCHES = 512
 """Draws at which ``"auto"`` gives up."""
@@ -38,25 +31,7 @@ CLEAR_OVERLAP = 0.95
 """Expected overlap at which ``"auto"`` takes a layer's cut to be clear."""
 
 
-_GROUPS = 8  # of draws, that the jackknife leaves out one at a time
-
-
 _UNDECIDED = 2.0  # standard errors
-
-
-Sketches = int | str | None
-
-
-def check_sketches(sketches: object) -> None:
-    """Raise a `UserError` unless ``sketches`` is None, ``"auto"`` or a number of draws that can be used."""
-    if sketches is None or sketches == AUTO:
-        return
-    number = isinstance(sketches, int) and not isinstance(sketches, bool)
-    if not number or sketches < 2 * _GROUPS or sketches % _GROUPS:  # type: ignore[operator]
-        raise UserError(
-            f"sketches={sketches!r}: give a multiple of {_GROUPS} from {2 * _GROUPS} on, such as {FIRST_SKETCHES}, "
-            f"or {AUTO!r}, or None for exact routes"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +56,9 @@ class Estimate:
     @classmethod
     def sum(cls, parts: Sequence[Estimate]) -> Estimate:
         """The sum of independent estimates."""
-        return cls(sum((part.scores for part in parts[1:]), parts[0].scores), torch.cat([e.deviations for e in parts]))
+        return cls(
+            sum((estimate.scores for estimate in parts[1:]), parts[0].scores), torch.cat([e.deviations for e in parts])
+        )
 
     @classmethod
     def mean(cls, first: Estimate, second: Estimate, share: Tensor) -> Estimate:
@@ -115,7 +92,7 @@ class ScaleSums:
     def add(self, gradients: Tensor) -> None:
         """Add the next draws, ``(k, n, ...)``, all of one group."""
         logs = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).abs().log_().sum(0)
-        if self._taken % (self._draws // _GROUPS) == 0:
+        if self._taken % (self._draws // SKETCH_GROUPS) == 0:
             self._groups.append(logs)
         else:
             self._groups[-1] += logs
@@ -125,20 +102,20 @@ class ScaleSums:
         """The scores from all draws. A gradient that is zero in every draw counts zero."""
         total = sum(self._groups[1:], self._groups[0].clone())
         scores = self._reduce(_geometric_mean(total, self._draws))
-        rest = self._draws - self._draws // _GROUPS
+        others = self._draws - self._draws // SKETCH_GROUPS
         without = torch.stack(
             [
-                self._reduce(_geometric_mean(total - group, rest).nan_to_num_(nan=0.0))  # -inf less -inf: zero in all
+                self._reduce(_geometric_mean(total - group, others).nan_to_num_(nan=0.0))  # -inf less -inf: zero in all
                 for group in self._groups
             ]
         )
-        deviations = (without - without.mean(0)).mul_(math.sqrt((_GROUPS - 1) / _GROUPS))
+        deviations = (without - without.mean(0)).mul_(math.sqrt((SKETCH_GROUPS - 1) / SKETCH_GROUPS))
         return Estimate(scores, deviations)
 
 
 def groups(draws: range, most: int) -> list[range]:
     """Consecutive parts of ``draws``, none larger than ``most`` or across two groups of the jackknife."""
-    size = len(draws) // _GROUPS
+    size = len(draws) // SKETCH_GROUPS
     step = min(size, max(1, most))
     return [
         range(start, min(start + step, first + size))

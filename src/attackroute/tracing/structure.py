@@ -54,7 +54,7 @@ class Structure:
         Raises:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
         """
-        # two samples, also of one: some networks squeeze a batch of one, and a gate there looks like a constant
+
         images = two_of(images).requires_grad_()
         graph, separation = GraphWalk(), Separation(images.shape[0])
         recording = record_first(model, images, linear=linear, graph=graph, separation=separation, follow=follow)
@@ -66,8 +66,8 @@ class Structure:
         names = tuple(layer.name for layer in layers)
         closed, jacobian = [], []
         for layer in layers:
-            reached = frozenset(names.index(name) for name in graph.found[layer.name].reached)
-            custom = frozenset(names.index(name) for name in graph.found[layer.name].custom)
+            reached = frozenset(names.index(name) for name in graph.sources[layer.name].reached)
+            custom = frozenset(names.index(name) for name in graph.sources[layer.name].custom)
             shut = layer.sources - layer.jacobian - custom
             if follow is not None and not reached <= layer.sources:  # noise comes in by a way that was not seen
                 shut = frozenset()
@@ -76,10 +76,10 @@ class Structure:
         return cls(
             names,
             tuple(layer.channels for layer in layers),
-            tuple(closed),
-            tuple(jacobian),
-            tuple(layer.sources for layer in layers),
-            elsewhere,
+            closed=tuple(closed),
+            jacobian=tuple(jacobian),
+            recorded=tuple(layer.sources for layer in layers),
+            elsewhere=elsewhere,
         ), recording.output
 
     @property
@@ -117,11 +117,11 @@ class Structure:
         Raises:
             UserError: The model ran other layers, or joined them in another way.
         """
-        same = tuple(layer.name for layer in layers) == self.names and all(
+        unchanged = tuple(layer.name for layer in layers) == self.names and all(
             closed <= layer.sources - layer.jacobian and layer.sources <= recorded
             for layer, closed, recorded in zip(layers, self.closed, self.recorded, strict=True)
         )
-        if not same:
+        if not unchanged:
             raise UserError(
                 "the model ran other layers on this batch than on the first one: its structure must not vary"
             )

@@ -156,7 +156,7 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
         span = rows.positions(offset)
         residue = span.start % rows.stride
         whole = range(residue, rows.size, rows.stride)
-        if 2 * len(span) <= len(whole):
+        if 2 * len(span) <= len(whole):  # else it is cheaper to take the border rows from the total, which others share
             return total(slice(span.start, max(span.start, span.stop), rows.stride))
         if residue not in totals:
             totals[residue] = total(slice(residue, None, rows.stride))
@@ -173,7 +173,7 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 def _float_totals(values: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
     """Column totals ``(n, C, W)`` of a map over a slice of its rows."""
-    return lambda part: values[:, :, part].sum(2, dtype=dtype)
+    return lambda rows: values[:, :, rows].sum(2, dtype=dtype)
 
 
 def _byte_totals(mask: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
@@ -189,9 +189,9 @@ def _byte_totals(mask: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         whole = functional.pad(mask, (0, -width % _WORD)) if width % _WORD else mask  # to pad by nothing is to copy
         words, dim = whole.contiguous().view(torch.int64), 2
 
-    def total(part: slice) -> Tensor:
-        taken = words[(slice(None),) * dim + (part,)]
-        counts = [some.sum(dim).view(torch.uint8).to(dtype) for some in taken.split(_BYTE, dim)]
+    def total(rows: slice) -> Tensor:
+        taken = words[(slice(None),) * dim + (rows,)]
+        counts = [chunk.sum(dim).view(torch.uint8).to(dtype) for chunk in taken.split(_BYTE, dim)]
         columns: Tensor = reduce(torch.add, counts)
         return columns.transpose(1, 2) if dim == 1 else columns[..., :width]
 
@@ -256,14 +256,16 @@ def pattern_sums(windows: Windows, alive: Tensor, rows: Axis, columns: Axis) -> 
     alive = alive.contiguous(memory_format=layout)
     first = alive.clone(memory_format=layout)
     shared = {}
-    for (dy, dx), same in windows.shared.items():
+    for (dy, dx), same_winner in windows.shared.items():
         if alive.shape[-2] <= dy or alive.shape[-1] <= abs(dx):
             continue  # no position has such a neighbour
-        both = shared[dy, dx] = same.contiguous(memory_format=layout) & alive
-        shifted(both, dy, dx)[0].logical_and_(shifted(alive, dy, dx)[1])
-        shifted(first, dy, dx)[1].logical_and_(~shifted(both, dy, dx)[0])
+        alive_pair = shared[dy, dx] = same_winner.contiguous(memory_format=layout) & alive
+        shifted(alive_pair, dy, dx)[0].logical_and_(shifted(alive, dy, dx)[1])
+        shifted(first, dy, dx)[1].logical_and_(~shifted(alive_pair, dy, dx)[0])
     sums = []
-    for members, group in _patterns(_words(first), ((0, 0),), [(at, _words(both)) for at, both in shared.items()]):
+    for members, group in _patterns(
+        _words(first), ((0, 0),), [(offset, _words(alive_pair)) for offset, alive_pair in shared.items()]
+    ):
         wide_rows = rows.widened(_span(dy for dy, _ in members))
         wide_columns = columns.widened(_span(dx for _, dx in members))
         mask = group.view(torch.bool).as_strided(alive.shape, alive.stride())
@@ -283,14 +285,14 @@ def _patterns(
     if not shared:
         yield members, group
         return
-    (offset, both), *rest = shared
+    (offset, shared_winner), *further = shared
     if any(abs(offset[0] - y) > 1 or abs(offset[1] - x) > 1 for y, x in members):
-        yield from _patterns(group, members, rest)  # too far from a window already won to share its winner
+        yield from _patterns(group, members, further)  # too far from a window already won to share its winner
         return
-    won = group & both
+    won = group & shared_winner
     group ^= won
-    yield from _patterns(won, (*members, offset), rest)
-    yield from _patterns(group, members, rest)
+    yield from _patterns(won, (*members, offset), further)
+    yield from _patterns(group, members, further)
 
 
 def _span(offsets: Iterator[int]) -> range:

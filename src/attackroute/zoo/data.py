@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -52,6 +51,7 @@ class ImageBatches:
         workers: Processes that read images; 0 reads in this one.
 
     Attributes:
+        batch_size: Images in a batch.
         sampler: Its length tells how many images there are.
 
     Raises:
@@ -68,6 +68,7 @@ class ImageBatches:
     ) -> None:
         if batch_size < 1 or workers < 0:
             raise UserError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
+        self.batch_size = batch_size
         self._dataset = images.dataset
         count = len(images)
         in_order = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -78,15 +79,15 @@ class ImageBatches:
         self._waited = 0.0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.turns(0, 1)
+        return self.numbered(range(len(self)))
 
     def __len__(self) -> int:
         """Number of batches."""
         return len(self._batches)
 
-    def turns(self, start: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every ``step``-th batch from batch ``start`` on, as processes read them in turns; the others are not read."""
-        chosen: list[Any] = list(islice(self._batches, start, None, step))
+    def numbered(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of these numbers, as processes read them in turns; the others are not read."""
+        chosen: list[Any] = [self._batches[number] for number in numbers]
         batches = iter(
             DataLoader(
                 self._dataset,

@@ -75,13 +75,13 @@ def rule(*overloads: Any) -> Callable[[Rule], Rule]:
 
 def overloads(*names: str) -> list[Any]:
     """The ATen overloads of these names that this version of PyTorch has."""
-    found = []
+    available = []
     for name in names:
         packet, _, overload = name.partition(".")
         operation = getattr(aten, packet, None)
         if operation is not None and (overload or "default") in operation.overloads():
-            found.append(getattr(operation, overload or "default"))
-    return found
+            available.append(getattr(operation, overload or "default"))
+    return available
 
 
 def without_rule(operation: Operation) -> Any:

@@ -1,4 +1,4 @@
-"""``trace --check``: the fast trace against the oracle, sample by sample."""
+"""A trace beside the oracle, sample by sample."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute.tracing import noise_oracle, oracle
-from attackroute.tracing.noise import NOISE, UNIT
-from attackroute.tracing.sketches import Sketches
+from attackroute.robustness.attack import Attack
+from attackroute.tracing import oracle
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -18,7 +18,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the trace is from the oracle.
+    """How far a trace is from the oracle.
 
     Attributes:
         samples: Samples compared.
@@ -40,18 +40,15 @@ class Comparison:
         return self.tolerance is None or self.deviation <= self.tolerance
 
 
-def compare(
+def verify(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    width: float,
+    width: float = 0.2,
     *,
-    clean: Tensor | None = None,
-    linear: bool,
-    autocast: torch.dtype | None,
-    sketches: Sketches = None,
-    seed: int = 0,
-    freeze_gates: bool = False,
+    attack: Attack | None = None,
+    config: TraceConfig = TraceConfig(),
+    autocast: torch.dtype | None = None,
 ) -> Comparison:
     """Trace samples twice, by the engine and by the oracle.
 
@@ -63,41 +60,32 @@ def compare(
         images: (N, C, H, W), on the model's device and in its dtype.
         labels: (N,).
         width: Share of each layer's channels that a route keeps.
-        clean: The images before the attack, where the noise between the two is what is followed.
-        linear: Whether linear layers are route layers.
+        attack: What is made of the images first.
+        config: How the engine traces; the oracle sketches and freezes nothing.
         autocast: Reduced precision for the engine.
-        sketches: For the engine, with ``seed``; the oracle is exact.
-        freeze_gates: For the engine; the oracle freezes nothing.
     """
-    ours = trace_routes(
+    traced = images if attack is None else attack(model, images, labels)
+    noise = config.follows_noise
+    routes = trace_routes(
         model,
-        (images if clean is None else clean, labels),
+        (images if noise else traced, labels),
         width,
         batch_size=len(images),
-        attack=None if clean is None else lambda *_: images,
-        carrier=UNIT if clean is None else NOISE,
-        linear=linear,
+        attack=(lambda *_: traced) if noise else None,
+        config=config,
         keep_scores=True,
         autocast=autocast,
-        sketches=sketches,
-        seed=seed,
-        freeze_gates=freeze_gates,
     )
-    if clean is None:
-        theirs = oracle.trace(model, images, labels, width=width, linear=linear)
-    else:
-        theirs = noise_oracle.trace(model, clean, images, labels, width=width, linear=linear)
+    expected = oracle.trace(model, traced, labels, clean=images if noise else None, width=width, linear=config.linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
-    deviation, where = 0.0, theirs.layers[-1]
-    for layer in reversed(theirs.layers):
-        expected = theirs.scores[layer].detach().cpu().double()
-        apart = (ours.scores[layer].double() - expected).abs().amax(1)
-        scale = expected.abs().amax(1)
-        relative = torch.where(apart == 0, 0.0, apart / scale)[comparable]
+    deviation, layer_of_it = 0.0, expected.layers[-1]
+    for layer in reversed(expected.layers):
+        scores = expected.scores[layer].detach().cpu().double()
+        difference = (routes.scores[layer].double() - scores).abs().amax(1)
+        relative = torch.where(difference == 0, 0.0, difference / scores.abs().amax(1))[comparable]
         if relative.numel() and (largest := relative.max().item()) > deviation:
-            deviation, where = largest, layer
-        comparable &= (ours.masks[layer] == theirs.masks[layer].cpu()).all(1)
-    tolerance = (
-        TOLERANCES.get(images.dtype) if autocast is None and ours.sketched is None and not freeze_gates else None
-    )
-    return Comparison(len(images), int(comparable.sum()), deviation, where, tolerance)
+            deviation, layer_of_it = largest, layer
+        comparable &= (routes.masks[layer] == expected.masks[layer].cpu()).all(1)
+    exact = autocast is None and routes.sketched is None and not config.freeze_gates
+    tolerance = TOLERANCES.get(images.dtype) if exact else None
+    return Comparison(len(images), int(comparable.sum()), deviation, layer=layer_of_it, tolerance=tolerance)
