@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from attackroute.routes.folder import RouteFolder
     from attackroute.routes.instance_routes import InstanceRoutes
     from attackroute.routes.route import Route
-    from attackroute.tracing.trace import influence, trace_routes
+    from attackroute.tracing.config import TraceConfig
+    from attackroute.tracing.influence import influence
+    from attackroute.tracing.trace import trace_routes
     from attackroute.zoo.networks import build_model
     from attackroute.zoo.sources import load_data
     from attackroute.zoo.weights import load_weights
@@ -88,7 +90,7 @@ _HOMES = {
     "evaluate": "robustness.evaluate",
     "harden": "hardening.harden",
     "hardness": "analysis",
-    "influence": "tracing.trace",
+    "influence": "tracing.influence",
     "load_data": "zoo.sources",
     "load_weights": "zoo.weights",
     "loss_gradient": "analysis.channel_statistics",

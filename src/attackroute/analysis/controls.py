@@ -21,7 +21,7 @@ from attackroute.routes.masks import kept, pack, top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
-from attackroute.tracing.trace import Progress, RouteTracer
+from attackroute.tracing.trace import Progress, Tracer
 
 ROUTE = "route"
 RANDOM = "random off-route"
@@ -261,7 +261,7 @@ class SampleRouter:
     """Routes of one batch after another, by several criteria; see :func:`sample_routes`. The model is held frozen."""
 
     model: nn.Module
-    tracer: RouteTracer
+    tracer: Tracer
     width: float
     baselines: Sequence[str]
     linear: bool
@@ -278,10 +278,7 @@ class SampleRouter:
         baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
     ) -> SampleRouter:
         """Learn the model's layers from some images."""
-        tracer = RouteTracer.probe(
-            model, images, width, attack=noise_of, carrier=config.carrier, linear=config.linear,
-            sketches=config.sketches, seed=config.seed, freeze_gates=config.freeze_gates,
-        )  # fmt: skip
+        tracer = Tracer.probe(model, images, width, attack=noise_of, config=config)
         return cls(model, tracer, width, baselines, config.linear)
 
     def routes(self, images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:

@@ -181,7 +181,7 @@ class BatchStream:
         if self._is_skimmed:
             items = islice(items, self._team.rank, None, self._team.count)
         if self._team.count > 1:
-            yield from in_turns(self._team, lambda: self._turn(items, work))
+            yield from self._team.in_turns(lambda: self._turn(items, work))
             return
         for item in items:
             self.number = item[0]

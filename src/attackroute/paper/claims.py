@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from attackroute.analysis.controls import OFF_ROUTE, ROUTE
+from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.intervention_table import UNTOUCHED
-from attackroute.analysis.rankings import RANDOM
 from attackroute.core.table import Table
 
 HOLDS, PART, FAILS = "holds", "holds in part", "does not hold"

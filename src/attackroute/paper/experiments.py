@@ -7,27 +7,24 @@ is 8/255, PGD and MI-FGSM take ten steps of eps / 10. It does not state the spre
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from attackroute.analysis.controls import ROUTE
-from attackroute.analysis.deactivation import deactivation_accuracy
-from attackroute.analysis.experiment import Experiment
+from attackroute.analysis.experiment import Experiment, ExperimentResult, all_experiments
+from attackroute.analysis.experiments.deactivate import deactivate_accuracy
+from attackroute.analysis.experiments.occurrence import measure_occurrence
 from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
-from attackroute.analysis.figures.accuracy import accuracy_figures
-from attackroute.analysis.figures.hardness import hardness_figure
-from attackroute.analysis.figures.occurrence import occurrence_figure
 from attackroute.analysis.hardness_experiment import study_hardness
+from attackroute.analysis.intervention_trials import CorrectSamples, correct_when_clean
 from attackroute.analysis.interventions import record_outputs, transplant
-from attackroute.analysis.occurrence import tabulate_occurrence
-from attackroute.analysis.study import EXPERIMENTS, Figures, Study
-from attackroute.analysis.tables import Result
-from attackroute.analysis.trials import Clean, right_when_clean
+from attackroute.analysis.study import Study
 from attackroute.core.batches import Data, batches, samples_in
 from attackroute.core.checks import checked_logits
 from attackroute.core.errors import UserError
@@ -54,31 +51,46 @@ SAMPLED_SHARES = (0.01, 0.03, 0.1, 0.3)
 _SWEPT = 5
 
 
-@dataclass(frozen=True)
-class Measured:
-    """An experiment's result.
+class Measured(ExperimentResult):
+    """An experiment's result, or one under another name with its figures under others.
 
-    Attributes:
+    Args:
         table: The measurements.
-        common: What they have in common, as plain values.
-        sentence: What was found.
+        about: What they have in common, as plain values.
+        reading: What was found.
+        figures: By file name.
     """
 
-    table: Table
-    common: Mapping[str, Any]
-    sentence: str
+    def __init__(
+        self, table: Table, about: Mapping[str, Any], reading: str, figures: Mapping[str, Figure] | None = None
+    ) -> None:
+        self.kind = str(about["experiment"])
+        self.table = table
+        self._about, self._reading, self._figures = about, reading, figures or {}
 
-    def records(self) -> list[dict[str, Any]]:
-        """The measurements, row by row."""
-        return list(self.table)
+    @classmethod
+    def renamed(cls, result: ExperimentResult, name: str, figure: str | None = None) -> Measured:
+        """A result with one of its figures, the first unless it is named, under the name of a file of the page."""
+        figures = result.figures()
+        picture = figures[figure] if figure is not None else next(iter(figures.values()))
+        about = {"experiment": result.kind, **result.about()}
+        return cls(result.table, about, result.reading(), {name: picture})
 
     def about(self) -> dict[str, Any]:
-        """What they have in common."""
-        return dict(self.common)
+        """What the measurements have in common."""
+        return dict(self._about)
 
     def reading(self) -> str:
         """One sentence that says what was found."""
-        return self.sentence
+        return self._reading
+
+    def summary(self) -> Table:
+        """Nothing: the page has tables of its own."""
+        return Table((), ())
+
+    def figures(self) -> Mapping[str, Figure]:
+        """Pictures by file name."""
+        return self._figures
 
 
 def paper_attacks() -> dict[str, Perturbation]:
@@ -94,36 +106,32 @@ def swept_layers(layers: Sequence[str]) -> list[str]:
     return [layers[round(place * last / (_SWEPT - 1))] for place in range(_SWEPT)]
 
 
-def occurrence(study: Study, _: Progress) -> tuple[Result, Figures]:
+def occurrence(study: Study, _: Progress) -> ExperimentResult:
     """Occurrence over all images, beside simple criteria and random routes."""
     routes = {"clean" if by == ROUTE else by: each for by, each in study.all_routes.items()}
-    result = tabulate_occurrence(routes, width=study.share, seeds=range(study.draws))
-    return result, {"occurrence": occurrence_figure(result)}
+    return measure_occurrence(routes, width=study.share, seeds=study.seeds)
 
 
-def sampling(study: Study, _: Progress) -> tuple[Result, Figures]:
+def sampling(study: Study, _: Progress) -> ExperimentResult:
     """The route of a tenth of the images beside that of all (section 5.1.3)."""
-    return sample_route(study.all_routes[ROUTE], width=study.share, seeds=range(study.draws)), {}
+    return sample_route(study.all_routes[ROUTE], width=study.share, seeds=study.seeds)
 
 
-def transplant_shares(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def transplant_shares(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3a: growing shares of single layers, under PGD."""
     name = next(iter(study.attacks))
-    result = transplant_accuracy(
-        study.network, study.measured, study.route, {name: study.attacks[name]}, study.rivals,
-        seeds=range(study.draws), layers=swept_layers(study.route.layers), share=study.share, together=(),
-        progress=progress,
-    )  # fmt: skip
-    return result, {"transplant-shares": accuracy_figures(result)["transplant-shares"]}
+    layers = swept_layers(study.route.layers)
+    result = transplant_accuracy(study.comparison(progress), {name: study.attacks[name]}, layers=layers, together=())
+    return Measured.renamed(result, "transplant-shares", "transplant-shares")
 
 
-def transplant_layers(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def transplant_layers(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3b: every layer alone and several together, at one share, under PGD."""
     name = next(iter(study.attacks))
     return _transplanted(study, progress, {name: study.attacks[name]}, study.route.layers)
 
 
-def transplant_attacks(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def transplant_attacks(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3b under the other attacks and noise: the first layer, and several together."""
     _, *others = study.attacks
     layers = study.route.layers
@@ -132,85 +140,71 @@ def transplant_attacks(study: Study, progress: Progress) -> tuple[Result, Figure
 
 def _transplanted(
     study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str]
-) -> tuple[Result, Figures]:
-    rivals: Mapping[str, Any] = {**study.rivals, ATTACKED: study.attacked_route}
+) -> ExperimentResult:
+    compared = study.comparison(progress)
+    compared = replace(compared, baselines={**compared.baselines, ATTACKED: study.attacked_route})
     result = transplant_accuracy(
-        study.network, study.measured, study.route, attacks, rivals, seeds=range(study.draws), layers=layers,
-        shares=[study.share], share=study.share, together=leading_groups(study.route.layers), progress=progress,
-    )  # fmt: skip
+        compared, attacks, layers=layers, shares=[study.share], together=leading_groups(study.route.layers)
+    )
     name = "transplant-layers" if len(layers) > 1 else "transplant-attacks"
-    return result, {name: accuracy_figures(result)["transplant-layers"]}
+    return Measured.renamed(result, name, "transplant-layers")
 
 
-def transplant_own(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def transplant_own(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3 in another reading: each image's own route, in the first layer and in the first three."""
     name = next(iter(study.attacks))
     layers = study.route.layers
-    result = per_image_transplant(
-        study.network, study.measured, study.attacks[name], [layers[:1], layers[:3]], name=name, width=study.share,
+    return per_image_transplant(
+        study.model, study.measured, study.attacks[name], [layers[:1], layers[:3]], name=name, width=study.share,
         progress=progress,
     )  # fmt: skip
-    return result, {}
 
 
-def deactivate(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def deactivate(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 4a: growing shares of the layers' own outputs set to zero."""
     return _deactivated(study, progress, list(study.route.layers), OUTPUT)
 
 
-def deactivate_activation(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def deactivate_activation(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 4a in another reading: zeros after the activation; before batch norm, a zero may become any constant."""
     return _deactivated(study, progress, _activated(study), ACTIVATION)
 
 
-def _deactivated(study: Study, progress: Progress, layers: list[str], at: str) -> tuple[Result, Figures]:
+def _deactivated(study: Study, progress: Progress, layers: list[str], at: str) -> ExperimentResult:
     """The first of the layers, the last one, and all together."""
-    result = deactivation_accuracy(
-        study.network, study.measured, study.route, study.rivals, seeds=range(study.draws),
-        layers=[layers[0], layers[-1]], together=[layers], share=study.share, at=at, progress=progress,
-    )  # fmt: skip
-    name = "deactivate" if at == OUTPUT else "deactivate-activation"
-    (figure,) = accuracy_figures(result).values()
-    return result, {name: figure}
+    compared = replace(study.comparison(progress), at=at)
+    result = deactivate_accuracy(compared, layers=[layers[0], layers[-1]], together=[layers])
+    return Measured.renamed(result, "deactivate" if at == OUTPUT else "deactivate-activation")
 
 
-def hardness(study: Study, progress: Progress) -> tuple[Result, Figures]:
+def hardness(study: Study, progress: Progress) -> ExperimentResult:
     """Table 4 and Fig. 6, on images that did not decide on the route."""
     attacks = [parse_attack(text) for text in HARDNESS_ATTACKS]
-    judged = study_hardness(study.network, study.route, study.measured, attacks, seed=study.seed, progress=progress)
-    table = Table.of(
-        {
-            "target": target,
-            "predictor": item.predictor,
-            "statistic": item.statistic,
-            "value": item.estimate.value,
-            "low": None if item.estimate.interval is None else item.estimate.interval[0],
-            "high": None if item.estimate.interval is None else item.estimate.interval[1],
-        }
-        for target, items in judged.judgements.items()
-        for item in items
-    )
-    title = f"How hard the model is to fool on each of {len(judged.hardness)} images"
-    return Measured(table, judged.to_json(), judged.reading()), {"hardness": hardness_figure(judged, title)}
+    return study_hardness(study.model, study.route, study.measured, attacks, seed=study.seed, progress=progress)
 
 
+def _part(name: str, run: Callable[[Study, Progress], ExperimentResult]) -> Experiment:
+    return Experiment(name, order=0, title=name, help=(run.__doc__ or "").partition("\n")[0], run=run)
+
+
+_EXPERIMENTS = all_experiments()
 PARTS: Mapping[str, Mapping[str, Experiment]] = {
-    "table1": {"occurrence": occurrence, "sampling": sampling},
-    "fig2": {"sensitivity": EXPERIMENTS["sensitivity"]},
+    "table1": {"occurrence": _part("occurrence", occurrence), "sampling": _part("sampling", sampling)},
+    "fig2": {"sensitivity": _EXPERIMENTS["sensitivity"]},
     "fig3": {
-        "transplant-shares": transplant_shares,
-        "transplant-layers": transplant_layers,
-        "transplant-attacks": transplant_attacks,
-        "transplant-own": transplant_own,
+        "transplant-shares": _part("transplant-shares", transplant_shares),
+        "transplant-layers": _part("transplant-layers", transplant_layers),
+        "transplant-attacks": _part("transplant-attacks", transplant_attacks),
+        "transplant-own": _part("transplant-own", transplant_own),
     },
     "fig4": {
-        "deactivate": deactivate,
-        "deactivate-activation": deactivate_activation,
-        "weaken": EXPERIMENTS["weaken"],
+        "deactivate": _part("deactivate", deactivate),
+        "deactivate-activation": _part("deactivate-activation", deactivate_activation),
+        "weaken": _EXPERIMENTS["weaken"],
     },
-    "fig5": {"gradcam": EXPERIMENTS["gradcam"]},
-    "table4": {"hardness": hardness},
-    "fig6": {"hardness": hardness},
+    "fig5": {"gradcam": _EXPERIMENTS["gradcam"]},
+    "table4": {"hardness": _part("hardness", hardness)},
+    "fig6": {"hardness": _part("hardness", hardness)},
 }
 """For each table and figure that takes trained networks, its experiments."""
 
@@ -220,8 +214,8 @@ def _activated(study: Study) -> list[str]:
     layers = []
     for layer in study.route.layers:
         try:
-            with frozen(study.network), torch.no_grad():
-                record_outputs(study.network, study.pair, [layer], at=ACTIVATION)
+            with frozen(study.model), torch.no_grad():
+                record_outputs(study.model, study.pair, [layer], at=ACTIVATION)
         except UserError:
             continue
         layers.append(layer)
@@ -311,7 +305,7 @@ def per_image_transplant(
     with frozen(model), torch.no_grad():
         for images, labels in batches(model, data, batch_size):
             samples += len(images)
-            clean = right_when_clean(model, images, labels, layers)
+            clean = correct_when_clean(model, images, labels, layers)
             counted += len(clean.images)
             if len(clean.images):
                 moved, _ = attacked(model, attack, clean.images, clean.labels)
@@ -345,7 +339,7 @@ def per_image_transplant(
     )
 
 
-def _mended(model: nn.Module, clean: Clean, moved: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+def _mended(model: nn.Module, clean: CorrectSamples, moved: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
     """Logits of attacked images with clean values where each image's own mask (N, C) says so.
 
     Layer after layer: what a layer would give is recorded under the transplants before it, mixed with what it gives

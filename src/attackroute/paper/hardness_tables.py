@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from attackroute.analysis.hardness_experiment import OURS
-from attackroute.analysis.hardness_study import RANDOM, RIVALS
+from attackroute.analysis.hardness_experiment import BASELINES, OURS, RANDOM
 from attackroute.core.statistics import AUROC
 from attackroute.paper.claims import Claim, Findings, NetworkResults, Results, by_count, having, markdown, verdict
 from attackroute.paper.published import GRADIENTS
@@ -65,14 +64,14 @@ def predictors_table(results: Results) -> str:
     lines = []
     for network, findings in having(results, "hardness"):
         for attack in findings["attacks"]:
-            cells = [_auroc_cell(findings, attack, name) for name in (OURS, *RIVALS)]
-            judged = findings.entries("judgements", target=attack, statistic=AUROC)
+            cells = [_auroc_cell(findings, attack, name) for name in (OURS, *BASELINES)]
+            judged = findings.table.select(target=attack, statistic=AUROC)
             draws = [
                 each["value"] for each in judged if each["predictor"].startswith(RANDOM) and each["value"] is not None
             ]
             chance = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
             lines.append([network.name, attack_title(attack), *cells, chance])
-    return markdown(["network", "attack", OURS, *RIVALS, RANDOM], lines)
+    return markdown(["network", "attack", OURS, *BASELINES, RANDOM], lines)
 
 
 def prediction_claims(results: Results) -> Iterator[Claim]:
@@ -83,18 +82,16 @@ def prediction_claims(results: Results) -> Iterator[Claim]:
             if ours is None:
                 continue
             hardest, weakest = about["bins_hardest_first"][0], about["bins_hardest_first"][-1]
-            rivals = {name: _auroc(findings, attack, name) for name in RIVALS}
+            rivals = {name: _auroc(findings, attack, name) for name in BASELINES}
             yield Claim(
                 text=f"V predicts whom {attack_title(attack)} fools",
                 paper="yes",
                 network=network.name,
                 found=f"AUROC {_auroc_cell(findings, attack, OURS)}; fooled {hardest[1]} of {hardest[0]} hardest, "
                 f"{weakest[1]} of {weakest[0]} weakest",
-                verdict=verdict(ours["interval_95"][0] > 0.5, ours["value"] > 0.5),
+                verdict=verdict(ours["low"] > 0.5, ours["value"] > 0.5),
                 equals=tuple(  # those that V is not clearly ahead of, by the bootstrap interval of its lead
-                    name
-                    for name, rival in rivals.items()
-                    if rival is not None and not rival["lead_of_hardness_V"]["interval_95"][0] > 0
+                    name for name, rival in rivals.items() if rival is not None and not rival["lead_low"] > 0
                 ),
             )
 
@@ -112,16 +109,15 @@ def _table4_layers(network: NetworkResults, findings: Findings) -> list[dict[str
 
 
 def _auroc(findings: Findings, attack: str, predictor: str) -> dict[str, Any] | None:
-    judged = findings.entries("judgements", target=attack, predictor=predictor, statistic=AUROC)
-    return judged[0] if judged and judged[0]["value"] is not None else None
+    judged = findings.table.select(target=attack, predictor=predictor, statistic=AUROC)
+    return judged[0] if len(judged) and judged[0]["value"] is not None else None
 
 
 def _auroc_cell(findings: Findings, attack: str, predictor: str) -> str:
     estimate = _auroc(findings, attack, predictor)
     if estimate is None:
         return ""
-    low, high = estimate["interval_95"]
-    return f"{estimate['value']:.3f} ({low:.3f} to {high:.3f})"
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
 
 
 def _number(value: float | None) -> str:

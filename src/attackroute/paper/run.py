@@ -17,7 +17,6 @@ from attackroute.analysis.study import Study
 from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import replace_file, write_json
-from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import weights_digest
 from attackroute.paper.claims import Claim, Findings, NetworkResults
 from attackroute.paper.experiments import PARTS, paper_attacks
@@ -205,9 +204,9 @@ def _run_experiments(
     origin = {"model": model, "data": settings.data, "device": settings.device.type}
     studies = {
         images: Study(
-            network=network, images=images, attacks=paper_attacks(), chosen=None, share=_SHARE, at=OUTPUT,
-            draws=_DRAWS, batch_size=settings.batch_size, seed=settings.seed, origin=origin, folder=folder,
-            output=output,  # type: ignore[arg-type]
+            model=network, images=images, attacks=paper_attacks(), share=_SHARE, draws=_DRAWS,
+            batch_size=settings.batch_size, seed=settings.seed, folder=folder, settings=origin, note=output.note,
+            progress=output.progress,
         )
         for images in (every, some)
     }  # fmt: skip
@@ -217,10 +216,10 @@ def _run_experiments(
         for part, experiment in PARTS[figure].items()
     }
     for part, (experiment, study) in parts.items():
-        done = study.finished(part) if settings.resume else None
-        if done is None:
-            _, done = study.run(part, experiment)
-        output.line(f"{folder.name}, {part} ({done['seconds']:.0f} s)")
+        document = study.finished(experiment) if settings.resume else None
+        if document is None:
+            _, document = study.run(experiment)
+        output.line(f"{folder.name}, {part} ({document.about['seconds']:.0f} s)")
 
 
 def _describe(settings: ReproductionSettings, network: nn.Module, model: str, images: ImageData, folder: Path) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from attackroute.analysis.controls import OFF_ROUTE, ROUTE
+from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT
 from attackroute.analysis.experiments.occurrence import OCCURRENCE, RANDOM_ROUTES
 from attackroute.analysis.intervention_table import UNTOUCHED
-from attackroute.analysis.rankings import RANDOM
 from attackroute.paper.claims import Claim, Findings, Results, by_count, having, markdown, percent, verdict
 from attackroute.paper.experiments import OWN, OWN_RANDOM
 from attackroute.paper.published import OCCURRENCES, SHARED_BY_A_TENTH, TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM

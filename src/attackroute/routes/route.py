@@ -173,7 +173,7 @@ class Route:
                     f"layer {layer!r} has {len(off_route)} channels off the route and {size} on it, too few for a "
                     "random control of the same size: use a narrower route, or leave the layer out with restrict()"
                 )
-            indices[layer] = random_order(seed, layer, rest)[:size]
+            indices[layer] = random_order(seed, layer, off_route)[:size]
         return Route(indices, self.channels, self.frequency, self._derived(f"random (seed {seed}) off {{}}"))
 
     def restrict(self, layers: Iterable[str]) -> Route:
