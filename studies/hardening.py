@@ -6,6 +6,7 @@ data, radius and penalties.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from attackroute.cli.console import Output
 from attackroute.cli.options import open_folder, resolve_device
 from attackroute.hardening.settings import PENALTIES, STABILISATION, TrainSettings
 from attackroute.paper.hardening_plan import StudyPlan, compared, judged
-from attackroute.paper.hardening_results import HardeningStudy, over_seeds
+from attackroute.paper.hardening_results import HardeningStudy
 from attackroute.paper.hardening_study import STUDY, study_networks
 from attackroute.tracing.config import CARRIERS, UNIT
 from attackroute.zoo.sources import load_data
@@ -176,7 +177,7 @@ def _show(output: Output, study: HardeningStudy) -> None:
         [
             [
                 variant.name,
-                *(over_seeds(study.accuracies(variant, attack)) for attack in study.attacks),
+                *(_over_seeds(study.accuracies(variant, attack)) for attack in study.attacks),
                 ", ".join(check.name for check in study.suspicious(variant)) or "none",
             ]
             for variant in judged(study.plan)
@@ -200,6 +201,13 @@ def _show(output: Output, study: HardeningStudy) -> None:
                 f"{title}: its weights are away from those of the exact gradient by {outcome.departure:.1%} of what "
                 "the penalty changed"
             )
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """A mean over seeds, with the lowest and the highest."""
+    if len(values) == 1:
+        return f"{values[0]:.1%}"
+    return f"{statistics.fmean(values):.1%} ({100 * min(values):.1f}-{100 * max(values):.1f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

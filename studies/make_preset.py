@@ -11,6 +11,7 @@ import argparse
 import json
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -22,7 +23,7 @@ from attackroute.zoo.weights import BEST, CARD, PRESETS, TRAINING, load_preset
 _COUNTER = "num_batches_tracked"  # of no use in eval mode
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make the preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -30,27 +31,27 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--note", default="")
     parser.add_argument("command", nargs="+")
-    arguments = parser.parse_args()
-    preset = PRESETS / arguments.name
+    options = parser.parse_args(arguments)
+    preset = PRESETS / options.name
     preset.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.load_file(arguments.folder / BEST)
+    weights = safetensors.torch.load_file(options.folder / BEST)
     halves = {
         name: value.half().contiguous() if value.is_floating_point() else value
         for name, value in weights.items()
         if not name.endswith(_COUNTER)
     }
     safetensors.torch.save_file(halves, preset / BEST)
-    shutil.copy(arguments.folder / CARD, preset / CARD)
-    model = load_preset(arguments.name)
-    tests = load_data(arguments.data, split="test")
+    shutil.copy(options.folder / CARD, preset / CARD)
+    model = load_preset(options.name)
+    tests = load_data(options.data, split="test")
     accuracy = count_correct(model, tests.dataset)
     content = {
-        "command": shlex.join(arguments.command),
-        "note": arguments.note,
+        "command": shlex.join(options.command),
+        "note": options.note,
         "accuracy": {"correct": accuracy.correct, "total": accuracy.total},
     }
     (preset / TRAINING).write_text(json.dumps(content, indent=2) + "\n")
-    print(f"{arguments.name}: {accuracy.value:.2%} of {accuracy.total} test images, {preset}")
+    print(f"{options.name}: {accuracy.value:.2%} of {accuracy.total} test images, {preset}")
 
 
 if __name__ == "__main__":

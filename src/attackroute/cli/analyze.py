@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from attackroute.cli.arguments import integer, option, parse_names, parse_share, switch
-from attackroute.cli.console import Output
 from attackroute.cli.options import (
     FILES,
     ROUTE,
@@ -22,13 +20,7 @@ from attackroute.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from attackroute.analysis.accuracy_table import AccuracyTable
-    from attackroute.analysis.attention import Attention
-    from attackroute.analysis.experiments.detect import Detection
-    from attackroute.analysis.experiments.occurrence import Occurrence
-    from attackroute.analysis.intervention_table import Setting
-    from attackroute.analysis.responses import Responses
-    from attackroute.analysis.tables import Result
+    pass
 
 ANALYZE_EXAMPLES = """
 Examples:
@@ -64,7 +56,7 @@ The experiments:
 The files:
 
   EXPERIMENT.json, EXPERIMENT.csv   every number, and the terms on which it depends
-  EXPERIMENT*.png, EXPERIMENT*.svg  the figures
+  EXPERIMENT*.png, EXPERIMENT*.svg  the figures; deactivate-route shows the route itself
   route.json                        the route (attackroute.Route.load)
 
 Where attention or normalisation over channels stands between two layers, no kernel slice joins two channels:
@@ -159,121 +151,3 @@ def analyze(options: AnalyzeOptions) -> None:
     output.line(f"Tables and figures are in {options.out}")
     experiments = {name: document.to_json() for name, document in documents.items()}
     output.result({"folder": str(options.out), "experiments": experiments})
-
-
-# A small table of each experiment
-
-_Table = tuple[list[str], list[list[str]]]
-
-
-def _show(output: Output, name: str, result: Result, seconds: float) -> None:
-    """Print the table and the reading of one experiment."""
-    output.line(f"\n{name} ({seconds:.0f} s)")
-    output.table(*_table(result))
-    output.line(result.reading())
-
-
-def _table(result: Result) -> _Table:
-    from attackroute.analysis.accuracy_table import AccuracyTable
-    from attackroute.analysis.attention import Attention
-    from attackroute.analysis.experiments.occurrence import Occurrence
-    from attackroute.analysis.responses import Responses
-
-    if isinstance(result, AccuracyTable):
-        return _accuracies(result)
-    if isinstance(result, Occurrence):
-        return _occurrences(result)
-    if isinstance(result, Responses):
-        return _responses(result)
-    return _attention(result) if isinstance(result, Attention) else _detection(result)  # type: ignore[arg-type]
-
-
-def _accuracies(table: AccuracyTable) -> _Table:
-    """Settings at the main share, or factors: the route, random channels, and which controls the route beats."""
-    from attackroute.analysis.controls import ROUTE as ON_ROUTE
-    from attackroute.analysis.rankings import RANDOM
-    from attackroute.report.route_view import spread
-
-    attack = table.attacks[0]
-    if table.main_beta is not None:
-        head, shown = "beta", {setting: f"{setting.beta:g}" for setting in table.settings()}
-    else:
-        own = [each for each in table.settings() if each.share == table.main_share and each.attack == attack]
-        head, shown = "layer", {each: _layers(each, table.layers) for each in own}
-    told: dict[Setting, dict[str, list[str]]] = {setting: {} for setting in shown}
-    for verdict in table.verdicts(shown):
-        told[verdict.setting].setdefault(verdict.verdict, []).append(verdict.criterion)
-    rows = [
-        [
-            text,
-            *(spread(values) if (values := table.values(setting, by)) else "-" for by in (ON_ROUTE, RANDOM)),
-            *(", ".join(told[setting].get(verdict, [])) or "-" for verdict in ("beats", "loses to")),
-        ]
-        for setting, text in shown.items()
-    ]
-    under = f" under {attack}" if attack else ""
-    return [head, f"route{under}", RANDOM, "route beats", "route loses to"], rows
-
-
-def _layers(setting: Setting, single: tuple[str, ...]) -> str:
-    if len(setting.layers) == 1:
-        return setting.layers[0]
-    return f"{'all' if setting.layers == single else 'first'} {len(setting.layers)} layers"
-
-
-def _occurrences(found: Occurrence) -> _Table:
-    """Occurrence of the route, of random routes, and overlaps with the routes of attacked images and of controls."""
-    from attackroute.analysis.experiments.occurrence import OCCURRENCE, OVERLAP, RANDOM_ROUTES
-
-    first = found.names(OCCURRENCE)[0][0]
-    overlaps = found.names(OVERLAP)
-    rows = [
-        [
-            layer,
-            *(f"{statistics.fmean(found.values(layer, OCCURRENCE, name)):.1%}" for name in (first, RANDOM_ROUTES)),
-            ", ".join(f"{beside} {found.values(layer, OVERLAP, of, beside)[0]:.2f}" for of, beside in overlaps) or "-",
-        ]
-        for layer in found.layers
-    ]
-    return ["layer", f"occurrence, {first}", RANDOM_ROUTES, "Jaccard index with the route of"], rows
-
-
-def _responses(found: Responses) -> _Table:
-    """The route's mean over that of all other neurons."""
-    from attackroute.analysis.controls import OFF_ROUTE
-    from attackroute.analysis.controls import ROUTE as ON_ROUTE
-
-    head, rows = ["layer"], [[layer] for layer in found.layers]
-    for quantity, attack in found.quantities:
-        head.append(f"{quantity}{f' to {attack}' if attack else ''}, route / off-route")
-        for row, layer in zip(rows, found.layers, strict=True):
-            ours, theirs = (found.of(layer, quantity, attack, by)[0].mean for by in (ON_ROUTE, OFF_ROUTE))
-            row.append(f"{ours / theirs:.2f}" if theirs else "-")
-    return head, rows
-
-
-def _attention(found: Attention) -> _Table:
-    """Where the maps' energy is, and how far it moves under the first attack."""
-    from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT
-
-    attack = found.attacks[0]
-    cases = [(CLEAN, INSIDE), (attack, INSIDE), (attack, SHIFT)]
-    rows = []
-    for criterion in found.criteria:
-        row = [criterion]
-        for images, measure in cases:
-            values = [each.mean.value for each in found.values(images, criterion, measure)]
-            row.append(f"{statistics.fmean(values):.3f}")
-        rows.append(row)
-    return ["set", *(f"{measure}, {images}" for images, measure in cases)], rows
-
-
-def _detection(found: Detection) -> _Table:
-    rows = []
-    for score in found.scores:
-        row = [score]
-        for attack in found.attacks:
-            each = found.values(attack, score)
-            row.append("-" if not each[0].attacked else f"{statistics.fmean(one.auroc for one in each):.3f}")
-        rows.append(row)
-    return ["score", *(f"AUROC, {attack}" for attack in found.attacks)], rows

@@ -49,7 +49,7 @@ _ANALYSIS, _HARDNESS, _EVALUATION = "analysis", "hardness", "evaluation"
 _EPS = "0.1"  # of what fools a network on digits; the paper's 8/255 is for natural images
 _RADII = ("8/255", "16/255", _EPS)  # in the report
 _LAMBDA = "0.1"
-_CHECKED = 64  # digits on which to look for masked gradients
+_CHECKED = 32  # digits on which to look for masked gradients
 _COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "train": (TrainOptions, train),
     "trace": (TraceOptions, trace),
@@ -118,7 +118,7 @@ def demo(options: DemoOptions) -> None:
         lap = time.perf_counter()
         run(parse(taken, f"attackroute {name}", [*step.words[1:], *common, *silent]))
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - lap
-        output.line(f"{step.remark}\n")
+        output.line(f"{step.remark}\n" if step.remark else "")
     whole = time.perf_counter() - started
     output.line(f"The whole took {whole:.0f} s. Open {folder / 'report.html'}; all else is in {folder}.")
     output.result({"folder": str(folder), "seconds": seconds, "results": _results(folder)})

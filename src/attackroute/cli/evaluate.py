@@ -21,13 +21,11 @@ from attackroute.cli.options import (
     resolve_device,
 )
 from attackroute.core.errors import UserError
-from attackroute.core.table import plural
+from attackroute.core.table import Table, plural
 
 if TYPE_CHECKING:
-    from attackroute.core.statistics import Accuracy
     from attackroute.robustness.attack import Perturbation
     from attackroute.robustness.evaluation_table import Evaluation
-    from attackroute.robustness.example_checks import FileCheck
     from attackroute.robustness.masking import Check
     from attackroute.zoo.data import ImageData
 
@@ -211,14 +209,12 @@ def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> l
     Raises:
         UserError: There is no such attack, or a parameter is out of range.
     """
-    from attackroute.robustness.balls import ball_of
     from attackroute.robustness.registry import parse_attack
 
     attacks = []
     for text in names:
         attack = parse_attack(text, **defaults)
-        ball = ball_of(attack)
-        if eps is not None and ball is not None and ball.norm == "linf":
+        if eps is not None and attack.ball is not None and attack.ball.norm == "linf":
             attack = parse_attack(text, eps=eps, **defaults)
         attacks.append(attack)
     return attacks
@@ -230,8 +226,8 @@ def _show(output: Output, evaluation: Evaluation, out: Path | None, examples: Pa
     from attackroute.robustness.evaluation_table import COLUMNS, EVALUATION
 
     folders = {"folder": None if out is None else str(out), "examples": None if examples is None else str(examples)}
-    output.result({**evaluation.to_json(), **folders})
-    output.table(COLUMNS, [row.cells() for row in evaluation.rows])
+    output.result({**evaluation.document().to_json(), **folders})
+    output.table(COLUMNS, evaluation.cells())
     for model in dict.fromkeys(check.model for check in evaluation.checks):
         output.line(f"checks for masked gradients, {model}:")
         for check in evaluation.checks:
@@ -273,26 +269,33 @@ def _verify(options: EvaluateOptions, path: Path, networks: Sequence[NetworkOpti
         )
     device = resolve_device(options.run.device)
 
-    def verified() -> tuple[FileCheck, ...]:
+    def verified() -> Table:
         opened = [network.open(_images_of(path, network.model)).to(device) for network in networks]
         return verify_examples(path, opened)
 
-    files = current().first(verified)
-    faults = [fault for file in files for fault in file.faults]
+    table = current().first(verified)
+    faults = [fault for row in table for fault in row["faults"]]
     output = options.run.output
-    output.result({"files": [file.to_json() for file in files], "faults": len(faults), "passed": not faults})
-    groups: dict[tuple[str, str], list[FileCheck]] = {}
-    for file in files:
-        if file.model is not None and file.attack is not None:
-            groups.setdefault((file.model, file.attack), []).append(file)
+    output.result({"files": table.to_json(), "faults": len(faults), "passed": not faults})
     output.table(
-        ["model", "attack", "files", "samples", "recorded", "now", "largest distance"],
-        [[model, group[0].label, *_cells(group)] for (model, _), group in groups.items()],
+        ["model", "attack", "samples", "recorded", "now", "largest distance"],
+        [
+            [
+                row["model"],
+                row["attack"],
+                str(row["samples"]),
+                f"{row['recorded_accuracy']:.2%}",
+                "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
+                "none kept" if row["largest_distance"] is None else f"{row['largest_distance']:.6g}",
+            ]
+            for row in table
+            if row["model"] is not None
+        ],
     )
     for fault in faults:
         print_error(fault)
     verdict = plural(len(faults), "fault") if faults else "all is as it was recorded"
-    output.line(f"{plural(len(files), 'file')} checked: {verdict}")
+    output.line(f"{plural(len(table), 'file')} checked: {verdict}")
     return 1 if faults else 0
 
 
@@ -309,21 +312,3 @@ def _images_of(path: Path, model: str) -> ImageData:
     card = find_card(model)
     classes = tuple(map(str, range(logits))) if card is None else card[1].classes
     return ImageData(TensorDataset(torch.empty(0, *shape)), classes, shape, "examples", "test")  # type: ignore[arg-type]
-
-
-def _cells(files: Sequence[FileCheck]) -> list[str]:
-    recorded = [file.recorded for file in files if file.recorded is not None]
-    found = [file.found for file in files if file.found is not None]
-    distances = [file.distance for file in files if file.distance is not None]
-    return [
-        str(len(files)),
-        str(sum(accuracy.total for accuracy in recorded)),
-        _share(recorded),
-        _share(found),
-        f"{max(distances):.6g}" if distances else "none kept",
-    ]
-
-
-def _share(accuracies: Sequence[Accuracy]) -> str:
-    total = sum(accuracy.total for accuracy in accuracies)
-    return f"{sum(accuracy.correct for accuracy in accuracies) / total:.2%}" if total else "none"

@@ -77,7 +77,7 @@ HARDENING = "hardening"
 BEFORE, AFTER = "before", "after"
 
 _GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE = "gradient", "weight", "stabilisation", "both", "none"
-_EVALUATION, _SUBSET = "evaluation", "evaluation-autoattack"  # folders of what --resume goes on from
+_EVALUATION = "evaluation"  # folder of what --resume goes on from
 _ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 _AUTOATTACK_SAMPLES = 50
 _COMPARISON = "Before and after"
@@ -262,14 +262,13 @@ class _Hardening:
         Raises:
             UserError: Something is not there, or does not fit.
         """
-        from attackroute.robustness.balls import ball_of
         from attackroute.robustness.registry import parse_attack
         from attackroute.zoo.weights import ModelCard, find_card, spec_for, with_own_normalisation
 
         run, model, seed = options.run, options.network.model, options.run.seed
         options.training.settings(run)  # before anything is loaded
         attack = None if options.training.attack is None else parse_attack(options.training.attack)
-        eps, ball = options.comparison.eps, None if attack is None else ball_of(attack)
+        eps, ball = options.comparison.eps, None if attack is None else attack.ball
         if eps is None and ball is not None and ball.norm == "linf":
             eps = ball.eps
         attacks = parse_attacks(options.comparison.attacks or _ATTACKS, eps, seed=seed)
@@ -333,7 +332,7 @@ class _Hardening:
         if evaluation is not None:
             from attackroute.robustness.evaluation_table import COLUMNS
 
-            self.output.table(COLUMNS, [row.cells() for row in evaluation.rows])
+            self.output.table(COLUMNS, evaluation.cells())
             self.output.line(evaluation.reading())
         files = f"{HARDENING}.json{f', {ROUTE_FILE}' if result.route else ''}"
         self.output.line(f"weights, log, {files} are in {folder}")
@@ -348,15 +347,15 @@ class _Hardening:
         evaluation = None
         if self.chosen_by is not None:
             images = _some(self.chosen_by, self.options.comparison.evaluate_samples, self.options.run.seed)
-            evaluation = self._evaluate(models, images, self.attacks, 0, None)
-        compared = None if evaluation is None else evaluation.to_json()
+            evaluation = self._evaluate(models, images, None, checks=0)
+        compared = None if evaluation is None else evaluation.document().to_json()
         outcomes = [{"lambda": lam, **_outcome(result)} for lam, result in zip(factors, results, strict=True)]
         self.output.result({"sweep": outcomes, "evaluation": compared})
         self._show_route(results[0], None)
         if evaluation is None:
             return
-        attacks = dict.fromkeys(row.attack for row in evaluation.rows)
-        self.output.line(f"on {evaluation.rows[0].accuracy.total} {self.chosen_on} images:")
+        attacks = evaluation.table.distinct("attack")
+        self.output.line(f"on {evaluation.table[0]['samples']} {self.chosen_on} images:")
         self.output.table(
             ["lambda", *(attack.partition(":")[0] for attack in attacks)],
             [
@@ -370,10 +369,19 @@ class _Hardening:
 
     def _train(self, network: nn.Module, lam: Factor, folder: Path | None) -> HardenResult:
         from attackroute.hardening.harden import harden as harden_network
-        from attackroute.hardening.settings import APPROXIMATE, EXACT
+        from attackroute.hardening.settings import APPROXIMATE, EXACT, HardenSettings
 
         options = self.options
-        source, tracing = options.source, options.source.tracing
+        source = options.source
+        settings = HardenSettings(
+            target=options.penalty.target,
+            route_samples=source.route_samples,
+            refresh=source.refresh,
+            compare_full=source.compare_full,
+            trace=source.tracing.config(0),
+            method=APPROXIMATE if options.penalty.approximate else EXACT,
+            folded=options.penalty.folded,
+        )
         with self.output.progress("steps") as progress, epoch_lines(folder, options.training, self.output) as on_epoch:
             return harden_network(
                 network,
@@ -381,18 +389,10 @@ class _Hardening:
                 self.chosen_by,
                 penalty=options.penalty.names,
                 lam=lam,
-                target=options.penalty.target,
                 attack=self.attack,
                 route=source.route,
-                route_samples=source.route_samples,
-                linear=tracing.linear,
-                sketches=tracing.sketches,
-                carrier=tracing.carrier,
-                refresh=source.refresh,
-                compare_full=source.compare_full,
-                method=APPROXIMATE if options.penalty.approximate else EXACT,
-                folded=options.penalty.folded,
-                settings=options.training.settings(options.run),
+                settings=settings,
+                train=options.training.settings(options.run),
                 folder=folder,
                 resume=options.training.resume,
                 on_epoch=on_epoch,
@@ -403,36 +403,34 @@ class _Hardening:
         """Before and after on the same images, AutoAttack on some of them; what is done is kept for ``--resume``."""
         if self.judged_on is None:
             return None
-        checks = self.options.comparison.check_samples
-        evaluation = self._evaluate(models, self.judged_on, self.attacks, checks, folder / _EVALUATION)
-        if self.autoattack is None:
-            return evaluation
-        attack, count = self.autoattack
-        subset = _some(self.judged_on, count, self.options.run.seed)
-        attacked = self._evaluate(models, subset, [attack], 0, folder / _SUBSET)
-        rows = [
-            row
-            for model in models
-            for row in (*evaluation.rows, *(row for row in attacked.rows if row.settings))
-            if row.model == model
-        ]
-        return replace(evaluation, rows=tuple(rows))
+        return self._evaluate(
+            models,
+            self.judged_on,
+            self.autoattack,
+            checks=self.options.comparison.check_samples,
+            folder=folder / _EVALUATION,
+        )
 
     def _evaluate(
         self,
         models: Mapping[str, nn.Module],
         images: ImageData,
-        attacks: Sequence[Perturbation],
+        autoattack: tuple[Perturbation, int] | None,
+        *,
         checks: int,
-        folder: Path | None,
+        folder: Path | None = None,
     ) -> Evaluation:
         from attackroute.robustness.evaluate import evaluate
-        from attackroute.zoo.data import loader
+        from attackroute.zoo.data import ImageBatches
 
+        attacks, samples = list(self.attacks), {}
+        if autoattack is not None:
+            attacks.append(autoattack[0])
+            samples[str(autoattack[0])] = min(autoattack[1], len(images))
         with self.output.progress("images attacked") as progress:
             return evaluate(
-                models, loader(images), attacks, checks=checks, twin=models[BEFORE], seed=self.options.run.seed,
-                folder=folder, resume=self.options.training.resume, progress=progress,
+                models, ImageBatches(images), attacks, samples=samples, checks=checks, twin=models[BEFORE],
+                seed=self.options.run.seed, folder=folder, resume=self.options.training.resume, progress=progress,
             )  # fmt: skip
 
     def _document(self, result: HardenResult, lam: Factor, evaluation: Evaluation | None) -> Document:
@@ -443,10 +441,10 @@ class _Hardening:
             **_outcome(result),
             "best_epoch": None if best is None else best.epoch,
             "best_epoch_by": f"{self.chosen_on} images",
-            "evaluation": None if evaluation is None else evaluation.about(),
+            "evaluation": None if evaluation is None else evaluation.document().about,
         }
         reading = "" if evaluation is None else evaluation.reading()
-        table = Table.of([] if evaluation is None else evaluation.records())
+        table = Table.of([]) if evaluation is None else evaluation.table
         return Document(HARDENING, settings, reading, table, about)
 
     def _show_route(self, result: HardenResult, lam: Factor | None) -> None:

@@ -269,7 +269,7 @@ class _Request:
                 continue
         asked = list(self.measuring.attacks)
         if not asked and not run.attacked:
-            used = run.terms.get("attacks")
+            used = run.settings.get("attacks")
             asked = [used[0] if isinstance(used, list) and used and isinstance(used[0], str) else _ATTACK]
         traced = set(map(str, attacks.values()))
         for text in asked:
@@ -313,7 +313,7 @@ class _Source:
         from attackroute.zoo.weights import find_card
 
         chosen, measuring = request.network, request.measuring
-        terms, terms_of_images = run.terms, (run if images_of is None else images_of).terms
+        terms, terms_of_images = run.settings, (run if images_of is None else images_of).settings
         model = chosen.model or (None if run.model is None else str(run.model)) or terms.get("model")
         if not isinstance(model, str):
             raise UserError("the run does not name its network; give --model")
@@ -354,17 +354,17 @@ class _Source:
         """
         from attackroute.report.measuring import measure, unmeasured
         from attackroute.report.route_view import Limits
-        from attackroute.zoo.data import loader
+        from attackroute.zoo.data import ImageBatches
 
         linear = request.linear
-        if run.terms.get("linear") is True:
+        if run.settings.get("linear") is True:
             linear = True
         elif linear and run.routes is not None:
             raise UserError("the run was traced without --linear; trace it with --linear, or leave it out here")
         with request.run.output.progress("images") as progress:
             return measure(
                 self.network,
-                loader(self.images, request.run.batch_size),
+                ImageBatches(self.images, request.run.batch_size),
                 unmeasured(run.routes, run.attacked, run.route),
                 attacks,
                 rows=self.rows,
@@ -377,11 +377,11 @@ class _Source:
 
 def _are_samples(measured: ImageData, count: int, rows: Sequence[int], routes: InstanceRoutes | None) -> bool:
     """Whether the images are samples of the trace, as far as can be told: as many in all, and the same labels."""
-    from attackroute.zoo.data import loader
+    from attackroute.zoo.data import ImageBatches
 
     if routes is None or routes.labels is None or len(routes) != count:
         return False
-    labels = [label for _, label in loader(measured, 1)]
+    labels = [label for _, label in ImageBatches(measured, 1)]
     return all(int(label) == int(routes.labels[row]) for label, row in zip(labels, rows, strict=True))
 
 
@@ -448,7 +448,7 @@ def _comparison(runs: tuple[RunFolder, RunFolder], requests: Sequence[_Request],
         first, second = (_with_attacks(run, attacks_of_both) for run in runs)
     else:
         first, second = (replace(run, routes=None, attacked=(), route=None) for run in runs)
-    names_images = requests[0].measuring.data is not None or isinstance(first.terms.get("data"), str)
+    names_images = requests[0].measuring.data is not None or isinstance(first.settings.get("data"), str)
     images_of = first if names_images else second
     attacks = requests[0].attacks(first)
     notes: list[str] = []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,10 +181,3 @@ class HardeningStudy:
             difference = self.difference(first, second, self.judge)
             sentences.append(f"{first.name} {difference.verdict} {second.name} under {self.judge}: {difference} points")
         return sentences
-
-
-def over_seeds(values: Sequence[float]) -> str:
-    """A mean over seeds, with the lowest and the highest."""
-    if len(values) == 1:
-        return f"{values[0]:.1%}"
-    return f"{statistics.fmean(values):.1%} ({100 * min(values):.1f}-{100 * max(values):.1f})"

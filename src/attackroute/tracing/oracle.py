@@ -76,8 +76,7 @@ def trace(
         model: Maps x to logits (N, K), each sample on its own. It runs in eval mode and is left as it was.
         x: Samples, (N, ...).
         y: Labels, int (N,); None takes the model's own predictions.
-        clean: The same samples before an attack, if the noise between the two is what routes follow; None for
-            influence.
+        clean: The same samples before an attack, where routes follow the noise between the two; None for influence.
         width: Share of each layer's neurons that is critical, in (0, 1].
         loss: Maps (logits, y) to losses per sample, (N,); None is cross entropy, scaled as `_cross_entropy_seed` says.
         linear: Whether linear layers are route layers too.
@@ -91,13 +90,10 @@ def trace(
     objective, cotangent = _objective(logits, _labels(logits, y, x.shape[0]), loss)
     edges = [(source, target) for target in calls for source in _sources(calls, target)]
     before: dict[str, Tensor] = {}
+    influences: dict[tuple[str, str], Tensor] = {}
     if clean is None:
-        sources = {target: [source for source, end in edges if end == target] for target in calls}
-        influences = {
-            (source, target): matrix
-            for target in calls
-            for source, matrix in _influences(calls, sources[target], target).items()
-        }
+        for target in calls:
+            influences |= _influences(calls, [source for source, end in edges if end == target], target)
     else:
         before = {name: call.leaf.detach() for name, call in _run(model, clean, linear)[0].items()}
         influences = _noise_influences(model, x, calls, before, edges, linear)
@@ -138,7 +134,7 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
             raise UserError(f"no route layer is named {name!r}: choose from {', '.join(calls)}")
     if source not in _sources(calls, target):
         raise UserError(f"{source!r} is not adjacent to {target!r}: its sources are {_sources(calls, target)}")
-    return _influences(calls, [source], target)[source]
+    return _influences(calls, [source], target)[source, target]
 
 
 def _sources(calls: Mapping[str, _Call], target: str) -> list[str]:
@@ -148,8 +144,8 @@ def _sources(calls: Mapping[str, _Call], target: str) -> list[str]:
     return [name for name, gradient in zip(calls, gradients, strict=True) if gradient is not None]
 
 
-def _influences(calls: Mapping[str, _Call], sources: Sequence[str], target: str) -> dict[str, Tensor]:
-    """Eqs. (1)-(2) by source: sum over z in channel j, s in channel i of |dz/ds|, (N, C_target, C_source)."""
+def _influences(calls: Mapping[str, _Call], sources: Sequence[str], target: str) -> dict[tuple[str, str], Tensor]:
+    """Eqs. (1)-(2) by edge: sum over z in channel j, s in channel i of |dz/ds|, (N, C_target, C_source)."""
     output, leaves = calls[target].output, [calls[source].leaf for source in sources]
     samples, channels = output.shape[:2]
     elements = output[0].numel()
@@ -162,7 +158,7 @@ def _influences(calls: Mapping[str, _Call], sources: Sequence[str], target: str)
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 total[:, z // (elements // channels)] += _per_channel(gradient.abs())
-    return {source: total.to(output.dtype) for source, total in zip(sources, sums, strict=True)}
+    return {(source, target): total.to(output.dtype) for source, total in zip(sources, sums, strict=True)}
 
 
 def _noise_influences(
@@ -175,13 +171,7 @@ def _noise_influences(
 ) -> dict[tuple[str, str], Tensor]:
     """Eqs. (1)-(2) with an attack's noise in place of ones, by edge: (N, C_target, C_source).
 
-    Args:
-        model: The model.
-        attacked: The attacked samples.
-        calls: The route layers' calls on them.
-        before: The outputs of the same calls on the clean samples.
-        edges: Adjacent pairs.
-        linear: Whether linear layers are route layers too.
+    ``before`` are the outputs of the calls on the clean samples, as ``calls`` are those on the attacked ones.
     """
     outputs = {name: call.leaf.detach() for name, call in calls.items()}
     inputs = _Replay.of(model, attacked, outputs, {}, linear).inputs
