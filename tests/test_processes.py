@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 
 import attackroute
-from attackroute.cli.app import app
 from attackroute.core import distributed
 from attackroute.core.distributed import LostProcessError, Processes
 from attackroute.core.errors import UserError
@@ -91,11 +90,6 @@ def launched(count: int, *arguments: object, script: str | None = None) -> subpr
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
     command += ["--master-port", str(free_port()), *what, *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-
-
-def alone(*arguments: object) -> None:
-    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
 
 
 def assert_killed(result: subprocess.CompletedProcess[str], rank: int) -> None:

@@ -21,7 +21,6 @@ from attackroute.analysis.channel_statistics import attributions
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k
-from attackroute.tracing import oracle
 from digit_networks import digit_network
 from noise import shaken
 from studies import fill_page

@@ -37,15 +37,15 @@ _DECLARED, _CHANGED, _HIDDEN = "declared", "changed", "hidden"
 
 @dataclass(frozen=True)
 class _Declared:
-    """How a field is given on the command line; see :func:`option`."""
+    """How a field is given on the command line; see :func:`option`, and for ``off`` :func:`switch`."""
 
     flags: tuple[str, ...]
     help: str
-    parse: Callable[[str], Any] | None
-    metavar: str | None
-    repeat: bool
-    group: str | None
-    shown: str | None
+    parse: Callable[[str], Any] | None = None
+    metavar: str | None = None
+    repeat: bool = False
+    group: str | None = None
+    shown: str | None = None
     off: str | None = None
 
 
@@ -72,10 +72,16 @@ def option(
         group: Heading in the help; None for the ``title`` of the dataclass.
         shown: The default in words, where it does not speak for itself.
     """
-    metavar = metavar or getattr(parse, "metavar", None)
-    default = () if repeat and default is None else default
-    declared = _Declared(tuple(flags.split()), help, parse, metavar, repeat, group, shown)
-    return field(default=default, metadata={_DECLARED: declared})
+    declared = _Declared(
+        flags=tuple(flags.split()),
+        help=help,
+        parse=parse,
+        metavar=metavar or getattr(parse, "metavar", None),
+        repeat=repeat,
+        group=group,
+        shown=shown,
+    )
+    return field(default=() if repeat and default is None else default, metadata={_DECLARED: declared})
 
 
 def switch(
@@ -87,7 +93,7 @@ def switch(
     group: str | None = None,
 ) -> Any:
     """A field that is true where ``--option`` is given; the flag ``off`` makes it false."""
-    declared = _Declared((*flags.split(), *([] if off is None else [off])), help, None, None, False, group, None, off)
+    declared = _Declared((*flags.split(), *([] if off is None else [off])), help, group=group, off=off)
     return field(default=default, metadata={_DECLARED: declared})
 
 

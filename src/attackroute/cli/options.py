@@ -147,7 +147,9 @@ class TracingOptions:
         Raises:
             UserError: Options cannot be combined.
         """
-        return TraceConfig(self.linear, self.carrier, self.sketches, seed, freeze_gates)
+        return TraceConfig(
+            linear=self.linear, carrier=self.carrier, sketches=self.sketches, seed=seed, freeze_gates=freeze_gates
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,14 +225,14 @@ class Session:
     Attributes:
         network: On its device, in eval mode.
         images: What it is shown.
-        device: Where it runs.
         output: Where the command's words go.
         settings: What results depend on: model, data, split, samples, seed, number and shape of the images, device.
+        batch_size: Images at a time.
+        workers: Processes that read the images.
     """
 
     network: nn.Module
     images: ImageData
-    device: torch.device
     output: Output
     settings: Mapping[str, Any]
     batch_size: int
@@ -254,8 +256,14 @@ class Session:
             "images": [len(data), *data.shape],
             "device": device.type,
         }
-        opened = network.open(data).to(device)
-        return cls(opened, data, device, run.output, settings, run.batch_size, run.workers)
+        return cls(
+            network=network.open(data).to(device),
+            images=data,
+            output=run.output,
+            settings=settings,
+            batch_size=run.batch_size,
+            workers=run.workers,
+        )
 
     @property
     def batches(self) -> ImageBatches:

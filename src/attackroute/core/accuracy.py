@@ -52,22 +52,22 @@ def count_correct(
     samples = count_samples(data, _WHAT)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    home, dtype = placement(model)
-    home = torch.device(device) if device is not None else home
+    place, dtype = placement(model)
+    place = torch.device(device) if device is not None else place
     team = current()
     batches = in_order(samples, batch_size)[team.rank :: team.count]
 
     def count() -> int:
-        correct = torch.zeros((), dtype=torch.int64, device=home)
-        broken = torch.zeros((), dtype=torch.bool, device=home)
-        for batch in load(data, batches, generator=torch.Generator(), workers=workers, pin_memory=home.type == "cuda"):
+        correct = torch.zeros((), dtype=torch.int64, device=place)
+        broken = torch.zeros((), dtype=torch.bool, device=place)
+        for batch in load(data, batches, generator=torch.Generator(), workers=workers, pin_memory=place.type == "cuda"):
             images, labels = checked_batch(batch, _WHAT)
-            images = images.to(home, dtype, non_blocking=True)
+            images = images.to(place, dtype, non_blocking=True)
             if attack is not None:
-                images = attack(model, images, labels.to(home))
+                images = attack(model, images, labels.to(place))
             logits = model(images)
             check_logits(logits, labels, _WHAT)
-            correct += (logits.argmax(1) == labels.to(home, non_blocking=True)).sum()
+            correct += (logits.argmax(1) == labels.to(place, non_blocking=True)).sum()
             broken |= logits.isnan().any()
         if broken:
             raise BrokenLogits("the model's logits are NaN for some images; check the images and the weights")

@@ -1,1 +1,23 @@
-"""Penalties on a route, and training with them."""
+"""Hardening: from a network, images and a route to a network that is trained with penalties on the route's neurons.
+
+Read :mod:`attackroute.hardening.harden` first. The penalties (Eqs. (10) and (13), and the noise on the route) serve in
+any training loop; :mod:`attackroute.hardening.training` is the one here, which repeats bit for bit and can be resumed.
+"""
+
+from attackroute.hardening.gradient_penalty import GradientPenalty
+from attackroute.hardening.harden import HardenResult, harden
+from attackroute.hardening.settings import HardenSettings, TrainSettings
+from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
+from attackroute.hardening.training import train
+from attackroute.hardening.weight_penalty import WeightPenalty
+
+__all__ = [
+    "GradientPenalty",
+    "HardenResult",
+    "HardenSettings",
+    "StabilisationPenalty",
+    "TrainSettings",
+    "WeightPenalty",
+    "harden",
+    "train",
+]

@@ -409,18 +409,18 @@ def _open_journal(folder: str | os.PathLike[str] | None, settings: Mapping[str, 
     """
     if folder is None:
         return Journal(None, settings)
-    home = Path(folder)
+    path = Path(folder)
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{home} cannot be a folder ({error.strerror}); name another") from None
-    results = [home / f"{EVALUATION}.json", home / f"{EVALUATION}.csv"]
-    journal = Journal(home / MEASUREMENTS, settings, () if resume else results)
+        raise UserError(f"{path} cannot be a folder ({error.strerror}); name another") from None
+    results = [path / f"{EVALUATION}.json", path / f"{EVALUATION}.csv"]
+    journal = Journal(path / MEASUREMENTS, settings, () if resume else results)
     if resume:
         journal.resume()
-    elif (home / MEASUREMENTS).exists() and not results[0].exists():
+    elif (path / MEASUREMENTS).exists() and not results[0].exists():
         raise UserError(
-            f"{home} holds an unfinished evaluation; pass --resume to go on with it, or choose another folder"
+            f"{path} holds an unfinished evaluation; pass --resume to go on with it, or choose another folder"
         )
     return journal
 
@@ -460,8 +460,8 @@ def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: 
     for name, count in samples.items():
         named = [str(attack) for attack in attacks if name in (attack.name, str(attack))]
         if not named:
-            known = [attack.name for attack in attacks]
-            raise UserError(f"samples names {name!r}, which is none of the attacks{did_you_mean(name, known)}")
+            near = did_you_mean(name, [attack.name for attack in attacks])
+            raise UserError(f"samples names {name!r}, which is none of the attacks{near}")
         if count < 1:
             raise UserError(f"samples of {name} must be at least 1, not {count}")
         limits.update(dict.fromkeys(named, min(count, total or 0)))
