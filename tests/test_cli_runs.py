@@ -18,8 +18,6 @@ from torchvision.utils import save_image
 import attackroute
 from attackroute.core.document import Document
 from attackroute.core.model_state import weights_digest
-from attackroute.routes import folder as route_folder
-from attackroute.routes.folder import RouteFolder
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing import oracle_check
@@ -267,114 +265,8 @@ def test_interruption_without_out_keeps_nothing(trained, pictures, monkeypatch):
     assert "--out" in result.stderr
 
 
-def test_samples_are_saved_now_and_then(trained, pictures, tmp_path, monkeypatch):
-    saved: list[int] = []
-
-    def keep(writer: route_folder.RouteWriter) -> None:
-        original(writer)
-        saved.append(len(InstanceRoutes.load(tmp_path / "partial.safetensors")))
-
-    original = route_folder.RouteWriter.keep
-    monkeypatch.setattr(route_folder.RouteWriter, "keep", keep)
-    monkeypatch.setattr(route_folder, "_AUTOSAVE_SECONDS", 0.0)
-    assert traced(trained, pictures, "--out", tmp_path).exit_code == 0
-    assert saved == [4, 8]  # and the twelve as a whole
-    assert not (tmp_path / "partial.safetensors").exists()
-
-
-@pytest.fixture
-def sharded(trained, pictures, tmp_path, monkeypatch):
-    """A trace of eleven samples in three files of four."""
-    monkeypatch.setattr(route_folder, "_SHARD_SAMPLES", 3)  # rounded up to a batch
-    assert traced(trained, pictures, "--samples", 11, "--out", tmp_path / "routes").exit_code == 0
-    return tmp_path / "routes"
-
-
 def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_many_samples_are_in_several_files(trained, pictures, sharded, tmp_path):
-    names = [f"routes-0000{number}-of-00003.safetensors" for number in range(3)]
-    assert sorted(contents(sharded)) == ["route.json", *names, "summary.json"]
-    whole = InstanceRoutes.concatenate(map(InstanceRoutes.load, (sharded / name for name in names)))
-    stored = RouteFolder.open(sharded)
-    assert [(shard.start, shard.samples) for shard in stored.shards] == [(0, 4), (4, 4), (8, 3)]
-    assert stored.load() == whole
-    assert (len(stored), stored.layers, stored.width, stored.methods) == (11, whole.layers, 0.2, whole.methods)
-    for layer, values in whole.frequency().items():
-        assert torch.equal(stored.frequency()[layer], values)
-    assert stored.occurrence() == whole.occurrence()
-    assert stored.aggregate() == whole.aggregate() == Route.load(sharded / "route.json")
-    summary = Document.load(sharded / "summary.json").about
-    assert list(summary["files"]) == names
-    assert summary["accuracy"] == (whole.labels == whole.predictions).double().mean().item()
-
-
-@pytest.mark.parametrize("index", [[9, 0, 9, -1], slice(3, 9, 2), torch.arange(11) % 3 == 1, [5]])
-def test_some_stored_routes_can_be_selected(sharded, index, monkeypatch):
-    stored = RouteFolder.open(sharded)
-    expected = stored.load().select(index)
-    read = []
-    original = InstanceRoutes.load
-    monkeypatch.setattr(InstanceRoutes, "load", lambda path: read.append(path) or original(path))
-    assert stored.select(index) == expected
-    assert len(read) == len({min(row // 4, 2) for row in torch.arange(11)[index].tolist()})  # no other file
-
-
-def test_a_damaged_file_is_traced_again_and_it_alone(trained, pictures, sharded, monkeypatch):
-    before = contents(sharded)
-    first, second, third = sorted(sharded.glob("routes-*"))
-    cut, flipped = bytearray(before[second.name]), bytearray(before[third.name])
-    second.write_bytes(cut[:-1])
-    flipped[-1] ^= 1
-    third.write_bytes(flipped)
-    with pytest.raises(attackroute.UserError, match=second.name):
-        RouteFolder.open(sharded)
-    second.write_bytes(before[second.name])
-    stored = RouteFolder.open(sharded)
-    assert len(stored.select([0, 1])) == 2
-    with pytest.raises(attackroute.UserError, match=third.name):
-        stored.select([8])
-    second.write_bytes(cut[:-1])
-    seen = interrupt_after(monkeypatch, -1, RuntimeError())
-    result = traced(trained, pictures, "--samples", 11, "--out", sharded, "--resume")
-    assert result.exit_code == 0, result.output
-    assert seen == [4, 3]
-    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert [name in note for name, note in zip((second.name, third.name), notes, strict=True)] == [True, True]
-    assert contents(sharded) == before
-    shutil.copy(first, second)  # a whole file, in another's place
-    with pytest.raises(attackroute.UserError, match="not the file that was there"):
-        stored.select([5])
-
-
-def test_a_missing_file_is_named(sharded):
-    (sharded / "routes-00001-of-00003.safetensors").unlink()
-    with pytest.raises(attackroute.UserError, match="routes-00001-of-00003"):
-        RouteFolder.open(sharded)
-    with pytest.raises(attackroute.UserError, match="holds no instance routes"):
-        RouteFolder.open(sharded.parent)
-
-
-def test_finished_files_survive_an_interruption(trained, pictures, sharded, tmp_path, monkeypatch):
-    broken = tmp_path / "broken"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2, KeyboardInterrupt())
-        assert traced(trained, pictures, "--samples", 11, "--out", broken).exit_code == 130
-    kept = sorted(path.name for path in broken.iterdir())
-    assert kept == ["routes-00000-of-00003.safetensors", "routes-00001-of-00003.safetensors", "summary.json"]
-    seen = interrupt_after(monkeypatch, -1, RuntimeError())
-    assert traced(trained, pictures, "--samples", 11, "--out", broken, "--resume").exit_code == 0
-    assert seen == [3]
-    assert contents(broken) == contents(sharded)
-
-
-def test_stale_results_do_not_outlive_a_new_start(trained, pictures, tmp_path, monkeypatch):
-    assert traced(trained, pictures, "--out", tmp_path).exit_code == 0
-    interrupt_after(monkeypatch, 0, KeyboardInterrupt())
-    assert traced(trained, pictures, "--out", tmp_path, "--width", 0.5).exit_code == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_resuming_needs_a_sound_folder(trained, pictures, tmp_path):

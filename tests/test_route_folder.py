@@ -124,6 +124,64 @@ def test_what_is_done_of_a_file_is_kept(model: nn.Module, tmp_path: Path, monkey
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
+def test_samples_are_saved_now_and_then(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    original = folder_module.RouteWriter.keep
+
+    def keep(writer: folder_module.RouteWriter) -> None:
+        original(writer)
+        saved.append(len(InstanceRoutes.load(tmp_path / "partial.safetensors")))
+
+    monkeypatch.setattr(folder_module.RouteWriter, "keep", keep)
+    monkeypatch.setattr(folder_module, "_AUTOSAVE_SECONDS", 0.0)
+    monkeypatch.setattr(folder_module, "_SHARD_SAMPLES", 12)
+    traced(model, tmp_path)
+    assert saved == [4, 8]  # and the eleven as a whole
+    assert not (tmp_path / "partial.safetensors").exists()
+
+
+def test_stale_results_do_not_outlive_a_new_start(model: nn.Module, tmp_path: Path) -> None:
+    traced(model, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        traced(model, tmp_path, keep_scores=True, progress=breaking(0, KeyboardInterrupt()))
+    assert list(contents(tmp_path)) == ["summary.json"]
+
+
+@pytest.mark.parametrize("index", [[9, 0, 9, -1], slice(3, 9, 2), torch.arange(11) % 3 == 1, [5]])
+def test_some_samples_can_be_selected(
+    model: nn.Module, tmp_path: Path, index: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routes = traced(model, tmp_path)
+    expected = routes.load().select(index)
+    read: list[Path] = []
+    original = InstanceRoutes.load
+    monkeypatch.setattr(InstanceRoutes, "load", lambda path: read.append(path) or original(path))
+    assert routes.select(index) == expected
+    assert len(read) == len({min(row // 4, 2) for row in torch.arange(11)[index].tolist()})  # no other file
+
+
+def test_files_that_do_not_belong_are_named(model: nn.Module, tmp_path: Path) -> None:
+    routes = traced(model, tmp_path)
+    files = contents(tmp_path)
+    flipped = bytearray(files[NAMES[2]])
+    flipped[-1] ^= 1
+    (tmp_path / NAMES[2]).write_bytes(flipped)
+    assert len(routes.select([0, 1])) == 2
+    with pytest.raises(ar.UserError, match=NAMES[2]):
+        routes.select([8])
+    (tmp_path / NAMES[1]).write_bytes(files[NAMES[0]])  # a whole file, in another's place
+    with pytest.raises(ar.UserError, match="not the file that was there"):
+        routes.select([5])
+    (tmp_path / NAMES[1]).write_bytes(files[NAMES[1]][:-1])
+    with pytest.raises(ar.UserError, match=NAMES[1]):
+        ar.RouteFolder.open(tmp_path)
+    (tmp_path / NAMES[1]).unlink()
+    with pytest.raises(ar.UserError, match=NAMES[1]):
+        ar.RouteFolder.open(tmp_path)
+    with pytest.raises(ar.UserError, match="holds no instance routes"):
+        ar.RouteFolder.open(tmp_path.parent)
+
+
 @pytest.mark.parametrize("change", ["flipped", "cut", "missing"])
 def test_a_damaged_file_is_traced_again_and_it_alone(model: nn.Module, tmp_path: Path, change: str) -> None:
     traced(model, tmp_path)

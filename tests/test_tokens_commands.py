@@ -100,7 +100,7 @@ def test_analyze_takes_linear_maps_as_layers(trained: Path, analysis: tuple[Path
     assert "no control by weight: " in result.stderr and "mixes channels" in result.stderr
     assert "weight" not in {row["criterion"] for row in content["weaken"]["rows"]}
     assert "weaken leaves 7 of 10 layers as they are" in result.stderr
-    weakened = content["weaken"]["weakened_layers"]
+    weakened = content["weaken"]["about"]["weakened_layers"]
     assert weakened == MLPS
     with torch.no_grad():
         right = network(measured[0]).argmax(1) == measured[1]
@@ -110,8 +110,8 @@ def test_analyze_takes_linear_maps_as_layers(trained: Path, analysis: tuple[Path
     assert row["accuracy"] == pytest.approx(int(hits) / int(right.sum()))
 
     # the map of the last layer before the class token alone is left
-    assert content["gradcam"]["layer"] == "net.encoder.layers.encoder_layer_1.self_attention"
-    assert content["gradcam"]["map_size"] == [4, 4]
+    assert content["gradcam"]["about"]["layer"] == "net.encoder.layers.encoder_layer_1.self_attention"
+    assert content["gradcam"]["about"]["map_size"] == [4, 4]
 
 
 def test_the_page_of_an_analysis_knows_that_linear_maps_are_layers(
