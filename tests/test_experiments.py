@@ -203,17 +203,8 @@ class TestGradCam:
         assert "shifts by" in found.reading() and saved(found, tmp_path).about["map_size"] == [13, 13]
         assert len(measures_figure(found).axes) == 4 and list(found.figures()) == ["gradcam-measures"]
 
-    def test_a_box_holds_the_energy_inside_it(self, case: Case) -> None:
-        whole = torch.tensor([[0.0, 0, 13, 13]]).expand(14, 4)
-        found = measure_gradcam(case.compared(seeds=()), "3", {"s": shifted}, whole)
-        assert found.boxed and found.rows(CLEAN, ROUTE, INSIDE)[0]["mean"] == pytest.approx(1)
-        halves = [torch.tensor([[0.0, 0, 5, 13]]), torch.tensor([[5.0, 0, 13, 13]])]
-        parts = [measure_gradcam(case.compared(seeds=()), "3", {"s": shifted}, box.expand(14, 4)) for box in halves]
-        means = [part.rows("s", OFF_ROUTE, INSIDE)[0]["mean"] for part in parts]
-        assert sum(means) == pytest.approx(1) and min(means) > 0
-
     def test_the_panels_share_one_scale_an_image(self, case: Case) -> None:
-        panels = map_panels(case.model, *[part[:3] for part in case.data], case.route, "3", shifted, "shifted")
+        panels = map_panels(case.model, *[part[:3] for part in case.data], case.route.mask("3"), "3", shifted)
         assert panels.cams.shape == (2, 2, 3, 13, 13)
         assert panels.cams.amax((0, 1, 3, 4)).tolist() == pytest.approx([1, 1, 1])
         clean = grad_cam(case.model, case.images[:3], "3", case.route["3"])
@@ -221,21 +212,21 @@ class TestGradCam:
         for each in scale:  # one factor for all positions
             known = each[each.isfinite() & (each > 0)]
             torch.testing.assert_close(known, known[0].expand_as(known), rtol=1e-3, atol=0)
-        figure = maps_figure(panels)
+        found = measure_gradcam(case.compared(seeds=()), "3", {"shifted": shifted})
+        figure = maps_figure(found, panels)
+        assert "Grad-CAM of 3 (13x13), at its output; shifted\n" in figure.get_suptitle()
         assert sum(bool(axes.images) for axes in figure.axes[:24]) == 18
 
     def test_bad_input_is_one_line(self, case: Case) -> None:
         wrong = (case.model(case.images).argmax(1) + 1) % 5
-        boxes = torch.zeros(3, 4)
-        for data, layer, attacks, limits, message in (
-            (case.data, "99", {"s": shifted}, None, "no layer '99'"),
-            (case.data, "3", {}, None, "no attack"),
-            ((case.images, wrong), "3", {"s": shifted}, None, "none of the 14 samples right"),
-            (case.data, "3", {"s": shifted}, boxes, "boxes"),
-            (case.images, "3", {"s": shifted}, None, "no labels"),
+        for data, layer, attacks, message in (
+            (case.data, "99", {"s": shifted}, "no layer '99'"),
+            (case.data, "3", {}, "no attack"),
+            ((case.images, wrong), "3", {"s": shifted}, "none of the 14 samples right"),
+            (case.images, "3", {"s": shifted}, "no labels"),
         ):
             with pytest.raises(UserError, match=message) as error:
-                measure_gradcam(case.compared(data=data), layer, attacks, limits)
+                measure_gradcam(case.compared(data=data), layer, attacks)
             assert "\n" not in str(error.value)
 
 

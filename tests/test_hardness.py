@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Perceptron, chain, randomised
-from attackroute.analysis.hardness import GradientReader, log_loss_and_margin, rank_votes, votes_among
+from attackroute.analysis.hardness import GradientReader, log_loss_and_margin, votes_among
 from attackroute.core.errors import UserError
 
 
@@ -83,10 +83,10 @@ def test_votes_by_hand() -> None:
     # Layer 2: 5, 5, 0, 7: the two fives share ranks 2 and 3, and log 0 is the smallest.
     logs = torch.tensor([[4.0, 5.0], [1.0, 5.0], [2.0, 0.0], [3.0, 7.0]]).double().log()
     expected = [[1.0, 2.5], [4.0, 2.5], [3.0, 4.0], [2.0, 1.0]]
-    assert rank_votes(logs).tolist() == expected
     hardness = ar.Hardness(
         ar.Route({"a": [0], "b": [0]}, {"a": 1, "b": 1}), logs, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 1])
     )
+    assert hardness.votes.tolist() == expected
     assert hardness.values.tolist() == [3.5, 6.5, 7.0, 3.0]
     assert hardness.hardest(4).tolist() == [2, 1, 0, 3] and hardness.weakest(2).tolist() == [3, 0]
     assert hardness.correct.tolist() == [True, True, False, True]
@@ -104,7 +104,8 @@ def test_places_among_a_reference_by_hand() -> None:
 def test_places_among_the_samples_themselves_are_their_votes() -> None:
     torch.manual_seed(0)
     logs = torch.randint(0, 9, (50, 3)).double().log()  # many ties, some of them of -inf
-    assert torch.equal(votes_among(logs.sort(0).values, logs), rank_votes(logs))
+    ranks = torch.from_numpy(rankdata(-logs.numpy(), axis=0))
+    assert torch.equal(votes_among(logs.sort(0).values, logs), ranks)
 
 
 def test_equal_samples_keep_the_lower_index_first() -> None:

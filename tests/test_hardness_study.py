@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import runpy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -33,8 +31,10 @@ from attackroute.analysis.hardness_experiment import (
 )
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import AUROC, SPEARMAN, associations
+from attackroute.paper.claims import Findings
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.gradient_attacks import FGSM
+from studies import fill_page
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def test_a_found_eps_fools_and_one_below_it_does_not() -> None:
     model = centred_model(4, images)
     labels = model(images).argmax(1)
     search = EpsSearch(largest=0.004, tolerance=0.0005, steps=3)
-    assert search.rounds == 3 and search.passes == 16
+    assert search.rounds == 3
     found = search.smallest_eps(model, images, labels)
     assert torch.isfinite(found).any() and torch.isinf(found).any()
     for row, eps in enumerate(found.tolist()):
@@ -204,7 +204,6 @@ def test_a_papers_route_that_says_nothing_is_no_rival() -> None:
 
 
 def test_the_page_shows_an_attack_that_fools_nobody(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
-    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "fill_beyond.py"))
     found = study(case, attacks=[Darken(), Darken(factor=1.0)], draws=1).document({}).to_json()
     names = [f"fgsm:eps={eps}/255" for eps in (1, 2)]  # the page takes attacks that have a name
     attacks = found["about"]["attacks"]
@@ -212,7 +211,7 @@ def test_the_page_shows_an_attack_that_fools_nobody(case: tuple[nn.Module, Tenso
         attacks[name] = attacks.pop(attack)
         for item in found["rows"]:
             item["target"] = name if item["target"] == attack else item["target"]
-    first, second = tool["_hardness"]({"chain": found}).splitlines()[-2:]
+    first, second = fill_page._hardness({"chain": Findings.of(found)}).splitlines()[-2:]
     assert " to " in first and f"0 of {found['about']['correctly_classified']} |  |" in second
 
 

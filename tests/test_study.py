@@ -84,6 +84,9 @@ def test_a_study_without_a_folder_has_the_same_numbers(case: Case, images: Image
     plain = analyze(case.model, images, None, ["deactivate"], **settings)["deactivate"]  # type: ignore[arg-type]
     assert plain.table == written.table == Document.load(tmp_path / "deactivate.json").table
     assert {path.suffix for path in tmp_path.glob("deactivate.*")} == {".json", ".csv", ".png", ".svg"}
+    assert written.about["figures"] == ["deactivate", "deactivate-route"]
+    title = f"The critical attacking route of {type(case.model).__name__} on {len(images) // 2} images"
+    assert title in (tmp_path / "deactivate-route.svg").read_text()
 
 
 def test_what_was_finished_is_not_run_again(case: Case, images: ImageData, tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.core.batches import Data, batches, samples_in
+from attackroute.core.batches import BatchStream, Data, batches, samples_in
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls, two_of
@@ -27,10 +27,9 @@ from attackroute.robustness.attack import Attack, attacked
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
-_LOG_SMALLEST = -600.0  # exp(-600) and quotients of it are far above float64's smallest number
+T = TypeVar("T")
 
-Batches = Iterator[tuple[Tensor, "Tensor | None"]]
-"""Images and what belongs to them: labels, or attacked images."""
+_LOG_SMALLEST = -600.0  # exp(-600) and quotients of it are far above float64's smallest number
 
 
 def sensitivity(
@@ -64,8 +63,13 @@ def sensitivity(
         UserError: Neither or both of ``x_adv`` and ``attack`` are given, the images are no pairs, there is no route
             layer, or an input does not fit the model.
     """
-    with _pairs(model, x, x_adv, attack, batch_size) as (stream, measure):
-        return _mean_over(model, stream, measure, linear=linear, progress=progress, total=samples_in(x))
+    if (x_adv is None) == (attack is None):
+        raise UserError("sensitivity compares two: pass the attacked images x_adv, or the attack that makes them")
+    measure: Measure = changes if attack is None else under_attack(changes, attack)
+    with frozen(model), torch.inference_mode(False):
+        data = x if x_adv is None else _paired(batches(model, x, batch_size), batches(model, x_adv, batch_size))
+        stream = BatchStream(model, data, batch_size)
+        return mean_over(stream, model, measure, linear, progress, total=samples_in(x)).by_layer()
 
 
 def loss_gradient(
@@ -94,9 +98,8 @@ def loss_gradient(
     Raises:
         UserError: There is no route layer, or an input does not fit the model.
     """
-    with _still(model):
-        stream = batches(model, data, batch_size)
-        return _mean_over(model, stream, gradients, linear=linear, progress=progress, total=samples_in(data))
+    with frozen(model), torch.inference_mode(False):
+        return mean_over(BatchStream(model, data, batch_size), model, gradients, linear, progress).by_layer()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +127,7 @@ Measure = Callable[..., Measured]
 
 def activations(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
     """Mean over positions of ``|Z^m|``, the layer's own output."""
-    values: dict[str, Tensor] = {}
-
-    def visit(call: LayerCall) -> Tensor:
-        output = call.run()
-        values[call.name] = _position_means(output.detach().abs(), call.kind)
-        return output
-
-    _run(model, images, visit, linear=linear)
+    values = _read(model, images, lambda call, output: _position_means(output.abs(), call.kind), linear=linear)
     return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
 
 
@@ -142,15 +138,13 @@ def changes(
 
     The clean outputs of the batch are held meanwhile.
     """
-    clean = _outputs(model, images, linear=linear)
-    values: dict[str, Tensor] = {}
-
-    def visit(call: LayerCall) -> Tensor:
-        output = call.run()
-        values[call.name] = _position_means(_less(clean, call.name, output).abs_(), call.kind)
-        return output
-
-    _run(model, attacked, visit, linear=linear)
+    change = _change_from(model, images, linear=linear)
+    values = _read(
+        model,
+        attacked,
+        lambda call, output: _position_means(change(call.name, output).abs_(), call.kind),
+        linear=linear,
+    )
     return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
 
 
@@ -162,7 +156,7 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear
     Raises:
         UserError: The output is not logits, a label is outside them, or the logits do not depend on any layer.
     """
-    return _differentiated(model, images, labels, lambda call, _: partial(_magnitudes, kind=call.kind), linear=linear)
+    return _differentiated(model, images, labels, lambda _layer, _output: torch.abs, linear=linear)
 
 
 def attributions(
@@ -177,27 +171,19 @@ def attributions(
     Raises:
         UserError: As :func:`gradients`.
     """
-    clean = _outputs(model, images, linear=linear)
-
-    def follow(call: LayerCall, output: Tensor) -> Callable[[Tensor], Tensor]:
-        change = _less(clean, call.name, output).neg_()  # Z(x') - Z(x)
-        return lambda slope: _position_sums(change.mul_(slope), call.kind)
-
-    return _differentiated(model, attacked, labels, follow, linear=linear)
+    change = _change_from(model, images, linear=linear)
+    return _differentiated(model, attacked, labels, lambda *output: change(*output).neg_().mul_, linear=linear)
 
 
 def _differentiated(
     model: nn.Module,
     images: Tensor,
     labels: Tensor | None,
-    follow: Callable[[LayerCall, Tensor], Callable[[Tensor], Tensor]],
+    weighing: Callable[[str, Tensor], Callable[[Tensor], Tensor]],
     *,
     linear: bool,
 ) -> Measured:
-    """Values made of the loss gradient at each layer: ``follow(call, output)`` gives what makes them of it.
-
-    Values are zero where no gradient arrives.
-    """
+    """Sums over positions of what ``weighing(layer, output)`` makes of the loss gradient at each layer; else zeros."""
     values: dict[str, Tensor] = {}
     tokens: set[str] = set()
     start = images.detach().requires_grad_()
@@ -208,16 +194,16 @@ def _differentiated(
         if not output.requires_grad:  # the model cut the graph before this layer
             leaves[call.name] = output.detach().requires_grad_()
             output = leaves[call.name].clone()  # a copy, since what follows may work in place
-        shape = (output.shape[0], output.shape[_channel_dim(output, call.kind)])
+        shape = (output.shape[0], output.shape[CHANNEL_DIM[call.kind]])
         values[call.name] = torch.zeros(shape, device=output.device)
         if call.kind == "linear" and output.ndim > 2:
             tokens.add(call.name)
         if output.requires_grad:
-            output.register_hook(partial(keep, call.name, follow(call, output)))
+            output.register_hook(partial(keep, call.name, call.kind, weighing(call.name, output)))
         return output
 
-    def keep(layer: str, measure: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
-        values[layer] = measure(gradient.detach())
+    def keep(layer: str, kind: str, weigh: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+        values[layer] = _position_sums(weigh(gradient.detach()), kind)
 
     with torch.enable_grad(), LayerCalls(model, visit, linear=linear):
         logits = checked_logits(model(start.clone()), images.shape[0])
@@ -225,7 +211,7 @@ def _differentiated(
     ends = seed_gradients(logits, answers, leaves, None)
     logits = logits.detach()
     doubt = log_doubt(logits.cpu().to(torch.float64), answers.cpu())
-    return Measured(values, doubt, logits, ends[""], frozenset(tokens))
+    return Measured(values, doubt, logits=logits, at_images=ends[""], tokens=frozenset(tokens))
 
 
 @dataclass
@@ -249,9 +235,8 @@ class RunningMean:
         total = (measured.log_factor - scale).exp() @ values
         return cls(len(values), total, scale, {layer: each.shape[1] for layer, each in measured.values.items()})
 
-    def add(self, other: RunningMean | Measured) -> None:
+    def add(self, mean: RunningMean) -> None:
         """Add other samples; the same parts in the same order give the same sum, bit for bit."""
-        mean = other if isinstance(other, RunningMean) else self.of(other)
         scale = max(self._log_scale, mean._log_scale)
         here, there = math.exp(self._log_scale - scale), math.exp(mean._log_scale - scale)
         self._total = self._total * here + mean._total * there
@@ -285,103 +270,79 @@ def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[st
         UserError: There is none, the model cannot run on the images, or samples do not stand in the first dimension
             of the layers' outputs.
     """
-    channels: dict[str, int] = {}
-    tokens = False
 
-    def visit(call: LayerCall) -> Tensor:
-        nonlocal tokens
-        output = call.run()
-        channels[call.name] = output.shape[CHANNEL_DIM[call.kind]]
-        tokens |= call.kind == "linear" and output.ndim > 2
-        return output
+    def shape(call: LayerCall, output: Tensor) -> tuple[int, bool]:
+        return output.shape[CHANNEL_DIM[call.kind]], call.kind == "linear" and output.ndim > 2
 
     with torch.no_grad(), explained(images):
-        with LayerCalls(model, visit, linear=linear):
-            model(images.clone())
-        if tokens:
+        shapes = _read(model, images, shape, linear=linear)
+        if any(tokens for _, tokens in shapes.values()):
             require_rows_apart(model, images)
+    channels = {layer: count for layer, (count, _) in shapes.items()}
     if not channels:
         hint = "" if linear else "; for networks of linear maps pass linear=True"
         raise UserError(f"no 2-D convolution ran in the model's forward pass, so there is no route layer{hint}")
     return channels
 
 
-def _mean_over(
+def mean_over(
+    stream: BatchStream,
     model: nn.Module,
-    stream: Batches,
     measure: Measure,
-    *,
     linear: bool,
     progress: Progress | None,
-    total: int | None,
-) -> dict[str, Tensor]:
-    """Mean of a measure over the batches of a frozen model, all with the layers of the first.
+    *,
+    total: int | None = None,
+) -> RunningMean:
+    """Mean of a measure over the batches of a frozen model, all with the layers of the first; ``total`` samples in all.
 
     Raises:
         UserError: There is no sample or no route layer, the model cannot run on the images, or its structure varies.
     """
-    first = next(stream, None)
-    if first is None:
-        raise UserError("the data hold no sample: the loader is empty")
-    measure_batch = steady(model, two_of(first[0]), measure, linear=linear)
-    mean = RunningMean()
-    for images, other in chain([first], stream):
-        mean.add(measure_batch(images, other))
-        if progress is not None:
-            progress(mean.samples, total)
-    return mean.by_layer()
+    expected = list(layer_channels(model, two_of(stream.first[0]), linear=linear).items())
 
-
-def steady(
-    model: nn.Module, probe: Tensor, measure: Measure, *, linear: bool
-) -> Callable[[Tensor, Tensor | None], Measured]:
-    """A measure of batches ``(images, what belongs to them)`` that refuses other layers than ``probe`` shows.
-
-    Raises:
-        UserError: There is no route layer, or the model cannot run on the images.
-    """
-    expected = list(layer_channels(model, probe, linear=linear).items())
-
-    def measure_batch(images: Tensor, other: Tensor | None) -> Measured:
+    def batch_mean(images: Tensor, other: Tensor | None) -> RunningMean:
         with explained(images):
             measured = measure(model, images, other, linear=linear)
         if [(layer, values.shape[1]) for layer, values in measured.values.items()] != expected:
             raise UserError(
                 "the model ran other layers on this batch than on the first one: its structure must not vary"
             )
-        return measured
+        return RunningMean.of(measured)
 
-    return measure_batch
+    mean = RunningMean()
+    for each in stream.map(batch_mean):
+        mean.add(each)
+        if progress is not None:
+            progress(mean.samples, stream.total if total is None else total)
+    return mean
 
 
-def _run(model: nn.Module, images: Tensor, visit: Callable[[LayerCall], Tensor], *, linear: bool) -> None:
-    with torch.no_grad(), LayerCalls(model, visit, linear=linear):
-        model(images.clone())  # a copy, since a model may work on its input in place
-
-
-def _outputs(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, Tensor]:
-    """Copies of the outputs of all layers."""
-    values: dict[str, Tensor] = {}
+def _read(model: nn.Module, images: Tensor, measure: Callable[[LayerCall, Tensor], T], *, linear: bool) -> dict[str, T]:
+    """What ``measure`` makes of the output of every layer, in one forward pass without a graph."""
+    values: dict[str, T] = {}
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()
-        values[call.name] = output.detach().clone()  # a copy, since what follows may work in place
+        values[call.name] = measure(call, output.detach())
         return output
 
-    _run(model, images, visit, linear=linear)
+    with torch.no_grad(), LayerCalls(model, visit, linear=linear):
+        model(images.clone())  # a copy, since a model may work on its input in place
     return values
 
 
-def _less(clean: dict[str, Tensor], layer: str, output: Tensor) -> Tensor:
-    """``Z(x) - Z(x')`` as a tensor of its own, in float32 or wider; the clean output is given up."""
-    if layer not in clean or clean[layer].shape != output.shape:
-        raise UserError("the model ran other layers on the attacked images: its structure must not vary")
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    return clean.pop(layer).to(dtype).sub_(output.detach())
+def _change_from(model: nn.Module, images: Tensor, *, linear: bool) -> Callable[[str, Tensor], Tensor]:
+    """``(layer, Z(x')) -> Z(x) - Z(x')`` in a tensor of its own, float32 or wider; that clean output is given up."""
+    clean = _read(model, images, lambda _, output: output.clone(), linear=linear)  # what follows may work in place
 
+    def change(layer: str, output: Tensor) -> Tensor:
+        if layer not in clean or clean[layer].shape != output.shape:
+            raise UserError("the model ran other layers on the attacked images: its structure must not vary")
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        return clean.pop(layer).to(dtype).sub_(output.detach())
 
-def _magnitudes(values: Tensor, kind: str) -> Tensor:
-    return _position_sums(values.abs(), kind)
+    return change
 
 
 def _position_means(values: Tensor, kind: str) -> Tensor:
@@ -391,38 +352,15 @@ def _position_means(values: Tensor, kind: str) -> Tensor:
 
 def _position_sums(values: Tensor, kind: str) -> Tensor:
     """Sum over positions: ``(n, C)``, in float32 or wider."""
-    positions = [dim for dim in range(1, values.ndim) if dim != _channel_dim(values, kind)]
+    channels = CHANNEL_DIM[kind] % values.ndim
+    positions = [dim for dim in range(1, values.ndim) if dim != channels]
     dtype = torch.promote_types(values.dtype, torch.float32)
     return values.sum(positions, dtype=dtype) if positions else values.to(dtype)
 
 
-def _channel_dim(values: Tensor, kind: str) -> int:
-    return 1 if kind == "conv2d" else values.ndim - 1
-
-
-@contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    with frozen(model), torch.inference_mode(False):
-        yield
-
-
-@contextmanager
-def _pairs(
-    model: nn.Module, x: Data, x_adv: Data | None, attack: Attack | None, batch_size: int
-) -> Iterator[tuple[Batches, Measure]]:
-    """The stream to read and the measure for it, on a frozen model."""
-    if (x_adv is None) == (attack is None):
-        raise UserError("sensitivity compares two: pass the attacked images x_adv, or the attack that makes them")
-    with _still(model):
-        stream = batches(model, x, batch_size)
-        if attack is not None:
-            yield stream, under_attack(changes, attack)
-        else:
-            assert x_adv is not None
-            yield _paired(stream, batches(model, x_adv, batch_size)), changes
-
-
-def _paired(clean: Batches, attacked: Batches) -> Batches:
+def _paired(
+    clean: Iterator[tuple[Tensor, Tensor | None]], attacked: Iterator[tuple[Tensor, Tensor | None]]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Clean images with the attacked ones in the place of labels."""
     for first, second in zip_longest(clean, attacked):
         if first is None or second is None or first[0].shape != second[0].shape:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import (
     Measure,
     Measured,
-    RunningMean,
     activations,
     attributions,
     changes,
     gradients,
     layer_channels,
-    steady,
+    mean_over,
     under_attack,
 )
 from attackroute.core.batches import BatchStream, Data
@@ -138,14 +137,9 @@ def channel_scores(
     ``"weight"`` and ``"random"`` read no more than two samples, to see which layers run.
 
     Args:
-        model: As for :func:`rank_channels`, and so are the others.
-        data: Images, with labels or without.
-        by: The criterion.
+        model: As for :func:`rank_channels`, and so are ``data``, ``by``, ``batch_size``, ``seed`` and ``linear``.
         attack: For the criteria that compare images with attacked ones. A sample without a label is attacked for the
             model's prediction on its clean image, and L is that of this label.
-        batch_size: Rows per forward pass when ``data`` is tensors.
-        seed: Seed of ``by="random"``.
-        linear: Whether linear maps are route layers too.
         progress: Called after every batch that is read in full.
 
     Raises:
@@ -154,36 +148,24 @@ def channel_scores(
     """
     if by not in CRITERIA:
         raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
-    measure = _measure(by, attack)
+    measure = _MEASURES.get(by)
+    if by in NEED_ATTACK:
+        if attack is None:
+            raise UserError(
+                f"criterion {by!r} compares images with attacked ones: pass attack=..., such as ar.parse_attack('pgd')"
+            )
+        measure = under_attack(_COMPARISONS[by], attack)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
+        if measure is not None:
+            mean = mean_over(stream, model, measure, linear, progress)
+            compared = attack_name(attack) if attack is not None and by in NEED_ATTACK else None
+            return ChannelScores(by, mean.by_layer(), mean.samples, attack=compared)
         probe = two_of(stream.first[0])
-        if measure is None:
-            if by == "weight":
-                return ChannelScores(by, outgoing_weight_norms(record_first(model, probe, linear=linear).layers))
-            channels = layer_channels(model, probe, linear=linear)
-            return ChannelScores(
-                by, {layer: channel_uniforms(seed, layer, channels[layer]) for layer in channels}, seed=seed
-            )
-        mean = RunningMean()
-        measure_batch = steady(model, probe, measure, linear=linear)
-        for batch_mean in stream.map(lambda images, labels: RunningMean.of(measure_batch(images, labels))):
-            mean.add(batch_mean)
-            if progress is not None:
-                progress(mean.samples, stream.total)
-    compared = attack_name(attack) if attack is not None and by in NEED_ATTACK else None
-    return ChannelScores(by, mean.by_layer(), mean.samples, attack=compared)
-
-
-def _measure(by: str, attack: Attack | None) -> Measure | None:
-    """How a criterion measures a batch; None where it needs no data."""
-    if by not in _COMPARISONS:
-        return _MEASURES.get(by)
-    if attack is None:
-        raise UserError(
-            f"criterion {by!r} compares images with attacked ones: pass attack=..., such as ar.parse_attack('pgd')"
-        )
-    return under_attack(_COMPARISONS[by], attack)
+        if by == "weight":
+            return ChannelScores(by, outgoing_weight_norms(record_first(model, probe, linear=linear).layers))
+        channels = layer_channels(model, probe, linear=linear).items()
+        return ChannelScores(by, {layer: channel_uniforms(seed, layer, count) for layer, count in channels}, seed=seed)
 
 
 class MixedChannelsError(UserError):
@@ -198,11 +180,7 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
     batch norm's ``gamma / sigma``. Derivatives that differ between positions (activations, pooling, gates) count as
     one. A sink, which no route layer follows, is scored by its own kernel, ``sum over i, u of |W_l[m, i, u]|``.
 
-    Args:
-        layers: The layers of a recording.
-
-    Returns:
-        For each layer, float64 ``(C,)`` on the CPU.
+    For each layer, float64 ``(C,)`` on the CPU.
 
     Raises:
         MixedChannelsError: Something between two layers mixes channels or positions, so that no weight belongs to a
@@ -217,7 +195,8 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
                 f"there is no weight norm for the channels of layer {layers[min(layer.jacobian)].name!r}: what stands "
                 f"between it and {layer.name!r} mixes channels or positions; choose another criterion"
             )
-        norm_of_input = _input_norms(layer)
+        weight = _wide(layer.weight).abs().unflatten(0, (layer.groups, -1))  # (groups, outputs, C_in / groups, kh, kw)
+        norm_of_input = weight.sum((1, 3, 4)).flatten()
         for piece in layer.pieces:
             norm = norm_of_input[piece.dst : piece.dst + piece.length]
             if piece.scale is not None:
@@ -226,13 +205,6 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
     for index in sinks:
         norms[index] = _wide(layers[index].weight).abs().flatten(1).sum(1)
     return {layer.name: norms[index] for index, layer in enumerate(layers)}
-
-
-def _input_norms(layer: RecordedLayer) -> Tensor:
-    """``sum over j, u of |W[j, i, u]|`` for each input channel i, ``(C_in,)``."""
-    weight = _wide(layer.weight).abs().unflatten(0, (layer.groups, -1))  # (groups, outputs, C_in / groups, kh, kw)
-    norms: Tensor = weight.sum((1, 3, 4))
-    return norms.flatten()
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -11,18 +11,17 @@ Class tokens are no positions: they are left out of the maps and of the means ov
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.sites import ActivationFollower, check_site
+from attackroute.analysis.sites import LayerEdits
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
-from attackroute.core.layers import ACTIVATION, OUTPUT, LayerCall, LayerCalls
+from attackroute.core.layers import OUTPUT, LayerCall
 from attackroute.core.model_state import frozen
 
 _MAP_DIMS = 4
@@ -54,14 +53,7 @@ class Evidence:
         return Evidence(self.maps[rows], self.weights[rows], self.logits[rows], self.target[rows])
 
     def cams(self, sets: Tensor) -> Tensor:
-        """Grad-CAM of several sets of channels.
-
-        Args:
-            sets: Bool ``(S, C)``.
-
-        Returns:
-            ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``.
-        """
+        """Of each set of channels, bool ``(S, C)``: ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``."""
         if sets.ndim != 2 or sets.shape[1] != self.maps.shape[1]:
             raise UserError(
                 f"sets of channels have shape {tuple(sets.shape)}; the layer needs (sets, {self.maps.shape[1]})"
@@ -102,13 +94,10 @@ def grad_cam(
     """
     evidence = layer_evidence(model, images, layer, target=target, at=at, grid=grid)
     count = evidence.maps.shape[1]
-    chosen = torch.ones(1, count, dtype=torch.bool)
-    if channels is not None:
-        index = torch.as_tensor(channels, dtype=torch.int64).cpu().flatten()
-        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
-            raise UserError(f"a channel of layer {layer!r} is out of range: it has channels 0 to {count - 1}")
-        chosen = torch.zeros(1, count, dtype=torch.bool).index_fill_(1, index, True)
-    return evidence.cams(chosen)[0]
+    index = torch.as_tensor(range(count) if channels is None else channels, dtype=torch.int64).cpu().flatten()
+    if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
+        raise UserError(f"a channel of layer {layer!r} is out of range: it has channels 0 to {count - 1}")
+    return evidence.cams(torch.zeros(1, count, dtype=torch.bool).index_fill_(1, index, True))[0]
 
 
 def layer_evidence(
@@ -122,20 +111,19 @@ def layer_evidence(
 ) -> Evidence:
     """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        with _leaf(model, layer, at) as held:
+        leaf = _Leaf(layer, at)
+        with leaf.applied_to(model):
             logits = checked_logits(model(images.detach().clone()), images.shape[0])
-        if held.values is None:
-            raise UserError(f"layer {layer!r} did not run in the model's forward pass: give a layer as traced")
-        maps = held.maps(held.values, grid)
+        maps = leaf.maps(leaf.values, grid)
         classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
         classes = checked_labels(classes, logits.shape[1], images.shape[0])
         if not logits.requires_grad:
             raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
         chosen = logits.gather(1, classes[:, None]).sum()
-        gradient = torch.autograd.grad(chosen, held.values, allow_unused=True)[0]
+        gradient = torch.autograd.grad(chosen, leaf.values, allow_unused=True)[0]
     if gradient is None:
         raise UserError(f"the logits do not depend on layer {layer!r}")
-    slopes = held.maps(gradient, grid)
+    slopes = leaf.maps(gradient, grid)
     if gradient.count_nonzero() and not slopes.count_nonzero():
         raise UserError(
             f"the logits depend on the class token of layer {layer!r} alone, so the image's tokens say nothing there: "
@@ -159,23 +147,42 @@ def jointly_normalised(cams: Tensor) -> Tensor:
     return cams / largest.where(largest > 0, torch.ones_like(largest))
 
 
-@dataclass(eq=False)
-class _Held:
-    """A layer's output, held as a leaf that requires grad.
+class _Leaf(LayerEdits):
+    """Makes a layer's output, or its activation's, a leaf that requires grad.
 
     Attributes:
-        call: The layer's call.
+        call: The layer's call, once the model has run.
         values: The leaf.
         sizes: Sizes of the maps of the convolutions before it.
     """
 
-    call: LayerCall | None = None
-    values: Tensor | None = None
-    sizes: list[Grid] = field(default_factory=list)
+    call: LayerCall
+    values: Tensor
+
+    def __init__(self, layer: str, at: str) -> None:
+        super().__init__({layer: None}, at)
+        self.sizes: list[Grid] = []
+        self._reached = False
+
+    def visit(self, call: LayerCall) -> Tensor:
+        """Run one layer of the model, and note the maps of convolutions until the leaf's own."""
+        output = super().visit(call)
+        if call.kind == "conv2d" and not self._reached:
+            self.sizes.append((output.shape[-2], output.shape[-1]))
+        return output
+
+    def run(self, call: LayerCall) -> Tensor:
+        """Run the layer."""
+        self.call, self._reached = call, True
+        return call.run()
+
+    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
+        """A copy of the leaf, since what follows may work in place."""
+        self.values = values.detach().requires_grad_()
+        return self.values.clone()
 
     def maps(self, values: Tensor, grid: Grid | None) -> Tensor:
         """What has the shape of the leaf, as maps ``(n, C, H, W)``."""
-        assert self.call is not None
         if self.call.kind == "linear":
             return token_maps(self.call, values, self.sizes, grid)
         if values.ndim != _MAP_DIMS:
@@ -185,37 +192,7 @@ class _Held:
         return values
 
 
-@contextmanager
-def _leaf(model: nn.Module, layer: str, at: str) -> Iterator[_Held]:
-    """While the model runs, make the layer's maps a leaf that requires grad."""
-    check_site(at)
-    follower = ActivationFollower() if at == ACTIVATION else None
-    held = _Held()
-
-    def hold(values: Tensor) -> Tensor:
-        held.values = values.detach().requires_grad_()
-        return held.values.clone()  # a copy, since what follows may work in place
-
-    def visit(call: LayerCall) -> Tensor:
-        output = call.run()
-        if call.name != layer:
-            if held.call is None and call.kind == "conv2d":
-                held.sizes.append((output.shape[-2], output.shape[-1]))
-            return output
-        held.call = call
-        if follower is None:
-            return hold(output)
-        follower.follow(output, layer, hold)
-        return output
-
-    with ExitStack() as stack:
-        if follower is not None:
-            stack.enter_context(follower)
-        stack.enter_context(LayerCalls(model, visit, linear=True))
-        yield held
-
-
-def token_maps(call: LayerCall, output: Tensor, seen: Sequence[Grid], grid: Grid | None) -> Tensor:
+def token_maps(call: LayerCall, output: Tensor, sizes: Sequence[Grid], grid: Grid | None) -> Tensor:
     """The output of a linear map as maps, without the tokens that are no part of the image.
 
     Tokens ``(n, rows, columns, C)`` have their grid in their shape, if its proportions are those of a convolution's
@@ -225,12 +202,9 @@ def token_maps(call: LayerCall, output: Tensor, seen: Sequence[Grid], grid: Grid
 
     Args:
         call: The linear map.
-        output: What it gives, ``(n, ..., C)``.
-        seen: Sizes of the maps of convolutions that ran before it, in order.
+        output: What it gives, ``(n, ..., C)``; the maps are a view ``(n, C, rows, columns)`` of it.
+        sizes: Sizes of the maps of convolutions that ran before it, in order.
         grid: Rows and columns, where the user knows them.
-
-    Returns:
-        ``(n, C, rows, columns)``, a view.
 
     Raises:
         UserError: The output has no tokens, or they stand in windows, or their grid cannot be told or does not fit.
@@ -249,13 +223,13 @@ def token_maps(call: LayerCall, output: Tensor, seen: Sequence[Grid], grid: Grid
     if output.ndim == _MAP_DIMS:
         if grid is not None and tuple(grid) != shape[1:3]:
             raise UserError(f"layer {name!r} has a grid of {shape[1]} x {shape[2]} tokens, not {grid[0]} x {grid[1]}")
-        if grid is None and seen and not any(_alike((shape[1], shape[2]), size) for size in seen):
+        if grid is None and sizes and not any(_alike((shape[1], shape[2]), size) for size in sizes):
             raise UserError(
                 f"layer {name!r} gives {shape}, whose {shape[1]} x {shape[2]} tokens have not the shape of the "
                 f"convolutions' maps (windows?): if they are rows and columns, give grid=({shape[1]}, {shape[2]})"
             )
         return output.movedim(-1, 1)
-    rows, columns = _token_grid(name, shape[1], seen) if grid is None else grid
+    rows, columns = _token_grid(name, shape[1], sizes) if grid is None else grid
     leading = shape[1] - rows * columns
     if rows < 1 or columns < 1 or leading < 0:
         raise UserError(f"layer {name!r} has {shape[1]} tokens, too few for a grid of {rows} x {columns}")
@@ -268,8 +242,8 @@ def _alike(grid: Grid, size: Grid) -> bool:
     return abs(grid[0] * size[1] - grid[1] * size[0]) <= max(size)
 
 
-def _token_grid(name: str, tokens: int, seen: Sequence[Grid]) -> Grid:
-    for size in reversed(seen):
+def _token_grid(name: str, tokens: int, sizes: Sequence[Grid]) -> Grid:
+    for size in reversed(sizes):
         if 0 <= tokens - math.prod(size) <= min(_MOST_LEADING, math.prod(size) - 1):
             return size
     for leading in range(_UNSEEN_LEADING + 1):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +29,7 @@ from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
 _LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
-_TENSORS = ("log_gradients", "labels", "predictions")
-_REFERENCE = "reference"
+_TENSORS = ("log_gradients", "labels", "predictions")  # in each file; also "reference", where there is one
 
 
 def hardness(
@@ -53,23 +51,18 @@ def hardness(
         UserError: The model cannot carry the route, the data hold fewer than two samples or no labels, an input does
             not fit the model, or values are not finite.
     """
-    result = Hardness.from_gradients(read_gradients(model, {"route": route}, data, batch_size, progress), route)
-    if len(result) < 2:
-        raise UserError(
-            "the data hold one sample, which cannot be ranked: give two or more, or score it against others"
-        )
-    return result
+    return Hardness.from_gradients(read_gradients(model, route, data, batch_size, progress), route)
 
 
 def read_gradients(
-    model: nn.Module, routes: Mapping[str, Route], data: Data, batch_size: int, progress: Progress | None
+    model: nn.Module, route: Route, data: Data, batch_size: int, progress: Progress | None
 ) -> SampleGradients:
-    """The gradients of every sample, for several routes at once; see :class:`GradientReader`."""
+    """The gradients of every sample on one route; see :class:`GradientReader`."""
     batches: list[SampleGradients] = []
     done = 0
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        for batch in stream.map(GradientReader(model, routes).read):
+        for batch in stream.map(GradientReader(model, {"route": route}).read):
             batches.append(batch)
             done += len(batch)
             if progress is not None:
@@ -112,15 +105,17 @@ class Hardness:
             raise UserError("the reference needs one column for each layer of the route, each in ascending order")
 
     @classmethod
-    def from_gradients(cls, samples: SampleGradients, route: Route, index: int = 0) -> Hardness:
-        """Hardness by the route of that index among those that were read, the samples ranked among themselves.
+    def from_gradients(
+        cls, samples: SampleGradients, route: Route, index: int = 0, reference: Tensor | None = None
+    ) -> Hardness:
+        """Hardness by the route of that index among those that were read, ranked among a reference or themselves.
 
         Raises:
-            UserError: There is one sample alone.
+            UserError: There is one sample alone, and no reference.
         """
-        if len(samples) < 2:
+        if len(samples) < 2 and reference is None:
             raise UserError("the data hold one sample, which cannot be ranked: give two or more, or score it by others")
-        return cls(route, samples.log_gradients[:, index].clone(), samples.labels, samples.predictions)
+        return cls(route, samples.log_gradients[:, index].clone(), samples.labels, samples.predictions, reference)
 
     @cached_property
     def votes(self) -> Tensor:
@@ -128,9 +123,7 @@ class Hardness:
 
         Equal gradients share the mean of their ranks. Among a reference of M samples, votes go from 1/2 to M + 1/2.
         """
-        if self.reference is None:
-            return rank_votes(self.log_gradients)
-        return votes_among(self.reference, self.log_gradients)
+        return votes_among(self.quantiles(), self.log_gradients)
 
     @property
     def values(self) -> Tensor:
@@ -196,35 +189,31 @@ class Hardness:
         Raises:
             UserError: As for :func:`hardness`.
         """
-        samples = read_gradients(model, {"route": self.route}, data, batch_size, progress)
-        return Hardness(
-            self.route, samples.log_gradients[:, 0].clone(), samples.labels, samples.predictions, self.quantiles()
-        )
+        samples = read_gradients(model, self.route, data, batch_size, progress)
+        return Hardness.from_gradients(samples, self.route, reference=self.quantiles())
 
     def by_class(self) -> list[dict[str, Any]]:
         """For each label: how many samples bear it, how many are classified correctly, and the spread of their V."""
-        rows = []
-        for label in self.labels.unique().tolist():
-            mask = self.labels == label
-            low, middle, high = self.values[mask].quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-            rows.append(
-                {
-                    "label": label,
-                    "samples": int(mask.sum()),
-                    "correct": int(self.correct[mask].sum()),
-                    "V_mean": float(self.values[mask].mean()),
-                    "V_quartiles": [low, middle, high],
-                }
-            )
-        return rows
+        quarters = torch.tensor([0.25, 0.5, 0.75]).double()
+        classes = {label: self.labels == label for label in self.labels.unique().tolist()}
+        return [
+            {
+                "label": label,
+                "samples": int(mask.sum()),
+                "correct": int(self.correct[mask].sum()),
+                "V_mean": float(self.values[mask].mean()),
+                "V_quartiles": self.values[mask].quantile(quarters).tolist(),
+            }
+            for label, mask in classes.items()
+        ]
 
     @property
     def table(self) -> Table:
         """One row a sample: index, label, prediction, V, and ``votes:LAYER`` for each layer in forward order."""
-        numbers = (self.labels.tolist(), self.predictions.tolist(), self.values.tolist(), self.votes.tolist())
+        columns = (each.tolist() for each in (self.labels, self.predictions, self.values, *self.votes.T))
         return Table(
             ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.layers)),
-            tuple((index, *row, *votes) for index, (*row, votes) in enumerate(zip(*numbers, strict=True))),
+            tuple(zip(range(len(self)), *columns, strict=True)),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -234,10 +223,10 @@ class Hardness:
             UserError: The file cannot be written.
         """
         body = replace(self.route, frequency=None).to_json()
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        if self.reference is not None:
-            tensors[_REFERENCE] = self.reference
-        write_tensors(path, HARDNESS_KIND, body, tensors)
+        tensors = {name: getattr(self, name) for name in (*_TENSORS, "reference")}
+        write_tensors(
+            path, HARDNESS_KIND, body, {name: values for name, values in tensors.items() if values is not None}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Hardness:
@@ -251,7 +240,7 @@ class Hardness:
             if missing := set(_TENSORS) - set(tensors):
                 raise UserError(f"holds no {sorted(missing)[0]}")
             route = Route.from_json(body)
-            return cls(route, **{name: tensors[name] for name in _TENSORS}, reference=tensors.get(_REFERENCE))
+            return cls(route, **{name: tensors[name] for name in _TENSORS}, reference=tensors.get("reference"))
 
     def _first(self, count: int, among: Tensor | None, *, descending: bool) -> Tensor:
         order: Tensor = self.values.sort(descending=descending, stable=True).indices
@@ -262,43 +251,22 @@ class Hardness:
         return order[:count]
 
 
-def rank_votes(log_gradients: Tensor) -> Tensor:
-    """Votes of each sample in each layer among the samples themselves, Eq. (17).
-
-    Args:
-        log_gradients: ``(N, L)`` float64 without NaN; ``-inf`` is a gradient of zero.
-
-    Returns:
-        ``(N, L)`` float64: 1 for the layer's largest gradient, N for its smallest; equal gradients share the mean.
-    """
-    from scipy.stats import rankdata  # here, since it takes a second to load
-
-    return torch.from_numpy(rankdata(-log_gradients.numpy(), axis=0))
-
-
 def votes_among(reference: Tensor, log_gradients: Tensor) -> Tensor:
-    """Votes of samples by their place among those of a reference, without ranking that anew.
+    """Votes of samples in each layer by their places among those of a reference (Eq. (17)).
 
-    A sample whose gradient is in the reference gets that one's votes, exactly as :func:`rank_votes` gave them; one
-    between two samples of the reference gets the mean of theirs.
-
-    Args:
-        reference: ``(M, L)`` float64, each column in ascending order.
-        log_gradients: ``(N, L)`` float64.
-
-    Returns:
-        ``(N, L)`` float64, from 1/2 to ``M + 1/2``.
+    ``(M, L)`` ascending log-gradients of the reference, and ``(N, L)`` of the samples, float64 without NaN, give
+    ``(N, L)`` float64. The reference's own gradients have 1 vote for the largest and M for the smallest, and where they
+    are equal the mean of their ranks; a gradient between two of them gets the mean of their votes.
     """
-    places = np.empty(log_gradients.shape)
-    for layer, (ascending, values) in enumerate(zip(reference.numpy().T, log_gradients.numpy().T, strict=True)):
-        # with b of the reference below and e equal: M - b - e above, and the mean of e ranks from there on
-        places[:, layer] = np.searchsorted(ascending, values, "left") + np.searchsorted(ascending, values, "right")
-    return torch.from_numpy(len(reference) + 0.5 - places / 2)
+    ascending, values = reference.T.contiguous(), log_gradients.T.contiguous()
+    # with b of the reference below and e equal: M - b - e above, and the mean of e ranks from there on
+    places = torch.searchsorted(ascending, values) + torch.searchsorted(ascending, values, right=True)
+    return len(reference) + 0.5 - places.T.double() / 2
 
 
 @dataclass(frozen=True, eq=False)
 class SampleGradients:
-    """What the loss says of N samples, in the order in which they came, on the CPU.
+    """What the loss says of N samples in their order, on the CPU.
 
     Attributes:
         log_gradients: ``(N, R, L)`` float64, R routes of L layers: log of the sum over the layer's route neurons of
@@ -323,30 +291,24 @@ class SampleGradients:
 
     @classmethod
     def concatenate(cls, batches: Iterable[SampleGradients]) -> SampleGradients:
-        """The samples of several batches, one after another.
-
-        Raises:
-            UserError: There is none.
-        """
+        """The samples of several batches, one after another; a `UserError` if there is none."""
         batches = list(batches)
         if not batches:
             raise UserError("the data hold no sample: the loader is empty")
-        return cls(*(torch.cat([getattr(batch, item.name) for batch in batches]) for item in fields(cls)))
+        return cls(**{each.name: torch.cat([getattr(batch, each.name) for batch in batches]) for each in fields(cls)})
 
 
 class GradientReader:
     """Reads batches with one forward and one backward pass each, all layers and routes at once.
 
-    Args:
-        model: A frozen model (:func:`attackroute.layers.frozen`).
-        routes: At least one route, all with the same layers.
+    The model is frozen; at least one route is given, all with the same layers.
 
     Raises:
         UserError: The routes differ in their layers, or the model cannot carry them.
     """
 
     def __init__(self, model: nn.Module, routes: Mapping[str, Route]) -> None:
-        first, *others = routes.values()
+        first = next(iter(routes.values()))
         for name, route in routes.items():
             require_same(first.channels, route.channels, f"route {name!r}")
             if not route.size:
@@ -355,14 +317,14 @@ class GradientReader:
         self._model = model
         self._channels = first.channels
         self._apart = False  # whether samples were seen to stand in the first dimension of tokens
-        self._neurons = {layer: [route[layer] for route in (first, *others)] for layer in first}
+        self._neurons = {layer: [route[layer] for route in routes.values()] for layer in first}
 
     def read(self, images: Tensor, labels: Tensor | None) -> SampleGradients:
         """Read one batch, on the model's device and in its dtype.
 
         Raises:
-            UserError: There are no labels, a layer did not run or has another number of channels, samples do not
-                stand in the first dimension of a layer's output, or a gradient is not finite.
+            UserError: There are no labels, a layer of the routes did not run, or has other channels or no rows of
+                samples, or a gradient is not finite.
         """
         if labels is None:
             raise UserError("the data have no labels, and the loss is that of a label: give (images, labels)")
@@ -381,12 +343,14 @@ class GradientReader:
                 "a gradient of the loss is not finite: check the model's weights and the range of its inputs"
             )
         logits, answers = measured.logits.cpu().double(), labels.cpu().long()
+        log_losses, margins = log_loss_and_margin(logits, answers)
         return SampleGradients(
-            sums.log() + measured.log_factor[:, None, None],
-            answers,
-            logits.argmax(1),
-            *log_loss_and_margin(logits, answers),
-            inputs.log() + measured.log_factor,
+            log_gradients=sums.log() + measured.log_factor[:, None, None],
+            labels=answers,
+            predictions=logits.argmax(1),
+            log_losses=log_losses,
+            margins=margins,
+            log_input_gradients=inputs.log() + measured.log_factor,
         )
 
     def _sums(self, values: Mapping[str, Tensor], layer: str) -> Tensor:
@@ -407,11 +371,7 @@ def log_loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     """Log of the cross entropy, and the label's logit less the largest other one; both ``(n,)``.
 
     With s the log odds against the label, the loss is ``log(1 + exp(s))``, whose logarithm is s itself where the loss
-    is too small for floating point.
-
-    Args:
-        logits: ``(n, K)`` float64, K >= 2.
-        labels: ``(n,)`` int64.
+    is too small for floating point. Logits are ``(n, K)`` float64, K >= 2, labels ``(n,)`` int64.
     """
     label = F.one_hot(labels, logits.shape[1]).bool()
     of_label = logits.gather(1, labels[:, None])[:, 0]

@@ -73,37 +73,24 @@ class EpsSearch:
         """Trials after the one at the largest radius."""
         return math.ceil(math.log2(self.largest / self.tolerance) - 1e-9)
 
-    @property
-    def passes(self) -> int:
-        """Forward passes for each sample, all but one a trial with a backward pass."""
-        return (self.rounds + 1) * (self.steps + 1)
-
     def smallest_eps(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The smallest eps for each sample, float64 ``(n,)`` on the CPU; infinity where the largest does not fool.
-
-        Args:
-            model: Maps images in [0, 1] to logits.
-            images: ``(n, C, H, W)`` in [0, 1], which the model classifies correctly.
-            labels: ``(n,)``.
+        """The smallest eps for each of some correctly classified images, float64 ``(n,)`` on the CPU; else infinity.
 
         Raises:
             UserError: An image is not in [0, 1], or the model's gradient is not finite.
         """
         with attacking(model, images, labels) as (x, y):
             high = torch.full((len(x),), self.largest, dtype=torch.float64)
-            fooled = self._fooled(model, x, y, high)
-            result = torch.full_like(high, math.inf)
-            if fooled.any():
-                result[fooled] = self._bisected(model, x[fooled.to(x.device)], y[fooled.to(y.device)], high[fooled])
-            return result
-
-    def _bisected(self, model: nn.Module, x: Tensor, y: Tensor, high: Tensor) -> Tensor:
-        low = torch.zeros_like(high)
-        for _ in range(self.rounds):
-            middle = (low + high) / 2
-            fooled = self._fooled(model, x, y, middle)
-            high, low = torch.where(fooled, middle, high), torch.where(fooled, low, middle)
-        return high
+            within = self._fooled(model, x, y, high)
+            smallest = torch.full_like(high, math.inf)
+            batch, high = (x[within.to(x.device)], y[within.to(y.device)]), high[within]
+            low = torch.zeros_like(high)
+            for _ in range(self.rounds if len(high) else 0):
+                middle = (low + high) / 2
+                fooled = self._fooled(model, *batch, middle)
+                high, low = torch.where(fooled, middle, high), torch.where(fooled, low, middle)
+            smallest[within] = high
+            return smallest
 
     def _fooled(self, model: nn.Module, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
         """Whether PGD within each sample's own radius fools the model, bool ``(n,)`` on the CPU."""
@@ -117,13 +104,13 @@ class EpsSearch:
 
 
 class Bin(NamedTuple):
-    """Correctly classified samples that are next to each other in the order of V, and how many of them are fooled."""
+    """How many correctly classified samples are next to each other in the order of V, and how many of them fooled."""
 
     samples: int
     fooled: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class HardnessStudy(ExperimentResult):
     """Hardness of samples, and what attacks did to those that the model classifies correctly.
 
@@ -167,11 +154,14 @@ class HardnessStudy(ExperimentResult):
         """How many samples the model classifies correctly."""
         return int(self.hardness.correct.sum())
 
-    def bins(self, attack: str) -> list[Bin]:
-        """Fig. 6: the correctly classified samples by falling V, in ten bins of equal size, give or take one."""
+    def tenths(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """Numbers ``(C,)`` of the correctly classified samples by falling V, in ten parts of about equal size."""
         order = np.argsort(self.predictors[OURS], kind="stable")  # of -V
-        tenths = np.array_split(self.fooled[attack][order], min(_BINS, self.correct))
-        return [Bin(len(tenth), int(tenth.sum())) for tenth in tenths]
+        return np.array_split(values[order], min(_BINS, self.correct))
+
+    def bins(self, attack: str) -> list[Bin]:
+        """Fig. 6: how many are fooled of each tenth of the correctly classified samples, by falling V."""
+        return [Bin(len(tenth), int(tenth.sum())) for tenth in self.tenths(self.fooled[attack])]
 
     def gradients(self, attack: str) -> Table:
         """Table 4: loss gradients on each layer's route neurons (Eq. (16)), of hard and of weak samples.
@@ -182,25 +172,21 @@ class HardnessStudy(ExperimentResult):
         logs = self.hardness.log_gradients[self.hardness.correct]
         weak = torch.from_numpy(self.fooled[attack])
         rows = []
-        for at, layer in enumerate(self.hardness.layers):
-            sides = logs[~weak, at], logs[weak, at]
-            rows.append((layer, *map(_mean, sides), *map(_median, sides)))
+        for layer, of_layer in zip(self.hardness.layers, logs.T, strict=True):
+            means, medians = zip(_mean_and_median(of_layer[~weak]), _mean_and_median(of_layer[weak]), strict=True)
+            rows.append((layer, *means, *medians))
         return Table(("layer", "hard_mean", "weak_mean", "hard_median", "weak_median"), tuple(rows))
 
     def sentences(self) -> list[str]:
         """For each attack, and the smallest eps: who is fooled at both ends of V, and how V does."""
-        texts = []
-        for target in self.targets:
-            verdict = _verdict(self.judged(target))
-            if target in self.fooled:
-                first, last = (self.bins(target)[end] for end in (0, -1))
-                texts.append(
-                    f"{target} fools the model on {first.fooled} of the {first.samples} hardest and {last.fooled} of "
-                    f"the {last.samples} weakest of {self.correct} correctly classified samples; {verdict}"
-                )
-            else:
-                texts.append(f"Smallest eps: {verdict}")
-        return texts
+        openings = {SMALLEST_EPS: "Smallest eps: "}
+        for attack in self.fooled:
+            first, last = (self.bins(attack)[end] for end in (0, -1))
+            openings[attack] = (
+                f"{attack} fools the model on {first.fooled} of the {first.samples} hardest and {last.fooled} of "
+                f"the {last.samples} weakest of {self.correct} correctly classified samples; "
+            )
+        return [openings[target] + _verdict(self.judged(target)) for target in self.targets]
 
     def reading(self) -> str:
         """One line with all the sentences."""
@@ -222,7 +208,7 @@ class HardnessStudy(ExperimentResult):
                 }
                 for attack, fooled in self.fooled.items()
             },
-            "smallest_eps": None if self.search is None else self._searched(self.search),
+            "smallest_eps": self._searched(),
             "hardest": self.hardness.hardest(count).tolist(),
             "weakest": self.hardness.weakest(count).tolist(),
             "weakest_correct": self.hardness.weakest(correct, self.hardness.correct).tolist(),
@@ -246,13 +232,14 @@ class HardnessStudy(ExperimentResult):
         title = f"How hard the model is to fool on each of {len(self.hardness)} images"
         return {"hardness": hardness_figure(self, title)}
 
-    def _searched(self, search: EpsSearch) -> dict[str, Any]:
-        assert self.smallest_eps is not None
+    def _searched(self) -> dict[str, Any] | None:
+        if self.search is None or self.smallest_eps is None:
+            return None
         finite = np.isfinite(self.smallest_eps)
         return {
-            "largest": search.largest,
-            "tolerance": search.tolerance,
-            "pgd_steps": search.steps,
+            "largest": self.search.largest,
+            "tolerance": self.search.tolerance,
+            "pgd_steps": self.search.steps,
             "beyond_the_largest": int((~finite).sum()),
             "median": float(np.median(self.smallest_eps)) if finite.sum() * 2 > len(finite) else None,
         }
@@ -279,18 +266,8 @@ def study_hardness(
     that a sample on which the attack succeeds comes before one on which it fails. Spearman's correlation is with the
     success, and with minus the smallest eps: positive is good throughout.
 
-    Args:
-        model: Any network of images in [0, 1] to logits.
-        route: A route of the model.
-        data: Images with labels, at least two.
-        attacks: What to attack with.
-        paper: The paper's route, where ``route`` is another, to compare with.
-        search: How to search each sample's smallest eps; None leaves that out.
-        draws: Number of random sets of neurons; a layer with more than half of its channels on the route has none.
-        resamples: Bootstrap resamples behind each interval.
-        seed: Of the resamples and the random neurons.
-        batch_size: Rows per pass when ``data`` is tensors.
-        progress: Called with (samples done, samples in all or None) after every batch.
+    ``paper`` is the paper's route, where ``route`` is another, to compare with. Of ``draws`` sets of random neurons
+    there is none where the route takes more than half of a layer. Intervals come from bootstrap ``resamples``.
 
     Raises:
         UserError: As :func:`attackroute.hardness`; there is no attack and no search; images are not in [0, 1]; or no
@@ -299,32 +276,27 @@ def study_hardness(
     if not attacks and search is None:
         raise UserError("nothing to judge hardness by: give an attack, or search the smallest eps")
     routes = _routes(route, paper, draws, seed)
-    batches: list[SampleGradients] = []
     named = {str(attack): attack for attack in attacks}
-    fooled: dict[str, list[Tensor]] = {name: [] for name in named}
-    eps: list[Tensor] = []
+    batches: list[tuple[SampleGradients, dict[str, Tensor], Tensor | None]] = []
     done = 0
     with frozen(model), torch.inference_mode(False):
         reader = GradientReader(model, routes)
 
-        def judge(images: Tensor, labels: Tensor | None) -> tuple[SampleGradients, dict[str, Tensor], list[Tensor]]:
-            batch = reader.read(images, labels)
+        def judge(images: Tensor, labels: Tensor | None) -> tuple[SampleGradients, dict[str, Tensor], Tensor | None]:
+            gradients = reader.read(images, labels)
             assert labels is not None  # or the reader would have refused
-            right = (batch.labels == batch.predictions).to(images.device)
+            right = (gradients.labels == gradients.predictions).to(images.device)
             clean, answers = images[right], labels[right]
             events = {name: _fooled(model, attack, clean, answers) for name, attack in named.items()}
-            return batch, events, [] if search is None else [search.smallest_eps(model, clean, answers)]
+            return gradients, events, None if search is None else search.smallest_eps(model, clean, answers)
 
         stream = BatchStream(model, data, batch_size)
-        for batch, events, radii in stream.map(judge):
+        for batch in stream.map(judge):
             batches.append(batch)
-            for name, each in events.items():
-                fooled[name].append(each)
-            eps += radii
-            done += len(batch)
+            done += len(batch[0])
             if progress is not None:
                 progress(done, stream.total)
-    samples = SampleGradients.concatenate(batches)
+    samples = SampleGradients.concatenate(gradients for gradients, _, _ in batches)
     hardness = Hardness.from_gradients(samples, route)
     if not hardness.correct.any():
         raise UserError(
@@ -332,8 +304,9 @@ def study_hardness(
             "check its weights and the labels"
         )
     predictors = _predictors(samples, routes, hardness)
-    success = {attack: torch.cat(events).numpy() for attack, events in fooled.items()}
-    smallest = torch.cat(eps).numpy() if eps else None
+    success = {name: torch.cat([events[name] for _, events, _ in batches]).numpy() for name in named}
+    radii = [eps for _, _, eps in batches if eps is not None]
+    smallest = torch.cat(radii).numpy() if radii else None
     targets: list[tuple[str, NDArray[Any], str]] = [
         (attack, events, statistic) for attack, events in success.items() for statistic in (AUROC, SPEARMAN)
     ]
@@ -344,14 +317,14 @@ def study_hardness(
         for name, numbers, statistic in targets
         for row in associations(predictors, numbers, statistic, resamples=resamples, seed=seed)
     )
-    return HardnessStudy(table, hardness, predictors, success, smallest, search)
+    return HardnessStudy(
+        table=table, hardness=hardness, predictors=predictors, fooled=success, smallest_eps=smallest, search=search
+    )
 
 
 def _routes(route: Route, paper: Route | None, draws: int, seed: int) -> dict[str, Route]:
     """The route, and the other sets of neurons on which V is tried."""
-    routes = {_ROUTE: route, ALL: route | route.complement()}
-    if paper is not None:
-        routes[PAPER] = paper
+    routes = {_ROUTE: route, ALL: route | route.complement()} | ({} if paper is None else {PAPER: paper})
     narrow = [layer for layer in route if 2 * len(route.indices[layer]) <= route.channels[layer]]
     if len(narrow) == len(route):
         routes |= {f"{RANDOM} {draw}": route.random_like(seed + draw) for draw in range(draws)}
@@ -361,15 +334,15 @@ def _routes(route: Route, paper: Route | None, draws: int, seed: int) -> dict[st
 def _fooled(model: nn.Module, attack: Perturbation, images: Tensor, labels: Tensor) -> Tensor:
     if not len(images):
         return torch.zeros(0, dtype=torch.bool)
-    attacked = attack(model, images, labels)
+    changed = attack(model, images, labels)
     with torch.no_grad():
-        return (predicted(model, attacked) != labels).cpu()
+        return (predicted(model, changed) != labels).cpu()
 
 
 def _predictors(samples: SampleGradients, routes: Mapping[str, Route], hardness: Hardness) -> dict[str, Floats]:
     """Numbers of the correctly classified samples, larger for those that should be easier to fool."""
-    values = {OURS: -hardness.values}
-    values |= {
+    values = {
+        OURS: -hardness.values,
         LOSS: samples.log_losses,
         MARGIN: -samples.margins,
         INPUT_GRADIENT: samples.log_input_gradients,
@@ -391,8 +364,8 @@ def _verdict(judged: Mapping[str, Record]) -> str:
     if ours["value"] is None or not others:
         return "all samples are alike in that, so there is nothing to judge"
     leader = max(others, key=lambda row: row["value"])
-    value = f"{ours['value']:.3f} ({ours['low']:.3f} to {ours['high']:.3f})"
-    text = f"{ours['statistic']} of V {value}, {_standing(leader, 'the best rival, ')}"
+    text = f"{ours['statistic']} of V {ours['value']:.3f} ({ours['low']:.3f} to {ours['high']:.3f})"
+    text += f", {_standing(leader, 'the best rival, ')}"
     if paper is not None and paper is not leader and paper["value"] is not None:
         text += f", and {_standing(paper, '')}"
     draws = _range_text(judged, RANDOM)
@@ -405,12 +378,10 @@ def _standing(other: Record, title: str) -> str:
     return f"{clear} {side} {title}{other['predictor']} ({other['value']:.3f})"
 
 
-def _mean(logs: Tensor) -> float | None:
-    return float((logs.logsumexp(0) - np.log(len(logs))).exp()) if len(logs) else None
-
-
-def _median(logs: Tensor) -> float | None:
-    return float(np.median(logs.exp().numpy())) if len(logs) else None
+def _mean_and_median(logs: Tensor) -> tuple[float | None, float | None]:
+    if not len(logs):
+        return None, None
+    return float((logs.logsumexp(0) - np.log(len(logs))).exp()), float(np.median(logs.exp().numpy()))
 
 
 def _value_text(row: Record) -> str:

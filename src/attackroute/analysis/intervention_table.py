@@ -12,6 +12,7 @@ from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.analysis.experiment import ExperimentResult
 from attackroute.core.statistics import CLEAR, Accuracy
 from attackroute.core.table import Record, Table, plural
+from attackroute.routes.route import Route
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,6 +86,8 @@ class InterventionTable(ExperimentResult):
         at: Where channels are changed: the layers' ``"output"``, before batch norm, or after their ``"activation"``.
         counts: How many samples it took.
         targets: The layers whose kernels are weakened, where they are not all.
+        route: A route with its frequencies, to draw beside what its deactivation costs; None for no such picture.
+        title: Of that picture.
     """
 
     kind: str
@@ -95,6 +98,8 @@ class InterventionTable(ExperimentResult):
     at: str
     counts: Counts
     targets: Sequence[str] | None = None
+    route: Route | None = None
+    title: str = ""
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -240,10 +245,15 @@ class InterventionTable(ExperimentResult):
         return f"{'all' if setting.layers == self.layers else 'first'} {len(setting.layers)} layers"
 
     def figures(self) -> dict[str, Figure]:
-        """``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b), or one that bears the kind's name."""
-        from attackroute.analysis.figures.accuracy import accuracy_figures
+        """``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b), or one that bears the kind's name.
 
-        return accuracy_figures(self)
+        With a route, also ``deactivate-route``.
+        """
+        from attackroute.analysis.figures.accuracy import accuracy_figures
+        from attackroute.analysis.figures.route import route_figure
+
+        picture = {} if self.route is None else {"deactivate-route": route_figure(self.route, self, self.title)}
+        return {**accuracy_figures(self), **picture}
 
 
 def spread_text(values: Sequence[float]) -> str:

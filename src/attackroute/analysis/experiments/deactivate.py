@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from attackroute.analysis.controls import Comparison, check_shares
 from attackroute.analysis.experiment import experiment
@@ -24,8 +25,10 @@ SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     help="accuracy with channels set to zero (Fig. 4a)",
 )
 def run(study: Study, progress: Progress) -> InterventionTable:
-    """The experiment on a study's images."""
-    return deactivate_accuracy(study.comparison(progress))
+    """The experiment on a study's images, with a picture of the route."""
+    model, images = study.settings.get("model", type(study.model).__name__), len(study.halves[0])
+    title = f"The critical attacking route of {model} on {images} images"
+    return replace(deactivate_accuracy(study.comparison(progress)), route=study.route, title=title)
 
 
 def deactivate_accuracy(

@@ -16,14 +16,12 @@ from attackroute.analysis.gradcam import enlarged, jointly_normalised, layer_evi
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
 from attackroute.core.checks import checked_labels
-from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
-from attackroute.core.statistics import Mean, Moments
+from attackroute.core.statistics import Moments
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
-from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
@@ -44,20 +42,12 @@ class MapPanels:
             four of an image share one scale, whose largest value is 1.
         classes: The class that the network sees, ``(2, n)``.
         names: Names of the classes; none where they have none.
-        attack: Name of the attack.
-        layer: The layer.
-        at: Where the maps are taken.
-        size: Their own resolution.
     """
 
     images: Tensor
     cams: Tensor
     classes: Tensor
-    names: Sequence[str]
-    attack: str
-    layer: str
-    at: str
-    size: tuple[int, int]
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +55,19 @@ class GradCam(ExperimentResult):
     """Measures of the maps of sets of channels of one layer.
 
     Attributes:
-        table: The mean over images of one measure of one set's maps, a row each. Its ``images`` are ``"clean"``, or
-            the attack's name; ``criterion`` is what chose the channels, ``"off-route"`` all that are not on the route;
-            ``measure`` is ``"energy inside"``, the share of the map's energy inside the box, ``"entropy"`` of the map
-            as a distribution over positions, 1 where it is even, ``"part of all energy"``, the set's energy in that of
-            the set and of its complement, or ``"shift"``, half the L1 distance of an attacked image's map from its
-            clean image's, as distributions. A mean is over the images whose map is not all zero, and
-            ``route_minus_this`` is the mean of the route's measure less this set's, on the same images.
+        table: The mean over images of one measure of one set's maps, a row each. Its ``images`` are ``"clean"``, or the
+            attack's name; ``criterion`` is what chose the channels, ``"off-route"`` all that are not on the route;
+            ``measure`` is ``"energy inside"``, the share of the map's energy in the middle half of the image, each way,
+            ``"entropy"`` of the map as a distribution over positions, 1 where it is even, ``"part of all energy"``, the
+            set's energy in that of the set and of its complement, or ``"shift"``, half the L1 distance of an attacked
+            image's map from its clean image's, as distributions. A mean is over the images whose map is not all zero,
+            and ``route_minus_this`` is the mean of the route's measure less this set's, on the same images.
         layer: The layer.
         at: Whether the maps are the layer's ``"output"`` or those after its ``"activation"``.
         size: Height and width of the layer's maps; they are enlarged to the image's size to be measured.
-        boxed: Whether the box is the object's; else it is the middle half of the image, each way.
         samples: Images read.
         counted: Those that the network gets right when clean.
-        panels: Maps of a few images to look at.
+        panels: Maps of a few images to look at, attacked by the first attack.
     """
 
     kind = "gradcam"
@@ -86,7 +75,6 @@ class GradCam(ExperimentResult):
     layer: str
     at: str
     size: tuple[int, int]
-    boxed: bool
     samples: int
     counted: int
     panels: MapPanels | None = None
@@ -107,24 +95,23 @@ class GradCam(ExperimentResult):
 
     def reading(self) -> str:
         """One sentence: the shift and energy of the route, beside those of the other channels and the controls."""
-        box = "object's box" if self.boxed else "middle of the image"
         clean = self._mean(CLEAN, ROUTE, INSIDE)
         clauses = []
         for attack in self.attacks:
-            exceeded = [name for name in self.criteria if name != ROUTE and self._clearly_more(attack, name, SHIFT)]
+            exceeded = [
+                name for name in self.criteria
+                if name != ROUTE and all(row["route_minus_this_low"] > 0 for row in self.rows(attack, name, SHIFT))
+            ]  # fmt: skip
             more = f"more than {', '.join(exceeded)}" if exceeded else "more than no other set"
             clauses.append(
                 f"under {attack} the route's map shifts by {self._mean(attack, ROUTE, SHIFT):.2f} "
                 f"(off-route {self._mean(attack, OFF_ROUTE, SHIFT):.2f}; clearly {more}), and its energy in the "
-                f"{box} goes from {clean:.0%} to {self._mean(attack, ROUTE, INSIDE):.0%}"
+                f"middle of the image goes from {clean:.0%} to {self._mean(attack, ROUTE, INSIDE):.0%}"
             )
         return f"Grad-CAM of {self.layer} at its {self.at}: {'; '.join(clauses)}."
 
     def _mean(self, images: str, criterion: str, measure: str) -> float:
         return statistics.fmean(row["mean"] for row in self.rows(images, criterion, measure))
-
-    def _clearly_more(self, images: str, criterion: str, measure: str) -> bool:
-        return all(row["route_minus_this_low"] > 0 for row in self.rows(images, criterion, measure))
 
     def about(self) -> dict[str, Any]:
         """What the measures have in common."""
@@ -132,7 +119,7 @@ class GradCam(ExperimentResult):
             "layer": self.layer,
             "at": self.at,
             "map_size": list(self.size),
-            "box": "the object's" if self.boxed else "the middle half of the image, each way",
+            "box": "the middle half of the image, each way",
             "samples": self.samples,
             "counted": self.counted,
             "intervals": "95 %, normal approximation; route_minus_this is paired",
@@ -151,7 +138,7 @@ class GradCam(ExperimentResult):
         """``gradcam``, the maps of a few images where there are some, and ``gradcam-measures``."""
         from attackroute.analysis.figures.gradcam import maps_figure, measures_figure
 
-        maps = {} if self.panels is None else {"gradcam": maps_figure(self.panels)}
+        maps = {} if self.panels is None else {"gradcam": maps_figure(self, self.panels)}
         return {**maps, "gradcam-measures": measures_figure(self)}
 
 
@@ -165,58 +152,51 @@ def run(study: Study, progress: Progress) -> GradCam:
     """The experiment on a study's images, in the last layer whose maps show something."""
     layer = _mapped_layer(study)
     result = measure_gradcam(study.comparison(progress), layer, study.attacks)
-    name, attack = next(iter(study.attacks.items()))
-    panels = map_panels(
-        study.model, *study.examples(), study.route, layer, attack, name, at=study.at, names=study.images.classes
-    )
-    return replace(result, panels=panels)
+    panels = map_panels(study.model, *study.examples(), study.route.mask(layer), layer, study.attack, study.at)
+    return replace(result, panels=replace(panels, names=study.images.classes))
 
 
-def measure_gradcam(
-    compared: Comparison, layer: str, attacks: Mapping[str, Attack], boxes: Tensor | None = None
-) -> GradCam:
+def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Attack]) -> GradCam:
     """Measure the Grad-CAM maps of the route's channels, of the other ones, and of controls of the route's size.
 
     The class is the one that the network predicts: for an attacked image the wrong one, where it is fooled. Clean
     images that the network gets wrong are left out.
 
-    Args:
-        compared: The route and its controls.
-        layer: The convolution whose maps are taken.
-        attacks: Attacks by name.
-        boxes: For each image in order ``(left, top, right, bottom)`` in pixels, ``(N, 4)``; None for the middle half.
-
     Raises:
-        UserError: The layer is not on the route or has no maps, no sample is classified correctly, or there are not
-            as many boxes as images.
+        UserError: The layer is not on the route or has no maps, or no sample is classified correctly.
     """
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")
     model, at = compared.model, compared.at
     masks = layer_sets(compared.rankings([layer]), layer, compared.share)
-    sets, labels = torch.stack(list(masks.values())), list(masks)
-    if boxes is not None and current().count > 1:
-        raise UserError("boxes belong to images by their number, which several processes do not see: run one process")
-    measures = _MapMeasures(sets)
+    sets = torch.stack(list(masks.values()))
+    both = torch.cat([sets, ~sets])
+    moments: dict[tuple[str, str], Moments] = {}
     samples, counted = 0, 0
     size = (0, 0)
 
-    def measure_batch(images: Tensor, answers: Tensor | None) -> tuple[int, int, tuple[int, int], _MapMeasures]:
+    def measure_batch(
+        images: Tensor, answers: Tensor | None
+    ) -> tuple[int, int, tuple[int, int], dict[tuple[str, str], Moments]]:
         if answers is None:
             raise UserError("the data have no labels: give (images, labels)")
         evidence = layer_evidence(model, images, layer, at=at)
         answers = checked_labels(answers, evidence.logits.shape[1], len(images))
         right = (evidence.target == answers).nonzero().flatten()
-        inside = _inside(images, boxes, samples)[right]
-        batch = _MapMeasures(sets)
+        values: dict[tuple[str, str], Tensor] = {}
         if len(right):
-            pixels = (int(images.shape[2]), int(images.shape[3]))
-            clean = batch.measure(CLEAN, enlarged(evidence[right].cams(batch.sets), pixels), inside, None)
+            clean, measures = _map_measures(evidence[right].cams(both), *images.shape[2:])
+            values = {(CLEAN, measure): numbers for measure, numbers in measures.items()}
             for name, attack in attacks.items():
                 changed, _ = attacked(model, attack, images[right], answers[right])
-                then = layer_evidence(model, changed, layer, at=at)
-                batch.measure(name, enlarged(then.cams(batch.sets), pixels), inside, clean)
-        return len(images), len(right), (int(evidence.maps.shape[2]), int(evidence.maps.shape[3])), batch
+                cams = layer_evidence(model, changed, layer, at=at).cams(both)
+                spread, measures = _map_measures(cams, *images.shape[2:])
+                measures[SHIFT] = (spread - clean).abs().sum(2) / 2
+                values |= {(name, measure): numbers for measure, numbers in measures.items()}
+        # the numbers of each set, and by how much the route's are larger
+        batch = {key: Moments.of(torch.cat([numbers, numbers[:1] - numbers])) for key, numbers in values.items()}
+        height, width = evidence.maps.shape[2:]
+        return len(images), len(right), (height, width), batch
 
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, compared.data, compared.batch_size)
@@ -224,11 +204,10 @@ def measure_gradcam(
             samples += number
             counted += right
             size = area if right else size
-            measures.add(batch)
+            for key, each in batch.items():
+                moments.setdefault(key, Moments(len(both))).add(each)
             if compared.progress is not None:
                 compared.progress(samples, stream.total)
-    if boxes is not None and len(boxes) != samples:
-        raise UserError(f"there are {len(boxes)} boxes for {samples} images: give one for each, in order")
     if not counted:
         raise UserError(
             f"the network gets none of the {samples} samples right when they are clean: check its weights and its "
@@ -238,11 +217,11 @@ def measure_gradcam(
         {
             "layer": layer,
             "images": images,
-            "criterion": labels[index][0],
-            "draw": labels[index][1],
-            "neurons": int(sets[index].sum()),
-            "channels": sets.shape[1],
-            "measure": name,
+            "criterion": criterion,
+            "draw": draw,
+            "neurons": int(mask.sum()),
+            "channels": len(mask),
+            "measure": measure,
             "mean": mean.value,
             "low": mean.low,
             "high": mean.high,
@@ -251,51 +230,26 @@ def measure_gradcam(
             "route_minus_this_low": surplus.low,
             "route_minus_this_high": surplus.high,
         }
-        for images, name, index, mean, surplus in measures.results()
+        for (images, measure), each in moments.items()
+        for ((criterion, draw), mask), mean, surplus in zip(
+            masks.items(), each.means()[: len(sets)], each.means()[len(sets) :], strict=True
+        )
     ]
-    return GradCam(
-        table=Table.of(rows), layer=layer, at=at, size=size, boxed=boxes is not None, samples=samples, counted=counted
-    )
+    return GradCam(table=Table.of(rows), layer=layer, at=at, size=size, samples=samples, counted=counted)
 
 
 def map_panels(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    route: Route,
-    layer: str,
-    attack: Attack,
-    name: str,
-    *,
-    at: str = OUTPUT,
-    names: Sequence[str] = (),
+    model: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, layer: str, attack: Attack, at: str = OUTPUT
 ) -> MapPanels:
-    """Maps of a batch, clean and attacked, of the route's channels of a layer and of all others.
-
-    Args:
-        model: The network.
-        images: ``(n, C, H, W)`` on its device.
-        labels: ``(n,)``.
-        route: The route.
-        layer: A convolution of it.
-        attack: The attack.
-        name: Its name.
-        at: Whether the maps are the layer's ``"output"`` or those after its ``"activation"``.
-        names: Names of the classes.
-    """
-    mask = route.mask(layer)
+    """Maps of a batch, clean and attacked, of a layer's channels under a mask ``(C,)`` and of all others."""
     with frozen(model):
         changed, _ = attacked(model, attack, images, labels)
     both = torch.stack([images, changed])
     evidence = [layer_evidence(model, each, layer, at=at) for each in both]
     cams = torch.cat([each.cams(torch.stack([mask, ~mask])) for each in evidence])
-    size = (int(cams.shape[2]), int(cams.shape[3]))
-    large = jointly_normalised(enlarged(cams, (int(images.shape[2]), int(images.shape[3]))))
-    classes = torch.stack([each.target for each in evidence])
-    return MapPanels(
-        images=both.cpu(), cams=large.unflatten(0, (2, 2)).cpu(), classes=classes.cpu(), names=names, attack=name,
-        layer=layer, at=at, size=size,
-    )  # fmt: skip
+    height, width = images.shape[2:]
+    cams = jointly_normalised(enlarged(cams, (height, width))).unflatten(0, (2, 2))
+    return MapPanels(both.cpu(), cams.cpu(), torch.stack([each.target for each in evidence]).cpu())
 
 
 def _mapped_layer(study: Study) -> str:
@@ -310,65 +264,16 @@ def _mapped_layer(study: Study) -> str:
     return study.route.layers[-1]
 
 
-def _inside(images: Tensor, boxes: Tensor | None, start: int) -> Tensor:
-    """Bool (n, H, W): the pixels whose centres are in each image's box."""
-    count, (height, width) = len(images), images.shape[2:]
-    if boxes is None:
-        middle = torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]], device=images.device)
-        chosen = middle.expand(count, 4)
-    else:
-        chosen = boxes[start : start + count].to(images.device)
-        if chosen.shape != (count, 4):
-            raise UserError(f"boxes have shape {tuple(boxes.shape)}: give (left, top, right, bottom) for each image")
-    left, top, right, bottom = chosen[:, :, None].unbind(1)
-    x = torch.arange(width, device=images.device) + 0.5
-    y = torch.arange(height, device=images.device) + 0.5
-    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
+def _map_measures(cams: Tensor, height: int, width: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Maps ``(2 S, n, h, w)`` of sets and their complements as the sets' distributions, and what these measure.
 
-
-class _MapMeasures:
-    """Running means of the measures, over batches.
-
-    Args:
-        sets: Bool (S, C), the route's first; the complements are added.
+    Gives ``(S, n, height * width)``, and ``(S, n)`` for each measure; both are NaN where a map is all zero.
     """
-
-    def __init__(self, sets: Tensor) -> None:
-        self.sets = torch.cat([sets, ~sets])
-        self._count = len(sets)
-        self._values: dict[tuple[str, str], Moments] = {}
-        self._surplus: dict[tuple[str, str], Moments] = {}
-
-    def add(self, other: _MapMeasures) -> None:
-        """Add other samples."""
-        for here, there in ((self._values, other._values), (self._surplus, other._surplus)):
-            for key, moments in there.items():
-                here.setdefault(key, Moments(self._count)).add(moments)
-
-    def measure(self, name: str, cams: Tensor, inside: Tensor, clean: Tensor | None) -> Tensor:
-        """Take maps (2 S, n, H, W) of a batch; gives them as distributions, (S, n, H * W), NaN where a map is zero."""
-        energy = cams.double().flatten(2)
-        sums = energy.sum(2)
-        total, rest = sums[: self._count], sums[self._count :]
-        spread = energy[: self._count] / total[:, :, None]  # NaN where a map is all zero
-        measures = {
-            INSIDE: (spread * inside.flatten(1)).sum(2),
-            ENTROPY: -torch.special.xlogy(spread, spread).sum(2) / torch.tensor(float(spread.shape[2])).log(),
-            PART: total / (total + rest),
-        }
-        if clean is not None:
-            measures[SHIFT] = (spread - clean).abs().sum(2) / 2
-        for measure, values in measures.items():
-            self._values[name, measure] = Moments.of(values)
-            self._surplus[name, measure] = Moments.of(values[:1] - values)
-        return spread
-
-    def results(self) -> list[tuple[str, str, int, Mean, Mean]]:
-        """(images, measure, set, mean, route's mean surplus)."""
-        return [
-            (name, measure, index, mean, surplus)
-            for (name, measure), moments in self._values.items()
-            for index, (mean, surplus) in enumerate(
-                zip(moments.means(), self._surplus[name, measure].means(), strict=True)
-            )
-        ]
+    energy = enlarged(cams, (height, width)).double().flatten(2)
+    total, rest = energy.sum(2).chunk(2)
+    spread = energy[: len(total)] / total[:, :, None]
+    y, x = (torch.arange(side, device=cams.device) + 0.5 for side in (height, width))  # centres of pixels
+    rows, columns = (y >= height / 4) & (y < 3 * height / 4), (x >= width / 4) & (x < 3 * width / 4)
+    inside = (rows[:, None] & columns).flatten()
+    entropy = -torch.special.xlogy(spread, spread).sum(2) / torch.tensor(float(height * width)).log()
+    return spread, {INSIDE: (spread * inside).sum(2), ENTROPY: entropy, PART: total / (total + rest)}

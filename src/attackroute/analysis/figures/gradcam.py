@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from textwrap import wrap
 from typing import Any
 
@@ -10,47 +11,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from attackroute.analysis.experiments.gradcam import CLEAN, ENTROPY, INSIDE, PART, SHIFT, GradCam, MapPanels
-from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy
+from attackroute.analysis.figures.style import grid_of, label, look, new_figure, shared_legend, tidy
 
 _MEASURES = {
-    INSIDE: "share of the map's energy inside {box}",
+    INSIDE: "share of the map's energy inside the middle",
     ENTROPY: "entropy of the map (1: even)",
     PART: "share of the set's and its complement's energy",
     SHIFT: "shift from the clean image's map",
 }
 
 
-def maps_figure(panels: MapPanels) -> Figure:
+def maps_figure(result: GradCam, panels: MapPanels) -> Figure:
     """Each image as two rows, clean and attacked: the image, then the route's map and the others' over it."""
     count = panels.images.shape[1]
-    pairs = 2 if count > 1 else 1
-    rows = -(-count // pairs)
+    rows, pairs = grid_of(count, 2)
     figure = new_figure(3.5 * pairs + 0.6, 2.45 * rows + 0.9)
     grid = figure.subplots(2 * rows, 3 * pairs, squeeze=False)
-    picture = None
     for axes in grid.flatten():
         axes.set_axis_off()
-    for index in range(count):
-        for state in range(2):
-            line, column = 2 * (index // pairs) + state, 3 * (index % pairs)
-            image = panels.images[state, index].permute(1, 2, 0).float().clamp(0, 1)
-            pixels = image.expand(-1, -1, 3) if image.shape[2] == 1 else image[..., :3]
-            trio = grid[line, column : column + 3]
-            trio[0].imshow(pixels.numpy())
-            seen = int(panels.classes[state, index])
-            text = panels.names[seen] if seen < len(panels.names) else f"class {seen}"
-            trio[0].set_title(f"{'attacked' if state else 'clean'}: {text}", fontsize=7.5, pad=2)
-            for place in range(2):
-                trio[1 + place].imshow(pixels.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
-                picture = trio[1 + place].imshow(
-                    panels.cams[state, place, index].float().numpy(), cmap="inferno", alpha=0.62, vmin=0, vmax=1
-                )
-                trio[1 + place].set_title("route" if place == 0 else "off-route", fontsize=7.5, pad=2)
-    if picture is not None:
-        bar = figure.colorbar(picture, ax=grid, fraction=0.02, pad=0.01)
-        bar.ax.tick_params(labelsize=7)
+    for index, state in product(range(count), range(2)):
+        image = panels.images[state, index].permute(1, 2, 0).float().clamp(0, 1)
+        pixels = image.expand(-1, -1, 3) if image.shape[2] == 1 else image[..., :3]
+        column = 3 * (index % pairs)
+        first, *others = grid[2 * (index // pairs) + state, column : column + 3]
+        first.imshow(pixels.numpy())
+        predicted = int(panels.classes[state, index])
+        text = panels.names[predicted] if predicted < len(panels.names) else f"class {predicted}"
+        first.set_title(f"{'attacked' if state else 'clean'}: {text}", fontsize=7.5, pad=2)
+        for axes, title, cams in zip(others, ("route", "off-route"), panels.cams[state], strict=True):
+            axes.imshow(pixels.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(cams[index].float().numpy(), cmap="inferno", alpha=0.62, vmin=0, vmax=1)
+            axes.set_title(title, fontsize=7.5, pad=2)
+    bar = figure.colorbar(grid[0, -1].images[-1], ax=grid, fraction=0.02, pad=0.01)
+    bar.ax.tick_params(labelsize=7)
     figure.suptitle(
-        f"Grad-CAM of {panels.layer} ({panels.size[0]}x{panels.size[1]}), at its {panels.at}; {panels.attack}\n"
+        f"Grad-CAM of {result.layer} ({result.size[0]}x{result.size[1]}), at its {result.at}; {result.attacks[0]}\n"
         "the four maps of an image share one scale",
         fontsize=9,
     )
@@ -62,10 +57,9 @@ def measures_figure(result: GradCam) -> Figure:
     cases = (CLEAN, *result.attacks)
     figure = new_figure(7.2, 1.9 + 0.42 * len(result.criteria))
     panels = figure.subplots(1, 4, sharey=True)
-    box = "the object's box" if result.boxed else "the middle"
     for axes, (measure, text) in zip(panels, _MEASURES.items(), strict=True):
         _dots(axes, result, measure, cases)
-        axes.set_xlabel("\n".join(wrap(text.format(box=box), 20)), fontsize=7.5)
+        axes.set_xlabel("\n".join(wrap(text, 20)), fontsize=7.5)
         tidy(axes, "x")
     panels[0].set_yticks(range(len(result.criteria)), [label(name) for name in result.criteria])
     panels[0].set_ylim(len(result.criteria) - 0.4, -0.6)

@@ -21,28 +21,22 @@ from attackroute.core.table import Record
 
 _TITLE = 36  # letters in a line over a panel
 _LONGEST = 12  # letters of a class's name
-_PALE, _GREY, _BASELINE = "#E3E3E3", "#8A8A8A", "#0072B2"
+_PALE, _GREY, _BASELINE, _WRONG = "#E3E3E3", "#8A8A8A", "#0072B2", "#B00020"
 _CHANCE = {AUROC: 0.5, SPEARMAN: 0.0}
 _AXIS = {AUROC: "AUROC for being fooled", SPEARMAN: "Spearman's rank correlation with -eps"}
 
 
 def hardness_figure(study: HardnessStudy, title: str) -> Figure:
-    """One column for each attack, and one for the smallest eps where that was searched.
-
-    Args:
-        study: What was measured.
-        title: One line above the picture.
-    """
+    """One column for each attack, and one for the smallest eps where that was searched, below a line of title."""
     targets = study.targets
     figure = new_figure(max(6.4, 3.1 * len(targets) + 1.2), 6.2)
     panels = figure.subplots(2, len(targets), squeeze=False, height_ratios=(1.15, 1))
     for column, target in enumerate(targets):
-        upper, lower = panels[0, column], panels[1, column]
         if target in study.fooled:
-            _draw_bins(upper, study, target)
+            _draw_bins(panels[0, column], study, target)
         else:
-            _draw_eps(upper, study)
-        _draw_baselines(lower, study.judged(target), study.baselines, named=column == 0)
+            _draw_eps(panels[0, column], study)
+        _draw_baselines(panels[1, column], study.judged(target), study.baselines, named=column == 0)
     panels[0, 0].set_ylabel("samples", fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -63,9 +57,7 @@ def _draw_bins(axes: Axes, study: HardnessStudy, attack: str) -> None:
 def _draw_eps(axes: Axes, study: HardnessStudy) -> None:
     """The smallest eps in each bin: median, and the range of the middle half."""
     assert study.smallest_eps is not None and study.search is not None
-    order = np.argsort(study.predictors[OURS], kind="stable")
-    capped = np.minimum(study.smallest_eps, study.search.largest) * 255
-    tenths = np.array_split(capped[order], min(10, len(order)))
+    tenths = study.tenths(np.minimum(study.smallest_eps, study.search.largest) * 255)
     places = range(1, len(tenths) + 1)
     low, middle, high = zip(*(np.percentile(tenth, (25, 50, 75)) for tenth in tenths), strict=True)
     axes.vlines(places, low, high, color=ROUTE_COLOUR, linewidth=2.5, alpha=0.5, label="middle half")
@@ -102,33 +94,24 @@ def _draw_baselines(axes: Axes, judged: Mapping[str, Record], baselines: Sequenc
     tidy(axes, "x")
     axes.set_yticks(range(len(groups)), list(groups) if named else [])
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlabel(_AXIS[statistic], fontsize=8.5)
     low, high = axes.get_xlim()
-    if low < _CHANCE[statistic] < high:  # elsewhere it would squeeze what differs
+    within = low < _CHANCE[statistic] < high  # elsewhere the line would squeeze what differs
+    if within:
         axes.axvline(_CHANCE[statistic], color="black", linewidth=0.8, linestyle=":")
-        axes.set_xlabel(f"{_AXIS[statistic]} (dotted: chance)", fontsize=8.5)
+    axes.set_xlabel(_AXIS[statistic] + (" (dotted: chance)" if within else ""), fontsize=8.5)
     if not defined:
         axes.text(0.5, 0.5, "all alike: nothing to judge", transform=axes.transAxes, ha="center", fontsize=8)
 
 
 def pick_images(model: nn.Module, data: Data, hardness: Hardness, indices: Tensor, *, batch_size: int = 128) -> Tensor:
-    """Some of the images behind a hardness, read again from the data and held alone.
+    """The ``(k,)`` images behind a hardness, read again from the same data: ``(k, C, H, W)`` float32 on the CPU.
 
-    Args:
-        model: Decides device and dtype, as it did when the hardness was measured.
-        data: The same data, in the same order.
-        hardness: Of the data.
-        indices: ``(k,)`` indices of samples.
-        batch_size: Rows at a time when ``data`` is tensors.
-
-    Returns:
-        ``(k, C, H, W)`` float32 on the CPU.
+    The model decides device and dtype, as it did when the hardness was measured.
 
     Raises:
         UserError: The data hold other samples, or in another order, as a loader that shuffles gives them.
     """
     pictures: dict[int, Tensor] = {}
-    chosen = set(indices.tolist())
     start = 0
     for images, labels in batches(model, data, batch_size):
         stop = start + len(images)
@@ -137,7 +120,7 @@ def pick_images(model: nn.Module, data: Data, hardness: Hardness, indices: Tenso
                 f"samples {start} to {stop - 1} have other labels than when their hardness was measured: "
                 "give the same data again, from a loader that does not shuffle"
             )
-        pictures |= {at: images[at - start].float().cpu().clone() for at in chosen if start <= at < stop}
+        pictures |= {at: images[at - start].float().cpu().clone() for at in indices.tolist() if start <= at < stop}
         start = stop
     if start != len(hardness):
         raise UserError(f"the data hold {start} samples now, but hardness was measured for {len(hardness)}")
@@ -149,11 +132,7 @@ def images_figure(
 ) -> Figure:
     """Rows of images, each with its place in the data, its V, its class, and the model's class where that is another.
 
-    Args:
-        hardness: Of all samples.
-        rows: By title, indices ``(k,)`` of the samples in that row.
-        images: By title, ``(k, C, H, W)`` in [0, 1].
-        classes: Names of the labels.
+    By each row's title come indices ``(k,)`` among the samples of the hardness, and images ``(k, C, H, W)`` in [0, 1].
     """
     columns = max(map(len, rows.values()))
     figure = new_figure(max(5.0, 1.15 * columns), 1.9 * len(rows))
@@ -166,18 +145,15 @@ def images_figure(
         for panel, index, image in zip(panels, indices.tolist(), images[title], strict=False):
             pixels = image[0] if len(image) == 1 else image[:3].movedim(0, -1)
             panel.imshow(pixels.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            panel.set_title(_caption(hardness, index, classes), fontsize=6.5, color=_colour(hardness, index))
+            colour = "black" if hardness.correct[index] else _WRONG
+            panel.set_title(_caption(hardness, index, classes), fontsize=6.5, color=colour)
     return figure
 
 
 def _caption(hardness: Hardness, index: int, classes: Sequence[str]) -> str:
     label, prediction = (_name(int(values[index]), classes) for values in (hardness.labels, hardness.predictions))
-    seen = "" if hardness.correct[index] else f"\nseen as {prediction}"
-    return f"#{index}: V {float(hardness.values[index]):.0f}\n{label}{seen}"
-
-
-def _colour(hardness: Hardness, index: int) -> str:
-    return "black" if hardness.correct[index] else "#B00020"
+    mistaken = "" if hardness.correct[index] else f"\nseen as {prediction}"
+    return f"#{index}: V {float(hardness.values[index]):.0f}\n{label}{mistaken}"
 
 
 def _name(label: int, classes: Sequence[str]) -> str:

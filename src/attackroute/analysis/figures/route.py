@@ -16,12 +16,10 @@ from attackroute.routes.route import Route
 
 
 def route_figure(route: Route, deactivated: InterventionTable, title: str) -> Figure:
-    """The route as a picture: how often samples use each channel, and what deactivated the channels costs.
+    """How often samples use each channel, and what deactivating the channels of single layers leaves.
 
-    Args:
-        route: A route with its frequencies, as :meth:`InstanceRoutes.aggregate` gives it.
-        deactivated: What deactivating single layers' channels leaves, at the main share.
-        title: One line above the picture.
+    Raises:
+        UserError: The route has no frequencies, as one that was not aggregated from routes of samples.
     """
     if route.frequency is None:
         raise UserError("the route has no frequencies to draw: aggregate it from instance routes")
@@ -50,8 +48,7 @@ def _draw_frequencies(axes: Axes, route: Route, frequency: Mapping[str, Tensor])
     axes.set_yticks(range(len(route)), list(route))
     axes.set_xlabel("channels of the layer, most frequent first (share; count at the right)")
     axes.set_title("How often images use each channel\nleft of the orange line: the model's route", fontsize=10)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[:].set_visible(False)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.035, pad=0.09)
     bar.ax.set_title("share of\nimages", fontsize=8)
 
@@ -59,7 +56,7 @@ def _draw_frequencies(axes: Axes, route: Route, frequency: Mapping[str, Tensor])
 def _draw_accuracies(axes: Axes, deactivated: InterventionTable) -> None:
     """One row per layer: accuracy that is left, for each criterion; random draws with their range."""
     for index, criterion in enumerate(deactivated.criteria):
-        colour, marker = look(criterion).colour, look(criterion).marker
+        style = look(criterion)
         shift = (index - (len(deactivated.criteria) - 1) / 2) * 0.14
         for row, layer in enumerate(deactivated.layers):
             values = [100 * value for value in deactivated.values(Setting((layer,), deactivated.main_share), criterion)]
@@ -67,9 +64,9 @@ def _draw_accuracies(axes: Axes, deactivated: InterventionTable) -> None:
                 continue
             text = None if row else label(criterion, len(values))
             if len(values) > 1:
-                axes.plot([min(values), max(values)], [row + shift] * 2, color=colour, linewidth=2.5, alpha=0.6)
-            size = 6.5 if criterion == ROUTE else 5
-            axes.plot(sum(values) / len(values), row + shift, marker, color=colour, markersize=size, label=text)
+                axes.plot([min(values), max(values)], [row + shift] * 2, color=style.colour, linewidth=2.5, alpha=0.6)
+            mean, size = sum(values) / len(values), 6.5 if criterion == ROUTE else 5
+            axes.plot(mean, row + shift, style.marker, color=style.colour, markersize=size, label=text)
     untouched = deactivated.untouched()
     axes.axvline(100 * untouched.value, color="black", linewidth=1, linestyle=":")
     axes.set_xlim(-2, 102)
@@ -83,5 +80,4 @@ def _draw_accuracies(axes: Axes, deactivated: InterventionTable) -> None:
     axes.grid(axis="y", color="#dddddd")
     axes.set_axisbelow(True)
     axes.figure.legend(fontsize=9, loc="outside lower center", ncols=len(deactivated.criteria), frameon=False)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)

@@ -14,18 +14,11 @@ from matplotlib.figure import Figure
 
 from attackroute.core.errors import UserError
 
-_SHORT = 20  # characters of a layer's name in a figure
-
 ROUTE_COLOUR = "#D55E00"
-_GREY = "#8A8A8A"
-
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers tell apart what is left
 _LOOKS: Mapping[str, tuple[str, str]] = {
-    "route": (ROUTE_COLOUR, "o"),
-    "clean": (ROUTE_COLOUR, "o"),
-    "random off-route": (_GREY, "s"),
-    "random routes": (_GREY, "s"),
-    "random route": (_GREY, "s"),
+    **dict.fromkeys(("route", "clean"), (ROUTE_COLOUR, "o")),
+    **dict.fromkeys(("random off-route", "random routes", "random route"), ("#8A8A8A", "s")),
     "off-route": ("#000000", "X"),
     "activation": ("#0072B2", "^"),
     "weight": ("#009E73", "D"),
@@ -36,7 +29,6 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "margin": ("#A65628", "p"),
 }
 _OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
-_NAMES = {"route": "critical attacking route"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ def label(criterion: str, draws: int = 1) -> str:
     """A criterion as a legend has it."""
     if draws > 1:
         return f"{criterion} (mean, range of {draws})"
-    return _NAMES.get(criterion, criterion)
+    return "critical attacking route" if criterion == "route" else criterion
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -85,8 +77,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def tidy(axes: Axes, grid: str = "y") -> None:
     """Thin the frame, and draw light lines across."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#E3E3E3", linewidth=0.7)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.tick_params(which="both", labelsize=7.5)
@@ -109,7 +100,7 @@ def grid_of(count: int, columns: int) -> tuple[int, int]:
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Long names cut at the front, to as many characters as tell them all apart, and no fewer than 20."""
-    for width in range(_SHORT, max(map(len, names), default=0)):
+    for width in range(20, max(map(len, names), default=0)):
         cut = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names]
         if len(set(cut)) == len(set(names)):
             return cut
@@ -118,13 +109,9 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 def upright_layers(axes: Axes, names: Sequence[str]) -> None:
     """Layers along the horizontal axis, names turned where there are many or they are long."""
-    turned = len(names) > 4 or max(map(len, names)) > 12
-    axes.set_xticks(
-        range(len(names)), short_names(names), rotation=60 if turned else 0, ha="right" if turned else "center"
-    )
-    if turned:
-        for text in axes.get_xticklabels():
-            text.set_rotation_mode("anchor")
+    turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    style = turned if len(names) > 4 or max(map(len, names)) > 12 else {}
+    axes.set_xticks(range(len(names)), short_names(names), **style)
     axes.set_xlim(-0.6, len(names) - 0.4)
 
 
