@@ -27,8 +27,7 @@ from attackroute.core.distributed import Processes, apart, joined
 from attackroute.core.errors import UserError
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.data import ImageBatches
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import ImageBatches, load_data
 from benchmarks.cases import PROCESSES, SPEED_CASES, Case, Plan, Workload, seeded, workload
 from benchmarks.timing import BYTES, SECONDS, Measurement, Spread, Stopclock, interleaved
 

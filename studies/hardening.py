@@ -19,7 +19,7 @@ from attackroute.paper.hardening_plan import StudyPlan, compared, judged
 from attackroute.paper.hardening_results import HardeningStudy
 from attackroute.paper.hardening_study import STUDY, study_networks
 from attackroute.tracing.config import CARRIERS, UNIT
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from studies.command import Parser, at_least, number, output_of, run_command
 
 _ABOUT = """Compare Vanilla, PAT and their hardened variants with penalties on random and on all neurons.

@@ -17,7 +17,7 @@ from pathlib import Path
 import safetensors.torch
 
 from attackroute.core.accuracy import count_correct
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import BEST, CARD, PRESETS, TRAINING, load_preset
 
 _COUNTER = "num_batches_tracked"  # of no use in eval mode

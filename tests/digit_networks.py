@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attackroute.zoo.data import load_data
 from attackroute.zoo.networks import build
-from attackroute.zoo.sources import load_data
 from attackroute.zoo.weights import ModelCard, spec_for
 
 SAMPLES = 24

@@ -19,8 +19,7 @@ from attackroute.cli.app import app
 from attackroute.core.document import Document
 from attackroute.core.model_state import weights_digest
 from attackroute.core.table import Table
-from attackroute.zoo.data import ImageBatches
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.spec import ModelSpec
 from attackroute.zoo.weights import ModelCard, open_network
 

@@ -23,8 +23,7 @@ import shared_training
 from attackroute.core.batches import BatchStream
 from attackroute.core.distributed import Processes, joined
 from attackroute.routes import folder
-from attackroute.zoo.data import ImageBatches
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import ImageBatches, load_data
 from command_line import run
 from report_runs import make_network, make_pictures
 

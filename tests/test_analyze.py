@@ -12,7 +12,7 @@ import torch
 
 import attackroute as ar
 from attackroute.analysis import experiment
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import open_network
 from command_line import Result
 from command_line import run as run_command

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attack_samples import images, network, right, untrained
 from attackroute.core.errors import UserError
+from attackroute.robustness.attack import Ball
 from attackroute.robustness.autoattack import AutoAttack, Square, _projected
 from attackroute.robustness.gradient_attacks import PGD
 
@@ -274,7 +275,7 @@ def test_projections(norm, eps):
     change[0] = 0
     change[1, 0, 0, 0] = torch.nan
     change[2] *= 1e-6
-    found = _projected(clean + change, clean, norm, eps)
+    found = _projected(clean + change, clean, Ball(norm, eps))
     assert torch.equal(found[:2], clean[:2])
     torch.testing.assert_close(found[2], (clean + change)[2].clamp(0, 1), atol=1e-12, rtol=0)
     assert size(found - clean, norm).max() <= eps * (1 + 1e-9) and 0 <= found.min() <= found.max() <= 1

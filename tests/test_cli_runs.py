@@ -360,7 +360,7 @@ class TestBadInput:
             labels = torch.tensor([label for _, label in data.dataset])
             return replace(data, dataset=TensorDataset(torch.full((len(labels), 3, SIZE, SIZE), value), labels))
 
-        monkeypatch.setattr("attackroute.zoo.sources.load_data", spoilt)
+        monkeypatch.setattr("attackroute.zoo.data.load_data", spoilt)
         assert_bad_input(traced(trained, pictures), "images")
 
     def test_factories(self, factories, pictures):

@@ -16,8 +16,7 @@ from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content
 from attackroute.report.run_folder import RunFolder
 from attackroute.report.two_runs import Comparison, build_comparison
-from attackroute.zoo.data import ImageBatches
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.weights import open_network
 from report_runs import ATTACK, data_of, done, make_network, make_pictures, run, save_evaluation, save_traces
 from test_report import Elements, bad

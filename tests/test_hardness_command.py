@@ -14,8 +14,7 @@ import torch
 from torchvision.utils import save_image
 
 import attackroute as ar
-from attackroute.zoo.data import loader
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data, loader
 from command_line import run
 
 

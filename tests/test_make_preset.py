@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from attackroute.zoo.presets import load_preset
+from attackroute.zoo.weights import load_preset
 from digit_networks import digit_network
 from studies import make_preset
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
-from attackroute.robustness import masking, registry
+from attackroute.robustness import masking
 from attackroute.robustness.gradient_attacks import PGD
-from attackroute.robustness.masking import SILENT, SKIPPED, SUSPICIOUS, Check, MaskingProbes, tail
-from attackroute.zoo.sources import load_data
+from attackroute.robustness.masking import SIGNS, SILENT, SKIPPED, SUSPICIOUS, Check, masking_probes, probed, tail
+from attackroute.zoo.data import load_data
 
 EPS = 0.1
 SAMPLES = 48
@@ -28,9 +28,11 @@ def check_masking(
     batch_size: int = 128,
     twin: nn.Module | None = None,
 ) -> tuple[Check, ...]:
-    probes = MaskingProbes.of(eps, 0, twin)
-    outcomes = {title: probes.run(title, model, images, labels, batch_size) for title in probes.probes}
-    return probes.judge("model", outcomes)
+    outcomes = {
+        title: probe if isinstance(probe, str) else probed(probe, model, images, labels, batch_size)
+        for title, probe in masking_probes(eps, 0, twin).items()
+    }
+    return tuple(sign.judge("model", outcomes) for sign in SIGNS)
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +200,7 @@ def test_tail_against_exact_sums(count: int, trials: int, share: float) -> None:
 
 
 def test_sampling_error_is_taken_into_account() -> None:
-    paired = next(check for check in masking._SIGNS if check.name == "one step against many")
+    paired = next(check for check in SIGNS if check.name == "one step against many")
     for wins, losses, verdict in [(6, 0, SILENT), (7, 0, SUSPICIOUS), (20, 15, SILENT), (60, 30, SUSPICIOUS)]:
         both = 50
         weaker = [0] * wins + [1] * losses + [0] * both
@@ -215,7 +217,7 @@ def test_a_missing_extra_skips_its_check_and_says_so(monkeypatch: pytest.MonkeyP
     def missing(*_: object, **__: object) -> None:
         raise UserError("square needs the package pyautoattack")
 
-    monkeypatch.setattr(registry, "parse_attack", missing)
+    monkeypatch.setattr(masking, "parse_attack", missing)
     images = torch.rand(4, 1, 22, 22)
     checks = check_masking(small_net(), images, torch.zeros(4, dtype=torch.long), eps=EPS)
     check = next(item for item in checks if item.name == "black box against white box")
@@ -233,11 +235,9 @@ def test_batches_do_not_matter(plain: nn.Module, samples: tuple[Tensor, Tensor],
     assert [check for check in found if check.name != "black box against white box"] == without_square
 
 
-def test_the_model_comes_back_and_no_image_is_an_error() -> None:
+def test_the_model_comes_back() -> None:
     model = small_net().train()
     images = torch.rand(3, 1, 22, 22)
     check_masking(model, images, torch.arange(3), eps=EPS)
     assert model.training
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(UserError, match="at least one image"):
-        check_masking(model, images[:0], torch.arange(0), eps=EPS)

@@ -12,7 +12,7 @@ import torch
 import attackroute as ar
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import open_network
 from command_line import done
 from command_line import run as run_command

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import ModelCard, load_preset, preset_folder, preset_names, preset_training
 
 NAMES = preset_names()

@@ -183,7 +183,7 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
 def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, victim: int) -> None:
     common = ("evaluate", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
     common += ("--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
-    where = "attackroute.robustness.evaluate:_Run._measure"
+    where = "attackroute.robustness.evaluate:_Run._predictions"
     result = launched(2, victim, where, 3, *common, "--out", tmp_path / "broken", script="killed_command.py")
     assert_killed(result, victim)
     measured = (tmp_path / "broken" / "measurements.jsonl").read_bytes()

@@ -28,7 +28,7 @@ from attackroute.report.measuring import Condition, Measured, unmeasured
 from attackroute.report.page import _SCRIPTS, Content, build_page, percent
 from attackroute.report.run_folder import RunFolder
 from attackroute.report.two_runs import Comparison, build_comparison
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from report_runs import CLASSES, data_of, done, make_network, make_pictures, make_run, run
 
 FIGURE = "<svg onload='alert(1)'></svg>"

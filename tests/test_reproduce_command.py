@@ -22,8 +22,8 @@ from attackroute.paper.experiments import PARTS, swept_layers
 from attackroute.paper.hardening_plan import StudyPlan, judged
 from attackroute.paper.hardening_results import HardeningStudy, Outcome
 from attackroute.paper.page import skeleton
+from attackroute.zoo.data import load_data
 from attackroute.zoo.networks import build
-from attackroute.zoo.sources import load_data
 from attackroute.zoo.weights import ModelCard, open_network, spec_for
 from digit_networks import SAMPLES, digit_network
 

@@ -18,7 +18,7 @@ from attackroute.analysis.experiments.weaken import weaken_accuracy
 from attackroute.analysis.figures.style import short_names
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from command_line import Result, done
 from command_line import run as run_command
 

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from attackroute.core.errors import UserError
-from attackroute.zoo.data import ImageBatches
+from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.networks import build_model
-from attackroute.zoo.sources import load_data
 from attackroute.zoo.weights import load_weights
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from attackroute.hardening.training import train
     from attackroute.hardening.weight_penalty import WeightPenalty
     from attackroute.robustness.evaluate import evaluate
-    from attackroute.robustness.evaluation_table import Evaluation
+    from attackroute.robustness.evaluation import Evaluation
     from attackroute.robustness.registry import parse_attack
     from attackroute.routes.folder import RouteFolder
     from attackroute.routes.instance_routes import InstanceRoutes
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from attackroute.tracing.config import TraceConfig
     from attackroute.tracing.influence import influence
     from attackroute.tracing.trace import trace_routes
+    from attackroute.zoo.data import load_data
     from attackroute.zoo.networks import build_model
-    from attackroute.zoo.sources import load_data
     from attackroute.zoo.weights import load_weights
 
 __all__ = [
@@ -72,7 +72,7 @@ __all__ = [
 
 # A module must never bear the name of a public function: importing it would shadow the function.
 _HOMES = {
-    "Evaluation": "robustness.evaluation_table",
+    "Evaluation": "robustness.evaluation",
     "GradientPenalty": "hardening.gradient_penalty",
     "HardenResult": "hardening.harden",
     "HardenSettings": "hardening.settings",
@@ -91,7 +91,7 @@ _HOMES = {
     "harden": "hardening.harden",
     "hardness": "analysis",
     "influence": "tracing.influence",
-    "load_data": "zoo.sources",
+    "load_data": "zoo.data",
     "load_weights": "zoo.weights",
     "loss_gradient": "analysis.channel_statistics",
     "parse_attack": "robustness.registry",

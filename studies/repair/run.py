@@ -11,7 +11,7 @@ from attackroute.cli.options import open_folder, resolve_device
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import weights_digest
 from attackroute.robustness.registry import parse_attack
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import find_card, open_network
 from studies.command import Parser, at_least, number, output_of, run_command
 from studies.repair.repair import BUDGETS, EVERY, RULE

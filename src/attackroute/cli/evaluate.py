@@ -25,7 +25,7 @@ from attackroute.core.table import Table, plural
 
 if TYPE_CHECKING:
     from attackroute.robustness.attack import Perturbation
-    from attackroute.robustness.evaluation_table import Evaluation
+    from attackroute.robustness.evaluation import Evaluation
     from attackroute.robustness.masking import Check
     from attackroute.zoo.data import ImageData
 
@@ -148,7 +148,7 @@ def evaluate(options: EvaluateOptions) -> int:
     """Evaluate networks, or verify saved examples; the exit code is 1 if these are not what they were."""
     from attackroute.robustness.evaluate import DEFAULT_ATTACKS
     from attackroute.robustness.evaluate import evaluate as evaluate_networks
-    from attackroute.robustness.evaluation_table import CLEAN
+    from attackroute.robustness.evaluation import CLEAN
     from attackroute.zoo.data import ImageBatches
 
     output = options.run.output
@@ -223,7 +223,7 @@ def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> l
 def _show(output: Output, evaluation: Evaluation, out: Path | None, examples: Path | None) -> None:
     """Print the table, the checks and where the files are."""
     from attackroute.core.journal import MEASUREMENTS
-    from attackroute.robustness.evaluation_table import COLUMNS, EVALUATION
+    from attackroute.robustness.evaluation import COLUMNS, EVALUATION
 
     folders = {"folder": None if out is None else str(out), "examples": None if examples is None else str(examples)}
     output.result({**evaluation.document().to_json(), **folders})

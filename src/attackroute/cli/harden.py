@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from attackroute.hardening.harden import Factor, HardenResult
     from attackroute.robustness.attack import Perturbation
-    from attackroute.robustness.evaluation_table import Evaluation
+    from attackroute.robustness.evaluation import Evaluation
     from attackroute.zoo.data import ImageData
     from attackroute.zoo.weights import ModelCard
 
@@ -330,7 +330,7 @@ class _Hardening:
         if best is not None:
             self.output.line(best_line(best, len(result.training.history), self.chosen_on))
         if evaluation is not None:
-            from attackroute.robustness.evaluation_table import COLUMNS
+            from attackroute.robustness.evaluation import COLUMNS
 
             self.output.table(COLUMNS, evaluation.cells())
             self.output.line(evaluation.reading())

@@ -106,7 +106,7 @@ class ImageOptions:
         Raises:
             UserError: There are no such images.
         """
-        from attackroute.zoo.sources import load_data
+        from attackroute.zoo.data import load_data
         from attackroute.zoo.weights import find_card
 
         size = self.image_size

@@ -309,7 +309,7 @@ class _Source:
 
         from attackroute.core.model_state import weights_digest
         from attackroute.report.route_view import spread
-        from attackroute.zoo.sources import load_data
+        from attackroute.zoo.data import load_data
         from attackroute.zoo.weights import find_card
 
         chosen, measuring = request.network, request.measuring

@@ -149,6 +149,16 @@ def printable(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def made_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of that name, made when it is missing; a `UserError` if it cannot be one."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); name another") from None
+    return folder
+
+
 @contextmanager
 def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str]]:
     """A safetensors file, open for its tensors, and the header in its metadata."""

@@ -24,8 +24,7 @@ from attackroute.paper.hardening_plan import paper_plan
 from attackroute.paper.hardening_study import STUDY, study_networks
 from attackroute.paper.page import DATA_OF, SECTIONS, blocks, claims_of, fill, skeleton
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.data import ImageData
-from attackroute.zoo.sources import load_data
+from attackroute.zoo.data import ImageData, load_data
 from attackroute.zoo.weights import ModelCard, find_card, open_network, preset_folder, preset_names
 
 PAGE = "reproduction.md"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +23,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 _LEVELS = 255
 _ORDERS = {"linf": math.inf, "l2": 2.0}
-_ROUNDING = 1e-5
-_ALWAYS_SHOWN = ("eps", "severity")
+_ROUNDING = 1e-5  # what it may add to a value in [0, 1], at least
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,21 @@ class Perturbation:
     in_levels: ClassVar[bool] = True
     """Whether ``eps`` and ``step_size`` are per value of the image, so that they print as n/255."""
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Perturb a batch.
+    def __post_init__(self) -> None:
+        """Check those settings that many attacks have; others are the class's own to check."""
+        if hasattr(self, "eps"):
+            check_eps(self.eps, largest=1.0 if self.in_levels else math.inf)
+        for name in ("steps", "restarts", "queries"):
+            if hasattr(self, name):
+                check_count(name, getattr(self, name))
+        size = getattr(self, "step_size", None)
+        if size is not None and not (isinstance(size, (int, float)) and 0 < size < math.inf):
+            raise UserError(f"step_size {size} is not above 0; leave it out for the attack's own")
 
-        Args:
-            model: Maps images in [0, 1] to logits.
-            x: ``(N, C, H, W)`` in [0, 1].
-            y: ``(N,)`` labels.
-            generator: None for numbers that belong to the image and the seed.
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Perturb images ``(N, C, H, W)`` in [0, 1] with labels ``(N,)`` of a model that maps them to logits.
+
+        Without a generator, random numbers belong to the image and the seed.
         """
         raise NotImplementedError
 
@@ -59,7 +68,9 @@ class Perturbation:
     def short(self) -> str:
         """The specification without what is the attack's own default, but for radius and level."""
         return self._specified(
-            item.name for item in fields(self) if item.name in _ALWAYS_SHOWN or getattr(self, item.name) != item.default
+            item.name
+            for item in fields(self)
+            if item.name in ("eps", "severity") or getattr(self, item.name) != item.default
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -133,10 +144,7 @@ def checked_result(attack: Perturbation, images: object, clean: Tensor) -> Tenso
     Raises:
         UserError: Another shape, values that are NaN or outside [0, 1], or images outside the attack's ball.
     """
-    if not isinstance(images, Tensor) or images.shape != clean.shape:
-        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f"{attack} returns {what} for images of shape {tuple(clean.shape)}")
-    images = images.detach().to(clean)
+    images = _like(clean, images, str(attack))
     if out_of_range(images).any():
         raise UserError(f"{attack} returns images with NaN or values outside [0, 1]; its results cannot be trusted")
     ball = attack.ball
@@ -147,13 +155,9 @@ def checked_result(attack: Perturbation, images: object, clean: Tensor) -> Tenso
 
 
 def attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A batch after the attack, and the labels that it was attacked for.
+    """A batch after the attack, and the labels that it was attacked for: the model's predictions where none are given.
 
-    Args:
-        model: A model in eval mode; whatever the attack does to it is undone.
-        attack: The attack.
-        images: ``(n, ...)``; they stay as they are.
-        labels: ``(n,)``; None for the model's predictions on the images.
+    Whatever the attack does to the model, which is in eval mode, is undone.
 
     Raises:
         UserError: The attack does not return finite images of the same shape, or the model no logits.
@@ -163,12 +167,10 @@ def attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor | 
             labels = checked_logits(model(images.clone()), images.shape[0]).argmax(1)
     with frozen(model):
         changed = attack(model, images.clone(), labels)
-    if not isinstance(changed, Tensor) or changed.shape != images.shape:
-        what = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
-        raise UserError(f"the attack returns {what} for images of shape {tuple(images.shape)}")
+    changed = _like(images, changed, "the attack")
     if not torch.isfinite(changed).all():
         raise UserError("the attack returns NaN or inf")
-    return changed.detach().to(images), labels
+    return changed, labels
 
 
 def attack_name(attack: Attack) -> str:
@@ -195,22 +197,31 @@ def check_count(name: str, value: int) -> None:
         raise UserError(f"{name} {value!r} is not a positive number of times; give 1 or more")
 
 
-def check_step_size(value: float | None) -> None:
-    """Check a step size; None leaves it to the attack."""
-    if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise UserError(f"step_size {value} is not above 0; leave it out for the attack's own")
-
-
 def require_extra(module: str, extra: str, what: str) -> None:
-    """Check that an optional package is installed, without importing it.
-
-    Raises:
-        UserError: It is not; says how to install it.
-    """
+    """Check that an optional package is installed, without importing it; else say how to install it."""
     if find_spec(module) is None:
         raise UserError(f'{what} needs an optional package: pip install "attackroute[{extra}]"')
 
 
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Put the global generators of Python, numpy and PyTorch back, which other packages seed."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+def _like(clean: Tensor, images: object, attack: str) -> Tensor:
+    """What an attack returns, of the clean images' shape, dtype and device."""
+    if not isinstance(images, Tensor) or images.shape != clean.shape:
+        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"{attack} returns {what} for images of shape {tuple(clean.shape)}")
+    return images.detach().to(clean)
+
+
 def _tolerance(images: Tensor) -> float:
-    """What rounding may add to a value in [0, 1]."""
     return max(_ROUNDING, 2 * torch.finfo(images.dtype).eps)

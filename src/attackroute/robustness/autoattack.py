@@ -11,12 +11,10 @@ another batch the same image gets other numbers.
 from __future__ import annotations
 
 import logging
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +22,8 @@ from torch import Tensor, nn
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.random import drawn_number
-from attackroute.robustness.attack import Perturbation, check_count, check_eps, require_extra
+from attackroute.robustness.attack import Ball, Perturbation, check_eps, kept_generators, require_extra
 from attackroute.robustness.gradient_attacks import attacking, predicted
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Logits = Callable[[Tensor], Tensor]
 Part = Callable[[Tensor, Tensor], Tensor]
@@ -39,9 +34,7 @@ PARTS = (*STANDARD, "apgd-dlr", "fab")
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _EPS = {"linf": 8 / 255, "l2": 0.5}
-_ITERATIONS = 100
-_QUERIES = 5000
-_MOST_TARGETS = 9
+_ITERATIONS, _QUERIES, _MOST_TARGETS = 100, 5000, 9  # of the standard version
 _FEWEST_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # the loss is scaled by the difference of logits of lower ranks
 _IMAGE_DIMS = 4
 _LOGGER = logging.getLogger(__name__)
@@ -90,15 +83,16 @@ class AutoAttack(Perturbation):
             UserError: None of the attacks can be run with the model's number of classes.
         """
 
-        def parts(logits: Logits, classes: int, seed: int) -> dict[str, Part]:
+        def parts(classes: int) -> tuple[str, ...]:
             names = self.parts_for(classes)
             left_out = [name for name in self._names() if name not in names]
             if left_out:
                 message = f"autoattack runs without {', '.join(left_out)}: {classes} classes are too few"
                 warnings.warn(message, stacklevel=4)
-            return _parts(logits, names, classes, _NORMS[self.norm], self.radius, seed, _QUERIES)
+            return names
 
-        return _in_a_row(model, x, y, parts, self.norm, self.radius, (self.seed + drawn_number(generator)) % 2**63)
+        seed = self.seed + drawn_number(generator)
+        return _in_a_row(model, x, y, parts, Ball(self.norm, self.radius), seed=seed, queries=_QUERIES)
 
     @property
     def radius(self) -> float:
@@ -106,11 +100,7 @@ class AutoAttack(Perturbation):
         return _EPS[self.norm] if self.eps is None else self.eps
 
     def parts_for(self, classes: int) -> tuple[str, ...]:
-        """Which attacks are run on a model with so many classes, in order.
-
-        Raises:
-            UserError: None.
-        """
+        """Which attacks are run on a model with so many classes, in order; at least one, or an error."""
         parts = tuple(name for name in self._names() if classes >= _FEWEST_CLASSES.get(name, 2))
         if not parts:
             raise UserError(
@@ -143,62 +133,59 @@ class Square(Perturbation):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
-        check_count("queries", self.queries)
+        super().__post_init__()
         require_extra("pyautoattack", "autoattack", self.name)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; images that the model gets wrong are not changed."""
-
-        def parts(logits: Logits, classes: int, seed: int) -> dict[str, Part]:
-            return _parts(logits, ("square",), classes, "Linf", self.eps, seed, self.queries)
-
-        return _in_a_row(model, x, y, parts, "linf", self.eps, (self.seed + drawn_number(generator)) % 2**63)
+        seed = self.seed + drawn_number(generator)
+        return _in_a_row(model, x, y, lambda _: ("square",), Ball("linf", self.eps), seed=seed, queries=self.queries)
 
 
 def _in_a_row(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    parts: Callable[[Logits, int, int], Mapping[str, Part]],
-    norm: str,
-    eps: float,
+    parts: Callable[[int], Sequence[str]],
+    ball: Ball,
+    *,
     seed: int,
+    queries: int,
 ) -> Tensor:
-    """Run attacks one after the other, each on the images that are still classified correctly."""
-    with attacking(model, x, y) as (images, given), _random_state():
+    """Run the attacks that ``parts`` names for so many classes, each on the images that the model still gets right."""
+    with attacking(model, x, y) as (images, given), kept_generators():
         if images.ndim != _IMAGE_DIMS:
             raise UserError(f"images to attack have shape {tuple(x.shape)}; these attacks need (N, C, H, W)")
         if not len(images):
             return images
         logits = checked_logits(model(images.clone()), len(images))
-        labels = checked_labels(given, logits.shape[1], len(images))
+        classes = logits.shape[1]
+        labels = checked_labels(given, classes, len(images))
         right = logits.argmax(1) == labels
-        for attack in parts(_logits_of(model, x.dtype), logits.shape[1], seed).values():
+        makers = _makers(_logits_of(model, x.dtype), classes, ball, seed % 2**63, queries)
+        for attack in [makers[name]() for name in parts(classes)]:
             rows = right.nonzero().flatten()
-            if not len(rows) or eps == 0:
+            if not len(rows) or ball.eps == 0:
                 break
             clean = images[rows]
             perturbed = attack(clean.to(torch.float32).contiguous(), labels[rows].clone())
-            candidates = _projected(perturbed.detach().to(x.dtype), clean, norm, eps)
+            candidates = _projected(perturbed.detach().to(x.dtype), clean, ball)
             fooled = predicted(model, candidates) != labels[rows]
             images[rows[fooled]] = candidates[fooled]
             right[rows[fooled]] = False
         return images
 
 
-def _parts(
-    logits: Logits, names: tuple[str, ...], classes: int, norm: str, eps: float, seed: int, queries: int
-) -> dict[str, Part]:
-    """The package's attacks, with the settings of its standard version."""
+def _makers(logits: Logits, classes: int, ball: Ball, seed: int, queries: int) -> dict[str, Callable[[], Part]]:
+    """What makes each of the package's attacks, with the settings of its standard version."""
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
     from pyautoattack.fab_pt import FABAttack_PT
     from pyautoattack.square import SquareAttack
 
-    common = {"norm": norm, "eps": eps, "seed": seed, "verbose": False, "n_restarts": 1}
+    common = {"norm": _NORMS[ball.norm], "eps": ball.eps, "seed": seed, "verbose": False, "n_restarts": 1}
     targets = min(_MOST_TARGETS, classes - 1)
     steps = {**common, "n_iter": _ITERATIONS}
-    makers: dict[str, Callable[[], Part]] = {
+    return {
         "apgd-ce": lambda: APGDAttack(logits, **steps, loss="ce", logger=_LOGGER).perturb,
         "apgd-dlr": lambda: APGDAttack(logits, **steps, loss="dlr", logger=_LOGGER).perturb,
         "apgd-t": lambda: APGDAttack_targeted(logits, **steps, n_target_classes=targets, logger=_LOGGER).perturb,
@@ -206,7 +193,6 @@ def _parts(
         "fab-t": lambda: FABAttack_PT(logits, **steps, targeted=True, n_target_classes=targets).perturb,
         "square": lambda: SquareAttack(logits, **common, n_queries=queries, resc_schedule=False).perturb,
     }
-    return {name: makers[name]() for name in names}
 
 
 def _logits_of(model: nn.Module, dtype: torch.dtype) -> Logits:
@@ -220,27 +206,13 @@ def _logits_of(model: nn.Module, dtype: torch.dtype) -> Logits:
     return logits
 
 
-def _projected(perturbed: Tensor, clean: Tensor, norm: str, eps: float) -> Tensor:
+def _projected(perturbed: Tensor, clean: Tensor, ball: Ball) -> Tensor:
     """Images in the ball and in [0, 1], from images that are there but for rounding; ``clean`` where they are NaN."""
     change = perturbed - clean
-    if norm == "linf":
-        change.clamp_(-eps, eps)
+    if ball.norm == "linf":
+        change.clamp_(-ball.eps, ball.eps)
     else:
         lengths = torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True)
-        change.mul_((eps / lengths).clamp_(max=1).nan_to_num_(1.0))
+        change.mul_((ball.eps / lengths).clamp_(max=1).nan_to_num_(1.0))
     whole = change.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
     return torch.where(whole, clean + change, clean).clamp_(0, 1)
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """Put the global generators back, which the package seeds."""
-    import numpy as np
-
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import io
 import math
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attackroute.core.checks import check_attackable
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.random import image_keys, normals
-from attackroute.robustness.attack import Perturbation, require_extra
+from attackroute.robustness.attack import Perturbation, kept_generators, require_extra
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Pixels = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 KINDS = (
     *("shot-noise", "impulse-noise", "speckle-noise"),
@@ -41,8 +38,6 @@ _STDS = (0.08, 0.12, 0.18, 0.26, 0.38)  # ImageNet-C's, by severity
 _SEVERITY = 3
 _OWN_GENERATOR = ("glass-blur", "impulse-noise")  # these do not draw from numpy's global generator, but take a seed
 _SMALLEST = 32
-_IMAGE_DIMS = 4
-_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -81,9 +76,7 @@ class GaussianNoise(Perturbation):
     @property
     def scale(self) -> float:
         """The noise's standard deviation."""
-        if self.std is not None:
-            return self.std
-        return _STDS[(self.severity or _SEVERITY) - 1]
+        return _STDS[(self.severity or _SEVERITY) - 1] if self.std is None else self.std
 
 
 @dataclass(frozen=True)
@@ -131,8 +124,6 @@ class Corruption(Perturbation):
         Raises:
             UserError: The images are smaller than 32x32, or have neither one nor three channels.
         """
-        import numpy as np
-
         check_attackable(x, y)
         _check_size(self.kind, x)
         library = _library()
@@ -140,7 +131,7 @@ class Corruption(Perturbation):
             keys = image_keys(x, self.seed, self.kind, generator).tolist()
             values = x.detach().to(torch.float32).clamp(0, 1).mul_(255).round_().to("cpu", torch.uint8)
             pixels: Pixels = values.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()
-            with _numpy_state(), redirect_stdout(io.StringIO()):  # it prints where sizes do not match
+            with kept_generators(), redirect_stdout(io.StringIO()):  # it prints where sizes do not match
                 for index, key in enumerate(keys):
                     np.random.seed([key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF])
                     pixels[index] = self._corrupted(library, pixels[index], key & 0x7FFFFFFF)
@@ -150,8 +141,6 @@ class Corruption(Perturbation):
             return torch.empty_like(x).copy_(changed).div_(255)
 
     def _corrupted(self, library: ModuleType, image: Pixels, seed: int) -> Pixels:
-        import numpy as np
-
         seeding = {"seed": seed} if self.kind in _OWN_GENERATOR else {}
         with np.errstate(invalid="raise" if self.kind == "spatter" else "warn"):
             try:
@@ -162,14 +151,12 @@ class Corruption(Perturbation):
 
 
 def _check_severity(severity: int) -> None:
-    """Check a level of ImageNet-C."""
     if isinstance(severity, bool) or not isinstance(severity, int) or not 1 <= severity <= len(_STDS):
         raise UserError(f"severity {severity!r} is not a level of ImageNet-C; give 1, 2, 3, 4 or 5")
 
 
 def _check_size(kind: str, x: Tensor) -> None:
-    """Check that images are what the corruption is made for."""
-    if x.ndim != _IMAGE_DIMS or x.shape[1] not in _CHANNELS or min(x.shape[2:]) < _SMALLEST:
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < _SMALLEST:
         raise UserError(
             f"{kind} is for images (N, 3, H, W) or (N, 1, H, W) of {_SMALLEST}x{_SMALLEST} or larger, and these are "
             f"{tuple(x.shape)}; gaussian-noise takes any"
@@ -185,15 +172,3 @@ def _library() -> ModuleType:
             "put opencv-python-headless in the place of opencv-python"
         ) from error
     return imagecorruptions  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _numpy_state() -> Iterator[None]:
-    """Put numpy's global generator back as it was."""
-    import numpy as np
-
-    state = np.random.get_state()
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,22 +20,20 @@ from attackroute.core.checks import check_attackable, checked_labels, checked_lo
 from attackroute.core.distributed import current
 from attackroute.core.document import library_versions
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.files import made_folder
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.random import derived_seed, drawn_indices, seeded
 from attackroute.robustness.attack import Perturbation, checked_result
-from attackroute.robustness.evaluation_table import CLEAN, EVALUATION, Evaluation
+from attackroute.robustness.evaluation import CLEAN, EVALUATION, Evaluation
 from attackroute.robustness.examples import ExampleFolder, Examples
-from attackroute.robustness.masking import Candidates, Check, MaskingProbes, SampleChoice
+from attackroute.robustness.masking import SIGNS, Candidates, Check, SampleChoice, masking_probes, probed
 from attackroute.robustness.registry import parse_attack
 
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 
 _DEFAULT_EPS = 8 / 255  # of the checks, where no attack states a radius
 _SUM_TOLERANCE = 1e-3
-
-Samples = tuple[Tensor, Tensor]
-"""Images ``(N, C, H, W)`` and labels ``(N,)``."""
 
 Progress = Callable[[int, "int | None", str], None]
 """Called with the images that were attacked so far, how many there will be, and what is under way."""
@@ -134,10 +131,10 @@ def evaluate(
         reader = max(models.values(), key=lambda network: torch.finfo(placement(network)[1]).bits)
         stream = BatchStream(reader, data, batch_size)
         run.probe_corruptions(chosen, *stream.first)
-        choice = SampleChoice(checks, seed)
-        subsets = {count: _Subset(drawn_indices(total or 0, count, seed)) for count in limits.values()}
+        choice = SampleChoice.by_hash(checks, seed)
+        subsets = {count: SampleChoice.at(drawn_indices(total or 0, count, seed)) for count in limits.values()}
         everywhere = [attack for attack in chosen if str(attack) not in limits]
-        run.measure(stream, (None, *everywhere), choice, list(subsets.values()))
+        run.measure(stream, (None, *everywhere), [choice, *subsets.values()], by_place=bool(subsets))
         for count, subset in subsets.items():
             costly = [attack for attack in chosen if limits.get(str(attack)) == count]
             run.measure(BatchStream(reader, subset.samples(), batch_size), costly)
@@ -160,14 +157,7 @@ def evaluate(
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """A batch of the data.
-
-    Attributes:
-        number: Its number.
-        images: ``(N, ...)``.
-        labels: ``(N,)``.
-        digest: Of both.
-    """
+    """A batch of the data: its number in their order, images ``(N, ...)``, labels ``(N,)``, and the digest of both."""
 
     number: int
     images: Tensor
@@ -183,61 +173,23 @@ class _Measurement:
         key: Where it is written down: ``("samples", batch, model, attack)``.
         digest: Of the batch.
         record: Labels, predictions and seconds.
-        new: Whether it was measured now.
-        examples: The attacked images, if they are to be kept.
+        examples: The attacked images, if they are to be kept and are not yet.
     """
 
     key: tuple[str, int, str, str]
     digest: str
     record: Mapping[str, Any]
-    new: bool
-    examples: Examples | None = None
+    examples: Examples | None
 
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """What is done of one batch, and gathered from it.
+    """What is done of one batch: its place in the data, its size, measurements, and candidates for each choice."""
 
-    Attributes:
-        measurements: By attack and model, as they are made.
-        candidates: For the checks.
-        parts: For each subset.
-        start: Place of the batch's first image in the data.
-        samples: How many images there are.
-    """
-
-    measurements: Iterable[_Measurement]
-    candidates: Candidates | None
-    parts: Sequence[Samples]
     start: int
     samples: int
-
-
-class _Subset:
-    """Some images of the data, gathered as they come.
-
-    Args:
-        indices: Their places in the data, in ascending order.
-    """
-
-    def __init__(self, indices: Sequence[int]) -> None:
-        self._indices = torch.tensor(indices)
-        self._parts: list[Samples] = []
-
-    def part(self, start: int, images: Tensor, labels: Tensor) -> Samples:
-        """What belongs to the subset of a batch that begins at ``start``, on the CPU."""
-        rows = self._indices[(self._indices >= start) & (self._indices < start + len(images))] - start
-        rows = rows.to(images.device)
-        return images[rows].cpu(), labels[rows].cpu()
-
-    def take(self, part: Samples) -> None:
-        """Add the next batch's part."""
-        self._parts.append(part)
-
-    def samples(self) -> Samples:
-        """The images and labels in the data's order."""
-        images, labels = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
-        return images, labels
+    measurements: Iterable[_Measurement]
+    candidates: Sequence[Candidates | None]
 
 
 @dataclass
@@ -268,20 +220,17 @@ class _Run:
         self,
         stream: BatchStream,
         attacks: Sequence[Perturbation | None],
-        choice: SampleChoice | None = None,
-        subsets: Sequence[_Subset] = (),
+        choices: Sequence[SampleChoice] = (),
+        *,
+        by_place: bool = False,
     ) -> None:
-        """Measure all models under attacks, batch by batch, and gather images for what comes later.
+        """Measure all models under attacks (None: on clean images), batch by batch, while images are chosen for later.
 
-        Args:
-            stream: The batches.
-            attacks: What to measure under, None for clean images.
-            choice: Gathers images for the checks.
-            subsets: Gather images for costly attacks.
+        Some are chosen ``by_place``, which each process then has to know of its batches.
         """
         team = current()
         start = 0
-        size = len(stream.first[0]) if subsets and team.count > 1 else 0
+        size = len(stream.first[0]) if by_place and team.count > 1 else 0
 
         def once(images: Tensor, given: Tensor | None) -> _Turn:
             labels = _required(given)
@@ -291,23 +240,20 @@ class _Run:
             place = start if team.count == 1 else batch.number * size
             measurements = self._measured(batch, attacks)
             return _Turn(
+                place,
+                len(images),
                 # alone, each measurement is written down before the next one is made
-                measurements=measurements if team.count == 1 else list(measurements),
-                candidates=None if choice is None else choice.candidates(images, labels),
-                parts=[subset.part(place, images, labels) for subset in subsets],
-                start=place,
-                samples=len(images),
+                measurements if team.count == 1 else list(measurements),
+                [choice.candidates(images, labels, place) for choice in choices],
             )
 
         for turn in stream.map(once):
-            if subsets and turn.start != start:
+            if by_place and turn.start != start:
                 raise UserError("several processes can attack a part of the data only where batches are of one size")
             for measurement in turn.measurements:
                 self._take(measurement)
-            if choice is not None:
-                choice.take(turn.candidates)
-            for subset, part in zip(subsets, turn.parts, strict=True):
-                subset.take(part)
+            for choice, candidates in zip(choices, turn.candidates, strict=True):
+                choice.take(candidates)
             start += turn.samples
 
     def check_masking(
@@ -318,53 +264,48 @@ class _Run:
             return ()
         images, labels = choice.samples()
         digest = _digest(images, labels)
-        probes = MaskingProbes.of(eps, self.seed, twin)
+        probes = masking_probes(eps, self.seed, twin)
         checks: list[Check] = []
         for name, model in self.models.items():
             device, dtype = placement(model)
             x, y = images.to(device, dtype), labels.to(device)
-            outcomes = {}
-            for title in probes.probes:
+            outcomes: dict[str, list[int] | str] = {}
+            for title, probe in probes.items():
+                if isinstance(probe, str):  # why it cannot be made
+                    outcomes[title] = probe
+                    continue
                 key = ("checks", name, title)
                 record = self.journal.recall(key, digest)
                 if record is None:
                     if self.progress is not None:
                         self.progress(0, None, f"{name}: check for masking, {title}")
                     with seeded(derived_seed(self.seed, f"{title}/{digest}", 0)):
-                        outcome = current().first(partial(probes.run, title, model, x, y, batch_size))
+                        outcome = current().first(partial(probed, probe, model, x, y, batch_size))
                     record = self.journal.keep(key, digest, outcomes=outcome)
-                outcomes[title] = list(record["outcomes"])
-            checks += probes.judge(name, outcomes)
+                outcomes[title] = record["outcomes"]
+            checks += [sign.judge(name, outcomes) for sign in SIGNS]
         return tuple(checks)
 
     def _measured(self, batch: _Batch, attacks: Sequence[Perturbation | None]) -> Iterator[_Measurement]:
-        """Each attack on each model."""
+        """Each attack on each model, made now or before."""
         for attack in attacks:
             corrupted: Tensor | None = None  # the same images for all models
-            for name in self.models:
-                measurement, corrupted = self._measure(name, attack, batch, corrupted)
-                yield measurement
-
-    def _measure(
-        self, name: str, attack: Perturbation | None, batch: _Batch, corrupted: Tensor | None
-    ) -> tuple[_Measurement, Tensor | None]:
-        """One measurement, made now or before; and the corrupted images, once they are made."""
-        title = _title(attack)
-        if self.progress is not None:
-            self.progress(self.done, self.total, f"{name}: {title}")
-        key = ("samples", batch.number, name, title)
-        record = self.journal.recall(key, batch.digest)
-        if record is not None:
-            return _Measurement(key, batch.digest, record, new=False), corrupted
-        started = time.perf_counter()
-        with seeded(derived_seed(self.seed, f"{title}/{batch.digest}", 0)):
-            if attack is not None and not attack.uses_model and corrupted is None:
-                images = attack(self.models[name], batch.images, batch.labels)
-                corrupted = checked_result(attack, images, batch.images)
-            predictions, examples = self._predictions(name, attack, batch, corrupted)
-        seconds = round(time.perf_counter() - started, 4)
-        record = {"labels": batch.labels.tolist(), "predictions": predictions, "seconds": seconds}
-        return _Measurement(key, batch.digest, record, new=True, examples=examples), corrupted
+            for name, model in self.models.items():
+                title = _title(attack)
+                self._tell(f"{name}: {title}")
+                key = ("samples", batch.number, name, title)
+                record = self.journal.recall(key, batch.digest)
+                examples = None
+                if record is None:
+                    started = time.perf_counter()
+                    with seeded(derived_seed(self.seed, f"{title}/{batch.digest}", 0)):
+                        if attack is not None and not attack.uses_model and corrupted is None:
+                            images = attack(model, batch.images, batch.labels)
+                            corrupted = checked_result(attack, images, batch.images)
+                        predictions, examples = self._predictions(name, attack, batch, corrupted)
+                    seconds = round(time.perf_counter() - started, 4)
+                    record = {"labels": batch.labels.tolist(), "predictions": predictions, "seconds": seconds}
+                yield _Measurement(key, batch.digest, record, examples)
 
     def _predictions(
         self, name: str, attack: Perturbation | None, batch: _Batch, corrupted: Tensor | None
@@ -380,40 +321,45 @@ class _Run:
         checked_labels(y, logits.shape[1], len(y))
         if attack is None:
             _require_logits(name, logits)
-        if attack is None or self.examples is None:
-            return logits.argmax(1).tolist(), None
-        examples = Examples.of(attack, name, self.digests[name], logits=logits, clean=x, adversarial=attacked, labels=y)
-        return logits.argmax(1).tolist(), examples
+        predictions = logits.argmax(1)
+        examples = None
+        if attack is not None and self.examples is not None:
+            examples = Examples(
+                model=name,
+                weights=self.digests[name],
+                attack=str(attack),
+                ball=attack.ball,
+                classes=logits.shape[1],
+                clean=x.cpu(),
+                adversarial=attacked.cpu(),
+                labels=y.cpu().long(),
+                predictions=predictions.cpu(),
+            )
+        return predictions.tolist(), examples
 
     def _take(self, measurement: _Measurement) -> None:
         """Write a measurement down, if it is new, and count it; they come in the data's order."""
-        _, batch, model, title = measurement.key
+        _, batch, model, title = key = measurement.key
         record = measurement.record
-        if measurement.examples is not None and current().leads:
-            assert self.examples is not None
+        if measurement.examples is not None and self.examples is not None and current().leads:
             self.examples.save(batch, measurement.examples)
-        if measurement.new:
-            self.journal.keep(measurement.key, measurement.digest, **record)
+        if self.journal.recall(key, measurement.digest) is None:
+            self.journal.keep(key, measurement.digest, **record)
         self.seconds[model, title] += record["seconds"]
         self.right[model, title] += map(int.__eq__, record["labels"], record["predictions"])
         self.done += len(record["labels"])
+        self._tell(f"{model}: {title}")
+
+    def _tell(self, message: str) -> None:
         if self.progress is not None:
-            self.progress(self.done, self.total, f"{model}: {title}")
+            self.progress(self.done, self.total, message)
 
 
 def _open_journal(folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], *, resume: bool) -> Journal:
-    """The measurements of a folder; those of a finished evaluation make way for a new one, others only with a word.
-
-    Raises:
-        UserError: The folder cannot be made, or what it holds does not go together with this evaluation.
-    """
+    """The measurements of a folder; those of a finished evaluation make way for a new one, others only with a word."""
     if folder is None:
         return Journal(None, settings)
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be a folder ({error.strerror}); name another") from None
+    path = made_folder(folder)
     results = [path / f"{EVALUATION}.json", path / f"{EVALUATION}.csv"]
     journal = Journal(path / MEASUREMENTS, settings, () if resume else results)
     if resume:

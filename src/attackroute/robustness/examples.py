@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.files import (
     expect_mapping,
     file_errors,
+    made_folder,
     printable,
     read_sealed_json,
     read_tensors,
@@ -35,21 +36,18 @@ from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.random import seeded
 from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Record, Table
-from attackroute.robustness.attack import Ball, Perturbation, out_of_range
+from attackroute.robustness.attack import Ball, out_of_range
 
 INDEX = "examples.json"
 
 _KIND, _INDEX_KIND = "attackroute adversarial examples", "attackroute example index"
 _SUFFIX = ".safetensors"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
-_LONGEST_NAME = 100
 _LEVELS = 255
 _STATED = ("model", "weights", "attack", "classes")
 _TENSORS = ("clean", "adversarial", "labels", "predictions")
 _ROUNDING = 1e-4  # of the largest logit: another device may swap classes that are as near as that
 _NAMED = 3
-_BATCH = 128
-_IMAGE_DIMS = 4
 _COLUMNS = ("file", "model", "attack", "samples", "recorded_accuracy", "accuracy", "largest_distance", "faults")
 
 
@@ -80,28 +78,10 @@ class Examples:
     predictions: Tensor
 
     @classmethod
-    def of(
-        cls, attack: Perturbation, model: str, weights: str, *, logits: Tensor, clean: Tensor, adversarial: Tensor,
-        labels: Tensor,
-    ) -> Examples:  # fmt: skip
-        """The examples of one batch, with the predictions that the logits make."""
-        return cls(
-            model=model,
-            weights=weights,
-            attack=str(attack),
-            ball=attack.ball,
-            classes=logits.shape[1],
-            clean=clean.cpu(),
-            adversarial=adversarial.cpu(),
-            labels=labels.cpu().long(),
-            predictions=logits.argmax(1).cpu(),
-        )
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Examples]) -> Examples:
+    def concatenate(cls, batches: Sequence[Examples]) -> Examples:
         """The examples of several batches of the same model and attack."""
-        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
-        return replace(parts[0], **joined)
+        joined: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in _TENSORS}
+        return replace(batches[0], **joined)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,13 +92,9 @@ class Examples:
         return Accuracy(int((self.labels == self.predictions).sum()), len(self))
 
     def save(self, path: Path) -> None:
-        """Write the file in one step, and the folder that it belongs in.
-
-        Raises:
-            UserError: It cannot be written.
-        """
-        ball = None if self.ball is None else {"norm": self.ball.norm, "eps": self.ball.eps}
-        body = {name: getattr(self, name) for name in _STATED} | {"ball": ball, "correct": self.accuracy.correct}
+        """Write the file in one step, and the folder that it belongs in; a `UserError` if that cannot be."""
+        body = {name: getattr(self, name) for name in _STATED}
+        body["ball"] = None if self.ball is None else asdict(self.ball)
         tensors = {name: getattr(self, name) for name in _TENSORS} | {"clean": _packed(self.clean)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, _KIND, body, tensors)
@@ -133,49 +109,29 @@ class Examples:
         body, tensors = read_tensors(path, _KIND)
         with file_errors(path):
             try:
-                return cls._parse(body, tensors)
+                images: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+                images["clean"] = _unpacked(images["clean"], images["adversarial"].dtype)
+                ball = None if body["ball"] is None else Ball(**body["ball"])
+                examples = cls(**{name: body[name] for name in _STATED}, ball=ball, **images)
             except (KeyError, AttributeError) as error:
                 raise UserError(f"lacks {error}: write it anew") from None
-
-    @classmethod
-    def _parse(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Examples:
-        images: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
-        images["clean"] = _unpacked(images["clean"], images["adversarial"].dtype)
-        ball = None if body["ball"] is None else Ball(**body["ball"])
-        examples = cls(**{name: body[name] for name in _STATED}, ball=ball, **images)
-        counts = {len(tensor) for tensor in images.values()}
-        if len(counts) > 1 or examples.clean.shape != examples.adversarial.shape or not len(examples):
-            raise UserError("numbers or shapes of images, labels and predictions differ: write it anew")
-        correct = examples.accuracy.correct
-        if correct != body["correct"]:
-            raise UserError(f"states {body['correct']} correct predictions and holds {correct}: write it anew")
-        return examples
+            counts = {len(tensor) for tensor in images.values()}
+            if len(counts) > 1 or examples.clean.shape != examples.adversarial.shape or not len(examples):
+                raise UserError("numbers or shapes of images, labels and predictions differ: write it anew")
+            return examples
 
 
 @dataclass(frozen=True)
 class ExampleFolder:
-    """A folder that fills with adversarial examples.
-
-    Attributes:
-        path: The folder, made when it is missing.
-        names: Names of the models and of the attacks, as they can name files.
-    """
+    """A folder that fills with adversarial examples, and the names of models and attacks as they can name files."""
 
     path: Path
     names: Mapping[str, str]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], names: Sequence[str], *, resume: bool) -> ExampleFolder:
-        """Make the folder ready.
-
-        Raises:
-            UserError: It cannot be made, or holds examples although ``resume`` is false.
-        """
-        folder = Path(path)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); name another") from None
+        """Make the folder ready; it may hold examples only if their evaluation is resumed."""
+        folder = made_folder(path)
         if not resume and next(folder.rglob(f"*{_SUFFIX}"), None) is not None:
             raise UserError(
                 f"{printable(folder)} holds examples already; choose another folder, or resume their evaluation"
@@ -188,44 +144,29 @@ class ExampleFolder:
         return self.path / self.names[model] / f"{self.names[attack]}{_SUFFIX}"
 
     def save(self, batch: int, examples: Examples) -> None:
-        """Write the examples of a batch.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
-        examples.save(self._parts(examples.model, examples.attack) / f"{batch:06d}{_SUFFIX}")
+        """Write the examples of a batch."""
+        examples.save(self._batches(examples.model, examples.attack) / f"{batch:06d}{_SUFFIX}")
 
     def finish(self, accuracies: Mapping[tuple[str, str], Accuracy]) -> None:
-        """Put batches together, one file a model and attack, and list the files with what they hold.
-
-        Args:
-            accuracies: What was measured, by model and attack.
-
-        Raises:
-            UserError: A file cannot be written, or a batch cannot be read.
-        """
+        """Put batches together, one file a model and attack, and list the files with what was measured on each."""
         for model, attack in accuracies:
-            file, parts = self.file(model, attack), self._parts(model, attack)
-            batches = sorted(parts.glob(f"*{_SUFFIX}"))
+            file, folder = self.file(model, attack), self._batches(model, attack)
+            batches = sorted(folder.glob(f"*{_SUFFIX}"))
             if batches and not file.exists():
                 Examples.concatenate([Examples.load(batch) for batch in batches]).save(file)
-            shutil.rmtree(parts, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         files = {
             self.file(*names).relative_to(self.path).as_posix(): [accuracy.total, accuracy.correct]
             for names, accuracy in accuracies.items()
         }
         write_sealed_json(self.path / INDEX, _INDEX_KIND, {"files": files})
 
-    def _parts(self, model: str, attack: str) -> Path:
+    def _batches(self, model: str, attack: str) -> Path:
         return self.file(model, attack).with_suffix(".parts")
 
 
 def example_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files of examples at a path: itself, or all below it.
-
-    Raises:
-        UserError: There is none.
-    """
+    """The files of examples at a path: itself, or all below it; at least one, or a `UserError`."""
     folder = Path(path)
     if folder.is_file():
         return [folder]
@@ -237,11 +178,7 @@ def example_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def example_shape(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], int]:
-    """The images' (C, H, W), and how many logits there were, from the first file that can be read.
-
-    Raises:
-        UserError: There is no file, or none can be read.
-    """
+    """The images' (C, H, W), and how many logits there were, from the first file that can be read; one must be."""
     faults = []
     for file in example_files(path):
         try:
@@ -249,7 +186,7 @@ def example_shape(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], i
         except UserError as error:
             faults.append(error)
             continue
-        if examples.clean.ndim != _IMAGE_DIMS:
+        if examples.clean.ndim != 4:
             raise UserError(f"{printable(file)} has images of shape {tuple(examples.clean.shape[1:])}, not (C, H, W)")
         channels, height, width = examples.clean.shape[1:]
         return (channels, height, width), examples.classes
@@ -325,7 +262,7 @@ def _row(path: Path, faults: Sequence[str]) -> Record:
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     device, dtype = placement(model)
     with frozen(model), torch.no_grad(), seeded(0):
-        batches = (batch.to(device, dtype, copy=True) for batch in images.split(_BATCH))
+        batches = (batch.to(device, dtype, copy=True) for batch in images.split(128))
         return torch.cat([checked_logits(model(batch), len(batch)).cpu() for batch in batches])
 
 
@@ -374,7 +311,7 @@ def _file_names(names: Sequence[str]) -> dict[str, str]:
     """A file name for each name: readable, safe, and unlike the others."""
     taken: dict[str, str] = {}
     for name in names:
-        plain = _UNSAFE.sub("-", name).strip("-.")[:_LONGEST_NAME] or "model"
+        plain = _UNSAFE.sub("-", name).strip("-.")[:100] or "model"
         if plain.lower() in {other.lower() for other in taken.values()}:
             plain = f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         taken[name] = plain

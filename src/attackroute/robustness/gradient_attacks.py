@@ -1,6 +1,6 @@
 """Attacks that follow the gradient of the loss at the image.
 
-The cross entropy's gradient at the logits is ``(1 - p_y)`` times ``q - onehot`` (see :mod:`attackroute.seeds`), and
+The cross entropy's gradient at the logits is ``(1 - p_y)`` times ``q - onehot`` (:mod:`attackroute.core.loss`), and
 every attack here uses the direction alone. So they start from ``q - onehot``: the direction is the same where the cross
 entropy's gradient can be represented, and is still there where that has become zero. Large logits are no defence.
 """
@@ -21,11 +21,9 @@ from attackroute.core.errors import UserError
 from attackroute.core.loss import cross_entropy_seed
 from attackroute.core.model_state import frozen
 from attackroute.core.random import image_keys, normals, uniforms
-from attackroute.robustness.attack import Perturbation, check_count, check_eps, check_step_size
+from attackroute.robustness.attack import Perturbation
 
 _EPS = 8 / 255
-_EPS_L2 = 0.5
-_STEPS = 10
 _PAPER_STEPS = 10  # the paper's step size is eps / 10, whatever the number of steps
 _TINY = 1e-30  # below any gradient norm that float32 can hold but zero
 
@@ -40,9 +38,6 @@ class FGSM(Perturbation):
 
     name: ClassVar[str] = "fgsm"
     eps: float = _EPS
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; nothing here is random."""
@@ -61,9 +56,6 @@ class StepLL(Perturbation):
 
     name: ClassVar[str] = "step-ll"
     eps: float = _EPS
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; nothing here is random."""
@@ -85,14 +77,12 @@ class MIFGSM(Perturbation):
 
     name: ClassVar[str] = "mi-fgsm"
     eps: float = _EPS
-    steps: int = _STEPS
+    steps: int = 10
     step_size: float | None = None
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
-        check_count("steps", self.steps)
-        check_step_size(self.step_size)
+        super().__post_init__()
         if not (isinstance(self.decay, (int, float)) and 0 <= self.decay < math.inf):
             raise UserError(f"decay {self.decay} is not a factor; the usual one is 1")
 
@@ -126,17 +116,14 @@ class PGD(Perturbation):
 
     name: ClassVar[str] = "pgd"
     eps: float = _EPS
-    steps: int = _STEPS
+    steps: int = 10
     step_size: float | None = None
     restarts: int = 1
     random_start: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_eps(self.eps, largest=self._largest_eps())
-        check_count("steps", self.steps)
-        check_count("restarts", self.restarts)
-        check_step_size(self.step_size)
+        super().__post_init__()
         if self.restarts > 1 and not self.random_start:
             raise UserError(f"{self.restarts} restarts from the same point are one: set random_start, or restarts=1")
 
@@ -166,10 +153,6 @@ class PGD(Perturbation):
             current.add_(gradient.sign(), alpha=size).clamp_(low, high)
         return current
 
-    @staticmethod
-    def _largest_eps() -> float:
-        return 1.0
-
 
 @dataclass(frozen=True)
 class PGDL2(PGD):
@@ -177,16 +160,13 @@ class PGDL2(PGD):
 
     Attributes:
         eps: Radius of the ball: the L2 norm of an image's whole change, for values in [0, 1].
-        steps: Number of steps.
         step_size: None for ``2.5 eps / steps``, as Madry et al. (2018) have it for this norm.
-        restarts: As for :class:`PGD`.
-        random_start: As for :class:`PGD`.
-        seed: As for :class:`PGD`.
+        steps, restarts, random_start, seed: As for :class:`PGD`.
     """
 
     name: ClassVar[str] = "pgd-l2"
     in_levels: ClassVar[bool] = False
-    eps: float = _EPS_L2
+    eps: float = 0.5
 
     def _descend(
         self, model: nn.Module, x: Tensor, y: Tensor, restart: int, generator: torch.Generator | None
@@ -207,10 +187,6 @@ class PGDL2(PGD):
             current = change.add_(x).clamp_(0, 1)  # x is inside the box, so this never leaves the ball
         return current
 
-    @staticmethod
-    def _largest_eps() -> float:
-        return math.inf
-
 
 @contextmanager
 def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -221,15 +197,10 @@ def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, 
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
-    """Direction of the cross entropy's gradient at the images, exact at any confidence.
+    """Direction of a frozen model's cross entropy's gradient at images ``(N, ...)``, exact at any confidence.
 
-    Args:
-        model: A frozen model.
-        x: Images ``(N, ...)``.
-        y: Labels ``(N,)``; None for the least likely class of each.
-
-    Returns:
-        Of the shape and dtype of ``x``; to be read only, since it may share memory with what the model keeps.
+    Without labels ``(N,)``, the loss is that of the least likely class of each. The gradient, of the shape and dtype of
+    ``x``, is to be read only, since it may share memory with what the model keeps.
 
     Raises:
         UserError: The model does not return logits, a label has none, or the gradient is not finite.

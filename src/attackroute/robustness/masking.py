@@ -8,36 +8,36 @@ corrected for the number of checks. A silent check is no proof of robustness.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
+from attackroute.core.model_state import placement
 from attackroute.core.random import image_keys
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.gradient_attacks import FGSM, PGD, attacking, input_gradient, predicted
 from attackroute.robustness.registry import parse_attack
 
 SILENT, SUSPICIOUS, SKIPPED = "silent", "suspicious", "skipped"
-CLEAR = 0.01
-"""Below this probability a check is suspicious."""
 
+_CLEAR = 0.01  # below this probability a check is suspicious
 _FEW_STEPS, _MANY_STEPS = 10, 50
 _QUERIES = 500
-_NEAR_ZERO = 0.05  # accuracy that may be left without a limit on the change
 _RARE = 0.01  # share of images that may have a gradient of zero
+_NEVER = torch.iinfo(torch.int64).max  # the key of what is not to be chosen
 _REPEATS = 1e-3  # of the largest logit: far above rounding, far below what a draw changes
+
+Candidates = tuple[Tensor, Tensor, Tensor]
+"""Keys, images and labels, by key."""
 
 Probe = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, images, labels) -> bool (N,)``: whether the model is right, or whether the image shows the sign."""
-
-
-Candidates = tuple[Tensor, Tensor, Tensor]
-"""Hash numbers, images and labels, by hash number."""
 
 
 @dataclass(frozen=True)
@@ -64,117 +64,106 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         """The check as plain values."""
-        names = {"name": "check"}
-        return {names.get(name, name): value for name, value in asdict(self).items()}
+        return {"check" if name == "name" else name: value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
-class _Sign:
+class Sign:
     """A sign of masked gradients, and how it is told from chance.
 
-    Where there is a stronger attack, the probe's own must not fool images that the stronger one does not, beyond
-    chance. Else the probe must not find more than a small share of the images, beyond chance; a share of zero leaves
-    nothing to chance, so that one image is enough.
+    Without a share, the probe is a weaker attack than PGD of many steps, and must not fool images that this one does
+    not, beyond chance. Else the probe must not find more than that share of the images, beyond chance; a share of zero
+    leaves nothing to chance, so that one image is enough.
     """
 
     name: str
     probe: str
-    labels: tuple[str, ...]
+    label: str
     silent: str
     suspicious: str
-    stronger: str | None = None
-    share: float = 0.0
+    share: float | None = None
 
-    def judge(self, model: str, outcomes: Mapping[str, list[int]]) -> Check:
-        counts, p, suspicious = self._rare(outcomes) if self.stronger is None else self._paired(outcomes)
-        return Check(
-            model,
-            self.name,
-            SUSPICIOUS if suspicious else SILENT,
-            samples=len(outcomes[self.probe]),
-            numbers=counts,
-            p=p,
-            sentence=self.suspicious if suspicious else self.silent,
-        )
+    def judge(self, model: str, outcomes: Mapping[str, list[int] | str]) -> Check:
+        """The check, from what each probe found on the same images, or from the sentence why it is skipped."""
+        flags, stronger = outcomes[self.probe], outcomes["many steps"]
+        if isinstance(flags, str) or isinstance(stronger, str):
+            return Check(model, self.name, SKIPPED, samples=0, numbers={}, p=None, sentence=str(flags))
+        p: float | None
+        if self.share is None:
+            p, numbers = self._paired(flags, stronger)
+        else:
+            p = tail(sum(flags), len(flags), self.share) if self.share else None
+            numbers = {self.label: sum(flags), "share": sum(flags) / len(flags)}
+        suspicious = any(flags) if p is None else p < _CLEAR
+        verdict, sentence = (SUSPICIOUS, self.suspicious) if suspicious else (SILENT, self.silent)
+        return Check(model, self.name, verdict, samples=len(flags), numbers=numbers, p=p, sentence=sentence)
 
-    def _paired(self, outcomes: Mapping[str, list[int]]) -> tuple[dict[str, int | float], float | None, bool]:
-        weaker, stronger = outcomes[self.probe], outcomes[str(self.stronger)]
+    def _paired(self, weaker: list[int], stronger: list[int]) -> tuple[float, dict[str, int | float]]:
         pairs = list(zip(weaker, stronger, strict=True))
         wins, losses = pairs.count((0, 1)), pairs.count((1, 0))
-        p = tail(wins, wins + losses, 0.5)
-        counts = {
-            f"accuracy under {self.labels[0]}": sum(weaker) / len(weaker),
-            f"accuracy under {self.labels[1]}": sum(stronger) / len(stronger),
-            f"fooled by {self.labels[0]} alone": wins,
-            f"fooled by {self.labels[1]} alone": losses,
+        stronger_label = f"PGD-{_MANY_STEPS}"
+        return tail(wins, wins + losses, 0.5), {
+            f"accuracy under {self.label}": sum(weaker) / len(weaker),
+            f"accuracy under {stronger_label}": sum(stronger) / len(stronger),
+            f"fooled by {self.label} alone": wins,
+            f"fooled by {stronger_label} alone": losses,
         }
-        return counts, p, p < CLEAR
-
-    def _rare(self, outcomes: Mapping[str, list[int]]) -> tuple[dict[str, int | float], float | None, bool]:
-        flags = outcomes[self.probe]
-        count = sum(flags)
-        p = tail(count, len(flags), self.share) if self.share else None
-        return {self.labels[0]: count, "share": count / len(flags)}, p, count > 0 if p is None else p < CLEAR
 
 
-_SIGNS: tuple[_Sign, ...] = (
-    _Sign(
+SIGNS = (
+    Sign(
         name="one step against many",
         probe="fgsm",
-        stronger="many steps",
-        labels=("FGSM", f"PGD-{_MANY_STEPS}"),
+        label="FGSM",
         silent="Many steps fool what one step fools, as they should.",
         suspicious=(
             "One step fools images that many do not: the gradient leads iterative attacks astray, and PGD overstates "
             "robustness."
         ),
     ),
-    _Sign(
+    Sign(
         name="few steps against more",
         probe="few steps",
-        stronger="many steps",
-        labels=(f"PGD-{_FEW_STEPS}", f"PGD-{_MANY_STEPS}"),
+        label=f"PGD-{_FEW_STEPS}",
         silent="More steps do not lose what fewer have found, as it should be.",
         suspicious=(
             "Accuracy rises with the number of steps: the attack does not converge on this loss surface, so its "
             "numbers are no bound."
         ),
     ),
-    _Sign(
+    Sign(
         name="no limit on the change",
         probe="unbounded",
-        labels=("right under PGD with eps 1",),
-        share=_NEAR_ZERO,
+        label="right under PGD with eps 1",
+        share=0.05,
         silent="With any change allowed, nearly nothing withstands PGD, as it should be.",
         suspicious=(
             "With any change allowed, images withstand PGD: it fails, so its numbers at a smaller eps mean nothing."
         ),
     ),
-    _Sign(
+    Sign(
         name="black box against white box",
         probe="square",
-        stronger="many steps",
-        labels=(f"Square-{_QUERIES}", f"PGD-{_MANY_STEPS}"),
+        label=f"Square-{_QUERIES}",
         silent="An attack without gradients finds no more than PGD does, as it should be.",
         suspicious=(
             "An attack that never asks for a gradient fools images that PGD does not: the gradient hides the way."
         ),
     ),
-    _Sign(
+    Sign(
         name="transfer from a twin",
         probe="transfer",
-        stronger="many steps",
-        labels=("PGD on the twin", f"PGD-{_MANY_STEPS}"),
+        label="PGD on the twin",
         silent="Images made for the undefended twin fool no more than those made for the model, as it should be.",
         suspicious=(
             "Images made for an undefended twin fool the model where its own gradient does not: the defence hides its"
             " gradient."
         ),
     ),
-    _Sign(
+    Sign(
         name="vanishing loss gradient",
         probe="no loss gradient",
-        labels=("images whose cross entropy has a gradient of exactly zero",),
+        label="images whose cross entropy has a gradient of exactly zero",
         share=_RARE,
         silent="The cross entropy has a gradient at the images.",
         suspicious=(
@@ -182,10 +171,10 @@ _SIGNS: tuple[_Sign, ...] = (
             "nothing (those made here do not depend on its size)."
         ),
     ),
-    _Sign(
+    Sign(
         name="vanishing gradient of the logits",
         probe="no gradient",
-        labels=("images at which the logits have a gradient of exactly zero",),
+        label="images at which the logits have a gradient of exactly zero",
         share=_RARE,
         silent="The logits have a gradient at the images.",
         suspicious=(
@@ -193,10 +182,10 @@ _SIGNS: tuple[_Sign, ...] = (
             "is blind; trust attacks without gradients alone."
         ),
     ),
-    _Sign(
+    Sign(
         name="random answers",
         probe="random",
-        labels=("images whose logits differ when they are asked for twice",),
+        label="images whose logits differ when they are asked for twice",
         share=0.0,
         silent="The same image gets the same logits twice.",
         suspicious=(
@@ -207,83 +196,39 @@ _SIGNS: tuple[_Sign, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class MaskingProbes:
-    """What the checks count on each image.
+def masking_probes(eps: float, seed: int, twin: nn.Module | None) -> dict[str, Probe | str]:
+    """What is counted on each image, by title; for what cannot be counted, a sentence that says why.
 
-    Attributes:
-        probes: By title; see :data:`Probe`.
-        skipped: Why a probe cannot be made, by title.
+    Args:
+        eps: Radius of the L-infinity ball in which attacks are compared.
+        seed: Of the attacks' random numbers.
+        twin: A network of the same task that was not defended, for the transfer check.
     """
+    many_steps = PGD(eps, _MANY_STEPS, seed=seed)
+    probes: dict[str, Probe | str] = {
+        "few steps": _right_after(PGD(eps, _FEW_STEPS, seed=seed)),
+        "fgsm": _right_after(FGSM(eps)),
+        "many steps": _right_after(many_steps),
+        # from the image itself, since a random start within [0, 1] would be another image already
+        "unbounded": _right_after(PGD(1.0, _MANY_STEPS, random_start=False)),
+        "no loss gradient": _no_loss_gradient,
+        "no gradient": _no_gradient,
+        "random": _random,
+    }
+    try:
+        probes["square"] = _right_after(parse_attack(f"square:queries={_QUERIES}", eps=eps, seed=seed))
+    except UserError as error:
+        probes["square"] = f"Skipped, since {error}."
+    no_twin = "Skipped, since no undefended twin was given."
+    probes["transfer"] = no_twin if twin is None else _right_after(many_steps, made_for=twin)
+    return probes
 
-    probes: Mapping[str, Probe]
-    skipped: Mapping[str, str]
 
-    @classmethod
-    def of(cls, eps: float, seed: int, twin: nn.Module | None) -> MaskingProbes:
-        """The probes in an L-infinity ball.
-
-        Args:
-            eps: Radius of the ball in which attacks are compared.
-            seed: Of the attacks' random numbers.
-            twin: A network of the same task that was not defended, for the transfer check.
-        """
-        probes: dict[str, Probe] = {
-            "few steps": _right_after(PGD(eps, _FEW_STEPS, seed=seed)),
-            "fgsm": _right_after(FGSM(eps)),
-            "many steps": _right_after(PGD(eps, _MANY_STEPS, seed=seed)),
-            # from the image itself, since a random start within [0, 1] would be another image already
-            "unbounded": _right_after(PGD(1.0, _MANY_STEPS, random_start=False)),
-            "no loss gradient": _no_loss_gradient,
-            "no gradient": _no_gradient,
-            "random": _random,
-        }
-        skipped: dict[str, str] = {}
-        try:
-            probes["square"] = _right_after(parse_attack(f"square:queries={_QUERIES}", eps=eps, seed=seed))
-        except UserError as error:
-            skipped["square"] = f"Skipped, since {error}."
-        if twin is None:
-            skipped["transfer"] = "Skipped, since no undefended twin was given."
-        else:
-            probes["transfer"] = _right_after(PGD(eps, _MANY_STEPS, seed=seed), made_for=twin)
-        return cls(probes, skipped)
-
-    def run(self, title: str, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> list[int]:
-        """What a probe finds on each image, 0 or 1.
-
-        Args:
-            title: The probe's.
-            model: Maps images in [0, 1] to logits; comes back as it was.
-            images: ``(N, ...)`` on the model's device and in its dtype, N at least 1.
-            labels: ``(N,)``.
-            batch_size: Images at a time.
-
-        Raises:
-            UserError: There is no image, or the model does not return logits.
-        """
-        if not len(images):
-            raise UserError("the masking checks need at least one image")
-        probe = self.probes[title]
-        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        outcomes: list[int] = torch.cat([probe(model, x, y) for x, y in batches]).int().tolist()
-        return outcomes
-
-    def judge(self, model: str, outcomes: Mapping[str, list[int]]) -> tuple[Check, ...]:
-        """One check for each sign, in a fixed order, from what every probe found on the same images.
-
-        A check that cannot be made is skipped and says why.
-
-        Args:
-            model: The model's name in the result.
-            outcomes: What :meth:`run` gave, by title.
-        """
-        return tuple(
-            Check(model, sign.name, SKIPPED, samples=0, numbers={}, p=None, sentence=self.skipped[sign.probe])
-            if sign.probe in self.skipped
-            else sign.judge(model, outcomes)
-            for sign in _SIGNS
-        )
+def probed(probe: Probe, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> list[int]:
+    """What a probe finds on each of the images ``(N, ...)``, 0 or 1; they are on the model's device, in its dtype."""
+    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    outcomes: list[int] = torch.cat([probe(model, x, y) for x, y in batches]).int().tolist()
+    return outcomes
 
 
 def tail(count: int, trials: int, share: float) -> float:
@@ -300,8 +245,8 @@ def _right_after(attack: Perturbation, made_for: nn.Module | None = None) -> Pro
         if made_for is None:
             attacked = attack(model, x, y)
         else:
-            reference = next((p for p in made_for.parameters() if p.is_floating_point()), x)
-            attacked = attack(made_for, x.to(reference.device, reference.dtype), y.to(reference.device)).to(x)
+            device, dtype = placement(made_for)
+            attacked = attack(made_for, x.to(device, dtype), y.to(device)).to(x)
         with attacking(model, attacked, y) as (images, labels):
             return predicted(model, images) == labels
 
@@ -314,13 +259,10 @@ def _no_loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         leaf = images.requires_grad_()
         with torch.enable_grad():
             logits = checked_logits(model(leaf.clone()), len(leaf))
-            loss = nn.functional.cross_entropy(
-                logits, checked_labels(labels, logits.shape[1], len(leaf)), reduction="sum"
-            )
-        gradient = None
-        if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
-        return _all_zero(torch.zeros_like(x) if gradient is None else gradient)
+            loss = cross_entropy(logits, checked_labels(labels, logits.shape[1], len(leaf)), reduction="sum")
+        if not loss.requires_grad:
+            return torch.ones(len(x), dtype=torch.bool, device=x.device)
+        return _all_zero(*torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True))
 
 
 def _no_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -341,42 +283,59 @@ def _all_zero(gradient: Tensor) -> Tensor:
 
 
 class SampleChoice:
-    """The samples whose images have the smallest hash numbers, at most ``count``; they alone are held.
+    """The samples with the smallest keys, at most ``count``, of batches that pass one by one; they alone are held.
 
     Args:
         count: How many to choose.
-        seed: Another seed, another choice.
+        keys: Gives int64 keys ``(N,)`` for images ``(N, ...)``, the first of which has a place in the data.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, keys: Callable[[Tensor, int], Tensor]) -> None:
         self._count = count
-        self._seed = seed
-        self._chosen: Candidates | None = None
+        self._keys = keys
+        self._chosen: list[Candidates] = []
 
-    def candidates(self, images: Tensor, labels: Tensor) -> Candidates | None:
-        """What of a batch ``(N, ...)``, ``(N,)`` can still be chosen, on the CPU."""
+    @classmethod
+    def by_hash(cls, count: int, seed: int) -> SampleChoice:
+        """A random choice that belongs to the images and the seed, whatever their order."""
+        return cls(count, lambda images, _: image_keys(images, seed, "sample choice"))
+
+    @classmethod
+    def at(cls, places: Sequence[int]) -> SampleChoice:
+        """The samples at these places of the data."""
+
+        def keys(images: Tensor, start: int) -> Tensor:
+            passing = torch.arange(start, start + len(images))
+            return passing.where(torch.isin(passing, torch.tensor(places)), _NEVER)
+
+        return cls(len(places), keys)
+
+    def candidates(self, images: Tensor, labels: Tensor, start: int) -> Candidates | None:
+        """What of a batch ``(N, ...)``, ``(N,)`` from a place on can still be chosen, on the CPU."""
         if not self._count:
             return None
-        keys = image_keys(images, self._seed, "sample choice").cpu()
+        limit = max(int(keys[-1]) for keys, *_ in self._chosen) if len(self) == self._count else _NEVER
+        keys = self._keys(images, start).cpu()
         rows = keys.argsort(stable=True)[: self._count]
-        if self._chosen is not None and len(self) == self._count:
-            rows = rows[keys[rows] < self._chosen[0][-1]]
-        return (keys[rows], images.cpu()[rows], labels.cpu()[rows]) if len(rows) else None
+        rows = rows[keys[rows] < limit]
+        return (keys[rows], images[rows.to(images.device)].cpu(), labels.cpu()[rows]) if len(rows) else None
 
     def __len__(self) -> int:
-        return 0 if self._chosen is None else len(self._chosen[0])
+        return sum(len(keys) for keys, *_ in self._chosen)
 
-    def take(self, new: Candidates | None) -> None:
+    def take(self, candidates: Candidates | None) -> None:
         """Let the candidates of the next batch take part."""
-        if new is None:
-            return
-        if self._chosen is not None:
-            keys, images, labels = (torch.cat(pair) for pair in zip(self._chosen, new, strict=True))
-            new = keys, images, labels
-        order = new[0].argsort(stable=True)[: self._count]
-        self._chosen = new[0][order], new[1][order], new[2][order]
+        if candidates is not None:
+            self._chosen.append(candidates)
+        if len(self) > self._count:
+            self._chosen = [self._merged()]
 
     def samples(self) -> tuple[Tensor, Tensor]:
-        """The chosen images and labels on the CPU, by hash number."""
-        assert self._chosen is not None
-        return self._chosen[1], self._chosen[2]
+        """The chosen images and labels on the CPU, by key."""
+        _, images, labels = self._merged()
+        return images, labels
+
+    def _merged(self) -> Candidates:
+        keys, images, labels = (torch.cat(pieces) for pieces in zip(*self._chosen, strict=True))
+        order = keys.argsort(stable=True)[: self._count]
+        return keys[order], images[order], labels[order]

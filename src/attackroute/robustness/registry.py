@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from attackroute.core.errors import UserError, did_you_mean
@@ -16,7 +16,6 @@ _CLASSES: dict[str, type[Perturbation]] = {
     **{cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, PGDL2, AutoAttack, Square, GaussianNoise)},
     **dict.fromkeys(KINDS, Corruption),
 }
-_OF_THE_RADIUS = ("eps", "step_size")
 
 
 def attack_names() -> tuple[str, ...]:
@@ -70,7 +69,8 @@ def radii(attacks: Sequence[str]) -> list[str] | None:
     """The attacks' radii where nothing else tells them apart; None otherwise."""
     perturbations = [perturbation for perturbation in map(_parsed, attacks) if perturbation is not None]
     balls = [perturbation.ball for perturbation in perturbations if perturbation.ball is not None]
-    if len(balls) != len(attacks) or len({str(_without_radius(item)) for item in perturbations}) != 1:
+    others = [{**item.to_json(), "eps": None, "step_size": None} for item in perturbations]
+    if not balls or len(balls) != len(attacks) or any(settings != others[0] for settings in others):
         return None
     return [ball.radius for ball in balls]
 
@@ -80,11 +80,6 @@ def _parsed(attack: str) -> Perturbation | None:
         return parse_attack(attack)
     except UserError:
         return None
-
-
-def _without_radius(attack: Perturbation) -> dict[str, object]:
-    settings = {name: value for name, value in asdict(attack).items() if name not in _OF_THE_RADIUS}
-    return {"name": attack.name, **settings}
 
 
 def _value(attack: str, key: str, text: str, item: Any) -> Any:

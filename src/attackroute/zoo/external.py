@@ -15,10 +15,6 @@ from torch import nn
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.zoo.spec import ModelSpec, Statistics, normalised
 
-# What torchvision itself sets for these two when it loads their weights.
-_INCEPTION: Mapping[str, Any] = {"init_weights": True, "transform_input": True}
-_TORCHVISION_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
-
 
 def torchvision_names() -> list[str]:
     """Names of torchvision's classification networks."""
@@ -28,11 +24,7 @@ def torchvision_names() -> list[str]:
 
 
 def from_torchvision(name: str, spec: ModelSpec) -> nn.Module:
-    """A classification network of torchvision with random weights, in front of it the normalisation of its own.
-
-    Raises:
-        UserError: Unknown name, a width other than 1, or images without three channels.
-    """
+    """A classification network of torchvision with random weights, in front of it the normalisation of its own."""
     from torchvision import models
 
     names = torchvision_names()
@@ -41,18 +33,15 @@ def from_torchvision(name: str, spec: ModelSpec) -> nn.Module:
     _refuse_width(spec)
     if spec.in_channels != 3:
         raise UserError(f"{spec.name} takes images with 3 channels, not {spec.in_channels}; choose a built-in network")
-    network = models.get_model(name, weights=None, num_classes=spec.num_classes, **_TORCHVISION_ARGUMENTS.get(name, {}))
+    # what torchvision itself sets for these two when it loads their weights
+    arguments = {"init_weights": True, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
+    network = models.get_model(name, weights=None, num_classes=spec.num_classes, **arguments)
     trained_with = models.get_model_weights(name).DEFAULT.transforms()
     return normalised(network, spec.statistics(Statistics(tuple(trained_with.mean), tuple(trained_with.std))))
 
 
 def from_timm(name: str, spec: ModelSpec) -> nn.Module:
-    """A network of timm with random weights, in front of it the normalisation that timm's weights expect.
-
-    Raises:
-        UserError: timm is not installed, it does not know the name or refuses the number of channels, or a width other
-            than 1 was asked for.
-    """
+    """A network of timm with random weights, in front of it the normalisation that timm's weights expect."""
     try:
         import timm
     except ImportError as error:
@@ -65,19 +54,15 @@ def from_timm(name: str, spec: ModelSpec) -> nn.Module:
             name, pretrained=False, num_classes=spec.num_classes, in_chans=spec.in_channels
         )
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"timm cannot build {name!r}: {reason}") from error
     config: Mapping[str, Any] = getattr(network, "pretrained_cfg", None) or {}
     trained_with = Statistics(tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None
     return normalised(network, spec.statistics(trained_with))
 
 
 def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
-    """The network that the user's own function returns, as it is; the current directory can be imported from.
-
-    Raises:
-        UserError: No such module or function, one that needs arguments or returns something else, or a width, mean or
-            std for a network that none of them reaches.
-    """
+    """The network that the user's own function returns, as it is; the current directory can be imported from."""
     if spec.width != 1 or spec.mean is not None or spec.std is not None:
         raise UserError(f"{spec.name} is taken as it is: set its width, mean and std in {name}() instead")
     if not all(part.isidentifier() for part in module_name.split(".")):
@@ -118,10 +103,6 @@ def _needs_no_arguments(factory: object) -> bool:
     except ValueError:  # compiled code without a signature
         return True
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 @contextmanager

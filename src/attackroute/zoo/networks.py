@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,12 +18,9 @@ Plan = Sequence[int | Literal["M"]]
 _MIN_IMAGE_SIZE = 32  # five poolings by 2 leave one position
 _VGG16: Plan = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 _VGG_SMALL: Plan = (16, 16, "M", 32, 32, "M", 64, 64, "M")
-_HIDDEN = 4096
-_VGG_HEAD_SIZE = 7
 _ALEXNET = (64, 192, 384, 256, 256)
-_ALEXNET_HEAD_SIZE = 6
-_SMALL_ALEXNET_HEAD_SIZE = 3
 _RESNET_STAGES = (64, 128, 256, 512)
+_HIDDEN = 4096
 
 
 def build_model(
@@ -82,11 +79,7 @@ def build_model(
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """:func:`build_model` with its arguments in one object.
-
-    Raises:
-        UserError: See :func:`build_model`.
-    """
+    """:func:`build_model` with its arguments in one object."""
     source, colon, name = spec.name.partition(":")
     if not colon:
         return _built_in(spec)
@@ -100,14 +93,7 @@ def build(spec: ModelSpec) -> nn.Module:
 
 
 class ChainNet(nn.Module):
-    """``classifier(flatten(avgpool(features(normalise(x)))))``.
-
-    Args:
-        statistics: For the normalisation of the input.
-        features: Maps (N, C, H, W) to the last convolutional layer's maps.
-        avgpool: Brings these to the height and width that the classifier needs.
-        classifier: Maps flat features to logits.
-    """
+    """``classifier(flatten(avgpool(features(normalise(x)))))``, with the parts' names as torchvision has them."""
 
     def __init__(self, statistics: Statistics, features: nn.Module, avgpool: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
@@ -134,15 +120,11 @@ def vgg16(spec: ModelSpec) -> nn.Module:
         return _with_linear_head(spec, features, channels)
     hidden = spec.channels(_HIDDEN)
     classifier = nn.Sequential(
-        nn.Linear(channels * _VGG_HEAD_SIZE**2, hidden),
-        nn.ReLU(inplace=True),
-        nn.Dropout(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(inplace=True),
-        nn.Dropout(),
+        *(nn.Linear(channels * 7**2, hidden), nn.ReLU(inplace=True), nn.Dropout()),
+        *(nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout()),
         nn.Linear(hidden, spec.num_classes),
     )
-    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(_VGG_HEAD_SIZE), classifier)
+    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(7), classifier)
 
 
 def vgg_small(spec: ModelSpec) -> nn.Module:
@@ -150,8 +132,10 @@ def vgg_small(spec: ModelSpec) -> nn.Module:
     return _with_linear_head(spec, *_vgg_features(spec, _VGG_SMALL))
 
 
-def _with_linear_head(spec: ModelSpec, features: nn.Module, channels: int) -> nn.Module:
-    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(1), nn.Linear(channels, spec.num_classes))
+def _with_linear_head(spec: ModelSpec, features: nn.Module, channels: int, size: int = 1) -> nn.Module:
+    """A network that pools the features to some pixels a side, of which one linear layer makes logits."""
+    classifier = nn.Linear(channels * size**2, spec.num_classes)
+    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(size), classifier)
 
 
 def _vgg_features(spec: ModelSpec, plan: Plan) -> tuple[nn.Sequential, int]:
@@ -163,11 +147,7 @@ def _vgg_features(spec: ModelSpec, plan: Plan) -> tuple[nn.Sequential, int]:
             layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
             continue
         source, channels = channels, spec.channels(step)
-        layers += [
-            nn.Conv2d(source, channels, kernel_size=3, padding=1),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-        ]
+        layers += [nn.Conv2d(source, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     features = nn.Sequential(*layers)
     _initialise_convolutions(features)
     return features, channels
@@ -180,71 +160,44 @@ def alexnet(spec: ModelSpec) -> nn.Module:
     networks for CIFAR, so that all three overlapping poolings (3x3, stride 2) still have room: 32 -> 15 -> 7 -> 3
     pixels; the head is one linear layer.
     """
-    features = _alexnet_features(spec)
+    widths = [spec.channels(base) for base in _ALEXNET]
+    size, stride = (5, 1) if spec.is_small else (11, 4)
+    features = nn.Sequential(
+        *(
+            nn.Conv2d(spec.in_channels, widths[0], size, stride, padding=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2),
+        ),
+        *(nn.Conv2d(widths[0], widths[1], 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),
+        *(nn.Conv2d(widths[1], widths[2], 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(widths[2], widths[3], 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(widths[3], widths[4], 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),
+    )
     _initialise_convolutions(features)
-    last = spec.channels(_ALEXNET[-1])
     if spec.is_small:
-        pool = nn.AdaptiveAvgPool2d(_SMALL_ALEXNET_HEAD_SIZE)
-        head = nn.Linear(last * _SMALL_ALEXNET_HEAD_SIZE**2, spec.num_classes)
-        return ChainNet(spec.statistics(), features, pool, head)
+        return _with_linear_head(spec, features, widths[4], size=3)
     hidden = spec.channels(_HIDDEN)
     classifier = nn.Sequential(
-        nn.Dropout(),
-        nn.Linear(last * _ALEXNET_HEAD_SIZE**2, hidden),
-        nn.ReLU(inplace=True),
-        nn.Dropout(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(inplace=True),
+        *(nn.Dropout(), nn.Linear(widths[4] * 6**2, hidden), nn.ReLU(inplace=True)),
+        *(nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)),
         nn.Linear(hidden, spec.num_classes),
     )
-    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(_ALEXNET_HEAD_SIZE), classifier)
+    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(6), classifier)
 
 
-def _alexnet_features(spec: ModelSpec) -> nn.Sequential:
-    widths = [spec.channels(base) for base in _ALEXNET]
-    if spec.is_small:
-        first = nn.Conv2d(spec.in_channels, widths[0], kernel_size=5, padding=2)
-    else:
-        first = nn.Conv2d(spec.in_channels, widths[0], kernel_size=11, stride=4, padding=2)
-    return nn.Sequential(
-        first,
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(widths[0], widths[1], kernel_size=5, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(widths[1], widths[2], kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(widths[2], widths[3], kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(widths[3], widths[4], kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-    )
-
-
-def resnet18(spec: ModelSpec) -> nn.Module:
+class ResNet18(nn.Module):
     """ResNet-18 (He et al., 2016): four stages of two basic blocks.
 
     Above 64 pixels, it is torchvision's. Up to 64 pixels, the first layer is 3x3 with stride 1 and no pooling follows
     it, as is usual with CIFAR.
     """
-    network = ResNet18(spec)
-    _initialise_convolutions(network)
-    return network
-
-
-class ResNet18(nn.Module):
-    """See :func:`resnet18`, which also initialises it."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         stem, *_, last = widths = [spec.channels(base) for base in _RESNET_STAGES]
         self.normalise = Normalise(spec.statistics())
-        if spec.is_small:
-            self.conv1 = nn.Conv2d(spec.in_channels, stem, kernel_size=3, padding=1, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(spec.in_channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
+        size, stride = (3, 1) if spec.is_small else (7, 2)
+        self.conv1 = nn.Conv2d(spec.in_channels, stem, size, stride, padding=size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if spec.is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -254,6 +207,7 @@ class ResNet18(nn.Module):
         self.layer4 = _stage(widths[2], widths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(last, spec.num_classes)
+        _initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W) in [0, 1]."""
@@ -308,22 +262,16 @@ def _initialise_convolutions(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-BUILT_IN: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
-    "alexnet": alexnet,
-    "resnet18": resnet18,
-    "vgg16": vgg16,
-    "vgg_small": vgg_small,
-}
+BUILT_IN = {"alexnet": alexnet, "resnet18": ResNet18, "vgg16": vgg16, "vgg_small": vgg_small}
 
 
 def _built_in(spec: ModelSpec) -> nn.Module:
     factory = BUILT_IN.get(spec.name)
     if factory is None:
-        names = ", ".join(BUILT_IN)
         close = did_you_mean(spec.name, BUILT_IN) or did_you_mean(spec.name, torchvision_names(), "torchvision:")
         raise UserError(
             f"no model {spec.name!r}{close} "
-            f"(built in: {names}; also torchvision:NAME, timm:NAME and package.module:factory)"
+            f"(built in: {', '.join(BUILT_IN)}; also torchvision:NAME, timm:NAME and package.module:factory)"
         )
     if spec.image_size < _MIN_IMAGE_SIZE:
         raise UserError(

@@ -14,17 +14,12 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 
-_IMAGE_DIMS = 4
 _MAX_SMALL_IMAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each input channel, in units of images in [0, 1].
-
-    Raises:
-        UserError: Numbers that are not finite, or a standard deviation that is not positive.
-    """
+    """Mean and standard deviation of each input channel, in units of images in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -41,35 +36,9 @@ IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MNIST = Statistics((0.1307,), (0.3081,))
 
 
-def default_statistics(in_channels: int, *, small: bool) -> Statistics:
-    """MNIST's statistics for one channel; for three, CIFAR's where images are small and ImageNet's elsewhere.
-
-    Raises:
-        UserError: Another number of channels, for which there is no default.
-    """
-    if in_channels == 1:
-        return MNIST
-    if in_channels == 3:
-        return CIFAR if small else IMAGENET
-    raise UserError(f"no default normalisation for {in_channels} input channels; give mean and std")
-
-
 @dataclass(frozen=True)
 class ModelSpec:
-    """The arguments of :func:`attackroute.zoo.build_model`, checked; plain values that JSON can hold.
-
-    Attributes:
-        name: A built-in name, ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``.
-        num_classes: Number of logits.
-        width: Factor on every layer's channels; built-in networks only.
-        image_size: Height and width of the images in pixels; decides between the two forms of a built-in network.
-        in_channels: Channels of the images.
-        mean: Mean of each input channel; None takes the network's default.
-        std: Standard deviation of each input channel; None takes the network's default.
-
-    Raises:
-        UserError: A value is out of range.
-    """
+    """The arguments of :func:`attackroute.zoo.build_model`, checked; plain values that JSON can hold."""
 
     name: str
     num_classes: int = 10
@@ -99,17 +68,17 @@ class ModelSpec:
     def statistics(self, trained_with: Statistics | None = None) -> Statistics:
         """What to normalise the input with: ``mean`` and ``std`` where they are given, else the network's own.
 
-        Args:
-            trained_with: What the network was trained with. None, or statistics of another number of channels, gives
-                way to :func:`default_statistics`.
-
-        Raises:
-            UserError: They do not fit the number of input channels, or there is no default for it.
+        Where nothing is known of the network's own, or that has another number of channels, they are MNIST's for one
+        channel; for three, CIFAR's where images are small and ImageNet's elsewhere.
         """
         mean, std = self.mean, self.std
         if mean is None or std is None:
             if trained_with is None or len(trained_with.mean) != self.in_channels:
-                trained_with = default_statistics(self.in_channels, small=self.is_small)
+                if self.in_channels not in (1, 3):
+                    raise UserError(
+                        f"no default normalisation for {self.in_channels} input channels; give mean and std"
+                    )
+                trained_with = MNIST if self.in_channels == 1 else CIFAR if self.is_small else IMAGENET
             mean = trained_with.mean if mean is None else mean
             std = trained_with.std if std is None else std
         for what, values in (("mean", mean), ("std", std)):
@@ -124,9 +93,6 @@ class Normalise(nn.Module):
     """``(x - mean) / std`` for each channel.
 
     The buffers are not persistent: state dicts keep the names that other libraries give them.
-
-    Args:
-        statistics: One mean and one standard deviation a channel.
     """
 
     mean: Tensor
@@ -139,19 +105,11 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(statistics.std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalise images.
+        """Normalise float images (N, C, H, W) in [0, 1]; others are refused.
 
-        Args:
-            images: Float tensor (N, C, H, W) in [0, 1].
-
-        Returns:
-            Tensor of the same shape.
-
-        Raises:
-            UserError: Not such a tensor, or another number of channels. Broadcasting would let one grey channel pass
-                for three, and integers in [0, 255] for images that are far too bright.
+        Broadcasting would let one grey channel pass for three, and integers in [0, 255] for images far too bright.
         """
-        if images.ndim != _IMAGE_DIMS or not images.is_floating_point():
+        if images.ndim != 4 or not images.is_floating_point():
             what = f"{images.dtype} of shape {tuple(images.shape)}"
             raise UserError(f"the model takes float images (N, C, H, W) in [0, 1], not {what}")
         if images.shape[1] != len(self.mean):
@@ -172,16 +130,6 @@ def normalised(network: nn.Module, statistics: Statistics) -> nn.Module:
     The network is changed in place. It gains a submodule ``normalise`` that its forward pass runs first; it stays an
     instance of its class, and the names of its modules, parameters and buffers stay as they were, so that its weights
     load and its routes bear the names that its users know. (A module around it would prefix every name.)
-
-    Args:
-        network: Takes normalised images (N, C, H, W).
-        statistics: What to normalise with.
-
-    Returns:
-        The same object, which now takes images in [0, 1].
-
-    Raises:
-        UserError: The network already has an attribute ``normalise``.
     """
     if hasattr(network, "normalise"):
         raise UserError(f"{type(network).__name__} has a part called 'normalise' already; wrap it in a factory instead")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import write_json
-from attackroute.core.model_state import kept_modes
+from attackroute.core.model_state import kept_modes, placement
 from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import BUILT_IN, build
 from attackroute.zoo.spec import ModelSpec, Normalise
@@ -35,33 +35,21 @@ PRESETS = Path(__file__).parent / "presets"
 TRAINING = "training.json"
 
 _PRESET = "preset:"
-_FORMAT = "attackroute model"
-_VERSION = 1
-_SEQUENCES = ("mean", "std")
-_CONTAINERS = ("state_dict", "model")
-_PARALLEL_PREFIX = "module."
+_FORMAT, _VERSION = "attackroute model", 1
+_PREFIX = "module."
 _COUNTER = "num_batches_tracked"  # of no use in eval mode, and left out by some
 _NAMED = 3
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What ``model.json`` says about the weights beside it.
-
-    Attributes:
-        spec: How the network is built.
-        classes: Names of the labels that it was trained for.
-    """
+    """What ``model.json`` says about the weights beside it: how the network is built, and its labels' names."""
 
     spec: ModelSpec
     classes: tuple[str, ...]
 
     def save(self, folder: Path) -> None:
-        """Write ``model.json``, unless the folder describes another network already.
-
-        Raises:
-            UserError: It does, or the file cannot be written.
-        """
+        """Write ``model.json``; a `UserError` if the folder describes another network already."""
         if (folder / CARD).exists() and ModelCard.load(folder) != self:
             raise UserError(
                 f"{folder / CARD} describes another network than this one; "
@@ -72,11 +60,7 @@ class ModelCard:
 
     @classmethod
     def load(cls, folder: Path) -> ModelCard:
-        """Read ``model.json``.
-
-        Raises:
-            UserError: The file is missing, damaged or something else.
-        """
+        """Read ``model.json``; a `UserError` if it is missing, damaged or something else."""
         path = folder / CARD
         try:
             content = json.loads(path.read_bytes())
@@ -85,19 +69,13 @@ class ModelCard:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); train again, or mend it") from error
         try:
-            return cls._parse(content)
+            if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+                raise KeyError("format")
+            fields: dict[str, Any] = content["model"]
+            fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            return cls(ModelSpec(**fields), tuple(map(str, content["classes"])))
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} does not describe a network (version {_VERSION}); train again") from error
-
-    @classmethod
-    def _parse(cls, content: Mapping[str, Any]) -> ModelCard:
-        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
-            raise KeyError("format")
-        fields: dict[str, Any] = {
-            name: tuple(value) if name in _SEQUENCES and value is not None else value
-            for name, value in content["model"].items()
-        }
-        return cls(ModelSpec(**fields), tuple(map(str, content["classes"])))
 
 
 def find_card(model: str) -> tuple[Path, ModelCard] | None:
@@ -108,13 +86,9 @@ def find_card(model: str) -> tuple[Path, ModelCard] | None:
     Raises:
         UserError: There is no such preset, or the folder does not describe a network.
     """
-    if model.startswith(_PRESET):
-        folder = preset_folder(model.removeprefix(_PRESET))
-        return folder, ModelCard.load(folder)
-    folder = Path(model).expanduser()
-    if model in BUILT_IN or not folder.is_dir():
-        return None
-    return folder, ModelCard.load(folder)
+    preset = model.startswith(_PRESET)
+    folder = preset_folder(model.removeprefix(_PRESET)) if preset else Path(model).expanduser()
+    return None if model in BUILT_IN or not folder.is_dir() else (folder, ModelCard.load(folder))
 
 
 def open_network(
@@ -125,33 +99,36 @@ def open_network(
     width: float | None = None,
     classes: int | None = None,
 ) -> nn.Module:
-    """Build the network that ``--model`` names for the data, and load its weights.
+    """Build the network that ``--model`` names for the data, on the CPU and in eval mode, and load its weights.
 
     Args:
         model: A train folder, ``preset:NAME``, or a name as :func:`attackroute.zoo.build_model` takes it.
-        data: The images that it will see.
+        data: The images that it will see; they decide on image size and channels, and on the number of logits.
         weights: A file in the place of the folder's own, as :func:`load_weights` reads it.
         width: Factor on a built-in network's channels.
-        classes: Number of logits; None takes that of the data.
-
-    Returns:
-        The network on the CPU, in eval mode.
+        classes: Another number of logits.
 
     Raises:
         UserError: Unknown model, missing or mismatching weights, or images that the network cannot take.
     """
     trained = find_card(model)
-    if trained is not None:
+    if trained is None:
+        network = build(spec_for(model, data, width=width, classes=classes))
+        if weights is None and not _is_factory(model):  # a factory may load its own, any other would stay random
+            hint = f"; for the folder of that name write ./{model}" if Path(model).is_dir() else ""
+            raise UserError(
+                f"{model} has no weights; name a file with --weights, or take a folder of attackroute train{hint}"
+            )
+    else:
         folder, card = trained
-        _check_classes(card, data, folder)
+        if card.classes != data.classes:  # other labels would be compared with the wrong logits, in silence
+            raise UserError(
+                f"{folder} was trained for the classes {_listed(card.classes)}, the data have {_listed(data.classes)}; "
+                "give data with the same classes"
+            )
         if width is not None or classes is not None:
             raise UserError(f"{folder} says itself how wide its network is; leave out --model-width and --classes")
-        spec, weights = card.spec, weights or _kept_weights(folder)
-    else:
-        spec = spec_for(model, data, width=width, classes=classes)
-    network = build(spec)
-    if trained is None:  # after a name that nothing bears is refused
-        _require_weights(model, weights)
+        network, weights = build(card.spec), weights or _kept_weights(folder)
     if weights is not None:
         load_weights(network, weights)
     check_input(network, data.shape)
@@ -197,9 +174,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise UserError(f"weights {path} do not exist; check the path")
     if path.is_dir():
         raise UserError(f"weights {path} is a folder; name the .safetensors or .pt file in it")
-    safe = path.suffix == ".safetensors"
-    stored = _read_safetensors(path) if safe else _state_dict(_read_torch(path), path)
-    weights = _without_prefix(stored, model)
+    weights = _without_prefix(_read(path), model)
     _require_fit(weights, model, path)
     model.load_state_dict(weights, strict=False)
 
@@ -210,11 +185,7 @@ def preset_names() -> list[str]:
 
 
 def preset_folder(name: str) -> Path:
-    """Folder of a preset.
-
-    Raises:
-        UserError: There is none of that name.
-    """
+    """Folder of a preset; a `UserError` if there is none of that name."""
     names = preset_names()
     if name not in names:
         raise UserError(f"no preset {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}")
@@ -237,27 +208,19 @@ def load_preset(name: str) -> nn.Module:
 
 
 def preset_training(name: str) -> dict[str, Any]:
-    """How a preset was trained: command, data, accuracy on clean test images.
-
-    Raises:
-        UserError: There is none of that name.
-    """
+    """How a preset was trained: command, data, accuracy on clean test images."""
     content: dict[str, Any] = json.loads((preset_folder(name) / TRAINING).read_bytes())
     return content
 
 
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Try a model on one black image, in eval mode and without gradients; it comes back as it was.
-
-    Args:
-        model: Maps images (N, C, H, W) to logits.
-        shape: (C, H, W) of the images to come.
+    """Try a model on one black image (C, H, W), in eval mode and without gradients; it comes back as it was.
 
     Raises:
         UserError: The model cannot take images of this shape.
     """
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+    device, dtype = placement(model)
+    image = torch.zeros(1, *shape, dtype=dtype, device=device)
     with kept_modes(model), torch.no_grad():
         model.eval()
         try:
@@ -274,19 +237,10 @@ def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def _kept_weights(folder: Path) -> Path:
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            return folder / name
+    for path in (folder / BEST, folder / LAST):
+        if path.is_file():
+            return path
     raise UserError(f"{folder} has neither {BEST} nor {LAST}; finish the training, or name a file with --weights")
-
-
-def _require_weights(model: str, weights: Path | None) -> None:
-    """A factory may load its own; any other network without weights would be a random one."""
-    if weights is None and not _is_factory(model):
-        folder = f"; for the folder of that name write ./{model}" if Path(model).is_dir() else ""
-        raise UserError(
-            f"{model} has no weights; name a file with --weights, or take a folder of attackroute train{folder}"
-        )
 
 
 def _is_factory(model: str) -> bool:
@@ -295,43 +249,32 @@ def _is_factory(model: str) -> bool:
     return bool(colon) and source not in ("torchvision", "timm")
 
 
-def _check_classes(card: ModelCard, data: ImageData, folder: Path) -> None:
-    """Labels of other classes would be compared with the wrong logits, in silence."""
-    if card.classes != data.classes:
-        raise UserError(
-            f"{folder} was trained for the classes {_listed(card.classes)}, the data have {_listed(data.classes)}; "
-            "give data with the same classes"
-        )
-
-
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names if len(names) <= 4 else (*names[:2], "...", names[-1])) + f" ({len(names)})"
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path) -> Mapping[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_torch(path: Path) -> object:
-    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd pickles; what is wrong with one is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"weights {path} are not a state dict, which holds tensors alone, or are damaged; "
             "save one with torch.save(model.state_dict(), file)"
         ) from error
-    except Exception as error:  # damaged bytes make the reader raise nearly anything
-        raise _unreadable(path, error) from error
+    except Exception as error:  # damaged bytes make a reader raise nearly anything
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"weights {path} cannot be read, or are damaged ({reason}); get the file again") from error
+    return _state_dict(content, path)
 
 
 def _state_dict(content: object, path: Path) -> Mapping[str, Tensor]:
     if isinstance(content, Mapping):
-        content = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), content)
+        containers = (content.get(key) for key in ("state_dict", "model"))
+        content = next((inner for inner in containers if isinstance(inner, Mapping)), content)
     if not isinstance(content, Mapping) or not content:
         held = "nothing" if isinstance(content, Mapping) else f"an object of type {type(content).__name__}"
         raise UserError(f"weights {path} hold {held}, not a state dict; save model.state_dict()")
@@ -345,25 +288,20 @@ def _state_dict(content: object, path: Path) -> Mapping[str, Tensor]:
 
 
 def _without_prefix(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    def parallel(names: Mapping[str, Tensor]) -> bool:
-        return all(name.startswith(_PARALLEL_PREFIX) for name in names)
-
-    if parallel(weights) and not parallel(model.state_dict()):
-        return {name.removeprefix(_PARALLEL_PREFIX): value for name, value in weights.items()}
-    return dict(weights)
+    """The weights without the prefix that parallel training gives all of their names."""
+    ours, theirs = (all(name.startswith(_PREFIX) for name in names) for names in (model.state_dict(), weights))
+    return {name.removeprefix(_PREFIX) if theirs and not ours else name: value for name, value in weights.items()}
 
 
 def _require_fit(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     stored = {name: tuple(value.shape) for name, value in weights.items()}
-    reshaped = [name for name in expected.keys() & stored.keys() if expected[name] != stored[name]]
-    missing = [name for name in expected.keys() - stored.keys() if name.rpartition(".")[2] != _COUNTER]
-    unexpected = stored.keys() - expected.keys()
-    order = {name: place for place, name in enumerate(dict.fromkeys([*expected, *stored]))}
+    reshaped = [name for name in expected if stored.get(name, expected[name]) != expected[name]]
+    missing = [name for name in expected if name not in stored and name.rpartition(".")[2] != _COUNTER]
     faults = [
-        *(f"{name} is {stored[name]} instead of {expected[name]}" for name in sorted(reshaped, key=order.__getitem__)),
-        *(f"{name} {expected[name]} is missing" for name in sorted(missing, key=order.__getitem__)),
-        *(f"{name} {stored[name]} is unexpected" for name in sorted(unexpected, key=order.__getitem__)),
+        *(f"{name} is {stored[name]} instead of {expected[name]}" for name in reshaped),
+        *(f"{name} {expected[name]} is missing" for name in missing),
+        *(f"{name} {shape} is unexpected" for name, shape in stored.items() if name not in expected),
     ]
     if faults:
         more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
@@ -371,8 +309,3 @@ def _require_fit(weights: Mapping[str, Tensor], model: nn.Module, path: Path) ->
             f"weights {path} do not fit the model: {', '.join(faults[:_NAMED])}{more}; "
             "check the network's name, width, image size and number of classes"
         )
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0]
-    return UserError(f"weights {path} cannot be read, or are damaged ({reason}); get the file again")

@@ -49,15 +49,7 @@ class Evaluation:
         *,
         settings: Mapping[str, Any],
     ) -> Evaluation:
-        """An evaluation from what was measured.
-
-        Args:
-            right: By model and attack (its specification, or ``"clean"``), whether the model is right on each image.
-            seconds: The same for the time that it took.
-            attacks: All that were run.
-            checks: Signs of masked gradients.
-            settings: On what all depends.
-        """
+        """An evaluation from what was measured, by model and attack, and the attacks that were run."""
         parameters = {CLEAN: {}, **{str(attack): attack.to_json() for attack in attacks}}
         names = dict.fromkeys(name for values in parameters.values() for name in values if name != "name")
         rows = []
@@ -128,14 +120,14 @@ class Evaluation:
 
     def reading(self) -> str:
         """One sentence: what is left of each model, and whether it can be trusted."""
-        parts = []
+        sentences = []
         for model in self.table.distinct("model"):
             clean, *attacked = self.table.select(model=model)
             worst = min(attacked, key=lambda row: row["accuracy"], default=None)
             left = "" if worst is None else f" and on {worst['accuracy']:.1%} under {self.labels[worst['attack']]}"
             right = f"{model} is right on {clean['accuracy']:.1%} of {plural(clean['samples'], 'clean image')}"
-            parts.append(f"{right}{left}{self._trust(model)}")
-        return "; ".join(parts) + "."
+            sentences.append(f"{right}{left}{self._trust(model)}")
+        return "; ".join(sentences) + "."
 
     def _trust(self, model: str) -> str:
         if not any(check.model == model for check in self.checks):
