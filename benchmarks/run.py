@@ -13,11 +13,11 @@ import torch
 import torchvision
 
 from attackroute.cli.options import resolve_device
+from attackroute.core import __version__
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.files import replace_file
 from attackroute.core.table import Table, plural
-from attackroute.core.version import __version__
 from benchmarks.architectures import (
     BATCH_SIZE,
     HEADER,

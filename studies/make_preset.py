@@ -16,7 +16,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from attackroute.core.accuracy import count_correct
+from attackroute.core.statistics import count_correct
 from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import BEST, CARD, PRESETS, TRAINING, load_preset
 

@@ -23,7 +23,7 @@ import shared_training
 from attackroute.core.batches import BatchStream
 from attackroute.core.distributed import Processes, joined
 from attackroute.routes import folder
-from attackroute.zoo.data import ImageBatches, load_data
+from attackroute.zoo.data import ImageBatches, ImageData, load_data
 from command_line import run
 from report_runs import make_network, make_pictures
 
@@ -108,7 +108,7 @@ def check_reading(root: Path, team: Processes) -> None:
         def __len__(self) -> int:
             return len(data)
 
-    noted = ar.data.ImageData(Noted(), data.classes, data.shape, data.name, data.split)
+    noted = ImageData(Noted(), data.classes, data.shape, data.name, data.split)
     model = ar.build_model("vgg_small", width=0.1, num_classes=2).eval()
     list(BatchStream(model, ImageBatches(noted, 3), 3).map(lambda _, labels: len(labels)))
     everyone = [index for part in team.all(read) for index in part]

@@ -12,12 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import attackroute as ar
-from attackroute.core.accuracy import count_correct
 from attackroute.core.batches import shuffled
 from attackroute.core.distributed import Processes
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import weights_digest
-from attackroute.core.statistics import Accuracy
+from attackroute.core.statistics import Accuracy, count_correct
 from attackroute.hardening.settings import TrainSettings
 
 SAMPLES = 23  # batches of 8, 8 and 7

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError
-from attackroute.core.statistics import Accuracy
+from attackroute.core.statistics import Accuracy, count_correct
 
 
 class Brightness(nn.Module):

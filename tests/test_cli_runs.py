@@ -23,6 +23,7 @@ from attackroute.routes.route import Route
 from attackroute.tracing import oracle_check
 from attackroute.tracing.oracle import OracleTrace
 from attackroute.tracing.trace import Tracer
+from attackroute.zoo import load_weights
 from command_line import run
 
 SIZE = 32
@@ -129,7 +130,7 @@ def test_files_and_json_agree_with_the_python_interface(trained, pictures, tmp_p
     printed = json.loads(result.stdout)["about"]
 
     model = attackroute.build_model("vgg_small", num_classes=2, width=0.2)
-    attackroute.load_weights(model, trained / "best.safetensors")
+    load_weights(model, trained / "best.safetensors")
     data = attackroute.load_data(f"folder:{pictures}")
     images = torch.stack([image for image, _ in data.dataset])
     labels = torch.tensor([label for _, label in data.dataset])

@@ -13,6 +13,7 @@ from torchvision.utils import save_image
 
 import attackroute as ar
 from attackroute.robustness import evaluate
+from attackroute.zoo import load_weights
 from attackroute.zoo.networks import build
 from attackroute.zoo.spec import ModelSpec
 from attackroute.zoo.weights import ModelCard, with_own_normalisation
@@ -86,7 +87,7 @@ def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path
     models = {}
     for folder in nets:
         models[str(folder)] = ar.build_model("vgg_small", num_classes=2, width=0.1)
-        ar.load_weights(models[str(folder)], folder / "best.safetensors")
+        load_weights(models[str(folder)], folder / "best.safetensors")
     data = ar.load_data(f"folder:{pictures}")
     images = torch.stack([image for image, _ in data.dataset])
     labels = torch.tensor([label for _, label in data.dataset])

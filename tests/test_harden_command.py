@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import attackroute
 from attackroute.routes.route import Route
+from attackroute.zoo import load_weights
 from command_line import run
 
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
@@ -78,7 +79,7 @@ def test_files_and_json_agree_with_the_python_interface(
 
     train, test = (attackroute.load_data(f"folder:{pictures}", split=part, image_size=32) for part in ("train", "test"))
     model = attackroute.build_model("vgg_small", num_classes=2, width=0.2, image_size=32)
-    attackroute.load_weights(model, trained / "best.safetensors")
+    load_weights(model, trained / "best.safetensors")
     settings = attackroute.TrainSettings(epochs=2, batch_size=8, lr=0.01)
     names = ("gradient", "weight") if penalty == "both" else penalty
     expected = attackroute.harden(

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Perceptron, chain, randomised
+from attackroute.analysis import Hardness
 from attackroute.analysis.hardness import GradientReader, log_loss_and_margin, votes_among
 from attackroute.core.errors import UserError
 
@@ -83,7 +84,7 @@ def test_votes_by_hand() -> None:
     # Layer 2: 5, 5, 0, 7: the two fives share ranks 2 and 3, and log 0 is the smallest.
     logs = torch.tensor([[4.0, 5.0], [1.0, 5.0], [2.0, 0.0], [3.0, 7.0]]).double().log()
     expected = [[1.0, 2.5], [4.0, 2.5], [3.0, 4.0], [2.0, 1.0]]
-    hardness = ar.Hardness(
+    hardness = Hardness(
         ar.Route({"a": [0], "b": [0]}, {"a": 1, "b": 1}), logs, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 1])
     )
     assert hardness.votes.tolist() == expected
@@ -109,7 +110,7 @@ def test_places_among_the_samples_themselves_are_their_votes() -> None:
 
 
 def test_equal_samples_keep_the_lower_index_first() -> None:
-    hardness = ar.Hardness(
+    hardness = Hardness(
         ar.Route({"a": [0]}, {"a": 1}), torch.zeros(5, 1).double(), torch.zeros(5).long(), torch.zeros(5).long()
     )
     assert hardness.values.tolist() == [3.0] * 5
@@ -261,7 +262,7 @@ def test_scoring_the_reference_gives_its_own_votes(case: tuple[nn.Module, Tensor
     route = every_other(model, images)
     known = ar.hardness(model, route, (images, labels))
     known.save(tmp_path / "hardness.safetensors")
-    loaded = ar.Hardness.load(tmp_path / "hardness.safetensors")
+    loaded = Hardness.load(tmp_path / "hardness.safetensors")
     assert torch.equal(loaded.votes, known.votes) and loaded.route == route
     assert torch.equal(loaded.labels, known.labels) and torch.equal(loaded.predictions, known.predictions)
     again = loaded.score(model, (images, labels))
@@ -269,7 +270,7 @@ def test_scoring_the_reference_gives_its_own_votes(case: tuple[nn.Module, Tensor
     one = loaded.score(model, (images[4:5], labels[4:5]))
     torch.testing.assert_close(one.log_gradients, known.log_gradients[4:5], rtol=1e-9, atol=1e-9)
     one.save(tmp_path / "one.safetensors")
-    one = ar.Hardness.load(tmp_path / "one.safetensors")
+    one = Hardness.load(tmp_path / "one.safetensors")
     assert len(one) == 1 and one.reference is not None and len(one.reference) == 9
     assert torch.equal(one.score(model, (images, labels)).votes, known.votes)
 
@@ -288,42 +289,42 @@ def test_a_new_sample_stands_between_its_neighbours(case: tuple[nn.Module, Tenso
 
 
 @pytest.fixture
-def small() -> ar.Hardness:
+def small() -> Hardness:
     logs = torch.tensor([[0.5, -math.inf], [1.5, 2.0], [-3.0, 2.0]]).double()
     route = ar.Route({"a": [0, 2], "b": [1]}, {"a": 3, "b": 2})
-    return ar.Hardness(route, logs, torch.tensor([7, 8, 7]), torch.tensor([7, 7, 7]))
+    return Hardness(route, logs, torch.tensor([7, 8, 7]), torch.tensor([7, 7, 7]))
 
 
-def test_the_table_holds_every_sample(small: ar.Hardness) -> None:
+def test_the_table_holds_every_sample(small: Hardness) -> None:
     rows = list(csv.DictReader(small.table.to_csv().splitlines()))
     expected = {"index": "0", "label": "7", "prediction": "7", "V": "5.0", "votes:a": "2.0", "votes:b": "3.0"}
     assert rows[0] == expected and [row["V"] for row in rows] == ["5.0", "2.5", "4.5"]
 
 
-def test_damaged_files_are_refused(small: ar.Hardness, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(small: Hardness, tmp_path: Path) -> None:
     path = tmp_path / "h.safetensors"
     small.save(path)
     content = path.read_bytes()
     for broken in (b"", content[:100], content[:-1], content[:-4] + b"\1\2\3\4"):
         path.write_bytes(broken)
         with pytest.raises(UserError) as caught:
-            ar.Hardness.load(path)
+            Hardness.load(path)
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     small.route.save(path)
     with pytest.raises(UserError, match=r"h\.safetensors"):
-        ar.Hardness.load(path)
+        Hardness.load(path)
     path.write_bytes(content)
     assert set(load_file(path)) == {"log_gradients", "labels", "predictions"}
 
 
-def test_impossible_contents_are_refused(small: ar.Hardness) -> None:
+def test_impossible_contents_are_refused(small: Hardness) -> None:
     logs, labels = small.log_gradients, small.labels
     for wrong in (logs[:, :1], logs.float(), logs.nan_to_num(nan=0.0, neginf=math.nan), logs + math.inf):
         with pytest.raises(UserError):
-            ar.Hardness(small.route, wrong, labels, labels)
+            Hardness(small.route, wrong, labels, labels)
     for reference in (logs, logs.sort(0).values[:, :1]):
         with pytest.raises(UserError, match="ascending"):
-            ar.Hardness(small.route, logs, labels, labels, reference)
+            Hardness(small.route, logs, labels, labels, reference)
 
 
 # bad input

@@ -14,6 +14,7 @@ import torch
 from torchvision.utils import save_image
 
 import attackroute as ar
+from attackroute.analysis import Hardness
 from attackroute.zoo.data import load_data, loader
 from command_line import run
 
@@ -60,7 +61,7 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
     names = {"images.csv", "images.png", *(f"hardness.{kind}" for kind in ("csv", "json", "png", "safetensors", "svg"))}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"route.json"}
     assert content == json.loads((tmp_path / "out" / "hardness.json").read_text()) | {"folder": str(tmp_path / "out")}
-    stored = ar.Hardness.load(tmp_path / "out" / "hardness.safetensors")
+    stored = Hardness.load(tmp_path / "out" / "hardness.safetensors")
     assert stored.route == ar.Route.load(tmp_path / "out" / "route.json")
     with (tmp_path / "out" / "images.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -84,7 +85,7 @@ def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) 
     )  # fmt: skip
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     assert not (tmp_path / "out" / "route.json").exists()
-    assert ar.Hardness.load(tmp_path / "out" / "hardness.safetensors").route == route
+    assert Hardness.load(tmp_path / "out" / "hardness.safetensors").route == route
     for word in ("tenth", "predictor", "hardness V", "input gradient", "V on all neurons", "votes of single layers"):
         assert word in result.stdout
     assert "fgsm:eps=8/255 fools the model on" in result.stdout and "Smallest eps: " in result.stdout

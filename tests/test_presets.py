@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError
+from attackroute.core.statistics import count_correct
 from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import ModelCard, load_preset, preset_folder, preset_names, preset_training
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from attackroute.core import __version__
 from attackroute.core.errors import UserError
-from attackroute.core.version import __version__
 from attackroute.routes.provenance import Provenance
 
 

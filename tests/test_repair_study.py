@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import attackroute as ar
 from architectures import Residual
+from attackroute.analysis import record_outputs
 from attackroute.analysis.channel_statistics import attributions
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
@@ -401,7 +402,7 @@ def test_clean_outputs_are_kept_once_for_all_ranks(monkeypatch: pytest.MonkeyPat
     model, pairs = some_pairs()
     scores = criterion_scores(model, pairs, "noise")
     kept_outputs = []
-    monkeypatch.setattr(repair, "record_outputs", lambda *args: kept_outputs.append(1) or ar.record_outputs(*args))
+    monkeypatch.setattr(repair, "record_outputs", lambda *args: kept_outputs.append(1) or record_outputs(*args))
     journal = Journal(None, {})
     first = Repair(model, pairs, journal, ("here",))
     found = first.measure({"noise": scores})

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import attackroute
-from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError
-from attackroute.core.statistics import Accuracy
+from attackroute.core.statistics import Accuracy, count_correct
 from attackroute.hardening import training
 from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE
 from attackroute.hardening.settings import TrainSettings

@@ -62,9 +62,7 @@ def test_csv_and_json_hold_every_cell(records: list[dict[str, object]]) -> None:
     ]
     assert json.loads(json.dumps(table.to_json(), allow_nan=False)) == defined
     read = list(csv.DictReader(io.StringIO(table.to_csv())))
-    assert [list(row.values()) for row in read] == [
-        ["" if cell is None else str(cell) for cell in record.values()] for record in defined
-    ]
+    assert read == [{name: "" if cell is None else str(cell) for name, cell in record.items()} for record in defined]
 
 
 def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:

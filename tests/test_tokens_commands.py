@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import attackroute as ar
+from attackroute.analysis import Hardness
 from attackroute.analysis.controls import Comparison
 from attackroute.analysis.experiments.detect import detect
 from attackroute.analysis.experiments.weaken import weaken_accuracy
@@ -131,7 +132,7 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
     network, data = network_of(trained), halves(list(range(SAMPLES)))
     route = ar.Route.load(folder / "route.json", model=network)
     assert route == ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
-    found = ar.Hardness.load(folder / "hardness.safetensors")
+    found = Hardness.load(folder / "hardness.safetensors")
     torch.testing.assert_close(found.values, ar.hardness(network, route, data).values)
     assert json.loads((folder / "hardness.json").read_text())["settings"]["linear"] is True
     wrong = run("hardness", trained, *options, "--route", str(folder / "route.json"))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from attackroute.core import batches
-from attackroute.core.accuracy import count_correct
 from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
+from attackroute.core.statistics import count_correct
 from attackroute.hardening import augmentation, training
 from attackroute.hardening.history import EpochRecord
 from attackroute.hardening.settings import TrainSettings, learning_rate

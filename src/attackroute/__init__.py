@@ -8,108 +8,68 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attackroute.core.version import __version__
+from attackroute.core import __version__ as __version__
 
 if TYPE_CHECKING:
-    from attackroute.analysis import hardness
-    from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
-    from attackroute.analysis.criteria import rank_channels
-    from attackroute.analysis.hardness import Hardness
-    from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
-    from attackroute.core.errors import UserError
-    from attackroute.hardening.gradient_penalty import GradientPenalty
-    from attackroute.hardening.harden import HardenResult, harden
-    from attackroute.hardening.settings import HardenSettings, TrainSettings
-    from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
-    from attackroute.hardening.training import train
-    from attackroute.hardening.weight_penalty import WeightPenalty
-    from attackroute.robustness.evaluate import evaluate
-    from attackroute.robustness.evaluation import Evaluation
-    from attackroute.robustness.registry import parse_attack
-    from attackroute.routes.folder import RouteFolder
-    from attackroute.routes.instance_routes import InstanceRoutes
-    from attackroute.routes.route import Route
-    from attackroute.tracing.config import TraceConfig
-    from attackroute.tracing.influence import influence
-    from attackroute.tracing.trace import trace_routes
-    from attackroute.zoo.data import load_data
-    from attackroute.zoo.networks import build_model
-    from attackroute.zoo.weights import load_weights
+    from attackroute.analysis import hardness as hardness
+    from attackroute.analysis.channel_statistics import loss_gradient as loss_gradient
+    from attackroute.analysis.channel_statistics import sensitivity as sensitivity
+    from attackroute.analysis.criteria import rank_channels as rank_channels
+    from attackroute.analysis.interventions import deactivate as deactivate
+    from attackroute.analysis.interventions import transplant as transplant
+    from attackroute.analysis.interventions import weaken as weaken
+    from attackroute.core.errors import UserError as UserError
+    from attackroute.hardening.gradient_penalty import GradientPenalty as GradientPenalty
+    from attackroute.hardening.harden import harden as harden
+    from attackroute.hardening.settings import HardenSettings as HardenSettings
+    from attackroute.hardening.settings import TrainSettings as TrainSettings
+    from attackroute.hardening.training import train as train
+    from attackroute.hardening.weight_penalty import WeightPenalty as WeightPenalty
+    from attackroute.robustness.evaluate import evaluate as evaluate
+    from attackroute.robustness.registry import parse_attack as parse_attack
+    from attackroute.routes.folder import RouteFolder as RouteFolder
+    from attackroute.routes.instance_routes import InstanceRoutes as InstanceRoutes
+    from attackroute.routes.route import Route as Route
+    from attackroute.tracing.config import TraceConfig as TraceConfig
+    from attackroute.tracing.influence import influence as influence
+    from attackroute.tracing.trace import trace_routes as trace_routes
+    from attackroute.zoo.data import load_data as load_data
+    from attackroute.zoo.networks import build_model as build_model
 
-__all__ = [
-    "Evaluation",
-    "GradientPenalty",
-    "HardenResult",
-    "HardenSettings",
-    "Hardness",
-    "InstanceRoutes",
-    "Route",
-    "RouteFolder",
-    "StabilisationPenalty",
-    "TraceConfig",
-    "TrainSettings",
-    "UserError",
-    "WeightPenalty",
-    "__version__",
-    "build_model",
-    "deactivate",
-    "evaluate",
-    "harden",
-    "hardness",
-    "influence",
-    "load_data",
-    "load_weights",
-    "loss_gradient",
-    "parse_attack",
-    "rank_channels",
-    "record_outputs",
-    "sensitivity",
-    "trace_routes",
-    "train",
-    "transplant",
-    "weaken",
-]
-
-# A module must never bear the name of a public function: importing it would shadow the function.
 _HOMES = {
-    "Evaluation": "robustness.evaluation",
-    "GradientPenalty": "hardening.gradient_penalty",
-    "HardenResult": "hardening.harden",
-    "HardenSettings": "hardening.settings",
-    "Hardness": "analysis.hardness",
-    "InstanceRoutes": "routes.instance_routes",
-    "Route": "routes.route",
-    "RouteFolder": "routes.folder",
-    "TraceConfig": "tracing.config",
-    "TrainSettings": "hardening.settings",
-    "UserError": "core.errors",
-    "StabilisationPenalty": "hardening.stabilisation_penalty",
-    "WeightPenalty": "hardening.weight_penalty",
-    "build_model": "zoo.networks",
-    "deactivate": "analysis.interventions",
-    "evaluate": "robustness.evaluate",
-    "harden": "hardening.harden",
-    "hardness": "analysis",
-    "influence": "tracing.influence",
-    "load_data": "zoo.data",
-    "load_weights": "zoo.weights",
-    "loss_gradient": "analysis.channel_statistics",
-    "parse_attack": "robustness.registry",
-    "rank_channels": "analysis.criteria",
-    "record_outputs": "analysis.interventions",
-    "sensitivity": "analysis.channel_statistics",
-    "trace_routes": "tracing.trace",
-    "train": "hardening.training",
-    "transplant": "analysis.interventions",
-    "weaken": "analysis.interventions",
+    name: module
+    for module, names in {
+        "analysis": "hardness",
+        "analysis.channel_statistics": "loss_gradient sensitivity",
+        "analysis.criteria": "rank_channels",
+        "analysis.interventions": "deactivate transplant weaken",
+        "core.errors": "UserError",
+        "hardening.gradient_penalty": "GradientPenalty",
+        "hardening.harden": "harden",
+        "hardening.settings": "HardenSettings TrainSettings",
+        "hardening.training": "train",
+        "hardening.weight_penalty": "WeightPenalty",
+        "robustness.evaluate": "evaluate",
+        "robustness.registry": "parse_attack",
+        "routes.folder": "RouteFolder",
+        "routes.instance_routes": "InstanceRoutes",
+        "routes.route": "Route",
+        "tracing.config": "TraceConfig",
+        "tracing.influence": "influence",
+        "tracing.trace": "trace_routes",
+        "zoo.networks": "build_model",
+        "zoo.data": "load_data",
+    }.items()
+    for name in names.split()
 }
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604  # all of them are strings
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -17,13 +17,13 @@ from attackroute.analysis.controls import ROUTE, Comparison, sample_routes
 from attackroute.analysis.criteria import ChannelScores, MixedChannelsError, channel_scores
 from attackroute.analysis.experiment import Experiment, ExperimentResult, chosen_experiments
 from attackroute.analysis.sites import check_site
+from attackroute.core import __version__
 from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.table import plain
-from attackroute.core.version import __version__
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.registry import parse_attack
 from attackroute.routes.instance_routes import InstanceRoutes

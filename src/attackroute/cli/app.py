@@ -20,9 +20,9 @@ from attackroute.cli.report import COMPARE_EXAMPLES, REPORT_EXAMPLES, CompareOpt
 from attackroute.cli.reproduce import REPRODUCE_EXAMPLES, ReproduceOptions, reproduce
 from attackroute.cli.trace import TRACE_EXAMPLES, TraceOptions, trace
 from attackroute.cli.train import TRAIN_EXAMPLES, TrainOptions, train
+from attackroute.core import __version__
 from attackroute.core.distributed import LostProcessError, joined, started_by_torchrun, terminated_as_interrupted
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.version import __version__
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 

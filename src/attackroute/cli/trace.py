@@ -197,13 +197,11 @@ def trace(options: TraceOptions) -> int:
 
 def _document(routes: InstanceRoutes | RouteFolder, width: float, settings: Mapping[str, Any]) -> Document:
     """What is said of the trace; in a folder it is written, with the model's route."""
-    from attackroute.routes.folder import RouteFolder
-    from attackroute.routes.totals import RouteTotals
+    from attackroute.routes.folder import RouteFolder, RouteTotals
 
     if isinstance(routes, RouteFolder):
         return routes.save_route(width)
-    totals = RouteTotals.of(routes)
-    return totals.document(totals.aggregate(width), settings)
+    return RouteTotals.of(routes).document(routes.aggregate(width), settings)
 
 
 def _compare(

@@ -1,4 +1,4 @@
-"""Batches of a data set in an order that only the seed and the epoch decide."""
+"""Batches: of a data set in an order that only the seed and the epoch decide, and of whatever data users pass in."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
+from attackroute.core.model_state import placement
 from attackroute.core.random import derived_generator
+
+T = TypeVar("T")
+
+Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
+"""A DataLoader or other iterable of ``(images, labels)`` or images; or one such pair or batch of tensors."""
+
+Batch = tuple[Tensor, Tensor | None]
+"""Images and their labels, None where there are none; on the model's device, the images in its dtype."""
+
+_AT_MOST = 1 << 62  # more batches than there are: as a step, it leaves only the first
 
 
 def count_samples(data: Dataset[Any], what: str) -> int:
-    """The number of samples of a data set.
-
-    Raises:
-        UserError: The data set is empty or has no length.
-    """
+    """The number of samples of a data set, which must not be empty or without a length."""
     if not isinstance(data, Sized):
         raise UserError(f"the {what} has no length; give a data set with __len__ and __getitem__")
     if len(data) == 0:
@@ -29,22 +36,17 @@ def count_samples(data: Dataset[Any], what: str) -> int:
 
 
 def count_steps(samples: int, batch_size: int) -> int:
-    """Batches in an epoch, the smaller last one of :func:`split_evenly` included."""
+    """Batches in an epoch, the smaller ones included."""
     return -(-samples // batch_size)
 
 
-def split_evenly(order: Tensor, batch_size: int) -> list[list[int]]:
-    """Split sample indices into batches of at most ``batch_size`` whose sizes differ by no more than one.
-
-    No sample is dropped, and no tiny last batch upsets batch normalisation.
-    """
-    return [batch.tolist() for batch in order.tensor_split(count_steps(len(order), batch_size))]
-
-
 def shuffled(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch: every sample once, in an order drawn from the seed and the epoch alone."""
+    """The batches of one epoch: every sample once, in an order drawn from the seed and the epoch alone.
+
+    Their sizes differ by no more than one: no sample is dropped, and no tiny last batch upsets batch normalisation.
+    """
     order = torch.randperm(samples, generator=derived_generator(seed, "order", epoch))
-    return split_evenly(order, batch_size)
+    return [batch.tolist() for batch in order.tensor_split(count_steps(samples, batch_size))]
 
 
 def in_order(samples: int, batch_size: int) -> list[list[int]]:
@@ -68,19 +70,6 @@ def load(
     return DataLoader(data, batch_sampler=batches, num_workers=workers, generator=generator, pin_memory=pin_memory)
 
 
-Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
-"""A DataLoader or other iterable of ``(images, labels)`` or images; or one such pair or batch of tensors."""
-
-
-T = TypeVar("T")
-
-
-_PAIR = 2
-
-
-_AT_MOST = 1 << 62  # more batches than there are: as a step, it leaves only the first
-
-
 @runtime_checkable
 class NumberedBatches(Protocol):
     """Data any of whose batches can be read alone, so that no process reads what belongs to another."""
@@ -93,25 +82,6 @@ class NumberedBatches(Protocol):
 
     def numbered(self, numbers: Sequence[int]) -> Iterator[Any]:
         """The batches of these numbers."""
-
-
-def _numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """``enumerate`` without the tuple that it keeps, and the batch in it, while the next one is read."""
-    source, number = iter(items), 0
-    while True:
-        try:
-            item = (number, next(source))
-        except StopIteration:
-            return
-        yield item
-        del item
-        number += 1
-
-
-def _handed_over(items: list[T]) -> Iterator[T]:
-    """The items, none of which is held any longer than it takes to pass it on."""
-    while items:
-        yield items.pop(0)
 
 
 class BatchStream:
@@ -127,33 +97,32 @@ class BatchStream:
 
     Attributes:
         number: Number of the batch that this process works on, by the data's order.
+        total: How many samples there are, where that is known without reading them.
     """
 
     def __init__(self, model: nn.Module, data: Data, batch_size: int, numbers: Sequence[int] | None = None) -> None:
         self._model, self._data, self._batch_size, self._numbers = model, data, batch_size, numbers
-        self._chosen = None if numbers is None else frozenset(numbers)
         self._team = current()
-        self.number = 0
+        self.number, self.total = 0, samples_in(data)
         self._source: Iterator[tuple[int, Any]] | None = None
+        self._loader = _sampled(data)
+        # data that can be read only one after the other: every process reads what belongs to the others, too
+        self._is_skimmed = not (
+            self._loader is not None or isinstance(data, Tensor | NumberedBatches) or _is_pair(data)
+        )
         self._order: list[Any] | None = None
-        loader = _sampled(data)
-        if self._team.count > 1 and loader is not None and not isinstance(loader.sampler, SequentialSampler):
-            self._order = self._team.first(lambda: list(loader.batch_sampler or ()))
+        if self._team.count > 1 and _is_shuffled(self._loader):
+            self._order = self._team.first(lambda: list(self._sample_order()))
 
     @property
-    def total(self) -> int | None:
-        """How many samples there are, where that is known without reading them."""
-        return samples_in(self._data)
-
-    @property
-    def first(self) -> tuple[Tensor, Tensor | None]:
+    def first(self) -> Batch:
         """The first batch that is not empty, the same one for every process.
 
         Raises:
             UserError: As for :func:`batches`; or there is no sample.
         """
         belongs_here = self._team.leads or self._is_skimmed
-        source = self._read() if belongs_here else self._raw(0, _AT_MOST)
+        source = self._read() if belongs_here else self._every(_AT_MOST, start=0)
         read: list[tuple[int, Any]] = []
         for item in source:
             read.append(item)
@@ -180,15 +149,7 @@ class BatchStream:
         items = self._read()
         if self._is_skimmed:
             items = islice(items, self._team.rank, None, self._team.count)
-        if self._team.count > 1:
-            yield from self._team.in_turns(lambda: self._turn(items, work))
-            return
-        for item in items:
-            self.number = item[0]
-            batch = _prepared(self._model, *item)
-            del item  # nothing holds what was read while the batch is worked on
-            if batch is not None:
-                yield work(*batch)
+        yield from self._team.in_turns(lambda: self._turn(items, work))
 
     def _turn(
         self, items: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], T]
@@ -199,54 +160,43 @@ class BatchStream:
             return None
         self.number = item[0]
         batch = _prepared(self._model, *item)
+        del item  # nothing holds what was read while the batch is worked on
         return () if batch is None else (work(*batch),)
-
-    @property
-    def _is_skimmed(self) -> bool:
-        """Whether processes read what belongs to others, too, since the data can be read only one after the other."""
-        tensors = isinstance(self._data, Tensor) or _is_pair(self._data)
-        return not (tensors or isinstance(self._data, NumberedBatches) or _sampled(self._data) is not None)
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         """This process's batches with their numbers; all of them where the data are skimmed."""
         if self._source is None:
-            self._source = self._raw(0, 1) if self._is_skimmed else self._raw(self._team.rank, self._team.count)
+            self._source = self._every(1 if self._is_skimmed else self._team.count)
         return self._source
 
-    def _raw(self, start: int, step: int) -> Iterator[tuple[int, Any]]:
-        """Every ``step``-th batch from ``start`` on, of those that are asked for."""
-        loader = _sampled(self._data)
+    def _every(self, step: int, start: int | None = None) -> Iterator[tuple[int, Any]]:
+        """Every ``step``-th batch of those that are asked for, from this process's own or ``start`` on."""
+        start = self._team.rank % step if start is None else start
         if self._numbers is None and step == 1:
-            return islice(_numbered(_raw(self._data, self._batch_size)), start, None)
+            return _numbered(_raw(self._data, self._batch_size))
         if isinstance(self._data, NumberedBatches):
             numbers = (range(len(self._data)) if self._numbers is None else self._numbers)[start::step]
             return zip(numbers, self._data.numbered(numbers), strict=False)
-        if loader is not None:
-            samples = enumerate(self._order if self._order is not None else loader.batch_sampler or ())
-            chosen = list(islice((item for item in samples if self._asks_for(item[0])), start, None, step))
-            workers = 0 if step == _AT_MOST else loader.num_workers
-            return zip(
-                (number for number, _ in chosen), _reader(loader, [rows for _, rows in chosen], workers), strict=False
-            )
-        items = _numbered(_raw(self._data, self._batch_size))
-        return islice((item for item in items if self._asks_for(item[0])), start, None, step)
+        if self._loader is not None:
+            chosen = list(islice(self._asked_for(enumerate(self._sample_order())), start, None, step))
+            workers = 0 if step == _AT_MOST else self._loader.num_workers
+            items = _reader(self._loader, [rows for _, rows in chosen], workers)
+            return zip((number for number, _ in chosen), items, strict=False)
+        return islice(self._asked_for(_numbered(_raw(self._data, self._batch_size))), start, None, step)
 
-    def _asks_for(self, number: int) -> bool:
-        return self._chosen is None or number in self._chosen
+    def _asked_for(self, items: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
+        numbers = None if self._numbers is None else frozenset(self._numbers)
+        return (item for item in items if numbers is None or item[0] in numbers)
+
+    def _sample_order(self) -> Iterable[Any]:
+        """The samples of each of the loader's batches; where it shuffles, as the first process has drawn them."""
+        return self._order if self._order is not None else getattr(self._loader, "batch_sampler", None) or ()
 
 
-def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[Batch]:
     """Images and labels, batch by batch, checked, on the model's device and in its dtype.
 
-    The caller holds the model frozen.
-
-    Args:
-        model: Decides device and floating dtype, by its first parameter.
-        data: See :data:`Data`.
-        batch_size: Rows per batch when ``data`` is tensors.
-
-    Yields:
-        ``(images, labels)``, labels None where there are none.
+    The caller holds the model frozen. The batch size is for data that are tensors.
 
     Raises:
         UserError: A batch is not images and labels, their numbers differ, a value is not finite, or the model holds
@@ -256,30 +206,6 @@ def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[tuple[Ten
         ready = _prepared(model, number, batch)
         if ready is not None:
             yield ready
-
-
-def _prepared(model: nn.Module, number: int, batch: Any) -> tuple[Tensor, Tensor | None] | None:
-    """One batch, checked, on the model's device and in its dtype; None where it holds no image."""
-    device, dtype = _placement(model)
-    for module in model.modules():  # reading the data may have switched it, as some attacks do
-        module.training = False
-    images, labels = _split(batch, number)
-    if images.shape[0] == 0:
-        return None
-    if dtype is None or not images.is_floating_point():
-        dtype = dtype or torch.get_default_dtype()
-    images = images.detach().to(device=device, dtype=dtype, non_blocking=True)
-    if not _finite(images):
-        row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
-        raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
-    return images, None if labels is None else labels.to(device)
-
-
-def _finite(images: Tensor) -> bool:
-    if images.numel() == 0:
-        return True
-    lowest, highest = images.aminmax()  # NaN passes through both; several times quicker than a test of every value
-    return bool(lowest.isfinite() & highest.isfinite())
 
 
 def samples_in(data: Data) -> int | None:
@@ -298,15 +224,11 @@ def samples_in(data: Data) -> int | None:
 def batches_in_order(data: Data, batch_size: int) -> tuple[int, int]:
     """How many samples ``data`` holds, and how many are in a batch, where neither its order nor these change.
 
-    Args:
-        data: See :data:`Data`.
-        batch_size: Rows per batch when ``data`` is tensors.
-
     Raises:
         UserError: That is not known of the data, or they are shuffled.
     """
-    samples, loader = samples_in(data), _sampled(data)
-    if loader is not None and not isinstance(loader.sampler, SequentialSampler):
+    samples = samples_in(data)
+    if _is_shuffled(_sampled(data)):
         raise UserError("the loader shuffles the data, or draws from them: results in a folder need a fixed order")
     rows = getattr(data, "batch_size", batch_size)
     if not samples or not isinstance(rows, int):
@@ -317,37 +239,74 @@ def batches_in_order(data: Data, batch_size: int) -> tuple[int, int]:
     return samples, rows
 
 
+def _prepared(model: nn.Module, number: int, batch: Any) -> Batch | None:
+    """One batch, checked, on the model's device and in its dtype; None where it holds no image."""
+    device, dtype = placement(model)
+    if (device.type, dtype) == ("cpu", torch.float16):
+        raise UserError("the model is in half precision (float16) on the CPU: use model.float(), or bfloat16 autocast")
+    for module in model.modules():  # reading the data may have switched it, as some attacks do
+        module.training = False
+    images, labels = _split(batch, number)
+    if images.shape[0] == 0:
+        return None
+    images = images.detach().to(device=device, dtype=dtype, non_blocking=True)
+    if not _finite(images):
+        row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
+        raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
+    return images, None if labels is None else labels.to(device)
+
+
+def _finite(images: Tensor) -> bool:
+    if images.numel() == 0:
+        return True
+    lowest, highest = images.aminmax()  # NaN passes through both; several times quicker than a test of every value
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
+def _numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """``enumerate`` without the tuple that it keeps, and the batch in it, while the next one is read."""
+    source, number = iter(items), 0
+    while True:
+        try:
+            item = (number, next(source))
+        except StopIteration:
+            return
+        yield item
+        del item
+        number += 1
+
+
+def _handed_over(items: list[T]) -> Iterator[T]:
+    """The items, none of which is held any longer than it takes to pass it on."""
+    while items:
+        yield items.pop(0)
+
+
 def _sampled(data: object) -> DataLoader[Any] | None:
     """The data as a loader that can be told which samples to read."""
     return data if isinstance(data, DataLoader) and data.batch_sampler is not None else None
 
 
+def _is_shuffled(loader: DataLoader[Any] | None) -> bool:
+    return loader is not None and not isinstance(loader.sampler, SequentialSampler)
+
+
 def _reader(loader: DataLoader[Any], batches: list[Any], workers: int) -> Iterator[Any]:
     """Some batches of a loader, given by their samples, with the others unread."""
-    return iter(
-        DataLoader(
-            loader.dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            generator=loader.generator,
-        )
-    )
+    kept = ("collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
+    options = {name: getattr(loader, name) for name in kept}
+    return iter(DataLoader(loader.dataset, batch_sampler=batches, num_workers=workers, **options))
 
 
 def _is_pair(data: object) -> bool:
-    if not (
-        isinstance(data, (tuple, list)) and len(data) == _PAIR and all(isinstance(tensor, Tensor) for tensor in data)
-    ):
+    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(tensor, Tensor) for tensor in data)):
         return False
     labels = data[1]  # a list may also be two batches of images
-    return isinstance(data, tuple) or not (labels.is_floating_point() and labels.ndim >= _PAIR)
+    return isinstance(data, tuple) or not (labels.is_floating_point() and labels.ndim >= 2)
 
 
 def _raw(data: Data, batch_size: int) -> Iterable[Any]:
+    """The batches as the data give them."""
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is not positive")
     if isinstance(data, Tensor):
@@ -363,8 +322,9 @@ def _raw(data: Data, batch_size: int) -> Iterable[Any]:
 
 
 def _split(batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
-    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    images, labels = parts[0] if parts else None, parts[1] if len(parts) > 1 else None
+    """The images and labels of a batch, whatever else is in it."""
+    items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    images, labels = (*items, None, None)[:2]
     if not isinstance(images, Tensor) or not (labels is None or isinstance(labels, Tensor)):
         kind = type(images if not isinstance(images, Tensor) else labels).__name__
         raise UserError(f"batch {number} holds {kind} where tensors were expected: (images, labels) or images")
@@ -378,7 +338,7 @@ def _check_images(images: Tensor, number: int) -> None:
     if images.layout != torch.strided or images.is_complex():
         kind = "complex numbers" if images.is_complex() else "a sparse tensor"
         raise UserError(f"batch {number} is {kind}: expected a dense, real tensor of images (N, C, H, W)")
-    if images.ndim < _PAIR:
+    if images.ndim < 2:
         raise UserError(f"batch {number} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
 
 
@@ -387,12 +347,3 @@ def _check_counts(images: Tensor, labels: Tensor, number: int) -> None:
         raise UserError(
             f"batch {number} has {images.shape[0]} images but labels of shape {tuple(labels.shape)}: give one per image"
         )
-
-
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        return torch.device("cpu"), None
-    if parameter.device.type == "cpu" and parameter.dtype == torch.float16:
-        raise UserError("the model is in half precision (float16) on the CPU: use model.float(), or bfloat16 autocast")
-    return parameter.device, parameter.dtype

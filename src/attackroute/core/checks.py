@@ -9,25 +9,15 @@ from torch import Tensor
 
 from attackroute.core.errors import UserError
 
-_IMAGE_DIMS = 4
-
-
-_MATRIX = 2
-
-
 _TOLERANCE = 1e-4  # of a value in [0, 1]
 
 
 def checked_batch(batch: Any, what: str) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch.
-
-    Raises:
-        UserError: Not a pair of floating images (N, C, H, W) and integer labels (N,).
-    """
-    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+    """The images and labels of a batch, which must be floating (N, C, H, W) and integers (N,)."""
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)):
         raise UserError(f"the {what} must give pairs of an image tensor and an integer label")
     images, labels = batch
-    if images.ndim != _IMAGE_DIMS or not images.is_floating_point():
+    if images.ndim != 4 or not images.is_floating_point():
         raise UserError(
             f"the {what} gives images of shape {tuple(images.shape[1:])} and type {images.dtype}; "
             "floating tensors (channels, height, width) are needed"
@@ -40,11 +30,7 @@ def checked_batch(batch: Any, what: str) -> tuple[Tensor, Tensor]:
 
 
 def check_attackable(x: Tensor, y: Tensor) -> None:
-    """Check a batch that is to be perturbed.
-
-    Raises:
-        UserError: Not images in [0, 1] with one integer label each.
-    """
+    """Check a batch that is to be perturbed: images in [0, 1] with one integer label each."""
     if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
         what = f"shape {tuple(x.shape)} and type {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"images to attack are {what}; floating tensors (N, C, H, W) are needed")
@@ -68,7 +54,7 @@ def checked_logits(output: object, samples: int) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise UserError(f"the model returns {type(output).__name__}, not logits of shape (N, classes)")
-    if logits.ndim != _MATRIX or logits.shape[0] != samples:
+    if logits.ndim != 2 or logits.shape[0] != samples:
         raise UserError(
             f"the model returns a tensor of shape {tuple(logits.shape)} for {samples} images, not logits (N, classes)"
         )
@@ -90,17 +76,10 @@ def checked_labels(labels: Tensor, classes: int, samples: int) -> Tensor:
 def check_logits(logits: Tensor, labels: Tensor, what: str) -> None:
     """Check that a model's output can be compared with labels, without waiting for its device.
 
-    Unlike :func:`checked_logits` it does not look at the values, so that NaN passes.
-
-    Args:
-        logits: The model's output, (N, classes).
-        labels: (N,), best on the CPU: reading them elsewhere would wait for the device.
-        what: Name of the data set for the message.
-
-    Raises:
-        UserError: The output is not (N, classes), or a label has no logit.
+    Unlike :func:`checked_logits` it does not look at the values, so that NaN passes. The labels of the data set
+    ``what`` are best on the CPU: reading them elsewhere would wait for the device.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != _MATRIX or len(logits) != len(labels):
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model returns {shape} for {len(labels)} images; one row of logits an image is needed")
     low, high = labels.min().item(), labels.max().item()

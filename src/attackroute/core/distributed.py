@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,8 +27,6 @@ T = TypeVar("T")
 WAIT = timedelta(hours=1)
 """How long a process waits for the others; one that is dead is noticed at once, so this is for one that hangs."""
 
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 class LostProcessError(Exception):
     """Another process of the job is gone, or does not answer."""
@@ -39,7 +37,7 @@ class Processes:
     """The processes of a job, seen from one of them.
 
     All of them must call the same methods in the same order. Errors do not travel: a process that raises one leaves the
-    others with a :class:`LostProcessError`.
+    others with a :class:`LostProcessError`, as does one that is gone.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -66,60 +64,35 @@ class Processes:
         return f"process {self.rank} of {self.count}"
 
     def all(self, value: T) -> list[T]:
-        """The values of all processes, by rank; they are pickled.
-
-        Raises:
-            LostProcessError: A process is gone.
-        """
+        """The values of all processes, by rank; they are pickled."""
         if self.count == 1:
             return [value]
-        import torch.distributed as dist
-
         gathered: list[Any] = [None] * self.count
-        with _noticing_loss():
+        with _exchange() as dist:
             dist.all_gather_object(gathered, value, group=self.group)
         gathered[self.rank] = value
         return gathered
 
     def first(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, for all of them.
-
-        Raises:
-            LostProcessError: A process is gone, as the first one is if ``compute`` raises an error.
-        """
+        """What the first process computes, for all of them."""
         if self.count == 1:
             return compute()
-        import torch.distributed as dist
-
         values: list[Any] = [compute() if self.leads else None]
-        with _noticing_loss():
+        with _exchange() as dist:
             dist.broadcast_object_list(values, src=0, group=self.group)
-        value: T = values[0]
-        return value
+        return values[0]  # type: ignore[no-any-return]
 
     def sum_(self, values: Tensor) -> None:
-        """Replace a tensor by its sum over all processes, which is the same on each of them, bit for bit.
-
-        Raises:
-            LostProcessError: A process is gone.
-        """
-        if self.count == 1:
-            return
-        import torch.distributed as dist
-
-        with _noticing_loss():
-            dist.all_reduce(values)
+        """Replace a tensor by its sum over all processes, which is the same on each of them, bit for bit."""
+        if self.count > 1:
+            with _exchange() as dist:
+                dist.all_reduce(values)
 
     def in_turns(self, take: Callable[[], tuple[T, ...] | None]) -> Iterator[T]:
         """Values of the turns of all processes: of process 0, of process 1, ..., again of process 0, and so on.
 
-        All are exchanged once a round, in which every process takes one turn.
-
-        Args:
-            take: Does this process's next turn, and gives the values that came of it; None when nothing is left.
-
-        Raises:
-            LostProcessError: A process is gone.
+        All are exchanged once a round, in which every process takes one turn: ``take`` does this process's next one,
+        and gives the values that came of it; None when nothing is left.
         """
         while True:
             for values in self.all(take()):
@@ -147,21 +120,14 @@ def joined(*, timeout: timedelta = WAIT, hint: str = "") -> Iterator[Processes]:
     """Share work with the other processes of the job that ``torchrun`` started, until the block ends.
 
     Without ``torchrun``, or where it starts a single process, nothing changes. The first process to fail raises its
-    error, and those that fail in consequence end without a word.
-
-    Args:
-        timeout: How long to wait for a process that is alive and does not answer.
-        hint: What to do after the loss of a process, as the end of a message.
-
-    Raises:
-        UserError: The processes do not find each other.
-        LostProcessError: A process ended without a word of its own, as one that is killed does.
+    error, and those that fail in consequence end without a word; only where a process ended without a word of its own,
+    as one that is killed does, there is a :class:`LostProcessError`, whose message ends with the ``hint``.
     """
     global _current  # noqa: PLW0603  # one job, one group: as PyTorch has it
     if not started_by_torchrun() or _current.count > 1:
         yield _current
         return
-    team = _connect(os.environ, timeout)
+    team = _connect(timeout)
     _current = team
     try:
         yield team
@@ -193,15 +159,12 @@ def apart() -> Iterator[None]:
 
 def started_by_torchrun() -> bool:
     """Whether this process is one of several of a job."""
-    return all(name in os.environ for name in _NEEDED) and os.environ["WORLD_SIZE"] != "1"
+    needed = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return needed <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1"
 
 
 def own_device(kind: str) -> torch.device:
-    """The device for this process where ``kind`` names several, such as ``cuda``; they are dealt out in turn.
-
-    Raises:
-        UserError: The machine has fewer devices than processes.
-    """
+    """The device for this process where ``kind`` names several, such as ``cuda``; they are dealt out in turn."""
     import torch
 
     device = torch.device(kind)
@@ -246,12 +209,12 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _connect(environment: Mapping[str, str], timeout: timedelta) -> Processes:
+def _connect(timeout: timedelta) -> Processes:
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
@@ -264,31 +227,30 @@ def _connect(environment: Mapping[str, str], timeout: timedelta) -> Processes:
             f"process {rank} of {count} does not find the others ({str(error).partition(chr(10))[0]}): check "
             "torchrun's --nnodes, --rdzv-endpoint and that the machines reach each other"
         ) from error
-    return Processes(rank, count, int(environment.get("LOCAL_RANK", rank)), group=group, store=store)
+    return Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), group=group, store=store)
 
 
 def _disconnect() -> None:
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        try:
+    with suppress(RuntimeError):  # after a loss, there may be nothing left to take leave of
+        if dist.is_initialized():
             dist.destroy_process_group()
-        except RuntimeError:  # after a loss, there may be nothing left to take leave of
-            return
 
 
 @contextmanager
-def _noticing_loss() -> Iterator[None]:
+def _exchange() -> Iterator[Any]:
+    """PyTorch's module for what processes exchange; its errors say that one of them is gone."""
+    import torch.distributed
+
     try:
-        yield
+        yield torch.distributed
     except RuntimeError as error:
         raise LostProcessError(str(error).partition("\n")[0]) from error
 
 
 def _fails_first(team: Processes) -> bool:
     """Whether this process, which has failed, is the first one to do so, and so the one that says why."""
-    if team.count == 1:
-        return True
     if _in_main_thread():  # torchrun terminates those that are left, and this one has something to say
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

@@ -19,8 +19,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.files import printable, replace_file
 from attackroute.core.table import Table, plain
 
-_FORMAT = "attackroute document"
-_VERSION = 1
+_FORMAT, _VERSION = "attackroute document", 1
 _LIBRARIES = (
     *("attackroute", "torch", "torchvision", "numpy", "scipy", "safetensors"),
     *("pyautoattack", "imagecorruptions-imaug"),
@@ -64,10 +63,10 @@ class Document:
         Raises:
             UserError: A file cannot be written.
         """
-        home, name = Path(folder), name or self.kind
-        paths = [home / f"{name}.json"]
+        stem = name or self.kind
+        paths = [Path(folder) / f"{stem}.json"]
         if len(self.table):
-            paths.insert(0, home / f"{name}.csv")
+            paths.insert(0, Path(folder) / f"{stem}.csv")
             replace_file(paths[0], self.table.to_csv().encode())
         replace_file(paths[-1], (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
         return paths
@@ -80,17 +79,17 @@ class Document:
             UserError: The file cannot be read, is damaged, or holds something else.
         """
         content = read_object(Path(path))
+        faults = [
+            f"{name!r} must be a {kind.__name__}"
+            for name, kind in _FIELDS.items()
+            if not isinstance(content.get(name), kind)
+        ]
         if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-            raise UserError(
-                f"{printable(path)}: not an {_FORMAT} of version {_VERSION}; write it anew, or move it away"
-            )
-        for name, kind in _FIELDS.items():
-            if not isinstance(content.get(name), kind):
-                raise UserError(
-                    f"{printable(path)}: {name!r} must be a {kind.__name__}; write it anew, or move it away"
-                )
-        if not all(isinstance(row, dict) for row in content["rows"]):
-            raise UserError(f"{printable(path)}: 'rows' must be JSON objects; write it anew, or move it away")
+            faults.insert(0, f"not an {_FORMAT} of version {_VERSION}")
+        elif not faults and not all(isinstance(row, dict) for row in content["rows"]):
+            faults.append("'rows' must be JSON objects")
+        if faults:
+            raise UserError(f"{printable(path)}: {faults[0]}; write it anew, or move it away")
         table = Table.of(content["rows"])
         return cls(content["kind"], content["settings"], content["reading"], table, content["about"])
 
@@ -124,21 +123,12 @@ class Result(ABC):
         """What all rows have in common, and the verdicts, as plain values."""
 
     def document(self, settings: Mapping[str, Any], **about: Any) -> Document:
-        """The result as a document.
-
-        Args:
-            settings: All on which the numbers depend.
-            about: What else there is to say of them all, such as the seconds that it took.
-        """
+        """The result as a document, with what else there is to say about it, such as the seconds that it took."""
         return Document(self.kind, settings, self.reading(), self.table, {**about, **self.about()})
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: The file cannot be read, or holds something else.
-    """
+    """A JSON object from a file; a `UserError` says if it cannot be read, or holds something else."""
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse)
     except OSError as error:

@@ -13,15 +13,15 @@ class UserError(ValueError):
     """
 
 
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean A, B or C?"`` with the known names nearest to ``name``, or nothing where none is near.
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean A, B or C?"`` with the names nearest to ``name``, or nothing where none is near.
 
     Args:
         name: What was asked for.
-        known: What there is.
-        prefix: What has to be written before each of the known names.
+        names: What there is.
+        prefix: What has to be written before each of the names.
     """
-    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)]
+    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)]
     if not near:
         return ""
     *others, last = near

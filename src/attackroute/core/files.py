@@ -14,14 +14,14 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
 from attackroute.core.errors import UserError
+
+if TYPE_CHECKING:  # the command line shows its help without PyTorch
+    from torch import Tensor
 
 VERSION = 1
 ROUTE_KIND = "attackroute route"
@@ -29,7 +29,6 @@ INSTANCE_ROUTES_KIND = "attackroute instance routes"
 HARDNESS_KIND = "attackroute hardness"
 
 _METADATA_KEY = "attackroute"
-_FAULTS = (OSError, SafetensorError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -55,11 +54,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write a JSON file in one step; a `UserError` says if it cannot be written."""
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -79,7 +74,7 @@ def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         UserError: The file is missing, unreadable, damaged, or something else.
     """
     with file_errors(path):
-        return _unseal(_parse(Path(path).read_bytes(), kind), kind, {})
+        return _unseal(_header(Path(path).read_bytes(), kind), {})
 
 
 def write_tensors(
@@ -90,10 +85,12 @@ def write_tensors(
     Raises:
         UserError: The file cannot be written; a previous file of that name is then as it was.
     """
+    from safetensors.torch import save
+
     # safetensors refuses tensors that share memory, as labels and predictions may
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    header = _seal(kind, body, own)
-    replace_file(Path(path), to_safetensors(own, metadata={_METADATA_KEY: _compact(header)}))
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = _seal(kind, body, copies)
+    replace_file(Path(path), save(copies, metadata={_METADATA_KEY: _compact(header)}))
     return str(header["checksum"])
 
 
@@ -106,7 +103,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
     with _opened(path, kind) as (file, header):
         # a clone, so that nothing stays mapped to a file that may change
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return _unseal(_parse(header, kind), kind, tensors), tensors
+        return _unseal(_header(header, kind), tensors), tensors
 
 
 def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -116,10 +113,7 @@ def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         UserError: The file is missing, cut short, or something else; damage inside of tensors goes unnoticed.
     """
     with _opened(path, kind) as (_, header):
-        document = _parse(header, kind)
-        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (kind, VERSION):
-            raise UserError(f"not an {kind} file of version {VERSION}")
-        return document
+        return _header(header, kind)
 
 
 @contextmanager
@@ -128,11 +122,11 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{printable(path)}: {_one_line(error)}") from None
+        raise UserError(f"{printable(path)}: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
-    except _FAULTS as error:
-        raise UserError(f"{printable(path)}: cannot be read: {_one_line(error)}") from None
+    except (SafetensorError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{printable(path)}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def expect_mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -180,16 +174,26 @@ def _seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     return {"format": kind, "version": VERSION, "checksum": _checksum(content, tensors), **body}
 
 
-def _unseal(document: object, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    if not isinstance(document, dict) or not isinstance(document.get("format"), str):
+def _header(text: str | bytes, kind: str) -> dict[str, Any]:
+    """A header with the body in it, once format and version are right."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
+    if not isinstance(header, dict) or not isinstance(header.get("format"), str):
         raise UserError(f"not an {kind} file: it states no format")
-    if document["format"] != kind:
-        raise UserError(f"holds {document['format']!r}, not {kind!r}: choose the loader that belongs to it")
-    version = document.get("version")
+    if header["format"] != kind:
+        raise UserError(f"holds {header['format']!r}, not {kind!r}: choose the loader that belongs to it")
+    version = header.get("version")
     if type(version) is not int or version != VERSION:
         raise UserError(f"has file version {version!r}, this attackroute reads {VERSION}: use the one that wrote it")
-    content = {key: value for key, value in document.items() if key != "checksum"}
-    if document.get("checksum") != _checksum(content, tensors):
+    return header
+
+
+def _unseal(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The body, once the checksum is right."""
+    content = {key: value for key, value in header.items() if key != "checksum"}
+    if header.get("checksum") != _checksum(content, tensors):
         raise UserError("damaged or edited: the contents do not match the checksum; write it anew")
     return {key: value for key, value in content.items() if key not in {"format", "version"}}
 
@@ -197,10 +201,17 @@ def _unseal(document: object, kind: str, tensors: Mapping[str, Tensor]) -> dict[
 def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(_compact(content).encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # as bytes, since numpy has no bfloat16
+        update_digest(digest, name, tensors[name])
     return f"sha256:{digest.hexdigest()}"
+
+
+def update_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Add a tensor to a digest: its name, type, shape and values."""
+    import torch
+
+    values = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}:{values.dtype}:{tuple(values.shape)}".encode())
+    digest.update(values.flatten().view(torch.uint8).numpy().data)  # as bytes, since numpy has no bfloat16
 
 
 def _compact(value: object) -> str:
@@ -217,17 +228,6 @@ def _layout(document: Mapping[str, Any]) -> str:
         else:
             entries.append(f"  {json.dumps(key)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(entries) + "\n}\n"
-
-
-def _parse(text: str | bytes, kind: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _keep_name(folder: Path) -> None:

@@ -17,8 +17,7 @@ from attackroute.core.files import printable, replace_file
 
 MEASUREMENTS = "measurements.jsonl"
 
-_FORMAT = "attackroute measurements"
-_VERSION = 2
+_FORMAT = {"format": "attackroute measurements", "version": 2}
 
 Key = tuple[str | int, ...]
 
@@ -33,9 +32,7 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], stale: Sequence[Path] = ()) -> None:
-        self._path = path
-        self._settings = dict(settings)
-        self._stale = stale
+        self._path, self._settings, self._stale = path, dict(settings), stale
         self._records: dict[Key, dict[str, Any]] = {}
         self._started = False
 
@@ -59,13 +56,16 @@ class Journal:
         try:
             content = self._path.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"{printable(self._path)}: cannot be read: {error.strerror or error}; choose another folder"
-            ) from None
+            raise UserError(f"{self}: cannot be read: {error.strerror or error}; choose another folder") from None
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
         if lines:
-            self._check_header(_parsed(self._path, 1, lines[0], "format"))
+            header = _parsed(self._path, 1, lines[0], "format")
+            if any(header.get(name) != value for name, value in _FORMAT.items()):
+                raise UserError(
+                    f"{self} is no file of measurements (version {_FORMAT['version']}); choose another folder"
+                )
+            require_same_settings(f"the evaluation in {self}", header.get("settings"), self._settings)
             for number, line in enumerate(lines[1:], start=2):
                 record = _parsed(self._path, number, line, "key", "samples")
                 self._records[tuple(record.pop("key"))] = record
@@ -89,12 +89,8 @@ class Journal:
     def recall(self, key: Key, samples: str) -> dict[str, Any] | None:
         """The measurement under a key, or None.
 
-        Args:
-            key: Names the measurement.
-            samples: Digest of what it was measured on.
-
         Raises:
-            UserError: It was measured on other samples.
+            UserError: It was measured on other samples than those of this digest.
         """
         record = self._records.get(key)
         if record is not None and record["samples"] != samples:
@@ -116,7 +112,7 @@ class Journal:
             if not self._started:
                 for file in self._stale:
                     file.unlink(missing_ok=True)
-                replace_file(self._path, _line({"format": _FORMAT, "version": _VERSION, "settings": self._settings}))
+                replace_file(self._path, _line({**_FORMAT, "settings": self._settings}))
                 self._started = True
             _append(self._path, _line({"key": list(key), **record}))
         return record
@@ -124,22 +120,12 @@ class Journal:
     def __str__(self) -> str:
         return "memory" if self._path is None else printable(self._path)
 
-    def _check_header(self, header: Mapping[str, Any]) -> None:
-        if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
-            raise UserError(f"{self} is no file of measurements (version {_VERSION}); choose another folder")
-        require_same_settings(f"the evaluation in {self}", header.get("settings"), self._settings)
-
 
 def require_same_settings(what: str, stored: object, settings: Mapping[str, Any]) -> None:
     """Compare the settings that a file holds with those of this run: all that must be the same for it to go on.
 
-    Args:
-        what: What is to go on, and where it is, for the message.
-        stored: The settings that were written down, as JSON gives them back.
-        settings: Those of this run, as JSON values.
-
     Raises:
-        UserError: One of them differs, and which.
+        UserError: One of them differs, and which; ``what`` says what is to go on, and where it is.
     """
     before = stored if isinstance(stored, dict) else {}
     for name in dict.fromkeys([*settings, *before]):
@@ -157,9 +143,8 @@ def _append(path: Path, line: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(
-            f"{printable(path)}: cannot be written: {error.strerror or error}; choose another folder"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{printable(path)}: cannot be written: {reason}; choose another folder") from None
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

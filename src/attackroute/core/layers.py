@@ -30,10 +30,8 @@ from attackroute.core.errors import UserError
 OUTPUT, ACTIVATION = "output", "activation"
 """Places at which a layer's channels are read and changed: its own output, or that of the activation that follows."""
 
-
 CHANNEL_DIM = {"conv2d": -3, "linear": -1}
 """Where channels stand in the output of each kind of layer, with or without samples before them."""
-
 
 _CONVOLUTIONS = frozenset(
     {
@@ -44,36 +42,18 @@ _CONVOLUTIONS = frozenset(
         torch.ops.aten.convolution.default,
     }
 )
-
-
 _GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution.default})
-
-
-_TRANSPOSED_ARGUMENT = 6
-
-
-_BATCHED_IMAGE_DIMS = 4
-
-
-_ATTENTION_DIMS = 3
-
+_TRANSPOSED_ARGUMENT = 6  # of a general convolution
 
 _ATTENTION = nn.functional.multi_head_attention_forward
-
-
 _OPENED = FunctionType(  # the same function, except that it does not hand itself to the mode that is to look inside it
     _ATTENTION.__code__,
     {**vars(nn.functional), "has_torch_function": lambda _: False},
     argdefs=_ATTENTION.__defaults__,
 )
-
-
 _OPENED.__kwdefaults__ = _ATTENTION.__kwdefaults__
 
-
 _LEVEL: ContextVar[int] = ContextVar("pass_level", default=0)
-
-
 _ATTENDED: ContextVar[int | None] = ContextVar("attended", default=None)
 """Size of the batch of the multi-head attention under way, where positions come first; shared by nested contexts."""
 
@@ -177,9 +157,7 @@ class LayerCalls(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, visit: Callable[[LayerCall], Tensor], *, linear: bool = False) -> None:
         super().__init__()
-        self._model = model
-        self._visit = visit
-        self._linear = linear
+        self._model, self._visit, self._linear = model, visit, linear
         self._names: dict[nn.Module, str] = {}
         self._running: list[str] = []
         self._calls: dict[str, int] = {}
@@ -252,7 +230,7 @@ class LayerCalls(TorchFunctionMode):
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """PyTorch's multi-head attention, with this mode looking at what it calls."""
         query = args[0] if args else kwargs["query"]
-        token = _ATTENDED.set(query.shape[1] if query.ndim == _ATTENTION_DIMS else None)
+        token = _ATTENDED.set(query.shape[1] if query.ndim == 3 else None)
         super().__enter__()  # type: ignore[no-untyped-call]
         try:
             return _OPENED(*args, **kwargs)
@@ -268,7 +246,7 @@ class LayerCalls(TorchFunctionMode):
         if func in _GENERAL:
             transposed = kwargs.get("transposed", args[_TRANSPOSED_ARGUMENT] if len(args) > _TRANSPOSED_ARGUMENT else 0)
             source = args[0] if args else kwargs["input"]
-            if transposed or source.ndim != _BATCHED_IMAGE_DIMS:
+            if transposed or source.ndim != 4:  # one image without a batch
                 return None
         return "conv2d"
 

@@ -19,14 +19,7 @@ def cross_entropy_seed(logits: Tensor, labels: Tensor) -> Tensor:
 
     The gradient is ``softmax - onehot = (1 - p_y) * (q - onehot)`` with q the softmax over the other classes. In
     floating point ``1 - p_y`` loses all digits of a confident sample; being positive, it changes no ranking and is
-    left out.
-
-    Args:
-        logits: ``(n, K)``, K >= 2.
-        labels: ``(n,)`` int64.
-
-    Returns:
-        ``q - onehot``, ``(n, K)``, in float32 or wider.
+    left out. What comes back, for logits ``(n, K)``, is ``q - onehot`` in float32 or wider.
     """
     if logits.shape[1] < 2:
         raise UserError("the model has a single logit; cross entropy needs two classes or more (pass loss=...)")
@@ -44,16 +37,13 @@ def log_doubt(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def seed_gradients(logits: Tensor, labels: Tensor, sinks: dict[str, Tensor], loss: Loss | None) -> dict[str, Tensor]:
-    """``dL/dZ`` at each sink, up to a positive factor per sample (Eq. (3)).
+    """``dL/dZ`` at each sink, up to a positive factor per sample (Eq. (3)); zeros where no logit depends on the sink.
 
     Args:
         logits: ``(n, K)`` with the graph to the sinks.
         labels: ``(n,)`` int64.
         sinks: Sink outputs ``Z_L`` that require grad, by name.
         loss: Per-sample loss; None for cross entropy.
-
-    Returns:
-        Gradients of the shapes of the sinks; zeros where the logits do not depend on a sink.
     """
     if loss is None:
         outputs, weights = logits, cross_entropy_seed(logits, labels).to(logits.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from attackroute.core.errors import UserError
+from attackroute.core.files import update_digest
 from attackroute.core.layers import write_count
 
 
@@ -19,9 +20,7 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 of the model's parameters and buffers, those of its normalisation included."""
     digest = hashlib.sha256()
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        update_digest(digest, name, value)
     return digest.hexdigest()
 
 
@@ -35,7 +34,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             raise UserError(f"parameter {name!r} of the model is uninitialised (lazy): run the model on a batch first")
         if parameter.is_inference():
             raise UserError(f"parameter {name!r} of the model was made in inference_mode: build the model outside it")
-    training = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = [
         (module, name, buffer, write_count(buffer), None if is_lazy(buffer) else buffer.clone())
@@ -44,14 +42,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        for module, _ in training:  # not model.eval(), which a class may have made to do more
-            module.training = False
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
+        with kept_modes(model):
+            for module in model.modules():  # not model.eval(), which a class may have made to do more
+                module.training = False
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            yield
     finally:
-        for module, mode in training:
-            module.training = mode
         for parameter in learning:
             parameter.requires_grad_(True)
         for module, name, buffer, version, kept in buffers:
@@ -62,11 +59,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating type of a model's first floating parameter; CPU and float32 without one."""
+    """Device and type of a model's first floating parameter; the CPU and PyTorch's default type without one."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
-    return torch.device("cpu"), torch.float32
+    return torch.device("cpu"), torch.get_default_dtype()
 
 
 def autocast_of(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
@@ -77,17 +74,8 @@ def autocast_of(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextM
     return torch.autocast(device.type, dtype)
 
 
-_Buffers = list[tuple[nn.Module, str, Tensor]]
-
-
 class RepeatablePass:
-    """What a forward pass starts from: inputs, buffers, states of the random generators, autocast.
-
-    Args:
-        model: The model that is about to run.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-    """
+    """What a forward pass of a model that is about to run starts from: inputs, buffers, random states, autocast."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._model = model
@@ -103,8 +91,7 @@ class RepeatablePass:
     def run(self, *first: Any) -> Any:
         """Run the model again as it ran then; buffers and generators are afterwards as they were before.
 
-        Args:
-            first: What to give it in place of its first positional arguments; a copy is taken.
+        Copies of ``first`` take the place of its first positional arguments.
         """
         kind, dtype, enabled = self._autocast
         with (
@@ -141,7 +128,7 @@ def _swapped(buffers: Iterable[tuple[nn.Module, str, Tensor]]) -> Iterator[None]
             module._buffers[name] = original
 
 
-def _buffer_copies(model: nn.Module) -> _Buffers:
+def _buffer_copies(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     return [
         (module, name, buffer.clone())
         for module in model.modules()
@@ -155,37 +142,28 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-@contextmanager
-def explained(images: Tensor) -> Iterator[None]:
+def explained(images: Tensor) -> AbstractContextManager[None]:
     """Turn what PyTorch says of a forward pass that fails into one line about the model and its input."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        shape = tuple(images.shape)
-        raise UserError(
-            f"the model cannot run on a batch of shape {shape} and type {images.dtype}: {_first_line(error)}"
-        ) from error
+    batch = f"a batch of shape {tuple(images.shape)} and type {images.dtype}"
+    return _worded(f"the model cannot run on {batch}", RuntimeError, ValueError, IndexError, AssertionError)
+
+
+def differentiated() -> AbstractContextManager[None]:
+    """Turn what PyTorch says of a backward pass that fails into one line about the model."""
+    causes = "is activation checkpointing on, or is a tensor changed in-place under no_grad?"
+    return _worded(f"PyTorch cannot differentiate the model ({causes})", RuntimeError)
 
 
 @contextmanager
-def differentiated() -> Iterator[None]:
-    """Turn what PyTorch says of a backward pass that fails into one line about the model."""
+def _worded(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into one line that begins with the message."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:
-        raise UserError(
-            f"PyTorch cannot differentiate the model (is activation checkpointing on, or is a tensor changed in-place "
-            f"under no_grad?): {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    except kinds as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{message}: {lines[0]}") from error
 
 
 @contextmanager

@@ -69,16 +69,10 @@ def channel_uniforms(seed: int, layer: str, channels: int) -> Tensor:
 
 
 def image_keys(images: Tensor, seed: int, purpose: str, generator: torch.Generator | None = None) -> Tensor:
-    """One key for each image, from the image's values, the seed and what the numbers are for.
+    """One key for each image, int64 ``(N,)``, from the image's values, the seed and what the numbers are for.
 
-    Args:
-        images: ``(N, ...)``; two equal images have equal keys.
-        seed: Another seed, other keys.
-        purpose: Separates uses of one seed.
-        generator: One draw from it joins the seed, so that the same image gets new numbers at every call.
-
-    Returns:
-        ``(N,)`` int64 on the images' device.
+    Equal images have equal keys. One draw from a generator joins the seed, so that the same image gets new numbers at
+    every call.
     """
     start = _signed(_digest(purpose, seed, drawn_number(generator)))
     values = images.detach().to(torch.float32) + 0.0  # -0.0 and 0.0 are equal
@@ -127,9 +121,9 @@ def cauchies(keys: Tensor, length: int) -> Tensor:
         spare = torch.empty_like(bits)
         _mix_32_(_mix_32_(bits, spare).bitwise_xor_(high[block, None]), spare)
         # cot(pi / 2 * u) for u in (0, 1): the tail is at u = 0, where float32 is finest; the sign is another bit
-        part = torch.bitwise_and(bits, (1 << _BITS) - 1, out=spare).to(torch.float32)
-        part.add_(0.5).mul_(math.pi / 2 ** (_BITS + 1)).tan_().reciprocal_()
-        torch.copysign(part, bits.view(torch.float32), out=numbers[block])
+        cotangents = torch.bitwise_and(bits, (1 << _BITS) - 1, out=spare).to(torch.float32)
+        cotangents.add_(0.5).mul_(math.pi / 2 ** (_BITS + 1)).tan_().reciprocal_()
+        torch.copysign(cotangents, bits.view(torch.float32), out=numbers[block])
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""Statistics of samples: shares and means with their intervals, the sign test, and how well a number ranks a target.
+"""Statistics of samples: accuracies, means with intervals, the sign test, and how well a number ranks a target.
 
 AUROC and Spearman's correlation are sums over mid-ranks, and a bootstrap resample is a set of weights: how often each
 sample is drawn. So all resamples of all predictors share one sort.
@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from attackroute.core.batches import count_samples, in_order, load
+from attackroute.core.checks import check_logits, checked_batch
+from attackroute.core.distributed import current
+from attackroute.core.errors import UserError
+from attackroute.core.model_state import kept_modes, placement
 from attackroute.core.table import Record, Table
 
 Floats = NDArray[np.float64]
@@ -62,13 +68,69 @@ class Accuracy:
         return max(0.0, (centre - spread) / (1 + ratio)), min(1.0, (centre + spread) / (1 + ratio))
 
 
+class BrokenLogits(UserError):
+    """A model's logits are NaN."""
+
+
+def count_correct(
+    model: nn.Module,
+    data: Dataset[Any],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+) -> Accuracy:
+    """Classify every sample of a data set in eval mode, without gradients.
+
+    Args:
+        model: Maps images (N, C, H, W) to logits (N, classes). Its ``training`` flags come back as they were.
+        data: Gives pairs of a float image (C, H, W) and an integer label.
+        batch_size: Images in one forward pass.
+        workers: Processes that read the data; 0 reads in this one.
+        attack: Classify what this makes of the images, as :mod:`attackroute.robustness` has them.
+
+    Returns:
+        The counts.
+
+    Raises:
+        UserError: Empty or malformed data, or a label outside the logits.
+        BrokenLogits: The logits are NaN for some image.
+    """
+    samples = count_samples(data, "data set")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    device, dtype = placement(model)
+    team = current()
+    batches = in_order(samples, batch_size)[team.rank :: team.count]
+
+    def count() -> int:
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        broken = torch.zeros((), dtype=torch.bool, device=device)
+        for batch in load(
+            data, batches, generator=torch.Generator(), workers=workers, pin_memory=device.type == "cuda"
+        ):
+            images, labels = checked_batch(batch, "data set")
+            images = images.to(device, dtype, non_blocking=True)
+            if attack is not None:
+                images = attack(model, images, labels.to(device))
+            logits = model(images)
+            check_logits(logits, labels, "data set")
+            correct += (logits.argmax(1) == labels.to(device, non_blocking=True)).sum()
+            broken |= logits.isnan().any()
+        if broken:
+            raise BrokenLogits("the model's logits are NaN for some images; check the images and the weights")
+        return int(correct)
+
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        return Accuracy(sum(team.all(count())), samples)
+
+
 @lru_cache(maxsize=100_000)
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided probability of a split at least as uneven, if each discordant sample were a fair coin (McNemar, exact).
 
-    Args:
-        wins: Samples that only the one treatment gets right.
-        losses: Samples that only the other gets right.
+    Discordant are samples that only the one treatment gets right (wins), or only the other (losses).
     """
     total, fewer = wins + losses, min(wins, losses)
     logs = (
@@ -88,11 +150,7 @@ class Mean(NamedTuple):
 
 
 class Moments:
-    """Running sums of several quantities over samples; values that are NaN are left out.
-
-    Args:
-        count: Number of quantities.
-    """
+    """Running sums of several quantities over samples; values that are NaN are left out."""
 
     def __init__(self, count: int) -> None:
         self._samples, self._mean, self._squares = torch.zeros(3, count, dtype=torch.float64)
@@ -174,13 +232,8 @@ def associations(
 def auroc(scores: Floats, events: NDArray[np.bool_], weights: Floats) -> Floats:
     """Probability that a sample with the event has the higher score, ties counting half.
 
-    Args:
-        scores: ``(N,)``.
-        events: ``(N,)`` bool.
-        weights: ``(B, N)``, how often each sample counts.
-
-    Returns:
-        ``(B,)``; NaN where no sample, or every one, has the event.
+    For scores and events ``(N,)`` and weights ``(B, N)``, how often each sample counts, it is ``(B,)``; NaN where no
+    sample, or every one, has the event.
     """
     positive = (weights * events).sum(1)
     negative = weights.sum(1) - positive

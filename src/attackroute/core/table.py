@@ -1,4 +1,4 @@
-"""One table for all results: named columns of plain values, as JSON, CSV, aligned text or a pandas frame."""
+"""One table for all results: named columns of plain values, as JSON, CSV or aligned text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from typing import Any
 
 from attackroute.core.errors import UserError
 
-Value = str | int | float | bool | None
-"""What a cell holds; None where it is not defined."""
-
 Record = dict[str, Any]
 """One row by column."""
 
@@ -23,7 +20,7 @@ _MAX_ROWS = 10
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain values under named columns, tidy: one measurement a row.
+    """Rows of plain values under named columns, tidy: one measurement a row (``pandas.DataFrame(list(table))``).
 
     Attributes:
         columns: Names of the columns, in order.

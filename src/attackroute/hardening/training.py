@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from attackroute.core.accuracy import BrokenLogits, count_correct
 from attackroute.core.batches import count_samples, count_steps, load, shuffled
 from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.distributed import current, take_from_first
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import in_channels_last, kept_modes, placement
 from attackroute.core.random import derived_generator, derived_seed
-from attackroute.core.statistics import Accuracy
+from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
 from attackroute.hardening.checkpoint import Checkpoint, RunFolder
 from attackroute.hardening.data_parallel import Replicas

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from attackroute.analysis.study import Study
-from attackroute.core.accuracy import count_correct
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import replace_file, write_json
 from attackroute.core.model_state import weights_digest
+from attackroute.core.statistics import count_correct
 from attackroute.paper.claims import Claim, Findings, NetworkResults
 from attackroute.paper.experiments import PARTS, paper_attacks
 from attackroute.paper.hardening_plan import paper_plan

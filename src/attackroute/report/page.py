@@ -18,9 +18,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from attackroute.core import __version__
 from attackroute.core.document import library_versions
 from attackroute.core.table import Table, plural
-from attackroute.core.version import __version__
 from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
 from attackroute.report.pictures import inline_figures
 from attackroute.report.route_view import Limits, Network, route_view, run_setup

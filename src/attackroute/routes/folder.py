@@ -23,14 +23,15 @@ from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, printable, read_header
 from attackroute.core.journal import require_same_settings
-from attackroute.routes.instance_routes import Edge, InstanceRoutes, joined_methods, mean_of_most_frequent
+from attackroute.routes.instance_routes import Edge, InstanceRoutes, SampleRoutes, joined_methods
 from attackroute.routes.layer_map import LayerMap, require_model, require_same
-from attackroute.routes.masks import sample_rows
+from attackroute.routes.masks import sample_rows, usage_counts
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
-from attackroute.routes.totals import TRACE, RouteTotals
 
 ROUTE = "route.json"
+TRACE = "trace"
+"""Kind of the document in which a trace is summed up."""
 
 _ROUTES, _PARTIAL, _SUMMARY = "routes", "partial", "summary"
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors")
@@ -43,6 +44,104 @@ def has_routes(folder: Path) -> bool:
     return bool(_shard_files(folder))
 
 
+@dataclass(frozen=True, eq=False)
+class RouteTotals(SampleRoutes):
+    """What the routes of many samples come to together: sums that add up exactly, whichever files they are in.
+
+    Attributes:
+        channels: Channel count of each layer, in forward order.
+        provenance: Where the routes come from.
+        methods: For each edge (source, target), how its influence was computed.
+        usage: For each layer, how many samples' routes use each channel, int64 (C,).
+        correct: Samples whose prediction is their label; None where there are no labels.
+        sketches: For each layer with sketched edges the sums over the samples of their draws, of their expected overlap
+            and of the share of their channels that is undecided.
+    """
+
+    channels: Mapping[str, int]
+    provenance: Provenance
+    methods: Mapping[Edge, str]
+    usage: Mapping[str, Tensor]
+    correct: int | None
+    sketches: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, routes: InstanceRoutes) -> RouteTotals:
+        """The totals of routes in memory."""
+        sketches: dict[str, tuple[float, ...]] = {}
+        if (errors := routes.sketched) is not None:
+            for layer in errors.layers:
+                values = (errors.draws[layer], errors.overlap[layer], errors.undecided(layer).double().mean(1))
+                sketches[layer] = tuple(value.double().sum().item() for value in values)
+        labels, predictions = routes.labels, routes.predictions
+        return cls(
+            routes.channels,
+            routes.provenance,
+            routes.methods,
+            usage={layer: usage_counts(routes.packed[layer], count) for layer, count in routes.channels.items()},
+            correct=None if labels is None or predictions is None else int((labels == predictions).sum()),
+            sketches=sketches,
+        )
+
+    @classmethod
+    def sum(cls, parts: Sequence[RouteTotals]) -> RouteTotals:
+        """The totals of several sets of samples together, in their order.
+
+        Raises:
+            UserError: They have different layers.
+        """
+        first = parts[0]
+        for number, totals in enumerate(parts[1:], start=2):
+            require_same(first.channels, totals.channels, f"part {number}")
+        correct = [totals.correct for totals in parts if totals.correct is not None]
+        return cls(
+            first.channels,
+            Provenance.merge([totals.provenance for totals in parts]),
+            joined_methods([totals.methods for totals in parts]),
+            usage={layer: sum(totals.usage[layer] for totals in parts) for layer in first.channels},  # type: ignore[misc]
+            correct=sum(correct) if len(correct) == len(parts) else None,
+            sketches={
+                layer: tuple(map(sum, zip(*(totals.sketches[layer] for totals in parts), strict=True)))
+                for layer in first.sketches
+            },
+        )
+
+    def frequency(self) -> dict[str, Tensor]:
+        """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
+        return {layer: counts.double() / len(self) for layer, counts in self.usage.items()}
+
+    def document(self, route: Route, settings: Mapping[str, Any], **about: Any) -> Document:
+        """What is to be said of a trace, with the model's route: the same for every run with the same result."""
+        origin = self.provenance
+        occurrence = self.occurrence(origin.width)
+        accuracy = None if self.correct is None else self.correct / origin.samples
+        layers: list[dict[str, Any]] = []
+        for layer, count in self.channels.items():
+            layers.append(
+                {
+                    "layer": layer,
+                    "channels": count,
+                    "route_channels": list(route.indices[layer]),
+                    "occurrence": occurrence[layer],
+                    "incoming": {source: how for (source, target), how in self.methods.items() if target == layer},
+                }
+            )
+            if layer in self.sketches:  # how far the layer's routes can be trusted: means over the samples
+                means = [total / origin.samples for total in self.sketches[layer]]
+                layers[-1] |= zip(("sketches", "expected_overlap", "undecided"), means, strict=True)
+        about |= {
+            "samples": origin.samples,
+            "accuracy": accuracy,
+            "attack": origin.attack,
+            "criterion": origin.criterion,
+            "width": origin.width,
+            "route_width": None if route.provenance is None else route.provenance.width,
+            "layers": layers,
+        }
+        reading = "" if accuracy is None else f"The network is right on {accuracy:.1%} of {origin.samples} samples."
+        return Document(TRACE, settings, reading, about=about)
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of instance routes.
@@ -50,13 +149,11 @@ class Shard:
     Attributes:
         path: The file.
         start: Number of its first sample.
-        samples: How many it holds.
         checksum: Of all that it holds.
     """
 
     path: Path
     start: int
-    samples: int
     checksum: str
 
     def load(self) -> InstanceRoutes:
@@ -72,7 +169,7 @@ class Shard:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RouteFolder:
+class RouteFolder(SampleRoutes):
     """Instance routes in a folder, as :class:`attackroute.InstanceRoutes` in memory; one file is read at a time.
 
     Attributes:
@@ -112,14 +209,13 @@ class RouteFolder:
         for file in (path / _file_name(number, count) for number in range(count)):
             header = read_header(file, INSTANCE_ROUTES_KIND)
             with file_errors(file):
-                origins.append(Provenance.from_json(header.get("provenance")))
                 layers = LayerMap(expect_mapping(header, "fingerprint"))
                 if shards:
                     require_same(channels, layers, printable(file))
                 channels = layers
                 methods.append({(source, target): method for source, target, method in header["methods"]})
-            start = shards[-1].start + shards[-1].samples if shards else 0
-            shards.append(Shard(file, start, origins[-1].samples, str(header["checksum"])))
+                shards.append(Shard(file, sum(origin.samples for origin in origins), str(header["checksum"])))
+                origins.append(Provenance.from_json(header.get("provenance")))
         if model is not None:
             require_model(channels, model)
         return cls(tuple(shards), channels, Provenance.merge(origins), joined_methods(methods))
@@ -129,28 +225,11 @@ class RouteFolder:
         """The folder."""
         return self.shards[0].path.parent
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Route layers' names in forward order."""
-        return tuple(self.channels)
-
-    @property
-    def width(self) -> float:
-        """Share of each layer's channels that is on each sample's route."""
-        return self.provenance.width
-
-    def __len__(self) -> int:
-        return self.provenance.samples
-
     def __repr__(self) -> str:
         return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.shards)} files)"
 
     def parts(self) -> Iterator[InstanceRoutes]:
-        """The routes file by file, in the samples' order.
-
-        Raises:
-            UserError: A file is damaged.
-        """
+        """The routes file by file, in the samples' order; a `UserError` says which file is damaged."""
         for shard in self.shards:
             yield shard.load()
 
@@ -182,14 +261,6 @@ class RouteFolder:
         """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
         return self._counted().frequency()
 
-    def occurrence(self, share: float = 0.2) -> dict[str, float]:
-        """See :meth:`attackroute.InstanceRoutes.occurrence`."""
-        return mean_of_most_frequent(self.frequency(), share)
-
-    def aggregate(self, width: float = 0.3) -> Route:
-        """See :meth:`attackroute.InstanceRoutes.aggregate`."""
-        return Route.from_frequency(self.frequency(), width, self.provenance)
-
     def save_route(self, width: float = 0.3) -> Document:
         """Write the model's route as ``route.json``, and what there is to say of it and of all samples.
 
@@ -203,7 +274,7 @@ class RouteFolder:
         route = self.aggregate(width)
         route.save(self.path / ROUTE)
         checksums = {shard.path.name: shard.checksum for shard in self.shards}
-        document = self._counted().document(route, settings, {"finished": True, "files": checksums})
+        document = self._counted().document(route, settings, finished=True, files=checksums)
         document.save(self.path, _SUMMARY)
         return document
 
@@ -252,14 +323,9 @@ class RouteWriter:
         self._totals: dict[int, RouteTotals] = {}
 
     def begin(self, model: nn.Module, *, resume: bool) -> tuple[Gap, ...]:
-        """Make the folder ready for writing, and see what is done.
+        """Make the folder ready for writing, and see what of the trace of a model is to be done, in order.
 
-        Args:
-            model: The network that is traced.
-            resume: Go on with the trace in the folder, finished or not, if it holds one.
-
-        Returns:
-            What is to be traced, in order.
+        With ``resume`` the trace in the folder, if it holds one, goes on, finished or not.
 
         Raises:
             UserError: The folder cannot be used, holds an unfinished trace although ``resume`` is false, or one with
@@ -303,7 +369,7 @@ class RouteWriter:
         """Write down what is done of the file under way; when this returns, no crash loses it."""
         if self._gaps and self._pending:
             self._pending = [InstanceRoutes.concatenate(self._pending)]
-            self._pending[0].save(self._partial(self._gaps[0].number))
+            self._pending[0].save(self._file(self._gaps[0].number, _PARTIAL))
         self._saved = time.monotonic()
 
     def finish(self) -> RouteFolder:
@@ -316,28 +382,24 @@ class RouteWriter:
 
     def _open_file(self) -> None:
         """Take up what there is of the next file that is not whole."""
-        gap = self._gaps[0] if self._gaps else None
-        self._pending = [] if gap is None or gap.start % self._shard == 0 else [
-            InstanceRoutes.load(self._partial(gap.number))
-        ]  # fmt: skip
+        self._pending = []
+        if self._gaps and self._gaps[0].start % self._shard:
+            self._pending.append(InstanceRoutes.load(self._file(self._gaps[0].number, _PARTIAL)))
 
     def _save(self, number: int, routes: InstanceRoutes) -> None:
-        path = self._path / _file_name(number, self._count)
-        checksum = routes.save(path)
-        self._partial(number).unlink(missing_ok=True)
+        checksum = routes.save(self._file(number))
+        self._file(number, _PARTIAL).unlink(missing_ok=True)
         self._note(number, routes, checksum)
 
     def _note(self, number: int, routes: InstanceRoutes, checksum: str) -> None:
-        path = self._path / _file_name(number, self._count)
-        self._shards[number] = Shard(path, self._range(number)[0], len(routes), checksum)
+        self._shards[number] = Shard(self._file(number), self._range(number)[0], checksum)
         self._totals[number] = RouteTotals.of(routes)
 
     def _gap(self, number: int, model: nn.Module) -> Gap | None:
         """What is to be traced of a file; None where it is whole."""
         start, stop = self._range(number)
         faults: list[str] = []
-        for path in (self._path / _file_name(number, self._count), self._partial(number)):
-            partial = path == self._partial(number)
+        for path in (self._file(number), self._file(number, _PARTIAL)):
             if not path.exists():
                 continue
             try:
@@ -345,15 +407,16 @@ class RouteWriter:
             except UserError as error:
                 faults.append(f"{error}; its samples are traced again")
                 continue
-            whole = len(routes) == stop - start
-            if not whole and (not partial or len(routes) > stop - start or len(routes) % self._batch_size):
+            is_partial = path == self._file(number, _PARTIAL)
+            is_whole = len(routes) == stop - start
+            if not is_whole and (not is_partial or len(routes) > stop - start or len(routes) % self._batch_size):
                 faults.append(f"{path} has {len(routes)} samples, not {stop - start}; they are traced again")
                 continue
             require_model(routes.channels, model)
-            if not whole:
+            if not is_whole:
                 start += len(routes)
                 break
-            if partial:  # the disk was full when it was to be written as a whole
+            if is_partial:  # the disk was full when it was to be written as a whole
                 self._save(number, routes)
             else:
                 self._note(number, routes, str(read_header(path, INSTANCE_ROUTES_KIND)["checksum"]))
@@ -363,8 +426,8 @@ class RouteWriter:
     def _range(self, number: int) -> tuple[int, int]:
         return number * self._shard, min((number + 1) * self._shard, self._samples)
 
-    def _partial(self, number: int) -> Path:
-        return self._path / _file_name(number, self._count, _PARTIAL)
+    def _file(self, number: int, stem: str = _ROUTES) -> Path:
+        return self._path / _file_name(number, self._count, stem)
 
 
 def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:

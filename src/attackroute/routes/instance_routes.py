@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,30 +13,75 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, read_tensors, write_tensors
 from attackroute.core.table import layer_table, plural
-from attackroute.routes.layer_map import LayerMap, channel_counts, require_model, require_same
-from attackroute.routes.masks import (
-    PackedMasks,
-    has_stray_bits,
-    kept,
-    pack,
-    packed_width,
-    sample_rows,
-    usage_counts,
-)
+from attackroute.routes.layer_map import LayerMap, channel_counts, require_layers, require_model, require_same
+from attackroute.routes.masks import PackedMasks, has_stray_bits, kept, pack, packed_width, sample_rows, usage_counts
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 from attackroute.routes.sketch_errors import SketchErrors
 
 Edge = tuple[str, str]
 
-
 _MASKS, _SCORES, _SKETCHED = "masks/", "scores/", "sketched/"
 _ANSWERS = ("labels", "predictions")
-_PREVIEWED_TARGETS = 2
+
+
+class SampleRoutes(ABC):
+    """Routes of N samples, wherever they are kept, and what follows from how many of them use each channel.
+
+    Attributes:
+        channels: for each layer, in forward order, how many channels it has.
+        provenance: where the routes come from, with N as ``samples`` and the width of each sample's route.
+    """
+
+    channels: Mapping[str, int]
+    provenance: Provenance
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Route layers' names in forward order."""
+        return tuple(self.channels)
+
+    @property
+    def width(self) -> float:
+        """Share of each layer's channels that is on each sample's route."""
+        return self.provenance.width
+
+    def __len__(self) -> int:
+        return self.provenance.samples
+
+    @abstractmethod
+    def frequency(self) -> dict[str, Tensor]:
+        """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
+
+    def occurrence(self, share: float = 0.2) -> dict[str, float]:
+        """Mean frequency over the most frequent channels of each layer, the paper's Table 1.
+
+        Args:
+            share: share of the layer's channels to take the mean over. At the width of the instance routes, 1.0
+                means that every sample uses the same channels.
+
+        Raises:
+            UserError: the share is outside (0, 1].
+        """
+        return {
+            layer: float(values.topk(kept(share, values.numel())).values.mean())
+            for layer, values in self.frequency().items()
+        }
+
+    def aggregate(self, width: float = 0.3) -> Route:
+        """The model route: each layer's most frequent channels (Eqs. 7-8), ties to the lower index.
+
+        Args:
+            width: share of each layer's channels to keep, in (0, 1].
+
+        Raises:
+            UserError: the width is outside (0, 1].
+        """
+        return Route.from_frequency(self.frequency(), width, self.provenance)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InstanceRoutes:
+class InstanceRoutes(SampleRoutes):
     """The routes of N samples (Eq. 6): for each sample and layer, the set of its critical neurons.
 
     Two are equal when layers, channel counts, width, masks, labels and predictions are; scores, methods and
@@ -68,7 +114,10 @@ class InstanceRoutes:
         channels = channel_counts(self.channels)
         _check_masks(self.packed, channels, len(self))
         for name in _ANSWERS:
-            _check_answers(name, getattr(self, name), len(self))
+            if (values := getattr(self, name)) is not None:
+                _check_tensor(name, values, (len(self),))
+                if values.dtype != torch.int64:
+                    raise UserError(f"{name} must be int64, not {values.dtype}")
         _check_methods(self.methods, channels)
         object.__setattr__(self, "channels", channels)
         object.__setattr__(self, "packed", LayerMap({layer: self.packed[layer] for layer in channels}))
@@ -120,19 +169,9 @@ class InstanceRoutes:
         )
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Route layers' names in forward order."""
-        return tuple(self.channels)
-
-    @property
     def edges(self) -> tuple[Edge, ...]:
         """Adjacent layers, as (source, target)."""
         return tuple(self.methods)
-
-    @property
-    def width(self) -> float:
-        """Share of each layer's channels that is on each sample's route."""
-        return self.provenance.width
 
     @property
     def masks(self) -> PackedMasks:
@@ -149,9 +188,6 @@ class InstanceRoutes:
         if self.kept_scores is None:
             raise UserError("scores were not kept with these routes: trace them again with keep_scores=True")
         return self.kept_scores
-
-    def __len__(self) -> int:
-        return self.provenance.samples
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, InstanceRoutes):
@@ -185,29 +221,6 @@ class InstanceRoutes:
             for layer, count in self.channels.items()
         }
 
-    def occurrence(self, share: float = 0.2) -> dict[str, float]:
-        """Mean frequency over the most frequent channels of each layer, the paper's Table 1.
-
-        Args:
-            share: share of the layer's channels to take the mean over. At the width of the instance routes, 1.0
-                means that every sample uses the same channels.
-
-        Raises:
-            UserError: the share is outside (0, 1].
-        """
-        return mean_of_most_frequent(self.frequency(), share)
-
-    def aggregate(self, width: float = 0.3) -> Route:
-        """The model route: each layer's most frequent channels (Eqs. 7-8), ties to the lower index.
-
-        Args:
-            width: share of each layer's channels to keep, in (0, 1].
-
-        Raises:
-            UserError: the width is outside (0, 1].
-        """
-        return Route.from_frequency(self.frequency(), width, self.provenance)
-
     def by_label(self, width: float = 0.3) -> dict[int, Route]:
         """One route for each label, aggregated over the samples that bear it.
 
@@ -234,19 +247,14 @@ class InstanceRoutes:
         """
         rows = sample_rows(index, len(self))
 
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows]
-
         return InstanceRoutes(
             {layer: tensor[rows] for layer, tensor in self.packed.items()},
             self.channels,
             replace(self.provenance, samples=rows.numel()),
-            labels=pick(self.labels),
-            predictions=pick(self.predictions),
+            labels=None if self.labels is None else self.labels[rows],
+            predictions=None if self.predictions is None else self.predictions[rows],
             methods=self.methods,
-            kept_scores=None
-            if self.kept_scores is None
-            else {layer: tensor[rows] for layer, tensor in self.kept_scores.items()},
+            kept_scores=self.kept_scores and {layer: tensor[rows] for layer, tensor in self.kept_scores.items()},
             sketched=None if self.sketched is None else self.sketched.select(rows),
         )
 
@@ -265,26 +273,28 @@ class InstanceRoutes:
         if not parts:
             raise UserError("nothing to concatenate: give at least one set of instance routes")
         first = parts[0]
-        for number, part in enumerate(parts[1:], start=2):
-            require_same(first.channels, part.channels, f"part {number}")
-            if part.width != first.width:
+        for number, routes in enumerate(parts[1:], start=2):
+            require_same(first.channels, routes.channels, f"part {number}")
+            if routes.width != first.width:
                 raise UserError(
-                    f"part {number} has width {part.width} in every layer, from {first.layers[0]!r} on, and part 1 has "
-                    f"{first.width}: trace both at one width"
+                    f"part {number} has width {routes.width} in every layer, from {first.layers[0]!r} on, and part 1 "
+                    f"has {first.width}: trace both at one width"
                 )
         scores = {
-            layer: _join("scores", [None if part.kept_scores is None else part.kept_scores[layer] for part in parts])
+            layer: _join(
+                "scores", [None if routes.kept_scores is None else routes.kept_scores[layer] for routes in parts]
+            )
             for layer in first.layers
         }
         return cls(
-            {layer: torch.cat([part.packed[layer] for part in parts]) for layer in first.layers},
+            {layer: torch.cat([routes.packed[layer] for routes in parts]) for layer in first.layers},
             first.channels,
-            Provenance.merge([part.provenance for part in parts]),
-            labels=_join("labels", [part.labels for part in parts]),
-            predictions=_join("predictions", [part.predictions for part in parts]),
-            methods=joined_methods([part.methods for part in parts]),
+            Provenance.merge([routes.provenance for routes in parts]),
+            labels=_join("labels", [routes.labels for routes in parts]),
+            predictions=_join("predictions", [routes.predictions for routes in parts]),
+            methods=joined_methods([routes.methods for routes in parts]),
             kept_scores={layer: values for layer, values in scores.items() if values is not None} or None,
-            sketched=SketchErrors.concatenate([part.sketched for part in parts]),
+            sketched=SketchErrors.concatenate([routes.sketched for routes in parts]),
         )
 
     def save(self, path: str | os.PathLike[str]) -> str:
@@ -292,9 +302,6 @@ class InstanceRoutes:
 
         Returns:
             The checksum of all that the file holds.
-
-        Raises:
-            UserError: the file cannot be written.
         """
         tensors = {_MASKS + layer: packed for layer, packed in self.packed.items()}
         tensors |= {_SCORES + layer: values for layer, values in (self.kept_scores or {}).items()}
@@ -320,52 +327,45 @@ class InstanceRoutes:
         """
         body, tensors = read_tensors(path, INSTANCE_ROUTES_KIND)
         with file_errors(path):
-            notes = {name: tensors.pop(name, None) for name in _ANSWERS}
-            packed = _with_prefix(tensors, _MASKS)
-            scores = _with_prefix(tensors, _SCORES)
-            sketched = _with_prefix(tensors, _SKETCHED)
+            answers = {name: tensors.pop(name, None) for name in _ANSWERS}
+            packed, scores, sketched = (_with_prefix(tensors, prefix) for prefix in (_MASKS, _SCORES, _SKETCHED))
             if len(packed) + len(scores) + len(sketched) != len(tensors):
                 raise UserError("has tensors that are no part of instance routes")
+            channels = expect_mapping(body, "fingerprint")
             routes = cls(
                 packed,
-                expect_mapping(body, "fingerprint"),
+                channels,
                 Provenance.from_json(body.get("provenance")),
                 methods=_read_methods(body.get("methods")),
                 kept_scores=scores or None,
-                sketched=SketchErrors.from_tensors(sketched, expect_mapping(body, "fingerprint")),
-                **notes,
+                sketched=SketchErrors.from_tensors(sketched, channels),
+                **answers,
             )
             if model is not None:
                 require_model(routes.channels, model)
         return routes
 
 
-def mean_of_most_frequent(frequency: Mapping[str, Tensor], share: float) -> dict[str, float]:
-    """Occurrence (Table 1) from the frequencies of each layer's channels."""
-    return {layer: float(values.topk(kept(share, values.numel())).values.mean()) for layer, values in frequency.items()}
-
-
 def joined_methods(parts: Sequence[Mapping[Edge, str]]) -> dict[Edge, str]:
     """How each edge was computed in several sets of routes; methods that differ are joined with " + "."""
     methods: dict[Edge, list[str]] = {}
-    for edge, method in (item for part in parts for item in part.items()):
+    for edge, method in (item for edges in parts for item in edges.items()):
         methods.setdefault(edge, []).append(method)
     return {edge: " + ".join(dict.fromkeys(names)) for edge, names in methods.items()}
 
 
 def _join(what: str, parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    if len(present) != len(parts):
-        lacking = next(number for number, part in enumerate(parts, start=1) if part is None)
+    """The tensors of all parts, one after another; None where no part has one."""
+    present = [tensor for tensor in parts if tensor is not None]
+    if present and len(present) != len(parts):
+        lacking = next(number for number, tensor in enumerate(parts, start=1) if tensor is None)
         raise UserError(f"part {lacking} has no {what} but others have: trace all parts in the same way")
-    return torch.cat(present)
+    return torch.cat(present) if present else None
 
 
 def _preview(targets: Sequence[str]) -> str:
-    more = len(targets) - _PREVIEWED_TARGETS
-    return ", ".join([*targets[:_PREVIEWED_TARGETS], *([f"{more} more"] if more > 0 else [])])
+    more = len(targets) - 2
+    return ", ".join([*targets[:2], *([f"{more} more"] if more > 0 else [])])
 
 
 def _equal(left: Tensor | None, right: Tensor | None) -> bool:
@@ -394,7 +394,7 @@ def _check_masks(packed: Mapping[str, Tensor], channels: Mapping[str, int], samp
     """Require packed masks uint8 (samples, ceil(C / 8)) on the CPU for every layer, with no bit beyond the channels."""
     if samples < 1:
         raise UserError("instance routes need at least one sample: see whether the data are empty")
-    _check_layers("masks", packed, channels)
+    require_layers("masks", packed, channels)
     for layer, size in channels.items():
         what = f"the packed masks of layer {layer!r}"
         _check_tensor(what, packed[layer], (samples, packed_width(size)))
@@ -406,21 +406,12 @@ def _check_masks(packed: Mapping[str, Tensor], channels: Mapping[str, int], samp
 
 def _check_scores(scores: Mapping[str, Tensor], channels: Mapping[str, int], samples: int) -> None:
     """Require floating-point scores (samples, C) for every layer."""
-    _check_layers("scores", scores, channels)
+    require_layers("scores", scores, channels)
     for layer, size in channels.items():
         what = f"the scores of layer {layer!r}"
         _check_tensor(what, scores[layer], (samples, size))
         if not scores[layer].is_floating_point():
             raise UserError(f"{what} must be floating point, not {scores[layer].dtype}")
-
-
-def _check_answers(name: str, values: Tensor | None, samples: int) -> None:
-    """Require one integer for each sample, int64 (samples,), or None."""
-    if values is None:
-        return
-    _check_tensor(name, values, (samples,))
-    if values.dtype != torch.int64:
-        raise UserError(f"{name} must be int64, not {values.dtype}")
 
 
 def _check_methods(methods: Mapping[Edge, str], channels: Mapping[str, int]) -> None:
@@ -431,15 +422,6 @@ def _check_methods(methods: Mapping[Edge, str], channels: Mapping[str, int]) -> 
                 raise UserError(f"edge {edge!r} names layer {layer!r}, which is not a layer of the routes")
         if not isinstance(method, str):
             raise UserError(f"edge {edge!r}: the method must be a string, not {method!r}")
-
-
-def _check_layers(what: str, values: Mapping[str, Tensor], channels: Mapping[str, int]) -> None:
-    for layer in channels:
-        if layer not in values:
-            raise UserError(f"there are no {what} for layer {layer!r}")
-    for layer in values:
-        if layer not in channels:
-            raise UserError(f"there are {what} for layer {layer!r}, but no channel count")
 
 
 def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

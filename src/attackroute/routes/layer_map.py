@@ -1,4 +1,4 @@
-"""What tells networks apart: layer names and channel counts for routes, a digest of the weights for results."""
+"""Maps from layer names, and whether two of them, or a route and a network, belong together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from attackroute.core.errors import UserError
 
 T = TypeVar("T")
 
-
 _CALL_INDEX = re.compile(r"#\d+$")
 
 
@@ -20,8 +19,7 @@ class UnknownLayerError(UserError, KeyError):
     """A layer name that the route does not have."""
 
     def __str__(self) -> str:
-        # KeyError would print the message in quotes.
-        return str(self.args[0])
+        return str(self.args[0])  # KeyError would print the message in quotes
 
 
 class LayerMap(Mapping[str, T]):
@@ -52,11 +50,7 @@ class LayerMap(Mapping[str, T]):
 
 
 def channel_counts(channels: Mapping[str, Any]) -> LayerMap[int]:
-    """Check and freeze channel counts.
-
-    Raises:
-        UserError: there is no layer, a name is not a string, or a count is not a positive integer.
-    """
+    """Check and freeze channel counts: positive integers for one layer or more, whose names are strings."""
     if not channels:
         raise UserError("a route needs at least one layer")
     for layer, count in channels.items():
@@ -65,6 +59,16 @@ def channel_counts(channels: Mapping[str, Any]) -> LayerMap[int]:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise UserError(f"layer {layer!r} must have a positive number of channels, not {count!r}")
     return LayerMap(channels)
+
+
+def require_layers(what: str, values: Mapping[str, Any], channels: Mapping[str, int]) -> None:
+    """Raise a `UserError` naming the first layer that only one of them has; ``what`` says what the values are."""
+    for layer in values:
+        if layer not in channels:
+            raise UserError(f"there are {what} for layer {layer!r}, but no channel count")
+    for layer in channels:
+        if layer not in values:
+            raise UserError(f"there are no {what} for layer {layer!r}")
 
 
 def require_same(ours: Mapping[str, int], theirs: Mapping[str, int], other: str = "the other route") -> None:

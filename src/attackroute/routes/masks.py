@@ -11,8 +11,7 @@ from torch import Tensor
 from attackroute.core.errors import UserError
 from attackroute.routes.layer_map import LayerMap
 
-# Bits unpacked at a time while counting, which bounds the memory by a few megabytes.
-_CHUNK_BITS = 1 << 22
+_CHUNK_BITS = 1 << 22  # unpacked at a time while counting: some megabytes
 
 
 def packed_width(channels: int) -> int:
@@ -66,21 +65,12 @@ class PackedMasks(LayerMap[Tensor]):
 
 def check_width(width: float) -> None:
     """Raise a `UserError` unless ``width`` is a share in (0, 1]."""
-    # The comparison is false for NaN too.
-    if not 0 < width <= 1:
+    if not 0 < width <= 1:  # false for NaN too
         raise UserError(f"width {width} is outside (0, 1]: give the share of a layer's channels to keep, such as 0.2")
 
 
 def kept(width: float, channels: int) -> int:
-    """Number of channels that a route keeps in a layer, ``max(1, round(width * channels))``.
-
-    Args:
-        width: share of the channels, in (0, 1].
-        channels: channel count C of the layer, at least 1.
-
-    Raises:
-        UserError: the width is outside (0, 1], or the layer has no channel.
-    """
+    """Number of channels that a route keeps in a layer, ``max(1, round(width * channels))``, for a width in (0, 1]."""
     check_width(width)
     if channels < 1:
         raise UserError(f"a layer with {channels} channels has none to keep: leave it out of the route layers")
@@ -88,21 +78,13 @@ def kept(width: float, channels: int) -> int:
 
 
 def top_k(scores: Tensor, width: float) -> Tensor:
-    """Mark the channels with the largest scores; ties go to the lower index, on every device.
+    """Mark the ``kept(width, C)`` largest of scores (..., C) in each row, as bool (..., C).
 
-    Args:
-        scores: real scores, shape (..., C); infinities are allowed.
-        width: share of the channels to keep, in (0, 1].
-
-    Returns:
-        A bool mask of shape (..., C) with exactly ``kept(width, C)`` true entries in each row.
-
-    Raises:
-        UserError: the width is outside (0, 1], C is 0, or a score is NaN.
+    Ties go to the lower index, on every device. Scores may be infinite, but not NaN.
     """
     count = kept(width, scores.shape[-1])
     scores = scores.detach()
-    # The order in which torch.topk returns ties depends on the device, the smallest value that it returns does not.
+    # the order in which torch.topk returns ties depends on the device, the smallest value that it returns does not
     threshold = torch.topk(scores, count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     if threshold.isnan().any():  # a NaN ranks above all numbers, so it is among those returned
         raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
@@ -116,31 +98,21 @@ def top_k(scores: Tensor, width: float) -> Tensor:
 
 
 def sample_rows(index: slice | Sequence[int] | Tensor, samples: int) -> Tensor:
-    """The samples that an index selects, as int64 positions on the CPU, negative ones from the end.
-
-    Raises:
-        UserError: the index selects no sample, is out of range, or is neither a slice, integers nor a mask (samples,).
-    """
-    if isinstance(index, slice):
-        rows = torch.tensor(range(samples)[index], dtype=torch.int64, device="cpu")
-    else:
-        rows = _positions(torch.as_tensor(index, device="cpu"), samples)
-    if rows.numel() == 0:
-        raise UserError(f"the index selects none of the {samples} samples")
-    return rows
-
-
-def _positions(index: Tensor, samples: int) -> Tensor:
-    if index.dtype == torch.bool:
-        if index.shape != (samples,):
-            raise UserError(f"a mask of samples must have shape ({samples},), not {tuple(index.shape)}")
-        return index.nonzero().flatten()
-    if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
+    """The samples that a slice, integers or a mask (samples,) select: int64 on the CPU, negative ones from the end."""
+    positions = range(samples)[index] if isinstance(index, slice) else index
+    rows = torch.as_tensor(positions, device="cpu")
+    if rows.dtype == torch.bool:
+        if rows.shape != (samples,):
+            raise UserError(f"a mask of samples must have shape ({samples},), not {tuple(rows.shape)}")
+        rows = rows.nonzero().flatten()
+    if rows.dim() != 1 or (rows.numel() and (rows.is_floating_point() or rows.is_complex())):
         raise UserError(
-            f"samples are selected by a slice, a list of integers or a mask, not by {index.dtype} {tuple(index.shape)}"
+            f"samples are selected by a slice, a list of integers or a mask, not by {rows.dtype} {tuple(rows.shape)}"
         )
-    rows = index.to(torch.int64)
+    rows = rows.to(torch.int64)
     outside = rows[(rows < -samples) | (rows >= samples)]
     if outside.numel():
         raise UserError(f"sample {int(outside[0])} is out of range: there are {samples} samples")
+    if rows.numel() == 0:
+        raise UserError(f"the index selects none of the {samples} samples")
     return rows

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from attackroute.core import __version__
 from attackroute.core.errors import UserError
-from attackroute.core.version import __version__
 
 _OPTIONAL_TEXT = ("model", "data", "attack")
 

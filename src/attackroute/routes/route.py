@@ -15,11 +15,16 @@ from attackroute.core.errors import UserError
 from attackroute.core.files import ROUTE_KIND, expect_mapping, file_errors, read_sealed_json, write_sealed_json
 from attackroute.core.random import random_order
 from attackroute.core.table import layer_table, plural
-from attackroute.routes.layer_map import LayerMap, channel_counts, require_fit, require_model, require_same
+from attackroute.routes.layer_map import (
+    LayerMap,
+    channel_counts,
+    require_fit,
+    require_layers,
+    require_model,
+    require_same,
+)
 from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance
-
-_PREVIEWED_CHANNELS = 6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,12 +52,12 @@ class Route:
 
     def __post_init__(self) -> None:
         channels = channel_counts(self.channels)
-        _require_layers("channels are given", self.indices, channels)
+        require_layers("channels", self.indices, channels)
         indices = {layer: _sorted_indices(layer, self.indices[layer], count) for layer, count in channels.items()}
         object.__setattr__(self, "channels", channels)
         object.__setattr__(self, "indices", LayerMap(indices))
         if self.frequency is not None:
-            _require_layers("a frequency is given", self.frequency, channels)
+            require_layers("frequencies", self.frequency, channels)
             frequency = {layer: _shares(layer, self.frequency[layer], count) for layer, count in channels.items()}
             object.__setattr__(self, "frequency", LayerMap(frequency))
 
@@ -189,35 +194,23 @@ class Route:
         return Route(
             {layer: self.indices[layer] for layer in kept},
             {layer: self.channels[layer] for layer in kept},
-            None if self.frequency is None else {layer: self.frequency[layer] for layer in kept},
+            self.frequency and {layer: self.frequency[layer] for layer in kept},
             self.provenance,
         )
 
     def overlap(self, other: Route) -> dict[str, float]:
-        """``|A & B| / |A|`` for each layer, A this route and B the other; 1 where A is empty.
-
-        Raises:
-            UserError: the routes have different layers or channel counts.
-        """
+        """``|A & B| / |A|`` for each layer, A this route and B the other, of the same layers; 1 where A is empty."""
         return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours)))
 
     def jaccard(self, other: Route) -> dict[str, float]:
-        """``|A & B| / |A | B|`` for each layer; 1 where both are empty.
-
-        Raises:
-            UserError: the routes have different layers or channel counts.
-        """
+        """``|A & B| / |A | B|`` for each layer of two routes of the same layers; 1 where both are empty."""
         return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours | theirs)))
 
     def check(self, channels: Mapping[str, int], what: str = "model") -> None:
-        """Require that something with these channel counts can carry the route.
-
-        Args:
-            channels: channel count for each layer name; layers beyond the route's are no fault.
-            what: what the counts belong to, for the message.
+        """Require that something, named ``what`` in the message, has the route's layers with these channel counts.
 
         Raises:
-            UserError: names the first layer that is missing or of another size.
+            UserError: names the first layer that is missing or of another size; layers beyond the route's are no fault.
         """
         require_fit(self.channels, channels, what)
 
@@ -225,19 +218,15 @@ class Route:
         """All of the route as JSON values, for :meth:`from_json`."""
         frequency = self.frequency
         return {
-            "provenance": None if self.provenance is None else self.provenance.to_json(),
+            "provenance": self.provenance and self.provenance.to_json(),
             "fingerprint": dict(self.channels),
             "route": {layer: list(self.indices[layer]) for layer in self},
-            "frequency": None if frequency is None else {layer: frequency[layer].tolist() for layer in self},
+            "frequency": frequency and {layer: frequency[layer].tolist() for layer in self},
         }
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Route:
-        """The route that :meth:`to_json` took apart.
-
-        Raises:
-            UserError: Something is missing or malformed.
-        """
+        """The route that :meth:`to_json` took apart; a `UserError` says what is missing or malformed."""
         origin = body.get("provenance")
         return cls(
             expect_mapping(body, "route"),
@@ -247,11 +236,7 @@ class Route:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the route as readable JSON, replacing a file of that name in one step.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write the route as readable JSON, replacing a file of that name in one step."""
         write_sealed_json(path, ROUTE_KIND, self.to_json())
 
     @classmethod
@@ -285,22 +270,11 @@ class Route:
         return replace(self.provenance, criterion=criterion.format(self.provenance.criterion))
 
     def _combine(self, other: Route, operation: Callable[[set[int], set[int]], set[int]]) -> Route:
-        if not isinstance(other, Route):
-            return NotImplemented
-        return Route(self._compare(other, operation), self.channels)
+        return Route(self._compare(other, operation), self.channels) if isinstance(other, Route) else NotImplemented
 
     def _compare(self, other: Route, operation: Callable[[set[int], set[int]], Any]) -> dict[str, Any]:
         require_same(self.channels, other.channels)
         return {layer: operation(set(self.indices[layer]), set(other.indices[layer])) for layer in self}
-
-
-def _require_layers(what: str, values: Mapping[str, Any], channels: Mapping[str, int]) -> None:
-    for layer in values:
-        if layer not in channels:
-            raise UserError(f"{what} for layer {layer!r}, but not how many channels it has")
-    for layer in channels:
-        if layer not in values:
-            raise UserError(f"{what} for some layers, but not for layer {layer!r}")
 
 
 def _sorted_indices(layer: str, values: object, count: int) -> tuple[int, ...]:
@@ -343,8 +317,7 @@ def _read_frequency(body: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _preview(chosen: Sequence[int]) -> str:
-    listed = " ".join(map(str, chosen[:_PREVIEWED_CHANNELS]))
-    return f"{listed} ..." if len(chosen) > _PREVIEWED_CHANNELS else listed
+    return " ".join([*map(str, chosen[:6]), *(["..."] if len(chosen) > 6 else [])])
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,19 +59,12 @@ class SketchErrors:
 
     def select(self, rows: Tensor) -> SketchErrors:
         """The notes of some samples."""
-        fields = {
-            name: {layer: tensor[rows] for layer, tensor in tensors.items()} for name, tensors in self._fields().items()
-        }
-        return SketchErrors(self.channels, **fields)
+        return self._replaced(lambda name, layer: getattr(self, name)[layer][rows])
 
     @classmethod
     def concatenate(cls, parts: Sequence[SketchErrors | None]) -> SketchErrors | None:
-        """The errors of several sets of samples, one after another; None where all of them are exact.
-
-        Raises:
-            UserError: Some are exact and others not, or they are about different layers.
-        """
-        given = [part for part in parts if part is not None]
+        """The errors of several sets of samples, one after another; None where all of them are exact."""
+        given = [errors for errors in parts if errors is not None]
         if not given:
             return None
         if len(given) != len(parts):
@@ -79,18 +72,14 @@ class SketchErrors:
         first = given[0]
         if any(set(errors.draws) != set(first.draws) or bool(errors.errors) != bool(first.errors) for errors in given):
             raise UserError("the parts were sketched in different layers: trace all parts in the same way")
-        fields = {
-            name: {layer: torch.cat([errors._fields()[name][layer] for errors in given]) for layer in tensors}
-            for name, tensors in first._fields().items()
-        }
-        return cls(first.channels, **fields)
+        return first._replaced(lambda name, layer: torch.cat([getattr(errors, name)[layer] for errors in given]))
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The notes as named tensors, for a file."""
         return {
-            f"{prefix}{_FILE_KEYS[name]}/{layer}": tensor
-            for name, tensors in self._fields().items()
-            for layer, tensor in tensors.items()
+            f"{prefix}{key}/{layer}": tensor
+            for name, key in _FILE_KEYS.items()
+            for layer, tensor in getattr(self, name).items()
         }
 
     @classmethod
@@ -107,8 +96,10 @@ class SketchErrors:
             fields[names[key]][layer] = tensor
         return cls(channels, **fields)
 
-    def _fields(self) -> dict[str, Mapping[str, Tensor]]:
-        return {name: getattr(self, name) for name in _FILE_KEYS}
+    def _replaced(self, tensor: Callable[[str, str], Tensor]) -> SketchErrors:
+        """The same fields and layers, with other tensors."""
+        fields = {name: {layer: tensor(name, layer) for layer in getattr(self, name)} for name in _FILE_KEYS}
+        return SketchErrors(self.channels, **fields)
 
 
 def _check(name: str, layer: str, tensor: Tensor, samples: int, channels: Mapping[str, int]) -> None:
