@@ -133,7 +133,7 @@ def main() -> None:
                 assert (team.rank, team.count) == (rank, count)
                 for check in (*CHECKS, *shared_training.CHECKS):
                     check(root, team)
-                own = shared_training.home(root, team)
+                own = shared_training.folder_of(root, team)
                 found["printed"] = run_commands(root, own)
                 assert team.leads or not own.exists(), f"process {rank} wrote {sorted(own.rglob('*'))}"
             (out / f"process-{rank}.json").write_text(json.dumps(found))

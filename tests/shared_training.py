@@ -44,7 +44,7 @@ def settings(**more: Any) -> TrainSettings:
     return TrainSettings(**{"epochs": 2, "batch_size": 8, "lr": 0.05, **more})
 
 
-def home(root: Path, team: Processes) -> Path:
+def folder_of(root: Path, team: Processes) -> Path:
     """The folder that a process names for its results, each one of its own; no process but the first is to write."""
     return root / (str(team.count) if team.leads else f"{team.count}-of-process-{team.rank}")
 
@@ -84,16 +84,16 @@ def check_gradients(root: Path, team: Processes) -> None:
     """What each run came to goes into a file, for comparison."""
     for name, run in RUNS.items():
         model = network(team)
-        result = run(model, home(root, team) / f"run-{name}")
+        result = run(model, folder_of(root, team) / f"run-{name}")
         require_equal(team, model)
         history = getattr(result, "training", result).history
         numbers = [
             [record.loss, record.train.value, record.test.value, *record.penalties.values()] for record in history
         ]
         assert len(set(map(str, team.all(numbers)))) == 1
-        found = {**model.state_dict(), "history": torch.tensor(numbers, dtype=torch.float64)}
+        outcome = {**model.state_dict(), "history": torch.tensor(numbers, dtype=torch.float64)}
         if team.leads:
-            save_file(found, home(root, team) / f"weights-{name}.safetensors")
+            save_file(outcome, folder_of(root, team) / f"weights-{name}.safetensors")
     assert count_correct(model, Pairs()) == team.first(lambda: alone(model))
 
 
@@ -153,9 +153,9 @@ def check_resuming(root: Path, team: Processes) -> None:
             assert stop is None
         return model
 
-    whole = run(home(root, team) / "whole")
+    whole = run(folder_of(root, team) / "whole")
     for stop in (1, 4):  # in the first epoch, and after it
-        folder = home(root, team) / f"stopped-{stop}"
+        folder = folder_of(root, team) / f"stopped-{stop}"
         run(folder, stop=stop)
         model = run(folder, resume=True)
         require_equal(team, model)

@@ -48,12 +48,12 @@ def test_the_deviation_falls_with_eps_in_double_precision() -> None:
     model = build_model("vgg_small", width=0.2, num_classes=3).double()
     images, labels = torch.rand(4, 3, 32, 32).double(), torch.tensor([0, 1, 2, 0])
     route = rank_channels(model, images, "random")
-    found = list(deviation(model, images, labels, route, torch.float64).values())
-    errors = [near.relative_error for near in found]
+    deviations = list(deviation(model, images, labels, route, torch.float64).values())
+    errors = [near.relative_error for near in deviations]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
-    assert abs(found[-1].relative_norm - 1) < 0.01
-    assert found[-1].cosine > 0.999
+    assert abs(deviations[-1].relative_norm - 1) < 0.01
+    assert deviations[-1].cosine > 0.999
     coarse = deviation(model, images, labels, route, torch.bfloat16)
     assert min(near.relative_error for near in coarse.values()) > 10 * errors[-1]
 
@@ -75,17 +75,17 @@ def test_the_report_has_every_ratio() -> None:
     measurements = measure_hardening(plan, lambda: turns.append(None), probe)
     assert len(turns) == plan.turns + 1 + len(STEP_NAMES) * plan.memory_repeats
     assert tuple(job["step"] for _, job, _ in jobs) == STEP_NAMES
-    found = {f"{each.case}: {each.quantity}" if "eps" in each.quantity else each.quantity: each
+    costs = {f"{each.case}: {each.quantity}" if "eps" in each.quantity else each.quantity: each
              for each in measurements}  # fmt: skip
-    assert found[f"memory: {PAT_GRADIENT} / PAT"].spread.median == pytest.approx(700 / 600)
-    assert found[f"memory: {GRADIENT} / plain"].spread.median == pytest.approx(300 / 200)
-    assert found[f"{PLAIN}, beyond libraries and weights"].spread.values == (100,)
+    assert costs[f"memory: {PAT_GRADIENT} / PAT"].spread.median == pytest.approx(700 / 600)
+    assert costs[f"memory: {GRADIENT} / plain"].spread.median == pytest.approx(300 / 200)
+    assert costs[f"{PLAIN}, beyond libraries and weights"].spread.values == (100,)
     for name, limit in LIMITS.items():
-        ratio = found[f"time: {name} / plain"]
-        assert ratio.spread == Spread((found[name].spread.median / found[PLAIN].spread.median,))
+        ratio = costs[f"time: {name} / plain"]
+        assert ratio.spread == Spread((costs[name].spread.median / costs[PLAIN].spread.median,))
         assert ratio.bound == f"at most {limit:.2f}"
     for dtype in ("float64", "float32", "bfloat16"):
-        assert found[f"hardening, approximation, torch.{dtype}: eps 0.001: cosine"].spread.median > 0
+        assert costs[f"hardening, approximation, torch.{dtype}: eps 0.001: cosine"].spread.median > 0
 
 
 def test_the_peak_of_a_step_grows_with_the_batch() -> None:

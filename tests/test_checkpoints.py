@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from attackroute.core.errors import UserError
-from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE, Checkpoint, RunFolder
+from attackroute.core.statistics import Accuracy
+from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE, Checkpoint, EpochRecord, open_run
 from attackroute.zoo.weights import BEST, LAST
 
 
@@ -45,44 +46,47 @@ class Faults:
         return counted
 
 
-def checkpoint(number: int) -> Checkpoint:
+def checkpoint(number: int, best: int = 1) -> Checkpoint:
+    """One of the end of an epoch, with the best of the epochs so far."""
     return Checkpoint(
         settings={"epochs": 9},
         weights={"w": torch.full((3, 2), float(number)), "count": torch.tensor(number)},
         optimiser={"state": {0: {"m": torch.full((3, 2), 1.0 * number)}}},
         scaler={},
-        history=[{"epoch": epoch} for epoch in range(1, number + 1)],
+        history=[record(epoch, correct=2 if epoch == best else 1) for epoch in range(1, number + 1)],
         objective={"n": 3, "x": 0.1, "none": None, "flag": True, "list": [1, "two"]},
     )
 
 
-def same(found: Checkpoint | None, number: int) -> bool:
-    wanted = checkpoint(number)
+def record(epoch: int, correct: int) -> EpochRecord:
+    robust = Accuracy(correct, 3) if epoch % 2 else None
+    return EpochRecord(
+        epoch=epoch, loss=0.1 * epoch, train=Accuracy(1, 3), test=Accuracy(correct, 3), lr=0.1, seconds=1.0,
+        robust=robust, penalties={"weight": 0.3},
+    )  # fmt: skip
+
+
+def same(read: Checkpoint | None, number: int, best: int = 1) -> bool:
+    written = checkpoint(number, best)
     return (
-        found is not None
-        and found.history == wanted.history
-        and found.objective == wanted.objective
-        and torch.equal(found.optimiser["state"][0]["m"], wanted.optimiser["state"][0]["m"])
-        and found.weights.keys() == wanted.weights.keys()
-        and all(torch.equal(found.weights[name], wanted.weights[name]) for name in wanted.weights)
+        read is not None
+        and read.history == written.history
+        and read.objective == written.objective
+        and torch.equal(read.optimiser["state"][0]["m"], written.optimiser["state"][0]["m"])
+        and read.weights.keys() == written.weights.keys()
+        and all(torch.equal(read.weights[name], written.weights[name]) for name in written.weights)
     )
 
 
-def save(folder: RunFolder, number: int, *, best: bool) -> None:
-    folder.save(checkpoint(number), best=best, log=f"{number}\n")
-
-
-def started(path: Path) -> RunFolder:
+def started(path: Path) -> None:
     """A run whose best epoch is 1 and whose last is 2."""
-    folder = RunFolder(path)
-    assert folder.open(resume=False) is None
-    save(folder, 1, best=True)
-    save(folder, 2, best=False)
-    return folder
+    assert open_run(path, resume=False) is None
+    checkpoint(1).save(path)
+    checkpoint(2).save(path)
 
 
 def reopened(path: Path) -> Checkpoint | None:
-    return RunFolder(path).open(resume=True)
+    return open_run(path, resume=True)
 
 
 def number_in(path: Path) -> int:
@@ -100,56 +104,54 @@ def test_round_trip_of_all_kinds_of_tensors(tmp_path: Path) -> None:
         "channels_last": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
         "empty": torch.empty(0, 3),
     }
-    folder = RunFolder(tmp_path / "a" / "b")
-    folder.open(resume=False)
+    folder = tmp_path / "a" / "b"
+    open_run(folder, resume=False)
     state = checkpoint(1)
-    folder.save(replace(state, weights=weights), best=False, log="")
-    found = reopened(tmp_path / "a" / "b")
-    assert found is not None
-    for read in (found.weights, load_file(tmp_path / "a" / "b" / LAST)):
+    replace(state, weights=weights).save(folder)
+    reread = reopened(folder)
+    assert reread is not None
+    for read in (reread.weights, load_file(folder / LAST)):
         assert read.keys() == weights.keys()
         for name, value in weights.items():
             assert read[name].dtype == value.dtype
             assert torch.equal(read[name], value)
-    assert (found.settings, found.history, found.objective) == (state.settings, state.history, state.objective)
+    assert (reread.settings, reread.history, reread.objective) == (state.settings, state.history, state.objective)
 
 
 def test_best_stays_while_last_goes_on(tmp_path: Path) -> None:
     started(tmp_path)
     assert same(reopened(tmp_path), 2)
     assert (number_in(tmp_path / LAST), number_in(tmp_path / BEST)) == (2, 1)
-    again = RunFolder(tmp_path)
-    again.open(resume=True)
-    save(again, 3, best=False)
+    checkpoint(3).save(tmp_path)
     assert same(reopened(tmp_path), 3)
     assert (number_in(tmp_path / LAST), number_in(tmp_path / BEST)) == (3, 1)
-    assert (tmp_path / LOG).read_text() == "3\n"
+    assert (tmp_path / LOG).read_text() == "".join(epoch.log_line() + "\n" for epoch in checkpoint(3).history)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([STATE, LAST, BEST, LOG, SETTINGS])
 
 
-@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize("best", [1, 3])
 def test_a_kill_at_any_operation_leaves_one_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int
 ) -> None:
     faults = Faults(monkeypatch)
     seen = set()
     for fatal in range(1, 1000):
         path = tmp_path / str(fatal)
-        folder = started(path)
+        started(path)
         faults.arm(fatal)
         try:
-            save(folder, 3, best=best)
+            checkpoint(3, best).save(path)
             break
         except Killed:
             faults.arm(-1)
-        found = reopened(path)
-        assert found is not None
-        seen.add(number := len(found.history))
+        left = reopened(path)
+        assert left is not None
+        seen.add(number := len(left.history))
         assert number in (2, 3)
-        assert same(found, number)
-        RunFolder(path).publish(found, best=best and number == 3, log="again")
+        assert same(left, number, best if number == 3 else 1)
+        left.save(path)
         assert number_in(path / LAST) == number
-        assert number_in(path / BEST) == (3 if best and number == 3 else 1)
+        assert number_in(path / BEST) == (3 if number == best else 1)
     assert fatal > 10
     assert seen == {2, 3}
 
@@ -167,16 +169,16 @@ def test_a_failing_disk_is_reported_and_the_old_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     faults = Faults(monkeypatch)
-    folder = started(tmp_path)
+    started(tmp_path)
     for fatal in (1, 2):  # writing the checkpoint, and putting it in its place
         faults.arm(fatal, lambda: OSError(code, os.strerror(code)))
         with pytest.raises(UserError, match=os.strerror(code)) as caught:
-            save(folder, 3, best=False)
+            checkpoint(3).save(tmp_path)
         assert str(tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
         faults.arm(-1)
         assert same(reopened(tmp_path), 2)
-    save(folder, 4, best=False)
+    checkpoint(4).save(tmp_path)
     assert same(reopened(tmp_path), 4)
 
 
@@ -247,7 +249,7 @@ def test_weights_without_a_state_are_not_overwritten(tmp_path: Path, name: str) 
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=r"--resume.*another folder"):
-        RunFolder(tmp_path).open(resume=False)
+        open_run(tmp_path, resume=False)
 
 
 def test_a_folder_with_other_files_is_used_and_they_stay(tmp_path: Path) -> None:
@@ -261,4 +263,4 @@ def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="another folder"):
-            RunFolder(path).open(resume=False)
+            open_run(path, resume=False)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from attackroute.core.errors import UserError
-from attackroute.hardening.history import EVENTS, EpochRecord, event_log
+from attackroute.hardening.checkpoint import EVENTS, EpochRecord, event_log
 from toy_training import SETTINGS_USED, Killed, trained
 
 

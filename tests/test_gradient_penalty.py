@@ -49,10 +49,10 @@ def penalised(
         logits = model(images.clone())
     value = penalty(logits, labels)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    slopes = torch.autograd.grad(value, parameters, allow_unused=True)
     return value.detach(), [
         torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
+        for parameter, gradient in zip(parameters, slopes, strict=True)
     ]
 
 
@@ -100,8 +100,8 @@ def test_against_autograd_functional() -> None:
     value, gradients = penalised(GradientPenalty(model, route), model, x, y)
     parameters = tuple(parameter.detach() for parameter in model.parameters())
     torch.testing.assert_close(value, penalty(*parameters))
-    for found, expected in zip(gradients, jacobian(penalty, parameters), strict=True):
-        torch.testing.assert_close(found, expected)
+    for slope, expected in zip(gradients, jacobian(penalty, parameters), strict=True):
+        torch.testing.assert_close(slope, expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -135,12 +135,12 @@ def test_halves_of_a_batch_add_up_in_eval_mode(build: Callable[[], nn.Module], m
 
 @pytest.mark.parametrize("method", [EXACT, APPROXIMATE])
 def test_writing_in_place_changes_nothing(method: str) -> None:
-    found = []
+    slopes = []
     for inplace in (False, True):
         model, images, labels = ready(lambda inplace=inplace: chain(inplace=inplace))
         penalty = GradientPenalty(model, some_of(model, images), method=method)
-        found.append(penalised(penalty, model, images, labels))
-    torch.testing.assert_close(found[1], found[0])
+        slopes.append(penalised(penalty, model, images, labels))
+    torch.testing.assert_close(slopes[1], slopes[0])
 
 
 def test_reused_modules_and_functional_calls_count_each_by_its_name() -> None:
@@ -192,9 +192,9 @@ def test_the_approximation_converges_to_the_exact_gradient(name: str, training: 
     for eps in (1e-5, 1e-7):
         torch.manual_seed(5)  # the same dropout
         penalty = GradientPenalty(model, route, method=APPROXIMATE, eps=eps)
-        approximate, found = penalised(penalty, model, images, labels)
+        approximate, slopes = penalised(penalty, model, images, labels)
         torch.testing.assert_close(approximate, value)
-        errors.append(float((flat(found) - expected).norm() / expected.norm()))
+        errors.append(float((flat(slopes) - expected).norm() / expected.norm()))
     assert min(errors) < 1e-4, errors
 
 
@@ -213,8 +213,8 @@ def test_with_task_is_the_sum(method: str, lam: float) -> None:
     total, value = penalty.with_task(logits, labels, lam)
     torch.testing.assert_close(total, loss)
     torch.testing.assert_close(value, penalised(penalty, model, images, labels)[0])
-    for found, wanted in zip(torch.autograd.grad(2 * total, list(model.parameters())), expected, strict=True):
-        torch.testing.assert_close(found, 2 * wanted, rtol=1e-5, atol=1e-7)
+    for slope, reference in zip(torch.autograd.grad(2 * total, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(slope, 2 * reference, rtol=1e-5, atol=1e-7)
 
 
 def test_the_approximation_counts_as_one_pass() -> None:
@@ -245,8 +245,8 @@ def test_gradients_at_shared_sums_are_kept_apart() -> None:
     model, images, labels = ready(Sum)
     route = Route({"a": [0, 1], "b": [2]}, {"a": 4, "b": 4})
     _, exact = penalised(GradientPenalty(model, route), model, images, labels)
-    _, found = penalised(GradientPenalty(model, route, method=APPROXIMATE, eps=1e-7), model, images, labels)
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+    _, slopes = penalised(GradientPenalty(model, route, method=APPROXIMATE, eps=1e-7), model, images, labels)
+    torch.testing.assert_close(slopes, exact, rtol=1e-4, atol=1e-6)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -302,10 +302,10 @@ def test_bfloat16_autocast_is_close() -> None:
         logits = model(images)
     coarse = penalty(logits, labels % 5)
     torch.testing.assert_close(coarse, value, rtol=0.05, atol=0)
-    found = torch.autograd.grad(coarse, list(model.parameters()), allow_unused=True)
-    close = [part for part in found if part is not None]
-    wanted = [gradient for part, gradient in zip(found, gradients, strict=True) if part is not None]
-    assert functional.cosine_similarity(flat(close), flat(wanted), dim=0) > 0.95
+    slopes = torch.autograd.grad(coarse, list(model.parameters()), allow_unused=True)
+    close = [part for part in slopes if part is not None]
+    reference = [gradient for part, gradient in zip(slopes, gradients, strict=True) if part is not None]
+    assert functional.cosine_similarity(flat(close), flat(reference), dim=0) > 0.95
 
 
 def test_a_layer_that_does_not_run_is_named() -> None:

@@ -82,8 +82,8 @@ def by_hand(model: nn.Sequential, images: Tensor) -> tuple[Tensor, list[Tensor]]
 def gradient_penalty(model: nn.Sequential, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits, outputs = by_hand(model, images)
     loss = functional.cross_entropy(logits, labels)
-    found = torch.autograd.grad(loss, outputs, create_graph=True)
-    return loss, sum(g[:, HALF[name]].abs().sum() for name, g in zip(HALF, found, strict=True))
+    gradients = torch.autograd.grad(loss, outputs, create_graph=True)
+    return loss, sum(g[:, HALF[name]].abs().sum() for name, g in zip(HALF, gradients, strict=True))
 
 
 def weight_penalty(model: nn.Sequential) -> Tensor:
@@ -142,8 +142,8 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
         if "stabilisation" in penalty:
             kept = {name: value.clone() for name, value in plain.named_buffers()}
             copy_ = copy.deepcopy(plain)
-            for module, own in zip(copy_.modules(), plain.modules(), strict=True):
-                module._parameters = own._parameters  # another network with the same parameters: statistics stay
+            for module, original in zip(copy_.modules(), plain.modules(), strict=True):
+                module._parameters = original._parameters  # another network with the same parameters: statistics stay
             value = stabilisation_penalty(copy_, x, used)
             loss = loss + 0.3 * value
             sums["stabilisation"] += value.item() * len(batch)
@@ -163,24 +163,24 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
 )
 def test_a_factor_of_zero_is_plain_training_bit_for_bit(attack: str | None, options: dict[str, Any]) -> None:
     plain = toy_network()
-    wanted = train(plain, toy_data(), toy_data(12, seed=1), SETTINGS, attack=attack)
+    reference = train(plain, toy_data(), toy_data(12, seed=1), SETTINGS, attack=attack)
     if attack is None and options.get("penalty") == "stabilisation":
         pytest.skip("needs an attack")
-    found, result = hardened(lam=0.0, attack=attack, **options)
-    assert identical(found, weights_of(plain))
-    assert [record.test for record in result.training.history] == [record.test for record in wanted.history]
+    weights, result = hardened(lam=0.0, attack=attack, **options)
+    assert identical(weights, weights_of(plain))
+    assert [record.test for record in result.training.history] == [record.test for record in reference.history]
     assert all(value > 0 for record in result.training.history for value in record.penalties.values())
     none, _ = hardened(penalty=None, attack=attack)
-    assert identical(none, found)
+    assert identical(none, weights)
 
 
 def test_the_approximation_trains_nearly_the_same() -> None:
     """After a few steps, before differences of the last digit have grown."""
     settings = replace(SETTINGS, epochs=1, lr=0.01)
     exact, _ = hardened(train=settings)
-    found, _ = hardened(train=settings, method=APPROXIMATE)
+    weights, _ = hardened(train=settings, method=APPROXIMATE)
     plain, _ = hardened(train=settings, penalty=None)
-    distance = sum(float((exact[name] - found[name]).double().norm()) for name in exact)
+    distance = sum(float((exact[name] - weights[name]).double().norm()) for name in exact)
     assert 0 < distance < 0.05 * sum(float((exact[name] - plain[name]).double().norm()) for name in exact)
 
 
@@ -236,11 +236,11 @@ def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
         route = None if options["penalty"] is None else HALF
         return hardened(model, train=settings, route=route, **options)
 
-    (wanted, whole), (found, result) = run(1), run(parts)
+    (reference, whole), (weights, result) = run(1), run(parts)
     start = weights_of(toy_network())
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
-    assert any(not torch.equal(start[name], wanted[name]) for name in ("0.weight", "4.weight", "9.weight"))
+    for name, value in reference.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(start[name], reference[name]) for name in ("0.weight", "4.weight", "9.weight"))
     assert result.training.last.loss == pytest.approx(whole.training.last.loss, rel=1e-4)
     assert result.training.last.penalties == pytest.approx(whole.training.last.penalties, rel=1e-3)
 
@@ -251,7 +251,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
 def test_the_route_is_traced_from_a_share_of_the_samples(tmp_path: Path) -> None:
     model = toy_network()
     order = torch.randperm(24, generator=derived_generator(SETTINGS.seed, "route", 0))[:12].sort().values
-    images, labels = (part[order] for part in toy_data().tensors)
+    images, labels = (values[order] for values in toy_data().tensors)
     expected = trace_routes(model, (images, labels), 0.2).aggregate(0.3)
     weights, result = hardened(model, folder=tmp_path / "a")
     assert result.route == expected == Route.load(tmp_path / "a" / ROUTE_FILE)
@@ -296,7 +296,7 @@ def test_a_route_is_traced_anew(tmp_path: Path) -> None:
 
 def trace_of(model: nn.Module) -> Route:
     order = torch.randperm(24, generator=derived_generator(SETTINGS.seed, "route", 0))[:12].sort().values
-    images, labels = (part[order] for part in toy_data().tensors)
+    images, labels = (values[order] for values in toy_data().tensors)
     return trace_routes(model, (images, labels), 0.2).aggregate(0.3)
 
 
@@ -308,8 +308,8 @@ def test_strengths_are_ratios_of_gradient_norms() -> None:
     fresh = toy_network(dropout=0.0)  # its running variances have not moved
 
     def norm(value: Tensor, of: nn.Module) -> float:
-        found = torch.autograd.grad(value, list(of.parameters()), retain_graph=True, allow_unused=True)
-        return sum(float(part.double().square().sum()) for part in found if part is not None) ** 0.5
+        gradients = torch.autograd.grad(value, list(of.parameters()), retain_graph=True, allow_unused=True)
+        return sum(float(gradient.double().square().sum()) for gradient in gradients if gradient is not None) ** 0.5
 
     assert result.strengths == pytest.approx(
         {
@@ -321,11 +321,11 @@ def test_strengths_are_ratios_of_gradient_norms() -> None:
 
 
 def test_data_in_every_form() -> None:
-    wanted, _ = hardened()
+    reference, _ = hardened()
     for data in (toy_data().tensors, DataLoader(toy_data(), batch_size=3)):
         model = toy_network()
         harden(model, data, toy_data(12, seed=1), lam=0.05, settings=HardenSettings(route_samples=0.5), train=SETTINGS)
-        assert identical(weights_of(model), wanted)
+        assert identical(weights_of(model), reference)
 
 
 # --- going on -----------------------------------------------------------------------------------------------------
@@ -343,16 +343,16 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoch: int) -> None:
     settings = replace(SETTINGS, epochs=3)
-    whole, wanted = hardened(train=settings, folder=tmp_path / "whole", **options)
+    whole, reference = hardened(train=settings, folder=tmp_path / "whole", **options)
     with pytest.raises(Killed):
         hardened(train=settings, folder=tmp_path / "broken", on_epoch=raises(Killed(), epoch), **options)
-    found, result = hardened(toy_network(seed=9), train=settings, folder=tmp_path / "broken", resume=True, **options)
-    assert identical(found, whole)
+    weights, result = hardened(toy_network(seed=9), train=settings, folder=tmp_path / "broken", resume=True, **options)
+    assert identical(weights, whole)
     for name in (LAST, BEST):
         assert identical(load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name))
-    assert without_time(result.training.history) == without_time(wanted.training.history)
-    assert (result.route, result.changes, result.strengths) == (wanted.route, wanted.changes, wanted.strengths)
-    assert result.overlap == wanted.overlap
+    assert without_time(result.training.history) == without_time(reference.training.history)
+    assert (result.route, result.changes, result.strengths) == (reference.route, reference.changes, reference.strengths)
+    assert result.overlap == reference.overlap
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,9 @@ def test_an_unusable_folder_is_found_before_the_route_is_traced(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    monkeypatch.setattr("attackroute.hardening.route_source.trace_routes", lambda *_, **__: pytest.fail("traced"))
+    monkeypatch.setattr(
+        sys.modules["attackroute.hardening.harden"], "trace_routes", lambda *_, **__: pytest.fail("traced")
+    )
     with pytest.raises(UserError, match="file"):
         hardened(folder=file)
 
@@ -454,7 +456,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
     settings = replace(SETTINGS, epochs=epochs)
     hardened(train=replace(SETTINGS, epochs=1), **KILLED)  # the first optimiser step imports a lot
     started = time.perf_counter()
-    whole, wanted = hardened(train=settings, folder=folder.with_name("whole"), **KILLED)
+    whole, reference = hardened(train=settings, folder=folder.with_name("whole"), **KILLED)
     length = time.perf_counter() - started
     command = [sys.executable, __file__, str(folder), str(epochs)]
     paths = (str(Path(attackroute.__file__).parents[1]), str(Path(__file__).parent))
@@ -472,13 +474,13 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
             killed += int(server.stdout.readline()) == -signal.SIGKILL
         server.stdin.close()
     assert killed >= kills / 4
-    found, result = hardened(train=settings, folder=folder, resume=True, **KILLED)
+    weights, result = hardened(train=settings, folder=folder, resume=True, **KILLED)
     assert result.training.resumed_from > 0
-    assert identical(found, whole)
+    assert identical(weights, whole)
     for name in (LAST, BEST):
         assert identical(load_file(folder / name), load_file(folder.with_name("whole") / name))
-    assert without_time(result.training.history) == without_time(wanted.training.history)
-    assert (result.route, result.changes) == (wanted.route, wanted.changes)
+    assert without_time(result.training.history) == without_time(reference.training.history)
+    assert (result.route, result.changes) == (reference.route, reference.changes)
 
 
 def serve(folder: Path, epochs: int) -> None:

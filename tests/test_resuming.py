@@ -105,7 +105,7 @@ VARIANTS = [
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_resuming_after_every_epoch(tmp_path: Path, change: dict[str, Any], epoch: int) -> None:
     settings = replace(SETTINGS_USED, **change)
-    whole, wanted = trained(settings)
+    whole, reference = trained(settings)
     with pytest.raises(Killed):
         trained(settings, folder=tmp_path, on_epoch=raises(Killed(), epoch))
     model = toy_model(seed=99)  # the weights come from the folder
@@ -116,7 +116,7 @@ def test_resuming_after_every_epoch(tmp_path: Path, change: dict[str, Any], epoc
     )  # fmt: skip
     assert identical(weights_of(model), whole)
     assert identical(load_file(tmp_path / LAST), whole)
-    assert without_time(result.history) == without_time(wanted.history)
+    assert without_time(result.history) == without_time(reference.history)
     assert result.resumed_from == epoch
     assert seen == list(range(epoch + 1, 4))
     assert len((tmp_path / LOG).read_text().splitlines()) == 3
@@ -162,7 +162,7 @@ class Jittered(Dataset[tuple[Tensor, int]]):
 
 def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SETTINGS_USED, epochs=2)
-    whole, wanted = trained(settings, folder=tmp_path / "whole")
+    whole, reference = trained(settings, folder=tmp_path / "whole")
     best = load_file(tmp_path / "whole" / BEST)
     countdown = itertools.repeat(1)
 
@@ -187,7 +187,7 @@ def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path, monkeypatch
         weights, result = trained(settings, folder=folder, resume=True)
         assert identical(weights, whole)
         assert identical(load_file(folder / LAST), whole)
-        assert without_time(result.history) == without_time(wanted.history)
+        assert without_time(result.history) == without_time(reference.history)
         assert identical(load_file(folder / BEST), best)
         assert len((folder / LOG).read_text().splitlines()) == 2
     assert operations > 30
@@ -195,7 +195,7 @@ def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 9])
 def test_an_interruption_keeps_the_finished_epochs(tmp_path: Path, steps: int) -> None:
-    whole, wanted = trained()
+    whole, reference = trained()
     under_way = (steps + 2) // 3
     with pytest.raises(KeyboardInterrupt, match=f"epoch {under_way} of 3 is lost; .* keeps epoch {under_way - 1}"):
         trained(folder=tmp_path, progress=at_step(steps, lambda: os.kill(os.getpid(), signal.SIGINT)))
@@ -204,7 +204,7 @@ def test_an_interruption_keeps_the_finished_epochs(tmp_path: Path, steps: int) -
     weights, result = trained(folder=tmp_path, resume=True, progress=lambda done, *_: taken.append(done))
     assert taken == list(range(3 * (under_way - 1) + 1, 10))
     assert identical(weights, whole)
-    assert without_time(result.history) == without_time(wanted.history)
+    assert without_time(result.history) == without_time(reference.history)
 
 
 def at_step(step: int, action: Callable[[], object]) -> Callable[[int, int, str], None]:

@@ -27,10 +27,10 @@ def penalised(
     with penalty.watch():
         model(attacked.clone())
     value = penalty(clean)
-    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    slopes = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
     return value.detach(), [
         torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(model.parameters(), found, strict=True)
+        for parameter, gradient in zip(model.parameters(), slopes, strict=True)
     ]
 
 
@@ -73,8 +73,8 @@ def test_against_autograd_functional() -> None:
     value, gradients = penalised(StabilisationPenalty(model, route), model, x, noisy)
     parameters = tuple(parameter.detach() for parameter in model.parameters())
     torch.testing.assert_close(value, penalty(*parameters))
-    for found, expected in zip(gradients, jacobian(penalty, parameters), strict=True):
-        torch.testing.assert_close(found, expected)
+    for slope, expected in zip(gradients, jacobian(penalty, parameters), strict=True):
+        torch.testing.assert_close(slope, expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -101,8 +101,8 @@ def test_it_is_the_sum_of_sensitivities(build: Callable[[], nn.Module]) -> None:
     noisy = (images + 0.1).clamp(0, 1)
     route = some_of(model, images, linear=build is Perceptron)
     value, _ = penalised(StabilisationPenalty(model, route), model, images, noisy)
-    found = ar.sensitivity(model, images, noisy, linear=build is Perceptron)
-    expected = sum(float(found[layer][route[layer]].sum()) for layer in route)
+    responses = ar.sensitivity(model, images, noisy, linear=build is Perceptron)
+    expected = sum(float(responses[layer][route[layer]].sum()) for layer in route)
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 

@@ -59,17 +59,17 @@ def test_gradient_penalty_is_the_mean_over_images_and_its_gradient_is_that_of_di
 @pytest.mark.parametrize("name", ALL)
 def test_the_approximation_comes_near_the_exact_gradient(name: str) -> None:
     model, x, y = made(ALL[name])
-    route, found = ranked(model, x, y), {}
+    route, outcomes = ranked(model, x, y), {}
     for method in (EXACT, APPROXIMATE):
         penalty = ar.GradientPenalty(model, route, method=method, eps=1e-7)
         with penalty.watch():
             logits = model(x)
         value = penalty(logits, y)
         slopes = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
-        found[method] = float(value.detach()), torch.cat([slope.flatten() for slope in slopes])
-    assert found[APPROXIMATE][0] == pytest.approx(found[EXACT][0], rel=1e-9)
-    exact = found[EXACT][1]
-    assert (found[APPROXIMATE][1] - exact).norm() < 1e-4 * exact.norm()
+        outcomes[method] = float(value.detach()), torch.cat([slope.flatten() for slope in slopes])
+    assert outcomes[APPROXIMATE][0] == pytest.approx(outcomes[EXACT][0], rel=1e-9)
+    exact = outcomes[EXACT][1]
+    assert (outcomes[APPROXIMATE][1] - exact).norm() < 1e-4 * exact.norm()
 
 
 def test_attention_keeps_its_fused_kernels_afterwards() -> None:

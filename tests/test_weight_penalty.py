@@ -46,12 +46,12 @@ def test_value_and_gradient_by_hand(folded: bool) -> None:
     penalty = WeightPenalty(model, ROUTE, IMAGES, folded=folded)
     expected = by_hand(model, folded=folded)
     torch.testing.assert_close(penalty(), expected)
-    for found, wanted in zip(
+    for gradient, reference in zip(
         torch.autograd.grad(penalty(), list(model.parameters()), allow_unused=True),
         torch.autograd.grad(expected, list(model.parameters()), allow_unused=True),
         strict=True,
     ):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradient, reference)
 
 
 def test_it_follows_the_model() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from attackroute.hardening.history import EpochRecord, TrainResult
+from attackroute.hardening.checkpoint import EpochRecord
 from attackroute.hardening.settings import TrainSettings
-from attackroute.hardening.training import train
+from attackroute.hardening.training import TrainResult, train
 
 SETTINGS_USED = TrainSettings(epochs=3, batch_size=8, lr=0.05, augment="crop-flip", seed=11)
 

@@ -23,7 +23,8 @@ from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     from attackroute.core.statistics import Accuracy
-    from attackroute.hardening.history import EpochRecord, TrainResult
+    from attackroute.hardening.checkpoint import EpochRecord
+    from attackroute.hardening.training import TrainResult
     from attackroute.zoo.data import ImageData
     from attackroute.zoo.weights import ModelCard
 
@@ -201,7 +202,7 @@ def epoch_lines(
 ) -> Iterator[Callable[[EpochRecord], None]]:
     """What to call after every epoch: it says what the epoch did, and logs it for TensorBoard in a run's folder."""
     from attackroute.core.distributed import leading
-    from attackroute.hardening.history import event_log
+    from attackroute.hardening.checkpoint import event_log
 
     logs = folder is not None and training.tensorboard and leading()
     with event_log(folder) if logs and folder is not None else nullcontext() as log:

@@ -282,6 +282,19 @@ def require_gradients(name: str) -> None:
         )
 
 
+class FunctionCalls(TorchFunctionMode):
+    """Context in which ``call(func, args, kwargs)`` takes the place of every call of a PyTorch function."""
+
+    def __init__(self, call: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self._call = call
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._call(func, args, kwargs or {})
+
+
 def write_count(tensor: Tensor) -> int:
     """How often a tensor was written to; tensors made in inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version

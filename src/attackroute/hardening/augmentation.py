@@ -26,9 +26,6 @@ def augment(
         start: Where the images are part of a batch, the first one's number in it: they get the views that they would
             get among the others.
         whole: How many images that batch has.
-
-    Returns:
-        Tensor of the same shape, type and device.
     """
     if kind == "none":
         return images

@@ -1,12 +1,14 @@
-"""The folder of a training run, in which a kill at any moment leaves one consistent checkpoint, that of an epoch's end.
+"""What a training run leaves: records of its epochs, and a folder in which a kill at any moment leaves one checkpoint.
 
 Files:
-    ``state.pt``: the checkpoint; weights, optimiser, history and settings in one file, which is replaced as a whole.
+    ``state.pt``: the checkpoint of an epoch's end; weights, optimiser, history and settings in one file, which is
+        replaced as a whole.
     ``last.safetensors``, ``best.safetensors``: weights alone, for other commands.
     ``log.jsonl``, ``settings.json``: for readers.
+    ``tensorboard``: events, where they were asked for.
 
-All but the first are written after it and from it, and written again when a run goes on, so that a kill between two of
-them does no harm.
+The weights, log and settings are written after the checkpoint and from it, and written again when a run goes on, so
+that a kill between two of them does no harm.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +28,92 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable, replace_file
+from attackroute.core.files import printable, replace_file, write_json
+from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
 
 STATE = "state.pt"
 LOG = "log.jsonl"
 SETTINGS = "settings.json"
+EVENTS = "tensorboard"
 
 _FORMAT = 3
 _LEFT_OVER = "." + "[0-9a-f]" * 16 + ".tmp"  # what a kill leaves of a file that was to be replaced
 
 
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch did.
+
+    Attributes:
+        epoch: Counts from 1.
+        loss: Mean cross entropy over the epoch's samples, as met during training, penalties left out.
+        train: Accuracy on the epoch's samples, as met during training: augmented, and attacked where the training is
+            against an attack.
+        test: Accuracy on the test data after the epoch; None without test data.
+        lr: Learning rate of the last step.
+        seconds: Time that the epoch took, its test included.
+        robust: Accuracy on some test images after the attack that the training is against; None without an attack or
+            test data.
+        penalties: By name, the mean of each penalty over the epoch's samples, without its factor.
+    """
+
+    epoch: int
+    loss: float
+    train: Accuracy
+    test: Accuracy | None
+    lr: float
+    seconds: float
+    robust: Accuracy | None = None
+    penalties: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_plain(cls, stored: Mapping[str, Any]) -> EpochRecord:
+        """The record that :func:`dataclasses.asdict` took apart."""
+        counts = {name: stored[name] and Accuracy(**stored[name]) for name in ("train", "test", "robust")}
+        return cls(**{**stored, **counts})
+
+    def log_line(self) -> str:
+        """The record as one line of JSON for readers."""
+        line: dict[str, Any] = {"epoch": self.epoch, "loss": self.loss, "train_accuracy": self.train.value}
+        if self.test is not None:
+            line |= {"test_accuracy": self.test.value, "test_interval": self.test.interval}
+        if self.robust is not None:
+            line |= {"robust_accuracy": self.robust.value, "robust_interval": self.robust.interval}
+        line |= {f"{name}_penalty": value for name, value in self.penalties.items()}
+        return json.dumps({**line, "lr": self.lr, "seconds": round(self.seconds, 3)})
+
+    def scalars(self) -> dict[str, float]:
+        """The record's numbers by the names that TensorBoard groups by."""
+        accuracies = {"train": self.train, "test": self.test, "robust": self.robust}
+        return {
+            "loss/task": self.loss,
+            **{f"loss/{name} penalty": value for name, value in self.penalties.items()},
+            **{f"accuracy/{name}": accuracy.value for name, accuracy in accuracies.items() if accuracy is not None},
+            "learning rate": self.lr,
+        }
+
+
+def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
+    """The first epoch of the highest robust accuracy, where that was measured, or else of the highest test accuracy.
+
+    The choice is made on test data, so the chosen epoch's accuracy there is a little too good.
+    """
+    tested = [(record.robust or record.test, record) for record in history]
+    values = [(accuracy.value, -record.epoch, record) for accuracy, record in tested if accuracy is not None]
+    return max(values)[2] if values else None
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a run needs in order to go on: anything that ``torch.load(weights_only=True)`` reads.
+    """What a run needs in order to go on: on disk, what ``torch.load(weights_only=True)`` reads.
 
     Attributes:
         settings: All that must be the same for the run to go on, as plain values.
         weights: The model's state dict, tensors only.
         optimiser: Its state dict.
         scaler: That of the scale of the loss; empty where it is not scaled.
-        history: The epochs so far, as plain values.
+        history: The epochs so far.
         objective: What the objective holds, as plain values.
     """
 
@@ -53,132 +121,123 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     optimiser: Mapping[str, Any]
     scaler: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]]
+    history: Sequence[EpochRecord]
     objective: Mapping[str, Any]
 
-    def require_fit(self, settings: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
-        """Require that a run with these settings, of a model with such weights, is the one in the folder.
-
-        Raises:
-            UserError: It is another one, and what is different.
-        """
-        _check_settings(self.settings, settings, path)
-        _check_weights_fit(self.weights, weights, path)
-
-
-class RunFolder:
-    """Reads and writes the files of one training run.
-
-    Args:
-        path: The folder. It is made when the run is opened.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-
-    def open(self, *, resume: bool) -> Checkpoint | None:
-        """Make the folder ready for writing, and read the checkpoint from which to go on.
-
-        Args:
-            resume: Go on with the run in the folder, if it holds one.
-
-        Returns:
-            The last checkpoint; None where the run starts from the beginning.
-
-        Raises:
-            UserError: The folder cannot be made, holds a run although ``resume`` is false, or holds a damaged
-                checkpoint.
-        """
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a file, and require that it is whole."""
+        damaged = UserError(
+            f"{path} is damaged or no checkpoint; put the right file back or start again in another folder"
+        )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (self.path / name).exists()]
-        except OSError as error:
-            raise UserError(f"{printable(self.path)}: {error.strerror or error}; choose another folder") from None
-        if present and not resume:
-            raise UserError(
-                f"{self.path} already holds a run ({present[0]}); pass --resume to go on with it, or choose another "
-                "folder"
-            )
-        if STATE not in present and (LAST in present or BEST in present):
-            raise UserError(f"{self.path / STATE} is missing, so the run cannot go on; choose another folder")
-        for left_over in self.path.glob(_LEFT_OVER):
-            left_over.unlink(missing_ok=True)
-        return _read(self.path / STATE) if STATE in present else None
+            content = path.read_bytes()
+            # torch.load itself does not compare the checksums that torch.save leaves in the archive
+            intact = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+            stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if intact else None
+        except Exception as error:  # damaged bytes make both readers raise nearly anything
+            raise damaged from error
+        if not (isinstance(stored, dict) and "format" in stored):
+            raise damaged
+        version = stored.pop("format")
+        if version != _FORMAT:
+            raise UserError(f"{path} has format {version}, not {_FORMAT}; use the version that wrote it")
+        if stored.keys() != {item.name for item in fields(cls)}:
+            raise damaged
+        return cls(**{**stored, "history": [EpochRecord.from_plain(record) for record in stored["history"]]})
 
-    def save(self, checkpoint: Checkpoint, *, best: bool, log: str) -> None:
-        """Replace the checkpoint, and then what is made from it.
-
-        Args:
-            checkpoint: All of one moment.
-            best: Whether its weights are the best ones so far.
-            log: What ``log.jsonl`` is to say.
+    def save(self, folder: Path) -> None:
+        """Replace the checkpoint in a folder, and then what is made from it.
 
         Raises:
             UserError: A file cannot be written. If it is the first one, the previous checkpoint is intact.
         """
         buffer = io.BytesIO()
-        torch.save({"format": _FORMAT, **vars(checkpoint)}, buffer)
-        replace_file(self.path / STATE, buffer.getvalue())
-        self.publish(checkpoint, best=best, log=log)
-
-    def publish(self, checkpoint: Checkpoint, *, best: bool, log: str) -> None:
-        """Write what is made from a checkpoint; arguments and errors as for :meth:`save`."""
+        history = [asdict(record) for record in self.history]
+        torch.save({"format": _FORMAT, **vars(self), "history": history}, buffer)
+        replace_file(folder / STATE, buffer.getvalue())
         # copies, since safetensors refuses tensors that share memory (tied weights)
-        copies = {
-            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in checkpoint.weights.items()
-        }
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.weights.items()}
         weights = safetensors.torch.save(copies)
-        for name in (LAST, BEST) if best else (LAST,):
-            replace_file(self.path / name, weights)
-        replace_file(self.path / LOG, log.encode())
-        replace_file(self.path / SETTINGS, (json.dumps(checkpoint.settings, indent=2) + "\n").encode())
+        replace_file(folder / LAST, weights)
+        if self.history and best_epoch(self.history) is self.history[-1]:
+            replace_file(folder / BEST, weights)
+        replace_file(folder / LOG, "".join(record.log_line() + "\n" for record in self.history).encode())
+        write_json(folder / SETTINGS, self.settings)
 
-
-def _check_settings(stored: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
-    for name in dict.fromkeys([*given, *stored]):
-        value = given.get(name)
-        if stored.get(name) == value:
-            continue
-        if name == "processes":
+    def require_fit(self, settings: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
+        """Require that a run with these settings, of a model with such weights, is the one in the folder ``path``."""
+        for name in dict.fromkeys([*settings, *self.settings]):
+            stored, value = self.settings.get(name), settings.get(name)
+            if stored == value:
+                continue
+            if name == "processes":
+                raise UserError(
+                    f"the run in {path} is trained by {stored} processes and cannot go on with {value}, since batches "
+                    f"are divided among them: start {stored} (torchrun --nproc-per-node), or choose another folder"
+                )
+            if name == "trainable":
+                raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
             raise UserError(
-                f"the run in {path} is trained by {stored.get(name)} processes and cannot go on with {value}, since "
-                f"batches are divided among them: start {stored.get(name)} (torchrun --nproc-per-node), or choose "
+                f"the run in {path} has {name} {stored!r}, not {value!r}; give the same value to resume it, or choose "
                 "another folder"
             )
-        if name == "trainable":
-            raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
-        raise UserError(
-            f"the run in {path} has {name} {stored.get(name)!r}, not {value!r}; "
-            "give the same value to resume it, or choose another folder"
-        )
-
-
-def _check_weights_fit(stored: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
-    for name in [*given, *stored]:
-        kinds = [
-            f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing" for side in (stored, given)
-        ]
-        if kinds[0] != kinds[1]:
-            raise UserError(
-                f"the run in {path} is of another model: {name} is {kinds[0]} there and {kinds[1]} here; "
-                "give the same model or choose another folder"
+        for name in [*weights, *self.weights]:
+            there, here = (
+                f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing"
+                for side in (self.weights, weights)
             )
+            if there != here:
+                raise UserError(
+                    f"the run in {path} is of another model: {name} is {there} there and {here} here; "
+                    "give the same model or choose another folder"
+                )
 
 
-def _read(path: Path) -> Checkpoint:
-    damaged = UserError(f"{path} is damaged or no checkpoint; put the right file back or start again in another folder")
+def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
+    """Make a run's folder ready, and read the checkpoint from which to go on; None where the run begins.
+
+    Raises:
+        UserError: The folder cannot be made, holds a run although ``resume`` is false, or holds a damaged checkpoint.
+    """
     try:
-        content = path.read_bytes()
-        # torch.load itself does not compare the checksums that torch.save leaves in the archive
-        intact = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
-        stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if intact else None
-    except Exception as error:  # damaged bytes make both readers raise nearly anything
-        raise damaged from error
-    if not (isinstance(stored, dict) and "format" in stored):
-        raise damaged
-    version = stored.pop("format")
-    if version != _FORMAT:
-        raise UserError(f"{path} has format {version}, not {_FORMAT}; use the version that wrote it")
-    if stored.keys() != {field.name for field in fields(Checkpoint)}:
-        raise damaged
-    return Checkpoint(**stored)
+        path.mkdir(parents=True, exist_ok=True)
+        present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {error.strerror or error}; choose another folder") from None
+    if present and not resume:
+        raise UserError(
+            f"{path} already holds a run ({present[0]}); pass --resume to go on with it, or choose another folder"
+        )
+    if STATE not in present and (LAST in present or BEST in present):
+        raise UserError(f"{path / STATE} is missing, so the run cannot go on; choose another folder")
+    for left_over in path.glob(_LEFT_OVER):
+        left_over.unlink(missing_ok=True)
+    return Checkpoint.load(path / STATE) if STATE in present else None
+
+
+@contextmanager
+def event_log(folder: str | os.PathLike[str]) -> Iterator[Callable[[EpochRecord], None]]:
+    """Context that gives an ``on_epoch`` which shows each epoch's numbers in TensorBoard.
+
+    Epochs that a resumed run repeats are replaced. Events go into the folder ``tensorboard`` in that of the run.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError('TensorBoard is not installed; pip install "attackroute[tensorboard]"') from error
+    with ExitStack() as stack:
+        writers: list[Any] = []
+
+        def write(record: EpochRecord) -> None:
+            if not writers:
+                writer = SummaryWriter(str(Path(folder) / EVENTS), purge_step=record.epoch)  # type: ignore[no-untyped-call]
+                writers.append(stack.enter_context(closing(writer)))
+            for name, value in record.scalars().items():
+                writers[0].add_scalar(name, value, record.epoch)
+            writers[0].flush()
+
+        yield write

@@ -13,7 +13,7 @@ does not run on a CPU.) Other buffers become those of the first process at the e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +29,18 @@ class Replicas:
         model: This process's copy.
         trainable: The parameters that are trained.
         team: The processes.
+        least: Images in the smallest batch, of which each process is to have a part.
+
+    Raises:
+        UserError: There are more processes than images.
     """
 
-    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], team: Processes) -> None:
-        self._model, self._parameters, self._team = model, list(trainable.values()), team
-
-    def check(self, batch_size: int) -> None:
-        """Require that each process has a part of the smallest batch.
-
-        Raises:
-            UserError: There are more processes than images.
-        """
-        if batch_size < self._team.count:
+    def __init__(self, model: nn.Module, trainable: Sequence[nn.Parameter], team: Processes, least: int) -> None:
+        if least < team.count:
             raise UserError(
-                f"{self._team.count} processes share batches of {batch_size} images; take larger batches or fewer "
-                "processes"
+                f"{team.count} processes share batches of {least} images; take larger batches or fewer processes"
             )
+        self._model, self._parameters, self._team = model, trainable, team
 
     def rows(self, batch_size: int) -> slice:
         """This process's part of a batch; parts differ in size by one at most."""
@@ -54,13 +50,8 @@ class Replicas:
     def combine(self, share: float, means: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Replace gradients and running statistics by those of the whole batch.
 
-        Args:
-            share: This process's part of the batch, in (0, 1].
-            means: Numbers that are means over the part.
-            sums: Numbers that are sums.
-
-        Returns:
-            The means over the whole batch, and the sums over all processes.
+        This process's part of it is ``share``, in (0, 1]. Numbers that are ``means`` over the part become those over
+        the whole batch, and ``sums`` those over all processes.
 
         Raises:
             LostProcessError: A process is gone; the gradients are then as they were.
@@ -77,13 +68,13 @@ class Replicas:
         sizes = [item.numel() for item in [*averaged, *added]]
         flat[: sum(sizes[: len(averaged)])] *= share
         self._team.sum_(flat)
-        *parts, counts, totals = flat.split(sizes)
-        for parameter, part, count in zip(self._parameters, parts, counts.tolist(), strict=False):
+        *averages, counts, totals = flat.split(sizes)
+        for parameter, average, count in zip(self._parameters, averages, counts.tolist(), strict=False):
             if count:  # one without a gradient anywhere keeps none, and is not decayed
-                parameter.grad = part.view_as(parameter).to(parameter.dtype)
-        for buffer, part in zip(self._statistics(), parts[len(self._parameters) :], strict=False):
-            buffer.copy_(part.view_as(buffer))
-        return parts[-1].to(means.dtype), totals
+                parameter.grad = average.view_as(parameter).to(parameter.dtype)
+        for buffer, average in zip(self._statistics(), averages[len(self._parameters) :], strict=False):
+            buffer.copy_(average.view_as(buffer))
+        return averages[-1].to(means.dtype), totals
 
     def _statistics(self) -> Iterator[Tensor]:
         """Running means and variances that the last forward pass moved."""

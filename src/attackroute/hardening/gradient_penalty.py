@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,25 +20,20 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
-from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
+from attackroute.core.layers import CHANNEL_DIM, FunctionCalls, LayerCall, LayerCalls
 from attackroute.core.model_state import RepeatablePass
-from attackroute.hardening.objective import task_loss
+from attackroute.hardening.objective import summed, task_loss
 from attackroute.hardening.settings import APPROXIMATE, EXACT, METHODS, require_known
 from attackroute.routes.layer_map import require_channels, require_model
 from attackroute.routes.route import Route
 
-_RELU = frozenset(
-    {functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-)  # fmt: skip
+_RELU = frozenset({functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
 _LEAKY = frozenset({functional.leaky_relu, functional.leaky_relu_})
 _POOL = frozenset({functional.max_pool2d, torch.max_pool2d})
-_SLOPE = 0.01  # leaky_relu's own default
-_ATTENTION = functional.scaled_dot_product_attention
-_HARD_SIGMOID = functional.hardsigmoid
+_KINKED = _RELU | _LEAKY | _POOL | {functional.relu6}
 
 
 class GradientPenalty:
@@ -78,7 +74,8 @@ class GradientPenalty:
         self._chosen = [layer for layer in route if len(route.indices[layer])]
         if not self._chosen:
             raise UserError("the route has no neuron, so there is no gradient to punish")
-        self._indices: dict[tuple[str, torch.device, bool], Tensor] = {}
+        self._on_route = cache(lambda layer, device: route[layer].to(device))
+        self._off_route = cache(lambda layer, device: (~route.mask(layer)).nonzero().flatten().to(device))
         self._watched: _Watched | None = None
 
     @contextmanager
@@ -96,7 +93,8 @@ class GradientPenalty:
         handle = self._model.register_forward_pre_hook(begin, with_kwargs=True)
         try:
             with (
-                TwiceDifferentiable() if self._method == EXACT else nullcontext(),
+                # first, since what is entered after LayerCalls does not see the attention that it opens up
+                FunctionCalls(_twice_differentiable) if self._method == EXACT else nullcontext(),
                 LayerCalls(self._model, self._visit, linear=True),
                 kinks if self._method == APPROXIMATE else nullcontext(),
             ):
@@ -178,17 +176,17 @@ class GradientPenalty:
         # an edge of the graph, since the tensor itself may be written to by what follows
         watched.edges[call.name] = get_gradient_edge(output)
         if self._method == APPROXIMATE:
-            chosen = output.detach().index_select(dim, self._index(call.name, output.device, on_route=True))
+            chosen = output.detach().index_select(dim, self._on_route(call.name, output.device))
             watched.squares.append(chosen.square().mean(dtype=_wide(output)))
         return output
 
     def _sum(self, watched: _Watched, gradients: dict[str, Tensor]) -> Tensor:
         """Eq. (10) for a batch: the gradients are of the mean loss, so their sum is the mean over samples."""
-        parts = []
+        sums = []
         for name, gradient in gradients.items():
-            chosen = gradient.index_select(watched.dims[name], self._index(name, gradient.device, on_route=True))
-            parts.append(chosen.abs().sum(dtype=_wide(gradient)))
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+            chosen = gradient.index_select(watched.dims[name], self._on_route(name, gradient.device))
+            sums.append(chosen.abs().sum(dtype=_wide(gradient)))
+        return summed(sums)
 
     def _moved(self, watched: _Watched, gradients: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss at outputs moved by eps along the signs of the gradients, and eps."""
@@ -199,13 +197,12 @@ class GradientPenalty:
             raise UserError("the outputs of a route layer are zero or NaN, so there is no step for the approximation")
         shifts = {}
         for name, gradient in gradients.items():
-            off_route = self._index(name, gradient.device, on_route=False)
             # a new tensor, since two layers whose outputs are added share their gradient
             shift = gradient.sign().mul_(eps.to(gradient.device))
-            shifts[name] = shift.index_fill_(watched.dims[name], off_route, 0)
+            shifts[name] = shift.index_fill_(watched.dims[name], self._off_route(name, gradient.device), 0)
         self._watched = _Watched(None, watched.kinks, shifts)
         try:
-            with LayerCalls(self._model, self._visit, linear=True), HeldKinks(watched.kinks.sides):
+            with LayerCalls(self._model, self._visit, linear=True), watched.kinks.held():
                 return _task(watched.repeat.run(), labels), eps
         finally:
             self._watched = None
@@ -218,34 +215,17 @@ class GradientPenalty:
         require_ran(self._chosen, watched.edges)
         return watched
 
-    def _index(self, layer: str, device: torch.device, *, on_route: bool) -> Tensor:
-        """Channels of a layer on the route, or off it."""
-        key = layer, device, on_route
-        if key not in self._indices:
-            mask = self._route.mask(layer)
-            self._indices[key] = (mask if on_route else ~mask).nonzero().flatten().to(device)
-        return self._indices[key]
-
 
 @dataclass(eq=False)
 class _Watched:
-    """What a forward pass left behind.
-
-    Attributes:
-        repeat: Runs the pass again, for the approximation.
-        kinks: What the pass noted, for the approximation.
-        shifts: What the pass is to add to layers' outputs, in the approximation's second pass.
-        edges: For each layer, where its output stands in the graph.
-        dims: For each layer, the dimension of its channels.
-        squares: For each layer, the mean square of the route's outputs, for the approximation.
-    """
+    """What a forward pass left behind, by layer; the approximation alone has a second pass, its kinks and shifts."""
 
     repeat: RepeatablePass | None
     kinks: Kinks
-    shifts: dict[str, Tensor] | None = None
-    edges: dict[str, GradientEdge] = field(default_factory=dict)
-    dims: dict[str, int] = field(default_factory=dict)
-    squares: list[Tensor] = field(default_factory=list)
+    shifts: dict[str, Tensor] | None = None  # what the second pass is to add to the layers' outputs
+    edges: dict[str, GradientEdge] = field(default_factory=dict)  # where the outputs stand in the graph
+    dims: dict[str, int] = field(default_factory=dict)  # of the channels
+    squares: list[Tensor] = field(default_factory=list)  # mean squares of the route's outputs
 
     def gradients(
         self, task: Tensor, parameters: Sequence[Tensor] = (), *, keep_graph: bool = False, create_graph: bool = False
@@ -260,17 +240,14 @@ class _Watched:
             create_graph=create_graph,
             allow_unused=True,
         )
-        at_layers = {
-            name: gradient
-            for name, gradient in zip(self.edges, gradients[: len(self.edges)], strict=True)
-            if gradient is not None
-        }
+        outputs = zip(self.edges, gradients, strict=False)
+        at_layers = {name: gradient for name, gradient in outputs if gradient is not None}
         if not at_layers:
             raise UserError("the logits do not depend on any layer of the route: are they those of the watched pass?")
         return at_layers, gradients[len(self.edges) :]
 
 
-class Kinks(TorchFunctionMode):
+class Kinks(FunctionCalls):
     """Context that notes the kinks of a pass: ReLU, ReLU6, leaky ReLU and 2-D max pooling.
 
     Attributes:
@@ -279,59 +256,42 @@ class Kinks(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(self._note)
         self.sides: list[Tensor] = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _POOL:
-            return self._pooled(args, kwargs)
+            output, winners = functional.max_pool2d_with_indices(*args[:6], **{**kwargs, "return_indices": True})
+            self.sides.append(winners)
+            return (output, winners) if kwargs.get("return_indices", False) else output
         output = func(*args, **kwargs)
-        if func in _RELU or func in _LEAKY:
-            self.sides.append(output.detach() > 0)
-        elif func is functional.relu6:
-            self.sides.append((output.detach() > 0).logical_and_(output.detach() < 6))
+        if func in _KINKED:
+            positive = output.detach() > 0
+            self.sides.append(positive.logical_and_(output.detach() < 6) if func is functional.relu6 else positive)
         return output
 
-    def _pooled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        both = kwargs.get("return_indices", False)
-        output, winners = functional.max_pool2d_with_indices(*args[:6], **{**kwargs, "return_indices": True})
-        self.sides.append(winners)
-        return (output, winners) if both else output
+    def held(self) -> FunctionCalls:
+        """Context in which another pass of the same network stays on these sides."""
+        sides = iter(self.sides)
 
+        def hold(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if func not in _KINKED:
+                return func(*args, **kwargs)
+            values = args[0] if args else kwargs["input"]
+            side = next(sides, None)
+            if side is None:
+                raise UserError("the model ran other operations on the same batch a second time: use the exact method")
+            if func in _POOL:
+                winners = values.flatten(2).gather(2, side.flatten(2)).view(side.shape)
+                return (winners, side) if kwargs.get("return_indices", False) else winners
+            if func in _LEAKY:
+                slope = args[1] if len(args) > 1 else kwargs.get("negative_slope", 0.01)
+                return torch.where(side, values, values * slope)
+            if func is functional.relu6:
+                return torch.where(side, values, values.detach().clamp(0, 6))
+            return values * side
 
-class HeldKinks(TorchFunctionMode):
-    """Context in which a pass stays on the sides that another pass of the same network noted.
-
-    Args:
-        sides: Those of :class:`Kinks`.
-    """
-
-    def __init__(self, sides: list[Tensor]) -> None:
-        super().__init__()
-        self._sides: Iterator[Tensor] = iter(sides)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _RELU and func not in _LEAKY and func not in _POOL and func is not functional.relu6:
-            return func(*args, **kwargs)
-        values = args[0] if args else kwargs["input"]
-        side = next(self._sides, None)
-        if side is None:
-            raise UserError("the model ran other operations on the same batch a second time: use the exact method")
-        if func in _POOL:
-            winners = values.flatten(2).gather(2, side.flatten(2)).view(side.shape)
-            return (winners, side) if kwargs.get("return_indices", False) else winners
-        if func in _LEAKY:
-            slope = args[1] if len(args) > 1 else kwargs.get("negative_slope", _SLOPE)
-            return torch.where(side, values, values * slope)
-        if func is functional.relu6:
-            return torch.where(side, values, values.detach().clamp(0, 6))
-        return values * side
+        return FunctionCalls(hold)
 
 
 class _GivenGradients(torch.autograd.Function):
@@ -339,7 +299,7 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: Tensor, gradients: Sequence[Tensor | None], *_: Tensor) -> Tensor:
-        """Return the value; keep the parameters' gradients, each to be multiplied by the factor."""
+        """The value; the parameters' gradients are kept, each to be multiplied by the factor."""
         ctx.factor, ctx.gradients = factor, gradients
         return value.clone()
 
@@ -361,23 +321,12 @@ def _wide(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
 
 
-class TwiceDifferentiable(TorchFunctionMode):
-    """Context in which attention and hard sigmoid are computed of operations with a second derivative.
-
-    Their results are the same up to rounding. Enter it before :class:`attackroute.layers.LayerCalls`, which opens
-    multi-head attention up: what was entered later does not see the attention in it.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is _ATTENTION:  # the fused kernels' backward has no derivative
-            with sdpa_kernel(SDPBackend.MATH):
-                return func(*args, **kwargs)
-        if func is _HARD_SIGMOID:
-            return _hard_sigmoid(*args, **kwargs)
-        return func(*args, **kwargs)
+def _twice_differentiable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute attention and hard sigmoid of operations with a second derivative, the same up to rounding."""
+    if func is functional.scaled_dot_product_attention:  # the fused kernels' backward has no derivative
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+    return _hard_sigmoid(*args, **kwargs) if func is functional.hardsigmoid else func(*args, **kwargs)
 
 
 def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:

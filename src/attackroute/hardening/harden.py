@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from attackroute.core.batches import count_samples, load
-from attackroute.core.checks import check_logits, checked_batch
+from attackroute.core.batches import count_samples, in_order, load
+from attackroute.core.checks import check_logits
 from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
-from attackroute.core.model_state import kept_modes, placement, spared_buffers
-from attackroute.core.random import derived_generator
+from attackroute.core.model_state import kept_modes, spared_buffers
+from attackroute.core.random import derived_generator, derived_seed
+from attackroute.hardening.checkpoint import EpochRecord
 from attackroute.hardening.gradient_penalty import GradientPenalty
-from attackroute.hardening.history import EpochRecord, TrainResult
-from attackroute.hardening.objective import Batch, Objective, StepLosses, task_loss
-from attackroute.hardening.route_source import RouteChange, RouteOverlap, RouteSource, targeted
+from attackroute.hardening.objective import Batch, Objective, StepLosses, samples_of, task_loss
 from attackroute.hardening.settings import (
+    ALL,
     APPROXIMATE,
     FINE_TUNING,
     GRADIENT,
     PENALTIES,
+    RANDOM,
     STABILISATION,
     WEIGHT,
     HardenSettings,
@@ -36,30 +39,83 @@ from attackroute.hardening.settings import (
     require_known,
 )
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
-from attackroute.hardening.training import Progress, fit
+from attackroute.hardening.training import Progress, TrainResult
+from attackroute.hardening.training import train as train_network
 from attackroute.hardening.weight_penalty import WeightPenalty
 from attackroute.robustness.attack import Perturbation
 from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
+from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.data import ImageData
 
 ROUTE_FILE = "route.json"
 
-
 Samples = Dataset[Any] | DataLoader[Any] | ImageData | tuple[Tensor, Tensor]
 """A data set, a DataLoader (for its data set), the images of ``ar.load_data``, or a pair of tensors."""
-
 
 Factor = float | Mapping[str, float]
 """Lambda: one for all penalties, or one for each by its name."""
 
-
 _TRAIN = "training data"
-
-
+_INSTANCE_WIDTH, _WIDTH = 0.2, 0.3  # the paper's
+_TRACED_BATCH = 128
 _STRENGTH_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class RouteOverlap:
+    """How much of a route from some samples the route from all of them has too.
+
+    Attributes:
+        shared: Neurons on both; the two are of one size.
+        size: Neurons of either.
+        least: The least share of neurons on both, over layers.
+    """
+
+    shared: int
+    size: int
+    least: float
+
+    @classmethod
+    def between(cls, sampled: Route, full: Route) -> RouteOverlap:
+        """Compare two routes of one network."""
+        return cls((sampled & full).size, sampled.size, min(sampled.overlap(full).values()))
+
+    @property
+    def share(self) -> float:
+        """Share of the neurons on both; the paper reports 94.6 % for a tenth of the samples."""
+        return self.shared / self.size
+
+    def to_json(self) -> dict[str, float]:
+        """Counts and shares."""
+        return {**asdict(self), "share": self.share}
+
+    def __str__(self) -> str:
+        return f"{self.share:.1%} of its neurons ({self.shared} of {self.size}; least in a layer {self.least:.0%})"
+
+
+@dataclass(frozen=True)
+class RouteChange:
+    """What a new trace changed.
+
+    Attributes:
+        epoch: Before which epoch it was made.
+        changed: Neurons of the new route that were not on the old one.
+        size: Neurons of the new route.
+        overlap: The least share of the old route, over layers, that is still on the new one.
+    """
+
+    epoch: int
+    changed: int
+    size: int
+    overlap: float
+
+    @classmethod
+    def between(cls, old: Route, new: Route, epoch: int) -> RouteChange:
+        """Compare two routes of one network."""
+        return cls(epoch, (new - old).size, new.size, min(old.overlap(new).values()))
 
 
 @dataclass(frozen=True)
@@ -116,7 +172,7 @@ def harden(
         penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
             the paper's, see :class:`StabilisationPenalty`), a tuple of some, or None for training alone.
         lam: The factor lambda, or one for each penalty by name.
-        attack: What to train against, as :func:`attackroute.attacks.parse_attack` reads it; None for clean images.
+        attack: What to train against, as :func:`attackroute.parse_attack` reads it; None for clean images.
         route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model), as ``settings`` say.
         settings: Whose neurons are punished, how their route is traced, and how penalties are computed; None for the
             paper's way, ``HardenSettings()``.
@@ -152,19 +208,15 @@ def harden(
         if on_epoch is not None:
             on_epoch(record)
 
-    result = fit(
-        model, data, tests, train, hardening or Objective(attack),
+    result = train_network(
+        model, data, tests, train,
+        objective=hardening or Objective(attack),
         folder=folder, resume=resume, on_epoch=finish_epoch, progress=progress,
     )  # fmt: skip
     if hardening is None:
         return HardenResult(result)
-    return HardenResult(
-        result,
-        hardening.route,
-        changes=tuple(hardening.changes),
-        strengths=hardening.strengths,
-        overlap=hardening.overlap,
-    )
+    changes, strengths, overlap = tuple(hardening.changes), hardening.strengths, hardening.overlap
+    return HardenResult(result, hardening.route, changes=changes, strengths=strengths, overlap=overlap)
 
 
 class RouteObjective(Objective):
@@ -176,17 +228,15 @@ class RouteObjective(Objective):
 
     Args:
         factors: Lambda for each penalty, ``"gradient"``, ``"weight"`` or ``"stabilisation"``.
-        attack: As for :class:`Objective`.
+        attack: What to train against.
         settings: What is punished.
-        route: The route; None traces it when the run starts.
+        route: The route; None traces it from some of the training samples when the run starts.
 
     Attributes:
         route: The route, once it is known.
         changes: What each new trace changed.
-        strengths: For each penalty, the norm of its gradient over that of the task's, both by the parameters and on
-            some of the training samples before the first step; infinite where the task has no gradient left.
-        overlap: How much of the route that of all the training samples has too, both for the initial network; None
-            where they are not compared, and for a route that is given or traced from all of them.
+        strengths: See :class:`HardenResult`; infinite where the task has no gradient left.
+        overlap: See :class:`HardenResult`; of the initial network's routes.
 
     Raises:
         UserError: A penalty is unknown, a factor is not a number of at least 0, or these do not go together.
@@ -200,6 +250,7 @@ class RouteObjective(Objective):
         route: Route | None = None,
     ) -> None:
         super().__init__(attack)
+        settings = settings or HardenSettings()
         for name, factor in factors.items():
             require_known("penalty", name, (*PENALTIES, STABILISATION))
             if isinstance(factor, bool) or not (isinstance(factor, (int, float)) and 0 <= factor < float("inf")):
@@ -209,39 +260,63 @@ class RouteObjective(Objective):
                 "the stabilisation penalty is on what an attack changes: name one to train against, such as "
                 "attack='pgd' (--attack pgd)"
             )
+        if route is not None and settings.refresh is not None:
+            raise UserError("a route that is given is not traced anew: leave out the route, or refresh")
+        if settings.trace.follows_noise and self.attack is None:
+            raise UserError(
+                "carrier 'noise' follows what an attack changes: train against one (attack=..., --attack), or give a "
+                "route that was traced so (route=..., --route)"
+            )
         self.route, self.changes, self.strengths = route, list[RouteChange](), dict[str, float]()
         self.overlap: RouteOverlap | None = None
-        self._factors, self._hardening = dict(factors), settings or HardenSettings()
-        self._source = RouteSource(self._hardening, self.attack, route)
+        self._factors, self._hardening, self._seed = dict(factors), settings, 0
+        self._given = route
         self._gradient: GradientPenalty | None = None
         self._weight: WeightPenalty | None = None
         self._stabilisation: StabilisationPenalty | None = None
-        self._seed = 0
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See :class:`Objective`."""
+        """See :class:`Objective`; a route that is traced depends on these, on the data and the seed."""
+        settings, route = self._hardening, None
+        if self._given is not None:
+            indices = {layer: list(chosen) for layer, chosen in self._given.indices.items()}
+            route = hashlib.sha256(json.dumps(indices).encode()).hexdigest()
         return {
             **super().settings,
             "factors": self._factors,
-            "target": self._hardening.target,
-            "method": self._hardening.method,
-            "folded": self._hardening.folded,
-            "route": self._source.description,
+            "target": settings.target,
+            "method": settings.method,
+            "folded": settings.folded,
+            "route": route
+            or {
+                "share": settings.route_samples,
+                "refresh": settings.refresh,
+                "compare_full": settings.compare_full,
+                **asdict(settings.trace),
+                "attack": str(self.attack) if settings.trace.follows_noise else None,
+            },
         }
 
-    def start(self, model: nn.Module, data: Dataset[Any], seed: int) -> None:
-        """Trace the route and compare the penalties' gradients with the task's."""
-        self._seed = seed
-        self.route, self.overlap = self._source.first(model, data, seed)
+    def start(self, model: nn.Module, data: Dataset[Any], seed: int, state: Mapping[str, Any] | None = None) -> None:
+        """Trace the route and compare the penalties' gradients with the task's, or take both back."""
+        settings, self._seed = self._hardening, seed
+        if state is not None:
+            self.route = Route.from_json(state["route"])
+            self.changes = [RouteChange(**change) for change in state["changes"]]
+            self.overlap = None if state["overlap"] is None else RouteOverlap(**state["overlap"])
+        elif self.route is None:
+            self.route = self._traced(model, data, settings.route_samples)
+            if settings.compare_full and settings.route_samples < 1:
+                self.overlap = RouteOverlap.between(self.route, self._traced(model, data, 1.0))
         self._aim(self.route, model, data)
-        self.strengths = self._measured_strengths(model, data)
+        self.strengths = self._measured_strengths(model, data) if state is None else dict(state["strengths"])
 
     def begin_epoch(self, model: nn.Module, data: Dataset[Any], epoch: int) -> None:
-        """Trace the route anew, where that is due."""
-        if self._source.due(epoch):
-            assert self.route is not None
-            old, self.route = self.route, self._source.trace(model, data, self._seed, self._hardening.route_samples)
+        """Trace the route anew, where that is due; the one before the first epoch is no renewal."""
+        refresh, old = self._hardening.refresh, self.route
+        if old is not None and refresh is not None and epoch > 1 and (epoch - 1) % refresh == 0:
+            self.route = self._traced(model, data, self._hardening.route_samples)
             self.changes.append(RouteChange.between(old, self.route, epoch))
             self._aim(self.route, model, data)
 
@@ -249,53 +324,41 @@ class RouteObjective(Objective):
         """The route and what is known about it."""
         assert self.route is not None
         return {
-            "seed": self._seed,
             "route": self.route.to_json(),
             "changes": [asdict(change) for change in self.changes],
             "strengths": dict(self.strengths),
             "overlap": None if self.overlap is None else asdict(self.overlap),
         }
 
-    def restore(self, model: nn.Module, data: Dataset[Any], state: Mapping[str, Any]) -> None:
-        """Take the route back."""
-        self._seed = state["seed"]
-        self.route = Route.from_json(state["route"])
-        self.changes = [RouteChange(**change) for change in state["changes"]]
-        self.strengths = dict(state["strengths"])
-        self.overlap = None if state["overlap"] is None else RouteOverlap(**state["overlap"])
-        self._aim(self.route, model, data)
-
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """Eq. (11), (12), (14) or (15), or the same with the noise on the route punished."""
         images = self.attacked(model, batch)
-        factors = self._factors
-        watches = [penalty.watch() for penalty in (self._gradient, self._stabilisation) if penalty is not None]
         with ExitStack() as stack:
-            for watch in watches:
-                stack.enter_context(watch)
+            for penalty in (self._gradient, self._stabilisation):
+                if penalty is not None:
+                    stack.enter_context(penalty.watch())
             stack.enter_context(batch.autocast())
             logits = model(images)
         check_logits(logits, batch.labels, _TRAIN)
-        values: dict[str, Tensor] = {}
-        task = task_loss(logits, batch.targets)
-        total = task
-        if self._gradient is not None and self._stabilisation is not None:  # which needs the pass's graph, too
-            value = self._gradient(logits, batch.targets)
-            total, values[GRADIENT] = task + factors[GRADIENT] * value, value.detach()
-        elif self._gradient is not None:
-            total, values[GRADIENT] = self._gradient.with_task(logits, batch.targets, factors[GRADIENT])
-        if self._gradient is not None and self.attack is not None:
-            clean = self._clean_penalty(self._gradient, model, batch)
-            total = total + factors[GRADIENT] * clean
-            values[GRADIENT] = values[GRADIENT] + clean.detach()
+        factors, values = self._factors, dict[str, Tensor]()
+        task = total = task_loss(logits, batch.targets)
+
+        def punish(name: str, value: Tensor) -> None:
+            nonlocal total
+            total = total + factors[name] * value
+            values[name] = values.get(name, 0) + value.detach()
+
+        if self._gradient is not None:
+            if self._stabilisation is None:
+                total, values[GRADIENT] = self._gradient.with_task(logits, batch.targets, factors[GRADIENT])
+            else:  # which needs the pass's graph, too
+                punish(GRADIENT, self._gradient(logits, batch.targets))
+            if self.attack is not None:
+                punish(GRADIENT, self._clean_penalty(self._gradient, model, batch))
         if self._weight is not None:
-            value = self._weight()
-            total = total + factors[WEIGHT] * value
-            values[WEIGHT] = value.detach()
+            punish(WEIGHT, self._weight())
         if self._stabilisation is not None:
-            value = self._stabilisation(batch.images)
-            total = total + factors[STABILISATION] * value
-            values[STABILISATION] = value.detach()
+            punish(STABILISATION, self._stabilisation(batch.images))
         return StepLosses(total, task.detach(), logits.detach(), values)
 
     def _clean_penalty(self, penalty: GradientPenalty, model: nn.Module, batch: Batch) -> Tensor:
@@ -306,49 +369,57 @@ class RouteObjective(Objective):
                 logits = model(batch.images)
             return penalty(logits, batch.targets)
 
+    def _traced(self, model: nn.Module, data: Dataset[Any], share: float) -> Route:
+        """The model route of a share of the samples, drawn with the seed (Eqs. (1)-(8))."""
+        total = count_samples(data, _TRAIN)
+        samples = max(1, round(share * total))
+        order = torch.randperm(total, generator=derived_generator(self._seed, "route", 0))
+        drawn = Subset(data, order[:samples].sort().values.tolist())
+        loader = load(drawn, in_order(samples, _TRACED_BATCH), generator=torch.Generator())
+        config = replace(self._hardening.trace, seed=self._seed)
+        attack = self.attack if config.follows_noise else None
+        return trace_routes(model, loader, _INSTANCE_WIDTH, attack=attack, config=config).aggregate(_WIDTH)
+
     def _aim(self, route: Route, model: nn.Module, data: Dataset[Any]) -> None:
-        """Make the penalties for the route as it is."""
+        """Make the penalties for the route as it is, or for its control."""
         require_model(route.channels, model)
-        punished = targeted(route, self._hardening.target, self._seed)
+        if self._hardening.target == RANDOM:
+            route = route.random_like(derived_seed(self._seed, "random target", 0))
+        elif self._hardening.target == ALL:
+            route = Route({layer: range(count) for layer, count in route.channels.items()}, route.channels)
         if GRADIENT in self._factors:
-            self._gradient = GradientPenalty(model, punished, method=self._hardening.method)
+            self._gradient = GradientPenalty(model, route, method=self._hardening.method)
         if WEIGHT in self._factors:
-            device, dtype = placement(model)
-            (probe,) = load(data, [[0, 0]], generator=torch.Generator())
-            images = checked_batch(probe, _TRAIN)[0].to(device, dtype)
-            connections = Connections.of_route(model, images, punished)
+            images, _ = samples_of(model, data, [0, 0])
+            connections = Connections.of_route(model, images, route)
             self._weight = WeightPenalty(
                 model,
-                punished,
+                route,
                 images,
                 folded=self._hardening.folded,
-                layers=connections.joined(punished) or None,
+                layers=connections.joined(route) or None,
                 connections=connections,
             )
         if STABILISATION in self._factors:
-            self._stabilisation = StabilisationPenalty(model, punished)
+            self._stabilisation = StabilisationPenalty(model, route)
 
     def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
-        """See the attribute; the model and the generators come back as they were."""
-        count = min(_STRENGTH_SAMPLES, count_samples(data, _TRAIN))
-        (batch,) = load(data, [list(range(count))], generator=torch.Generator())
-        images, labels = checked_batch(batch, _TRAIN)
-        device, dtype = placement(model)
-        images, targets = images.to(device, dtype), labels.to(device)
+        """For each penalty, the norm of its gradient over that of the task's; the model and the generators stay."""
+        clean, labels = samples_of(model, data, range(min(_STRENGTH_SAMPLES, count_samples(data, _TRAIN))))
+        targets = labels.to(clean.device)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def norm(loss: Tensor) -> float:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             return float(torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm())
 
-        norms = {}
+        norms, devices = {}, [clean.device] if clean.device.type == "cuda" else []
         if self._weight is not None:
             norms[WEIGHT] = norm(self._weight())  # before any pass in training mode moves running variances
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_modes(model), spared_buffers(model):
+        with torch.random.fork_rng(devices), kept_modes(model), spared_buffers(model):
             model.train()
             draws = derived_generator(self._seed, "strength", 0)
-            clean = images
-            images = self.attacked(model, Batch(images, labels, targets, draws, nullcontext))
+            images = self.attacked(model, Batch(clean, labels, targets, draws=draws, autocast=nullcontext))
             if self._gradient is not None:
                 with self._gradient.watch():
                     logits = model(images)
@@ -370,16 +441,10 @@ class RouteObjective(Objective):
 
 
 def as_dataset(data: Samples) -> Dataset[Any]:
-    """The data set behind what a user has.
-
-    Raises:
-        UserError: It is something else.
-    """
-    if isinstance(data, ImageData):
+    """The data set behind what a user has."""
+    if isinstance(data, (ImageData, DataLoader)):
         return data.dataset
-    if isinstance(data, DataLoader):
-        return data.dataset
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(values, Tensor) for values in data):
         if len(data[0]) != len(data[1]):
             raise UserError(f"there are {len(data[0])} images but {len(data[1])} labels; give one for each")
         return TensorDataset(*data)
@@ -389,11 +454,7 @@ def as_dataset(data: Samples) -> Dataset[Any]:
 
 
 def factor_of(name: str, lam: Factor) -> float:
-    """Lambda of the penalty of that name.
-
-    Raises:
-        UserError: There is none for it.
-    """
+    """Lambda of the penalty of that name."""
     if not isinstance(lam, Mapping):
         return lam
     if name not in lam:

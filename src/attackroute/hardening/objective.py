@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from attackroute.core.checks import check_logits
+from attackroute.core.batches import load
+from attackroute.core.checks import check_logits, checked_batch
+from attackroute.core.model_state import placement
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.registry import parse_attack
 
@@ -71,8 +73,8 @@ class Objective:
         """All that must be the same for a run to go on, as plain values."""
         return {"attack": None if self.attack is None else str(self.attack)}
 
-    def start(self, model: nn.Module, data: Dataset[Any], seed: int) -> None:
-        """Called once, before the first step of a new run."""
+    def start(self, model: nn.Module, data: Dataset[Any], seed: int, state: Mapping[str, Any] | None = None) -> None:
+        """Called once, before the first step of a run; one that goes on gives what :meth:`state` gave."""
 
     def begin_epoch(self, model: nn.Module, data: Dataset[Any], epoch: int) -> None:
         """Called before every epoch, counted from 1."""
@@ -80,9 +82,6 @@ class Objective:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs back, as plain values."""
         return {}
-
-    def restore(self, model: nn.Module, data: Dataset[Any], state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` gave, in the place of :meth:`start`."""
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """The losses of one step; the model is in training mode."""
@@ -105,23 +104,17 @@ class Objective:
 def backward_in_parts(
     objective: Objective, model: nn.Module, batch: Batch, parts: int, scale: Callable[[Tensor], Tensor]
 ) -> StepLosses:
-    """Add a batch's gradients to those of the parameters, part by part, so that memory is that of one part.
+    """Add a batch's gradients to those of the parameters, in so many parts, so that memory is that of one part.
 
     The losses are means over samples, so that in a network whose samples do not meet (batch norms in eval mode, no
-    dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included.
-
-    Args:
-        objective: What is minimised.
-        model: The network.
-        batch: The whole batch.
-        parts: In how many parts of nearly equal size it is taken, at most one a sample.
-        scale: Applied to every loss before its backward pass.
+    dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included. Every loss is
+    scaled before its backward pass.
 
     Returns:
         The whole batch's losses; ``total`` is detached.
     """
     count = len(batch.images)
-    taken, start = [], batch.draws.get_state()
+    shares, pieces, start = [], [], batch.draws.get_state()
     for images, labels, targets in zip(
         *(values.tensor_split(min(parts, count)) for values in (batch.images, batch.labels, batch.targets)), strict=True
     ):
@@ -129,19 +122,35 @@ def backward_in_parts(
         losses = objective.losses(model, replace(batch, images=images, labels=labels, targets=targets))
         share = len(images) / count
         scale(losses.total * share).backward()  # type: ignore[no-untyped-call]
-        taken.append((share, losses))
+        shares.append(share)
+        pieces.append(losses)
 
     def mean(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack([share * value.detach() for (share, _), value in zip(taken, values, strict=True)]).sum()
+        return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum()
 
     return StepLosses(
-        mean(losses.total for _, losses in taken),
-        mean(losses.task for _, losses in taken),
-        torch.cat([losses.logits for _, losses in taken]),
-        {name: mean(losses.penalties[name] for _, losses in taken) for name in taken[0][1].penalties},
+        total=mean(piece.total for piece in pieces),
+        task=mean(piece.task for piece in pieces),
+        logits=torch.cat([piece.logits for piece in pieces]),
+        penalties={name: mean(piece.penalties[name] for piece in pieces) for name in pieces[0].penalties},
     )
+
+
+def samples_of(
+    model: nn.Module, data: Dataset[Any], numbers: Sequence[int], what: str = "training data"
+) -> tuple[Tensor, Tensor]:
+    """Some images of a data set, as the model takes them, and their labels, on the CPU."""
+    (batch,) = load(data, [list(numbers)], generator=torch.Generator())
+    images, labels = checked_batch(batch, what)
+    return images.to(*placement(model)), labels
 
 
 def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy, averaged over the batch, in float32 or wider."""
     return functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def summed(values: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars that may be on several devices."""
+    first, *others = values
+    return torch.stack([first, *(value.to(first.device) for value in others)]).sum()

@@ -26,9 +26,6 @@ TARGETS = (ON_ROUTE, RANDOM, ALL)
 
 Schedule = Literal["one-cycle", "cosine"]
 
-_RISE = 0.3  # share of the steps of a one-cycle schedule in which the learning rate climbs
-_START = 1 / 25  # of the peak
-_END = _START / 1e4
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # tensors take no larger factor
 
 
@@ -75,24 +72,21 @@ class TrainSettings:
     robust_samples: int = 500
 
     def __post_init__(self) -> None:
+        counts, flags = ("epochs", "batch_size", "accumulate", "robust_samples"), ("amp", "channels_last")
         rules = {
-            "epochs": (_is_integer(self.epochs, 1), "an integer of at least 1"),
-            "batch_size": (_is_integer(self.batch_size, 1), "an integer of at least 1"),
+            **{name: (_is_integer(getattr(self, name), 1), "an integer of at least 1") for name in counts},
+            **{name: (isinstance(getattr(self, name), bool), "True or False") for name in flags},
             "lr": (_is_number(self.lr) and self.lr > 0, "a number above 0"),
             "momentum": (_is_number(self.momentum) and 0 <= self.momentum < 1, "a number in [0, 1)"),
             "weight_decay": (_is_number(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
             "schedule": (self.schedule in get_args(Schedule), _one_of(Schedule)),
             "augment": (self.augment in get_args(Augment), _one_of(Augment)),
-            "accumulate": (_is_integer(self.accumulate, 1), "an integer of at least 1"),
             "clip_norm": (
                 self.clip_norm is None or (_is_number(self.clip_norm) and self.clip_norm > 0),
                 "a number above 0, or None",
             ),
-            "amp": (isinstance(self.amp, bool), "True or False"),
-            "channels_last": (isinstance(self.channels_last, bool), "True or False"),
             "seed": (_is_integer(self.seed, 0) and self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
             "workers": (_is_integer(self.workers, 0), "an integer of at least 0"),
-            "robust_samples": (_is_integer(self.robust_samples, 1), "an integer of at least 1"),
         }
         for name, (valid, expected) in rules.items():
             if not valid:
@@ -138,28 +132,21 @@ class HardenSettings:
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, total: int) -> float:
-    """The learning rate of one optimiser step.
+    """The learning rate of optimiser step ``step``, counted from 0, of ``total``.
 
-    Args:
-        schedule: ``"one-cycle"`` climbs from peak / 25 to the peak within the first 30 % of the steps and falls to
-            peak / 250,000, each along half a cosine; ``"cosine"`` falls from the peak along
-            ``peak / 2 * (1 + cos(pi * step / total))``.
-        peak: The largest learning rate.
-        step: Counts from 0 to ``total - 1``.
-        total: Steps in the whole run.
-
-    Returns:
-        The learning rate. The values are those of PyTorch's ``OneCycleLR`` and ``CosineAnnealingLR``; one-cycle runs
-        of one to three steps, which have no room to climb, start at the peak.
+    ``"one-cycle"`` climbs from peak / 25 to the peak within the first 30 % of the steps and falls to peak / 250,000,
+    each along half a cosine; ``"cosine"`` falls from the peak along ``peak / 2 * (1 + cos(pi * step / total))``. The
+    values are those of PyTorch's ``OneCycleLR`` and ``CosineAnnealingLR``; one-cycle runs of one to three steps, which
+    have no room to climb, start at the peak.
     """
     if schedule == "cosine":
         return _half_cosine(peak, 0.0, step / total)
-    top = max(_RISE * total - 1, 0.0)
+    start, top = 1 / 25, max(0.3 * total - 1, 0.0)
     if step < top:
-        return _half_cosine(peak * _START, peak, step / top)
+        return _half_cosine(peak * start, peak, step / top)
     if total == 1:
         return peak
-    return _half_cosine(peak, peak * _END, (step - top) / (total - 1 - top))
+    return _half_cosine(peak, peak * (start / 1e4), (step - top) / (total - 1 - top))
 
 
 def _half_cosine(first: float, last: float, share: float) -> float:
@@ -178,10 +165,10 @@ def _one_of(choices: Any) -> str:
     return "one of " + ", ".join(repr(choice) for choice in get_args(choices))
 
 
-def require_known(what: str, name: str, known: tuple[str, ...]) -> None:
-    """Raise a `UserError` unless a name is one of those that are known."""
-    if name not in known:
-        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)}; choose from {', '.join(known)}")
+def require_known(what: str, name: str, names: tuple[str, ...]) -> None:
+    """Raise a `UserError` unless a name is one of those that there are."""
+    if name not in names:
+        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, names)}; choose from {', '.join(names)}")
 
 
 FINE_TUNING = TrainSettings(epochs=10, lr=0.01)

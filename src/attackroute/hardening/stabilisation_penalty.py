@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.core.model_state import RepeatablePass
 from attackroute.hardening.gradient_penalty import require_ran
+from attackroute.hardening.objective import summed
 from attackroute.routes.layer_map import require_channels, require_model
 from attackroute.routes.route import Route
 
@@ -48,8 +49,9 @@ class StabilisationPenalty:
         self._chosen = [layer for layer in route if len(route.indices[layer])]
         if not self._chosen:
             raise UserError("the route has no neuron, so there is no noise to punish")
-        self._indices: dict[tuple[str, torch.device], Tensor] = {}
-        self._watched: _Watched | None = None
+        self._index = cache(lambda layer, device: route[layer].to(device))
+        self._repeat: RepeatablePass | None = None  # runs the clean images as they would have run in the pass's place
+        self._attacked: dict[str, Tensor] = {}  # the route's channels of each layer in the pass
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -57,9 +59,9 @@ class StabilisationPenalty:
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is self._model:  # a copy of the model made meanwhile copies its hooks
-                self._watched = _Watched(RepeatablePass(module, args, kwargs))
+                self._repeat, self._attacked = RepeatablePass(module, args, kwargs), {}
 
-        self._watched = None
+        self._repeat = None
         handle = self._model.register_forward_pre_hook(begin, with_kwargs=True)
         try:
             with LayerCalls(self._model, self._visit, linear=True):
@@ -76,61 +78,40 @@ class StabilisationPenalty:
         Raises:
             UserError: No pass was watched, or a layer of the route did not run in it, or gives other shapes now.
         """
-        watched, self._watched = self._watched, None
-        if watched is None:
+        (repeat, self._repeat), (outputs, self._attacked) = (self._repeat, None), (self._attacked, {})
+        if repeat is None:
             raise UserError("no forward pass was watched: call the model on the attacked images inside penalty.watch()")
-        require_ran(self._chosen, watched.outputs)
-        parts: dict[str, Tensor] = {}
+        require_ran(self._chosen, outputs)
+        changes: dict[str, Tensor] = {}
 
         def compare(call: LayerCall) -> Tensor:
             output = call.run()
-            if call.name in watched.outputs:
-                chosen = self._on_route(call, output)
-                attacked = watched.outputs[call.name]
+            if call.name in outputs:
+                chosen, attacked = self._on_route(call, output), outputs[call.name]
                 if chosen.shape != attacked.shape:
                     raise UserError(
                         f"layer {call.name!r} gives {tuple(chosen.shape)} on the route for the clean images but "
                         f"{tuple(attacked.shape)} for the attacked ones: both must be the same images"
                     )
-                parts[call.name] = _mean_change(attacked, chosen, CHANNEL_DIM[call.kind])
+                # summed over channels, averaged over samples and positions
+                changes[call.name] = (attacked - chosen).abs().mean() * attacked.shape[CHANNEL_DIM[call.kind]]
             return output
 
         with LayerCalls(self._model, compare, linear=True):
-            watched.repeat.run(clean)
-        values = list(parts.values())
-        return torch.stack([part.to(values[0].device) for part in values]).sum()
+            repeat.run(clean)
+        return summed(changes.values())
 
     def _visit(self, call: LayerCall) -> Tensor:
         output = call.run()
-        if self._watched is not None and call.name in self._chosen:
+        if self._repeat is not None and call.name in self._chosen:
             if not torch.is_grad_enabled():
                 raise UserError("the watched pass runs without gradients; call the model outside no_grad")
-            self._watched.outputs[call.name] = self._on_route(call, output)
+            self._attacked[call.name] = self._on_route(call, output)
         return output
 
     def _on_route(self, call: LayerCall, output: Tensor) -> Tensor:
         """The route's channels of an output, a copy in float32 or wider, since what follows may work in place."""
         dim = CHANNEL_DIM[call.kind]
         require_channels(call.name, self._route.channels[call.name], output.shape[dim])
-        key = call.name, output.device
-        if key not in self._indices:
-            self._indices[key] = self._route[call.name].to(output.device)
-        return output.index_select(dim, self._indices[key]).to(torch.promote_types(output.dtype, torch.float32))
-
-
-@dataclass(eq=False)
-class _Watched:
-    """What the pass of the attacked images left behind.
-
-    Attributes:
-        repeat: Runs the clean images as they would have run in its place.
-        outputs: The route's channels of each layer.
-    """
-
-    repeat: RepeatablePass
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _mean_change(attacked: Tensor, clean: Tensor, dim: int) -> Tensor:
-    """``|Z(x') - Z(x)|`` summed over channels, averaged over samples and positions."""
-    return (attacked - clean).abs().mean() * attacked.shape[dim]
+        chosen = output.index_select(dim, self._index(call.name, output.device))
+        return chosen.to(torch.promote_types(output.dtype, torch.float32))

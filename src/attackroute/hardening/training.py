@@ -11,9 +11,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,9 @@ from attackroute.core.model_state import in_channels_last, kept_modes, placement
 from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
-from attackroute.hardening.checkpoint import Checkpoint, RunFolder
+from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, open_run
 from attackroute.hardening.data_parallel import Replicas
-from attackroute.hardening.history import EpochRecord, TrainResult, best_epoch
-from attackroute.hardening.objective import Batch, Objective, backward_in_parts
+from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
 from attackroute.robustness.attack import Perturbation
 
@@ -41,6 +41,31 @@ _TRAIN, _TEST = "training data", "test data"
 _DEFAULTS = TrainSettings()
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        history: One record an epoch, those before a resumption included.
+        resumed_from: Epochs that were taken from the folder; 0 for a fresh run.
+        folder: Where the checkpoints are; None if none were asked for.
+    """
+
+    history: tuple[EpochRecord, ...]
+    resumed_from: int
+    folder: Path | None
+
+    @property
+    def last(self) -> EpochRecord:
+        """The last epoch."""
+        return self.history[-1]
+
+    @property
+    def best(self) -> EpochRecord | None:
+        """The first epoch of the highest accuracy, see :func:`best_epoch`; None without test data."""
+        return best_epoch(self.history)
+
+
 def train(
     model: nn.Module,
     train_data: Dataset[Any],
@@ -48,6 +73,7 @@ def train(
     settings: TrainSettings = _DEFAULTS,
     *,
     attack: str | Perturbation | None = None,
+    objective: Objective | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochRecord], None] | None = None,
@@ -68,7 +94,8 @@ def train(
         train_data: Gives pairs of a float image (C, H, W) and an integer label.
         test_data: The same; tested after every epoch.
         settings: See :class:`TrainSettings`.
-        attack: What to train against, as :func:`attackroute.attacks.parse_attack` reads it; None for clean images.
+        attack: What to train against, as :func:`attackroute.parse_attack` reads it; None for clean images.
+        objective: What is minimised in place of the cross entropy; it has an attack of its own.
         folder: Where a checkpoint is kept from before the first step on, and replaced after every epoch; see
             :mod:`attackroute.hardening.checkpoint` for its files. None keeps nothing.
         resume: Go on with the run in the folder, after its last finished epoch, to the result of a run that was never
@@ -83,36 +110,12 @@ def train(
         UserError: Malformed data or labels outside the logits, a folder that cannot be used, a run with other
             settings in it, or a loss or weights that are no longer finite.
     """
-    return fit(
-        model, train_data, test_data, settings, Objective(attack),
-        folder=folder, resume=resume, on_epoch=on_epoch, progress=progress,
-    )  # fmt: skip
-
-
-def fit(
-    model: nn.Module,
-    train_data: Dataset[Any],
-    test_data: Dataset[Any] | None,
-    settings: TrainSettings,
-    objective: Objective,
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
-    progress: Progress | None = None,
-) -> TrainResult:
-    """Train for any objective; for the rest see :func:`train`."""
+    if objective is not None and attack is not None:
+        raise UserError("an objective has an attack of its own; leave out attack")
     if resume and folder is None:
         raise UserError("resume needs the folder of the run; give the folder too")
-    run = _Run(
-        model=model,
-        train_data=train_data,
-        test_data=test_data,
-        settings=settings,
-        objective=objective,
-        folder=None if folder is None else RunFolder(folder),
-    )
-    _check_model(run)
+    path = None if folder is None else Path(folder)
+    run = _Run(model, train_data, test_data, settings=settings, objective=objective or Objective(attack), folder=path)
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
@@ -122,6 +125,7 @@ def fit(
             if data is not None:
                 _check_fit(model, data, what)
         history = _begin(run, resume)
+        _save(run, history)  # where the run goes on too, since a kill may have come between two files
         resumed_from = len(history)
         for epoch in range(resumed_from + 1, settings.epochs + 1):
             try:
@@ -129,83 +133,69 @@ def fit(
             except KeyboardInterrupt as error:
                 go_on = "" if run.folder is None else f"{run.kept(epoch - 1)}, from which --resume goes on"
                 raise KeyboardInterrupt(f"epoch {epoch} of {settings.epochs} is lost{go_on}") from error
-            if run.folder is not None and current().leads:
-                run.folder.save(_checkpoint(run, history), best=_is_best(history), log=_log(history))
+            _save(run, history)
             if on_epoch is not None:
                 on_epoch(history[-1])
-    return TrainResult(tuple(history), resumed_from, None if run.folder is None else run.folder.path)
+    return TrainResult(tuple(history), resumed_from, run.folder)
 
 
-@dataclass(frozen=True, eq=False)
 class _Run:
     """What is trained, on what and how, and what goes with the model from step to step."""
 
-    model: nn.Module
-    train_data: Dataset[Any]
-    test_data: Dataset[Any] | None
-    settings: TrainSettings
-    objective: Objective
-    folder: RunFolder | None
-
-    @cached_property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained."""
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-
-    @cached_property
-    def optimiser(self) -> torch.optim.SGD:
-        """Of these parameters."""
-        settings = self.settings
-        return torch.optim.SGD(
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Dataset[Any],
+        test_data: Dataset[Any] | None,
+        settings: TrainSettings,
+        objective: Objective,
+        folder: Path | None,
+    ) -> None:
+        self.model, self.train_data, self.test_data = model, train_data, test_data
+        self.settings, self.objective, self.folder = settings, objective, folder
+        self.samples = count_samples(train_data, _TRAIN)
+        self.steps = count_steps(self.samples, settings.batch_size)  # of an epoch
+        self.device, self.dtype = placement(model)
+        self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if not self.trainable:
+            raise UserError("the model has no parameter that requires a gradient, so there is nothing to train")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise UserError(f"the model is in {self.dtype}; train it in float32, with amp for speed")
+        for name, value in model.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise UserError(f"the model's state {name} is not a tensor, so no checkpoint can hold it")
+        self.replicas = Replicas(model, list(self.trainable.values()), current(), self.samples // self.steps)
+        self.optimiser = torch.optim.SGD(
             self.trainable.values(),
             settings.lr,
             momentum=settings.momentum,
             nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
         )
-
-    @cached_property
-    def replicas(self) -> Replicas:
-        """The model's copies in all processes."""
-        return Replicas(self.model, self.trainable, current())
-
-    @cached_property
-    def autocast(self) -> torch.dtype | None:
-        """The short number format of mixed precision; None for none."""
-        return autocast_type(self.device) if self.settings.amp else None
-
-    @cached_property
-    def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss where that format needs it."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.autocast is torch.float16)
+        kind, short = self.device.type, autocast_type(self.device) if settings.amp else None
+        self.precision = nullcontext if short is None else partial(torch.autocast, kind, dtype=short)
+        self.scaler = torch.amp.GradScaler(kind, enabled=short is torch.float16)
 
     @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return placement(self.model)[0]
-
-    @property
-    def samples(self) -> int:
-        """Of an epoch."""
-        return count_samples(self.train_data, _TRAIN)
-
-    @property
-    def steps(self) -> int:
-        """Of an epoch."""
-        return count_steps(self.samples, self.settings.batch_size)
+    def identity(self) -> dict[str, Any]:
+        """All that must be the same for the run to go on."""
+        return {
+            **asdict(self.settings),
+            **self.objective.settings,
+            "train_samples": self.samples,
+            "test_samples": None if self.test_data is None else count_samples(self.test_data, _TEST),
+            "trainable": list(self.trainable),
+            "processes": current().count,
+        }
 
     def rate(self, number: int) -> float:
         """The learning rate of a step, counted from 1 over the whole run."""
         settings = self.settings
         return learning_rate(settings.schedule, settings.lr, number - 1, settings.epochs * self.steps)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """The context in which the model runs."""
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
-
     def kept(self, epochs: int) -> str:
         """What is kept after so many epochs, as the end of a message."""
-        return "" if self.folder is None else f"; {self.folder.path} keeps epoch {epochs}"
+        return "" if self.folder is None else f"; {self.folder} keeps epoch {epochs}"
 
     def diverged(self, epoch: int, step: int, what: str) -> UserError:
         """The error of an epoch whose numbers are no longer finite."""
@@ -215,29 +205,14 @@ class _Run:
         )
 
 
-def _check_model(run: _Run) -> None:
-    smallest_batch = run.samples // run.steps
-    _, dtype = placement(run.model)
-    if not run.trainable:
-        raise UserError("the model has no parameter that requires a gradient, so there is nothing to train")
-    if dtype not in (torch.float32, torch.float64):
-        raise UserError(f"the model is in {dtype}; train it in float32, with amp for speed")
-    for name, value in run.model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"the model's state {name} is not a tensor, so no checkpoint can hold it")
-    run.replicas.check(smallest_batch)
-
-
 def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> None:
     """Try the first sample, so that most misfits show before anything is written."""
     count_samples(data, what)
-    (batch,) = load(data, [[0]], generator=torch.Generator())
-    images, labels = checked_batch(batch, what)
-    device, dtype = placement(model)
+    images, labels = samples_of(model, data, [0], what)
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(images.to(device, dtype))
+            logits = model(images)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the model does not take the {what}'s {tuple(images.shape[1:])}: {reason}") from error
@@ -245,57 +220,35 @@ def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> None:
 
 
 def _begin(run: _Run, resume: bool) -> list[EpochRecord]:
-    """Go on from the folder's checkpoint, or put the initial one there; gives the epochs that are done."""
-    model, objective, folder, team = run.model, run.objective, run.folder, current()
-    checkpoint = team.first(lambda: None if folder is None else folder.open(resume=resume))
+    """Go on from the folder's checkpoint, or start; gives the epochs that are done."""
+    model, folder, team = run.model, run.folder, current()
+    checkpoint = team.first(lambda: None if folder is None else open_run(folder, resume=resume))
     if checkpoint is None or folder is None:
         take_from_first(model, team)
-        objective.start(model, run.train_data, run.settings.seed)
-        if folder is not None and team.leads:
-            folder.save(_checkpoint(run, []), best=False, log="")
+        run.objective.start(model, run.train_data, run.settings.seed)
         return []
-    checkpoint.require_fit(_settings(run), model.state_dict(), folder.path)
+    checkpoint.require_fit(run.identity, model.state_dict(), folder)
     model.load_state_dict(dict(checkpoint.weights))
     run.optimiser.load_state_dict(dict(checkpoint.optimiser))
     if checkpoint.scaler:
         run.scaler.load_state_dict(dict(checkpoint.scaler))
-    objective.restore(model, run.train_data, checkpoint.objective)
-    history = [EpochRecord.from_plain(stored) for stored in checkpoint.history]
-    if team.leads:
-        folder.publish(checkpoint, best=_is_best(history), log=_log(history))
-    return history
+    run.objective.start(model, run.train_data, run.settings.seed, checkpoint.objective)
+    return list(checkpoint.history)
 
 
-def _settings(run: _Run) -> dict[str, Any]:
-    """All that must be the same for a run to go on."""
-    return {
-        **asdict(run.settings),
-        **run.objective.settings,
-        "train_samples": run.samples,
-        "test_samples": None if run.test_data is None else count_samples(run.test_data, _TEST),
-        "trainable": list(run.trainable),
-        "processes": current().count,
-    }
-
-
-def _checkpoint(run: _Run, history: Sequence[EpochRecord]) -> Checkpoint:
-    return Checkpoint(
-        settings=_settings(run),
+def _save(run: _Run, history: Sequence[EpochRecord]) -> None:
+    """Put all that a run needs in order to go on into its folder."""
+    if run.folder is None or not current().leads:
+        return
+    checkpoint = Checkpoint(
+        settings=run.identity,
         weights=dict(run.model.state_dict()),
         optimiser=run.optimiser.state_dict(),
         scaler=run.scaler.state_dict(),
-        history=[asdict(record) for record in history],
+        history=history,
         objective=run.objective.state(),
     )
-
-
-def _is_best(history: Sequence[EpochRecord]) -> bool:
-    """Whether the last epoch so far is the best one so far."""
-    return bool(history) and best_epoch(history) is history[-1]
-
-
-def _log(history: Sequence[EpochRecord]) -> str:
-    return "".join(record.log_line() + "\n" for record in history)
+    checkpoint.save(run.folder)
 
 
 def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
@@ -304,69 +257,36 @@ def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
     purpose = "model" if team.leads else f"model/{team.rank}"  # dropout, other in each process
     seed_device(run.device, derived_seed(run.settings.seed, purpose, epoch))
     run.objective.begin_epoch(run.model, run.train_data, epoch)
-    learnt = _learn(run, epoch, progress)
+    loss, penalties, correct = _learn(run, epoch, progress)
     take_from_first(run.model, team, buffers_alone=True)
     for name, value in run.model.state_dict().items():  # the last step can spoil them after its loss was computed
         if value.is_floating_point() and not value.isfinite().all():
             raise run.diverged(epoch, run.steps, f"the weights in {name} are no longer finite")
-    loss, *penalties = learnt.means()
     attack = run.objective.attack
     test, robust = _tested(run, epoch), None if attack is None else _tested(run, epoch, attack)
     return EpochRecord(
         epoch=epoch,
         loss=loss,
-        train=Accuracy(learnt.correct, run.samples),
+        train=Accuracy(correct, run.samples),
         test=test,
         lr=run.rate(epoch * run.steps),
         seconds=time.perf_counter() - started,
         robust=robust,
-        penalties=dict(zip(learnt.names, penalties, strict=True)),
+        penalties=penalties,
     )
 
 
-@dataclass
-class _Learnt:
-    """What the steps of an epoch met.
-
-    Attributes:
-        sizes: Images of each batch of the epoch.
-        names: Of the penalties.
-        losses: For each step that was looked at, the cross entropy and then each penalty.
-        correct: Images that were classified correctly in these steps.
-        unread: The same numbers of the steps since, still on the device.
-    """
-
-    sizes: list[int]
-    names: list[str] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
-    correct: int = 0
-    unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def read(self) -> list[list[float]]:
-        """Look at the losses of the last steps, and give them; on an accelerator, this waits for it."""
-        losses, hits = zip(*self.unread, strict=True)
-        self.unread.clear()
-        latest: list[list[float]] = torch.stack(losses).tolist()
-        self.losses += latest
-        self.correct += int(torch.stack(hits).sum())
-        return latest
-
-    def means(self) -> list[float]:
-        """Mean over the samples of every loss."""
-        return [
-            math.fsum(value * size for value, size in zip(column, self.sizes, strict=True)) / sum(self.sizes)
-            for column in zip(*self.losses, strict=True)
-        ]
-
-
-def _learn(run: _Run, epoch: int, progress: Progress | None) -> _Learnt:
-    """Take an epoch's steps."""
-    settings, model = run.settings, run.model
+def _learn(run: _Run, epoch: int, progress: Progress | None) -> tuple[float, dict[str, float], int]:
+    """Take an epoch's steps; gives the mean over the samples of the cross entropy and of each penalty, and the hits."""
+    settings = run.settings
     batches = shuffled(run.samples, settings.batch_size, settings.seed, epoch)
     before, total = (epoch - 1) * run.steps, settings.epochs * run.steps
     views, interval = derived_generator(settings.seed, "augment", epoch), loss_interval(run.device)
-    learnt = _Learnt([len(batch) for batch in batches])
-    model.train()
+    names: list[str] = []
+    losses: list[list[float]] = []
+    unread: list[tuple[Tensor, Tensor]] = []  # losses and hits of the steps since, still on the device
+    correct = 0
+    run.model.train()
     loader = load(
         run.train_data,
         [batch[run.replicas.rows(len(batch))] for batch in batches],
@@ -374,70 +294,69 @@ def _learn(run: _Run, epoch: int, progress: Progress | None) -> _Learnt:
         workers=settings.workers,
         pin_memory=run.device.type == "cuda",
     )
-    for step, batch in enumerate(loader, start=1):
-        number, size = before + step, learnt.sizes[step - 1]
+    for step, (batch, indices) in enumerate(zip(loader, batches, strict=True), start=1):
         try:
             images, labels = checked_batch(batch, _TRAIN)
-            losses, hits, learnt.names = _step(run, _placed(run, images, labels, size, number, views), size, number)
+            values, hits, names = _step(run, before + step, images, labels, len(indices), views)
         except UserError as error:
-            if all(bool(value.isfinite().all()) for value in model.parameters()):
+            if all(bool(value.isfinite().all()) for value in run.model.parameters()):
                 raise
             raise run.diverged(epoch, step, f"the weights are no longer finite ({error})") from error
-        learnt.unread.append((losses, hits))
-        if len(learnt.unread) == interval or step == len(batches):
-            _require_finite(run, learnt.read(), epoch, step)
+        unread.append((values, hits))
+        if len(unread) == interval or step == len(batches):
+            columns, counts = zip(*unread, strict=True)
+            losses += torch.stack(columns).tolist()
+            correct += int(torch.stack(counts).sum())
+            for number in range(step - len(unread), step):
+                for column, loss in enumerate(losses[number]):
+                    if not math.isfinite(loss):
+                        raise run.diverged(epoch, number + 1, f"the {'penalty' if column else 'loss'} is {loss}")
+            unread.clear()
         if progress is not None:
-            latest = f", loss {learnt.losses[-1][0]:.3f}" if learnt.losses else ""
-            progress(number, total, f"epoch {epoch}/{settings.epochs}{latest}")
-    return learnt
+            latest = f", loss {losses[-1][0]:.3f}" if losses else ""
+            progress(before + step, total, f"epoch {epoch}/{settings.epochs}{latest}")
+    loss, *penalties = [
+        math.fsum(value * len(indices) for value, indices in zip(column, batches, strict=True)) / run.samples
+        for column in zip(*losses, strict=True)
+    ]
+    return loss, dict(zip(names, penalties, strict=True)), correct
 
 
-def _placed(run: _Run, images: Tensor, labels: Tensor, size: int, number: int, views: torch.Generator) -> Batch:
-    """This process's part of the batch of ``size`` images of step ``number``, augmented and on the device."""
-    device, dtype = placement(run.model)
-    images = images.to(device, dtype, non_blocking=True)
-    images = augment(images, run.settings.augment, views, start=run.replicas.rows(size).start, whole=size)
-    if run.settings.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    draws = derived_generator(run.settings.seed, "attack", number)
-    return Batch(
-        images=images,
-        labels=labels,
-        targets=labels.to(device, non_blocking=True),
-        draws=draws,
-        autocast=run.precision,
-    )
-
-
-def _step(run: _Run, batch: Batch, size: int, number: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Step ``number``, on this process's part of a batch of ``size`` images.
+def _step(
+    run: _Run, number: int, images: Tensor, labels: Tensor, size: int, views: torch.Generator
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Step ``number``, from 1 over the whole run, on this process's part of a batch of ``size`` images.
 
     Returns:
-        Of the whole batch the losses and how many images were classified correctly, and the penalties' names.
+        The whole batch's losses and hits (images that are classified correctly), and the penalties' names.
     """
+    settings = run.settings
+    images = images.to(run.device, run.dtype, non_blocking=True)
+    images = augment(images, settings.augment, views, start=run.replicas.rows(size).start, whole=size)
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    batch = Batch(
+        images=images,
+        labels=labels,
+        targets=labels.to(run.device, non_blocking=True),
+        draws=derived_generator(settings.seed, "attack", number),
+        autocast=run.precision,
+    )
     run.optimiser.zero_grad(set_to_none=True)
-    losses = backward_in_parts(run.objective, run.model, batch, run.settings.accumulate, run.scaler.scale)
+    losses = backward_in_parts(run.objective, run.model, batch, settings.accumulate, run.scaler.scale)
     values = torch.stack([losses.task, *losses.penalties.values()])
     hits = (losses.logits.argmax(1) == batch.targets).sum()
     if current().count > 1:
-        values, sums = run.replicas.combine(len(batch.labels) / size, values, hits[None])
+        values, sums = run.replicas.combine(len(labels) / size, values, hits[None])
         hits = sums[0].long()
-    if run.settings.clip_norm is not None:
+    if settings.clip_norm is not None:
         run.scaler.unscale_(run.optimiser)
-        nn.utils.clip_grad_norm_(run.trainable.values(), run.settings.clip_norm)
+        nn.utils.clip_grad_norm_(run.trainable.values(), settings.clip_norm)
     for group in run.optimiser.param_groups:
         group["lr"] = run.rate(number)
     run.scaler.step(run.optimiser)
     run.scaler.update()
     return values, hits, list(losses.penalties)
-
-
-def _require_finite(run: _Run, losses: list[list[float]], epoch: int, step: int) -> None:
-    """Require finite losses of the last steps, up to ``step``."""
-    for number, (task, *penalties) in enumerate(losses, start=step - len(losses) + 1):
-        for name, value in (("loss", task), *(("penalty", penalty) for penalty in penalties)):
-            if not math.isfinite(value):
-                raise run.diverged(epoch, number, f"the {name} is {value}")
 
 
 def _tested(run: _Run, epoch: int, attack: Perturbation | None = None) -> Accuracy | None:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from attackroute.core.batches import batches
 from attackroute.core.errors import UserError
-from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.layers import FunctionCalls, LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
+from attackroute.hardening.objective import summed
 from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
 
 _PROBE = 2
-_BATCH_NORM = inspect.signature(nn.functional.batch_norm)
 
 
 class WeightPenalty:
@@ -67,11 +67,8 @@ class WeightPenalty:
         with frozen(model), torch.inference_mode(False):
             probe, _ = next(batches(model, images[:_PROBE], _PROBE))
             connections = connections or Connections.of_route(model, probe, route)
-            masks = {
-                layer: connections.between(route, layer)
-                for layer in (route if layers is None else route.restrict(layers))
-            }
-            masks = {layer: mask for layer, mask in masks.items() if mask.any()}
+            punished = route if layers is None else route.restrict(layers)
+            masks = {layer: mask for layer in punished if (mask := connections.between(route, layer)).any()}
             if not masks:
                 raise UserError(
                     "no layer of the route follows another one on it, with channels apart in between, so no weight "
@@ -80,12 +77,11 @@ class WeightPenalty:
             norms = following_norms(model, probe) if folded else {}
             sources = _weights(model, probe, masks)
         self._model = model
-        self._sums = [_LayerSum.of(sources[layer], mask, norms.get(layer)) for layer, mask in masks.items()]
+        self._sums = [_LayerSum(sources[layer], mask, norms.get(layer)) for layer, mask in masks.items()]
 
     def __call__(self) -> Tensor:
         """``L_w`` of the model as it now is, a scalar that can be differentiated."""
-        parts = [layer.value(self._model) for layer in self._sums]
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+        return summed(layer.value(self._model) for layer in self._sums)
 
 
 @dataclass(eq=False)
@@ -94,28 +90,22 @@ class _LayerSum:
 
     Attributes:
         weight: Gives the layer's kernel.
-        rows: The layer's neurons that read a route neuron, ``(k,)``.
-        entries: Which inputs of these rows count, ``(k, inputs)``.
+        mask: Which of its entries count, ``(outputs, inputs)``.
         norm: The batch norm to fold in.
     """
 
     weight: Callable[[], Tensor]
-    rows: Tensor
-    entries: Tensor
+    mask: Tensor
     norm: FollowingNorm | None
     _placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, weight: Callable[[], Tensor], mask: Tensor, norm: FollowingNorm | None) -> _LayerSum:
-        rows = mask.any(1).nonzero().flatten()
-        return cls(weight, rows, mask[rows], norm)
 
     def value(self, model: nn.Module) -> Tensor:
         """The sum, in float32 or wider."""
         weight = self.weight()
         key = weight.device, torch.promote_types(weight.dtype, torch.float32)
         if key not in self._placed:
-            self._placed[key] = self.rows.to(weight.device), self.entries.to(*key)
+            rows = self.mask.any(1).nonzero().flatten()
+            self._placed[key] = rows.to(weight.device), self.mask[rows].to(*key)
         rows, entries = self._placed[key]
         sizes = weight.index_select(0, rows).abs().flatten(2) if weight.ndim > 2 else weight[rows].abs()[..., None]
         sums = sizes.mul(entries[..., None]).sum((1, 2))
@@ -128,32 +118,28 @@ class _LayerSum:
 def _weights(model: nn.Module, images: Tensor, layers: Container[str]) -> dict[str, Callable[[], Tensor]]:
     """For each layer, how to get the weight that it executes, with its graph to the parameters."""
     parameters = {value: name for name, value in model.named_parameters()}
+    modules = dict(model.named_modules(remove_duplicate=False))
     weights: dict[str, Callable[[], Tensor]] = {}
 
     def visit(call: LayerCall) -> Tensor:
         if call.name in layers:
             name = parameters.get(call.weight)  # type: ignore[call-overload]
             if name is not None:
-                weights[call.name] = lambda: model.get_parameter(name)
-            else:
-                weights[call.name] = _computed(model, call)
+                weights[call.name] = partial(model.get_parameter, name)
+            else:  # its module computes it from parameters, as a parametrisation does
+                module = modules.get(call.name.partition("#")[0], model)
+                weights[call.name] = partial(getattr, module, "weight", None)
+                value = weights[call.name]()
+                if not (isinstance(value, Tensor) and torch.equal(value, call.weight)):
+                    raise UserError(
+                        f"layer {call.name!r} computes its weight elsewhere than in a parameter or its module's "
+                        "weight, so it cannot be punished; leave the layer out (route.restrict)"
+                    )
         return call.run()
 
     with torch.no_grad(), LayerCalls(model, visit, linear=True):
         model(images.clone())
     return weights
-
-
-def _computed(model: nn.Module, call: LayerCall) -> Callable[[], Tensor]:
-    """A weight that its module computes from parameters, as a parametrisation does."""
-    module = dict(model.named_modules(remove_duplicate=False)).get(call.name.partition("#")[0], model)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.shape != call.weight.shape or not torch.equal(weight, call.weight):
-        raise UserError(
-            f"layer {call.name!r} computes its weight elsewhere than in a parameter or its module's weight, "
-            "so it cannot be punished; leave the layer out (route.restrict)"
-        )
-    return lambda: module.weight  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -177,57 +163,37 @@ class FollowingNorm:
 
 
 def following_norms(model: nn.Module, images: Tensor) -> dict[str, FollowingNorm]:
-    """Run a frozen model on a few images and find the batch norms that read a layer's output directly.
-
-    Args:
-        model: The model.
-        images: ``(n, ...)`` on the model's device.
-
-    Returns:
-        For each layer's name, its batch norm; layers without one are left out.
+    """The batch norms that read a layer's output directly, by layer, as a frozen model runs on ``(n, ...)`` images.
 
     Raises:
         UserError: A batch norm has running variances, or a gain, that are not the model's own.
     """
-    outputs: list[tuple[Tensor, str]] = []
+    layers: dict[Tensor, str] = {}  # by output, held, so that no other tensor takes its identity
     norms: dict[str, FollowingNorm] = {}
     parameters = {value: name for name, value in model.named_parameters()}
     buffers = {value: name for name, value in model.named_buffers()}
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()
-        outputs.append((output, call.name))  # held, so that no other tensor takes its identity
+        layers[output] = call.name
         return output
 
-    def see(images: Tensor, arguments: dict[str, Any]) -> None:
-        for output, layer in outputs:
-            if output is images and arguments["running_var"] is not None:
-                gamma, variance = arguments["weight"], arguments["running_var"]
+    def see(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is nn.functional.batch_norm:
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound.apply_defaults()
+            gamma, variance = bound.arguments["weight"], bound.arguments["running_var"]
+            layer = layers.get(bound.arguments["input"])
+            if layer is not None and variance is not None:
                 if variance not in buffers or not (gamma is None or gamma in parameters):
                     raise UserError(
                         f"the batch norm after layer {layer!r} takes a gain or variances that are not the model's own, "
                         "so they cannot be folded into its kernel; pass folded=False"
                     )
                 name = None if gamma is None else parameters[gamma]
-                norms[layer] = FollowingNorm(name, buffers[variance], float(arguments["eps"]))
+                norms[layer] = FollowingNorm(name, buffers[variance], float(bound.arguments["eps"]))
+        return func(*args, **kwargs)
 
-    with torch.no_grad(), LayerCalls(model, visit, linear=True), _BatchNorms(see):
+    with torch.no_grad(), LayerCalls(model, visit, linear=True), FunctionCalls(see):
         model(images.clone())
     return norms
-
-
-class _BatchNorms(TorchFunctionMode):
-    """Shows every call of batch norm to ``see``."""
-
-    def __init__(self, see: Callable[[Tensor, dict[str, Any]], None]) -> None:
-        super().__init__()
-        self._see = see
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.batch_norm:
-            given = _BATCH_NORM.bind(*args, **(kwargs or {}))
-            given.apply_defaults()
-            self._see(given.arguments["input"], given.arguments)
-        return func(*args, **(kwargs or {}))

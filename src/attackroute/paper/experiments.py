@@ -32,7 +32,7 @@ from attackroute.core.layers import ACTIVATION, OUTPUT
 from attackroute.core.model_state import frozen
 from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table
-from attackroute.hardening.route_source import RouteOverlap
+from attackroute.hardening.harden import RouteOverlap
 from attackroute.robustness.attack import Attack, Perturbation, attacked
 from attackroute.robustness.registry import parse_attack
 from attackroute.routes.instance_routes import InstanceRoutes

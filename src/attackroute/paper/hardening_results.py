@@ -9,7 +9,7 @@ from typing import Any
 from attackroute.core.document import Document
 from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table
-from attackroute.hardening.route_source import RouteOverlap
+from attackroute.hardening.harden import RouteOverlap
 from attackroute.paper.hardening_plan import StudyPlan, Trial, Variant, compared
 from attackroute.paper.paired import PairedDifference
 from attackroute.robustness.masking import SUSPICIOUS, Check
