@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from attackroute.analysis.hardness_experiment import LAYER, OURS, RANDOM
-from attackroute.core.document import read_object
+from attackroute.analysis.intervention_table import BEATS, LOSES
+from attackroute.core.document import Document
 from attackroute.core.statistics import AUROC
 from attackroute.paper.claims import Findings, markdown, percent
 from attackroute.paper.hardening_tables import accuracies_table, differences_table, study_terms
-from attackroute.paper.hardness_tables import attack_title
 from attackroute.paper.page import fill
-from attackroute.paper.paired import BEATS, LOSES
+from attackroute.robustness.registry import short_name
 from studies.repair.criteria import ATTRIBUTION, FIRST_LAYERS, INFLUENCE, NOISE_ROUTE, SENSITIVITY
 from studies.repair.criteria import RANDOM as RANDOM_CHANNELS
 from studies.repair.oracle import ORACLES
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _read(files: list[str]) -> dict[str, Findings]:
     parts = [each.rpartition("=") for each in files]
-    return {title: Findings.of(read_object(Path(file))) for title, _, file in parts}
+    return {title: Findings.of(Document.load(file)) for title, _, file in parts}
 
 
 def _cell(difference: dict[str, Any]) -> str:
@@ -70,17 +70,16 @@ def _summary(repairs: dict[str, Findings]) -> str:
     for title, study in repairs.items():
         for attack in study["untouched"]:
             others = (INFLUENCE, ATTRIBUTION, SENSITIVITY, RANDOM_CHANNELS)
-            cells = [_difference(study, attack, study["picked"], other, AREA) for other in others]
-            lines.append([title, attack_title(attack), study["picked"], *cells])
-    header = [
-        "networks",
-        "attack",
-        "picked",
-        *(f"less {name}" for name in (INFLUENCE, ATTRIBUTION, SENSITIVITY, "random")),
-    ]
+            cells = {
+                f"less {'random' if other == RANDOM_CHANNELS else other}": _difference(
+                    study, attack, study["picked"], other, AREA
+                )
+                for other in others
+            }
+            lines.append({"networks": title, "attack": short_name(attack), "picked": study["picked"], **cells})
     return (
         "The picked variant of the noise route less other criteria, mean area in points (95 % intervals over images; "
-        "over networks). Bold where both leave out zero:\n\n" + markdown(header, lines)
+        "over networks). Bold where both leave out zero:\n\n" + markdown(lines)
     )
 
 
@@ -88,49 +87,42 @@ def _repair(title: str, study: Findings) -> str:
     attacks, budgets = list(study["untouched"]), [f"{share:.0%}" for share in study["budgets"]]
     first = attacks[0]
     names = sorted(study.table.distinct("network"))
-    images = ", ".join(f"{attack_title(attack)} leaves {percent(study['untouched'][attack])} %" for attack in attacks)
+    images = ", ".join(f"{short_name(attack)} leaves {percent(study['untouched'][attack])} %" for attack in attacks)
     means = markdown(
-        ["criterion", *map(attack_title, attacks)],
-        [
-            [
-                by,
-                *(
-                    percent(study["mean_areas"][attack][by]) if by in study["mean_areas"][attack] else ""
-                    for attack in attacks
-                ),
-            ]
-            for by in study["mean_areas"][first]
-        ],
+        {
+            "criterion": by,
+            **{short_name(attack): percent(study["mean_areas"][attack].get(by)) for attack in attacks},
+        }
+        for by in study["mean_areas"][first]
     )
     accuracies = markdown(
-        ["criterion", *(f"{share} of every layer" for share in budgets), *(f"{share} of any" for share in budgets)],
-        [
-            [
-                by,
-                *([] if EVERY in places else [""] * len(budgets)),
-                *(percent(value) for place in (EVERY, ANY) for value in places.get(place, ())),
-            ]
-            for by, places in study["accuracies"][first].items()
-        ],
+        {
+            "criterion": by,
+            **{
+                f"{share} of {name}": percent(value)
+                for place, name in ((EVERY, "every layer"), (ANY, "any"))
+                for share, value in zip(budgets, places.get(place, [None] * len(budgets)), strict=True)
+            },
+        }
+        for by, places in study["accuracies"][first].items()
     )
     layers = markdown(
-        ["layer", *study["areas"][first]],
-        [
-            [layer, *(percent(values[layer]) for values in study["areas"][first].values())]
-            for layer in next(iter(study["areas"][first].values()))
-        ],
+        {"layer": layer, **{by: percent(values[layer]) for by, values in study["areas"][first].items()}}
+        for layer in next(iter(study["areas"][first].values()))
     )
     moved = markdown(
-        ["judged under", "criterion", "ranked under", "kept", *(f"{share} of every layer" for share in budgets)],
-        [
-            [
-                attack_title(row["attack"]), row["criterion"],
-                row["ranked_by"] if row["ranked_by"] == "other images" else attack_title(row["ranked_by"]),
-                f"{row['kept']:.0%}", *map(percent, row["accuracies"]),
-            ]
-            for row in study["transfers"]
-        ],
-    )  # fmt: skip
+        {
+            "judged under": short_name(row["attack"]),
+            "criterion": row["criterion"],
+            "ranked under": short_name(row["ranked_by"]),
+            "kept": f"{row['kept']:.0%}",
+            **{
+                f"{share} of every layer": percent(value)
+                for share, value in zip(budgets, row["accuracies"], strict=True)
+            },
+        }
+        for row in study["transfers"]
+    )
     pairs = [
         (study["picked"], ATTRIBUTION),
         (study["picked"], INFLUENCE),
@@ -142,15 +134,15 @@ def _repair(title: str, study: Findings) -> str:
     pairs += [(one, FIRST_LAYERS) for one in (study["picked"], ATTRIBUTION)]
     share = study["budgets"][2]
     gains = markdown(
-        ["first", "less", AREA, f"{share:.0%} of every layer", f"{share:.0%} of any"],
-        [
-            [
-                one, other, _difference(study, first, one, other, AREA),
-                *(_difference(study, first, one, other, place, share) for place in (EVERY, ANY)),
-            ]
-            for one, other in dict.fromkeys(pairs)
-        ],
-    )  # fmt: skip
+        {
+            "first": one,
+            "less": other,
+            AREA: _difference(study, first, one, other, AREA),
+            f"{share:.0%} of every layer": _difference(study, first, one, other, EVERY, share),
+            f"{share:.0%} of any": _difference(study, first, one, other, ANY, share),
+        }
+        for one, other in dict.fromkeys(pairs)
+    )
     return "\n\n".join(
         [
             f"### {title}",
@@ -158,11 +150,11 @@ def _repair(title: str, study: Findings) -> str:
             f"of {study['samples']} for each; of them {images}. The rule picked `{study['picked']}`. "
             "Mean area:",
             means,
-            f"Accuracy under {attack_title(first)} with shares of all channels replaced:",
+            f"Accuracy under {short_name(first)} with shares of all channels replaced:",
             accuracies,
-            f"Differences under {attack_title(first)}:",
+            f"Differences under {short_name(first)}:",
             gains,
-            f"<details><summary>Area by layer under {attack_title(first)}, and transfer</summary>",
+            f"<details><summary>Area by layer under {short_name(first)}, and transfer</summary>",
             layers,
             "Channels ranked elsewhere: the share of the route's channels (30 % of each layer) that ranks under the "
             "attack itself keep too, and accuracy:",
@@ -174,24 +166,21 @@ def _repair(title: str, study: Findings) -> str:
 
 def _hardening(title: str, study: Findings) -> str:
     tried = markdown(
-        ["variant", "lambda: clean / attacked on validation images (0: no penalty; bold: chosen)"],
-        [
-            [
-                tuning["variant"],
-                ", ".join(
-                    _trial(trial, chosen=trial["lambda"] == tuning["chosen"])
-                    for trial in (tuning["without_penalty"], *tuning["trials"])
-                ),
-            ]
-            for tuning in study["tuning"]
-        ],
+        {
+            "variant": tuning["variant"],
+            "lambda: clean / attacked on validation images (0: no penalty; bold: chosen)": ", ".join(
+                _trial(trial, chosen=trial["lambda"] == tuning["chosen"])
+                for trial in (tuning["without_penalty"], *tuning["trials"])
+            ),
+        }
+        for tuning in study["tuning"]
     )
     return "\n\n".join(
         [
             f"**{title}.** {study_terms(study)} Accuracy in percent, mean over seeds (lowest-highest):",
-            accuracies_table(study, ""),
+            markdown(accuracies_table(study, "")),
             "Differences in points; bold where the 95 % intervals over images and over seeds both leave out zero:",
-            differences_table(study),
+            markdown(differences_table(study)),
             "What lambda was chosen from, on a network of another seed:",
             tried,
         ]
@@ -205,38 +194,22 @@ def _trial(trial: dict[str, Any], *, chosen: bool) -> str:
 
 def _hardness(files: dict[str, Findings]) -> str:
     """AUROC of V along the noise and of its rivals."""
-    header: dict[str, None] = {}
-    lines: list[tuple[list[str], dict[str, str]]] = []
-    for title, content in files.items():
-        about = content["about"]
-        judged = [item for item in content["rows"] if item["statistic"] == AUROC]
-        for attack in about["attacks"]:
-            cells = {}
+    lines = []
+    for title, hardness in files.items():
+        for attack in hardness["attacks"]:
             draws = []
-            for item in (each for each in judged if each["target"] == attack):
-                if item["predictor"].startswith(RANDOM):
-                    draws += [] if item["value"] is None else [item["value"]]  # none if all images are alike in that
-                elif not item["predictor"].startswith(LAYER):
-                    cells[item["predictor"]] = _estimate(item)
-            cells[RANDOM] = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
-            header |= dict.fromkeys(cells)
-            lines.append(
-                (
-                    [
-                        title,
-                        attack_title(attack),
-                        f"{about['attacks'][attack]['fooled']} of {about['correctly_classified']}",
-                    ],
-                    cells,
-                )
-            )
+            fooled = f"{hardness['attacks'][attack]['fooled']} of {hardness['correctly_classified']}"
+            cells = {"network": title, "attack": short_name(attack), "fooled": fooled}
+            for row in hardness.table.select(statistic=AUROC, target=attack):
+                if row["predictor"].startswith(RANDOM):
+                    draws += [] if row["value"] is None else [row["value"]]  # none if all images are alike in that
+                elif not row["predictor"].startswith(LAYER):
+                    cells[row["predictor"]] = _estimate(row)
+            lines.append({**cells, RANDOM: f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""})
     return (
         "AUROC for being fooled, of test images that are right when clean; bold where the 95 % interval of the "
         "difference to V along the noise (`hardness V`) leaves out zero:\n\n"
-    ) + markdown(
-        ["network", "attack", "fooled", *header],
-        [[*row, *(cells.get(name, "") for name in header)] for row, cells in lines],
-    )
+    ) + markdown(lines)
 
 
 def _estimate(item: dict[str, Any]) -> str:

@@ -12,10 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.utils import save_image
-from typer.testing import CliRunner
 
 import attackroute as ar
-from attackroute.cli.app import app
 from attackroute.core.document import Document
 from attackroute.core.model_state import weights_digest
 from attackroute.core.table import Table
@@ -26,15 +24,6 @@ from attackroute.zoo.weights import ModelCard, open_network
 CLASSES = ("<script>alert(1)</script>", 'light & "bright"')
 """Names that must be harmless."""
 ATTACK = "fgsm:eps=0.1"
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def done(*arguments: object) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
 
 
 def make_pictures(root: Path, count: int = 8) -> None:
@@ -110,10 +99,10 @@ def make_run(root: Path) -> Path:
             (home / name / file).write_bytes(f"<svg>{file}</svg>".encode())
     about = {
         "attacks": {ATTACK: {"fooled": 3, "bins_hardest_first": [[2, 0], [2, 1], [1, 1]]}},
-        "judgements": [{"predictor": "loss", "statistic": "AUROC", "value": 0.75}],
         "classes": [{"label": 0, "samples": 8, "V_mean": 75.0}],
     }
-    Document("hardness", {"seed": 0}, "The attack fools the weakest.", about=about).save(home / "hardness")
+    judged = Table.of([{"predictor": "loss", "statistic": "AUROC", "value": 0.75}])
+    Document("hardness", {"seed": 0}, "The attack fools the weakest.", judged, about).save(home / "hardness")
     occurrence = Table.of([{"layer": "features.0", "of": "clean", "value": 0.75}])
     titled = {"title": "Occurrence, clean and attacked", "order": 1, "seconds": 1.25}
     Document("occurrence", {"attacks": [ATTACK]}, "Most use the same.", occurrence, titled).save(home / "analysis")

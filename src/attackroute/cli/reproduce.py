@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from attackroute.cli.arguments import integer, option, parse_factor, switch
+from attackroute.cli.arguments import integer, option, switch
 from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, resolve_device
 
 REPRODUCE_EXAMPLES = """
@@ -22,8 +22,9 @@ Examples:
    Your own network
    $ attackroute reproduce fig3 --data cifar10:~/data --model runs/vgg --out runs/paper
 
-   Table 2: trains 63 networks at an eighth of the width on half of the images; hours on one core
-   $ attackroute reproduce table2 --data cifar10:~/data --width 0.125 --train-samples 25000 --out runs/paper
+   Table 2, whose networks are trained from a clone of the repository in hours; see python -m studies.hardening --help
+   $ python -m studies.hardening --data cifar10:~/data --train-samples 25000 --out runs/paper/table2
+   $ attackroute reproduce table2 --out runs/paper
 
    Go on after an interruption
    $ attackroute reproduce all --data cifar10:~/data --out runs/paper --resume
@@ -31,24 +32,22 @@ Examples:
  The targets:
 
    table1   how much images' routes share, and how few images give the route
-   table2   hardening on CIFAR-10, with its controls
-   table3   the same on SVHN (--data svhn:PATH)
+   table2   hardening on CIFAR-10, with its controls, from the study in --out/table2
+   table3   the same on SVHN, from the study in --out/table3
    table4   gradients of hard and of weak images
    fig2     sensitivity and gradients of the route's neurons
    fig3     transplants of clean values
    fig4     silenced channels, weakened connections
    fig5     Grad-CAM of the route's channels
    fig6     whom the hardness metric predicts to be fooled
-   all      all of these, of tables 2 and 3 that of the data
+   all      all of these, of tables 2 and 3 those whose study is there
 
  The files:
 
    NETWORK/PART.json, .csv, .png, .svg   every number and figure of one experiment on one network
-   table2/ or table3/                    the networks and the numbers of a hardening study
+   table2/, table3/                      where studies.hardening puts networks and numbers of a study
    reproduction.md                       all of it, beside the paper's numbers, with a verdict for each claim
 """
-
-_STUDY = "The study of tables 2 and 3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,10 @@ class ReproduceOptions:
 
     title: ClassVar[str] = "What is reproduced"
     targets: tuple[str, ...] = option("", "table1 to table4, fig2 to fig6, or all.", str, "TARGET", repeat=True)
-    data: str = option("--data", "cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH.", str, "DATA")
+    data: str | None = option(
+        "--data", "cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH; tables 2 and 3 need none.", str, "DATA",
+        default=None,
+    )  # fmt: skip
     out: Path = option("--out", "Where everything goes.", Path, "FOLDER", group=FILES)
     models: tuple[str, ...] = option(
         "--model", "A trained network: preset:NAME or a train folder; may be repeated. Else every preset for the data.",
@@ -75,28 +77,13 @@ class ReproduceOptions:
         "--page", "Put the tables between the marks of this Markdown file; else into --out/reproduction.md.", Path,
         "FILE", default=None, group=FILES,
     )  # fmt: skip
-    width: float = option(
-        "--width", "Factor on the channels of the VGG-16 that is trained.", parse_factor, "FACTOR", default=0.125,
-        group=_STUDY,
-    )  # fmt: skip
-    train_samples: int | None = option(
-        "--train-samples", "Only so many training images.", integer(2), "N", default=None, group=_STUDY
-    )
-    seeds: int = option("--seeds", "Networks that are judged.", integer(1), "N", default=3, group=_STUDY)
-    epochs: int = option("--epochs", "Passes of the training.", integer(1), "N", default=10, group=_STUDY)
-    fine_epochs: int = option("--fine-epochs", "Of the fine-tuning.", integer(1), "N", default=1, group=_STUDY)
-    table_samples: int = option("--table-samples", "Test images.", integer(1), "N", default=2000, group=_STUDY)
-    autoattack_samples: int = option(
-        "--autoattack-samples", "Test images for AutoAttack, which is slow and needs the extra autoattack; 0 leaves it "
-        "out.", integer(0), "N", default=64, group=_STUDY,
-    )  # fmt: skip
     run: RunOptions
     resume: bool = switch("--resume", "Leave what --out holds already on the same terms as it is.", group=RUN)
 
 
 def reproduce(options: ReproduceOptions) -> None:
     """Run the experiments, and print the verdicts."""
-    from attackroute.paper.run import ReproductionSettings, StudySettings
+    from attackroute.paper.run import ReproductionSettings
     from attackroute.paper.run import reproduce as run
 
     output = options.run.output
@@ -107,25 +94,17 @@ def reproduce(options: ReproduceOptions) -> None:
         models=options.models,
         samples=options.samples,
         page=options.page,
-        study=StudySettings(
-            width=options.width,
-            train_samples=options.train_samples,
-            test_samples=options.table_samples,
-            seeds=options.seeds,
-            epochs=options.epochs,
-            fine_epochs=options.fine_epochs,
-            autoattack_samples=options.autoattack_samples,
-        ),
         batch_size=options.run.batch_size,
         seed=options.run.seed,
         device=resolve_device(options.run.device),
         resume=options.resume,
     )
     open_folder(options.out)
-    result = run(settings, output)
-    output.result(result.to_json())
-    for target, claims in result.claims.items():
+    claims_of = run(settings, line=output.line, note=output.note, progress=output.progress)
+    listed = [{"target": target, **vars(claim)} for target, claims in claims_of.items() for claim in claims]
+    output.result({"page": str(settings.filled), "claims": listed})
+    for target, claims in claims_of.items():
         output.line(f"\n{target}")
         for claim in claims:
             output.line(f"  {claim}")
-    output.line(f"\nAll of it is in {result.page}; tables and figures in {options.out}")
+    output.line(f"\nAll of it is in {settings.filled}; tables and figures in {options.out}")

@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.intervention_table import UNTOUCHED
-from attackroute.core.table import Table
+from attackroute.core.document import Document
+from attackroute.core.table import Record, Table
 
 HOLDS, PART, FAILS = "holds", "holds in part", "does not hold"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim on one network.
+    """One claim of the paper on one network.
 
     Attributes:
         text: What the paper says.
         paper: The paper's figure; empty where it gives none.
-        network: On what it was tried.
-        found: The figure found here.
+        found: The figure that came out here.
         verdict: :data:`HOLDS`, :data:`PART` or :data:`FAILS`.
         equals: Controls that did as well as the route, or better.
+        network: On what it was tried.
     """
 
     text: str
     paper: str
-    network: str
     found: str
     verdict: str
     equals: tuple[str, ...] = ()
+    network: str = ""
 
     def __str__(self) -> str:
         equals = f"; as good: {', '.join(self.equals)}" if self.equals else ""
         return f"{self.verdict}, {self.network}: {self.text}: {self.found}{equals}"
 
-    def cells(self) -> list[str]:
+    @property
+    def cells(self) -> dict[str, str]:
         """The claim as a row of a table."""
-        return [self.text, self.paper, self.network, self.found, f"**{self.verdict}**", ", ".join(self.equals)]
-
-
-HEADER = ("claim", "paper", "network", "found", "verdict", "controls that do as well")
+        return {
+            "claim": self.text, "paper": self.paper, "network": self.network, "found": self.found,
+            "verdict": f"**{self.verdict}**", "controls that do as well": ", ".join(self.equals),
+        }  # fmt: skip
 
 
 def verdict(whole: bool, part: bool) -> str:
@@ -57,49 +58,40 @@ def by_count(good: int, of: int) -> str:
     return verdict(good == of, 2 * good > of)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; empty without rows."""
-    body = list(rows)
-    lines = [header, ["---"] * len(header), *body] if body else []
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+Row = Mapping[str, str]
+"""A row of a table in Markdown: cells by the title of their column."""
 
 
-def claims_table(claims: Iterable[Claim]) -> str:
-    """Claims as a table in Markdown."""
-    return markdown(HEADER, (claim.cells() for claim in claims))
+def markdown(rows: Iterable[Row]) -> str:
+    """A table in Markdown, with columns as they first appear; empty without rows."""
+    table = Table.of(rows)
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows] if len(table) else []
+    return "\n".join(f"| {' | '.join(cell or '' for cell in cells)} |" for cells in lines)
 
 
-def percent(value: float) -> str:
-    """A share for a table."""
-    return f"{100 * value:.1f}"
+def percent(share: float | None) -> str:
+    """A share for a table; empty for none."""
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """One experiment's result, as its file holds it.
+    """One experiment's document: its measurements, and by their names its settings and what its rows have in common."""
 
-    Attributes:
-        content: All of the file; of a document, entries of its settings and of what its rows have in common too.
-    """
-
-    content: Mapping[str, Any]
+    table: Table
+    facts: Mapping[str, Any]
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Findings:
-        """From the values of a JSON file."""
-        return cls({**content.get("settings", {}), **content.get("about", {}), **content})
+    def of(cls, document: Document) -> Findings:
+        """Those of a document."""
+        return cls(document.table, {**document.settings, **document.about})
 
-    def __getitem__(self, entry: str) -> Any:
-        return self.content[entry]
+    def __getitem__(self, fact: str) -> Any:
+        return self.facts[fact]
 
-    @cached_property
-    def table(self) -> Table:
-        """The measurements."""
-        return Table.of(self.content["rows"])
-
-    def entries(self, name: str, **cells: Any) -> list[dict[str, Any]]:
-        """Those of a further table of the file, such as ``"verdicts"``, that have these values."""
-        return list(Table.of(self.content[name]).select(**cells)) if self.content[name] else []
+    def entries(self, name: str, **cells: Any) -> list[Record]:
+        """Rows of a further table of the document, such as ``"verdicts"``, that have these values."""
+        return list(Table.of(self[name]).select(**cells)) if self[name] else []
 
     def mean(self, column: str, **cells: Any) -> float | None:
         """Mean over such rows, those of random draws, say; None where there is none."""
@@ -121,27 +113,26 @@ class Findings:
         verdicts = self.entries("verdicts", **cells)
         return tuple(dict.fromkeys(each["control"] for each in verdicts if each["verdict"] != "beats"))
 
-    def accuracies(self, criteria: Iterable[str], **cells: Any) -> list[str]:
-        """Mean accuracy by each criterion in percent, for a table; empty where it was not measured."""
-        values = (self.mean("accuracy", criterion=criterion, **cells) for criterion in criteria)
-        return ["" if value is None else percent(value) for value in values]
+    def accuracies(self, **cells: Any) -> Row:
+        """Mean accuracy by the route and by each control in percent, for a table; empty where it was not measured."""
+        return {
+            criterion: percent(self.mean("accuracy", criterion=criterion, **cells))
+            for criterion in (ROUTE, RANDOM, *self.rivals)
+        }
 
 
 @dataclass(frozen=True)
 class NetworkResults:
-    """What was found on one network.
-
-    Attributes:
-        name: Of the network.
-        layers: Its route layers in forward order.
-        about: Where it comes from, and its accuracy.
-        parts: Experiments by name.
-    """
+    """What the experiments, by name, measured on one network; and where it comes from, its size and its accuracy."""
 
     name: str
-    layers: tuple[str, ...]
     about: Mapping[str, Any]
-    parts: Mapping[str, Findings]
+    experiments: Mapping[str, Findings]
+
+    @property
+    def layers(self) -> list[str]:
+        """Its route layers in forward order."""
+        return list(self.about["layers"])
 
     @property
     def family(self) -> str:
@@ -158,18 +149,61 @@ class NetworkResults:
         names = group.split("+")
         if len(names) == 1:
             return self.title(group)
-        if names == list(self.layers):
+        if names == self.layers:
             return f"all {len(names)} layers"
-        if names == list(self.layers[: len(names)]):
+        if names == self.layers[: len(names)]:
             return f"first {len(names)} layers"
         return f"{len(names)} layers"
 
 
 Results = Sequence[NetworkResults]
+Tabulate = Callable[[NetworkResults, Findings], Iterator[Row]]
+Judge = Callable[[NetworkResults, Findings], Iterator[Claim]]
+
+Made = TypeVar("Made")
 
 
-def having(results: Results, part: str) -> Iterator[tuple[NetworkResults, Findings]]:
-    """Networks for which there is this experiment, with its result."""
-    for network in results:
-        if part in network.parts:
-            yield network, network.parts[part]
+@dataclass(frozen=True)
+class Entry(Generic[Made]):
+    """An entry in a section of the page: what a function makes of some experiments on each network."""
+
+    section: str
+    experiments: tuple[str, ...]
+    make: Callable[[NetworkResults, Findings], Iterator[Made]]
+
+    @property
+    def title(self) -> str:
+        """What stands above it: the function's docstring."""
+        return " ".join((self.make.__doc__ or "").split())
+
+    def of(self, results: Results) -> Iterator[tuple[str, Made]]:
+        """All that it makes, each with the network's name."""
+        for experiment in self.experiments:
+            for network in results:
+                if experiment in network.experiments:
+                    for each in self.make(network, network.experiments[experiment]):
+                        yield network.name, each
+
+
+TABLES: list[Entry[Row]] = []
+JUDGES: list[Entry[Claim]] = []
+
+
+def table(section: str, *experiments: str) -> Callable[[Tabulate], Tabulate]:
+    """Register a function whose rows are a table of the page, beneath the function's docstring."""
+
+    def register(tabulate: Tabulate) -> Tabulate:
+        TABLES.append(Entry(section, experiments, tabulate))
+        return tabulate
+
+    return register
+
+
+def judge(section: str, *experiments: str) -> Callable[[Judge], Judge]:
+    """Register a function that judges claims of the paper."""
+
+    def register(claims: Judge) -> Judge:
+        JUDGES.append(Entry(section, experiments, claims))
+        return claims
+
+    return register

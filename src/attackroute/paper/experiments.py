@@ -6,10 +6,8 @@ is 8/255, PGD and MI-FGSM take ten steps of eps / 10. It does not state the spre
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +20,10 @@ from attackroute.analysis.experiments.deactivate import deactivate_accuracy
 from attackroute.analysis.experiments.occurrence import measure_occurrence
 from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
 from attackroute.analysis.hardness_experiment import study_hardness
-from attackroute.analysis.intervention_trials import CorrectSamples, correct_when_clean
-from attackroute.analysis.interventions import record_outputs, transplant
+from attackroute.analysis.intervention_table import DEACTIVATE
+from attackroute.analysis.intervention_trials import correct_when_clean
+from attackroute.analysis.interventions import record_outputs
+from attackroute.analysis.sites import LayerEdits
 from attackroute.analysis.study import Study
 from attackroute.core.batches import Data, batches, samples_in
 from attackroute.core.checks import checked_logits
@@ -37,11 +37,9 @@ from attackroute.robustness.attack import Attack, Perturbation, attacked
 from attackroute.robustness.registry import parse_attack
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import kept
-from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress, trace_routes
 
-NOISE = "gaussian-noise:std=0.1"
-ATTACKS = ("pgd:eps=8/255", "fgsm:eps=8/255", "step-ll:eps=8/255", "mi-fgsm:eps=8/255", NOISE)
+ATTACKS = ("pgd:eps=8/255", "fgsm:eps=8/255", "step-ll:eps=8/255", "mi-fgsm:eps=8/255", "gaussian-noise:std=0.1")
 HARDNESS_ATTACKS = ("fgsm:eps=1/255", "gaussian-noise:std=0.05", "pgd:eps=1/255")
 ATTACKED = "route of attacked images"
 OWN, OWN_RANDOM = "own route", "own random"
@@ -51,46 +49,39 @@ SAMPLED_SHARES = (0.01, 0.03, 0.1, 0.3)
 _SWEPT = 5
 
 
-class Measured(ExperimentResult):
-    """An experiment's result, or one under another name with its figures under others.
+@dataclass(frozen=True)
+class PaperResult(ExperimentResult):
+    """An experiment's result whose figures bear the names of the page's files; the page has summaries of its own."""
 
-    Args:
-        table: The measurements.
-        about: What they have in common, as plain values.
-        reading: What was found.
-        figures: By file name.
-    """
-
-    def __init__(
-        self, table: Table, about: Mapping[str, Any], reading: str, figures: Mapping[str, Figure] | None = None
-    ) -> None:
-        self.kind = str(about["experiment"])
-        self.table = table
-        self._about, self._reading, self._figures = about, reading, figures or {}
-
-    @classmethod
-    def renamed(cls, result: ExperimentResult, name: str, figure: str | None = None) -> Measured:
-        """A result with one of its figures, the first unless it is named, under the name of a file of the page."""
-        figures = result.figures()
-        picture = figures[figure] if figure is not None else next(iter(figures.values()))
-        about = {"experiment": result.kind, **result.about()}
-        return cls(result.table, about, result.reading(), {name: picture})
+    kind: str
+    table: Table
+    facts: Mapping[str, Any]
+    sentence: str
+    pictures: Mapping[str, Figure] = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
         """What the measurements have in common."""
-        return dict(self._about)
+        return dict(self.facts)
 
     def reading(self) -> str:
-        """One sentence that says what was found."""
-        return self._reading
+        """One sentence that says what came out."""
+        return self.sentence
 
     def summary(self) -> Table:
-        """Nothing: the page has tables of its own."""
+        """Nothing."""
         return Table((), ())
 
     def figures(self) -> Mapping[str, Figure]:
         """Pictures by file name."""
-        return self._figures
+        return self.pictures
+
+
+def _with_figure(result: ExperimentResult, name: str, figure: str) -> PaperResult:
+    """A result with one of its figures alone, under a name."""
+    pictures = {name: result.figures()[figure]}
+    return PaperResult(
+        kind=result.kind, table=result.table, facts=result.about(), sentence=result.reading(), pictures=pictures
+    )
 
 
 def paper_attacks() -> dict[str, Perturbation]:
@@ -119,94 +110,62 @@ def sampling(study: Study, _: Progress) -> ExperimentResult:
 
 def transplant_shares(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3a: growing shares of single layers, under PGD."""
-    name = next(iter(study.attacks))
     layers = swept_layers(study.route.layers)
-    result = transplant_accuracy(study.comparison(progress), {name: study.attacks[name]}, layers=layers, together=())
-    return Measured.renamed(result, "transplant-shares", "transplant-shares")
+    result = transplant_accuracy(study.comparison(progress), _attacks(study)[0], layers=layers, together=())
+    return _with_figure(result, "transplant-shares", "transplant-shares")
 
 
 def transplant_layers(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3b: every layer alone and several together, at one share, under PGD."""
-    name = next(iter(study.attacks))
-    return _transplanted(study, progress, {name: study.attacks[name]}, study.route.layers)
+    return _transplanted(study, progress, _attacks(study)[0], study.route.layers, "transplant-layers")
 
 
 def transplant_attacks(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3b under the other attacks and noise: the first layer, and several together."""
-    _, *others = study.attacks
-    layers = study.route.layers
-    return _transplanted(study, progress, {name: study.attacks[name] for name in others}, layers[:1])
+    return _transplanted(study, progress, _attacks(study)[1], study.route.layers[:1], "transplant-attacks")
+
+
+def _attacks(study: Study) -> tuple[dict[str, Perturbation], dict[str, Perturbation]]:
+    """The first attack by name, and the others."""
+    (name, first), *others = study.attacks.items()
+    return {name: first}, dict(others)
 
 
 def _transplanted(
-    study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str]
+    study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str], name: str
 ) -> ExperimentResult:
     compared = study.comparison(progress)
     compared = replace(compared, baselines={**compared.baselines, ATTACKED: study.attacked_route})
     result = transplant_accuracy(
         compared, attacks, layers=layers, shares=[study.share], together=leading_groups(study.route.layers)
     )
-    name = "transplant-layers" if len(layers) > 1 else "transplant-attacks"
-    return Measured.renamed(result, name, "transplant-layers")
+    return _with_figure(result, name, "transplant-layers")
 
 
 def transplant_own(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3 in another reading: each image's own route, in the first layer and in the first three."""
-    name = next(iter(study.attacks))
+    name, attack = next(iter(study.attacks.items()))
     layers = study.route.layers
     return per_image_transplant(
-        study.model, study.measured, study.attacks[name], [layers[:1], layers[:3]], name=name, width=study.share,
-        progress=progress,
-    )  # fmt: skip
+        study.model, study.measured, attack, [layers[:1], layers[:3]], name=name, width=study.share, progress=progress
+    )
 
 
 def deactivate(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 4a: growing shares of the layers' own outputs set to zero."""
-    return _deactivated(study, progress, list(study.route.layers), OUTPUT)
+    return _deactivated(study, progress, study.route.layers, OUTPUT, "deactivate")
 
 
 def deactivate_activation(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 4a in another reading: zeros after the activation; before batch norm, a zero may become any constant."""
-    return _deactivated(study, progress, _activated(study), ACTIVATION)
+    return _deactivated(study, progress, _activated(study), ACTIVATION, "deactivate-activation")
 
 
-def _deactivated(study: Study, progress: Progress, layers: list[str], at: str) -> ExperimentResult:
+def _deactivated(study: Study, progress: Progress, layers: Sequence[str], at: str, name: str) -> ExperimentResult:
     """The first of the layers, the last one, and all together."""
     compared = replace(study.comparison(progress), at=at)
     result = deactivate_accuracy(compared, layers=[layers[0], layers[-1]], together=[layers])
-    return Measured.renamed(result, "deactivate" if at == OUTPUT else "deactivate-activation")
-
-
-def hardness(study: Study, progress: Progress) -> ExperimentResult:
-    """Table 4 and Fig. 6, on images that did not decide on the route."""
-    attacks = [parse_attack(text) for text in HARDNESS_ATTACKS]
-    return study_hardness(study.model, study.route, study.measured, attacks, seed=study.seed, progress=progress)
-
-
-def _part(name: str, run: Callable[[Study, Progress], ExperimentResult]) -> Experiment:
-    return Experiment(name, order=0, title=name, help=(run.__doc__ or "").partition("\n")[0], run=run)
-
-
-_EXPERIMENTS = all_experiments()
-PARTS: Mapping[str, Mapping[str, Experiment]] = {
-    "table1": {"occurrence": _part("occurrence", occurrence), "sampling": _part("sampling", sampling)},
-    "fig2": {"sensitivity": _EXPERIMENTS["sensitivity"]},
-    "fig3": {
-        "transplant-shares": _part("transplant-shares", transplant_shares),
-        "transplant-layers": _part("transplant-layers", transplant_layers),
-        "transplant-attacks": _part("transplant-attacks", transplant_attacks),
-        "transplant-own": _part("transplant-own", transplant_own),
-    },
-    "fig4": {
-        "deactivate": _part("deactivate", deactivate),
-        "deactivate-activation": _part("deactivate-activation", deactivate_activation),
-        "weaken": _EXPERIMENTS["weaken"],
-    },
-    "fig5": {"gradcam": _EXPERIMENTS["gradcam"]},
-    "table4": {"hardness": _part("hardness", hardness)},
-    "fig6": {"hardness": _part("hardness", hardness)},
-}
-"""For each table and figure that takes trained networks, its experiments."""
+    return _with_figure(result, name, DEACTIVATE)
 
 
 def _activated(study: Study) -> list[str]:
@@ -222,36 +181,45 @@ def _activated(study: Study) -> list[str]:
     return layers
 
 
+def hardness(study: Study, progress: Progress) -> ExperimentResult:
+    """Table 4 and Fig. 6, on images that did not decide on the route."""
+    attacks = [parse_attack(text) for text in HARDNESS_ATTACKS]
+    return study_hardness(study.model, study.route, study.measured, attacks, seed=study.seed, progress=progress)
+
+
+def _experiments(*runs: Callable[[Study, Progress], ExperimentResult]) -> dict[str, Experiment]:
+    names = [run.__name__.replace("_", "-") for run in runs]
+    return {name: Experiment(name, 0, name, (run.__doc__ or ""), run) for name, run in zip(names, runs, strict=True)}
+
+
+_ALL = all_experiments()
+PARTS: Mapping[str, Mapping[str, Experiment]] = {
+    "table1": _experiments(occurrence, sampling),
+    "fig2": {"sensitivity": _ALL["sensitivity"]},
+    "fig3": _experiments(transplant_shares, transplant_layers, transplant_attacks, transplant_own),
+    "fig4": {**_experiments(deactivate, deactivate_activation), "weaken": _ALL["weaken"]},
+    "fig5": {"gradcam": _ALL["gradcam"]},
+    "table4": _experiments(hardness),
+    "fig6": _experiments(hardness),
+}
+"""For each table and figure that takes trained networks, its experiments by the names of their files."""
+
+
 def sample_route(
     routes: InstanceRoutes,
     shares: Sequence[float] = SAMPLED_SHARES,
     *,
     width: float = 0.3,
     seeds: Sequence[int] = range(5),
-) -> Measured:
-    """How few samples give a model's route: model routes of random parts of the samples beside that of all.
-
-    Args:
-        routes: Routes of all samples.
-        shares: Shares of the samples, in (0, 1].
-        width: Width of the model routes.
-        seeds: One random part of each size for each.
-
-    Raises:
-        UserError: There are no routes, or a share is out of range.
-    """
-    if not len(routes) or not seeds:
-        raise UserError("no routes, or no seeds, so there is nothing to compare")
+) -> PaperResult:
+    """How few samples give a model's route: routes of random shares of the samples, one a seed, beside that of all."""
     full = routes.aggregate(width)
     rows = []
     for share in shares:
-        if not 0 < share <= 1:
-            raise UserError(f"a share of {share} of the samples is outside (0, 1]")
         count = max(1, round(share * len(routes)))
         for seed in seeds:
             order = torch.randperm(len(routes), generator=torch.Generator().manual_seed(seed))
-            part = routes.select(order[:count].sort().values).aggregate(width)
-            overlap = RouteOverlap.between(part, full)
+            overlap = RouteOverlap.between(routes.select(order[:count].sort().values).aggregate(width), full)
             rows.append(
                 {
                     "share": share, "draw": seed, "samples": count, "shared": overlap.shared, "neurons": overlap.size,
@@ -259,47 +227,35 @@ def sample_route(
                 }
             )  # fmt: skip
     table = Table.of(rows)
-    means = [
-        f"{share:.0%} of them {statistics.fmean(table.select(share=share).column('share_of_neurons')):.1%}"
-        for share in table.distinct("share")
-    ]
-    sentence = f"Of the route of {len(routes)} samples, the route of {', '.join(means)} has the same neurons."
-    return Measured(table, {"experiment": "route sampling", "width": width, "samples": len(routes)}, sentence)
+    means = ", ".join(
+        f"{share:.0%} of them {table.select(share=share).mean('share_of_neurons'):.1%}" for share in shares
+    )
+    sentence = f"Of the route of {len(routes)} samples, the route of {means} has the same neurons."
+    return PaperResult("route sampling", table, {"width": width, "samples": len(routes)}, sentence)
 
 
 def per_image_transplant(
     model: nn.Module,
     data: Data,
     attack: Attack,
-    groups: Iterable[Sequence[str]],
+    groups: Sequence[Sequence[str]],
     *,
     name: str = "attack",
     width: float = 0.3,
     seed: int = 0,
     batch_size: int = 128,
     progress: Progress | None = None,
-) -> Measured:
+) -> PaperResult:
     """Accuracy on attacked images, each with clean values in the channels of its own route, or in random ones.
 
-    Only images that the network gets right when clean count.
-
-    Args:
-        model: The network.
-        data: Labelled images in [0, 1].
-        attack: What attacks them.
-        groups: Layers to change together, in forward order.
-        name: The attack's name.
-        width: Share of each layer's channels on an image's route, which is traced from the clean image.
-        seed: Of the random channels.
-        batch_size: Rows per forward pass when ``data`` is tensors.
-        progress: Called with (images done, in all or None) after every batch.
+    Only images that the network gets right when clean count. They are traced clean, and have the chosen share ``width``
+    of the channels of a group's layers changed together; groups are in forward order.
 
     Raises:
         UserError: The data have no labels, a layer is not among the traced ones, or no sample is classified correctly.
     """
-    groups = [tuple(group) for group in groups]
     generator = torch.Generator().manual_seed(seed)
-    hits = {(group, criterion): 0 for group in groups for criterion in (OWN, OWN_RANDOM)}
+    right = {("+".join(group), criterion): 0 for group in groups for criterion in (OWN, OWN_RANDOM)}
     samples = counted = 0
     layers = list(dict.fromkeys(layer for group in groups for layer in group))
     with frozen(model), torch.no_grad():
@@ -314,52 +270,35 @@ def per_image_transplant(
                     chosen = {layer: routes[layer] for layer in group}
                     drawn = {layer: _random_mask(mask, width, generator) for layer, mask in chosen.items()}
                     for criterion, masks in ((OWN, chosen), (OWN_RANDOM, drawn)):
-                        answers = _mended(model, clean, moved, masks).argmax(1)
-                        hits[group, criterion] += int((answers == clean.labels).sum())
+                        with _Transplant(masks, clean.outputs).applied_to(model):
+                            logits = checked_logits(model(moved.clone()), len(moved))
+                        right["+".join(group), criterion] += int((logits.argmax(1) == clean.labels).sum())
             if progress is not None:
                 progress(samples, samples_in(data))
     if not counted:
         raise UserError(f"the network gets none of the {samples} samples right when they are clean; check its weights")
-    accuracies = {key: Accuracy(right, counted) for key, right in hits.items()}
-    table = Table.of(
-        {
-            "layers": "+".join(group), "criterion": criterion, "accuracy": accuracy.value,
-            "accuracy_low": accuracy.interval[0], "accuracy_high": accuracy.interval[1], "samples": accuracy.total,
-        }
-        for (group, criterion), accuracy in accuracies.items()
-    )  # fmt: skip
-    parts = [
-        f"{criterion} in {len(group)} of the layers {accuracy.value:.1%}"
-        for (group, criterion), accuracy in accuracies.items()
-    ]
-    return Measured(
-        table,
-        {"experiment": "own routes", "width": width, "attack": name, "images": samples},
-        f"Accuracy under {name} with {width:.0%} of the channels as on clean images: {'; '.join(parts)}.",
-    )
+    rows, clauses = [], []
+    for (group, criterion), correct in right.items():
+        accuracy = Accuracy(correct, counted)
+        low, high = accuracy.interval
+        ends = {"accuracy": accuracy.value, "accuracy_low": low, "accuracy_high": high, "samples": counted}
+        rows.append({"layers": group, "criterion": criterion, **ends})
+        clauses.append(f"{criterion} in {group.count('+') + 1} of the layers {accuracy.value:.1%}")
+    facts = {"width": width, "attack": name, "images": samples}
+    sentence = f"Accuracy under {name} with {width:.0%} of the channels as on clean images: {'; '.join(clauses)}."
+    return PaperResult("own routes", Table.of(rows), facts, sentence)
 
 
-def _mended(model: nn.Module, clean: CorrectSamples, moved: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-    """Logits of attacked images with clean values where each image's own mask (N, C) says so.
+class _Transplant(LayerEdits):
+    """Gives attacked images clean values where each image's own mask ``(N, C)`` says so."""
 
-    Layer after layer: what a layer would give is recorded under the transplants before it, mixed with what it gives
-    for the clean images, and put in its place as a whole.
-    """
-    mixed: dict[str, Tensor] = {}
-    for layer, mask in masks.items():
-        with _in_place(model, mixed):
-            values = record_outputs(model, moved, [layer])[layer]
-        mixed[layer] = torch.where(mask.to(values.device)[:, :, None, None], clean.outputs[layer], values)
-    with _in_place(model, mixed):
-        return checked_logits(model(moved.clone()), len(moved))
+    def __init__(self, masks: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> None:
+        super().__init__({layer: mask.shape[1] for layer, mask in masks.items()})
+        self._masks, self._clean = masks, clean
 
-
-def _in_place(model: nn.Module, outputs: Mapping[str, Tensor]) -> AbstractContextManager[object]:
-    """Context in which these layers give this, in all their channels."""
-    if not outputs:
-        return nullcontext()
-    channels = {layer: values.shape[1] for layer, values in outputs.items()}
-    return transplant(model, outputs, Route({layer: range(count) for layer, count in channels.items()}, channels))
+    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
+        mask = self._masks[layer].to(values.device)[:, :, None, None]
+        return torch.where(mask, self._clean[layer], values)
 
 
 def _random_mask(like: Tensor, width: float, generator: torch.Generator) -> Tensor:

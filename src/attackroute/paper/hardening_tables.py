@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-from attackroute.paper.claims import FAILS, HOLDS, PART, Claim, Findings, markdown, percent, verdict
-from attackroute.paper.hardening_plan import BASES, PAT, VANILLA
-from attackroute.paper.paired import BEATS, LOSES
-from attackroute.paper.published import SHARED_BY_A_TENTH, reported
+from attackroute.analysis.intervention_table import BEATS, LOSES
+from attackroute.core.table import Record
+from attackroute.paper.claims import Claim, Findings, Row, percent, verdict
+from attackroute.paper.published import BASES, PAT, SHARED_BY_A_TENTH, VANILLA, reported
+
+STUDY = "study"
+"""What a study's files are called, ``study.json`` and ``study.csv``."""
 
 _SAME = 0.005
 _LETTERS = {"g": "gradients", "w": "weights"}
@@ -23,32 +25,28 @@ _TITLES = {
 }
 
 
-def accuracies_table(study: Findings, data: str) -> str:
+def accuracies_table(study: Findings, data: str) -> Iterator[Row]:
     """Accuracies in percent, mean over seeds with the lowest and the highest, beside the paper's of that data set."""
-    attacks = study.distinct("attack")
-    lines = []
     for variant in study.distinct("variant"):
         outcomes = study.table.select(variant=variant)
         paper, lam = reported(data, variant), outcomes[0]["lambda"]
-        cells = []
-        for attack in attacks:
+        cells = {"variant": variant, "lambda": "" if lam is None else f"{lam:g}"}
+        for attack in study.distinct("attack"):
             values = [100 * accuracy for accuracy in outcomes.select(attack=attack).column("accuracy")]
             beside = f" [{100 * paper[attack]:.1f}]" if attack in paper else ""
-            cells.append(f"{statistics.fmean(values):.1f} ({min(values):.1f}-{max(values):.1f}){beside}")
-        lines.append([variant, "" if lam is None else f"{lam:g}", *cells])
-    return markdown(["variant", "lambda", *(_TITLES.get(name, name) for name in attacks)], lines)
+            cells[_title(attack)] = f"{statistics.fmean(values):.1f} ({min(values):.1f}-{max(values):.1f}){beside}"
+        yield cells
 
 
-def differences_table(study: Findings) -> str:
+def differences_table(study: Findings) -> Iterator[Row]:
     """Paired differences in points under every attack, bold where they are clear over images and over seeds."""
-    attacks = list(dict.fromkeys(each["attack"] for each in study["differences"]))
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for each in study["differences"]:
         text = _points(each["difference"])
         clear = each["verdict"] in (BEATS, LOSES)
-        pairs.setdefault((each["first"], each["second"]), {})[each["attack"]] = f"**{text}**" if clear else text
-    lines = [[first, second, *(cells[attack] for attack in attacks)] for (first, second), cells in pairs.items()]
-    return markdown(["first", "less", *(_TITLES.get(name, name) for name in attacks)], lines)
+        cells = pairs.setdefault((each["first"], each["second"]), {"first": each["first"], "less": each["second"]})
+        cells[_title(each["attack"])] = f"**{text}**" if clear else text
+    yield from pairs.values()
 
 
 def study_terms(study: Findings) -> str:
@@ -67,19 +65,16 @@ def study_terms(study: Findings) -> str:
 
 def hardening_claims(study: Findings, data: str) -> Iterator[Claim]:
     """What the paper reads from its table of that data set."""
-    seeds = f"{len(study['seeds'])} seeds"
-    for base in BASES:
-        for letter in _LETTERS:
-            yield _penalty_claim(study, data, base, letter)
-    for base in BASES:
-        for letter in _LETTERS:
-            yield from _same_defence(study, f"{base}_{letter}")
+    pairs = [(base, letter) for base in BASES for letter in _LETTERS]
+    for base, letter in pairs:
+        yield _penalty_claim(study, data, base, letter)
+    for base, letter in pairs:
+        yield from _same_defence(study, f"{base}_{letter}")
     shares = [each["share"] for each in study["overlap_with_full_route"]]
     if shares:
         yield Claim(
             text="a tenth of the training images gives the same route",
             paper=f"{percent(SHARED_BY_A_TENTH)} %",
-            network=seeds,
             found=f"{percent(statistics.fmean(shares))} % ({percent(min(shares))} to {percent(max(shares))})",
             verdict=verdict(min(shares) >= SHARED_BY_A_TENTH, statistics.fmean(shares) >= SHARED_BY_A_TENTH),
         )
@@ -97,14 +92,11 @@ def _penalty_claim(study: Findings, data: str, base: str, letter: str) -> Claim:
         for control in ("random", "all")
         if any(_difference(study, ours, f"{ours}, {control}", attack)["verdict"] != BEATS for attack in attacks)
     ]
-    whole = all(each == BEATS for each in verdicts)
-    some = any(each == BEATS for each in verdicts) and LOSES not in verdicts
     return Claim(
         text=f"{ours} (penalty on {_LETTERS[letter]}) beats the same fine-tuning without a penalty",
-        paper=", ".join(f"{_TITLES[name]} {_points(paper[name] - before[name])}" for name in claimed),
-        network=f"{len(study['seeds'])} seeds",
-        found=", ".join(f"{_TITLES[name]} {_points(each['difference'])}" for name, each in differences.items()),
-        verdict=HOLDS if whole else PART if some else FAILS,
+        paper=", ".join(f"{_title(name)} {_points(paper[name] - before[name])}" for name in claimed),
+        found=_listed(differences),
+        verdict=verdict(set(verdicts) == {BEATS}, BEATS in verdicts and LOSES not in verdicts),
         equals=tuple(controls),
     )
 
@@ -119,8 +111,7 @@ def _same_defence(study: Findings, ours: str) -> Iterator[Claim]:
     yield Claim(
         text=f"{ours}: the route of all training images defends no better than that of a tenth",
         paper="within 0.5 points",
-        network=f"{len(study['seeds'])} seeds",
-        found=", ".join(f"{_TITLES[name]} {_points(each['difference'])}" for name, each in differences.items()),
+        found=_listed(differences),
         verdict=verdict(
             all(abs(each["difference"]) <= _SAME for each in differences.values()),
             all(each["verdict"] not in (BEATS, LOSES) for each in differences.values()),
@@ -128,9 +119,17 @@ def _same_defence(study: Findings, ours: str) -> Iterator[Claim]:
     )
 
 
-def _difference(study: Findings, first: str, second: str, attack: str) -> dict[str, Any]:
+def _difference(study: Findings, first: str, second: str, attack: str) -> Record:
     (difference,) = study.entries("differences", first=first, second=second, attack=attack)
     return difference
+
+
+def _title(attack: str) -> str:
+    return _TITLES.get(attack, attack)
+
+
+def _listed(differences: Mapping[str, Record]) -> str:
+    return ", ".join(f"{_title(attack)} {_points(each['difference'])}" for attack, each in differences.items())
 
 
 def _points(difference: float) -> str:

@@ -4,113 +4,102 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
 from attackroute.analysis.hardness_experiment import BASELINES, OURS, RANDOM
 from attackroute.core.statistics import AUROC
-from attackroute.paper.claims import Claim, Findings, NetworkResults, Results, by_count, having, markdown, verdict
+from attackroute.core.table import Record
+from attackroute.paper.claims import Claim, Findings, NetworkResults, Row, by_count, judge, table, verdict
 from attackroute.paper.published import GRADIENTS
-from attackroute.robustness.registry import parse_attack
+from attackroute.robustness.registry import short_name
+
+_LAYERS = 5  # of a network that has not the paper's
 
 
-def gradients_table(results: Results) -> str:
-    """Table 4: mean and median gradients of images on which the first attack fails, and succeeds."""
-    lines = []
-    for network, findings in having(results, "hardness"):
-        for row in _table4_layers(network, findings):
-            paper = GRADIENTS.get(network.title(row["layer"])) if network.family == "vgg16" else None
-            lines.append(
-                [
-                    network.name, network.title(row["layer"]),
-                    "" if paper is None else f"{paper[0]:g} / {paper[1]:g}",
-                    f"{_number(row['hard_mean'])} / {_number(row['weak_mean'])}",
-                    f"{_number(row['hard_median'])} / {_number(row['weak_median'])}",
-                ]
-            )  # fmt: skip
-    return markdown(["network", "layer", "paper: hard / weak", "mean: hard / weak", "median: hard / weak"], lines)
+@table("table4", "hardness")
+def gradients_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
+    """Gradients towards the loss, summed over the layer's route neurons; hard images withstand `fgsm:eps=1/255`, weak
+    ones do not.
+    """
+    for row in _table4_layers(network, findings):
+        paper = GRADIENTS.get(network.title(row["layer"])) if network.family == "vgg16" else None
+        yield {
+            "layer": network.title(row["layer"]),
+            "paper: hard / weak": "" if paper is None else f"{paper[0]:g} / {paper[1]:g}",
+            "mean: hard / weak": f"{_number(row['hard_mean'])} / {_number(row['weak_mean'])}",
+            "median: hard / weak": f"{_number(row['hard_median'])} / {_number(row['weak_median'])}",
+        }
 
 
-def gradient_claims(results: Results) -> Iterator[Claim]:
+@judge("table4", "hardness")
+def gradient_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
     """What the paper reads from Table 4."""
-    for network, findings in having(results, "hardness"):
-        first = next(iter(findings["attacks"]))
-        layers = [
-            row for row in findings["attacks"][first]["gradients"] if row["weak_mean"] is not None and row["hard_mean"]
+    first, about = next(iter(findings["attacks"].items()))
+    layers = [row for row in about["gradients"] if row["weak_mean"] is not None and row["hard_mean"]]
+    if layers:
+        good = sum(row["weak_mean"] > row["hard_mean"] for row in layers)
+        ratio = statistics.median(row["weak_mean"] / row["hard_mean"] for row in layers)
+        yield Claim(
+            text=f"images that {short_name(first)} fools have larger gradients on the route",
+            paper="990 to 4,338 times",
+            found=f"in {good} of {len(layers)} layers, {ratio:.3g} times in the median",
+            verdict=by_count(good, len(layers)),
+        )
+
+
+@table("fig6", "hardness")
+def bins_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
+    """Images fooled in each tenth by V, hardest first:"""
+    for attack, about in findings["attacks"].items():
+        bins = about["bins_hardest_first"]
+        tenths = {str(place): str(fooled) for place, (_, fooled) in enumerate(bins, start=1)}
+        yield {"attack": short_name(attack), "images in a tenth": str(bins[0][0]), **tenths}
+
+
+@table("fig6", "hardness")
+def predictors_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
+    """AUROC for being fooled (0.5: chance), with 95 % bootstrap intervals:"""
+    for attack in findings["attacks"]:
+        cells = {name: _auroc_cell(findings, attack, name) for name in (OURS, *BASELINES)}
+        draws = [
+            row["value"]
+            for row in findings.table.select(target=attack, statistic=AUROC)
+            if row["predictor"].startswith(RANDOM) and row["value"] is not None
         ]
-        if layers:
-            good = sum(row["weak_mean"] > row["hard_mean"] for row in layers)
-            ratio = statistics.median(row["weak_mean"] / row["hard_mean"] for row in layers)
-            yield Claim(
-                text=f"images that {attack_title(first)} fools have larger gradients on the route",
-                paper="990 to 4,338 times",
-                network=network.name,
-                found=f"in {good} of {len(layers)} layers, {ratio:.3g} times in the median",
-                verdict=by_count(good, len(layers)),
-            )
+        chance = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
+        yield {"attack": short_name(attack), **cells, RANDOM: chance}
 
 
-def bins_table(results: Results) -> str:
-    """Fig. 6: how many images are fooled in each tenth by V, the hardest tenth first."""
-    lines = []
-    for network, findings in having(results, "hardness"):
-        for attack, about in findings["attacks"].items():
-            bins = about["bins_hardest_first"]
-            lines.append([network.name, attack_title(attack), str(bins[0][0]), *(str(fooled) for _, fooled in bins)])
-    return markdown(["network", "attack", "images in a tenth", *map(str, range(1, 11))], lines)
-
-
-def predictors_table(results: Results) -> str:
-    """AUROC of V and its rivals."""
-    lines = []
-    for network, findings in having(results, "hardness"):
-        for attack in findings["attacks"]:
-            cells = [_auroc_cell(findings, attack, name) for name in (OURS, *BASELINES)]
-            judged = findings.table.select(target=attack, statistic=AUROC)
-            draws = [
-                each["value"] for each in judged if each["predictor"].startswith(RANDOM) and each["value"] is not None
-            ]
-            chance = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
-            lines.append([network.name, attack_title(attack), *cells, chance])
-    return markdown(["network", "attack", OURS, *BASELINES, RANDOM], lines)
-
-
-def prediction_claims(results: Results) -> Iterator[Claim]:
+@judge("fig6", "hardness")
+def prediction_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
     """What the paper reads from Fig. 6."""
-    for network, findings in having(results, "hardness"):
-        for attack, about in findings["attacks"].items():
-            ours = _auroc(findings, attack, OURS)
-            if ours is None:
-                continue
-            hardest, weakest = about["bins_hardest_first"][0], about["bins_hardest_first"][-1]
-            rivals = {name: _auroc(findings, attack, name) for name in BASELINES}
-            yield Claim(
-                text=f"V predicts whom {attack_title(attack)} fools",
-                paper="yes",
-                network=network.name,
-                found=f"AUROC {_auroc_cell(findings, attack, OURS)}; fooled {hardest[1]} of {hardest[0]} hardest, "
-                f"{weakest[1]} of {weakest[0]} weakest",
-                verdict=verdict(ours["low"] > 0.5, ours["value"] > 0.5),
-                equals=tuple(  # those that V is not clearly ahead of, by the bootstrap interval of its lead
-                    name for name, rival in rivals.items() if rival is not None and not rival["lead_low"] > 0
-                ),
-            )
+    for attack, about in findings["attacks"].items():
+        ours = _auroc(findings, attack, OURS)
+        if ours is None:
+            continue
+        hardest, weakest = about["bins_hardest_first"][0], about["bins_hardest_first"][-1]
+        rivals = {name: _auroc(findings, attack, name) for name in BASELINES}
+        yield Claim(
+            text=f"V predicts whom {short_name(attack)} fools",
+            paper="yes",
+            found=f"AUROC {_auroc_cell(findings, attack, OURS)}; fooled {hardest[1]} of {hardest[0]} hardest, "
+            f"{weakest[1]} of {weakest[0]} weakest",
+            verdict=verdict(ours["low"] > 0.5, ours["value"] > 0.5),
+            equals=tuple(  # those that V is not clearly ahead of, by the bootstrap interval of its lead
+                name for name, rival in rivals.items() if rival is not None and not rival["lead_low"] > 0
+            ),
+        )
 
 
-def attack_title(attack: str) -> str:
-    """An attack's specification without its defaults."""
-    return parse_attack(attack).short()
-
-
-def _table4_layers(network: NetworkResults, findings: Findings) -> list[dict[str, Any]]:
-    """The paper's layers where the network has them, else five spread ones."""
-    rows: list[dict[str, Any]] = next(iter(findings["attacks"].values()))["gradients"]
+def _table4_layers(network: NetworkResults, findings: Findings) -> list[Record]:
+    """The paper's layers where the network has them, else spread ones."""
+    rows: list[Record] = next(iter(findings["attacks"].values()))["gradients"]
     named = [row for row in rows if network.title(row["layer"]) in GRADIENTS] if network.family == "vgg16" else []
-    return named or rows[:: max(1, len(rows) // 4)]
+    return named or rows[:: max(1, len(rows) // (_LAYERS - 1))]
 
 
-def _auroc(findings: Findings, attack: str, predictor: str) -> dict[str, Any] | None:
-    judged = findings.table.select(target=attack, predictor=predictor, statistic=AUROC)
-    return judged[0] if len(judged) and judged[0]["value"] is not None else None
+def _auroc(findings: Findings, attack: str, predictor: str) -> Record | None:
+    rows = findings.table.select(target=attack, predictor=predictor, statistic=AUROC)
+    return rows[0] if len(rows) and rows[0]["value"] is not None else None
 
 
 def _auroc_cell(findings: Findings, attack: str, predictor: str) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+VANILLA, PAT = "Vanilla", "PAT"
+BASES = (VANILLA, PAT)
+"""What the paper hardens: a network that was trained plainly, and one that was trained against PGD."""
+
 # Clean, FGSM, MI-FGSM (Vanilla) or PGD (PAT), Gaussian noise; in percent.
 _TABLES: Mapping[str, Mapping[str, tuple[float, float, float, float]]] = {
     "cifar10": {
@@ -51,5 +55,5 @@ def reported(data: str, variant: str) -> dict[str, float]:
     numbers = _TABLES.get(data, {}).get(variant)
     if numbers is None:
         return {}
-    names = ("clean", "fgsm", "mi-fgsm" if variant.startswith("Vanilla") else "pgd", "gaussian-noise")
+    names = ("clean", "fgsm", "mi-fgsm" if variant.startswith(VANILLA) else "pgd", "gaussian-noise")
     return {name: round(value / 100, 4) for name, value in zip(names, numbers, strict=True)}

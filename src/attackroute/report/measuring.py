@@ -30,16 +30,16 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Condition:
-    """What is known of a network on one kind of images: as they are, or after one attack.
+    """What is known of a network on one kind of images: as they are, or after one attack; None for what is not.
 
     Attributes:
         attack: The attack's name; None for images as they are.
-        routes: Routes of samples; None where there are none.
+        routes: Routes of samples.
         route: The model's route as a file has it; its frequencies serve where there are no samples' routes.
-        rows: Which of the routes' samples are those that the page shows; None where that is not known.
-        influence: Mean influence; None without the network.
+        rows: Which of the routes' samples are those that the page shows.
+        influence: Mean influence.
         gradient: Mean loss gradient at each channel, by layer (Fig. 2b).
-        sensitivity: What the attack changes of each channel, by layer (Fig. 2a); None for images as they are.
+        sensitivity: What the attack changes of each channel, by layer (Fig. 2a).
         traced: Whether the routes were traced for the page.
     """
 
@@ -56,11 +56,6 @@ class Condition:
     def name(self) -> str:
         """What the images are, in short."""
         return "clean images" if self.attack is None else f"images after {short_name(self.attack)}"
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is known that could be drawn."""
-        return self.routes is None and self.route is None
 
     @property
     def channels(self) -> Mapping[str, int]:
@@ -87,13 +82,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Measured:
-    """A network on images as they are, and after attacks.
-
-    Attributes:
-        clean: On images as they are.
-        attacked: After each attack, those of one kind by rising radius.
-        pictures: The images that the page shows, and where in them each channel responds most.
-    """
+    """A network on images as they are, and after attacks, those of one kind by rising radius."""
 
     clean: Condition
     attacked: tuple[Condition, ...] = ()
@@ -103,6 +92,11 @@ class Measured:
     def conditions(self) -> tuple[Condition, ...]:
         """All of them, clean images first."""
         return (self.clean, *self.attacked)
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Channels of each layer, in forward order; empty where nothing is known."""
+        return next((condition.channels for condition in self.conditions if condition.channels), {})
 
     @property
     def strongest(self) -> Condition | None:
@@ -128,12 +122,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Share:
-    """A share, which a table of a page shows as a bar and in per cent.
-
-    Attributes:
-        value: The share.
-        interval: Its 95 % interval; None where it has none.
-    """
+    """A share and its 95 % interval, which a table of a page shows as a bar and in per cent."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -142,14 +131,12 @@ class Share:
 def occurrence_table(measured: Measured, route: Route | None) -> Table:
     """How often a layer's most frequent channels are on a sample's route, by layer; without rows where unknown.
 
-    Args:
-        measured: Samples' routes.
-        route: The model's; its file's frequencies serve where there are no samples' routes.
+    The frequencies in the file of the model's route serve where there are no samples' routes.
     """
     columns = {condition.name: condition.occurrence for condition in measured.conditions if condition.occurrence}
     if not columns and route is not None:
         columns = _occurrence_of(route)
-    channels = next((item.channels for item in (*measured.conditions, route) if item and item.channels), {})
+    channels = measured.channels or ({} if route is None else route.channels)
     return Table.of(
         {
             "layer": layer,
@@ -162,12 +149,7 @@ def occurrence_table(measured: Measured, route: Route | None) -> Table:
 
 
 def response_table(measured: Measured, route: Route | None) -> Table:
-    """Mean sensitivity and gradient of the route's channels beside those off it, by layer; without rows where unknown.
-
-    Args:
-        measured: Sensitivity after the last attack, and the gradient on clean images.
-        route: The model's.
-    """
+    """Mean sensitivity after the last attack and clean gradient, on the route and off it, by layer; or no rows."""
     last, kinds = measured.strongest, {}
     if last is not None and last.sensitivity is not None:
         kinds[f"sensitivity, {last.name}"] = last.sensitivity
@@ -197,15 +179,15 @@ def same_samples(ours: InstanceRoutes | None, theirs: InstanceRoutes | None) -> 
     """Whether row i of both is the same image, as far as can be told: as many, and their labels agree."""
     if ours is None or theirs is None or len(ours) != len(theirs):
         return False
-    mine, other = ours.provenance, theirs.provenance
     labels = ours.labels is not None and theirs.labels is not None and torch.equal(ours.labels, theirs.labels)
-    return labels and (mine.data, mine.seed) == (other.data, other.seed)
+    first, second = ours.provenance, theirs.provenance
+    return labels and (first.data, first.seed) == (second.data, second.seed)
 
 
 def measure(
     model: nn.Module,
     data: Data,
-    known: Measured,
+    run: Measured,
     attacks: Mapping[str, Attack],
     *,
     rows: Sequence[int] | None = None,
@@ -219,8 +201,8 @@ def measure(
     Args:
         model: The network of the run.
         data: A few images with labels; their attacked twins are held in memory, for one attack at a time.
-        known: What the run's files say.
-        attacks: What to do to the images, by name; those that the run has traced bear the same name there.
+        run: What the run's files say.
+        attacks: By the names that they bear in traces of the run.
         rows: Which samples of the run's traces the images are, where they are some of them.
         linear: Whether linear maps are route layers too.
         width: Share of each layer's channels on a sample's route, for new traces.
@@ -231,21 +213,21 @@ def measure(
         UserError: The model has other layers than the run's routes, or cannot be traced.
     """
     influence = mean_influence(model, data, linear=linear, progress=progress)
-    for condition in known.conditions:
+    for condition in run.conditions:
         for routes in (condition.routes, condition.route):
             if routes is not None:
                 require_same(routes.channels, influence.channels, "the model")
     trace = partial(trace_routes, model, width=width, config=TraceConfig(linear=linear), progress=progress)
-    is_traced = known.clean.routes is not None
+    is_traced = run.clean.routes is not None
     clean = replace(
-        known.clean,
-        routes=known.clean.routes if is_traced else trace(data),
+        run.clean,
+        routes=run.clean.routes if is_traced else trace(data),
         rows=rows if is_traced else range(influence.samples),
         influence=influence,
         gradient=loss_gradient(model, data, linear=linear, progress=progress),
         traced=not is_traced,
     )
-    stored = {condition.attack: condition for condition in known.attacked if condition.routes is not None}
+    stored = {condition.attack: condition for condition in run.attacked if condition.routes is not None}
     measured = []
     for name, attack in attacks.items():
         images = _attacked_batches(model, data, attack)

@@ -10,7 +10,7 @@ import hashlib
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,8 @@ class Content:
         attacks = {} if self.run.hardness is None else mapping(self.run.hardness.document.about.get("attacks"))
         return Table.of(
             {"attack": attack, "tenth, hardest first": place, "images": pair[0], "fooled": pair[1]}
-            for attack, found in attacks.items()
-            if isinstance(bins := mapping(found).get("bins_hardest_first"), list)
+            for attack, about in attacks.items()
+            if isinstance(bins := mapping(about).get("bins_hardest_first"), list)
             for place, pair in enumerate((pair for pair in bins if isinstance(pair, list) and len(pair) == 2), start=1)
         )
 
@@ -170,8 +170,8 @@ class Content:
         for condition in self.measured.conditions:
             if condition.routes is not None:
                 provenance = condition.routes.provenance.to_json()
-                known = {name: value for name, value in provenance.items() if value is not None}
-                pairs.append((f"trace, {condition.name}", known))
+                origin = {name: value for name, value in provenance.items() if value is not None}
+                pairs.append((f"trace, {condition.name}", origin))
         about = {} if run.trace is None else run.trace.document.about
         settings = [(name, value) for name, value in {**run.settings, **about}.items() if _is_setting(value)]
         pairs += settings[:_MOST_SETTINGS]
@@ -212,7 +212,6 @@ class Budget:
         data_rows: Whether the JSON holds the rows and verdicts of documents.
         pictures: Whether images of the samples are in it.
         view: Whether the route is drawn.
-        limits: How much the route view carries.
     """
 
     figure_bytes: int = 2_000_000
@@ -235,13 +234,7 @@ _BUDGETS = (
 
 @dataclass(frozen=True)
 class Page:
-    """A finished page.
-
-    Attributes:
-        html: The page.
-        data: The same as plain values, which the page holds as JSON.
-        pruned: Whether something was left out for its size.
-    """
+    """A finished page, its data as plain values, and whether something was left out for its size."""
 
     html: str
     data: Mapping[str, Any]
@@ -249,22 +242,12 @@ class Page:
 
 
 def build_page(content: Content, most_bytes: int = MOST_BYTES) -> Page:
-    """Fill the page; where that is too large, with less and less, and a sentence that says so.
-
-    Args:
-        content: What the page says.
-        most_bytes: Its largest size; the barest page may exceed a very small one.
-    """
+    """Fill the page; where that is too large, with less and less, and a sentence that says so."""
     return fitting(lambda budget, pruned: _filled(content, budget, pruned=pruned), most_bytes)
 
 
 def fitting(fill: Callable[[Budget, bool], Page], most_bytes: int) -> Page:
-    """The page with the largest budget that fits, or the barest one.
-
-    Args:
-        fill: Makes the page of a budget; the second argument says whether it leaves something out.
-        most_bytes: The largest size.
-    """
+    """The page of the largest budget that fits, or the barest one; ``fill(budget, pruned)`` makes it."""
     page = fill(_BUDGETS[0], False)
     for budget in _BUDGETS[1:]:
         if len(page.html.encode()) <= most_bytes:
@@ -274,16 +257,7 @@ def fitting(fill: Callable[[Budget, bool], Page], most_bytes: int) -> Page:
 
 
 def render(template: str, data: Mapping[str, Any], **values: Any) -> tuple[str, dict[str, Any]]:
-    """A whole page, which loads and sends nothing.
-
-    Args:
-        template: The template's name.
-        data: What the page holds as JSON.
-        values: What the template shows: ``title``, ``sections`` and what else it names.
-
-    Returns:
-        The page, and its JSON with the format's name.
-    """
+    """A whole page of a template, which shows ``values`` and loads and sends nothing; and its JSON with a format."""
     marked = {"format": _FORMAT, "version": _VERSION, "attackroute": __version__, **data}
     script, style = "\n".join(map(_asset, _SCRIPTS)), _asset("report.css")
     frame = _environment().get_template(template)
@@ -320,11 +294,7 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Accuracies with their 95 % intervals: a row an attack, a column a network.
-
-    Args:
-        rows: As the document of an evaluation has them.
-    """
+    """Accuracies of an evaluation's rows with their 95 % intervals: a row an attack, a column a network."""
     attacks: dict[str, dict[str, Any]] = {}
     images: dict[str, Any] = {}
     for row in rows:
@@ -341,7 +311,7 @@ def _filled(content: Content, budget: Budget, *, pruned: bool) -> Page:
     data = {
         **content.data(budget),
         "route_data": [] if view is None else [view],
-        "route_views": [] if view is None else [run_setup(content.measured.conditions).to_json()],
+        "route_views": [] if view is None else [asdict(run_setup(content.measured.conditions))],
         "notes": [*content.notes, *([PRUNED] if pruned else [])],
     }
     html, data = render(
@@ -435,5 +405,5 @@ def _trace_command(settings: Mapping[str, Any]) -> str:
 
 def _is_setting(value: object) -> bool:
     """Whether it can stand in one line: plain, or a list of plain values."""
-    parts = value if isinstance(value, list) else [value]
-    return all(isinstance(part, (str, int, float)) for part in parts)
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(each, (str, int, float)) for each in values)

@@ -27,13 +27,9 @@ _FIGURES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 def inline_figures(figures: Mapping[str, Mapping[str, Path]], largest: int) -> dict[str, str | None]:
-    """Each figure as a ``data:`` address: the SVG where it fits, else the PNG, else None.
+    """Each figure as a ``data:`` address: the SVG where its file is at most so large, else the PNG, else None.
 
-    As images they cannot run a script or load anything, whatever their files hold.
-
-    Args:
-        figures: Files by title, then by ending.
-        largest: Bytes that one file may have.
+    As images they cannot run a script or load anything, whatever their files hold. Files are by title, then by ending.
 
     Raises:
         UserError: A file cannot be read.
@@ -66,13 +62,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images for the page.
-
-    Attributes:
-        sources: Each image as a ``data:`` address.
-        size: Their height and width.
-        peaks: Where in them each channel responds most, by layer.
-    """
+    """Images as ``data:`` addresses, their height and width, and where in them each layer's channels respond most."""
 
     sources: tuple[str, ...]
     size: tuple[int, int]
@@ -86,14 +76,8 @@ def take_pictures(model: nn.Module, data: Data, count: int, *, linear: bool = Fa
     directly (a negative gain turns the order round), else at the output itself. What one position sees is measured at
     the middle of one image, by the derivative: a lower bound where activations are dead, so *approximate*.
 
-    Args:
-        model: The network.
-        data: Images, or pairs of images and labels.
-        count: How many images at most.
-        linear: Whether linear maps are layers too.
-
     Returns:
-        None where the images are no images ``(N, C, H, W)``.
+        At most so many images; None where they are no images ``(N, C, H, W)``.
     """
     with frozen(model):
         images = _first(model, data, count)
@@ -115,8 +99,8 @@ def take_pictures(model: nn.Module, data: Data, count: int, *, linear: bool = Fa
             return output
 
         with torch.no_grad(), LayerCalls(model, visit, linear=linear):
-            for part in images.split(_READ):
-                model(part.clone())
+            for chunk in images.split(_READ):
+                model(chunk.clone())
         fields = _fields(model, images[:1], linear=linear)
     height, width = images.shape[2:]
     factor = min(1.0, _LARGEST / max(height, width))
@@ -140,7 +124,7 @@ def _first(model: nn.Module, data: Data, count: int) -> Tensor | None:
         kept.append(images[: count - sum(map(len, kept))])
         if sum(map(len, kept)) >= count:
             break
-    if not kept or kept[0].ndim != 4 or any(part.shape[1:] != kept[0].shape[1:] for part in kept):
+    if not kept or kept[0].ndim != 4 or any(chunk.shape[1:] != kept[0].shape[1:] for chunk in kept):
         return None
     return torch.cat(kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,13 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Network:
-    """A network under its conditions.
-
-    Attributes:
-        name: What tells it from others; empty where there is one alone.
-        conditions: What is known of it.
-        pictures: The images shown, and where in them its channels respond most.
-    """
+    """A network under its conditions, and images; the name tells it from others, and is empty where it is alone."""
 
     name: str
     conditions: Sequence[Condition]
@@ -50,13 +44,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two conditions whose routes are laid over one another.
-
-    Attributes:
-        first: Number of the condition drawn as the first.
-        second: Number of the other; None draws one alone.
-        label: What tells this pair from the others.
-    """
+    """Two conditions, by number, whose routes are laid over one another; without a second, one is drawn alone."""
 
     first: int
     second: int | None
@@ -85,27 +73,15 @@ class RouteSetup:
     both: str = "clean and attacked images"
     linked: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values, for the page."""
-        return asdict(self)
-
 
 def run_setup(conditions: Sequence[Condition], data: int = 0, start: int = 0, *, linked: bool = False) -> RouteSetup:
-    """Clean images beside those after each attack.
-
-    Args:
-        conditions: Clean images, then those after attacks.
-        data: Number of the data set.
-        start: Number of the first of these conditions in it.
-        linked: As in :class:`RouteSetup`.
-    """
+    """Clean images beside those after each attack: conditions of data set number ``data``, from number ``start``."""
     attacks = [item.attack or "" for item in conditions[1:]]
     labels = radii(attacks)
     names = labels if labels is not None else [short_name(attack) for attack in attacks]
-    pairs = [Pair(start, start + number, name) for number, name in enumerate(names, start=1)]
-    return RouteSetup(
-        data, tuple(pairs) or (Pair(start, None, ""),), "attack" if labels is None else "eps", linked=linked
-    )
+    pairs = tuple(Pair(start, start + number, name) for number, name in enumerate(names, start=1))
+    control = "attack" if labels is None else "eps"
+    return RouteSetup(data, pairs or (Pair(start, None, ""),), control, linked=linked)
 
 
 def route_view(
@@ -113,14 +89,11 @@ def route_view(
 ) -> dict[str, Any] | None:
     """The route view's data; None where there is neither a trace nor a route.
 
-    Args:
-        networks: One, or several with the same layers, with pictures of the same images.
-        classes: Names of the labels.
-        limits: How much to keep; None is the default.
+    The networks have the same layers, and pictures of the same images; ``classes`` are the labels' names.
     """
     limits = limits or Limits()
     conditions = [condition for network in networks for condition in network.conditions]
-    channels = next((condition.channels for condition in conditions if not condition.is_empty), None)
+    channels = next((condition.channels for condition in conditions if condition.channels), None)
     if channels is None:
         return None
     names = list(channels)

@@ -72,7 +72,7 @@ class StoredDocument:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What was found.
+    """What was read.
 
     Attributes:
         path: The folder.

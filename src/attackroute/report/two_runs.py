@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from attackroute.core.table import Table, plural
-from attackroute.report.measuring import Condition, Measured
+from attackroute.report.measuring import Condition
 from attackroute.report.page import (
     MOST_BYTES,
     PRUNED,
@@ -25,6 +26,7 @@ from attackroute.report.page import (
 )
 from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
 from attackroute.robustness.registry import short_name
+from attackroute.routes.route import Route
 
 _WIDTH = 0.3  # the paper's
 _POINTS, _FACTOR = "points", "factor"  # how a difference is told
@@ -32,14 +34,7 @@ _POINTS, _FACTOR = "points", "factor"  # how a difference is told
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs and what they are called.
-
-    Attributes:
-        first: The one run, such as the network before hardening.
-        second: The other.
-        names: What the page calls them.
-        notes: Sentences on how they were made comparable.
-    """
+    """Two runs, such as before and after hardening, what the page calls them, and how they were made comparable."""
 
     first: Content
     second: Content
@@ -54,8 +49,8 @@ class Comparison:
     @property
     def alike(self) -> bool:
         """Whether both networks have the same layers, so that their channels correspond."""
-        first, second = (_channels(run.measured) for run in self.runs)
-        return bool(first) and list(first.items()) == list(second.items())
+        first, second = (list(run.measured.channels.items()) for run in self.runs)
+        return bool(first) and first == second
 
     @property
     def matched(self) -> list[tuple[Condition, Condition]]:
@@ -70,34 +65,59 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RouteChange:
-    """What became of the route under one condition.
-
-    Attributes:
-        images: What the images are.
-        size: Channels on the first run's route.
-        stayed: How many of them are on the second's too.
-        left: How many are not.
-        entered: Channels on the second's route only.
-        counts: The same by layer.
-        channels: By layer, which left and which entered.
-    """
+    """What became of the route on one kind of images: channels that left it, entered it and stayed."""
 
     images: str
-    size: int
-    stayed: int
-    left: int
-    entered: int
-    counts: Table
-    channels: Table
+    before: Route
+    after: Route
+
+    @cached_property
+    def stayed(self) -> Route:
+        """On both routes."""
+        return self.before & self.after
+
+    @cached_property
+    def left(self) -> Route:
+        """On the first alone."""
+        return self.before - self.after
+
+    @cached_property
+    def entered(self) -> Route:
+        """On the second alone."""
+        return self.after - self.before
+
+    @property
+    def counts(self) -> Table:
+        """How many, by layer."""
+        rows = []
+        for layer, count in self.before.channels.items():
+            routes = (self.before, self.after, self.stayed, self.left, self.entered)
+            before, after, stayed, left, entered = (len(route.indices[layer]) for route in routes)
+            rows.append(
+                {
+                    "layer": layer,
+                    "channels": count,
+                    "on the route": max(before, after),
+                    "stayed": stayed,
+                    "left": left,
+                    "entered": entered,
+                    "shared (Jaccard index)": percent(stayed / max(1, stayed + left + entered)),
+                    "stayed by chance, expected": round(before * after / count, 1),
+                }
+            )
+        return Table.of(rows)
+
+    @property
+    def channels(self) -> Table:
+        """Which, by layer."""
+        return Table.of(
+            {"layer": layer, "left": self.left.indices[layer], "entered": self.entered.indices[layer]}
+            for layer in self.before
+        )
 
 
 def build_comparison(comparison: Comparison, most_bytes: int = MOST_BYTES) -> Page:
-    """Fill the page; where that is too large, with less and less, and a sentence that says so.
-
-    Args:
-        comparison: The runs.
-        most_bytes: Its largest size; the barest page may exceed a very small one.
-    """
+    """Fill the page; where that is too large, with less and less, and a sentence that says so."""
     return fitting(lambda budget, pruned: _filled(comparison, budget, pruned=pruned), most_bytes)
 
 
@@ -107,13 +127,7 @@ def told_apart(first: str, second: str) -> tuple[str, str]:
 
 
 def comparable_notes(samples: int, attacks: Sequence[str], *, traced: bool) -> list[str]:
-    """How two runs were made comparable.
-
-    Args:
-        samples: Images of the traces.
-        attacks: The attacks on both.
-        traced: Whether both were traced for the page.
-    """
+    """How two runs were made comparable: by traces, the page's or their own, of as many images and the same attacks."""
     names = ", ".join(short_name(attack) for attack in attacks)
     after = f", as they are and after {names} made for each network by itself" if attacks else ""
     how = "were traced for this page" if traced else "are the runs' own traces"
@@ -135,7 +149,7 @@ def _filled(comparison: Comparison, budget: Budget, *, pruned: bool) -> Page:
         ],
         "differences": differences,
         "route_data": data_sets,
-        "route_views": [view.to_json() for view in views],
+        "route_views": [asdict(view) for view in views],
         "notes": [*comparison.notes, *([PRUNED] if pruned else [])],
     }
     html, data = render(
@@ -153,7 +167,7 @@ def _filled(comparison: Comparison, budget: Budget, *, pruned: bool) -> Page:
         notes=comparison.notes,
         left_out=PRUNED if pruned else None,
         route_changes=changes,
-        differences={name: _shown(rows, comparison.names) for name, rows in differences.items()},
+        differences={name: _table(rows, comparison.names) for name, rows in differences.items()},
         budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
     )
     return Page(html, data, pruned)
@@ -193,46 +207,14 @@ def _views(comparison: Comparison, budget: Budget) -> tuple[list[dict[str, Any]]
     ]
 
 
-def _channels(measured: Measured) -> Mapping[str, int]:
-    return next((condition.channels for condition in measured.conditions if not condition.is_empty), {})
-
-
 def _route_changes(comparison: Comparison) -> list[RouteChange]:
     """Which channels stayed on the route, left it and entered it, under each condition that both runs have."""
-    changes = []
-    for ours, theirs in comparison.matched:
-        before, after = ours.model_route(_WIDTH), theirs.model_route(_WIDTH)
-        if before is None or after is None:
-            continue
-        stayed, left, entered = before & after, before - after, after - before
-        counts, channels = [], []
-        for layer, count in before.channels.items():
-            sizes = [len(route.indices[layer]) for route in (before, after, stayed, left, entered)]
-            counts.append(
-                {
-                    "layer": layer,
-                    "channels": count,
-                    "on the route": max(sizes[:2]),
-                    "stayed": sizes[2],
-                    "left": sizes[3],
-                    "entered": sizes[4],
-                    "shared (Jaccard index)": percent(sizes[2] / max(1, sum(sizes[2:]))),
-                    "stayed by chance, expected": round(sizes[0] * sizes[1] / count, 1),
-                }
-            )
-            channels.append({"layer": layer, "left": left.indices[layer], "entered": entered.indices[layer]})
-        changes.append(
-            RouteChange(
-                images=ours.name,
-                size=before.size,
-                stayed=stayed.size,
-                left=left.size,
-                entered=entered.size,
-                counts=Table.of(counts),
-                channels=Table.of(channels),
-            )
-        )
-    return changes
+    pairs = ((ours, ours.model_route(_WIDTH), theirs.model_route(_WIDTH)) for ours, theirs in comparison.matched)
+    return [
+        RouteChange(condition.name, before, after)
+        for condition, before, after in pairs
+        if before is not None and after is not None
+    ]
 
 
 def _number_differences(comparison: Comparison) -> list[dict[str, Any]]:
@@ -240,17 +222,16 @@ def _number_differences(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
     for ours, theirs in comparison.matched:
         if ours.routes is not None and theirs.routes is not None:
-            pair = ours.accuracy, theirs.accuracy
-            rows.append(_difference({"number": f"accuracy on the {len(ours.routes)} {ours.name} traced"}, pair))
-            pair = _mean(ours.occurrence), _mean(theirs.occurrence)
-            rows.append(_difference({"number": f"occurrence, mean over layers, {ours.name}"}, pair))
-        for name, values, others in _responses(ours, theirs):
-            about = {"number": f"{name}, mean over layers, {ours.name}"}
+            about = {"number": f"accuracy on the {len(ours.routes)} {ours.name} traced"}
+            rows.append(_difference(about, (ours.accuracy, theirs.accuracy)))
+        for name, values, others, kind in _by_layer(ours, theirs):
             if values and others:
-                rows.append(_difference(about, (_mean(values), _mean(others)), _FACTOR))
-    pair = comparison.first.overlap, comparison.second.overlap
-    if None not in pair:
-        rows.append(_difference({"number": "of clean and attacked route shared (Jaccard index)"}, pair))
+                about = {"number": f"{name}, mean over layers, {ours.name}"}
+                pair = statistics.fmean(values.values()), statistics.fmean(others.values())
+                rows.append(_difference(about, pair, kind))
+    overlaps = comparison.first.overlap, comparison.second.overlap
+    if None not in overlaps:
+        rows.append(_difference({"number": "of clean and attacked route shared (Jaccard index)"}, overlaps))
     return rows
 
 
@@ -276,29 +257,23 @@ def _layer_differences(comparison: Comparison) -> list[dict[str, Any]]:
     return [
         _difference({"number": name, "images": ours.name, "layer": layer}, (values[layer], others[layer]), kind)
         for ours, theirs in comparison.matched
-        for name, values, others, kind in (
-            ("occurrence", ours.occurrence, theirs.occurrence, _POINTS),
-            *((*response, _FACTOR) for response in _responses(ours, theirs)),
-        )
+        for name, values, others, kind in _by_layer(ours, theirs)
         for layer in values
         if layer in others
     ]
 
 
-def _responses(ours: Condition, theirs: Condition) -> list[tuple[str, dict[str, float], dict[str, float]]]:
-    """Mean sensitivity and gradient over all channels of a layer, of both; empty where they were not measured."""
-    return [
-        ("sensitivity", _layer_means(ours.sensitivity), _layer_means(theirs.sensitivity)),
-        ("gradient", _layer_means(ours.gradient), _layer_means(theirs.gradient)),
-    ]
+def _by_layer(
+    ours: Condition, theirs: Condition
+) -> Iterator[tuple[str, Mapping[str, float], Mapping[str, float], str]]:
+    """Quantities by layer, of both; empty where they were not measured. Responses are means over all channels."""
+    yield "occurrence", ours.occurrence, theirs.occurrence, _POINTS
+    yield "sensitivity", _layer_means(ours.sensitivity), _layer_means(theirs.sensitivity), _FACTOR
+    yield "gradient", _layer_means(ours.gradient), _layer_means(theirs.gradient), _FACTOR
 
 
 def _layer_means(values: Mapping[str, Tensor] | None) -> dict[str, float]:
     return {} if values is None else {layer: channels.mean().item() for layer, channels in values.items()}
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return statistics.fmean(values.values())
 
 
 def _difference(about: Mapping[str, Any], pair: Sequence[float | None], kind: str = _POINTS) -> dict[str, Any]:
@@ -310,7 +285,7 @@ def _difference(about: Mapping[str, Any], pair: Sequence[float | None], kind: st
     return {**about, "values": [before, after], "change": change, "kind": kind}
 
 
-def _shown(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
+def _table(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
     """Differences as a table shows them."""
     rows = []
     for difference in differences:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-_Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
-
-BEATS, LOSES, UNDECIDED = "beats", "loses to", "undecided against"
+from attackroute.analysis.intervention_table import BEATS, LOSES, UNDECIDED
+from attackroute.core.statistics import Z95
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class PairedDifference:
         gains = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
         images = gains.shape[1]
         value = float(gains.mean())
-        spread = _Z95 * _deviation(gains.mean(0)) / math.sqrt(images)
+        spread = Z95 * _deviation(gains.mean(0)) / math.sqrt(images)
         return cls(value, _over_images(value, spread, images), _over_seeds(gains.mean(1)))
 
     @classmethod
@@ -53,7 +52,7 @@ class PairedDifference:
         """
         means = np.asarray([each.mean() for each in gains])
         errors = [_deviation(each) ** 2 / len(each) for each in gains]
-        value, spread = float(means.mean()), _Z95 * math.sqrt(sum(errors)) / len(gains)
+        value, spread = float(means.mean()), Z95 * math.sqrt(sum(errors)) / len(gains)
         return cls(value, _over_images(value, spread, min(map(len, gains))), _over_seeds(means))
 
     @property

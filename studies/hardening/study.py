@@ -29,21 +29,21 @@ from attackroute.core.statistics import Accuracy
 from attackroute.hardening.harden import HardenResult, RouteObjective, harden
 from attackroute.hardening.settings import APPROXIMATE, EXACT, GRADIENT, HardenSettings
 from attackroute.hardening.training import train
-from attackroute.paper.hardening_plan import BASES, PAT, VANILLA, StudyPlan, Trial, Variant, judged, punished
-from attackroute.paper.hardening_results import HardeningStudy, Outcome, Tuning
+from attackroute.paper.hardening_tables import STUDY
+from attackroute.paper.published import BASES, PAT, VANILLA
 from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.config import TraceConfig
 from attackroute.zoo.data import ImageData, held_out
 from attackroute.zoo.networks import build
 from attackroute.zoo.weights import LAST, ModelCard, spec_for, with_own_normalisation
+from studies.hardening.plan import StudyPlan, Trial, Variant, judged, punished
+from studies.hardening.results import HardeningStudy, Outcome, Tuning
 
 Progress = Callable[[int, int, str], None]
 Build = Callable[[int], nn.Module]
 """Makes a network with initial weights that a seed decides."""
 
-STUDY = "study"
-"""What the files of a study's numbers are called."""
 TUNING = "tuning.jsonl"
 _SCRATCH = "tuning"
 _BATCH = 128
@@ -243,8 +243,9 @@ class _Study:
             scratch = self.folder / _SCRATCH / _words(f"{variant.name} {lam:g}")
             model = copy.deepcopy(network)
             self._fine_tune(model, variant, self.plan.tuning_seed, lam, scratch, f"choose lambda: {title}")
-            found = evaluate(model, DataLoader(self.validation, _BATCH), [self.plan.judge_of(variant.base)], checks=0)
-            clean, attacked = (found.accuracy(attack) for attack in found.table.distinct("attack"))
+            judge = self.plan.judge_of(variant.base)
+            evaluation = evaluate(model, DataLoader(self.validation, _BATCH), [judge], checks=0)
+            clean, attacked = (evaluation.accuracy(attack) for attack in evaluation.table.distinct("attack"))
             record = self.journal.keep(key, "", clean=vars(clean), attacked=vars(attacked))
             shutil.rmtree(scratch, ignore_errors=True)
         self.count.advance()
@@ -281,7 +282,7 @@ class _Study:
         result = self._fine_tune(model, variant, seed, lam, folder, title) if variant.tuned else None
         first = seed == self.plan.seeds[0]
         twin = networks[VANILLA] if variant != Variant(VANILLA, tuned=False) else None
-        parts = [
+        evaluations = [
             evaluate(
                 model, DataLoader(self.test, _BATCH), self.plan.attacks,
                 checks=self.plan.check_samples if first else 0, twin=twin, folder=folder / "evaluation", resume=True,
@@ -290,22 +291,22 @@ class _Study:
         if self.plan.autoattack_samples:
             some = Subset(self.test, range(min(self.plan.autoattack_samples, count_samples(self.test, "test data"))))
             attack = parse_attack("autoattack", eps=self.plan.eps, seed=seed)
-            parts.append(
+            evaluations.append(
                 evaluate(model, DataLoader(some, _BATCH), [attack], checks=0, folder=folder / "autoattack", resume=True)
             )
         self.count.advance()
         right = {
             attack.partition(":")[0]: answers
-            for found in reversed(parts)
-            for (_, attack), answers in found.right.items()
+            for evaluation in reversed(evaluations)
+            for (_, attack), answers in evaluation.right.items()
         }
-        order = dict.fromkeys(attack.partition(":")[0] for found in parts for _, attack in found.right)
+        order = dict.fromkeys(attack.partition(":")[0] for evaluation in evaluations for _, attack in evaluation.right)
         return Outcome(
             variant=variant,
             seed=seed,
             lam=lam,
             right={name: right[name] for name in order},
-            checks=parts[0].checks,
+            checks=evaluations[0].checks,
             overlap=None if result is None else result.overlap,
             departure=self._departure(variant, seed),
         )

@@ -10,9 +10,9 @@ from attackroute.core.document import Document
 from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table
 from attackroute.hardening.harden import RouteOverlap
-from attackroute.paper.hardening_plan import StudyPlan, Trial, Variant, compared
-from attackroute.paper.paired import PairedDifference
 from attackroute.robustness.masking import SUSPICIOUS, Check
+from studies.hardening.plan import StudyPlan, Trial, Variant, compared
+from studies.paired import PairedDifference
 
 
 @dataclass(frozen=True)

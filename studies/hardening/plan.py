@@ -20,12 +20,10 @@ from attackroute.hardening.settings import (
     WEIGHT,
     TrainSettings,
 )
+from attackroute.paper.published import BASES, PAT, VANILLA
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.config import CARRIERS, NOISE, UNIT
-
-VANILLA, PAT = "Vanilla", "PAT"
-BASES = (VANILLA, PAT)
 
 RULE = (
     "of the lambdas with which clean accuracy on the validation images is at most {tolerance:.0%} below that of the "
@@ -228,28 +226,29 @@ class StudyPlan:
         return plain({**values, **attacks})  # type: ignore[no-any-return]
 
 
-def paper_plan(seeds: int, epochs: int, fine_epochs: int, autoattack_samples: int, check_samples: int) -> StudyPlan:
-    """The settings of the paper's Tables 2 and 3 where it states them, with controls; see the fields of StudyPlan.
+DIGITS = StudyPlan()
+"""For small networks on digits, at a radius at which they can be hardened."""
 
-    PGD and MI-FGSM take ten steps of eps / 10 (section 4.1). The paper states neither lambda nor the noise's
-    spread, and judges Vanilla under weaker attacks than PGD, which leaves it nothing.
-    """
-    return StudyPlan(
-        eps=8 / 255,
-        seeds=tuple(range(1, seeds + 1)),
-        shares=(0.1, 0.3),
-        more=1,
-        validation=0.1,
-        training=TrainSettings(epochs=epochs, augment="crop-flip", channels_last=True),
-        fine_tuning=TrainSettings(epochs=fine_epochs, lr=0.01, augment="crop-flip", channels_last=True),
-        step=0.1,
-        vanilla_judge="fgsm",
-        noise=0.1,
-        approximation=False,
-        every_image=True,
-        autoattack_samples=autoattack_samples,
-        check_samples=check_samples,
-    )
+PAPER = StudyPlan(
+    eps=8 / 255,
+    shares=(0.1, 0.3),
+    more=1,
+    validation=0.1,
+    training=TrainSettings(epochs=10, augment="crop-flip", channels_last=True),
+    fine_tuning=TrainSettings(epochs=1, lr=0.01, augment="crop-flip", channels_last=True),
+    step=0.1,
+    vanilla_judge="fgsm",
+    noise=0.1,
+    approximation=False,
+    every_image=True,
+    autoattack_samples=64,
+    check_samples=128,
+)
+"""The settings of the paper's Tables 2 and 3 where it states them, with controls.
+
+PGD and MI-FGSM take ten steps of eps / 10 (section 4.1). The paper states neither lambda nor the noise's spread, and
+judges Vanilla under weaker attacks than PGD, which leaves it nothing.
+"""
 
 
 def punished(plan: StudyPlan) -> Iterator[Variant]:
