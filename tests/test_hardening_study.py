@@ -22,10 +22,12 @@ from attackroute.core.statistics import Accuracy
 from attackroute.hardening.settings import APPROXIMATE, TrainSettings
 from attackroute.robustness.evaluate import evaluate
 from attackroute.zoo.data import drawn, held_out
+from command_line import done
+from report_runs import make_pictures
 from studies import fill_page
 from studies.hardening.plan import StudyPlan, Trial, Variant, compared, judged, punished
 from studies.hardening.results import HardeningStudy
-from studies.hardening.run import main
+from studies.hardening.run import carry_out, main
 from studies.hardening.study import TUNING, study_hardening
 from studies.paired import PairedDifference
 from toy_training import Killed, toy_data
@@ -314,6 +316,55 @@ def test_the_command_writes_what_it_shows(
     accuracies = [f"{100 * accuracy:.1f}" for accuracy in study.accuracies(Variant("PAT"), "clean")]
     assert f"| PAT, no penalty |  | {accuracies[0]} ({accuracies[0]}-{accuracies[0]}) |" in page.read_text()
     assert saved.settings["seeds"] == [1] and saved.about["tuning"] and len(saved.table) == 18 * 5
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with a few images of two classes."""
+    for split, count in (("train", 10), ("test", 4)):
+        make_pictures(tmp_path / "images" / split, count)
+    return tmp_path / "images"
+
+
+def of_table_2(images: Path, out: Path) -> list[str]:
+    return [
+        "--data", f"folder:{images}", "--width", "0.05", "--seeds", "1", "--epochs", "1", "--test-samples", "8",
+        "--train-samples", "16", "--autoattack-samples", "0", "--out", str(out / "table2"),
+    ]  # fmt: skip
+
+
+def test_the_papers_settings_are_the_default(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(
+        make: Callable[[int], nn.Module], train: Any, test: Any, plan: StudyPlan, folder: Path, **_: Any
+    ) -> HardeningStudy:
+        assert (len(train), len(test)) == (16, 8)
+        assert [make(seed).features[0].weight.shape[0] for seed in (1, 2)] == [3, 3]
+        assert not torch.equal(make(1).features[0].weight, make(2).features[0].weight)
+        assert torch.equal(make(1).features[0].weight, make(1).features[0].weight)
+        assert plan.eps == 8 / 255 and plan.judge.to_json()["step_size"] == pytest.approx(0.8 / 255)
+        assert (plan.seeds, plan.training.epochs, plan.fine_tuning.epochs) == ((1,), 1, 1)
+        assert plan.training.augment == "crop-flip" and plan.training.channels_last and plan.check_samples == 128
+        assert folder == tmp_path / "table2"
+        raise UserError("as the paper has it")
+
+    monkeypatch.setattr("studies.hardening.study.study_hardening", stopped)
+    with pytest.raises(UserError, match="as the paper has it"):
+        carry_out(of_table_2(images, tmp_path))
+
+
+@pytest.mark.slow
+def test_table_2_is_made_of_what_it_trains_and_judges(images: Path, tmp_path: Path) -> None:
+    arguments = of_table_2(images, tmp_path)
+    assert main(arguments) == 0
+    study = json.loads((tmp_path / "table2" / "study.json").read_bytes())
+    done("reproduce", "table2", "--out", tmp_path)
+    page = (tmp_path / "reproduction.md").read_text()
+    for variant in ("Vanilla", "PAT_g, random", "PAT_w, route of all images"):
+        accuracies = {row["attack"]: row["accuracy"] for row in study["rows"] if row["variant"] == variant}
+        assert f"| {variant} |" in page and f" {100 * accuracies['pgd']:.1f} (" in page
+    assert main(arguments) == 2  # the folder holds a study
+    assert main([*arguments, "--resume"]) == 0
+    assert json.loads((tmp_path / "table2" / "study.json").read_bytes()) == study
 
 
 @pytest.mark.parametrize(
