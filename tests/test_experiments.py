@@ -22,10 +22,7 @@ from attackroute.analysis.experiments.occurrence import (
     measure_occurrence,
 )
 from attackroute.analysis.experiments.sensitivity import GRADIENT, SENSITIVITY, measure_sensitivity
-from attackroute.analysis.figures.detect import detection_figure
 from attackroute.analysis.figures.gradcam import maps_figure, measures_figure
-from attackroute.analysis.figures.occurrence import occurrence_figure
-from attackroute.analysis.figures.sensitivity import sensitivity_figure
 from attackroute.analysis.gradcam import grad_cam
 from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError
@@ -152,7 +149,7 @@ class TestResponses:
             "sensitivity to shifted, route / off-route",
             "gradient, route / off-route",
         )
-        assert sensitivity_figure(found).axes[0].get_yscale() == "log"
+        assert found.figures()["sensitivity"].axes[0].get_yscale() == "log"
 
 
 class TestGradCam:
@@ -266,7 +263,7 @@ class TestDetection:
             assert (row["clean"], row["attacked"]) == (len(clean), len(attacked_scores))
             assert row["auroc"] == pytest.approx(sum(pairs) / len(pairs), abs=0.02), (score, layer)
         assert set(found.scores) == {ROUTE, "activation", "gradient", RANDOM_ROUTE, SOFTMAX, MARGIN}
-        assert len(detection_figure(found).axes) == 2 and "AUROC" in found.reading()
+        assert len(found.figures()["detect"].axes) == 2 and "AUROC" in found.reading()
 
     def test_an_attack_that_fools_nobody_has_no_area(self, case: Case, tmp_path) -> None:
         found = detect(case.model, case.data, case.reference, {"nothing": lambda model, x, y: x}, seeds=(0,))
@@ -321,7 +318,7 @@ def test_moments_leave_nan_out_and_do_not_depend_on_batches() -> None:
 
 def test_the_occurrence_figure_shows_every_series() -> None:
     found = measure_occurrence({"clean": instances(20), "pgd": instances(20, seed=5)}, {}, width=0.3)
-    upper, lower = occurrence_figure(found).axes
+    upper, lower = found.figures()["occurrence"].axes
     first = [100 * found.values(layer, OCCURRENCE, "clean")[0] for layer in found.layers]
     assert list(upper.lines[0].get_ydata()) == first
     assert len(upper.lines) == 3 and len(lower.lines) == 3  # clean, pgd, random; pgd, classes, chance

@@ -8,16 +8,10 @@ import pytest
 import torch
 
 from attackroute.analysis.controls import RANDOM, ROUTE
-from attackroute.analysis.experiments.deactivate import deactivate_accuracy
-from attackroute.analysis.intervention_table import (
-    DEACTIVATE,
-    TRANSPLANT,
-    UNTOUCHED,
-    Counts,
-    InterventionTable,
-    Setting,
-)
-from attackroute.analysis.intervention_trials import Change, Trial, accuracy_row
+from attackroute.analysis.experiments.deactivate import Deactivation, deactivate_accuracy
+from attackroute.analysis.experiments.transplant import Transplantation
+from attackroute.analysis.intervention_table import UNTOUCHED, Counts, InterventionTable, Setting
+from attackroute.analysis.intervention_trials import Trial, accuracy_row
 from attackroute.analysis.interventions import deactivate
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
@@ -114,11 +108,13 @@ def test_random_sets_are_missing_where_they_would_reach_the_route(case: Case) ->
     assert len(table.values(Setting((layer,), 0.9), ROUTE)) == 1
 
 
-def table_of(route: list[int], draws: list[list[int]], other: list[int], kind: str = DEACTIVATE) -> InterventionTable:
+def table_of(
+    route: list[int], draws: list[list[int]], other: list[int], kind: type[InterventionTable] = Deactivation
+) -> InterventionTable:
     """A table of one layer a number, out of 40 samples; what a control gets right beyond the route is its own."""
 
     def row(setting: Setting, criterion: str, draw: int | None, value: int, ours: int) -> Record:
-        trial = Trial(setting, criterion, draw, Change(None, None, None), 1, 4)
+        trial = Trial(setting, criterion, draw, Route({"layer": [2]}, {"layer": 4}))
         return accuracy_row(trial, Accuracy(value, 40), max(0, ours - value), max(0, value - ours), network=12)
 
     rows = [row(Setting((), 0.0), UNTOUCHED, None, 40, 40)]
@@ -127,9 +123,7 @@ def table_of(route: list[int], draws: list[list[int]], other: list[int], kind: s
         controls = [(RANDOM, draw, value) for draw, value in enumerate(draws[number])]
         for criterion, draw, value in [(ROUTE, None, ours), *controls, ("weight", None, other[number])]:
             rows.append(row(setting, criterion, draw, value, ours))
-    return InterventionTable(
-        kind=kind, table=Table.of(rows), settings=settings, main_share=0.3, at="output", counts=Counts(50, 40, 1)
-    )
+    return kind(table=Table.of(rows), settings=settings, main_share=0.3, at="output", counts=Counts(50, 40, 1))
 
 
 def test_verdicts_are_clear_only_against_every_draw() -> None:
@@ -147,7 +141,7 @@ def test_verdicts_are_clear_only_against_every_draw() -> None:
     assert "at its output" in table.reading()
     summary = table.summary().one(layer="layer1")
     assert (summary["route"], summary["route beats"], summary["route loses to"]) == ("50.0%", RANDOM, "weight")
-    helpful = table_of(*numbers, kind=TRANSPLANT)
+    helpful = table_of(*numbers, kind=Transplantation)
     verdicts = helpful.verdicts.select(control=RANDOM).column("verdict")
     assert verdicts == ["loses to", "loses to", "undecided against"]
 

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from attackroute.analysis.controls import RANDOM, ROUTE
+from attackroute.analysis.experiments.deactivate import Deactivation
 from attackroute.analysis.figures.route import route_figure
 from attackroute.analysis.figures.style import save_figure
-from attackroute.analysis.intervention_table import DEACTIVATE, UNTOUCHED, Counts, InterventionTable, Setting
+from attackroute.analysis.intervention_table import UNTOUCHED, Counts, Setting
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
 from attackroute.routes.route import Route
 
 
-def measured() -> InterventionTable:
+def measured() -> Deactivation:
     accuracies = [
         (ROUTE, None, (10, 50)), (RANDOM, 0, (30, 90)), (RANDOM, 1, (20, 40)), ("weight", None, (20, 60)),
     ]  # fmt: skip
@@ -26,10 +27,9 @@ def measured() -> InterventionTable:
         for layer, setting in enumerate(settings)
         for criterion, draw, values in accuracies
     ]
-    return InterventionTable(
-        kind=DEACTIVATE, table=Table.of(rows), settings=settings, main_share=0.3, at="activation",
-        counts=Counts(120, 100, 1),
-    )  # fmt: skip
+    return Deactivation(
+        table=Table.of(rows), settings=settings, main_share=0.3, at="activation", counts=Counts(120, 100, 1)
+    )
 
 
 def test_it_shows_every_measurement(tmp_path) -> None:

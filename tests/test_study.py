@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from attackroute.analysis import experiment
-from attackroute.analysis.experiment import ExperimentResult, all_experiments
-from attackroute.analysis.study import Study, analyze
+from attackroute.analysis.experiment import ExperimentResult, all_experiments, analyze
+from attackroute.analysis.study import Study
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
@@ -70,18 +70,18 @@ def test_an_experiment_is_one_function(
     monkeypatch.setattr(experiment, "_registered", dict(experiment._registered))
     experiment.experiment("sizes", order=4, title="Sizes", help="how many")(sizes)
     assert list(all_experiments()).index("sizes") in (3, 4, 5)
-    (document,) = analyze(case.model, images, tmp_path / "new", ["sizes"], attacks=["fgsm"]).values()
+    (document,) = analyze(Study(model=case.model, images=images, folder=tmp_path / "new"), ["sizes"]).values()
     again = Document.load(tmp_path / "new" / "sizes.json")
     assert again == replace(document, settings=again.settings) and again.about["title"] == "Sizes"
     assert again.about["order"] == 4 and again.about["layers"] == 4 and again.reading.startswith("There are ")
     with pytest.raises(UserError, match="did you mean sizes"):
-        analyze(case.model, images, None, ["size"])
+        analyze(Study(model=case.model, images=images), ["size"])
 
 
 def test_a_study_without_a_folder_has_the_same_numbers(case: Case, images: ImageData, tmp_path: Path) -> None:
-    settings = {"attacks": ["fgsm:eps=0.1"], "draws": 1, "seed": 2}
-    written = analyze(case.model, images, tmp_path, ["deactivate"], **settings)["deactivate"]  # type: ignore[arg-type]
-    plain = analyze(case.model, images, None, ["deactivate"], **settings)["deactivate"]  # type: ignore[arg-type]
+    study = Study(model=case.model, images=images, attacks={"fgsm": FGSM(eps=0.1)}, draws=1, seed=2)
+    written = analyze(replace(study, folder=tmp_path), ["deactivate"])["deactivate"]
+    plain = analyze(study, ["deactivate"])["deactivate"]
     assert plain.table == written.table == Document.load(tmp_path / "deactivate.json").table
     assert {path.suffix for path in tmp_path.glob("deactivate.*")} == {".json", ".csv", ".png", ".svg"}
     assert written.about["figures"] == ["deactivate", "deactivate-route"]
@@ -95,7 +95,7 @@ def test_what_was_finished_is_not_run_again(case: Case, images: ImageData, tmp_p
     def run(**settings: object) -> None:
         options = {"model": case.model, "images": images, "folder": tmp_path, "draws": 1, **settings}
         study = Study(attacks={"fgsm": FGSM(eps=0.1)}, **options)  # type: ignore[arg-type]
-        study.run_all(["deactivate"], resume=True, done=lambda document, new: told.append((document.kind, bool(new))))
+        analyze(study, ["deactivate"], resume=True, done=lambda document, new: told.append((document.kind, bool(new))))
 
     run()
     run()
@@ -107,13 +107,13 @@ def test_what_was_finished_is_not_run_again(case: Case, images: ImageData, tmp_p
 
 def test_bad_studies_are_one_line(case: Case, images: ImageData) -> None:
     for options, message in (
-        ({"attacks": []}, "no attack"),
+        ({"attacks": {}}, "no attack"),
         ({"at": "outputs"}, "did you mean output"),
         ({"layers": ["9"]}, "no layer '9'"),
-        ({"data": replace(images, dataset=[images.dataset[0]])}, "one image is too few"),
+        ({"images": replace(images, dataset=[images.dataset[0]])}, "one image is too few"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            analyze(case.model, **{"data": images, "experiments": ["weaken"], **options})  # type: ignore[arg-type]
+            analyze(Study(**{"model": case.model, "images": images, **options}), ["weaken"])  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.analysis.criteria import ChannelScores, channel_scores, rank_channels
+from attackroute.analysis.experiment import analyze
 from attackroute.analysis.gradcam import grad_cam
 from attackroute.analysis.hardness import Hardness, hardness
 from attackroute.analysis.interventions import Graft, deactivate, record_outputs, transplant, weaken
-from attackroute.analysis.study import Study, analyze
+from attackroute.analysis.study import Study
 
 __all__ = [
     "ChannelScores",

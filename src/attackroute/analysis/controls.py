@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +14,7 @@ from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
+from attackroute.core.random import random_order
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import kept, pack, top_k
@@ -23,15 +23,16 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import Progress, Tracer
 
-ROUTE = "route"
-RANDOM = "random off-route"
-OFF_ROUTE = "off-route"
+ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
 
 Baselines = Mapping[str, "Route | ChannelScores"]
 """Controls by name: routes by other criteria, or scores of channels that give routes of any size."""
 
 SAMPLE_BASELINES: Mapping[str, Measure] = {"activation": activations, "gradient": gradients}
 """Criteria that rank the channels for one sample."""
+
+Router = Callable[[Tensor, "Tensor | None"], dict[str, InstanceRoutes]]
+"""``(images, labels) -> routes`` by criterion, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,28 +81,20 @@ class Ranking:
         """Layers' names in forward order."""
         return tuple(self.channels)
 
-    def size(self, layer: str, share: float) -> int | None:
-        """How many channels a share of the layer is; None where fewer may be chosen."""
-        count = 0 if share == 0 else kept(share, self.channels[layer])
-        available = len(self.order[layer])
-        return None if count > available or (self.whole and count != available) else count
-
     def route(self, share: float, layers: Iterable[str]) -> Route | None:
         """The best share of the layers' channels as a route; None where one of them does not have as many.
 
-        Args:
-            share: Of each layer's channels, in [0, 1]; above 0, ``max(1, round(share * C))`` channels.
-            layers: Names of layers.
+        A share in (0, 1] is ``max(1, round(share * C))`` channels.
         """
         chosen = set(layers)
-        indices: dict[str, Sequence[int]] = {}
-        for layer in (name for name in self.channels if name in chosen):
-            count = self.size(layer, share)
-            if count is None:
+        channels = {layer: count for layer, count in self.channels.items() if layer in chosen}
+        sizes = {layer: kept(share, count) if share else 0 for layer, count in channels.items()}
+        for layer, size in sizes.items():
+            available = len(self.order[layer])
+            if size > available or (self.whole and size != available):
                 return None
-            indices[layer] = self.order[layer][:count]
         origin = Provenance(0, share, seed=self.draw, criterion=self.criterion) if share else None
-        return Route(indices, {layer: self.channels[layer] for layer in indices}, None, origin)
+        return Route({layer: self.order[layer][:size] for layer, size in sizes.items()}, channels, None, origin)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,10 +130,7 @@ class Comparison:
         check_shares([self.share])
 
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
-        """The route's ranking first, then random ones off it, then the baselines', all on the same layers.
-
-        Args:
-            layers: Some of the route's layers; None for all.
+        """The route's ranking first, then random ones off it, then the baselines', all on some of the route's layers.
 
         Raises:
             UserError: A layer is not on the route, a baseline lacks a layer or has it in another size, or a layer has
@@ -203,11 +193,6 @@ def _descending(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
     return {layer: values.sort(descending=True, stable=True).indices.tolist() for layer, values in scores.items()}
 
 
-def random_order(seed: int, layer: str, channels: Iterable[int]) -> list[int]:
-    """The channels in an order that no library's version changes, as :meth:`attackroute.Route.random_like` draws."""
-    return sorted(channels, key=lambda channel: hashlib.sha256(f"{seed}/{layer}/{channel}".encode()).digest())
-
-
 def sample_routes(
     model: nn.Module,
     data: Data,
@@ -219,21 +204,11 @@ def sample_routes(
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> dict[str, InstanceRoutes]:
-    """The routes of samples by several criteria, the paper's under ``"route"``.
+    """The routes of samples by several criteria, the paper's under ``"route"``, of the same samples in the same order.
 
-    Args:
-        model: The network; runs in eval mode and comes back as it was.
-        data: Images, with labels or without; then the model's own predictions take their place.
-        width: Share of each layer's channels on a sample's route.
-        attack: Trace what this makes of the images; where the routes follow noise, its noise. The baselines are then
-            those of the images themselves.
-        config: How routes are traced; None for the paper's way.
-        baselines: Of :data:`SAMPLE_BASELINES`; each costs one more forward pass.
-        batch_size: Rows per forward pass when ``data`` is tensors.
-        progress: Called after every batch with the samples done.
-
-    Returns:
-        Instance routes by criterion, all of the same samples in the same order.
+    Without labels the model's own predictions take their place. With an attack, what it makes of the images is traced;
+    where the routes follow noise, its noise, and the baselines are those of the images themselves. Each of these, names
+    of :data:`SAMPLE_BASELINES`, costs one more forward pass.
     """
     config = config or TraceConfig()
     noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
@@ -241,14 +216,12 @@ def sample_routes(
     done = 0
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        router = SampleRouter.probe(
-            model, stream.first[0], width, noise_of=noise_of, config=config, baselines=baselines
-        )
+        routes_of = batch_router(model, stream.first[0], width, noise_of=noise_of, config=config, baselines=baselines)
 
-        def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
-            return router.routes(*((images, labels) if made_by is None else attacked(model, made_by, images, labels)))
+        def work(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
+            return routes_of(*((images, labels) if made_by is None else attacked(model, made_by, images, labels)))
 
-        for routes in stream.map(routes_of):
+        for routes in stream.map(work):
             batches.append(routes)
             done += len(routes[ROUTE])
             if progress is not None:
@@ -256,44 +229,35 @@ def sample_routes(
     return joined_routes(batches)
 
 
-@dataclass(frozen=True)
-class SampleRouter:
-    """Routes of one batch after another, by several criteria; see :func:`sample_routes`. The model is held frozen."""
+def batch_router(
+    model: nn.Module,
+    probe: Tensor,
+    width: float,
+    *,
+    noise_of: Attack | None = None,
+    config: TraceConfig,
+    baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
+) -> Router:
+    """Routes of one batch after another; see :func:`sample_routes`.
 
-    model: nn.Module
-    tracer: Tracer
-    width: float
-    baselines: Sequence[str]
-    linear: bool
+    The model is held frozen; its layers are learnt from the images ``probe``.
+    """
+    tracer = Tracer.probe(model, probe, width, attack=noise_of, config=config)
 
-    @classmethod
-    def probe(
-        cls,
-        model: nn.Module,
-        images: Tensor,
-        width: float,
-        *,
-        noise_of: Attack | None = None,
-        config: TraceConfig,
-        baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
-    ) -> SampleRouter:
-        """Learn the model's layers from some images."""
-        tracer = Tracer.probe(model, images, width, attack=noise_of, config=config)
-        return cls(model, tracer, width, baselines, config.linear)
-
-    def routes(self, images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
-        """Instance routes by criterion, on the CPU."""
-        routes = {ROUTE: self.tracer.trace(images, labels)}
+    def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
+        routes = {ROUTE: tracer.trace(images, labels)}
         answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
-        for by in self.baselines:
-            values = SAMPLE_BASELINES[by](self.model, images, labels, linear=self.linear).values
+        for by in baselines:
+            values = SAMPLE_BASELINES[by](model, images, labels, linear=config.linear).values
             routes[by] = InstanceRoutes(
-                {layer: pack(top_k(sizes, self.width)) for layer, sizes in values.items()},
+                {layer: pack(top_k(sizes, width)) for layer, sizes in values.items()},
                 {layer: sizes.shape[1] for layer, sizes in values.items()},
-                Provenance(len(images), self.width, criterion=by),
+                Provenance(len(images), width, criterion=by),
                 answers,
             )
         return routes
+
+    return routes_of
 
 
 def joined_routes(batches: Sequence[Mapping[str, InstanceRoutes]]) -> dict[str, InstanceRoutes]:

@@ -1,4 +1,4 @@
-"""What an experiment is, and how it is found: each is one file in `analysis/experiments`, and nothing else names it.
+"""What an experiment is, how it is found and run; each is one file in `analysis/experiments`, which nothing else names.
 
 The command's help, the files, the figures and the report's sections all follow from what the file declares::
 
@@ -12,21 +12,25 @@ where ``Mine`` is an :class:`ExperimentResult`.
 from __future__ import annotations
 
 import pkgutil
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from attackroute.core.document import Result
+from attackroute.analysis.controls import ROUTE
+from attackroute.analysis.figures.style import save_figure
+from attackroute.analysis.study import Study
+from attackroute.core.distributed import current, leading
+from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.table import Table
+from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from attackroute.analysis.study import Study
 
 _FOLDER = "attackroute.analysis.experiments"
 
@@ -41,6 +45,9 @@ class ExperimentResult(Result):
     @abstractmethod
     def figures(self) -> Mapping[str, Figure]:
         """Pictures of the table by file name, the one to look at first in front."""
+
+
+Run = Callable[[Study, Progress], ExperimentResult]
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,35 @@ class Experiment:
     order: int
     title: str
     help: str
-    run: Callable[[Study, Progress], ExperimentResult]
+    run: Run
+
+    def carry_out(self, study: Study) -> tuple[ExperimentResult, Document]:
+        """Run it and write its files, the document last, so that where it is, all is there."""
+        started = time.perf_counter()
+        with study.progress(f"images, {self.name}") as progress:
+            result = self.run(study, progress)
+        about = {"title": self.title, "order": self.order, "seconds": time.perf_counter() - started}
+        if study.folder is None or not leading():
+            return result, result.document(study.all_settings, **about)
+        figures = result.figures()
+        for name, figure in figures.items():
+            save_figure(figure, study.folder, name)
+        document = result.document(study.all_settings, **about, figures=list(figures))
+        document.save(study.folder, self.name)
+        return result, document
+
+    def finished(self, study: Study) -> Document | None:
+        """What it left in the study's folder, if it was run on the same settings."""
+        if study.folder is None:
+            return None
+        try:
+            document = Document.load(study.folder / f"{self.name}.json")
+        except UserError:  # not there, damaged, or another file
+            return None
+        return document if document.settings == plain(study.all_settings) else None
 
 
 _registered: dict[str, Experiment] = {}
-
-Run = Callable[["Study", Progress], ExperimentResult]
 
 
 def experiment(name: str, *, order: int, title: str, help: str) -> Callable[[Run], Run]:
@@ -96,3 +126,53 @@ def chosen_experiments(names: Sequence[str] | None) -> list[Experiment]:
             close, names_text = did_you_mean(name, experiments), ", ".join(experiments)
             raise UserError(f"unknown experiment {name!r}{close}; choose from {names_text}")
     return [each for each in experiments.values() if names is None or each.name in names]
+
+
+def analyze(
+    study: Study,
+    experiments: Sequence[str] | None = None,
+    *,
+    resume: bool = False,
+    done: Callable[[Document, ExperimentResult | None], None] | None = None,
+) -> dict[str, Document]:
+    """What a network's critical attacking route is worth, in the experiments of the paper's section 4.
+
+    Half of the images decide on routes and ranks, the others are measured. Controls of the route's size stand beside
+    it everywhere: random channels off the route, and the channels that other criteria rank first.
+
+    Args:
+        study: The network, its images and the settings; ``study.folder``, made if need be, takes tables, figures and
+            the route.
+        experiments: Names of experiments; None for all.
+        resume: Leave out experiments that the folder holds already, on the same settings.
+        done: Called after each with its document, and its result if it was run now.
+
+    Returns:
+        The documents by experiment: a table each, its sentence and its verdicts.
+
+    Raises:
+        UserError: A name is unknown, an input does not fit the model, or files cannot be written.
+    """
+    chosen = chosen_experiments(experiments)
+    if study.folder is not None and leading():
+        try:
+            study.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{study.folder}: cannot be made: {error.strerror}; choose another folder") from None
+    if not resume and study.layers is not None:  # so that a wrong layer is named before anything has run
+        study.routes[ROUTE].aggregate(study.share).restrict(study.layers)
+    documents: dict[str, Document] = {}
+    for each in chosen:
+        document = current().first(partial(each.finished, study)) if resume else None
+        result = None
+        if document is None:
+            try:
+                result, document = each.carry_out(study)
+            except KeyboardInterrupt:
+                finished = ", ".join(documents) or "none yet"
+                study.note(f"interrupted in {each.name}; finished experiments are kept ({finished}): resume to go on")
+                raise
+        documents[each.name] = document
+        if done is not None:
+            done(document, result)
+    return documents

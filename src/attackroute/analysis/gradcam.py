@@ -111,8 +111,8 @@ def layer_evidence(
 ) -> Evidence:
     """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        leaf = _Leaf(layer, at)
-        with leaf.applied_to(model):
+        leaf = _Leaf()
+        with leaf.edits(layer, at).applied_to(model):
             logits = checked_logits(model(images.detach().clone()), images.shape[0])
         maps = leaf.maps(leaf.values, grid)
         classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
@@ -147,7 +147,7 @@ def jointly_normalised(cams: Tensor) -> Tensor:
     return cams / largest.where(largest > 0, torch.ones_like(largest))
 
 
-class _Leaf(LayerEdits):
+class _Leaf:
     """Makes a layer's output, or its activation's, a leaf that requires grad.
 
     Attributes:
@@ -159,27 +159,25 @@ class _Leaf(LayerEdits):
     call: LayerCall
     values: Tensor
 
-    def __init__(self, layer: str, at: str) -> None:
-        super().__init__({layer: None}, at)
+    def __init__(self) -> None:
         self.sizes: list[Grid] = []
         self._reached = False
 
-    def visit(self, call: LayerCall) -> Tensor:
-        """Run one layer of the model, and note the maps of convolutions until the leaf's own."""
-        output = super().visit(call)
-        if call.kind == "conv2d" and not self._reached:
-            self.sizes.append((output.shape[-2], output.shape[-1]))
-        return output
+    def edits(self, layer: str, at: str) -> LayerEdits:
+        """What puts the leaf into the model."""
+        return LayerEdits({layer: None}, self._copied, at, run=self._run, seen=self._note)
 
-    def run(self, call: LayerCall) -> Tensor:
-        """Run the layer."""
+    def _run(self, call: LayerCall) -> Tensor:
         self.call, self._reached = call, True
         return call.run()
 
-    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
-        """A copy of the leaf, since what follows may work in place."""
+    def _copied(self, layer: str, dim: int, values: Tensor) -> Tensor:
         self.values = values.detach().requires_grad_()
-        return self.values.clone()
+        return self.values.clone()  # a copy of the leaf, since what follows may work in place
+
+    def _note(self, call: LayerCall, output: Tensor) -> None:
+        if call.kind == "conv2d" and not self._reached:
+            self.sizes.append((output.shape[-2], output.shape[-1]))
 
     def maps(self, values: Tensor, grid: Grid | None) -> Tensor:
         """What has the shape of the leaf, as maps ``(n, C, H, W)``."""

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import statistics
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.analysis.experiment import ExperimentResult
 from attackroute.core.statistics import CLEAR, Accuracy
-from attackroute.core.table import Record, Table, plural
-from attackroute.routes.route import Route
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from attackroute.core.table import Record, Table
 
 UNTOUCHED = "untouched"
-
-TRANSPLANT, DEACTIVATE, WEAKEN = "transplant", "deactivate", "weaken"
-
 BEATS, LOSES, UNDECIDED = "beats", "loses to", "undecided against"
-
-
-Key = tuple["str | None", str, float, "float | None"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +39,6 @@ class Setting:
         """The setting as cells of a table's row."""
         return {"attack": self.attack, "layers": "+".join(self.layers), "share": self.share, "beta": self.beta}
 
-    @property
-    def key(self) -> Key:
-        """The cells' values, by which rows are found."""
-        return _key(self.cells)
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -74,7 +60,6 @@ class InterventionTable(ExperimentResult):
     """Accuracies under one kind of intervention.
 
     Attributes:
-        kind: ``"transplant"``, ``"deactivate"`` or ``"weaken"``.
         table: The measurements, those of the untouched network first. ``criterion`` is what chose the channels:
             ``"route"``, ``"random off-route"``, a baseline's name, or ``"untouched"``; ``draw`` the seed of a random
             one. ``accuracy`` is on the samples that the untouched network gets right when they are clean, of which
@@ -86,11 +71,8 @@ class InterventionTable(ExperimentResult):
         at: Where channels are changed: the layers' ``"output"``, before batch norm, or after their ``"activation"``.
         counts: How many samples it took.
         targets: The layers whose kernels are weakened, where they are not all.
-        route: A route with its frequencies, to draw beside what its deactivation costs; None for no such picture.
-        title: Of that picture.
     """
 
-    kind: str
     table: Table
     settings: tuple[Setting, ...]
     main_share: float
@@ -98,13 +80,24 @@ class InterventionTable(ExperimentResult):
     at: str
     counts: Counts
     targets: Sequence[str] | None = None
-    route: Route | None = None
-    title: str = ""
+
+    helps: ClassVar[bool] = False
+    """Whether the intervention raises accuracy where it meets what matters."""
+
+    @property
+    @abstractmethod
+    def opening(self) -> str:
+        """How the reading begins."""
 
     @property
     def criteria(self) -> tuple[str, ...]:
         """Criteria in the order in which they were measured."""
         return tuple(name for name in self.table.distinct("criterion") if name != UNTOUCHED)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """All criteria but the route."""
+        return tuple(name for name in self.criteria if name != ROUTE)
 
     @property
     def attacks(self) -> tuple[str | None, ...]:
@@ -116,17 +109,6 @@ class InterventionTable(ExperimentResult):
         """Layers that were changed alone, in forward order."""
         return tuple(dict.fromkeys(setting.layers[0] for setting in self.settings if len(setting.layers) == 1))
 
-    @cached_property
-    def _rows(self) -> dict[tuple[Key, str], list[Record]]:
-        """Rows by setting and criterion, one for each draw."""
-        rows: dict[tuple[Key, str], list[Record]] = {}
-        for row in self.table:
-            rows.setdefault((_key(row), row["criterion"]), []).append(row)
-        return rows
-
-    def _rows_of(self, setting: Setting, criterion: str) -> list[Record]:
-        return self._rows.get((setting.key, criterion), [])
-
     def untouched(self, attack: str | None = None) -> Accuracy:
         """Accuracy of the untouched network on images of that attack."""
         row = self.table.one(criterion=UNTOUCHED, attack=attack)
@@ -134,7 +116,7 @@ class InterventionTable(ExperimentResult):
 
     def values(self, setting: Setting, criterion: str) -> list[float]:
         """Accuracies of one criterion in one setting, one for each draw; none where it was not measured."""
-        return [row["accuracy"] for row in self._rows_of(setting, criterion)]
+        return self.table.select(criterion=criterion, **setting.cells).column("accuracy")
 
     @cached_property
     def verdicts(self) -> Table:
@@ -145,62 +127,47 @@ class InterventionTable(ExperimentResult):
         if it is so against every set, else ``"undecided against"``. ``accuracy_difference`` is the route's accuracy
         less the control's mean accuracy.
         """
-        return Table.of(
-            {**setting.cells, "control": criterion, **self._verdict(setting, criterion)}
-            for setting in self.settings
-            for criterion in self.criteria
-            if criterion != ROUTE and self._rows_of(setting, criterion)
-        )
-
-    def _verdict(self, setting: Setting, criterion: str) -> Record:
-        rows = self._rows_of(setting, criterion)
-        sign = 1 if self.kind == TRANSPLANT else -1  # a transplant of what matters raises accuracy
-        gains = [sign * (row["route_only"] - row["control_only"]) for row in rows if row["p"] < CLEAR]
-        stronger, weaker = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-        (route,) = self.values(setting, ROUTE)
-        return {
-            "draws": len(rows),
-            "clearly_stronger": stronger,
-            "clearly_weaker": weaker,
-            "accuracy_difference": route - statistics.fmean(row["accuracy"] for row in rows),
-            "verdict": BEATS if stronger == len(rows) else LOSES if weaker == len(rows) else UNDECIDED,
-        }
-
-    def main_settings(self) -> tuple[Setting, ...]:
-        """The settings on which the reading is based: single layers at the main share, or all where connections are."""
-        return tuple(
-            setting
-            for setting in self.settings
-            if setting.share == self.main_share
-            and setting.beta == self.main_beta
-            and (self.main_beta is not None or len(setting.layers) == 1)
-        )
+        verdicts = []
+        for setting in self.settings:
+            (route,) = self.values(setting, ROUTE)
+            for control in self.controls:
+                rows = self.table.select(criterion=control, **setting.cells)
+                if not rows:
+                    continue
+                gains = [row["route_only"] - row["control_only"] for row in rows if row["p"] < CLEAR]
+                better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+                stronger, weaker = (better, worse) if self.helps else (worse, better)
+                verdict = {
+                    "draws": len(rows),
+                    "clearly_stronger": stronger,
+                    "clearly_weaker": weaker,
+                    "accuracy_difference": route - statistics.fmean(rows.column("accuracy")),
+                    "verdict": BEATS if stronger == len(rows) else LOSES if weaker == len(rows) else UNDECIDED,
+                }
+                verdicts.append({**setting.cells, "control": control, **verdict})
+        return Table.of(verdicts)
 
     def reading(self) -> str:
-        """One sentence: in how many layers the route beats, and loses to, each control at the main share."""
+        """One sentence: in how many layers the route beats, and loses to, each control at the main share.
+
+        It is about single layers at the main share; where connections are weakened, about all at the main factor.
+        """
+        main = [
+            setting.cells.items()
+            for setting in self.settings
+            if (setting.share, setting.beta) == (self.main_share, self.main_beta)
+            and (self.main_beta is not None or len(setting.layers) == 1)
+        ]
         scores = []
-        main = {setting.key for setting in self.main_settings()}
-        for criterion in (name for name in self.criteria if name != ROUTE):
-            verdicts = [row["verdict"] for row in self.verdicts if row["control"] == criterion and _key(row) in main]
+        for control in self.controls:
+            rows = [row for row in self.verdicts if row["control"] == control]
+            verdicts = [row["verdict"] for row in rows if any(cells <= row.items() for cells in main)]
             if verdicts:
-                name = "every random draw" if criterion == RANDOM else criterion
+                name = "every random draw" if control == RANDOM else control
                 counts = f"{verdicts.count(BEATS)} (loses in {verdicts.count(LOSES)}) of {len(verdicts)}"
                 scores.append(f"{name} in {counts}")
         beaten = f"the route beats {', '.join(scores)}" if scores else "no control"
-        return f"{self._opening()} {beaten}."
-
-    def _opening(self) -> str:
-        share = f"{self.main_share:.0%}"
-        cases = "layers" if self.attacks in ((None,), self.attacks[:1]) else "layers and attacks"
-        if self.kind == TRANSPLANT:
-            return f"Transplanting {share} of one layer's clean channels at its {self.at}; in clear effect, by {cases}:"
-        if self.kind == DEACTIVATE:
-            return f"Setting {share} of one layer's channels to zero at its {self.at}; in clear effect, by layers:"
-        into = "" if self.targets is None else f", into {plural(len(self.targets), 'layer')},"
-        return (
-            f"Weakening the connections between {share} of all layers' channels{into} to {self.main_beta:g}; in clear "
-            "effect:"
-        )
+        return f"{self.opening} {beaten}."
 
     def about(self) -> dict[str, Any]:
         """What the measurements have in common, and the verdicts."""
@@ -224,45 +191,27 @@ class InterventionTable(ExperimentResult):
             head, settings = "beta", {setting: f"{setting.beta:g}" for setting in self.settings}
         else:
             main = [each for each in self.settings if each.share == self.main_share and each.attack == attack]
-            head, settings = "layer", {setting: self._layers_text(setting) for setting in main}
-        controls: dict[tuple[Key, str], list[str]] = {}
-        for row in self.verdicts:
-            controls.setdefault((_key(row), row["verdict"]), []).append(row["control"])
-        rows = tuple(
-            (
-                text,
-                *(spread_text(self.values(setting, by)) for by in (ROUTE, RANDOM)),
-                *(", ".join(controls.get((setting.key, verdict), [])) or "-" for verdict in (BEATS, LOSES)),
-            )
-            for setting, text in settings.items()
-        )
+            head, settings = "layer", {setting: self.group_name(setting.layers) for setting in main}
+        rows = []
+        for setting, text in settings.items():
+            accuracies = [_spread_text(self.values(setting, by)) for by in (ROUTE, RANDOM)]
+            verdicts = [row for row in self.verdicts if setting.cells.items() <= row.items()]
+            controls = [[row["control"] for row in verdicts if row["verdict"] == each] for each in (BEATS, LOSES)]
+            rows.append((text, *accuracies, *(", ".join(names) or "-" for names in controls)))
         under = f" under {attack}" if attack else ""
-        return Table((head, f"route{under}", RANDOM, "route beats", "route loses to"), rows)
+        return Table((head, f"route{under}", RANDOM, "route beats", "route loses to"), tuple(rows))
 
-    def _layers_text(self, setting: Setting) -> str:
-        if len(setting.layers) == 1:
-            return setting.layers[0]
-        return f"{'all' if setting.layers == self.layers else 'first'} {len(setting.layers)} layers"
-
-    def figures(self) -> dict[str, Figure]:
-        """``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b), or one that bears the kind's name.
-
-        With a route, also ``deactivate-route``.
-        """
-        from attackroute.analysis.figures.accuracy import accuracy_figures
-        from attackroute.analysis.figures.route import route_figure
-
-        picture = {} if self.route is None else {"deactivate-route": route_figure(self.route, self, self.title)}
-        return {**accuracy_figures(self), **picture}
+    def group_name(self, layers: tuple[str, ...]) -> str:
+        """Layers that are changed together, in a few words."""
+        if len(layers) == 1:
+            return layers[0]
+        if layers == self.layers[: len(layers)]:
+            return f"{'all' if layers == self.layers else 'first'} {len(layers)} layers"
+        return "+".join(layers) if len(layers) < 3 else f"{layers[0]} ... {layers[-1]}"
 
 
-def spread_text(values: Sequence[float]) -> str:
+def _spread_text(values: Sequence[float]) -> str:
     """Accuracies for a table: one value, or the mean and range of several draws; a dash for none."""
     if len(values) < 2:
         return f"{values[0]:.1%}" if values else "-"
     return f"{statistics.fmean(values):.1%} ({100 * min(values):.0f} to {100 * max(values):.0f})"
-
-
-def _key(row: Record) -> Key:
-    """The setting of a row."""
-    return row["attack"], row["layers"], row["share"], row["beta"]

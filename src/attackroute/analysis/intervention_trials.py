@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.controls import ROUTE, Comparison, Ranking
-from attackroute.analysis.intervention_table import UNTOUCHED, Counts, Setting
+from attackroute.analysis.intervention_table import UNTOUCHED, Counts, InterventionTable, Setting
 from attackroute.analysis.interventions import record_outputs
 from attackroute.core.batches import BatchStream, samples_in
 from attackroute.core.checks import checked_labels, checked_logits
@@ -22,16 +24,11 @@ from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.route import Route
 
+T = TypeVar("T", bound=InterventionTable)
 
-@dataclass(frozen=True)
-class Change:
-    """An intervention, the same whichever criterion asked for it.
 
-    Attributes:
-        channels: The channels to change; None for the untouched network.
-        attack: Name of the attack on the images.
-        beta: Factor on the connections, where they are weakened.
-    """
+class Change(NamedTuple):
+    """An intervention, the same whichever criterion asked for it; no channels for the untouched network."""
 
     channels: Route | None
     attack: str | None
@@ -40,25 +37,25 @@ class Change:
 
 @dataclass(frozen=True)
 class Trial:
-    """One row to measure: a setting, what chose the channels, and the intervention that it comes to."""
+    """One row to measure: a setting, what chose the channels, and these; no channels for the untouched network."""
 
     setting: Setting
     criterion: str
     draw: int | None
-    change: Change
-    neurons: int
-    channels: int
+    channels: Route | None
+
+    @cached_property
+    def change(self) -> Change:
+        """The intervention that it comes to: none without any channel, or with a factor of 1."""
+        setting = self.setting
+        if self.channels is None or self.channels.size == 0 or setting.beta == 1:
+            return Change(None, setting.attack, None)
+        return Change(self.channels, setting.attack, setting.beta)
 
 
 @dataclass(frozen=True, eq=False)
 class CorrectSamples:
-    """Samples of a batch that the untouched model gets right when they are clean.
-
-    Attributes:
-        images: ``(n, C, H, W)``.
-        labels: ``(n,)``.
-        outputs: What the layers to record gave for them, by name.
-    """
+    """Samples of a batch that the untouched model gets right when clean, and what layers to record gave for them."""
 
     images: Tensor
     labels: Tensor
@@ -69,55 +66,28 @@ Intervene = Callable[[Route, "float | None", CorrectSamples], AbstractContextMan
 """``(channels, beta, this batch) -> context`` in which the model is changed."""
 
 
-def plan(rankings: Sequence[Ranking], settings: Iterable[Setting]) -> list[Trial]:
-    """What to measure: in every setting each ranking that has as many channels; first the untouched network.
-
-    Args:
-        rankings: The route's first.
-        settings: What to do; one with a share of 0, or with a factor of 1, comes to the untouched network.
-    """
-    settings = list(dict.fromkeys(settings))
-    attacks = dict.fromkeys(setting.attack for setting in settings)
-    trials = [Trial(Setting((), 0.0, at), UNTOUCHED, None, Change(None, at, None), 0, 0) for at in attacks]
-    for setting in settings:
-        for ranking in rankings:
-            route = ranking.route(setting.share, setting.layers)
-            if route is None:
-                continue
-            nothing = route.size == 0 or setting.beta == 1
-            change = Change(None if nothing else route, setting.attack, None if nothing else setting.beta)
-            sizes = route.size, sum(route.channels.values())
-            trials.append(Trial(setting, ranking.criterion, ranking.draw, change, *sizes))
-    return trials
-
-
 def measure(
+    result: type[T],
     compared: Comparison,
-    trials: Sequence[Trial],
+    rankings: Sequence[Ranking],
+    settings: Iterable[Setting],
     intervene: Intervene,
     *,
     attacks: Mapping[str, Attack] | None = None,
     record: Sequence[str] = (),
-) -> tuple[Table, Counts]:
-    """Measure trials on the samples that the untouched model gets right when they are clean.
+) -> T:
+    """Measure in every setting each ranking that has as many channels, on samples that the model gets right when clean.
 
     Batches are outermost: each is attacked once per attack and then forgotten. Trials that come to the same
-    intervention share one forward pass.
-
-    Args:
-        compared: The network and its images; progress is in images times interventions.
-        trials: What to measure, from :func:`plan`.
-        intervene: Makes an intervention.
-        attacks: Attacks by the names that the settings use.
-        record: Layers whose clean outputs ``intervene`` needs.
-
-    Returns:
-        The table, a row for each trial, and how many samples it is about.
+    intervention share one forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in
+    images times interventions. The route's ranking comes first; ``attacks`` bear the names that the settings use, and
+    ``record`` names the layers whose clean outputs ``intervene`` needs.
 
     Raises:
         UserError: The data have no labels, or no sample is classified correctly.
     """
     model, progress = compared.model, compared.progress
+    trials = _planned(rankings, settings)
     changes = list(dict.fromkeys(trial.change for trial in trials))
     position = {change: index for index, change in enumerate(changes)}
     names = list(dict.fromkeys(change.attack for change in changes))
@@ -125,7 +95,8 @@ def measure(
     route = {trial.setting: position[trial.change] for trial in trials if trial.criterion == ROUTE}
     # the route in the same setting; a trial's own column where the route was not measured
     references = torch.tensor([route.get(trial.setting, position[trial.change]) for trial in trials])
-    total = samples_in(compared.data)
+    size_of_data = samples_in(compared.data)
+    total = None if size_of_data is None else size_of_data * len(changes)
     samples = counted = batches = 0
     ahead = 0  # samples that this process is done with, and that are not among ``samples`` yet
 
@@ -138,19 +109,18 @@ def measure(
         for name in names if len(clean.images) else ():
             inputs = clean.images
             if name is not None:
-                inputs, _ = attacked(model, _attack(attacks, name), clean.images, clean.labels)
+                inputs, _ = attacked(model, (attacks or {})[name], clean.images, clean.labels)
             for change in (change for change in changes if change.attack == name):
-                if name is None and change.channels is None:
+                channels = change.channels
+                if name is None and channels is None:
                     correct[position[change]] = True  # these are the samples that count
                 else:
-                    channels = change.channels
                     with nullcontext() if channels is None else intervene(channels, change.beta, clean):
                         logits = checked_logits(model(inputs.clone()), len(inputs))
                     correct[position[change]] = (logits.argmax(1) == clean.labels).cpu()
                 done += 1
                 if progress is not None:
-                    whole = None if total is None else total * len(changes)
-                    progress((samples + ahead) * len(changes) + done * len(images), whole)
+                    progress((samples + ahead) * len(changes) + done * len(images), total)
         ahead += len(images)
         control, with_route = correct[columns], correct[references]
         outcomes = control, with_route & ~control, control & ~with_route
@@ -170,31 +140,35 @@ def measure(
             "counted: check its weights and its labels, or give more samples"
         )
     network = sum(compared.route.channels.values())
-    table = Table.of(
+    rows = [
         accuracy_row(trial, Accuracy(right, counted), route_only, control_only, network=network)
         for trial, (right, route_only, control_only) in zip(trials, sums.T.tolist(), strict=True)
-    )
-    return table, Counts(samples, counted, batches)
+    ]
+    return result(
+        table=Table.of(rows), settings=tuple(route), main_share=compared.share, at=compared.at,
+        counts=Counts(samples, counted, batches),
+    )  # fmt: skip
 
 
-def route_settings(trials: Sequence[Trial]) -> tuple[Setting, ...]:
-    """The settings in which the route is measured."""
-    return tuple(dict.fromkeys(trial.setting for trial in trials if trial.criterion == ROUTE))
+def _planned(rankings: Sequence[Ranking], settings: Iterable[Setting]) -> list[Trial]:
+    """The untouched network first, under every attack."""
+    settings = list(dict.fromkeys(settings))
+    attacks = dict.fromkeys(setting.attack for setting in settings)
+    trials = [Trial(Setting((), 0.0, attack), UNTOUCHED, None, None) for attack in attacks]
+    for setting in settings:
+        for ranking in rankings:
+            channels = ranking.route(setting.share, setting.layers)
+            if channels is not None:
+                trials.append(Trial(setting, ranking.criterion, ranking.draw, channels))
+    return trials
 
 
 def correct_when_clean(
     model: nn.Module, images: Tensor, labels: Tensor | None, record: Sequence[str] = (), at: str = OUTPUT
 ) -> CorrectSamples:
-    """The images of a batch that the model gets right, with the outputs of some layers, from one forward pass.
+    """The images of a batch that the model gets right, with the outputs of the layers to record, from one forward pass.
 
     The model is held frozen, and gradients are off.
-
-    Args:
-        model: The network.
-        images: The batch.
-        labels: Its labels.
-        record: The layers.
-        at: Whether these are the layers' ``"output"`` or that of their ``"activation"``.
 
     Raises:
         UserError: There are no labels, or they or the logits are not what they should be.
@@ -202,15 +176,11 @@ def correct_when_clean(
     if labels is None:
         raise UserError("the data have no labels: give (images, labels), since accuracy is measured")
     answers: list[object] = []
-    outputs: Mapping[str, Tensor] = {}
-    if record:
-        handle = model.register_forward_hook(lambda module, _, output: answers.append(output))
-        try:
-            outputs = record_outputs(model, images, record, at=at)
-        finally:
-            handle.remove()
-    else:
-        answers.append(model(images.clone()))  # a copy, since the model may work in place
+    handle = model.register_forward_hook(lambda module, _, output: answers.append(output))
+    try:
+        outputs = record_outputs(model, images, record, at=at)
+    finally:
+        handle.remove()
     logits = checked_logits(answers[-1], len(images))
     labels = checked_labels(labels, logits.shape[1], len(images))
     right = (logits.argmax(1) == labels).nonzero().flatten()
@@ -219,22 +189,19 @@ def correct_when_clean(
     return CorrectSamples(images[right], labels[right], {layer: values[right] for layer, values in outputs.items()})
 
 
-def _attack(attacks: Mapping[str, Attack] | None, name: str) -> Attack:
-    if attacks is None or name not in attacks:
-        raise UserError(f"no attack {name!r} is given; there are {', '.join(attacks or ()) or 'none'}")
-    return attacks[name]
-
-
 def accuracy_row(trial: Trial, accuracy: Accuracy, route_only: int, control_only: int, *, network: int) -> Record:
     """What was measured of one trial, as a row of an :class:`InterventionTable`."""
     low, high = accuracy.interval
+    neurons, channels = (
+        (0, 0) if trial.channels is None else (trial.channels.size, sum(trial.channels.channels.values()))
+    )
     return {
         **trial.setting.cells,
         "criterion": trial.criterion,
         "draw": trial.draw,
-        "neurons": trial.neurons,
-        "channels": trial.channels,
-        "share_of_network": trial.neurons / network,
+        "neurons": neurons,
+        "channels": channels,
+        "share_of_network": neurons / network,
         "accuracy": accuracy.value,
         "accuracy_low": low,
         "accuracy_high": high,

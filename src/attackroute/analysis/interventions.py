@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,14 @@ def deactivate(
             In a forward pass, if a layer does not run or has another number of channels, or if a layer has no
             activation of its own, with ``at="activation"`` (as before a residual sum).
     """
-    with _Silence(_chosen(model, route, layers), at).applied_to(model):
+    chosen = _chosen(model, route, layers)
+    indices = _indices(chosen)
+
+    def silenced(layer: str, dim: int, values: Tensor) -> Tensor:
+        # not a product with zeros, which would make NaN of an infinite value
+        return values.index_fill(dim, indices(layer, values.device), 0)
+
+    with LayerEdits(chosen.channels, silenced, at).applied_to(model):
         yield
 
 
@@ -84,21 +92,36 @@ def transplant(
             the outputs in a forward pass have another shape than the clean ones.
     """
     chosen = _chosen(model, route, layers)
-    graft = Graft(chosen, frozenset(route))
-    picked = isinstance(clean, Tensor)
+    indices = _indices(chosen)
+    sizes: dict[str, LayerSize] = {}
+    picked = isinstance(clean, Tensor)  # then the route's channels alone are kept
     if isinstance(clean, Tensor):
-        recording = _Recording(chosen.channels, at, chosen)
-        recording.read(model, clean)
-        graft.sizes.update(recording.sizes)
-        clean = recording.values
+        outputs: Mapping[str, Tensor] = _recorded(model, clean, chosen.channels, at, indices, sizes)
+    elif isinstance(clean, Mapping):
+        outputs = clean
     else:
-        if not isinstance(clean, Mapping):
-            raise UserError(f"clean is {type(clean).__name__}, neither images nor clean outputs by layer")
-        for layer in chosen:
-            if not isinstance(clean.get(layer), Tensor):
-                raise UserError(f"there are no clean outputs of layer {layer!r}: record them, or leave the layer out")
-    with _Transplant(graft, clean, at, picked=picked).applied_to(model):
-        yield graft
+        raise UserError(f"clean is {type(clean).__name__}, neither images nor clean outputs by layer")
+    for layer in chosen:
+        if not isinstance(outputs.get(layer), Tensor):
+            raise UserError(f"there are no clean outputs of layer {layer!r}: record them, or leave the layer out")
+
+    def grafted(layer: str, dim: int, values: Tensor) -> Tensor:
+        index, kept = indices(layer, values.device), outputs[layer]
+        expected = list(values.shape)
+        if picked:
+            expected[dim] = len(index)
+        if list(kept.shape) != expected:
+            raise UserError(
+                f"layer {layer!r} gives {tuple(expected)} here but {tuple(kept.shape)} for the clean images: "
+                "both batches must have the same images in the same order"
+            )
+        kept = kept.to(values.device, values.dtype)  # not to(values), which a follower would take for a use of it
+        if not picked:
+            kept = kept.index_select(dim, index)
+        return values.clone().index_copy_(dim, index, kept)  # a clone keeps the memory format
+
+    with LayerEdits(chosen.channels, grafted, at, seen=partial(_note_size, sizes)).applied_to(model):
+        yield Graft(chosen, frozenset(route), sizes)
 
 
 @contextmanager
@@ -135,7 +158,39 @@ def weaken(
         raise UserError(f"beta {beta!r} is no factor of at least 0: give one in [0, 1], such as 0.5")
     targets = _chosen(model, route, layers)
     require_model(route.channels, model)
-    with _Weakening(model, route, targets, beta, connections).applied_to(model):
+    factors: dict[tuple[str, torch.device, torch.dtype], Tensor | None] = {}
+
+    def look(args: tuple[Any, ...]) -> None:
+        nonlocal connections
+        if connections is None:
+            if not args or not isinstance(args[0], Tensor):
+                raise UserError("weaken looks at the first batch, so call model(images), or pass connections=...")
+            connections = Connections.of_route(model, args[0], route)
+
+    def factor_of(layer: str, weight: Tensor) -> Tensor | None:
+        """What to multiply the kernel by; None for ones."""
+        key = (layer, weight.device, weight.dtype)
+        if key not in factors:
+            assert connections is not None
+            with torch.inference_mode(False):  # a factor made in inference mode could not serve a backward pass
+                slices = connections.between(route, layer)
+                factor = weight.new_ones(slices.shape).masked_fill_(slices.to(weight.device), beta)
+                factor = factor.reshape(*slices.shape, *(1,) * (weight.ndim - slices.ndim))
+            factors[key] = factor if slices.any() else None
+        return factors[key]
+
+    def run(call: LayerCall) -> Tensor:
+        factor = factor_of(call.name, call.weight)
+        if factor is None:
+            return call.run()
+        if call.kind == "linear" and is_recording():  # which takes a linear map's weight before this changes it
+            raise UserError(
+                f"linear layer {call.name!r} is weakened, so the network cannot be traced here: trace a copy with "
+                "these weights"
+            )
+        return call.run(call.weight * factor)
+
+    with LayerEdits(targets.channels, run=run, begun=look).applied_to(model):
         yield
 
 
@@ -157,13 +212,10 @@ def record_outputs(model: nn.Module, x: Tensor, layers: Iterable[str], *, at: st
         UserError: The model cannot run on the images, a layer does not run, or has no activation of its own with
             ``at="activation"``.
     """
-    recording = _Recording(dict.fromkeys([layers] if isinstance(layers, str) else layers), at)
-    recording.read(model, x)
-    return recording.values
+    return _recorded(model, x, dict.fromkeys([layers] if isinstance(layers, str) else layers), at)
 
 
-@dataclass(frozen=True)
-class LayerSize:
+class LayerSize(NamedTuple):
     """What a layer gives for one sample: its kind, its channels, and the elements of all of them together."""
 
     kind: str
@@ -207,140 +259,51 @@ class Graft:
         return sum(len(indices[at]) * amount(self.sizes[at]) / channels[at] for at in self.route) / whole
 
 
-class _Silence(LayerEdits):
-    """Sets channels to zero."""
+def _recorded(
+    model: nn.Module,
+    images: Tensor,
+    channels: Mapping[str, int | None],
+    at: str,
+    indices: Callable[[str, torch.device], Tensor] | None = None,
+    sizes: dict[str, LayerSize] | None = None,
+) -> dict[str, Tensor]:
+    """Copies of layers' outputs, of all channels or of chosen ones, from one pass that leaves the buffers as they are.
 
-    def __init__(self, route: Route, at: str) -> None:
-        super().__init__(route.channels, at)
-        self._indices = _Indices(route)
+    The sizes of all layers are added to ``sizes``.
+    """
+    outputs: dict[str, Tensor] = {}
 
-    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
-        # not a product with zeros, which would make NaN of an infinite value
-        return values.index_fill(dim, self._indices.on(layer, values.device), 0)
-
-
-class _Sized(LayerEdits):
-    """Takes note of every layer's size; ``sizes`` is added to."""
-
-    sizes: dict[str, LayerSize]
-
-    def visit(self, call: LayerCall) -> Tensor:
-        output = super().visit(call)
-        per_sample = output.numel() // max(1, output.shape[0])
-        self.sizes[call.name] = LayerSize(call.kind, output.shape[CHANNEL_DIM[call.kind]], per_sample)
-        return output
-
-
-class _Recording(_Sized):
-    """Keeps copies of outputs; of some channels only if a route is given."""
-
-    def __init__(self, channels: Mapping[str, int | None], at: str, route: Route | None = None) -> None:
-        super().__init__(channels, at)
-        self.sizes = {}
-        self.values: dict[str, Tensor] = {}
-        self._indices = None if route is None else _Indices(route)
-
-    def read(self, model: nn.Module, images: Tensor) -> None:
-        """Run the model once, in its own mode; its buffers stay as they are."""
-        modes = {module: module.training for module in model.modules()}
-        with frozen(model), torch.inference_mode(False), torch.no_grad(), self.applied_to(model), explained(images):
-            for module, training in modes.items():
-                module.training = training
-                for name, buffer in list(module._buffers.items()) if training else ():
-                    if buffer is not None:  # batch statistics go to a copy that is thrown away
-                        module._buffers[name] = buffer.clone()
-            model(images.clone())  # a copy, since a model may work on its input in place
-
-    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
+    def keep(layer: str, dim: int, values: Tensor) -> Tensor:
         kept = values.detach()
-        self.values[layer] = (
-            kept.clone() if self._indices is None else kept.index_select(dim, self._indices.on(layer, values.device))
-        )
+        outputs[layer] = kept.clone() if indices is None else kept.index_select(dim, indices(layer, values.device))
         return values.view_as(values)  # a tensor of its own, since an activation in place gives what was followed
 
-
-class _Transplant(_Sized):
-    """Replaces channels by values that were kept."""
-
-    def __init__(self, graft: Graft, values: Mapping[str, Tensor], at: str, *, picked: bool) -> None:
-        super().__init__(graft.route.channels, at)
-        self.sizes = graft.sizes
-        self._values = values
-        self._picked = picked  # whether the values are those of the route's channels alone
-        self._indices = _Indices(graft.route)
-
-    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
-        index = self._indices.on(layer, values.device)
-        clean = self._values[layer]
-        expected = list(values.shape)
-        if self._picked:
-            expected[dim] = len(index)
-        if list(clean.shape) != expected:
-            raise UserError(
-                f"layer {layer!r} gives {tuple(expected)} here but {tuple(clean.shape)} for the clean images: "
-                "both batches must have the same images in the same order"
-            )
-        clean = clean.to(values.device, values.dtype)  # not to(values), which a follower would take for a use of it
-        if not self._picked:
-            clean = clean.index_select(dim, index)
-        return values.clone().index_copy_(dim, index, clean)  # a clone keeps the memory format
+    edits = LayerEdits(channels, keep, at, seen=partial(_note_size, {} if sizes is None else sizes))
+    modes = {module: module.training for module in model.modules()}
+    with frozen(model), torch.inference_mode(False), torch.no_grad(), edits.applied_to(model), explained(images):
+        for module, training in modes.items():
+            module.training = training
+            for name, buffer in list(module._buffers.items()) if training else ():
+                if buffer is not None:  # batch statistics go to a copy that is thrown away
+                    module._buffers[name] = buffer.clone()
+        model(images.clone())  # a copy, since a model may work on its input in place
+    return outputs
 
 
-class _Weakening(LayerEdits):
-    """Multiplies kernel slices as the layers run."""
-
-    def __init__(
-        self, model: nn.Module, route: Route, targets: Route, beta: float, connections: Connections | None
-    ) -> None:
-        super().__init__(targets.channels)
-        self._model = model
-        self._route = route
-        self._beta = beta
-        self._connections = connections
-        self._factors: dict[tuple[str, torch.device, torch.dtype], Tensor | None] = {}
-
-    def begun(self, args: tuple[Any, ...]) -> None:
-        if self._connections is None:
-            if not args or not isinstance(args[0], Tensor):
-                raise UserError("weaken looks at the first batch, so call model(images), or pass connections=...")
-            self._connections = Connections.of_route(self._model, args[0], self._route)
-
-    def run(self, call: LayerCall) -> Tensor:
-        factor = self._factor(call.name, call.weight)
-        if factor is None:
-            return call.run()
-        if call.kind == "linear" and is_recording():  # which takes a linear map's weight before this changes it
-            raise UserError(
-                f"linear layer {call.name!r} is weakened, so the network cannot be traced here: trace a copy with "
-                "these weights"
-            )
-        return call.run(call.weight * factor)
-
-    def _factor(self, layer: str, weight: Tensor) -> Tensor | None:
-        """What to multiply the kernel by; None for ones."""
-        key = (layer, weight.device, weight.dtype)
-        if key not in self._factors:
-            assert self._connections is not None
-            with torch.inference_mode(False):  # a factor made in inference mode could not serve a backward pass
-                slices = self._connections.between(self._route, layer)
-                factor = weight.new_ones(slices.shape).masked_fill_(slices.to(weight.device), self._beta)
-                factor = factor.reshape(*slices.shape, *(1,) * (weight.ndim - slices.ndim))
-            self._factors[key] = factor if slices.any() else None
-        return self._factors[key]
+def _note_size(sizes: dict[str, LayerSize], call: LayerCall, output: Tensor) -> None:
+    per_sample = output.numel() // max(1, output.shape[0])
+    sizes[call.name] = LayerSize(call.kind, output.shape[CHANNEL_DIM[call.kind]], per_sample)
 
 
-class _Indices:
-    """A route's channels as indices on the device where they are needed."""
+def _indices(route: Route) -> Callable[[str, torch.device], Tensor]:
+    """A route's channels as indices, made once for each device where they are needed."""
 
-    def __init__(self, route: Route) -> None:
-        self._route = route
-        self._known: dict[tuple[str, torch.device], Tensor] = {}
+    @cache
+    def indices(layer: str, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):  # an index made in inference mode could not serve a backward pass
+            return route[layer].to(device)
 
-    def on(self, layer: str, device: torch.device) -> Tensor:
-        if (layer, device) not in self._known:
-            with torch.inference_mode(False):  # an index made in inference mode could not serve a backward pass
-                self._known[layer, device] = self._route[layer].to(device)
-        return self._known[layer, device]
+    return indices
 
 
 def _chosen(model: nn.Module, route: Route, layers: Iterable[str] | None) -> Route:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ Edit = Callable[[Tensor], Tensor]
 def _functions(*names: str) -> frozenset[Any]:
     """Every spelling of these functions, in place or not, as PyTorch's function modes see them."""
     spellings = [name + suffix for name in names for suffix in ("", "_")]
-    return frozenset(getattr(home, name) for home in (torch, F, Tensor) for name in spellings if hasattr(home, name))
+    return frozenset(getattr(place, name) for place in (torch, F, Tensor) for name in spellings if hasattr(place, name))
 
 
 _ACTIVATIONS = _functions(
@@ -107,35 +108,34 @@ def check_site(at: str) -> None:
         )
 
 
+@dataclass
 class LayerEdits:
     """Edits the outputs of some layers as they run, and checks that every forward pass had these layers.
 
-    Subclasses say what happens, in :meth:`begun`, :meth:`run` and :meth:`edited`.
-
-    Args:
+    Attributes:
         channels: The layers, and how many channels each must have; None where that is open.
+        edit: ``(layer, dim, values) -> tensor`` that flows on instead of ``values``, whose channels stand at ``dim``
+            and which must not be written to; None for ``values`` themselves.
         at: ``"output"`` for the layer's own output, or ``"activation"`` for that of the activation that follows it.
+        run: Runs one of the layers.
+        begun: Called as a forward pass begins, with the model's positional arguments.
+        seen: Called with every call of a layer of the model, edited or not, and what flows on.
 
     Raises:
         UserError: ``at`` is unknown.
     """
 
-    def __init__(self, channels: Mapping[str, int | None], at: str = OUTPUT) -> None:
-        check_site(at)
-        self._channels = channels
-        self._follower = ActivationFollower() if at == ACTIVATION else None
+    channels: Mapping[str, int | None]
+    edit: Callable[[str, int, Tensor], Tensor] | None = None
+    at: str = OUTPUT
+    run: Callable[[LayerCall], Tensor] = field(default=lambda call: call.run(), kw_only=True)
+    begun: Callable[[tuple[Any, ...]], None] = field(default=lambda args: None, kw_only=True)
+    seen: Callable[[LayerCall, Tensor], None] = field(default=lambda call, output: None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_site(self.at)
+        self._follower = ActivationFollower() if self.at == ACTIVATION else None
         self._ran: set[str] = set()
-
-    def begun(self, args: tuple[Any, ...]) -> None:
-        """A forward pass begins, with these positional arguments of the model."""
-
-    def run(self, call: LayerCall) -> Tensor:
-        """Run one of the layers."""
-        return call.run()
-
-    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
-        """What flows on instead of ``values``, whose channels stand at ``dim``; they must not be written to."""
-        return values
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
@@ -144,41 +144,45 @@ class LayerEdits:
 
         def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
             if module is model and pass_level() == level:  # a copy of the model made meanwhile copies its hooks
-                self._begin(args)
+                self._forget()  # the pass before may have broken off
+                self.begun(args)
 
         def end(module: nn.Module, *_: object) -> None:
             if module is model and pass_level() == level:
-                self._end()
+                self._require_all()
+                self._forget()  # what reads an output after the pass reads it for other ends
 
         with ExitStack() as stack:
             if self._follower is not None:
                 stack.enter_context(self._follower)
-            stack.enter_context(LayerCalls(model, self.visit, linear=True))
+            stack.enter_context(LayerCalls(model, self._visit, linear=True))
             stack.callback(model.register_forward_pre_hook(begin).remove)
             stack.callback(model.register_forward_hook(end).remove)
             yield
 
-    def visit(self, call: LayerCall) -> Tensor:
+    def _visit(self, call: LayerCall) -> Tensor:
         """Run one layer of the model; what it returns flows on."""
-        if call.name not in self._channels:
-            return call.run()
+        output = self._edited(call) if call.name in self.channels else call.run()
+        self.seen(call, output)
+        return output
+
+    def _edited(self, call: LayerCall) -> Tensor:
         output = self.run(call)
-        dim = CHANNEL_DIM[call.kind]
-        self._require_channels(call.name, output.shape[dim])
+        dim, expected = CHANNEL_DIM[call.kind], self.channels[call.name]
+        if expected is not None:
+            require_channels(call.name, expected, output.shape[dim])
         self._ran.add(call.name)
-        edit = partial(self.edited, call.name, dim)
+        if self.edit is None:
+            return output
+        edit = partial(self.edit, call.name, dim)
         if self._follower is None:
             return edit(output)
         self._follower.follow(output, call.name, edit)
         return output
 
-    def _begin(self, args: tuple[Any, ...]) -> None:
-        self._forget()  # the pass before may have broken off
-        self.begun(args)
-
-    def _end(self) -> None:
+    def _require_all(self) -> None:
         """A forward pass is done: every layer must have run, and have been edited."""
-        for layer in self._channels:
+        for layer in self.channels:
             if layer not in self._ran:
                 raise UserError(
                     f"layer {layer!r} did not run in the model's forward pass: use the model that the route was made "
@@ -189,14 +193,8 @@ class LayerEdits:
                     f"no activation follows layer {layer!r}, so there is none to edit: "
                     'use at="output", or leave the layer out (layers=...)'
                 )
-        self._forget()  # what reads an output after the pass reads it for other ends
 
     def _forget(self) -> None:
         self._ran.clear()
         if self._follower is not None:
             self._follower.clear()
-
-    def _require_channels(self, layer: str, count: int) -> None:
-        expected = self._channels[layer]
-        if expected is not None:
-            require_channels(layer, expected, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from attackroute.cli.arguments import integer, option, parse_names, parse_share, switch
 from attackroute.cli.options import (
@@ -18,9 +18,6 @@ from attackroute.cli.options import (
     TracingOptions,
     open_folder,
 )
-
-if TYPE_CHECKING:
-    pass
 
 ANALYZE_EXAMPLES = """
 Examples:
@@ -108,6 +105,7 @@ class AnalyzeOptions:
 def analyze(options: AnalyzeOptions) -> None:
     """Run experiments into a folder, and show what each came to."""
     from attackroute.analysis.experiment import ExperimentResult, chosen_experiments
+    from attackroute.analysis.experiment import analyze as run_experiments
     from attackroute.analysis.sites import check_site
     from attackroute.analysis.study import Study
     from attackroute.core.document import Document
@@ -147,7 +145,7 @@ def analyze(options: AnalyzeOptions) -> None:
         output.table(summary.columns, summary.rows)
         output.line(document.reading)
 
-    documents = study.run_all(options.only, resume=options.resume, done=tell)
+    documents = run_experiments(study, options.only, resume=options.resume, done=tell)
     output.line(f"Tables and figures are in {options.out}")
     experiments = {name: document.to_json() for name, document in documents.items()}
     output.result({"folder": str(options.out), "experiments": experiments})

@@ -20,7 +20,6 @@ from attackroute.analysis.experiments.deactivate import deactivate_accuracy
 from attackroute.analysis.experiments.occurrence import measure_occurrence
 from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
 from attackroute.analysis.hardness_experiment import study_hardness
-from attackroute.analysis.intervention_table import DEACTIVATE
 from attackroute.analysis.intervention_trials import correct_when_clean
 from attackroute.analysis.interventions import record_outputs
 from attackroute.analysis.sites import LayerEdits
@@ -165,7 +164,7 @@ def _deactivated(study: Study, progress: Progress, layers: Sequence[str], at: st
     """The first of the layers, the last one, and all together."""
     compared = replace(study.comparison(progress), at=at)
     result = deactivate_accuracy(compared, layers=[layers[0], layers[-1]], together=[layers])
-    return _with_figure(result, name, DEACTIVATE)
+    return _with_figure(result, name, "deactivate")
 
 
 def _activated(study: Study) -> list[str]:

@@ -166,9 +166,9 @@ def reproduce(
                 for name, experiment in PARTS[target].items()
             }
             for name, (experiment, study) in experiments.items():
-                document = study.finished(experiment) if settings.resume else None
+                document = experiment.finished(study) if settings.resume else None
                 if document is None:
-                    _, document = study.run(experiment)
+                    _, document = experiment.carry_out(study)
                 line(f"{folder.name}, {name} ({document.about['seconds']:.0f} s)")
     results = _results(settings.folder)
     text = skeleton() if settings.page is None else _text(settings.page)

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from attackroute.analysis.controls import Comparison, check_shares
 from attackroute.analysis.experiment import experiment
-from attackroute.analysis.intervention_table import DEACTIVATE, InterventionTable, Setting
-from attackroute.analysis.intervention_trials import CorrectSamples, measure, plan, route_settings
+from attackroute.analysis.figures.accuracy import shares_figure
+from attackroute.analysis.intervention_table import InterventionTable, Setting
+from attackroute.analysis.intervention_trials import measure
 from attackroute.analysis.interventions import deactivate
 from attackroute.analysis.study import Study
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deactivation(InterventionTable):
+    """Accuracies with channels set to zero.
+
+    Attributes:
+        route: A route with its frequencies, to draw beside what its deactivation costs; None for no such picture.
+        title: Of that picture.
+    """
+
+    kind = "deactivate"
+    route: Route | None = None
+    title: str = ""
+
+    @property
+    def opening(self) -> str:
+        """How the reading begins."""
+        share = f"{self.main_share:.0%}"
+        return f"Setting {share} of one layer's channels to zero at its {self.at}; in clear effect, by layers:"
+
+    def figures(self) -> dict[str, Figure]:
+        """``deactivate`` (Fig. 4a), and with a route also ``deactivate-route``."""
+        from attackroute.analysis.figures.route import route_figure
+
+        picture = {} if self.route is None else {"deactivate-route": route_figure(self.route, self, self.title)}
+        return {"deactivate": shares_figure(self, None), **picture}
 
 
 @experiment(
@@ -37,18 +68,13 @@ def deactivate_accuracy(
     layers: Iterable[str] | None = None,
     shares: Iterable[float] = SHARES,
     together: Iterable[Sequence[str]] | None = None,
-) -> InterventionTable:
+) -> Deactivation:
     """Accuracy on clean images with channels set to zero: a growing share of each layer alone, and of several together.
 
     Sets of channels grow by rank, each within the next. Random channels are off the given route, so their sets end
-    where those are used up.
-
-    Args:
-        compared: The route and its controls; only images that the untouched network gets right count. The reading is
-            about its share.
-        layers: The layers to change alone; None for all of the route's.
-        shares: Shares of a layer's channels, in [0, 1].
-        together: Groups of layers to change together; None for all of ``layers``.
+    where those are used up. Only images that the untouched network gets right count. The reading is about the share of
+    ``compared``. Changed alone are ``layers``, or all of the route's; together the groups in ``together``, or all of
+    ``layers``.
 
     Raises:
         UserError: A layer is not on the route, a share is outside [0, 1], no sample is classified correctly, or a
@@ -59,14 +85,10 @@ def deactivate_accuracy(
     single = tuple(route if layers is None else route.restrict(layers))
     whole = [single] if together is None else [tuple(route.restrict(group)) for group in together]
     groups = list(dict.fromkeys([*((layer,) for layer in single), *whole]))
-    rankings = compared.rankings({layer for group in groups for layer in group})
-
-    def intervene(channels: Route, _: float | None, __: CorrectSamples) -> AbstractContextManager[object]:
-        return deactivate(compared.model, channels, at=compared.at)
-
-    trials = plan(rankings, [Setting(group, level) for group in groups for level in levels])
-    table, counts = measure(compared, trials, intervene)
-    return InterventionTable(
-        kind=DEACTIVATE, table=table, settings=route_settings(trials), main_share=compared.share, at=compared.at,
-        counts=counts,
-    )  # fmt: skip
+    return measure(
+        Deactivation,
+        compared,
+        compared.rankings({layer for group in groups for layer in group}),
+        [Setting(group, level) for group in groups for level in levels],
+        lambda channels, _, __: deactivate(compared.model, channels, at=compared.at),
+    )

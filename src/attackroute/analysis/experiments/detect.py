@@ -6,13 +6,15 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.controls import ROUTE, SampleRouter, joined_routes, sample_routes
+from attackroute.analysis.controls import ROUTE, Router, batch_router, joined_routes, sample_routes
 from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.figures.style import draw_spread, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.checks import checked_labels, checked_logits
@@ -29,12 +31,11 @@ from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RANDOM_ROUTE = "random route"
-SOFTMAX, MARGIN = "softmax", "margin"
+RANDOM_ROUTE, SOFTMAX, MARGIN = "random route", "softmax", "margin"
 ALL_LAYERS = "all"
-_AREA = {"value": "", "low": "_low", "high": "_high"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +68,14 @@ class Detection(ExperimentResult):
     route_width: float
 
     @property
-    def attacks(self) -> tuple[str, ...]:
+    def attacks(self) -> list[str]:
         """The attacks."""
-        return tuple(self.table.distinct("attack"))
+        return self.table.distinct("attack")
 
     @property
-    def scores(self) -> tuple[str, ...]:
-        """The scores."""
-        return tuple(self.table.distinct("score"))
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The layers whose routes are compared alone."""
-        return tuple(name for name in self.table.distinct("layer") if name != ALL_LAYERS)
+    def scores(self) -> list[str]:
+        """The scores, the route's first."""
+        return self.table.distinct("score")
 
     def rows(self, attack: str, score: str, layer: str = ALL_LAYERS) -> list[Record]:
         """The rows of one score, one for each random draw."""
@@ -95,13 +91,15 @@ class Detection(ExperimentResult):
                 continue
             controls: dict[str, list[str]] = {"beats": [], "loses to": [], "is level with": []}
             for score in self.scores[1:]:
-                rows = self.rows(attack, score)
-                signs = {row["route_against_it"] for row in rows}
+                signs = {row["route_against_it"] for row in self.rows(attack, score)}
                 verdict = "beats" if signs == {1} else "loses to" if signs == {-1} else "is level with"
-                controls[verdict].append(f"{score} {statistics.fmean(row['auroc'] for row in rows):.2f}")
+                controls[verdict].append(f"{score} {self._mean(attack, score):.2f}")
             verdicts = ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in controls.items() if names)
             clauses.append(f"{attack} {route['auroc']:.2f} ({verdicts})")
         return f"AUROC of the distance from the predicted class's route: {'; '.join(clauses)}."
+
+    def _mean(self, attack: str, score: str) -> float:
+        return statistics.fmean(row["auroc"] for row in self.rows(attack, score))
 
     def about(self) -> dict[str, Any]:
         """What the areas have in common."""
@@ -118,21 +116,16 @@ class Detection(ExperimentResult):
 
     def summary(self) -> Table:
         """The areas over all layers by score and attack."""
-        lines = []
-        for score in self.scores:
-            cells = []
-            for attack in self.attacks:
-                rows = self.rows(attack, score)
-                mean = statistics.fmean(row["auroc"] for row in rows)
-                cells.append(f"{mean:.3f}" if rows[0]["attacked"] else "-")
-            lines.append((score, *cells))
-        return Table(("score", *(f"AUROC, {attack}" for attack in self.attacks)), tuple(lines))
+        fooled = {attack: self.rows(attack, ROUTE)[0]["attacked"] for attack in self.attacks}
+        lines = (
+            (score, *(f"{self._mean(attack, score):.3f}" if count else "-" for attack, count in fooled.items()))
+            for score in self.scores
+        )
+        return Table(("score", *(f"AUROC, {attack}" for attack in fooled)), tuple(lines))
 
     def figures(self) -> dict[str, Figure]:
         """``detect``: areas under the ROC curve, by score and by layer."""
-        from attackroute.analysis.figures.detect import detection_figure
-
-        return {"detect": detection_figure(self)}
+        return {"detect": _figure(self)}
 
 
 @experiment(
@@ -180,8 +173,7 @@ def detect(
         width: Share of each layer's channels on a sample's route.
         route_width: Share of each layer's channels on a class's route.
         seeds: One set of random routes for each.
-        config: How routes are traced; None for the paper's way. They cannot follow noise, since an image to judge has
-            no clean partner.
+        config: How routes are traced; None for the paper's way. They cannot follow noise.
         batch_size: Rows per forward pass when data are tensors.
         progress: Called with (images traced, in all or None).
 
@@ -198,16 +190,15 @@ def detect(
         if reference_routes[ROUTE].labels is None:
             raise UserError("the reference data have no labels: give (images, labels)")
         stream = BatchStream(model, data, batch_size)
-        judge = _Judge(model, attacks, SampleRouter.probe(model, stream.first[0], width, config=config))
-        judged: list[_Judged] = []
-        samples = 0
-        for batch in stream.map(judge.judge):
-            judged.append(batch)
-            samples += batch.samples
+        judge = partial(_judge, model, attacks, batch_router(model, stream.first[0], width, config=config))
+        groups: list[_Group] = []
+        samples = counted = 0
+        for number, right, of_batch in stream.map(judge):
+            groups += of_batch
+            samples += number
+            counted += right
             if progress is not None:
                 progress(samples, stream.total)
-    groups = [group for batch in judged for group in batch.groups]
-    counted = sum(batch.counted for batch in judged)
     if not counted:
         raise UserError(
             f"the network gets none of the {samples} samples right when they are clean: check its weights "
@@ -215,9 +206,8 @@ def detect(
         )
     routes = joined_routes([each.routes for each in groups])
     group, seen, softmax, margin = (
-        torch.cat([getattr(each, name) for each in groups]) for name in ("group", "seen", "softmax", "margin")
+        torch.cat([getattr(each, name) for each in groups]) for name in ("attack", "seen", "softmax", "margin")
     )
-    logit_scores = {SOFTMAX: softmax, MARGIN: margin}
     classes = {by: each.by_label(route_width) for by, each in reference_routes.items()}
     has_route = torch.tensor([int(label) in classes[ROUTE] for label in seen], dtype=torch.bool)
     if not has_route[group == 0].any():
@@ -234,12 +224,12 @@ def detect(
     rows: list[Record] = []
     for number, attack in enumerate(attacks, start=1):
         clean, fooled = (group == 0) & has_route, (group == number) & has_route
-        scores: dict[tuple[str, int | None, str], Tensor] = {}
-        for (by, draw), values in distances.items():
-            scores[by, draw, ALL_LAYERS] = values.mean(1)
-            for column, layer in enumerate(layers):
-                scores[by, draw, layer] = values[:, column]
-        scores |= {(name, None, ALL_LAYERS): values for name, values in logit_scores.items()}
+        scores = {
+            (by, draw, layer): of_layer
+            for (by, draw), values in distances.items()
+            for layer, of_layer in zip((ALL_LAYERS, *layers), (values.mean(1), *values.unbind(1)), strict=True)
+        }
+        scores |= {(name, None, ALL_LAYERS): values for name, values in ((SOFTMAX, softmax), (MARGIN, margin))}
         rows += _rows(attack, scores, clean, fooled)
     return Detection(
         table=Table.of(rows), reference=len(reference_routes[ROUTE]), samples=samples, counted=counted,
@@ -256,102 +246,74 @@ def _rows(
     predictors = {name: scores[key][chosen].double().numpy() for name, key in names.items()}
     for each in associations(predictors, fooled[chosen].numpy(), AUROC):
         score, draw, layer = names[each["predictor"]]
-        area = {f"auroc{end}": math.nan if each[name] is None else each[name] for name, end in _AREA.items()}
+        area = (math.nan if each[name] is None else each[name] for name in ("value", "low", "high"))
         behind = 0 if each["lead"] is None else int(each["lead_low"] > 0) - int(each["lead_high"] < 0)
         yield {
             "attack": attack,
             "score": score,
             "draw": draw,
             "layer": layer,
-            **area,
+            **dict(zip(("auroc", "auroc_low", "auroc_high"), area, strict=True)),
             "attacked": int(fooled.sum()),
             "clean": int(clean.sum()),
             "route_against_it": behind,
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _Group:
-    """Images of one batch that are all clean, or all of one attack.
+    """Images of one batch that are all clean, or all of one attack; a number, a class or a score for each image."""
 
-    Attributes:
-        group: For each image 0, or its attack's number.
-        seen: The class that the network sees in it.
-        softmax: Its score by the largest probability.
-        margin: Its score by the margin of the two largest logits.
-        routes: Its routes by criterion.
-    """
-
-    group: Tensor
-    seen: Tensor
+    attack: Tensor  # its number; 0 for clean images
+    seen: Tensor  # the class that the network sees
     softmax: Tensor
     margin: Tensor
-    routes: dict[str, InstanceRoutes]
+    routes: dict[str, InstanceRoutes]  # by criterion
 
 
-@dataclass(frozen=True, eq=False)
-class _Judged:
-    """One batch: how many images it has, how many count, and these by group."""
-
-    samples: int
-    counted: int
-    groups: list[_Group]
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Takes batches one by one: clean images that the model gets right, then those with which each attack fools it."""
-
-    model: nn.Module
-    attacks: Mapping[str, Attack]
-    router: SampleRouter
-
-    def judge(self, images: Tensor, answers: Tensor | None) -> _Judged:
-        logits = self._logits(images)
-        labels = _require(answers, logits)
-        right = logits.argmax(1) == labels
-        groups = []
-        if right.any():
-            groups.append(self._group(0, images[right], logits[right]))
-            for number, attack in enumerate(self.attacks.values(), start=1):
-                changed, _ = attacked(self.model, attack, images[right], labels[right])
-                logits_then = self._logits(changed)
-                fooled = logits_then.argmax(1) != labels[right]
-                if fooled.any():
-                    groups.append(self._group(number, changed[fooled], logits_then[fooled]))
-        return _Judged(len(images), int(right.sum()), groups)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return checked_logits(self.model(images.clone()), len(images)).detach()
-
-    def _group(self, number: int, images: Tensor, logits: Tensor) -> _Group:
-        seen = logits.argmax(1)
-        two = logits.double().topk(2, dim=1).values
-        return _Group(
-            torch.full((len(images),), number),
-            seen.cpu(),
-            log_doubt(logits.double(), seen).cpu(),
-            (two[:, 1] - two[:, 0]).cpu(),
-            self.router.routes(images, None),
-        )
-
-
-def _require(labels: Tensor | None, logits: Tensor) -> Tensor:
-    if labels is None:
+def _judge(
+    model: nn.Module, attacks: Mapping[str, Attack], routes_of: Router, images: Tensor, answers: Tensor | None
+) -> tuple[int, int, list[_Group]]:
+    """A batch's samples, how many of them the model gets right, and of these the clean ones and those that fool it."""
+    if answers is None:
         raise UserError("the data have no labels: give (images, labels)")
-    return checked_labels(labels, logits.shape[1], len(logits))
+    logits = _logits(model, images)
+    labels = checked_labels(answers, logits.shape[1], len(logits))
+    right = logits.argmax(1) == labels
+    if not right.any():
+        return len(images), 0, []
+    groups = [_group(0, images[right], logits[right], routes_of)]
+    for number, attack in enumerate(attacks.values(), start=1):
+        changed, _ = attacked(model, attack, images[right], labels[right])
+        logits_then = _logits(model, changed)
+        fooled = logits_then.argmax(1) != labels[right]
+        if fooled.any():
+            groups.append(_group(number, changed[fooled], logits_then[fooled], routes_of))
+    return len(images), int(right.sum()), groups
+
+
+def _group(number: int, images: Tensor, logits: Tensor, routes_of: Router) -> _Group:
+    seen = logits.argmax(1)
+    two = logits.double().topk(2, dim=1).values
+    return _Group(
+        attack=torch.full((len(images),), number), seen=seen.cpu(), softmax=log_doubt(logits.double(), seen).cpu(),
+        margin=(two[:, 1] - two[:, 0]).cpu(), routes=routes_of(images, None),
+    )  # fmt: skip
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return checked_logits(model(images.clone()), len(images)).detach()
 
 
 def _distances(routes: InstanceRoutes, classes: Mapping[int, Route], seen: Tensor, has_route: Tensor) -> Tensor:
     """1 less the Jaccard index with the class's route: float64 (samples, layers), NaN without a class route."""
     columns = []
-    labels = sorted(classes)
-    row = {label: index for index, label in enumerate(labels)}
-    index = torch.tensor([row.get(int(label), 0) for label in seen])
+    rows = {label: row for row, label in enumerate(classes)}
+    index = torch.tensor([rows.get(int(label), 0) for label in seen])
     for layer in routes.layers:
         masks = routes.masks[layer]
-        of_class = torch.stack([classes[label].mask(layer) for label in labels])[index]
+        of_class = torch.stack([route.mask(layer) for route in classes.values()])[index]
         columns.append(1 - (masks & of_class).sum(1).double() / (masks | of_class).sum(1))
     return torch.stack(columns, dim=1).masked_fill(~has_route[:, None], torch.nan)
 
@@ -363,3 +325,55 @@ def _random_route(route: Route, seed: int, label: int) -> Route:
         for layer, count in route.channels.items()
     }
     return Route(indices, route.channels)
+
+
+def _figure(result: Detection) -> Figure:
+    """Areas under the ROC curve: over all layers with intervals on the left, of single layers' routes on the right."""
+    attacks = result.attacks
+    layers = [name for name in result.table.distinct("layer") if name != ALL_LAYERS]
+    figure = new_figure(max(6.5, 0.36 * len(layers) + 3.6), 1.9 * len(attacks) + 1.6)
+    panels = figure.subplots(len(attacks), 2, squeeze=False, sharey=True, width_ratios=(1, max(1.2, len(layers) / 7)))
+    handles: dict[str, Any] = {}
+    for (left, right), attack in zip(panels, attacks, strict=True):
+        handles |= _all_layers(left, result, attack)
+        _single_layers(right, result, attack, layers)
+        counts = result.rows(attack, result.scores[0])[0]
+        left.set_title(f"{attack}\n{counts['attacked']} attacked, {counts['clean']} clean", fontsize=8, loc="left")
+        right.set_title("by the routes of one layer", fontsize=8, loc="left")
+        for axes in (left, right):
+            axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+            axes.set_ylim(-0.02, 1.04)
+            tidy(axes)
+    for axes in panels[:-1].flatten():
+        axes.tick_params(labelbottom=False)
+    upright_layers(panels[-1][0], result.scores)
+    upright_layers(panels[-1][1], layers)
+    figure.supylabel("AUROC (dotted: chance)", fontsize=9)
+    figure.suptitle("Attacked images told by the distance of their routes from the predicted class's", fontsize=9.5)
+    shared_legend(figure, handles)
+    return figure
+
+
+def _all_layers(axes: Axes, result: Detection, attack: str) -> dict[str, Any]:
+    handles: dict[str, Any] = {}
+    for place, score in enumerate(result.scores):
+        style = look(score)
+        rows = result.rows(attack, score)
+        for index, row in enumerate(rows):
+            at = place + (index - (len(rows) - 1) / 2) * 0.14
+            errors = [[row["auroc"] - row["auroc_low"]], [row["auroc_high"] - row["auroc"]]]
+            axes.errorbar(at, row["auroc"], errors, elinewidth=1.2, capsize=2, **style.point)
+        handles[score + (f" ({len(rows)} draws)" if len(rows) > 1 else "")] = axes.plot([], [], **style.point)[0]
+    axes.set_xticks(range(len(result.scores)))
+    axes.set_xlim(-0.6, len(result.scores) - 0.4)
+    return handles
+
+
+def _single_layers(axes: Axes, result: Detection, attack: str, layers: Sequence[str]) -> None:
+    for score in result.scores:
+        rows = [result.rows(attack, score, layer) for layer in layers]
+        if not all(rows):
+            continue
+        values = [[row["auroc"] for row in each] for each in rows]
+        draw_spread(axes, range(len(layers)), values, look(score))
+    axes.set_xticks(range(len(layers)))

@@ -13,6 +13,7 @@ import torch
 
 from attackroute.analysis.controls import ROUTE, sample_routes
 from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.figures.style import draw_spread, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.errors import UserError
 from attackroute.core.table import Record, Table
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 OCCURRENCE, OVERLAP, CLASSES = "occurrence", "overlap", "overlap of classes"
 RANDOM_ROUTES = "random routes"
-_BLOCK = 4096  # random routes at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +92,7 @@ class Occurrence(ExperimentResult):
 
     def about(self) -> dict[str, Any]:
         """What the numbers have in common."""
-        return {
-            "share": self.share,
-            "width": self.width,
-            "route_width": self.route_width,
-            "samples": self.samples,
-        }
+        return {name: getattr(self, name) for name in ("share", "width", "route_width", "samples")}
 
     def summary(self) -> Table:
         """Occurrence of the route, of random routes, and overlaps with routes of attacked images and of controls."""
@@ -113,9 +108,7 @@ class Occurrence(ExperimentResult):
 
     def figures(self) -> dict[str, Figure]:
         """``occurrence``: Table 1 as lines over layers."""
-        from attackroute.analysis.figures.occurrence import occurrence_figure
-
-        return {"occurrence": occurrence_figure(self)}
+        return {"occurrence": _figure(self)}
 
 
 @experiment(
@@ -152,7 +145,7 @@ def measure_occurrence(
 
     Args:
         routes: Instance routes by name, of the same width and layers: those of clean samples first, then, say, of
-            attacked ones, of another model, or by another criterion.
+            attacked ones, or by another criterion.
         baselines: Further model routes to compare the first one's with.
         share: Share of a layer's channels that an occurrence is the mean over; None for the routes' own width.
         width: Width of the model routes that are compared.
@@ -168,47 +161,34 @@ def measure_occurrence(
         require_same(first.channels, other.channels, f"the routes {name!r}")
     share = first.width if share is None else share
     rows: list[Record] = []
+
+    def add(
+        measure: str,
+        values: Mapping[str, float],
+        of: str,
+        beside: str | None = None,
+        draw: int | None = None,
+        chance: Mapping[str, float] | None = None,
+    ) -> None:
+        for layer, value in values.items():
+            label = {"measure": measure, "of": of, "beside": beside, "draw": draw, "value": value}
+            by_chance = None if chance is None else chance[layer]
+            rows.append({"layer": layer, "channels": first.channels[layer], **label, "chance": by_chance})
+
     for name, each in routes.items():
-        rows += _rows(first, OCCURRENCE, each.occurrence(share), name)
+        add(OCCURRENCE, each.occurrence(share), name)
     for seed in seeds:
-        rows += _rows(first, OCCURRENCE, _random_occurrence(first, share, seed), RANDOM_ROUTES, draw=seed)
+        add(OCCURRENCE, _random_occurrence(first, share, seed), RANDOM_ROUTES, draw=seed)
     model_routes = {name: each.aggregate(width) for name, each in routes.items()}
     route = model_routes.pop(first_name)
     for name, beside in {**model_routes, **(baselines or {})}.items():
-        chance = _chance(route, beside)
-        rows += _rows(first, OVERLAP, route.jaccard(beside), first_name, beside=name, chance=chance)
+        add(OVERLAP, route.jaccard(beside), first_name, beside=name, chance=_chance(route, beside))
     pairs = [] if first.labels is None else list(combinations(first.by_label(width).values(), 2))
     if pairs:
         overlaps = [left.jaccard(right) for left, right in pairs]
         means = {layer: statistics.fmean(values[layer] for values in overlaps) for layer in first.layers}
-        rows += _rows(first, CLASSES, means, first_name, chance=_chance(*pairs[0]))
+        add(CLASSES, means, first_name, chance=_chance(*pairs[0]))
     return Occurrence(table=Table.of(rows), share=share, width=first.width, route_width=width, samples=len(first))
-
-
-def _rows(
-    routes: InstanceRoutes,
-    measure: str,
-    values: Mapping[str, float],
-    of: str,
-    *,
-    beside: str | None = None,
-    draw: int | None = None,
-    chance: Mapping[str, float] | None = None,
-) -> list[Record]:
-    """One number of each layer as rows of the table."""
-    return [
-        {
-            "layer": layer,
-            "channels": routes.channels[layer],
-            "measure": measure,
-            "of": of,
-            "beside": beside,
-            "draw": draw,
-            "value": value,
-            "chance": None if chance is None else chance[layer],
-        }
-        for layer, value in values.items()
-    ]
 
 
 def chance_jaccard(left: int, right: int, channels: int) -> float:
@@ -235,9 +215,49 @@ def _random_occurrence(routes: InstanceRoutes, share: float, seed: int) -> dict[
     occurrence = {}
     for layer, count in routes.channels.items():
         frequency = torch.zeros(count, dtype=torch.float64)
-        for start in range(0, len(routes), _BLOCK):
-            block = min(_BLOCK, len(routes) - start)
+        for start in range(0, len(routes), 4096):
+            block = min(4096, len(routes) - start)
             chosen = torch.rand(block, count, generator=generator).topk(kept(routes.width, count), dim=1).indices
             frequency += torch.bincount(chosen.flatten(), minlength=count)
         occurrence[layer] = float(frequency.topk(kept(share, count)).values.mean()) / len(routes)
     return occurrence
+
+
+def _figure(result: Occurrence) -> Figure:
+    """Occurrence of routes by several criteria; Jaccard index of the route with others, and of classes' routes."""
+    layers = result.layers
+    figure = new_figure(max(6.4, 0.42 * len(layers) + 1.5), 5.4)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    handles: dict[str, Any] = {}
+    for name, _ in result.names(OCCURRENCE):
+        values = [[100 * value for value in result.values(layer, OCCURRENCE, name)] for layer in layers]
+        draws = f" (mean, range of {len(values[0])})" if len(values[0]) > 1 else ""
+        handles[f"{name}{' images' if not handles else ''}{draws}"] = draw_spread(
+            upper, range(len(layers)), values, look(name), alpha=0.3
+        )
+    upper.set_ylim(0, 104)
+    upper.set_ylabel("occurrence in %", fontsize=9)
+    upper.set_title(
+        f"Mean frequency of the most frequent {result.share:.0%} of channels on {result.samples} images' routes",
+        fontsize=9,
+    )
+    for of, beside in result.names(OVERLAP):
+        assert beside is not None
+        (line,) = lower.plot([result.values(layer, OVERLAP, of, beside)[0] for layer in layers], **look(beside).line)
+        handles.setdefault(beside, line)
+    for of, _ in result.names(CLASSES):
+        values_of = [result.values(layer, CLASSES, of)[0] for layer in layers]
+        (line,) = lower.plot(values_of, color="#555555", linewidth=1, linestyle="--")
+        handles["pairs of classes (mean)"] = line
+    chance = {row["layer"]: row["chance"] for row in result.table if row["chance"] is not None}
+    if chance:
+        (line,) = lower.plot([chance[layer] for layer in layers], color="black", linewidth=0.9, linestyle=":")
+        handles["by chance"] = line
+    lower.set_ylim(0, 1.04)
+    lower.set_ylabel("Jaccard index", fontsize=9)
+    lower.set_title(f"Overlap of the route ({result.route_width:.0%} of the channels) with other routes", fontsize=9)
+    for axes in (upper, lower):
+        tidy(axes)
+    upright_layers(lower, layers)
+    shared_legend(figure, handles, 4)
+    return figure

@@ -14,6 +14,7 @@ from torch import Tensor
 from attackroute.analysis.channel_statistics import Measured, RunningMean, changes, gradients
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
 from attackroute.core.errors import UserError
@@ -23,12 +24,13 @@ from attackroute.robustness.attack import Attack, attacked
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SENSITIVITY, GRADIENT = "sensitivity", "gradient"
-_QUANTILES = {
-    "minimum": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "maximum": 1.0,
-}  # fmt: skip
+_QUANTILES = {"minimum": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "maximum": 1.0}
+_Quantity = tuple[str, "str | None"]  # with its attack
+_FACES = {ROUTE: "#F6C7A3", OFF_ROUTE: "#D9D9D9"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +79,12 @@ class Sensitivity(ExperimentResult):
                 (route,) = (row["mean"] for row in self.rows(layer, quantity, attack, ROUTE))
                 for criterion in (name for name in self.criteria if name != ROUTE):
                     means = [row["mean"] for row in self.rows(layer, quantity, attack, criterion)]
-                    if means:
-                        mean = statistics.fmean(means)
-                        verdicts.append(
-                            {
-                                "layer": layer,
-                                "quantity": quantity,
-                                "attack": attack,
-                                "control": criterion,
-                                "route_over_control": route / mean if mean else None,
-                                "beats": route > max(means),
-                                "loses": route < min(means),
-                            }
-                        )
+                    if not means:
+                        continue
+                    label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
+                    mean = statistics.fmean(means)
+                    verdict = {"beats": route > max(means), "loses": route < min(means)}
+                    verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
         return verdicts
 
     def reading(self) -> str:
@@ -129,9 +124,7 @@ class Sensitivity(ExperimentResult):
 
     def figures(self) -> dict[str, Figure]:
         """``sensitivity``: Fig. 2 as boxes."""
-        from attackroute.analysis.figures.sensitivity import sensitivity_figure
-
-        return {"sensitivity": sensitivity_figure(self)}
+        return {"sensitivity": _figure(self)}
 
 
 @experiment(
@@ -145,52 +138,42 @@ def run(study: Study, progress: Progress) -> Sensitivity:
     return measure_sensitivity(study.comparison(progress), study.attacks)
 
 
-def measure_sensitivity(
-    compared: Comparison, attacks: Mapping[str, Attack], layers: Sequence[str] | None = None
-) -> Sensitivity:
+def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> Sensitivity:
     """Distributions of sensitivity and gradient over the route's neurons, over all others, and over controls.
 
-    Args:
-        compared: The route and its controls; all images count, also those that the network gets wrong.
-        attacks: Attacks by name.
-        layers: Some of the route's layers; None for all.
+    All images count, also those that the network gets wrong.
 
     Raises:
-        UserError: No attack, no labels, a layer is not on the route, or the route cannot give this share.
+        UserError: No attack, no labels, or the route cannot give this share.
     """
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")
-    model, share, rankings = compared.model, compared.share, compared.rankings(layers)
+    model, share, rankings = compared.model, compared.share, compared.rankings()
     names = rankings[0].layers
-    change_means = {attack: RunningMean() for attack in attacks}
-    gradient_mean = RunningMean()
+    means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in attacks}
+    gradient_mean = means[GRADIENT, None] = RunningMean()
 
-    def batch_means(images: Tensor, labels: Tensor | None) -> tuple[RunningMean, dict[str, RunningMean]]:
+    def batch_means(images: Tensor, labels: Tensor | None) -> dict[_Quantity, RunningMean]:
         if labels is None:
             raise UserError("the data have no labels: give (images, labels)")
-        slope = RunningMean.of(_of_layers(gradients(model, images, labels, linear=True), names))
-        moves = {}
+        measured: dict[_Quantity, Measured] = {(GRADIENT, None): gradients(model, images, labels, linear=True)}
         for name, attack in attacks.items():
             moved, _ = attacked(model, attack, images, labels)
-            moves[name] = RunningMean.of(_of_layers(changes(model, images, moved, linear=True), names))
-        return slope, moves
+            measured[SENSITIVITY, name] = changes(model, images, moved, linear=True)
+        return {key: RunningMean.of(_of_layers(each, names)) for key, each in measured.items()}
 
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, compared.data, compared.batch_size)
-        for slope, moves in stream.map(batch_means):
-            gradient_mean.add(slope)
-            for name, move in moves.items():
-                change_means[name].add(move)
+        for batch in stream.map(batch_means):
+            for key, mean in batch.items():
+                means[key].add(mean)
             if compared.progress is not None:
                 compared.progress(gradient_mean.samples, stream.total)
     if not gradient_mean.samples:
         raise UserError("the data hold no sample: the loader is empty")
-    values: dict[tuple[str, str | None], dict[str, Tensor]] = {
-        (SENSITIVITY, attack): mean.by_layer() for attack, mean in change_means.items()
-    }
-    values[GRADIENT, None] = gradient_mean.by_layer()
     rows: list[Record] = []
-    for (quantity, under), by_layer in values.items():
+    for (quantity, under), mean in means.items():
+        by_layer = mean.by_layer()
         for layer in names:
             for (criterion, draw), mask in layer_sets(rankings, layer, share).items():
                 numbers = by_layer[layer][mask]
@@ -215,3 +198,55 @@ def _distribution(numbers: Tensor) -> Record:
 
 def _title(quantity: str, attack: str | None) -> str:
     return f"{quantity} to {attack}" if attack else quantity
+
+
+def _figure(result: Sensitivity) -> Figure:
+    """One panel for each quantity: boxes of the route and of all other neurons, marks for the means of controls."""
+    quantities, layers = result.quantities, result.layers
+    figure = new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(quantities) + 1.3)
+    panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
+    controls = [name for name in result.criteria if name not in _FACES]
+    handles: dict[str, Any] = {}
+    for axes, (quantity, attack) in zip(panels, quantities, strict=True):
+        for place, layer in enumerate(layers):
+            for side, criterion in enumerate(_FACES):
+                for row in result.rows(layer, quantity, attack, criterion):
+                    handles[label(criterion)] = _box(axes, row, place - 0.27 + 0.2 * side)
+            for index, criterion in enumerate(controls):
+                rows = result.rows(layer, quantity, attack, criterion)
+                if rows:
+                    at = place + 0.1 + 0.34 * index / max(1, len(controls) - 1)
+                    mean = sum(row["mean"] for row in rows) / len(rows)
+                    style = {**look(criterion).point, "markersize": 3.5}
+                    suffix = f"mean of {len(rows)}" if len(rows) > 1 else "mean"
+                    handles[f"{criterion} ({suffix})"] = axes.plot(at, mean, **style)[0]
+        for place in range(len(layers) - 1):
+            axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
+        axes.set_yscale("log")
+        axes.set_title(
+            f"{quantity} to {attack}" if attack else f"{quantity} of the loss, clean images", fontsize=8.5, loc="left"
+        )
+        tidy(axes)
+    upright_layers(panels[-1], layers)
+    figure.suptitle(
+        f"Neurons on the route ({result.share:.0%} of each layer) and off it, {result.samples} images\n"
+        "boxes: quartiles, whiskers: 5 to 95 % of the neurons, diamond: mean",
+        fontsize=9,
+    )
+    shared_legend(figure, handles, 3)
+    return figure
+
+
+def _box(axes: Axes, row: Record, at: float) -> Any:
+    numbers = {
+        "med": row["median"], "q1": row["q25"], "q3": row["q75"], "whislo": row["q05"], "whishi": row["q95"],
+        "mean": row["mean"], "fliers": [],
+    }  # fmt: skip
+    edge = look(row["criterion"]).colour
+    drawn = axes.bxp(
+        [numbers], positions=[at], widths=0.17, showfliers=False, showmeans=True, patch_artist=True,
+        manage_ticks=False, boxprops={"facecolor": _FACES[row["criterion"]], "edgecolor": edge},
+        medianprops={"color": edge}, whiskerprops={"color": edge}, capprops={"color": edge},
+        meanprops={"marker": "D", "markersize": 2.5, "markerfacecolor": edge, "markeredgecolor": "none"},
+    )  # fmt: skip
+    return drawn["boxes"][0]

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, ClassVar
 
 from attackroute.analysis.controls import Comparison, check_shares
 from attackroute.analysis.experiment import experiment
-from attackroute.analysis.intervention_table import TRANSPLANT, InterventionTable, Setting
-from attackroute.analysis.intervention_trials import CorrectSamples, measure, plan, route_settings
+from attackroute.analysis.figures.accuracy import layers_figure, shares_figure
+from attackroute.analysis.intervention_table import InterventionTable, Setting
+from attackroute.analysis.intervention_trials import measure
 from attackroute.analysis.interventions import transplant
 from attackroute.analysis.study import Study
 from attackroute.core.errors import UserError
 from attackroute.robustness.attack import Attack
-from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
+
+class Transplantation(InterventionTable):
+    """Accuracies on attacked images with clean values in some channels."""
+
+    kind = "transplant"
+    helps: ClassVar[bool] = True
+
+    @property
+    def opening(self) -> str:
+        """How the reading begins."""
+        cases = "layers" if len(self.attacks) == 1 else "layers and attacks"
+        share = f"{self.main_share:.0%}"
+        return f"Transplanting {share} of one layer's clean channels at its {self.at}; in clear effect, by {cases}:"
+
+    def figures(self) -> dict[str, Figure]:
+        """``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b)."""
+        return {"transplant-shares": shares_figure(self, self.attacks[0]), "transplant-layers": layers_figure(self)}
 
 
 @experiment(
@@ -37,22 +58,16 @@ def transplant_accuracy(
     layers: Iterable[str] | None = None,
     shares: Iterable[float] = SHARES,
     together: Iterable[Sequence[str]] | None = None,
-    swept: Iterable[str] | None = None,
-) -> InterventionTable:
+) -> Transplantation:
     """Accuracy on attacked images with clean values in some channels: the route's, and controls of the same size.
 
-    Every layer alone at a growing share (Fig. 3a), and single layers and several together at one share (Fig. 3b).
-    Sets of channels grow by rank, each within the next. Random channels are off the given route, so their sets end
-    where those are used up.
+    Every layer alone at a growing share (Fig. 3a), and single layers and several together at one share (Fig. 3b), that
+    of ``compared``, at which all attacks are tried. Sets of channels grow by rank, each within the next. Random
+    channels are off the given route, so their sets end where those are used up.
+    Only images that the network gets right when clean count.
 
-    Args:
-        compared: The route and its controls; only images that the network gets right when clean count. Its share is
-            the one at which all attacks and several layers are tried, and which the reading is about.
-        attacks: Attacks and corruptions by name, each made once per image.
-        layers: The layers to change alone; None for all of the route's.
-        shares: Shares of one layer's channels, in [0, 1].
-        together: Groups of layers to change together; None for the first two, three, ... half, and all of ``layers``.
-        swept: Attacks with which the shares grow; None for the first one.
+    Each attack is made once per image; ``shares`` grow for the first. Changed alone are ``layers``, or all of the
+    route's; together the groups in ``together``, or the first two, three, ... half, and all of ``layers``.
 
     Raises:
         UserError: There is no attack, a layer is not on the route, a share is outside [0, 1], no sample is classified
@@ -63,22 +78,22 @@ def transplant_accuracy(
     levels, share, route = check_shares(shares), compared.share, compared.route
     single = tuple(route if layers is None else route.restrict(layers))
     groups = leading_groups(single) if together is None else [tuple(route.restrict(group)) for group in together]
-    rankings = compared.rankings({*single, *(layer for group in groups for layer in group)})
-    growing = set(list(attacks)[:1] if swept is None else swept)
+    first, *_ = attacks
     settings = []
     for attack in attacks:
-        for layer in single:
-            used = sorted({*levels, share}) if attack in growing else [share]
-            settings += [Setting((layer,), level, attack) for level in used]
+        used = sorted({*levels, share}) if attack == first else [share]
+        settings += [Setting((layer,), level, attack) for layer in single for level in used]
         settings += [Setting(group, share, attack) for group in groups]
 
-    def intervene(channels: Route, _: float | None, clean: CorrectSamples) -> AbstractContextManager[object]:
-        return transplant(compared.model, clean.outputs, channels, at=compared.at)
-
-    trials = plan(rankings, settings)
-    table, counts = measure(compared, trials, intervene, attacks=attacks, record=rankings[0].layers)
-    return InterventionTable(
-        kind=TRANSPLANT, table=table, settings=route_settings(trials), main_share=share, at=compared.at, counts=counts
+    rankings = compared.rankings({*single, *(layer for group in groups for layer in group)})
+    return measure(
+        Transplantation,
+        compared,
+        rankings,
+        settings,
+        lambda channels, _, clean: transplant(compared.model, clean.outputs, channels, at=compared.at),
+        attacks=attacks,
+        record=rankings[0].layers,
     )
 
 

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from attackroute.analysis.controls import Comparison
 from attackroute.analysis.experiment import experiment
-from attackroute.analysis.intervention_table import WEAKEN, InterventionTable, Setting
-from attackroute.analysis.intervention_trials import CorrectSamples, measure, plan, route_settings
+from attackroute.analysis.figures.accuracy import factors_figure
+from attackroute.analysis.intervention_table import InterventionTable, Setting
+from attackroute.analysis.intervention_trials import CorrectSamples, measure
 from attackroute.analysis.interventions import weaken
 from attackroute.analysis.study import Study
 from attackroute.core.errors import UserError
-from attackroute.core.model_state import placement
+from attackroute.core.table import plural
 from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import Progress
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BETAS = (1.0, 0.75, 0.5, 0.25, 0.0)
-WEIGHTS = "weights"
-_NAMED = 3  # layers at most in a note
+
+
+class Weakening(InterventionTable):
+    """Accuracies with the connections between channels scaled down."""
+
+    kind = "weaken"
+
+    @property
+    def opening(self) -> str:
+        """How the reading begins."""
+        into = "" if self.targets is None else f", into {plural(len(self.targets), 'layer')},"
+        return (
+            f"Weakening the connections between {self.main_share:.0%} of all layers' channels{into} to "
+            f"{self.main_beta:g}; in clear effect:"
+        )
+
+    def figures(self) -> dict[str, Figure]:
+        """``weaken`` (Fig. 4b)."""
+        return {"weaken": factors_figure(self)}
 
 
 @experiment(
@@ -36,23 +59,16 @@ def run(study: Study, progress: Progress) -> InterventionTable:
 def weaken_accuracy(
     compared: Comparison,
     *,
-    layers: Iterable[str] | None = None,
     targets: Iterable[str] | None = None,
     betas: Iterable[float] = BETAS,
-) -> InterventionTable:
+) -> Weakening:
     """Accuracy on clean images with the connections between chosen channels of adjacent layers multiplied by a factor.
 
-    All layers are changed together, with a falling factor. The reading is about a factor of 0.5, or the one nearest
-    to it.
-
-    Args:
-        compared: The route and its controls; only images that the untouched network gets right count.
-        layers: Some of the route's layers; None for all.
-        targets: Those of them whose kernels are weakened, as for :func:`attackroute.weaken`; None for all.
-        betas: Factors in [0, 1].
+    All layers are changed together, with a falling factor; weakened are the kernels of ``targets``, or of all. Only
+    images that the untouched network gets right count. The reading is about a factor of 0.5, or the one nearest to it.
 
     Raises:
-        UserError: A layer is not on the route, a factor is outside [0, 1], or no sample is classified correctly.
+        UserError: A factor is outside [0, 1], or no sample is classified correctly.
     """
     factors = sorted(set(betas), reverse=True)
     for beta in factors:
@@ -60,7 +76,7 @@ def weaken_accuracy(
             raise UserError(f"beta {beta} is outside [0, 1]: give the factor on the connections, such as 0.5")
     if not factors:
         raise UserError("no beta is given: give some in [0, 1], such as 0.5")
-    rankings = compared.rankings(layers)
+    rankings = compared.rankings()
     chosen = None if targets is None else list(targets)
     connections: Connections | None = None  # the same for every batch
 
@@ -71,13 +87,10 @@ def weaken_accuracy(
             connections = Connections.of_route(compared.model, clean.images, channels)
         return weaken(compared.model, channels, beta, chosen, connections=connections)
 
-    trials = plan(rankings, [Setting(rankings[0].layers, compared.share, None, beta) for beta in factors])
-    table, counts = measure(compared, trials, intervene)
+    settings = [Setting(rankings[0].layers, compared.share, None, beta) for beta in factors]
+    result = measure(Weakening, compared, rankings, settings, intervene)
     main = min(factors, key=lambda beta: abs(beta - 0.5))
-    return InterventionTable(
-        kind=WEAKEN, table=table, settings=route_settings(trials), main_share=compared.share, main_beta=main,
-        at=WEIGHTS, counts=counts, targets=chosen,
-    )  # fmt: skip
+    return replace(result, main_beta=main, at="weights", targets=chosen)
 
 
 def _joined_layers(study: Study) -> list[str] | None:
@@ -86,8 +99,7 @@ def _joined_layers(study: Study) -> list[str] | None:
     Raises:
         UserError: There is none.
     """
-    images, _ = next(iter(study.reference))
-    connections = Connections.of_route(study.model, images.to(*placement(study.model)), study.route)
+    connections = Connections.of_route(study.model, study.pair, study.route)
     joined = connections.joined(study.route)
     if not joined:
         raise UserError(
@@ -99,6 +111,6 @@ def _joined_layers(study: Study) -> list[str] | None:
         return None
     study.note(
         f"note: weaken leaves {len(mixed)} of {len(study.route)} layers as they are, since what stands before "
-        f"them mixes channels or positions: {', '.join(mixed[:_NAMED])}{', ...' * (len(mixed) > _NAMED)}"
+        f"them mixes channels or positions: {', '.join(mixed[:3])}{', ...' * (len(mixed) > 3)}"
     )
     return joined

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from attackroute.analysis.figures.style import (
+    draw_spread,
+    grid_of,
+    label,
+    look,
+    new_figure,
+    shared_legend,
+    tidy,
+    upright_layers,
+)
+from attackroute.analysis.intervention_table import InterventionTable, Setting
 
-from attackroute.analysis.figures.style import grid_of, label, look, new_figure, shared_legend, tidy, upright_layers
-from attackroute.analysis.intervention_table import DEACTIVATE, WEAKEN, InterventionTable, Setting
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _PLACES = {
     "output": "at the layer's output, before batch norm",
@@ -18,21 +28,7 @@ _PLACES = {
 }
 
 
-def accuracy_figures(table: InterventionTable) -> dict[str, Figure]:
-    """The figures of an intervention, by file name.
-
-    Returns:
-        For transplants ``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b); ``deactivate`` (Fig. 4a);
-        ``weaken`` (Fig. 4b).
-    """
-    if table.kind == WEAKEN:
-        return {WEAKEN: _weakened(table)}
-    if table.kind == DEACTIVATE:
-        return {DEACTIVATE: _shares(table, None)}
-    return {"transplant-shares": _shares(table, table.attacks[0]), "transplant-layers": _layers(table)}
-
-
-def _shares(table: InterventionTable, attack: str | None) -> Figure:
+def shares_figure(table: InterventionTable, attack: str | None) -> Figure:
     """One panel for each group of layers: accuracy over the share of channels."""
     groups: dict[tuple[str, ...], list[float]] = {}
     for setting in table.settings:
@@ -47,16 +43,16 @@ def _shares(table: InterventionTable, attack: str | None) -> Figure:
     handles: dict[str, Any] = {}
     for axes, (layers, levels) in zip(panels, swept.items(), strict=False):
         cases = [(100 * level, Setting(layers, level, attack)) for level in levels]
-        handles = _curves(axes, table, cases, (0.0, untouched)) | handles
+        handles = _curves(axes, table, cases, untouched) | handles
         axes.axhline(100 * untouched, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title(_group_name(layers, table.layers), fontsize=8, pad=3)
+        axes.set_title(table.group_name(layers), fontsize=8, pad=3)
         tidy(axes)
     for axes in panels[len(swept) :]:
         axes.set_visible(False)
     for axes in panels[max(0, len(swept) - columns) : len(swept)]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("share in %", fontsize=8)
-    _name_accuracy(figure, table)
+    figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
     title = f"A share of the channels transplanted, {attack}" if attack else "A share of the channels set to zero"
     dotted = "attacked, nothing transplanted" if attack else "untouched network"
     figure.suptitle(f"{title}\n{_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
@@ -64,25 +60,23 @@ def _shares(table: InterventionTable, attack: str | None) -> Figure:
     return figure
 
 
-def _layers(table: InterventionTable) -> Figure:
+def layers_figure(table: InterventionTable) -> Figure:
     """One panel for each attack: single layers, then several together, at the main share."""
     attacks = table.attacks
     groups = list(dict.fromkeys(setting.layers for setting in table.settings if setting.share == table.main_share))
-    names = [_group_name(layers, table.layers) for layers in groups]
+    names = [table.group_name(layers) for layers in groups]
     figure = new_figure(max(4.5, 0.42 * len(groups) + 1.2), 1.55 * len(attacks) + 1.9)
     panels = figure.subplots(len(attacks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     handles: dict[str, Any] = {}
     for axes, attack in zip(panels, attacks, strict=True):
         cases = [Setting(layers, table.main_share, attack) for layers in groups]
-        for index, criterion in enumerate(reversed(table.criteria)):
-            shift = ((len(table.criteria) - 1 - index) / max(1, len(table.criteria) - 1) - 0.5) * 0.6
+        for index, criterion in reversed(list(enumerate(table.criteria))):  # the route last, on top
+            shift = (index / max(1, len(table.criteria) - 1) - 0.5) * 0.6
             style = look(criterion)
-            draws = 1
             for place, setting in enumerate(cases):
                 values = [100 * value for value in table.values(setting, criterion)]
                 if not values:
                     continue
-                draws = max(draws, len(values))
                 if len(values) > 1:
                     axes.plot([place + shift] * 2, [min(values), max(values)], color=style.colour, linewidth=1.5)
                 (line,) = axes.plot(place + shift, sum(values) / len(values), **style.point)
@@ -94,7 +88,7 @@ def _layers(table: InterventionTable) -> Figure:
         tidy(axes)
         axes.set_ylim(-4, 104)
     upright_layers(panels[-1], names)
-    _name_accuracy(figure, table)
+    figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
     figure.suptitle(
         f"{table.main_share:.0%} of the channels transplanted, {_PLACES[table.at]}\n"
         "dotted: attacked, nothing transplanted",
@@ -104,17 +98,17 @@ def _layers(table: InterventionTable) -> Figure:
     return figure
 
 
-def _weakened(table: InterventionTable) -> Figure:
+def factors_figure(table: InterventionTable) -> Figure:
     """Accuracy over the factor, which falls to the right."""
     settings = table.settings
     figure = new_figure(5.2, 4.0)
     axes = figure.subplots()
-    handles = _curves(axes, table, [(setting.beta or 0.0, setting) for setting in settings], None)
+    handles = _curves(axes, table, [(setting.beta or 0.0, setting) for setting in settings])
     axes.axhline(100 * table.untouched().value, color="black", linewidth=0.8, linestyle=":")
     axes.invert_xaxis()
     axes.set_xlabel(r"factor $\beta$ on the connections", fontsize=9)
     tidy(axes)
-    axes.set_ylabel(f"accuracy in %\n({table.counts.counted} images right when clean)", fontsize=9)
+    axes.set_ylabel(_accuracy_title(table), fontsize=9)
     figure.suptitle(
         f"{_PLACES[table.at]} multiplied by a factor\n"
         f"{table.main_share:.0%} of the channels, {len(settings[0].layers)} layers together; dotted: untouched",
@@ -125,23 +119,19 @@ def _weakened(table: InterventionTable) -> Figure:
 
 
 def _curves(
-    axes: Axes, table: InterventionTable, cases: Sequence[tuple[float, Setting]], start: tuple[float, float] | None
+    axes: Axes, table: InterventionTable, cases: Sequence[tuple[float, Setting]], untouched: float | None = None
 ) -> dict[str, Any]:
-    """A line for each criterion, with the range of its draws; gives the legend's lines."""
+    """A line for each criterion, from the untouched network's if it is given on; gives the legend's lines."""
     handles: dict[str, Any] = {}
     for criterion in table.criteria:
-        style = look(criterion)
         points = [(at, [100 * value for value in table.values(setting, criterion)]) for at, setting in cases]
         points = [(at, values) for at, values in points if values]
-        if start is not None and 0 not in (at for at, _ in points):
-            points = [(start[0], [100 * start[1]]), *points]
+        if untouched is not None and 0 not in (at for at, _ in points):
+            points = [(0.0, [100 * untouched]), *points]
         if not points:
             continue
-        across = [at for at, _ in points]
-        if any(len(values) > 1 for _, values in points):
-            low, high = [min(values) for _, values in points], [max(values) for _, values in points]
-            axes.fill_between(across, low, high, color=style.colour, alpha=0.25, linewidth=0)
-        (line,) = axes.plot(across, [sum(values) / len(values) for _, values in points], **style.line)
+        places, values_at = zip(*points, strict=True)
+        line = draw_spread(axes, places, values_at, look(criterion))
         handles[label(criterion, _draws(table, criterion))] = line
     axes.set_ylim(-4, 104)
     return handles
@@ -151,17 +141,5 @@ def _draws(table: InterventionTable, criterion: str) -> int:
     return len(table.table.select(criterion=criterion).distinct("draw"))
 
 
-def _name_accuracy(figure: Figure, table: InterventionTable) -> None:
-    figure.supylabel(
-        f"accuracy in %\n({table.counts.counted} images right when clean)", fontsize=8.5, multialignment="center"
-    )
-
-
-def _group_name(layers: Sequence[str], single: Sequence[str]) -> str:
-    if len(layers) == 1:
-        return layers[0]
-    if tuple(layers) == tuple(single):
-        return f"all {len(layers)} layers"
-    if tuple(layers) == tuple(single[: len(layers)]):
-        return f"first {len(layers)} layers"
-    return "+".join(layers) if len(layers) < 3 else f"{layers[0]} ... {layers[-1]}"
+def _accuracy_title(table: InterventionTable) -> str:
+    return f"accuracy in %\n({table.counts.counted} images right when clean)"

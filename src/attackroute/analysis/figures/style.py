@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from attackroute.core.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROUTE_COLOUR = "#D55E00"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers tell apart what is left
@@ -70,6 +70,9 @@ def label(criterion: str, draws: int = 1) -> str:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -81,6 +84,17 @@ def tidy(axes: Axes, grid: str = "y") -> None:
     axes.grid(axis=grid, color="#E3E3E3", linewidth=0.7)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.tick_params(which="both", labelsize=7.5)
+
+
+def draw_spread(
+    axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], style: Look, alpha: float = 0.25
+) -> Any:
+    """A line of the means at several places, above the range of the values there; gives the line."""
+    if any(len(each) > 1 for each in values):
+        low, high = [min(each) for each in values], [max(each) for each in values]
+        axes.fill_between(places, low, high, color=style.colour, alpha=alpha, linewidth=0)
+    (line,) = axes.plot(places, [sum(each) / len(each) for each in values], **style.line)
+    return line
 
 
 def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int | None = None) -> None:
