@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,13 +20,13 @@ from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
 from benchmarks import small_networks
 from hard_models import HARD, HARD_LINEAR, two
-from noise import check_noise, shaken
 from random_networks import networks, segments
-from tracing import ready, same_routes, small, state, untidy, worst
+from tracing import agree_up_to_ties, check, ready, same_routes, shaken, small, state, untidy, worst
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 steady = settings(deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
 thorough = settings(deadline=None, max_examples=1000, database=None, suppress_health_check=CHECKS)
+check_noise = partial(check, noise=True, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("name", CLOSED)
@@ -62,20 +63,9 @@ def check_random(network: tuple[nn.Module, Tensor]) -> None:
     model, images = network
     labels = torch.tensor([0, 2])
     expected = oracle.trace(model, shaken(model, images, labels), labels, clean=images, width=0.4)
-    found = trace_routes(
-        model, (images, labels), 0.4, config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True
-    )
-    assert tuple(found.layers) == expected.layers
-    assert set(found.methods) == set(expected.edges)
-    for layer in reversed(found.layers):
-        largest = expected.scores[layer].abs().max().clamp(min=1e-6)  # below it, noise of rounding
-        assert (found.scores[layer] - expected.scores[layer]).abs().max() <= 1e-9 * largest, layer
-        ranked = expected.scores[layer].sort(dim=1, descending=True).values
-        count = int(expected.masks[layer][0].sum())
-        gap = ranked[:, count - 1] - ranked[:, count] if count < ranked.shape[1] else torch.ones(2)
-        if (gap <= 1e-12 * largest).any() and not torch.equal(found.masks[layer], expected.masks[layer]):
-            return  # a tie that rounding broke: what follows rests on other neurons
-        assert torch.equal(found.masks[layer], expected.masks[layer]), layer
+    config = TraceConfig(carrier="noise")
+    found = trace_routes(model, (images, labels), 0.4, config=config, attack=shaken, keep_scores=True)
+    agree_up_to_ties(found, expected, floor=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

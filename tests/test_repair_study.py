@@ -24,14 +24,13 @@ from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k
 from attackroute.tracing.oracle import trace
 from digit_networks import digit_network
-from noise import shaken
 from studies import fill_page
 from studies.repair import criteria, oracle, repair, study
 from studies.repair.criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
 from studies.repair.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
 from studies.repair.results import NetworkRepair, RepairStudy
-from studies.repair.run import main
-from tracing import ready, small
+from studies.repair.run import main, repair
+from tracing import ready, shaken, small
 
 
 def some_pairs(build: object = small, samples: int = 12) -> tuple[nn.Module, Pairs]:

@@ -45,6 +45,31 @@ def same_routes(found: InstanceRoutes, expected: InstanceRoutes | oracle.OracleT
     return all(torch.equal(found.masks[layer], expected.masks[layer]) for layer in expected.layers)
 
 
+def agree_up_to_ties(found: InstanceRoutes, expected: oracle.OracleTrace, floor: float = 1e-30) -> None:
+    """The oracle's layers, edges, scores (below ``floor`` is rounding), and routes but for ties that rounding broke."""
+    assert tuple(found.layers) == expected.layers
+    assert set(found.methods) == set(expected.edges)
+    for layer in reversed(found.layers):
+        scores = expected.scores[layer]
+        largest = scores.abs().max().clamp(min=floor)
+        assert (found.scores[layer] - scores).abs().max() <= 1e-9 * largest, layer
+        ranked = scores.sort(dim=1, descending=True).values
+        count = int(expected.masks[layer][0].sum())
+        gap = ranked[:, count - 1] - ranked[:, count] if count < ranked.shape[1] else torch.ones(len(ranked))
+        if (gap <= 1e-12 * largest).any() and not torch.equal(found.masks[layer], expected.masks[layer]):
+            return  # what follows rests on other neurons
+        assert torch.equal(found.masks[layer], expected.masks[layer]), layer
+
+
+def shaken(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """An attack of random numbers that depend on the image alone."""
+    rows = []
+    for image in images:
+        seed = int(image.double().sum().mul(1e6).item())
+        rows.append(torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)))
+    return (images + 0.2 * torch.stack(rows).to(images)).clamp(0, 1)
+
+
 def check(
     model: nn.Module,
     images: Tensor,
@@ -55,11 +80,17 @@ def check(
     influences: bool = False,
     linear: bool = False,
     loss: Loss | None = None,
+    noise: bool = False,
 ) -> InstanceRoutes:
-    """Trace, and compare with the oracle: layers, edges, scores, routes, and on request the influence of every edge."""
-    expected = oracle.trace(model, images, labels, width=width, linear=linear, loss=loss)
+    """Trace, and compare with the oracle: layers, edges, scores, routes, and on request the influence of every edge.
+
+    With ``noise``, what is traced is how the images are :func:`shaken`.
+    """
+    traced, clean = (shaken(model, images, labels), images) if noise else (images, None)
+    expected = oracle.trace(model, traced, labels, clean=clean, width=width, linear=linear, loss=loss)
     data = images if labels is None else (images, labels)
-    found = trace_routes(model, data, width, config=TraceConfig(linear=linear), loss=loss, keep_scores=True)
+    attack, config = (shaken, TraceConfig(carrier="noise", linear=linear)) if noise else (None, TraceConfig(linear))
+    found = trace_routes(model, data, width, attack=attack, config=config, loss=loss, keep_scores=True)
     assert set(found.methods) == set(expected.edges)
     assert worst(found, expected) <= tolerance
     assert same_routes(found, expected)

@@ -6,7 +6,8 @@ over j is one matrix product of a 0/1 matrix with |W|, shared by all sources of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,18 +19,16 @@ _BLOCK = 1 << 18  # weights per block: their absolute values stay in the process
 
 
 def critical_sums(layer: RecordedLayer, critical: Tensor, totals: dict[int, Tensor]) -> None:
-    """Add one target's share of Eq. (5) to the scores of its sources.
+    """Add one target's share of Eq. (5) to the scores ``(n, C_source)`` of its sources, by index, in place.
 
-    Args:
-        layer: The target.
-        critical: Bool ``(n, C_target)``, its critical neurons.
-        totals: Index of a source -> scores ``(n, C_source)``, added to in place.
+    ``critical`` are the target's critical neurons, bool ``(n, C_target)``.
     """
     if not layer.pieces:
         return
     dtype = next(iter(totals.values())).dtype
     chosen = critical.to(dtype)
-    reduce = _once(lambda weight: chosen_rows(chosen, weight, layer.groups))
+    # the last result is kept: sources of a residual stream meet the same kernel
+    reduce = lru_cache(maxsize=1)(lambda weight: chosen_rows(chosen, weight, layer.groups))
     for piece in layer.pieces:
         score = chosen.new_zeros(())
         for kernel, sums in _kernels(layer, piece, dtype):
@@ -69,18 +68,6 @@ def _scaled(score: Tensor, piece: Piece) -> Tensor:
     return score if piece.scale is None else score * piece.scale.to(score.dtype).abs()
 
 
-def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Remember the last result: sources of a residual stream meet the same kernel."""
-    last: list[tuple[Tensor, Tensor]] = []
-
-    def remembered(argument: Tensor) -> Tensor:
-        if not last or last[0][0] is not argument:
-            last[:] = [(argument, function(argument))]
-        return last[0][1]
-
-    return remembered
-
-
 def chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
     """``sum over chosen j of |W[j]|``: ``(n, C_in, kh, kw)`` for ``chosen`` ``(n, C_out)`` and a grouped kernel."""
     samples, (kh, kw) = chosen.shape[0], weight.shape[2:]
@@ -88,9 +75,8 @@ def chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
         return chosen[..., None, None] * weight.abs().to(chosen.dtype).transpose(0, 1)
     if groups > 1:
         rows = weight.abs().to(chosen.dtype).reshape(groups, weight.shape[0] // groups, -1)
-        summed = torch.bmm(
-            chosen.view(samples, groups, -1).transpose(0, 1), rows
-        )  # (groups, n, C_in / groups * kh * kw)
+        # (groups, n, C_in / groups * kh * kw)
+        summed = torch.bmm(chosen.view(samples, groups, -1).transpose(0, 1), rows)
         return summed.transpose(0, 1).reshape(samples, -1, kh, kw)
     dense = weight.is_contiguous()
     ordered = weight if dense else weight.permute(0, 2, 3, 1)  # a channels_last kernel is contiguous in this order

@@ -17,6 +17,7 @@ from attackroute.routes.route import Route
 from attackroute.tracing.recorder import RecordedLayer, record
 from attackroute.tracing.structure import Structure
 
+_LISTED_LAYERS = 4  # layers at most in a message
 _SPREAD = 3.0  # of the values that layers give instead of their own, so that no activation is dead throughout
 
 
@@ -29,14 +30,9 @@ def token_carriers(
     binary: for each digit, one vector-Jacobian product of the features that have a 1 there and one of the others
     show what a neuron reaches. What reaches both, for any digit, is mixed into several features.
 
-    Args:
-        model: A frozen model; linear maps are route layers.
-        images: A few images on the model's device.
-        edges: ``target -> sources``; a target that is not a linear map over tokens has no such edge.
-
-    Returns:
-        For each such edge (source, target), for each neuron of the source the input feature of the target that
-        carries it, or -1 where none does: int64 ``(C_source,)`` on the CPU.
+    Of the ``edges``, ``target -> sources`` of a frozen model whose linear maps are route layers, only those to a linear
+    map over tokens can be such. Returns for each such edge (source, target), for each neuron of the source the input
+    feature of the target that carries it, or -1 where none does: int64 ``(C_source,)`` on the CPU.
     """
     sources_cut = {source for sources in edges.values() for source in sources}
     leaves: dict[str, Tensor] = {}
@@ -60,8 +56,8 @@ def token_carriers(
     features: dict[tuple[str, str], Tensor] = {}
     for target, values in inputs.items():
         sources = {source: leaves[source] for source in edges[target] if source in leaves}
-        for source, carried in _carried(values, sources, kinds).items():
-            features[source, target] = carried
+        carried = _carried(values, sources, kinds)
+        features |= {(source, target): numbers for source, numbers in carried.items()}
     return features
 
 
@@ -70,8 +66,8 @@ def _carried(values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, s
     features = torch.arange(values.shape[-1], device=values.device)
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
     unmixed = dict(leaves) if values.requires_grad else {}
-    numbers = {source: torch.tensor(0) for source in unmixed}
-    touched = {source: torch.tensor(False) for source in unmixed}
+    numbers = dict.fromkeys(unmixed, torch.tensor(0))
+    touched = dict.fromkeys(unmixed, torch.tensor(False))
     for digit in range(max(1, (len(features) - 1).bit_length())):
         if not unmixed:
             break
@@ -98,9 +94,6 @@ def _reached(
     }
 
 
-_LISTED_LAYERS = 4  # layers at most in a message
-
-
 @dataclass(frozen=True, eq=False)
 class Connections:
     """What each input channel of each route layer carries; made by :meth:`find`.
@@ -117,11 +110,6 @@ class Connections:
     @classmethod
     def find(cls, model: nn.Module, images: Tensor, *, linear: bool = False) -> Connections:
         """Learn the connections from a few passes of two images, in eval mode, whatever interventions are active.
-
-        Args:
-            model: The network; it comes back as it was.
-            images: ``(N, ...)`` on the model's device.
-            linear: Whether linear maps are route layers too.
 
         Raises:
             UserError: The model cannot run on the images, cannot be followed, or has no route layer.
@@ -156,11 +144,7 @@ class Connections:
         return {layer.name: layer.channels for layer in self.layers}
 
     def between(self, route: Route, target: str) -> Tensor:
-        """The kernel slices of a layer that join neurons on a route.
-
-        Args:
-            route: Layers and their neurons.
-            target: One of the route's layers.
+        """The kernel slices of one of a route's layers that join neurons on the route.
 
         Returns:
             Bool on the CPU, ``(C_out, C_in / groups)`` for a convolution and ``(C_out, F_in)`` for a linear map: True
@@ -176,9 +160,7 @@ class Connections:
         mixed = self._mixed(route, layer)
         if mixed is not None:
             joined = self.joined(route)
-            advice = (
-                f"take layers={joined}" if joined and len(joined) <= _LISTED_LAYERS else "see Connections.joined(route)"
-            )
+            advice = f"take layers={joined}" if len(joined) <= _LISTED_LAYERS else "see Connections.joined(route)"
             raise UserError(
                 f"no kernel slice of layer {target!r} belongs to a channel of layer {mixed!r}: what stands between "
                 f"them mixes channels or positions; leave {target!r} out (layers=...)"

@@ -122,9 +122,8 @@ class Term:
 
     Attributes:
         source: Index of the route layer, in forward order.
-        src: First channel of the source.
-        dst: First channel of the tensor.
-        length: Number of channels.
+        src: First of ``length`` channels of the source.
+        dst: First of ``length`` channels of the tensor.
         scale: ``(length,)``, the signed derivative per channel; None for ones.
         mask: Derivative per position, broadcastable to ``(n, length, *spatial)``: bool, or signed float.
         path: How positions map.
@@ -138,8 +137,13 @@ class Term:
     mask: Mask = None
     path: Path = field(default_factory=Path)
 
+    @property
+    def span(self) -> slice:
+        """The channels of the tensor."""
+        return slice(self.dst, self.dst + self.length)
+
     def channels(self, start: int, stop: int) -> Term | None:
-        """The part of the term inside channels ``start .. stop`` of the tensor, counted from ``start``."""
+        """What of the term lies inside channels ``start .. stop`` of the tensor, counted from ``start``."""
         first, last = max(self.dst, start), min(self.dst + self.length, stop)
         if first >= last:
             return None
@@ -153,7 +157,7 @@ class Term:
             dst=first - start,
             length=last - first,
             scale=None if self.scale is None else self.scale[cut],
-            mask=cut_channels(self.mask, cut) if isinstance(self.mask, Tensor) else self.mask,
+            mask=_cut_channels(self.mask, cut) if isinstance(self.mask, Tensor) else self.mask,
             path=replace(self.path, windows=windows),
         )
 
@@ -198,7 +202,7 @@ def opaque(sources: Iterable[int]) -> Flow:
     return Flow(opaque=frozenset(sources))
 
 
-def cut_channels(mask: Tensor, cut: slice) -> Tensor:
+def _cut_channels(mask: Tensor, cut: slice) -> Tensor:
     """``mask[:, cut]`` where the mask is not constant over channels."""
     return mask if mask.shape[1] == 1 else mask[:, cut]
 
@@ -210,14 +214,12 @@ def settled(flow: Flow, values: Tensor) -> Flow:
     masks: dict[Alive, Tensor] = {}
     terms = []
     for term in flow.terms:
-        if isinstance(term.mask, Alive):
-            if term.mask not in masks:
-                masks[term.mask] = term.mask.of(flow.view(values))
-            whole = masks[term.mask]
-            cut = slice(term.dst, term.dst + term.length)
-            terms.append(replace(term, mask=whole if term.length == flow.shape[0] else whole[:, cut]))
-        else:
-            terms.append(term)
+        mask = term.mask
+        if isinstance(mask, Alive):
+            if mask not in masks:
+                masks[mask] = mask.of(flow.view(values))
+            mask = masks[mask] if term.length == flow.shape[0] else masks[mask][:, term.span]
+        terms.append(replace(term, mask=mask))
     return replace(flow, terms=tuple(terms))
 
 
@@ -225,7 +227,7 @@ def scaled(flow: Flow, scale: Tensor) -> Flow:
     """``flow`` times a factor per channel, ``scale`` of shape ``(C,)``; masks must be settled."""
     terms = []
     for term in flow.terms:
-        factor = scale if term.length == len(scale) else scale[term.dst : term.dst + term.length]
+        factor = scale if term.length == len(scale) else scale[term.span]
         terms.append(replace(term, scale=factor if term.scale is None else term.scale * factor))
     return replace(flow, terms=tuple(terms))
 
@@ -237,17 +239,10 @@ def times(flow: Flow, factor: Tensor) -> Flow:
     for term in flow.terms:
         key = (id(term.mask), term.dst, term.length)
         if key not in products:
-            channel_factor = cut_channels(factor, slice(term.dst, term.dst + term.length))
-            products[key] = channel_factor if term.mask is None else product(term.mask, channel_factor)  # type: ignore[arg-type]
+            channel_factor = _cut_channels(factor, term.span)
+            products[key] = channel_factor if term.mask is None else term.mask * channel_factor  # type: ignore[operator]
         terms.append(replace(term, mask=products[key]))
     return replace(flow, terms=tuple(terms))
-
-
-def product(first: Tensor, second: Tensor) -> Tensor:
-    """Product of two masks; bool stays bool."""
-    if first.dtype == second.dtype == torch.bool:
-        return first & second
-    return first * second
 
 
 def mapped(flow: Flow, change: Callable[[Term], Term | None], shape: tuple[int, ...] | None = None) -> Flow:
@@ -274,7 +269,7 @@ def added(first: Flow, second: Flow) -> Flow:
     lost = set(first.opaque | second.opaque)
     for new in second.terms:
         for index, old in enumerate(terms):  # a residual stream brings the same source by several paths
-            if old.source != new.source or not _overlap(old.src, old.length, new.src, new.length):
+            if old.source != new.source or disentangled([(old.src, old.length), (new.src, new.length)]):
                 continue
             if old.dst - old.src != new.dst - new.src:
                 continue  # other channels of the tensor: two terms, which a convolution will find and refuse
@@ -290,8 +285,8 @@ def added(first: Flow, second: Flow) -> Flow:
 
 
 def _joined(old: Term, new: Term, dims: int) -> Term | None:
-    comparable = (old.src, old.length, old.path) == (new.src, new.length, new.path)
-    if not comparable or old.path.summed:
+    """The sum of two terms of one source on the same channels of a tensor of ``dims`` dimensions, if it is known."""
+    if (old.src, old.length, old.path) != (new.src, new.length, new.path) or old.path.summed:
         return None
     if old.mask is new.mask:
         given_scale = old.scale if old.scale is not None else new.scale
@@ -311,19 +306,6 @@ def _coefficient(term: Term, dims: int) -> Tensor | float:
     return mask if scale is None else mask * scale
 
 
-def _overlap(first: int, first_length: int, second: int, second_length: int) -> bool:
-    return first < second + second_length and second < first + first_length
-
-
-def by_source(flow: Flow) -> dict[int, list[Term]]:
-    """The terms of each source."""
-    terms: dict[int, list[Term]] = {}
-    for term in flow.terms:
-        terms.setdefault(term.source, []).append(term)
-    return terms
-
-
-def disentangled(terms: Iterable[Term]) -> bool:
-    """Whether no source channel is carried by two of the terms (all of one source)."""
-    ranges = sorted((term.src, term.src + term.length) for term in terms)
-    return all(left[1] <= right[0] for left, right in pairwise(ranges))
+def disentangled(ranges: Iterable[tuple[int, int]]) -> bool:
+    """Whether no channel is in two of the ranges, each a first channel and a number of channels."""
+    return all(first + length <= following for (first, length), (following, _) in pairwise(sorted(ranges)))

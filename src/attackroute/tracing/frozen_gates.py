@@ -30,14 +30,11 @@ class FrozenGates(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if func in _REPLACED:
-            return _REPLACED[func](*args, **kwargs)
-        if func in _SOFTMAX and args and args[0].ndim >= _ATTENTION_DIMS:
-            return func(*args, **kwargs).detach()
-        if func in _SIGMOIDS:
-            output = func(*args, **kwargs)
-            return output.detach() if output.ndim == 4 and output.shape[2:] == (1, 1) else output
-        return func(*args, **kwargs)
+        function: Callable[..., Any] = _REPLACED.get(func, func)
+        output = function(*args, **kwargs)
+        attends = func in _SOFTMAX and args and args[0].ndim >= _ATTENTION_DIMS
+        gates = func in _SIGMOIDS and output.ndim == 4 and output.shape[2:] == (1, 1)
+        return output.detach() if attends or gates else output
 
 
 def _layer_norm(
@@ -107,8 +104,5 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: _attention,
 }
 
-
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
-
-
 _SIGMOIDS = frozenset({F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.hardsigmoid})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +13,10 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 from attackroute.tracing.closed_form import influence_matrix
-from attackroute.tracing.recorder import Piece, RecordedLayer, record
+from attackroute.tracing.recorder import RecordedLayer, record
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import AUTOGRAD, Structure
+from attackroute.tracing.windows import PatternSums
 
 Edge = tuple[str, str]
 
@@ -60,21 +61,13 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
 
 @dataclass(frozen=True)
 class MeanInfluence:
-    """Mean influence over samples.
-
-    Attributes:
-        samples: How many there were.
-        channels: Channels of each layer, in forward order.
-        methods: How each edge is computed, by (source, target).
-        matrices: For each edge ``(C_target, C_source)`` float64 on the CPU.
-        unmeasured: Edges without a closed form that would take too long, and have no matrix.
-    """
+    """Mean influence over samples, of route layers in forward order."""
 
     samples: int
     channels: Mapping[str, int]
     methods: Mapping[Edge, str]
-    matrices: Mapping[Edge, Tensor]
-    unmeasured: tuple[Edge, ...]
+    matrices: Mapping[Edge, Tensor]  # (C_target, C_source) float64 on the CPU
+    unmeasured: tuple[Edge, ...]  # have no matrix: without a closed form, it would take too long
 
 
 def mean_influence(
@@ -88,20 +81,13 @@ def mean_influence(
     """Mean over samples of the influence of every channel on every channel of each layer that follows directly.
 
     The model runs once a batch, and is left as it was. A closed form is linear in the window sums of the recording,
-    so these are averaged, and a matrix is made once a batch and not once a sample.
-
-    Args:
-        model: The network.
-        data: Images, or pairs of images and labels, as ``ar.trace_routes`` takes them.
-        linear: Whether linear maps are route layers too.
-        batch_size: Rows per forward pass when ``data`` is tensors.
-        progress: Called after every batch with the samples done, and None.
+    so these are averaged, and a matrix is made once a batch and not once a sample. Arguments as of ``ar.trace_routes``.
 
     Raises:
         UserError: There is no sample, no route layer, or values are not finite.
     """
     structure: Structure | None = None
-    costly: frozenset[str] = frozenset()
+    costly: set[str] = set()
     totals: dict[Edge, Tensor] = {}
     done = 0
     with frozen(model):
@@ -128,17 +114,15 @@ def mean_influence(
 
 
 def _matrices(
-    model: nn.Module, images: Tensor, structure: Structure, costly: frozenset[str], linear: bool
+    model: nn.Module, images: Tensor, structure: Structure, costly: set[str], linear: bool
 ) -> Iterable[tuple[Edge, Tensor]]:
     """Every edge's mean influence over one batch."""
     layers = structure.applied(record(model, images, linear=linear, expected=len(structure.names)).layers)
     for layer, closed in zip(layers, structure.closed, strict=True):
         averaged = _averaged(layer)
         for source in sorted(closed):
-            yield (
-                (structure.names[source], layer.name),
-                influence_matrix(averaged, source, structure.counts[source], 1)[0],
-            )
+            matrices = influence_matrix(averaged, source, structure.counts[source], 1)
+            yield (structure.names[source], layer.name), matrices[0]
     jacobian = {target: sources for target, sources in structure.jacobian_edges.items() if target not in costly}
     if jacobian:
         segments = Segments(model, images, jacobian, linear=linear)
@@ -154,25 +138,23 @@ def _averaged(layer: RecordedLayer) -> RecordedLayer:
     def mean(sums: Tensor) -> Tensor:
         return sums.mean(0, keepdim=True, dtype=torch.promote_types(sums.dtype, dtype))
 
-    def averaged(piece: Piece) -> Piece:
-        if isinstance(piece.sums, Tensor):
-            return replace(piece, sums=mean(piece.sums))
-        return replace(piece, sums=[replace(pattern, sums=mean(pattern.sums)) for pattern in piece.sums])
+    def averaged(sums: Tensor | list[PatternSums]) -> Tensor | list[PatternSums]:
+        return mean(sums) if isinstance(sums, Tensor) else [replace(each, sums=mean(each.sums)) for each in sums]
 
-    return replace(layer, pieces=tuple(map(averaged, layer.pieces)))
+    return replace(layer, pieces=tuple(replace(piece, sums=averaged(piece.sums)) for piece in layer.pieces))
 
 
-def _costly(model: nn.Module, image: Tensor, structure: Structure, linear: bool) -> frozenset[str]:
+def _costly(model: nn.Module, image: Tensor, structure: Structure, linear: bool) -> set[str]:
     """Layers with edges that would take too many vector-Jacobian products: one for each output element."""
-    elements: dict[str, int] = {}
+    targets, costly = structure.jacobian_edges, set[str]()
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()
-        elements[call.name] = output[0].numel()
+        if call.name in targets and output[0].numel() > _PRODUCTS:
+            costly.add(call.name)
         return output
 
-    targets: Sequence[str] = tuple(structure.jacobian_edges)
     if targets:
         with torch.no_grad(), LayerCalls(model, visit, linear=linear):
             model(image.clone())
-    return frozenset(target for target in targets if elements[target] > _PRODUCTS)
+    return costly

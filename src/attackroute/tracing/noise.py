@@ -9,9 +9,8 @@ a gate, each operation is repeated for every source on the attacked rows with th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,24 +19,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
-from attackroute.tracing.flow import EMPTY, Flow, Path, Term, by_source, opaque
-from attackroute.tracing.recorder import Piece, Tracker
-from attackroute.tracing.rules.copies import constant, identity
+from attackroute.tracing.flow import EMPTY, Flow, Path, Term, disentangled, opaque
+from attackroute.tracing.recorder import GainSums, Piece, Tracker
+from attackroute.tracing.rules.layout import constant, identity
 from attackroute.tracing.rules.operation import RULES, Operation, overloads, tensors_in, without_rule
-from attackroute.tracing.windows import Axis, PatternSums, mask_sums
+from attackroute.tracing.windows import Axes, mask_sums
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
-
-
 _DETACH = frozenset(overloads("detach"))
-
-
 _CATS = frozenset(overloads("cat"))
-
-
 _SIZED = frozenset(overloads("view", "_unsafe_view", "reshape"))  # whose arguments name the number of rows
-
-
 _RESTRIDED = frozenset(overloads("as_strided_"))
 
 
@@ -64,7 +55,7 @@ class NoiseTracker(Tracker):
     def _ruled(self, operation: Operation) -> Any:
         rule = identity if operation.func in _DETACH else RULES.get(operation.func, without_rule)
         variants = _Variants.of(operation, self._cleaned, self._pairs)
-        sources = frozenset[int]() if rule is constant else _sources(operation)
+        sources = frozenset[int]() if rule is constant else operation.sources
         output = rule(operation)
         results = tensors_in(output)
         for tensor in results:
@@ -83,7 +74,7 @@ class NoiseTracker(Tracker):
 
     def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operation = Operation(self, func, args, kwargs)
-        sources = _sources(operation)
+        sources = operation.sources
         output = operation.run()
         for tensor in tensors_in(output):
             self._cleaned.pop(tensor, None)
@@ -92,57 +83,33 @@ class NoiseTracker(Tracker):
         return output
 
     def _pieces(
-        self,
-        call: LayerCall,
-        flow: Flow,
-        images: Tensor,
-        axes: tuple[Axis, Axis] | None,
-        elsewhere: frozenset[int],
+        self, call: LayerCall, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]
     ) -> tuple[list[Piece], frozenset[int]]:
         if elsewhere:
             raise UserError(
                 f"the kernel of layer {call.name!r} is itself computed from other layers' outputs, so noise reaches it "
                 "on other ways than its input: use carrier='unit'"
             )
-        lost = set(flow.opaque)
-        pieces: list[Piece] = []
-        delivered = _Delivered(flow, images, axes, self._cleaned.get(images), self._pairs)
-        for source, terms in by_source(flow).items():
-            if source in lost or not _single(terms):
-                lost.add(source)
-                continue
-            for term in terms:
-                sums: Tensor | list[PatternSums] = delivered.sums(term) if self._gather else []
-                pieces.append(Piece(source, term.src, dst=term.dst, length=term.length, sums=sums, scale=None))
-        return pieces, frozenset(lost)
+        return super()._pieces(call, flow, images, axes, elsewhere)
+
+    def _gains(self, flow: Flow, images: Tensor, axes: Axes | None) -> GainSums:
+        return _NoiseSums(flow, images, axes, cleaned=self._cleaned.get(images), pairs=self._pairs)
 
 
-def _sources(operation: Operation) -> frozenset[int]:
-    read = tensors_in((operation.args, tuple(operation.kwargs.values())))
-    return frozenset[int]().union(*(operation.ledger.flow(tensor).sources for tensor in read))
-
-
-def _single(terms: Iterable[Term]) -> bool:
-    """Whether each channel of the tensor carries at most one channel of a source, whose terms these are."""
-    ranges = sorted((term.dst, term.dst + term.length) for term in terms)
-    return all(left[1] <= right[0] for left, right in pairwise(ranges))
-
-
+@dataclass
 class _Variants:
     """The operands of one operation, as they are before it runs, and what it would give if a source were cleaned."""
 
-    def __init__(self, operation: Operation, rows: Mapping[int, tuple[Tensor, Flow, Any]], pairs: int) -> None:
-        self._operation = operation
-        self._rows = rows  # id -> values of 2n rows, their flow, their cleaned variants
-        self._pairs = pairs
-        self._mutable = operation.func._schema.is_mutable
+    operation: Operation
+    rows: Mapping[int, tuple[Tensor, Flow, Any]]  # id -> values of 2n rows, their flow, their cleaned variants
+    pairs: int
 
     @classmethod
     def of(cls, operation: Operation, cleaned: Any, pairs: int) -> _Variants | None:
         """None where no rule applies, or all noise of each channel still comes from one source afterwards."""
         if operation.func not in RULES:
             return None
-        read = tensors_in((operation.args, tuple(operation.kwargs.values())))
+        read, mutable = operation.operands, operation.func._schema.is_mutable
         flows = {id(tensor): operation.ledger.flow(tensor) for tensor in read}
         dims = next((tensor.ndim for tensor in read if flows[id(tensor)].terms), None)
         # samples are apart, so what has as many rows in as many dimensions has one for each image
@@ -150,21 +117,18 @@ class _Variants:
         variants = {key: cleaned.get(value) if flows[key].terms else None for key, value in rows.items()}
         if not any(variants.values()) and (len(rows) < 2 or operation.func in _CATS):
             return None
-        values_before = {
-            key: (value.clone() if operation.func._schema.is_mutable and value is read[0] else value)
-            for key, value in rows.items()
-        }
+        values_before = {key: value.clone() if mutable and value is read[0] else value for key, value in rows.items()}
         return cls(operation, {key: (values_before[key], flows[key], variants[key]) for key in rows}, pairs)
 
     def repeated(self, source: int, results: list[Tensor]) -> list[Tensor]:
         """The operation's results on the attacked rows with a source cleaned."""
-        func, args, kwargs = self._operation.func, self._operation.args, self._operation.kwargs
+        func, args, kwargs = self.operation.func, self.operation.args, self.operation.kwargs
         first = self._replaced(args[0], source)
         if func in _RESTRIDED:
             return [first]
         if func in _SIZED:
-            return [first.reshape(self._pairs, *results[0].shape[1:])]
-        if self._mutable and first is not args[0]:
+            return [first.reshape(self.pairs, *results[0].shape[1:])]
+        if func._schema.is_mutable and first is not args[0]:
             first = first.clone()
         arguments = [self._replaced(value, source) for value in args[1:]]
         named = {name: self._replaced(value, source) for name, value in kwargs.items()}
@@ -173,12 +137,12 @@ class _Variants:
     def _replaced(self, value: Any, source: int) -> Any:
         if isinstance(value, (list, tuple)):
             return [self._replaced(item, source) for item in value]
-        if not isinstance(value, Tensor) or id(value) not in self._rows:
+        if not isinstance(value, Tensor) or id(value) not in self.rows:
             return value
-        values, flow, cleaned = self._rows[id(value)]
+        values, flow, cleaned = self.rows[id(value)]
         if cleaned is not None:
-            return cleaned.get(source, values[self._pairs :])
-        return _lazily(values, flow, source, self._pairs)
+            return cleaned.get(source, values[self.pairs :])
+        return _lazily(values, flow, source, self.pairs)
 
 
 def _lazily(values: Tensor, flow: Flow, source: int, pairs: int) -> Tensor:
@@ -190,47 +154,37 @@ def _lazily(values: Tensor, flow: Flow, source: int, pairs: int) -> Tensor:
         return values[:pairs]
     mixed = values[pairs:].clone(memory_format=torch.contiguous_format)
     for term in terms:
-        cut = slice(term.dst, term.dst + term.length)
-        flow.view(mixed)[:, cut] = flow.view(values[:pairs])[:, cut]
+        flow.view(mixed)[:, term.span] = flow.view(values[:pairs])[:, term.span]
     return mixed
 
 
-class _Delivered:
+@dataclass(kw_only=True)
+class _NoiseSums(GainSums):
     """Window sums of the noise that sources deliver to one layer's input; sources that share theirs share the work."""
 
-    def __init__(
-        self,
-        flow: Flow,
-        values: Tensor,
-        axes: tuple[Axis, Axis] | None,
-        cleaned: Mapping[int, Tensor] | None,
-        pairs: int,
-    ) -> None:
-        self._flow, self._values, self._axes, self._cleaned, self._pairs = flow, values, axes, cleaned, pairs
-        self._whole: Tensor | None = None
+    cleaned: Mapping[int, Tensor] | None
+    pairs: int
+
+    def closed(self, terms: Sequence[Term]) -> bool:
+        """Whether each channel of the input carries at most one channel of the source."""
+        return disentangled((term.dst, term.length) for term in terms)
 
     def sums(self, term: Term) -> Tensor:
         """``N``, ``(n, length, kh, kw)``: the noise of a term's channels summed over what each kernel offset meets."""
-        cut = slice(term.dst, term.dst + term.length)
-        attacked = self._flow.view(self._values[self._pairs :])
-        if self._cleaned is not None:
-            cleaned = self._flow.view(self._cleaned[term.source])
-            return noise_sums(attacked[:, cut], cleaned[:, cut], self._axes)
-        if self._whole is None:
-            self._whole = noise_sums(attacked, self._flow.view(self._values[: self._pairs]), self._axes)
-        return self._whole[:, cut]
+        attacked = self.flow.view(self.values[self.pairs :])
+        if self.cleaned is not None:
+            cleaned = self.flow.view(self.cleaned[term.source])
+            return noise_sums(attacked[:, term.span], cleaned[:, term.span], self.axes)
+        if not self.counted:
+            self.counted["all"] = noise_sums(attacked, self.flow.view(self.values[: self.pairs]), self.axes)
+        return self.counted["all"][:, term.span]
 
 
-def noise_sums(attacked: Tensor, clean: Tensor, axes: tuple[Axis, Axis] | None) -> Tensor:
-    """Window sums of ``|attacked - clean|``, maps ``(n, C, H, W)``, or ``(n, C, *spatial)`` before a linear map.
+def noise_sums(attacked: Tensor, clean: Tensor, axes: Axes | None) -> Tensor:
+    """Window sums of ``|attacked - clean|``: what a layer reads, ``(n, C, H, W)``, and would read without some noise.
 
-    Args:
-        attacked: What a layer reads under attack.
-        clean: The same, as it would be without some noise.
-        axes: The convolution's axes; None for a linear map, to which every position is a kernel offset of its own.
-
-    Returns:
-        ``(n, C, kh, kw)``, for a linear map ``(n, C, P, 1)``, in float32 or float64.
+    Returns ``(n, C, kh, kw)`` in float32 or float64. A linear map has no axes: it reads ``(n, C, *spatial)``, every
+    position is a kernel offset of its own, and sums are ``(n, C, P, 1)``.
     """
     dtype = torch.promote_types(attacked.dtype, torch.float32)
     if axes is None:

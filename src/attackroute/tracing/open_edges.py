@@ -1,29 +1,36 @@
-"""Scores of one batch whose edges without a closed form are estimated by sketches."""
+"""Edges without a closed form: by exact products, by sketches, or, for noise, by replays of the pass.
+
+Layers are ranked from the last to the first, and what a target's critical neurons owe to its sources is added up on
+the way.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.core.random import image_keys
 from attackroute.routes.masks import top_k
+from attackroute.tracing.closed_form import chosen_rows
 from attackroute.tracing.config import AUTO, FIRST_SKETCHES
+from attackroute.tracing.noise import noise_sums
+from attackroute.tracing.recorder import RecordedLayer
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.sketches import CLEAR_OVERLAP, MOST_SKETCHES, Cut, Estimate
+
+_ROWS = 256  # of a replayed batch
 
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A layer whose critical channels are known.
+    """A layer whose critical channels are known: scores ``(n, C)`` and mask, bool ``(n, C)``.
 
-    Attributes:
-        scores: ``(n, C)``.
-        mask: Its critical channels, bool ``(n, C)``.
-        draws: Draws behind each sample's scores, int32 ``(n,)``; None where no edge was sketched.
-        cut: How certain the mask is; None where no edge was sketched.
+    Where edges were sketched also the draws behind each sample's scores, int32 ``(n,)``, and how certain the mask is.
     """
 
     scores: Tensor
@@ -32,57 +39,58 @@ class Ranked:
     cut: Cut | None = None
 
 
-class OpenEdges(Protocol):
-    """The computation of a batch's edges without a closed form."""
+class OpenEdges:
+    """What computes a batch's edges without a closed form; this one serves a batch that has none.
 
-    def rank(self, name: str, partial: Tensor) -> Ranked:
-        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
+    ``width`` is the share of each layer's channels that is critical.
+    """
+
+    def __init__(self, width: float) -> None:
+        self._width = width
 
     def follow(self, target: str, critical: Tensor) -> None:
         """Take note of a target's critical neurons, bool ``(n, C)``, for all its sources."""
 
-
-class ExactProducts:
-    """Exact vector-Jacobian products.
-
-    Args:
-        segments: The batch's graph between layers.
-        width: Share of each layer's channels that is critical.
-    """
-
-    def __init__(self, segments: Segments, width: float) -> None:
-        self._segments = segments
-        self._width = width
-        self._scores: dict[str, Tensor] = {}
-
     def rank(self, name: str, partial: Tensor) -> Ranked:
-        """See :class:`OpenEdges`."""
-        scores = partial + self._scores.pop(name) if name in self._scores else partial
+        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
+        share = self._share(name)
+        scores = partial if share is None else partial + share
         return Ranked(scores, top_k(scores, self._width))
 
+    def _share(self, source: str) -> Tensor | None:
+        """Eq. (5) over the open edges of a source, ``(n, C)``; None where it has none."""
+        return None
+
+
+class ExactProducts(OpenEdges):
+    """Exact vector-Jacobian products over the batch's segments between layers."""
+
+    def __init__(self, segments: Segments, width: float) -> None:
+        super().__init__(width)
+        self._segments = segments
+        self._scores: dict[str, Tensor] = {}
+
     def follow(self, target: str, critical: Tensor) -> None:
-        """See :class:`OpenEdges`."""
+        """Add the target's share to the scores of its sources."""
         for source, score in self._segments.scores(target, critical).items():
             self._scores[source] = score + self._scores[source] if source in self._scores else score
 
+    def _share(self, source: str) -> Tensor | None:
+        return self._scores.pop(source, None)
 
-class SketchedProducts:
-    """Ranks the layers of a batch from the last to the first, drawing as it goes.
 
-    Args:
-        segments: The batch's graph between layers, with the edges that are to be sketched.
-        images: ``(n, ...)``: each image has random numbers of its own.
-        sketches: Number of draws, or ``"auto"``.
-        seed: Another seed, other draws.
-        width: Share of each layer's channels that is critical.
+class SketchedProducts(OpenEdges):
+    """Random products: ``sketches`` draws, or from 32 on until a layer's cut is clear (``"auto"``).
+
+    Each of the images has random numbers of its own, by ``seed``.
     """
 
-    def __init__(self, segments: Segments, images: Tensor, sketches: int | str, seed: int, width: float) -> None:
+    def __init__(self, segments: Segments, images: Tensor, *, sketches: int | str, seed: int, width: float) -> None:
+        super().__init__(width)
         self._segments = segments
         self._keys = image_keys(images, seed, "sketches")
         self._first = FIRST_SKETCHES if sketches == AUTO else int(sketches)
         self._most = MOST_SKETCHES if sketches == AUTO else self._first
-        self._width = width
         self._critical: dict[str, Tensor] = {}
         self._estimates: dict[str, dict[str, Estimate]] = {}
 
@@ -94,10 +102,10 @@ class SketchedProducts:
             self._estimates.setdefault(source, {})[target] = estimate
 
     def rank(self, name: str, partial: Tensor) -> Ranked:
-        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
+        """Rank by estimates, with a description of their errors."""
         targets = self._estimates.pop(name, None)
         if targets is None:
-            return Ranked(partial, top_k(partial, self._width))
+            return super().rank(name, partial)
         exact = Estimate(partial, partial.new_zeros(0, *partial.shape))
         estimate = Estimate.sum([exact, *targets.values()])
         done = self._first
@@ -116,3 +124,97 @@ class SketchedProducts:
 
     def _drawn(self, target: str, source: str, draws: range) -> Estimate:
         return self._segments.sketched(target, self._critical[target], self._keys, draws, [source])[source]
+
+
+class Replays(OpenEdges):
+    """Noise: each neuron is cleaned by itself, and what later layers read is compared.
+
+    All route layers' outputs are kept from one pass, of n clean images and the n attacked ones, and put in place of the
+    layers, which do not run again. So a replay costs what lies between the layers, once for each channel of a source.
+    ``layers`` are a recording of this batch, ``edges`` by target the sources without a closed form.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        layers: Sequence[RecordedLayer],
+        edges: Mapping[str, Iterable[str]],
+        width: float,
+        linear: bool,
+    ) -> None:
+        super().__init__(width)
+        self._model, self._linear = model, linear
+        self._pairs = len(images) // 2
+        self._images = images[self._pairs :]
+        self._layers = {layer.name: layer for layer in layers}
+        self._targets: dict[str, list[str]] = {}
+        for target, sources in edges.items():
+            for source in sources:
+                self._targets.setdefault(source, []).append(target)
+        self._clean: dict[str, Tensor] = {}
+        self._attacked: dict[str, Tensor] = {}
+        self._reached: dict[str, Tensor] = {}
+
+        def visit(call: LayerCall) -> Tensor:
+            output = call.run()
+            self._attacked[call.name] = output[self._pairs :].clone()
+            if call.name in self._targets:
+                self._clean[call.name] = output[: self._pairs].clone()
+            return output
+
+        self._run(images, visit)
+
+    def follow(self, target: str, critical: Tensor) -> None:
+        """Take note of what of a target's input reaches its critical neurons."""
+        layer = self._layers[target]
+        chosen = critical.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        self._reached[target] = chosen_rows(chosen, layer.weight, layer.groups)
+
+    def _share(self, source: str) -> Tensor | None:
+        if source not in self._targets:
+            return None
+        channels = self._layers[source].channels
+        step = max(1, _ROWS // self._pairs - 1)
+        chunks = (range(start, min(start + step, channels)) for start in range(0, channels, step))
+        return torch.cat([self._cleaned(source, chosen) for chosen in chunks], dim=1)
+
+    def _cleaned(self, source: str, chosen: range) -> Tensor:
+        """Scores of some channels, ``(n, len(chosen))``; the batch is repeated for each, and once as it is."""
+        copies, dim = len(chosen) + 1, CHANNEL_DIM[self._layers[source].kind]
+        total: list[Tensor] = []
+
+        def visit(call: LayerCall) -> Tensor:
+            output = torch.cat([self._attacked[call.name]] * copies)
+            if call.name == source:
+                for copy, channel in enumerate(chosen, start=1):
+                    rows = output[copy * self._pairs : (copy + 1) * self._pairs]
+                    rows.select(dim, channel).copy_(self._clean[source].select(dim, channel))
+            if call.name in self._targets[source]:
+                total.append(self._carried(call, copies))
+            return output
+
+        self._run(torch.cat([self._images] * copies), visit)
+        return torch.stack(total).sum(0)
+
+    def _carried(self, call: LayerCall, copies: int) -> Tensor:
+        """``sum over input channels and kernel offsets of |W| * N`` for each channel that was cleaned, ``(n, k)``."""
+        layer, reached = self._layers[call.name], self._reached[call.name]
+        attacked, *cleaned = call.input.detach().unflatten(0, (copies, -1)).unbind(0)
+        scores = []
+        for values in cleaned:
+            if layer.axes is not None:
+                # padding="same" pads by one more behind than before, which is no part of what the call reads
+                rows, columns = (axis.size - size for axis, size in zip(layer.axes, values.shape[2:], strict=True))
+                read, cleaned_read = (functional.pad(each, (0, columns, 0, rows)) for each in (attacked, values))
+                sums = noise_sums(read, cleaned_read, layer.axes)
+            else:  # (n, ..., C_in): the weight acts on the last dimension, at every position
+                noise = (attacked.to(reached.dtype) - values).abs_()
+                sums = (noise.flatten(1, -2).sum(1) if noise.ndim > 2 else noise).view(-1, *reached.shape[1:])
+            scores.append((reached * sums).flatten(1).sum(1))
+        return torch.stack(scores, dim=1)
+
+    def _run(self, images: Tensor, visit: Callable[[LayerCall], Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad(), LayerCalls(self._model, visit, linear=self._linear):
+            self._model(images.clone())

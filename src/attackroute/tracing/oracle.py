@@ -26,9 +26,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 _ATTENTION = nn.functional.multi_head_attention_forward
 _OPEN_ATTENTION = FunctionType(  # the same function, which hands itself to a mode unless it is told that there is none
-    _ATTENTION.__code__,
-    {**vars(nn.functional), "has_torch_function": lambda _: False},
-    argdefs=_ATTENTION.__defaults__,
+    _ATTENTION.__code__, {**vars(nn.functional), "has_torch_function": lambda _: False}, argdefs=_ATTENTION.__defaults__
 )
 _OPEN_ATTENTION.__kwdefaults__ = _ATTENTION.__kwdefaults__
 

@@ -21,10 +21,8 @@ class Comparison:
     """How far a trace is from the oracle.
 
     Attributes:
-        samples: Samples compared.
-        agreeing: Samples whose routes are the same in every layer.
-        deviation: Largest ``|score - oracle's score|``, relative to the largest score of the sample in that layer.
-        layer: Where it is.
+        agreeing: How many of the samples have the same routes in every layer.
+        deviation: Largest ``|score - oracle's score|``, relative to the largest score of the sample in that ``layer``.
         tolerance: What rounding explains; None at reduced precision, and for approximate routes.
     """
 
@@ -55,27 +53,15 @@ def verify(
     A neuron whose score ties with another's within rounding may be on one route and not on the other. From there on
     towards the input both sum over different neurons, so those scores are left out of the deviation.
 
-    Args:
-        model: The network; its dtype is that of the comparison, on the oracle's side also under autocast.
-        images: (N, C, H, W), on the model's device and in its dtype.
-        labels: (N,).
-        width: Share of each layer's channels that a route keeps.
-        attack: What is made of the images first.
-        config: How the engine traces; the oracle sketches and freezes nothing.
-        autocast: Reduced precision for the engine.
+    ``images`` and ``labels`` are on the model's device, in its dtype, in which the oracle runs also where the engine
+    does not (``autocast``). The oracle sketches and freezes nothing. Other arguments as of ``ar.trace_routes``.
     """
     traced = images if attack is None else attack(model, images, labels)
     noise = config.follows_noise
     routes = trace_routes(
-        model,
-        (images if noise else traced, labels),
-        width,
-        batch_size=len(images),
-        attack=(lambda *_: traced) if noise else None,
-        config=config,
-        keep_scores=True,
-        autocast=autocast,
-    )
+        model, (images if noise else traced, labels), width, batch_size=len(images),
+        attack=(lambda *_: traced) if noise else None, config=config, keep_scores=True, autocast=autocast
+    )  # fmt: skip
     expected = oracle.trace(model, traced, labels, clean=images if noise else None, width=width, linear=config.linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
     deviation, layer_of_it = 0.0, expected.layers[-1]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +13,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.table import plural
-from attackroute.tracing.rules.arithmetic import BATCH_NORMS
 from attackroute.tracing.rules.operation import RULES, aten, overloads, tensors_in
+from attackroute.tracing.rules.pointwise import BATCH_NORMS
 
 
-@dataclass(frozen=True)
-class GraphSources:
-    """Direct predecessors of one route layer, as autograd sees them.
+class GraphSources(NamedTuple):
+    """Direct predecessors of one route layer, by name, as autograd sees them."""
 
-    Attributes:
-        reached: Names of the layers whose output the layer's own depends on.
-        custom: Those of them that a path through a custom ``autograd.Function`` joins.
-    """
-
-    reached: frozenset[str]
-    custom: frozenset[str]
+    reached: frozenset[str]  # the layer's output depends on theirs
+    custom: frozenset[str]  # those of them that a path through a custom autograd.Function joins
 
 
 class GraphWalk:
     """Walks the graph of a forward pass back from each route layer's output to the outputs of earlier ones.
 
-    Attributes:
-        sources: Predecessors of every layer that has run, by name.
+    ``sources`` are the predecessors of every layer that has run, by name.
     """
 
     def __init__(self) -> None:
@@ -70,31 +62,18 @@ class GraphWalk:
         return frozenset(reached), custom
 
 
+_ROWS_MIXED = (
+    "so there are no numbers per image: let the model keep the images in the first dimension (batch_first=True), or "
+    "leave linear maps out"
+)
 _ROUNDING = 1e-3  # of an output's largest value; other samples, where they come in, change outputs by much more
 
 
-def require_rows(layer: str, rows: int, samples: int) -> None:
-    """Check that a layer's output has one row per sample.
-
-    Raises:
-        UserError: It has not.
-    """
-    if rows != samples:
-        raise UserError(
-            f"layer {layer!r} gives {plural(rows, 'row')} for {plural(samples, 'image')}, so there are no numbers per "
-            "image: let the model keep the images in the first dimension (batch_first=True), or leave linear maps out"
-        )
-
-
 def require_rows_apart(model: nn.Module, images: Tensor, layers: Container[str] | None = None) -> None:
-    """Check, on a frozen model, that one image's rows of the linear maps' outputs do not depend on another image.
+    """Check, on a frozen model, that one image's rows of the outputs of linear maps do not depend on another image.
 
-    They would where positions stand first, and where windows of several images take turns in the batch.
-
-    Args:
-        model: The model.
-        images: ``(n, ...)``; the first and the last run together, and once more with the last one changed.
-        layers: Some of the linear maps; None for all.
+    They would where positions stand first, and where windows of several images take turns in the batch. The first and
+    the last image run together, and once more with the last one changed. ``layers`` leaves out the other linear maps.
 
     Raises:
         UserError: They do in some layer, or a layer has not one row per image.
@@ -107,7 +86,10 @@ def require_rows_apart(model: nn.Module, images: Tensor, layers: Container[str] 
         def visit(call: LayerCall, firsts: dict[str, Tensor] = firsts) -> Tensor:
             output = call.run()
             if call.kind == "linear" and (layers is None or call.name in layers):
-                require_rows(call.name, len(output), 2)
+                if len(output) != 2:
+                    raise UserError(
+                        f"layer {call.name!r} gives {plural(len(output), 'row')} for 2 images, {_ROWS_MIXED}"
+                    )
                 firsts[call.name] = output[0].detach().clone()
             return output
 
@@ -115,41 +97,27 @@ def require_rows_apart(model: nn.Module, images: Tensor, layers: Container[str] 
             model(batch)
         first_rows.append(firsts)
     for layer, first in first_rows[0].items():
-        if layer in first_rows[1] and bool(
-            (first - first_rows[1][layer]).abs().amax() > _ROUNDING * first.abs().amax()
-        ):
+        change = (first - first_rows[1].get(layer, first)).abs().amax()
+        if change > _ROUNDING * first.abs().amax():
             raise UserError(
-                f"the rows of one image in the output of layer {layer!r} depend on another image, so there are no "
-                "numbers per image: let the model keep the images in the first dimension (batch_first=True), or leave "
-                "linear maps out"
+                f"the rows of one image in the output of layer {layer!r} depend on another image, {_ROWS_MIXED}"
             )
 
 
 _OPERAND = {aten.addmm.default: 1, aten.mm.default: 0, aten.convolution.default: 0}
 """Which argument holds samples; another one that depends on the images would take each sample to all of them."""
 
-
 _REDUCTIONS = frozenset(overloads("mean.dim", "sum.dim_IntList"))
-
-
 _CONCATENATION = frozenset(overloads("cat"))
-
-
 _PADDING = frozenset(overloads("constant_pad_nd"))
-
 
 _BROADCASTING = frozenset(
     overloads("add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor", "mul.Tensor", "mul_.Tensor", "div.Tensor")
     + overloads("div_.Tensor", "copy_")
 )
 
-
 _BATCH_NORMS = frozenset(overloads(*BATCH_NORMS))
-
-
 _DETACH = frozenset(overloads("detach"))
-
-
 _REARRANGEMENTS = frozenset(overloads("as_strided_"))  # of any kind
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.core.model_state import explained
-from attackroute.tracing.flow import EMPTY, Alive, Flow, Path, Term, by_source, disentangled, opaque
+from attackroute.tracing.flow import EMPTY, Alive, Flow, Term, disentangled, opaque
 from attackroute.tracing.pass_checks import GraphWalk, Separation
 from attackroute.tracing.rules.operation import RULES, Operation, without_rule
-from attackroute.tracing.windows import Axis, PatternSums, alive_sums, mask_sums, pattern_sums
+from attackroute.tracing.windows import Axes, Axis, PatternSums, alive_sums, mask_sums, pattern_sums
 
 aten = torch.ops.aten
-
-
 _CONVOLUTION_DIMS = 4
 
 
@@ -33,9 +32,8 @@ class Piece:
 
     Attributes:
         source: Index of the source layer.
-        src: First channel of the source.
-        dst: First input channel of the target.
-        length: Number of channels.
+        src: First of ``length`` channels of the source.
+        dst: First of ``length`` input channels of the target.
         sums: ``N``: ``(n or 1, length, kh, kw)``, gains summed over the positions each kernel offset meets; for
             a map behind overlapping pooling a list, one entry per pattern of windows.
         scale: ``(length,)``, factor per channel, or None.
@@ -54,12 +52,10 @@ class RecordedLayer:
     """One executed route layer.
 
     Attributes:
-        name: The call's name.
         kind: ``"conv2d"`` or ``"linear"``.
         channels: Number of neurons.
         weight: The executed weight, ``(C_out, C_in / groups, kh, kw)``; for linear maps ``(C_out, C_in, P, 1)``
             with P positions per input channel.
-        groups: Groups of the convolution.
         axes: Vertical and horizontal axis of the kernel.
         pieces: Closed-form contributions of earlier layers.
         jacobian: Sources whose edge needs the Jacobian path.
@@ -70,7 +66,7 @@ class RecordedLayer:
     channels: int
     weight: Tensor
     groups: int
-    axes: tuple[Axis, Axis] | None
+    axes: Axes | None
     pieces: tuple[Piece, ...]
     jacobian: frozenset[int]
 
@@ -87,17 +83,11 @@ class RecordedLayer:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What one forward pass showed.
-
-    Attributes:
-        layers: Route layers in execution order.
-        output: The model's output.
-        leaves: Outputs of the layers asked for as leaves that require grad, by name.
-    """
+    """What one forward pass showed: the route layers in execution order, and the model's output."""
 
     layers: tuple[RecordedLayer, ...]
     output: Any
-    leaves: Mapping[str, Tensor]
+    leaves: Mapping[str, Tensor]  # outputs of the layers asked for as leaves that require grad, by name
 
 
 def record(
@@ -112,13 +102,11 @@ def record(
     separation: Separation | None = None,
     follow: type[Tracker] | None = None,
 ) -> Recording:
-    """Run ``model`` on ``images`` and record its route layers.
-
-    The model must be frozen (:func:`attackroute.core.model_state.frozen`).
+    """Run a frozen model (:func:`attackroute.core.model_state.frozen`) on a batch and record its route layers.
 
     Args:
         model: The model.
-        images: ``(n, ...)`` batch on the model's device.
+        images: ``(n, ...)`` on the model's device.
         linear: Whether linear maps are route layers too.
         leaves: Layers whose output becomes a leaf that requires grad, so that what follows can be differentiated.
         sums: Whether to gather window sums; without, only the structure is recorded.
@@ -178,14 +166,12 @@ def is_recording() -> bool:
     return isinstance(_get_current_dispatch_mode(), Tracker)
 
 
-@dataclass
-class _Followed:
+class _Followed(NamedTuple):
     flow: Flow
     version: int
 
 
-@dataclass
-class _Written:
+class _Written(NamedTuple):
     """Memory that an operation changed in place, and the version that its tensors had then."""
 
     reference: StorageWeakRef
@@ -247,9 +233,14 @@ class Tracker(TorchDispatchMode):
 
     # --- execution
 
-    def inside(self, call: LayerCall) -> _Inside:
+    @contextmanager
+    def inside(self, call: LayerCall) -> Iterator[None]:
         """Context of one route-layer call."""
-        return _Inside(self, call)
+        outer, self._call = self._call, call
+        try:
+            yield
+        finally:
+            self._call = outer
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -337,7 +328,7 @@ class Tracker(TorchDispatchMode):
         images: Tensor,
         weight: Tensor,
         groups: int,
-        axes: tuple[Axis, Axis] | None,
+        axes: Axes | None,
         out: Tensor,
         elsewhere: frozenset[int],
     ) -> None:
@@ -347,17 +338,12 @@ class Tracker(TorchDispatchMode):
         pieces, lost = self._pieces(call, flow, images, axes, elsewhere)
         index = len(self.layers)
         channels = out.shape[-1] if call.kind == "linear" else out.shape[1]
-        layer = RecordedLayer(
-            call.name,
-            call.kind,
-            channels=channels,
-            weight=weight,
-            groups=groups,
-            axes=axes,
-            pieces=tuple(pieces),
-            jacobian=lost,
-        )
-        self.layers.append(layer)
+        self.layers.append(
+            RecordedLayer(
+                call.name, call.kind, channels=channels, weight=weight, groups=groups, axes=axes, pieces=tuple(pieces),
+                jacobian=lost
+            )
+        )  # fmt: skip
         # what follows owes to this layer alone: earlier ones act through it, and are not adjacent to later ones
         if call.kind == "linear" and out.ndim > 2:
             self.record(out, opaque((index,)))
@@ -365,47 +351,35 @@ class Tracker(TorchDispatchMode):
             self.record(out, Flow(tuple(out.shape[1:]), (Term(index, 0, 0, channels),)))
 
     def _pieces(
-        self,
-        call: LayerCall,
-        flow: Flow,
-        images: Tensor,
-        axes: tuple[Axis, Axis] | None,
-        elsewhere: frozenset[int],
+        self, call: LayerCall, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]
     ) -> tuple[list[Piece], frozenset[int]]:
         """Closed-form parts of the edges into a layer that reads ``images``, and the sources whose edge has none."""
         lost = set(flow.opaque | elsewhere)
-        counter = _Counter(flow, images, axes, gather=self._gather)
+        gains = self._gains(flow, images, axes)
         pieces: list[Piece] = []
-        for source, terms in by_source(flow).items():
-            # two paths from one channel add with their signs before the absolute value, which window sums cannot tell
-            if source in lost or not disentangled(terms) or not all(counter.closed(term) for term in terms):
+        by_source: dict[int, list[Term]] = {}
+        for term in flow.terms:
+            by_source.setdefault(term.source, []).append(term)
+        for source, terms in by_source.items():
+            if source in lost or not gains.closed(terms):
                 lost.add(source)
-            else:
-                pieces += [counter.piece(term) for term in terms]
+                continue
+            for term in terms:
+                sums = gains.sums(term) if self._gather else []
+                pieces.append(Piece(source, term.src, dst=term.dst, length=term.length, sums=sums, scale=term.scale))
         return pieces, frozenset(lost)
 
-
-@dataclass
-class _Inside:
-    tracker: Tracker
-    call: LayerCall
-    outer: LayerCall | None = field(default=None)
-
-    def __enter__(self) -> None:
-        self.outer, self.tracker._call = self.tracker._call, self.call
-
-    def __exit__(self, *_: object) -> None:
-        self.tracker._call = self.outer
+    def _gains(self, flow: Flow, images: Tensor, axes: Axes | None) -> GainSums:
+        return GainSums(flow, images, axes)
 
 
 @dataclass
-class _Counter:
+class GainSums:
     """Window sums of the terms that meet one layer; terms that share a mask share the work."""
 
     flow: Flow
     values: Tensor
-    axes: tuple[Axis, Axis] | None
-    gather: bool
+    axes: Axes | None
     counted: dict[object, Tensor] = field(default_factory=dict)
 
     @property
@@ -415,29 +389,29 @@ class _Counter:
             return math.prod(self.flow.spatial) == 1
         return all(len(axis.starts) == 1 for axis in self.axes)
 
-    def closed(self, term: Term) -> bool:
+    def closed(self, terms: Sequence[Term]) -> bool:
+        """Whether the terms of one source, all that the layer reads of it, have a closed form."""
+        # two paths from one channel add with their signs before the absolute value, which window sums cannot tell
+        return disentangled((term.src, term.length) for term in terms) and all(map(self._closed, terms))
+
+    def _closed(self, term: Term) -> bool:
         """Whether every pair of a source and a target position is joined by one path, or by known patterns."""
-        path: Path = term.path
-        if not path.many or self.pointwise:
+        windows = term.path.windows
+        if not term.path.many or self.pointwise:
             return True
         binary = not isinstance(term.mask, Tensor) or term.mask.dtype == torch.bool
-        return self.axes is not None and path.windows is not None and max(path.windows.reach) <= 2 and binary
+        return self.axes is not None and windows is not None and max(windows.reach) <= 2 and binary
 
-    def piece(self, term: Term) -> Piece:
-        """The term with its window sums."""
-        sums: Tensor | list[PatternSums] = self._sums(term) if self.gather else []
-        return Piece(term.source, term.src, dst=term.dst, length=term.length, sums=sums, scale=term.scale)
-
-    def _sums(self, term: Term) -> Tensor | list[PatternSums]:
+    def sums(self, term: Term) -> Tensor | list[PatternSums]:
+        """``N``, ``(n or 1, length, kh, kw)``: a term's gains, summed over what each kernel offset meets."""
         if self.axes is None:
             return self._positions(term)
         if term.path.many and term.path.windows is not None and not self.pointwise:
             return pattern_sums(term.path.windows, self._alive(term), *self.axes)
-        cut = slice(term.dst, term.dst + term.length)
         if isinstance(term.mask, Alive):
             if term.mask not in self.counted:
                 self.counted[term.mask] = alive_sums(self.values, term.mask, *self.axes)
-            return self.counted[term.mask][:, cut]
+            return self.counted[term.mask][:, term.span]
         if term.mask is None:
             return mask_sums(self.values.new_ones((1, 1, *self.flow.spatial)), *self.axes)
         key = id(term.mask)
@@ -446,7 +420,7 @@ class _Counter:
         return self.counted[key]
 
     def _alive(self, term: Term) -> Tensor:
-        values = self.values[:, term.dst : term.dst + term.length]
+        values = self.values[:, term.span]
         if isinstance(term.mask, Alive):
             return term.mask.of(values)
         if term.mask is None:
@@ -455,7 +429,7 @@ class _Counter:
 
     def _positions(self, term: Term) -> Tensor:
         """Gains of a linear map's input: every position is a kernel offset of its own."""
-        values = self.flow.view(self.values)[:, term.dst : term.dst + term.length]
+        values = self.flow.view(self.values)[:, term.span]
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         if isinstance(term.mask, Alive):
             gains = term.mask.of(values)

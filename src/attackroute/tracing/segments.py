@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,20 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attackroute.core.errors import UserError
-from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.core.model_state import differentiated
 from attackroute.core.random import cauchies, derived_keys
 from attackroute.tracing.sketches import Estimate, ScaleSums, groups
 
 _ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
-
-
 _DRAWN_ELEMENTS = 1 << 18  # the same for sketches on a CPU: larger batches of dense cotangents leave its caches
 
 
 class Segments:
     """The graph between route layers of one batch, cut at every layer's output.
 
-    Args:
-        model: A frozen model.
-        images: ``(n, ...)`` batch.
-        edges: ``target -> sources`` that will be asked for.
-        linear: Whether linear maps are route layers too.
-        fused: Run attention fused: quicker for single products, but its backward pass cannot be batched.
+    Of a frozen model, for the ``edges``, ``target -> sources``, that will be asked for. ``fused`` runs attention fused:
+    quicker for single products, but its backward pass cannot be batched.
     """
 
     def __init__(
@@ -75,31 +69,25 @@ class Segments:
 
     def influence(self, target: str) -> dict[str, Tensor]:
         """Eqs. (1)-(2) for every source of ``target``: ``(n, C_target, C_source)``."""
-        channels = self._channels_last(target, self._outputs[target]).shape[-1]
-        samples = self._outputs[target].shape[0]
-        every = torch.ones(samples, channels, dtype=torch.bool, device=self._outputs[target].device)
-        parts: dict[str, list[Tensor]] = {source: [] for source in self._sources[target]}
+        output = self._outputs[target]
+        samples, channels = output.shape[0], self._channels_last(target, output).shape[-1]
+        rows: dict[str, list[Tensor]] = {source: [] for source in self._sources[target]}
         for channel in range(channels):
-            only = torch.zeros_like(every)
+            only = output.new_zeros(samples, channels, dtype=torch.bool)
             only[:, channel] = True
             for source, score in self.scores(target, only).items():
-                parts[source].append(score)
-        return {source: torch.stack(columns, dim=1) for source, columns in parts.items()}
+                rows[source].append(score)
+        return {source: torch.stack(scores, dim=1) for source, scores in rows.items()}
 
     def positions(self, target: str) -> int:
         """Number of positions that each channel of a target has."""
         return math.prod(self._channels_last(target, self._outputs[target]).shape[1:-1])
 
     def scores(self, target: str, critical: Tensor, *, most: int | None = None) -> dict[str, Tensor]:
-        """Eq. (5), one target's share: influence summed over its critical channels.
+        """Eq. (5), one target's share: influence summed over its critical channels, ``(n, C_source)`` by source.
 
-        Args:
-            target: Name of the target layer.
-            critical: Bool ``(n, C_target)``, with the same number of channels set in each row.
-            most: Stop after so many products, of which there is one per critical channel and position.
-
-        Returns:
-            ``(n, C_source)`` for every source of the target.
+        ``critical`` is bool ``(n, C_target)``, with the same number of channels set in each row. There is one product
+        per critical channel and position; ``most`` stops after so many.
         """
         output = self._outputs[target]
         leaves = {source: self._leaves[source] for source in self._sources[target]}
@@ -119,21 +107,16 @@ class Segments:
             gradients = _products(output, list(leaves.values()), cotangents)
             for source, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    sized = self._channels_last(source, gradient.abs(), batched=True)
+                    sized = self._channels_last(source, gradient.abs())
                     totals[source] += sized.flatten(2, -2).sum((0, 2), dtype=dtype)
         return totals
 
     def sketched(
         self, target: str, critical: Tensor, keys: Tensor, draws: range, sources: Iterable[str] | None = None
     ) -> dict[str, Estimate]:
-        """An estimate of :meth:`scores` from as many products as there are draws.
+        """An estimate of :meth:`scores` for some or all sources, from as many products as there are draws.
 
-        Args:
-            target: Name of the target layer.
-            critical: Bool ``(n, C_target)``, with the same number of channels set in each row.
-            keys: ``(n,)`` int64, one for each sample.
-            draws: Which draws of these keys are taken.
-            sources: Some of the target's sources; None means all.
+        ``keys``, ``(n,)`` int64, are those of the samples' random numbers.
         """
         output, names = self._outputs[target], tuple(sources or self._sources[target])
         leaves = [self._leaves[name] for name in names]
@@ -185,7 +168,7 @@ class Segments:
         numbers = numbers.view(samples, draws, *shape[1:-1], critical)
         batch = output.new_zeros(samples, draws, *shape[1:])
         batch.scatter_(-1, ranked.view(samples, *(1,) * (batch.ndim - 2), critical).expand(numbers.shape), numbers)
-        return (batch if self._kinds[target] == "linear" else batch.movedim(-1, 2)).movedim(1, 0)
+        return batch.movedim(-1, CHANNEL_DIM[self._kinds[target]]).movedim(1, 0)
 
     def _per_channel(self, name: str, values: Tensor) -> Tensor:
         """Sum over positions of values shaped like a layer's output: ``(n, C)``."""
@@ -204,23 +187,16 @@ class Segments:
             index = torch.arange(len(pair), device=output.device)[:, None]
             batch[index, rows[None], (pair % positions)[:, None], ranked.T[pair // positions]] = 1
             batch = batch.view(len(pair), *shape)
-            yield batch if self._kinds[target] == "linear" else batch.movedim(-1, 2)
+            yield batch.movedim(-1, CHANNEL_DIM[self._kinds[target]])
 
-    def _channels_last(self, name: str, tensor: Tensor, *, batched: bool = False) -> Tensor:
-        return tensor if self._kinds[name] == "linear" else tensor.movedim(2 if batched else 1, -1)
+    def _channels_last(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.movedim(CHANNEL_DIM[self._kinds[name]], -1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Input:
-    """What a linear map reads.
+class _Input(NamedTuple):
+    """What a linear map reads, and the map's weight."""
 
-    Attributes:
-        edge: Where it stands in the graph; the tensor itself may be written to by what follows.
-        dtype: Its type.
-        weight: The map's weight.
-    """
-
-    edge: GradientEdge
+    edge: GradientEdge  # where it stands in the graph; the tensor itself may be written to by what follows
     dtype: torch.dtype
     weight: Tensor
 
@@ -244,9 +220,4 @@ def _products(output: Tensor | GradientEdge, leaves: list[Tensor], cotangents: T
             rows = [
                 torch.autograd.grad(output, leaves, row, retain_graph=True, allow_unused=True) for row in cotangents
             ]
-        return [
-            None
-            if leaf_gradients[0] is None
-            else torch.stack([gradient for gradient in leaf_gradients if gradient is not None])
-            for leaf_gradients in zip(*rows, strict=True)
-        ]
+        return [None if of_leaf[0] is None else torch.stack(of_leaf) for of_leaf in zip(*rows, strict=True)]

@@ -26,10 +26,8 @@ from attackroute.tracing.config import SKETCH_GROUPS
 MOST_SKETCHES = 512
 """Draws at which ``"auto"`` gives up."""
 
-
 CLEAR_OVERLAP = 0.95
 """Expected overlap at which ``"auto"`` takes a layer's cut to be clear."""
-
 
 _UNDECIDED = 2.0  # standard errors
 

@@ -54,7 +54,6 @@ class Structure:
         Raises:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
         """
-
         images = two_of(images).requires_grad_()
         graph, separation = GraphWalk(), Separation(images.shape[0])
         recording = record_first(model, images, linear=linear, graph=graph, separation=separation, follow=follow)
@@ -66,8 +65,7 @@ class Structure:
         names = tuple(layer.name for layer in layers)
         closed, jacobian = [], []
         for layer in layers:
-            reached = frozenset(names.index(name) for name in graph.sources[layer.name].reached)
-            custom = frozenset(names.index(name) for name in graph.sources[layer.name].custom)
+            reached, custom = (frozenset(map(names.index, of_graph)) for of_graph in graph.sources[layer.name])
             shut = layer.sources - layer.jacobian - custom
             if follow is not None and not reached <= layer.sources:  # noise comes in by a way that was not seen
                 shut = frozenset()

@@ -17,21 +17,21 @@ from attackroute.core.batches import BatchStream, Data, batches_in_order
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
+from attackroute.core.layers import CHANNEL_DIM
 from attackroute.core.loss import Loss, seed_gradients
 from attackroute.core.model_state import autocast_of, explained, frozen, placement, weights_digest
 from attackroute.robustness.attack import Attack, attack_name, attacked
 from attackroute.routes.folder import RouteFolder, RouteWriter
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.routes.masks import check_width, pack, top_k
+from attackroute.routes.masks import check_width, pack
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.sketch_errors import SketchErrors
 from attackroute.tracing.closed_form import critical_sums
 from attackroute.tracing.config import AUTO, NOISE, TraceConfig
 from attackroute.tracing.frozen_gates import FrozenGates
 from attackroute.tracing.noise import NoiseTracker
-from attackroute.tracing.open_edges import ExactProducts, OpenEdges, Ranked, SketchedProducts
+from attackroute.tracing.open_edges import ExactProducts, OpenEdges, Ranked, Replays, SketchedProducts
 from attackroute.tracing.recorder import RecordedLayer, record
-from attackroute.tracing.replay import Replays
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import AUTOGRAD, REPLAY, SKETCH, Structure
 
@@ -39,25 +39,15 @@ from attackroute.tracing.structure import AUTOGRAD, REPLAY, SKETCH, Structure
 def seed_scores(kind: str, output: Tensor, gradient: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
     """What Eq. (4) ranks at a sink: ``sum over positions of |dL/dZ|``, or for noise of ``(Z(x') - Z(x)) dL/dZ(x')``.
 
-    The latter keeps its sign: it is, to first order, how much of the loss the neuron's noise has brought about.
-
-    Args:
-        kind: ``"conv2d"`` or ``"linear"``.
-        output: The sink's output Z; for noise n clean rows, then the attacked ones.
-        gradient: dL/dZ, shaped like it.
-        noise: Whether noise is what is followed.
-        dtype: Of the result.
-
-    Returns:
-        ``(n, C)``.
+    The latter keeps its sign: it is, to first order, how much of the loss the neuron's noise has brought about. For
+    noise, the output Z of a layer of this ``kind`` has n clean rows, then the attacked ones. Returns ``(n, C)``.
     """
     if noise:
         clean, attacked = output.detach().to(dtype).chunk(2)
         size = (attacked - clean).mul_(gradient.chunk(2)[1])
     else:
         size = gradient.abs()
-    if kind == "conv2d":
-        size = size.movedim(1, -1)
+    size = size.movedim(CHANNEL_DIM[kind], -1)
     return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)
 
 
@@ -68,46 +58,22 @@ Note = Callable[[str], object]
 """Called with a sentence for the user."""
 
 
+# fmt: off
 @overload
 def trace_routes(
-    model: nn.Module,
-    data: Data,
-    width: float = 0.2,
-    *,
-    attack: Attack | None = None,
-    config: TraceConfig = TraceConfig(),
-    loss: Loss | None = None,
-    keep_scores: bool = False,
-    batch_size: int = 128,
-    autocast: torch.dtype | None = None,
-    folder: None = None,
-    resume: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    note: Note | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, data: Data, width: float = ..., *, attack: Attack | None = ..., config: TraceConfig = ...,
+    loss: Loss | None = ..., keep_scores: bool = ..., batch_size: int = ..., autocast: torch.dtype | None = ...,
+    folder: None = ..., resume: bool = ..., settings: Mapping[str, Any] | None = ..., note: Note | None = ...,
+    progress: Progress | None = ...
 ) -> InstanceRoutes: ...
-
-
 @overload
 def trace_routes(
-    model: nn.Module,
-    data: Data,
-    width: float = 0.2,
-    *,
-    attack: Attack | None = None,
-    config: TraceConfig = TraceConfig(),
-    loss: Loss | None = None,
-    keep_scores: bool = False,
-    batch_size: int = 128,
-    autocast: torch.dtype | None = None,
-    folder: str | os.PathLike[str],
-    resume: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    note: Note | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, data: Data, width: float = ..., *, attack: Attack | None = ..., config: TraceConfig = ...,
+    loss: Loss | None = ..., keep_scores: bool = ..., batch_size: int = ..., autocast: torch.dtype | None = ...,
+    folder: str | os.PathLike[str], resume: bool = ..., settings: Mapping[str, Any] | None = ...,
+    note: Note | None = ..., progress: Progress | None = ...
 ) -> RouteFolder: ...
-
-
+# fmt: on
 def trace_routes(
     model: nn.Module,
     data: Data,
@@ -171,11 +137,11 @@ def trace_routes(
         tracer = Tracer.probe(
             model, images, width, attack=attack, config=config, loss=loss, keep_scores=keep_scores, settings=settings
         )
+        settings = {} if folder is None else tracer.file_settings(images, samples, rows, autocast)
+        del images  # else it would be held while all others are traced
         if folder is None:
-            del images  # else it would be held while all others are traced
             return InstanceRoutes.concatenate(_traced(tracer, stream, progress))
-        writer = RouteWriter(folder, tracer.file_settings(images, samples, rows, autocast), samples, rows)
-        del images
+        writer = RouteWriter(folder, settings, samples, rows)
         gaps = current().first(lambda: writer.begin(model, resume=resume))
         for fault in (fault for gap in gaps for fault in gap.faults):
             (note or warnings.warn)(f"note: {fault}")
@@ -220,10 +186,7 @@ def _traced(tracer: Tracer, stream: BatchStream, progress: Progress | None, done
 class Tracer:
     """Traces batches of one model, each for itself, on the structure that a probe of the model showed.
 
-    The caller holds the model frozen. For the attributes that are not explained here see :func:`trace_routes`.
-
-    Attributes:
-        structure: The model's route layers and edges.
+    The caller holds the model frozen. For the attributes see :func:`trace_routes`.
     """
 
     model: nn.Module
@@ -256,7 +219,7 @@ class Tracer:
         checked_logits(output, 2)
         return cls(
             model, structure, config=config, width=width, attack=attack, loss=loss, keep_scores=keep_scores,
-            settings=settings or {},
+            settings=settings or {}
         )  # fmt: skip
 
     def trace(self, images: Tensor, labels: Tensor | None) -> InstanceRoutes:
@@ -277,23 +240,15 @@ class Tracer:
     def _ranked(
         self, images: Tensor, labels: Tensor | None, clean: Tensor | None
     ) -> tuple[dict[str, Ranked], Tensor, Tensor]:
-        """Eqs. (3)-(6) for one batch.
+        """Eqs. (3)-(6) for one batch, with ``clean`` images where it is an attack's noise that is followed.
 
-        Args:
-            images: What is traced, ``(n, ...)``.
-            labels: What it is traced for; None for the model's predictions.
-            clean: The images before the attack whose noise is followed; None where derivatives are.
-
-        Returns:
-            Each layer with its critical channels, in forward order; the labels; the predictions.
+        Returns each layer with its critical channels, in forward order; the labels; the predictions.
         """
         names, sinks = self.structure.names, self.structure.sinks
         samples, passed = images.shape[0], images if clean is None else torch.cat([clean, images])
-        follow = None if clean is None else NoiseTracker
+        follow, linear = None if clean is None else NoiseTracker, self.config.linear
         with explained(images):
-            recording = record(
-                self.model, passed, linear=self.config.linear, leaves=sinks, expected=len(names), follow=follow
-            )
+            recording = record(self.model, passed, linear=linear, leaves=sinks, expected=len(names), follow=follow)
         layers = self.structure.applied(recording.layers)
         logits = checked_logits(recording.output, passed.shape[0])
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode, the seeds need the graph
@@ -311,21 +266,19 @@ class Tracer:
         open_edges = self._open_edges(passed, images, layers)
         ranked: dict[str, Ranked] = {}
         for index in reversed(range(len(layers))):  # every successor of a layer comes after it
-            layer, score = layers[index], scores[index]
-            ranked[layer.name] = (
-                Ranked(score, top_k(score, self.width)) if open_edges is None else open_edges.rank(layer.name, score)
-            )
+            layer = layers[index]
+            ranked[layer.name] = open_edges.rank(layer.name, scores[index])
             critical = ranked[layer.name].mask
             critical_sums(layer, critical, scores)  # Eq. (5)
-            if open_edges is not None and layer.jacobian:
+            if layer.jacobian:
                 open_edges.follow(layer.name, critical)
         return {name: ranked[name] for name in names}, labels, predictions
 
-    def _open_edges(self, passed: Tensor, images: Tensor, layers: Sequence[RecordedLayer]) -> OpenEdges | None:
-        """What computes the edges without a closed form; None where there is no such edge."""
+    def _open_edges(self, passed: Tensor, images: Tensor, layers: Sequence[RecordedLayer]) -> OpenEdges:
+        """What computes the edges without a closed form."""
         edges, sketches = self.structure.jacobian_edges, self.config.sketches
         if not edges:
-            return None
+            return OpenEdges(self.width)
         if self.config.follows_noise:
             return Replays(self.model, passed, layers=layers, edges=edges, width=self.width, linear=self.config.linear)
         segments = Segments(self.model, images, edges, linear=self.config.linear, fused=sketches is not None)
@@ -343,31 +296,18 @@ class Tracer:
             sketches = self.config.sketches
             criterion += f", approximate ({sketches if sketches == AUTO else f'{sketches} sketches'})"
         names = [self.settings[key] for key in ("data", "split") if self.settings.get(key) is not None]
+        seed = self.settings.get("seed", self.config.seed if approximate else None)
+        model, data = self.settings.get("model"), " ".join(names) or None
         return Provenance(
-            samples,
-            self.width,
-            model=self.settings.get("model"),
-            data=" ".join(names) or None,
-            attack=self._attack_name,
-            seed=self.settings.get("seed", self.config.seed if approximate else None),
-            criterion=criterion,
+            samples, self.width, model=model, data=data, attack=self._attack_name, seed=seed, criterion=criterion
         )
 
     @property
     def _attack_name(self) -> str | None:
         return None if self.attack is None else attack_name(self.attack)
 
-    def file_settings(
-        self, images: Tensor, samples: int, batch_size: int, autocast: torch.dtype | None
-    ) -> dict[str, Any]:
-        """All on which routes in files depend, as JSON values.
-
-        Args:
-            images: The data's first batch, whose first image stands for all of them.
-            samples: How many samples there are.
-            batch_size: Samples in a batch.
-            autocast: Reduced precision of the forward pass.
-        """
+    def file_settings(self, images: Tensor, samples: int, rows: int, autocast: torch.dtype | None) -> dict[str, Any]:
+        """All on which routes in files depend, as JSON values; the first of ``images`` stands for all of them."""
         device, dtype = placement(self.model)
         return {
             **self.settings,
@@ -383,7 +323,7 @@ class Tracer:
             "sketch-seed": self.config.seed,
             "freeze-gates": self.config.freeze_gates,
             "keep-scores": self.keep_scores,
-            "batch-size": batch_size,
+            "batch-size": rows,
             "dtype": str(autocast or dtype).removeprefix("torch."),
             "device": device.type,
         }

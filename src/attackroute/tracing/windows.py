@@ -19,20 +19,10 @@ from torch.nn import functional
 from attackroute.tracing.flow import Alive, Windows, in_memory_order, shifted
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
-
-
 _SEGMENTS = 64  # beyond this many pieces a matrix product is quicker than slicing
-
-
 _SMALL = 400  # so it is for maps of at most this many positions
-
-
 _EXACT = 1 << 24  # float32 counts exactly up to here
-
-
 _WORD = 8  # bytes of an int64
-
-
 _BYTE = 255  # the largest count in one of them
 
 
@@ -41,8 +31,7 @@ class Axis:
     """One spatial axis of a convolution.
 
     Attributes:
-        size: Input size.
-        out: Output size.
+        size: Input size; ``out`` is the output's.
         stride: Step of the output position in the input.
         starts: For each kernel offset, the input position that output 0 pairs with (may be negative).
     """
@@ -74,24 +63,8 @@ class Axis:
         return Axis(self.size, self.out, self.stride, tuple(starts))
 
 
-def window_sums(total: Callable[[slice, slice], Tensor], rows: Axis, columns: Axis) -> Tensor:
-    """Sums of a map over the positions of each pair of kernel offsets.
-
-    Args:
-        total: Sum of the map over a row slice and a column slice, shape ``(n, C)``.
-        rows: The vertical axis, with kernel height ``kh``.
-        columns: The horizontal axis, with kernel width ``kw``.
-
-    Returns:
-        ``(n, C, kh, kw)``.
-    """
-    pieces = [total(row, column) for row in _segments(rows)[0] for column in _segments(columns)[0]]
-    if not pieces:  # a kernel that never meets the map
-        empty = total(slice(0, 0), slice(0, 0))
-        return empty[..., None, None].expand(*empty.shape, len(rows.starts), len(columns.starts))
-    members = _members(rows, columns, by_segment=True, dtype=pieces[0].dtype, device=pieces[0].device)
-    sums = torch.stack(pieces, dim=-1) @ members.T
-    return sums.view(*sums.shape[:2], len(rows.starts), len(columns.starts))
+Axes = tuple[Axis, Axis]
+"""Vertical and horizontal axis of a convolution."""
 
 
 @lru_cache(maxsize=256)
@@ -149,7 +122,7 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
     That is exact for counts.
     """
     dtype = torch.float64 if counted.dtype == torch.float64 or rows.size * columns.size > _EXACT else torch.float32
-    total = _byte_totals(counted, dtype) if counted.dtype == torch.bool else _float_totals(counted, dtype)
+    total = _column_totals(counted, dtype)
     totals: dict[int, Tensor] = {}
 
     def taken(offset: int) -> Tensor:
@@ -171,16 +144,14 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return sums.view(len(columns.starts), *by_row.shape[:-1]).permute(2, 3, 1, 0)
 
 
-def _float_totals(values: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-    """Column totals ``(n, C, W)`` of a map over a slice of its rows."""
-    return lambda rows: values[:, :, rows].sum(2, dtype=dtype)
+def _column_totals(mask: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    """Column totals ``(n, C, W)`` of a map of zeros and ones over a slice of its rows.
 
-
-def _byte_totals(mask: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-    """Column totals ``(n, C, W)`` of a bool map over a slice of its rows.
-
-    Eight neighbours in memory are added at once, as the bytes of one word; a byte holds a count of up to 255 rows.
+    Of a bool map, eight neighbours in memory are added at once, as the bytes of one word; a byte holds a count of up to
+    255 rows.
     """
+    if mask.dtype != torch.bool:
+        return lambda rows: mask[:, :, rows].sum(2, dtype=dtype)
     width = mask.shape[3]
     by_channel = not mask.is_contiguous() and mask.is_contiguous(memory_format=torch.channels_last)
     if by_channel and mask.shape[1] % _WORD == 0:
@@ -208,7 +179,16 @@ def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
         return sums.view(len(rows.starts), len(columns.starts), *values.shape[:2]).permute(2, 3, 0, 1)
     if len(_segments(rows)[0]) * len(_segments(columns)[0]) > _SEGMENTS:
         return _indicator(rows, dtype, device) @ values.to(dtype) @ _indicator(columns, dtype, device).T
-    return window_sums(lambda row, column: values[:, :, row, column].sum((2, 3), dtype=dtype), rows, columns)
+    pieces = [
+        values[:, :, row, column].sum((2, 3), dtype=dtype)
+        for row in _segments(rows)[0]
+        for column in _segments(columns)[0]
+    ]
+    shape = (*values.shape[:2], len(rows.starts), len(columns.starts))
+    if not pieces:  # a kernel that never meets the map
+        return values.new_zeros(shape, dtype=dtype)
+    members = _members(rows, columns, by_segment=True, dtype=dtype, device=device)
+    return (torch.stack(pieces, dim=-1) @ members.T).view(shape)
 
 
 @lru_cache(maxsize=512)
@@ -224,17 +204,10 @@ def _indicator(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PatternSums:
-    """Window sums of the positions whose pooling winners share one pattern of windows.
+    """Window sums of the positions whose pooling winners share one pattern of windows."""
 
-    Attributes:
-        members: Offsets of the windows won, relative to the first one; always contains (0, 0).
-        sums: ``(n, C, kh', kw')`` over the offsets of the widened kernel.
-        rows: Vertical axis of the widened kernel.
-        columns: Its horizontal axis.
-    """
-
-    members: tuple[tuple[int, int], ...]
-    sums: Tensor
+    members: tuple[tuple[int, int], ...]  # offsets of the windows won, relative to the first one, which is (0, 0)
+    sums: Tensor  # (n, C, kh', kw') over the offsets of the widened kernel, whose axes follow
     rows: Axis
     columns: Axis
 
@@ -243,14 +216,9 @@ def pattern_sums(windows: Windows, alive: Tensor, rows: Axis, columns: Axis) -> 
     """Window sums by pattern, for a map behind an overlapping max pooling.
 
     Several outputs p of the pooling can share one input s, and ``|sum of weights|`` is not the sum of ``|weights|``.
-    So positions are grouped by which windows their winner won (and that are still ``alive``), each group standing at
-    its first window.
-
-    Args:
-        windows: The pooling's winners; at most two windows per axis may share an input.
-        alive: Bool ``(n, C, H', W')``, the 0/1 derivative at each pooled position.
-        rows: Vertical axis of the convolution that follows.
-        columns: Its horizontal axis.
+    So positions are grouped by which windows their winner won (and that are still ``alive``: the 0/1 derivative at each
+    pooled position, bool ``(n, C, H', W')``), each group standing at its first window. At most two windows per axis may
+    share an input. The axes are those of the convolution that follows.
     """
     layout = torch.contiguous_format if alive.is_contiguous() else torch.channels_last
     alive = alive.contiguous(memory_format=layout)

@@ -6,7 +6,7 @@ its rule does not cover, makes every source that reaches it opaque, so that noth
 
 from __future__ import annotations
 
-from attackroute.tracing.rules import activations, arithmetic, copies, layout, pooling
+from attackroute.tracing.rules import layout, pointwise, pooling
 from attackroute.tracing.rules.operation import RULES, Operation, without_rule
 
-__all__ = ["RULES", "Operation", "activations", "arithmetic", "copies", "layout", "pooling", "without_rule"]
+__all__ = ["RULES", "Operation", "layout", "pointwise", "pooling", "without_rule"]

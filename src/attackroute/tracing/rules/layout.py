@@ -1,4 +1,4 @@
-"""Layout: channels and positions are joined, cut, padded and renamed."""
+"""Layout: channels and positions are copied, joined, cut, padded and renamed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,50 @@ from torch import Tensor
 from torch.nn import functional
 
 from attackroute.tracing.flow import EMPTY, Flow, Term, mapped, opaque, settled
-from attackroute.tracing.rules.copies import identity
-from attackroute.tracing.rules.operation import Operation, overloads, rule, without_rule
+from attackroute.tracing.rules.operation import Operation, flow_rule, overloads, rule, without_rule
+
+
+@rule(*overloads("clone", "_to_copy", "alias", "lift_fresh", "contiguous"))
+def identity(operation: Operation) -> Any:
+    """Copies: same values, same flow."""
+    output = operation.run()
+    return operation.emit(output, operation.flow() if output.is_floating_point() else EMPTY)
+
+
+@rule(*overloads("as_strided_"))
+def restride(operation: Operation) -> Any:
+    """``as_strided_`` that only renames the strides of dimensions of size 1, as pooling to one position does."""
+    values = operation.input
+    size, stride, offset = operation.args[1], operation.args[2], operation.argument(3, "storage_offset")
+    same = all(
+        length == 1 or old == new for length, old, new in zip(values.shape, values.stride(), stride, strict=False)
+    )
+    if tuple(size) != tuple(values.shape) or not same or offset not in (None, values.storage_offset()):
+        return without_rule(operation)
+    flow = operation.flow()
+    return operation.emit(operation.run(), flow)
+
+
+@rule(*overloads("copy_"))
+def copy(operation: Operation) -> Any:
+    """``copy_``: the target takes the source's flow if the shapes agree."""
+    if operation.input.shape != operation.args[1].shape:
+        return without_rule(operation)
+    return operation.emit(operation.run(), operation.flow(1))
+
+
+@rule(
+    *overloads("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
+)
+def constant(operation: Operation) -> Any:
+    """New tensors that take a shape from another one, and no value."""
+    return operation.run()
+
+
+@rule(*overloads("detach"))
+def detach(operation: Operation) -> Any:
+    """Gradients stop here."""
+    return operation.emit(operation.run(), EMPTY)
 
 
 @rule(*overloads("cat"))
@@ -21,10 +63,8 @@ def cat(operation: Operation) -> Any:
     tensors = operation.args[0]
     dim = operation.argument(1, "dim", 0)
     flows = [operation.ledger.flow(tensor) for tensor in tensors]
-    known = next((flow for flow in flows if flow.terms), None)
-    usable = known is not None and dim % tensors[0].ndim == 1 and not known.flat
-    usable = usable and all(flow is EMPTY or (flow.terms and not flow.flat) for flow in flows)
-    if known is None or not usable:
+    maps = any(flow.terms for flow in flows) and all(flow is EMPTY or (flow.terms and not flow.flat) for flow in flows)
+    if not maps or dim % tensors[0].ndim != 1:
         return without_rule(operation)
     output = operation.run()
     terms, lost, start = list[Term](), set[int](), 0
@@ -35,12 +75,10 @@ def cat(operation: Operation) -> Any:
     return operation.emit(output, Flow(tuple(output.shape[1:]), tuple(terms), frozenset(lost)))
 
 
-@rule(*overloads("split.Tensor", "split_with_sizes", "chunk"))
-def split(operation: Operation) -> Any:
+@flow_rule(*overloads("split.Tensor", "split_with_sizes", "chunk"))
+def split(operation: Operation, flow: Flow) -> Any:
     """Splitting channels."""
-    flow = operation.flow()
-    dim = operation.argument(2, "dim", 0) % operation.input.ndim
-    if not flow.terms or flow.flat or dim != 1:
+    if flow.flat or operation.argument(2, "dim", 0) % operation.input.ndim != 1:
         return without_rule(operation)
     outputs, start = operation.run(), 0
     for output in outputs:
@@ -50,20 +88,17 @@ def split(operation: Operation) -> Any:
 
 
 def _channels(flow: Flow, start: int, stop: int) -> Flow:
-    parts = [part for term in flow.terms if (part := term.channels(start, stop)) is not None]
-    return Flow((stop - start, *flow.spatial), tuple(parts), flow.opaque)
+    terms = (term.channels(start, stop) for term in flow.terms)
+    return Flow((stop - start, *flow.spatial), tuple(term for term in terms if term is not None), flow.opaque)
 
 
-@rule(*overloads("slice.Tensor"))
-def slice_(operation: Operation) -> Any:
+@flow_rule(*overloads("slice.Tensor"))
+def slice_(operation: Operation, flow: Flow) -> Any:
     """Slicing channels or positions."""
-    flow = operation.flow()
     size = operation.input.shape
     dim = operation.argument(1, "dim", 0) % len(size)
     cut = slice(operation.argument(2, "start"), operation.argument(3, "end"), operation.argument(4, "step", 1))
     first, last, step = cut.indices(size[dim])
-    if not flow.terms:
-        return without_rule(operation)
     if (first, last, step) == (0, size[dim], 1):
         return identity(operation)
     if flow.flat or dim == 0 or (dim == 1 and step != 1):
@@ -81,13 +116,12 @@ def slice_(operation: Operation) -> Any:
     return operation.emit(output, mapped(flow, crop, tuple(output.shape[1:])))
 
 
-@rule(*overloads("constant_pad_nd"))
-def pad(operation: Operation) -> Any:
+@flow_rule(*overloads("constant_pad_nd"))
+def pad(operation: Operation, flow: Flow) -> Any:
     """Padding channels or positions with a constant (negative padding crops positions)."""
-    flow = operation.flow()
     widths = [int(width) for width in operation.args[1]]
     positions, channels = widths[: 2 * len(flow.spatial)], widths[2 * len(flow.spatial) :]
-    if not flow.terms or flow.flat or len(channels) > 2 or min(channels, default=0) < 0:
+    if flow.flat or len(channels) > 2 or min(channels, default=0) < 0:
         return without_rule(operation)
     if operation.argument(2, "value", 0) != 0:
         flow = settled(flow, operation.input)

@@ -51,6 +51,16 @@ class Operation:
         return output
 
     @property
+    def operands(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return tensors_in((self.args, tuple(self.kwargs.values())))
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """Every route layer that reaches an operand."""
+        return frozenset[int]().union(*(self.ledger.flow(tensor).sources for tensor in self.operands))
+
+    @property
     def input(self) -> Tensor:
         """The first argument."""
         tensor: Tensor = self.args[0]
@@ -58,8 +68,7 @@ class Operation:
 
 
 Rule = Callable[[Operation], Any]
-
-
+FlowRule = Callable[[Operation, Flow], Any]
 RULES: dict[Any, Rule] = {}
 
 
@@ -68,6 +77,20 @@ def rule(*overloads: Any) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(overloads, function))
+        return function
+
+    return register
+
+
+def flow_rule(*overloads: Any) -> Callable[[FlowRule], FlowRule]:
+    """Register a rule that also gets the flow of the first argument, and applies only where that has terms."""
+
+    def register(function: FlowRule) -> FlowRule:
+        def applied(operation: Operation) -> Any:
+            flow = operation.flow()
+            return function(operation, flow) if flow.terms else without_rule(operation)
+
+        rule(*overloads)(applied)
         return function
 
     return register
@@ -86,13 +109,12 @@ def overloads(*names: str) -> list[Any]:
 
 def without_rule(operation: Operation) -> Any:
     """Any other operation: its outputs depend on all that its inputs depend on, opaquely."""
-    tensors = [value for value in tensors_in((operation.args, tuple(operation.kwargs.values())))]
-    sources = frozenset[int]().union(*(operation.ledger.flow(tensor).sources for tensor in tensors))
+    operands, sources = operation.operands, operation.sources
     output = operation.run()
     if sources:
         for tensor in tensors_in(output):
             if tensor.is_floating_point() or tensor.is_complex():
-                written = any(tensor is value for value in tensors)
+                written = any(tensor is value for value in operands)
                 operation.ledger.record(tensor, opaque(sources), written=written)
     return output
 

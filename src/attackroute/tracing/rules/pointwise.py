@@ -1,8 +1,9 @@
-"""Sums, products and batch norm: a factor per channel or position, paths that meet."""
+"""What acts on each element: activations, sums, products and batch norm, as a factor per channel or position."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,105 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.tracing.flow import Flow, added, mapped, opaque, scaled, settled, times
-from attackroute.tracing.rules.operation import Operation, overloads, rule, without_rule
+from attackroute.tracing.flow import Alive, Flow, added, mapped, opaque, scaled, settled, times
+from attackroute.tracing.rules.operation import FlowRule, Operation, aten, flow_rule, overloads, rule, without_rule
+
+
+@flow_rule(*overloads("relu", "relu_"))
+def relu(operation: Operation, flow: Flow) -> Any:
+    """ReLU: alive where its output is positive."""
+    output = operation.run()
+    return operation.emit(output, _alive(flow, output, Alive()))
+
+
+@flow_rule(*overloads("hardtanh", "hardtanh_"))
+def hardtanh(operation: Operation, flow: Flow) -> Any:
+    """ReLU6 and its kin: alive strictly between the bounds."""
+    low, high = operation.argument(1, "min_val", -1.0), operation.argument(2, "max_val", 1.0)
+    if low == 0 and not any(isinstance(term.mask, Alive) for term in flow.terms):
+        output = operation.run()
+        return operation.emit(output, _alive(flow, output, Alive(float(high))))
+    flow = settled(flow, operation.input)
+    output = operation.run()
+    return operation.emit(output, times(flow, flow.view((output > low) & (output < high))))
+
+
+def _alive(flow: Flow, output: Tensor, alive: Alive) -> Flow:
+    """Multiply by ``alive``, lazily where nothing but ones (or an older ReLU of the same values) stands before it."""
+    eager = [term for term in flow.terms if isinstance(term.mask, Tensor)]
+    # an older lazy mask stays: a ReLU does not change the values of another activation that it is lazy about
+    lazy = [replace(term, mask=term.mask or alive) for term in flow.terms if not isinstance(term.mask, Tensor)]
+    if eager:
+        eager = list(times(replace(flow, terms=tuple(eager)), alive.of(flow.view(output))).terms)
+    return replace(flow, terms=(*lazy, *eager))
+
+
+def _slope(derivative: Callable[[Operation, Tensor, Tensor], Tensor]) -> FlowRule:
+    """Rule of a smooth or two-sided activation whose derivative is a function of ones and of its input."""
+
+    def activation(operation: Operation, flow: Flow) -> Any:
+        values = operation.input
+        flow = settled(flow, values)
+        slope = derivative(operation, torch.ones_like(values), values)  # before the operation, which may work in place
+        return operation.emit(operation.run(), times(flow, flow.view(slope)))
+
+    return activation
+
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # the constants of its definition
+
+_SLOPES: dict[str, Callable[[Operation, Tensor, Tensor], Tensor]] = {
+    "leaky_relu": lambda op, one, x: aten.leaky_relu_backward(one, x, op.argument(1, "negative_slope", 0.01), False),
+    "elu": lambda op, one, x: aten.elu_backward(
+        one, op.argument(1, "alpha", 1), op.argument(2, "scale", 1), op.argument(3, "input_scale", 1), False, x
+    ),
+    "celu": lambda op, one, x: aten.elu_backward(one, alpha := op.argument(1, "alpha", 1.0), 1, 1 / alpha, False, x),
+    "selu": lambda _, one, x: aten.elu_backward(one, _SELU_ALPHA, _SELU_SCALE, 1, False, x),
+    "silu": lambda _, one, x: aten.silu_backward(one, x),
+    "gelu": lambda op, one, x: aten.gelu_backward(one, x, approximate=op.argument(1, "approximate", "none")),
+    "mish": lambda _, one, x: aten.mish_backward(one, x),
+    "hardswish": lambda _, one, x: aten.hardswish_backward(one, x),
+    "hardsigmoid": lambda _, one, x: aten.hardsigmoid_backward(one, x),
+    "softplus": lambda op, one, x: aten.softplus_backward(
+        one, x, op.argument(1, "beta", 1), op.argument(2, "threshold", 20)
+    ),
+    "sigmoid": lambda _, one, x: aten.sigmoid_backward(one, torch.sigmoid(x)),
+    "tanh": lambda _, one, x: aten.tanh_backward(one, torch.tanh(x)),
+    "_prelu_kernel": lambda op, one, x: torch.where(x > 0, one, op.args[1].to(x.dtype)),
+    "neg": lambda _, one, x: -one,
+    "abs": lambda _, one, x: x.sign(),
+    "exp": lambda _, one, x: x.exp(),
+}
+
+
+for _name, _derivative in _SLOPES.items():
+    flow_rule(*overloads(_name, f"{_name}_"))(_slope(_derivative))
+
+
+def _clamp_slope_at_bounds() -> bool:
+    """Whether this version of PyTorch lets gradients pass where a value equals the bound that clamps it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        value = torch.ones(1, requires_grad=True)
+        (slope,) = torch.autograd.grad(value.clamp(min=1.0).sum(), value)
+    return bool(slope)
+
+
+_PASSES_AT_BOUNDS = _clamp_slope_at_bounds()
+
+
+@flow_rule(*overloads("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"))
+def clamp(operation: Operation, flow: Flow) -> Any:
+    """Clamping by numbers: alive between the bounds; at the bounds as this version of PyTorch has it."""
+    name = operation.func.overloadpacket.__name__
+    low = None if "max" in name else operation.argument(1, "min")
+    high = operation.argument(1, "max") if "max" in name else operation.argument(2, "max")
+    flow, values = settled(flow, operation.input), operation.input
+    inside = torch.ones_like(values, dtype=torch.bool)
+    if low is not None:
+        inside &= values >= low if _PASSES_AT_BOUNDS else values > low
+    if high is not None:
+        inside &= values <= high if _PASSES_AT_BOUNDS else values < high
+    return operation.emit(operation.run(), times(flow, flow.view(inside)))
 
 
 @rule(*overloads("add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor", "add.Scalar", "add_.Scalar"))
@@ -84,11 +182,10 @@ def _multiplied(flow: Flow, value: Any, factor: Any, shape: torch.Size, move: in
     return times(spread, factor.expand(shape))
 
 
-@rule(*overloads("index_fill.int_Scalar", "index_fill_.int_Scalar"))
-def index_fill(operation: Operation) -> Any:
+@flow_rule(*overloads("index_fill.int_Scalar", "index_fill_.int_Scalar"))
+def index_fill(operation: Operation, flow: Flow) -> Any:
     """Channels set to a constant carry nothing."""
-    flow = operation.flow()
-    if not flow.terms or flow.flat or operation.args[1] % operation.input.ndim != 1:
+    if flow.flat or operation.args[1] % operation.input.ndim != 1:
         return without_rule(operation)
     flow = settled(flow, operation.input)
     kept = operation.input.new_ones(flow.shape[0]).index_fill(0, operation.args[2], 0)
