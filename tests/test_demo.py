@@ -10,7 +10,8 @@ import pytest
 
 import attackroute as ar
 from attackroute.cli import demo
-from attackroute.zoo import images, sources
+from attackroute.zoo import sources
+from attackroute.zoo.data import ImageBatches, ImageData
 from attackroute.zoo.weights import open_network
 from command_line import run
 
@@ -22,7 +23,7 @@ FEW = 100
 def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_data = sources.load_data
 
-    def load_few(spec: str, **options: Any) -> images.ImageData:
+    def load_few(spec: str, **options: Any) -> ImageData:
         return load_data(spec, **{**options, "samples": min(options.get("samples") or FEW, FEW)})
 
     monkeypatch.setattr(sources, "load_data", load_few)
@@ -46,7 +47,7 @@ def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.M
     right = [int(network(image[None]).argmax()) == label for image, label in digits.dataset]
     assert results["summary.json"]["about"]["accuracy"] == sum(right) / FEW
     routes = ar.InstanceRoutes.load(folder / "routes.safetensors", model=network)
-    assert routes == ar.trace_routes(network, images.loader(digits))
+    assert routes == ar.trace_routes(network, ImageBatches(digits))
     assert ar.Route.load(folder / "route.json", model=network) == routes.aggregate(0.3)
     rows = results["evaluation/evaluation.json"]["rows"]
     networks = [str(folder / name) for name in ("model", "longer", "hardened", "random")]

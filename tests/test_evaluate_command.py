@@ -97,13 +97,13 @@ def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path
     )  # fmt: skip
     for rows in (printed["rows"], json.loads((tmp_path / "evaluation.json").read_text())["rows"]):
         assert [(row["model"], row["attack"], row["correct"], row["samples"]) for row in rows] == [
-            (row.model, row.attack, row.accuracy.correct, row.accuracy.total) for row in expected.rows
+            (row["model"], row["attack"], row["correct"], row["samples"]) for row in expected.table
         ]
-    assert printed["checks"] == [check.to_json() for check in expected.checks]
-    assert (printed["data"], printed["images"]) == (f"folder:{pictures}", [10, 3, SIZE, SIZE])
+    assert printed["about"]["checks"] == [check.to_json() for check in expected.checks]
+    assert (printed["settings"]["data"], printed["settings"]["images"]) == (f"folder:{pictures}", [10, 3, SIZE, SIZE])
     with (tmp_path / "evaluation.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [float(row["accuracy"]) for row in table] == [row.accuracy.value for row in expected.rows]
+    assert [float(row["accuracy"]) for row in table] == expected.table.column("accuracy")
     assert [row["seed"] for row in table[:4]] == ["", "", "3", "3"]
 
 
@@ -141,7 +141,7 @@ def test_the_same_network_with_other_weights(nets, pictures):
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert [row["model"] for row in content["rows"]] == ["vgg_small", "vgg_small#2"]
-    assert content["models"]["vgg_small"] != content["models"]["vgg_small#2"]
+    assert content["settings"]["models"]["vgg_small"] != content["settings"]["models"]["vgg_small#2"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a crash")])
@@ -179,27 +179,30 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(nets, pictures, t
     assert timeless(broken) == timeless(whole)
 
 
-def test_examples_are_kept_and_verified(nets, pictures, tmp_path):
+def test_examples_are_kept_and_verified(nets, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # so that no cell is folded
     one, two = nets
     folder = tmp_path / "examples"
-    made = run(*arguments(one, pictures), "--attack", "fgsm:eps=0.1", "--no-checks", "--save-examples", folder)
+    attacks = ("--attack", "fgsm:eps=0.1", "--attack", "gaussian-noise")
+    made = run(*arguments(one, pictures), *attacks, "--no-checks", "--save-examples", folder)
     assert made.exit_code == 0, made.output
     sound = run("--model", two, "--model", one, "--verify", folder)
     assert sound.exit_code == 0, sound.output
-    assert "3 files checked: all is as it was recorded" in sound.stdout
+    assert "2 files checked: all is as it was recorded" in sound.stdout
+    assert "fgsm:eps=25.5/255" in sound.stdout and "seed=" not in sound.stdout  # attacks without their defaults
     named = run(
         "--model", "vgg_small", "--model-width", 0.1, "--weights", one / "best.safetensors", "--verify", folder,
         "--json",
     )  # fmt: skip
     content = json.loads(named.stdout)
     assert content["passed"] is True
-    assert [file["samples"] for file in content["files"]] == [4, 4, 2]
+    assert [file["samples"] for file in content["files"]] == [10, 10]
     assert_bad_input(run("--model", two, "--verify", folder), str(one), "--model")
     assert_bad_input(run("--model", one, "--verify", tmp_path / "none"), "none")
     assert_bad_input(run("--model", one, "--verify", folder, "--attack", "fgsm"), "--attack")
     assert_bad_input(run(*arguments(one, pictures), "--save-examples", folder), folder, "already")
 
-    damaged = sorted(folder.rglob("*.safetensors"))[1]
+    damaged = min(folder.rglob("*.safetensors"))
     content = bytearray(damaged.read_bytes())
     content[-9] ^= 1
     damaged.write_bytes(content)

@@ -83,8 +83,9 @@ def test_files_and_json_agree_with_the_python_interface(
     settings = attackroute.TrainSettings(epochs=2, batch_size=8, lr=0.01)
     names = ("gradient", "weight") if penalty == "both" else penalty
     expected = attackroute.harden(
-        model, train, test, penalty=names, lam=0.01, attack=ATTACK, route_samples=0.5, settings=settings
-    )
+        model, train, test, penalty=names, lam=0.01, attack=ATTACK,
+        settings=attackroute.HardenSettings(route_samples=0.5), train=settings,
+    )  # fmt: skip
     for name, value in load_file(tmp_path / "out" / "last.safetensors").items():
         assert value.equal(model.state_dict()[name]), name
     assert found["about"]["penalties"] == expected.training.last.penalties
@@ -154,7 +155,7 @@ def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
 def test_without_its_package_autoattack_is_left_out_unless_it_is_asked_for(
     trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attackroute.robustness.contract.find_spec", lambda name: None)
+    monkeypatch.setattr("attackroute.robustness.attack.find_spec", lambda name: None)
     command = ("harden", "--model", trained, "--data", f"folder:{pictures}", "--epochs", 1, "--lam", 0.01)
     result = run(*command, "--out", tmp_path / "a", "--check-samples", 0, "--evaluate-samples", 2)
     assert result.exit_code == 0, result.output

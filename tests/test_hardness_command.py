@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 
 import attackroute as ar
 from attackroute.analysis import Hardness
-from attackroute.zoo.data import load_data, loader
+from attackroute.zoo.data import ImageBatches, load_data
 from command_line import run
 
 
@@ -58,12 +58,13 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("note: no --route is given, so one is traced from these 24 images")
     content = json.loads(result.stdout)
-    names = {"images.csv", "images.png", *(f"hardness.{kind}" for kind in ("csv", "json", "png", "safetensors", "svg"))}
+    names = {f"hardness.{kind}" for kind in ("csv", "json", "png", "safetensors", "svg")}
+    names |= {"hardness-images.csv", "hardness-images.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"route.json"}
     assert content == json.loads((tmp_path / "out" / "hardness.json").read_text()) | {"folder": str(tmp_path / "out")}
     stored = Hardness.load(tmp_path / "out" / "hardness.safetensors")
     assert stored.route == ar.Route.load(tmp_path / "out" / "route.json")
-    with (tmp_path / "out" / "images.csv").open() as file:
+    with (tmp_path / "out" / "hardness-images.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["V"]) for row in rows] == stored.values.tolist() and len(rows) == 24
     assert content["about"]["hardest"] == stored.hardest(10).tolist() and content["about"]["samples"] == 24
@@ -77,7 +78,7 @@ def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) 
 
     data = load_data(f"folder:{home / 'pictures'}", split="train")
     network = open_network(str(home / "net"), data)
-    route = ar.trace_routes(network, loader(data)).aggregate(0.5)
+    route = ar.trace_routes(network, ImageBatches(data)).aggregate(0.5)
     route.save(tmp_path / "route.json")
     result = hardness(
         home, "--route", tmp_path / "route.json", "--attack", "fgsm:eps=8/255", "--samples", 20, "--smallest-eps",

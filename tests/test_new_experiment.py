@@ -22,10 +22,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 def agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of the page, as if it lay in the folder of experiments."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+    experiment.all_experiments()  # the others, which register themselves once, where they stay
     monkeypatch.setattr(experiment, "_registered", dict(experiment._registered))
     module = ModuleType("attackroute.analysis.experiments.agreement")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    experiment.all_experiments()
     exec(compile(code, str(PAGE), "exec"), module.__dict__)
 
 

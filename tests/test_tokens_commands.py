@@ -160,23 +160,21 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     assert route == ar.trace_routes(network, half, config=ar.TraceConfig(linear=True, sketches=16)).aggregate(0.3)
     assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["settings"]["sketches"] == 16
 
-    hardened = ar.harden(
-        network_of(trained), data, linear=True, sketches=16, route_samples=1.0, compare_full=False,
-        settings=ar.TrainSettings(epochs=1, batch_size=24),
-    )  # fmt: skip
+    traced = ar.TraceConfig(linear=True, sketches=16)
+    settings = ar.HardenSettings(trace=traced, route_samples=1.0, compare_full=False)
+    hardened = ar.harden(network_of(trained), data, settings=settings, train=ar.TrainSettings(epochs=1, batch_size=24))
     assert hardened.route == expected
 
 
 @pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
 def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[str, ...]) -> None:
     network, data = network_of(trained), halves(list(range(SAMPLES)))
-    settings = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
+    train = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
+    settings = ar.HardenSettings(trace=ar.TraceConfig(linear=True), route_samples=1.0, compare_full=False)
     values = []
     for lam in (0.0, 0.05):
         copy = network_of(trained)
-        result = ar.harden(
-            copy, data, penalty=penalty, lam=lam, linear=True, route_samples=1.0, compare_full=False, settings=settings
-        )
+        result = ar.harden(copy, data, penalty=penalty, lam=lam, settings=settings, train=train)
         assert result.route is not None and len(result.route) == 10
         values.append(result.training.history[-1].penalties)
     for name, value in values[0].items():
@@ -184,7 +182,7 @@ def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[st
     route = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     assert Connections.find(network, data[0], linear=True).joined(route)[:2] == MLPS
     with pytest.raises(ar.UserError, match="leave out linear"):
-        ar.harden(network, data, route=route, linear=True)
+        ar.harden(network, data, route=route, settings=settings)
 
 
 def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:

@@ -19,51 +19,6 @@ from attackroute.cli.options import (
     open_folder,
 )
 
-ANALYZE_EXAMPLES = """
-Examples:
-
-  All experiments on a network that was trained here, under PGD
-  $ attackroute analyze --model runs/digits --data mnist-sample --samples 500 --out runs/digits/analysis
-
-  Transplants for the paper's attacks and for noise, in three layers
-  $ attackroute analyze --model runs/vgg --data cifar10:~/data --samples 1000 --only transplant \\
-      --attack pgd --attack fgsm --attack step-ll --attack mi-fgsm --attack gaussian-noise --attack fog:severity=3 \\
-      --layers features.0,features.3,features.7 --out runs/vgg/analysis
-
-  A vision transformer: its attention projections and MLPs as layers, Grad-CAM over its tokens
-  $ attackroute analyze --model torchvision:vit_b_16 --weights vit.pth --data imagenet:~/data --samples 64 \\
-      --linear --batch-size 8 --only sensitivity,deactivate,weaken,gradcam --out runs/vit/analysis
-
-  Go on after an interruption: finished experiments on the same terms are not run again
-  $ attackroute analyze --model runs/vgg --data cifar10:~/data --out runs/vgg/analysis --resume
-
-  For another program
-  $ attackroute analyze --model runs/digits --data mnist-sample --out runs/a --json | jq '.experiments[].reading'
-
-The experiments:
-
-  occurrence    how much samples' routes have in common (Table 1), clean and attacked
-  sensitivity   how much neurons move under attack, and the loss with them (Fig. 2)
-  transplant    accuracy on attacked images with clean values in some channels (Fig. 3)
-  deactivate    accuracy with channels set to zero (Fig. 4a)
-  weaken        accuracy with the connections between channels scaled down (Fig. 4b)
-  gradcam       where the route's channels look, and the others (Fig. 5)
-  detect        whether an image's route gives an attack away
-
-The files:
-
-  EXPERIMENT.json, EXPERIMENT.csv   every number, and the terms on which it depends
-  EXPERIMENT*.png, EXPERIMENT*.svg  the figures; deactivate-route shows the route itself
-  route.json                        the route (attackroute.Route.load)
-
-Where attention or normalisation over channels stands between two layers, no kernel slice joins two channels:
-the control by weights is left out then, and weaken scales the connections that there are, as within MLPs; a note says
-so. A map of Grad-CAM over tokens leaves out class tokens; the grid is that of the patches.
-
-Controls of the route's size stand beside it everywhere: random channels off the route, and the channels that other
-criteria rank first. Half of the images decide on routes and ranks, the other half are measured.
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeOptions:
@@ -117,7 +72,7 @@ def analyze(options: AnalyzeOptions) -> None:
     config = options.tracing.config(options.run.seed)
     config.check_attack(attacks)
     session = Session.open(options.network, options.images, options.run)
-    output = session.output
+    output = options.run.output
     study = Study(
         model=session.network,
         images=session.images,

@@ -18,7 +18,7 @@ import math
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -36,8 +36,11 @@ _DECLARED, _CHANGED, _HIDDEN = "declared", "changed", "hidden"
 
 
 @dataclass(frozen=True)
-class _Declared:
-    """How a field is given on the command line; see :func:`option`, and for ``off`` :func:`switch`."""
+class _Option:
+    """How a field is given on the command line; see :func:`option`, and for ``off`` :func:`switch`.
+
+    The field's name, the default in this command and the heading in its help are filled in when its parser is made.
+    """
 
     flags: tuple[str, ...]
     help: str
@@ -45,8 +48,30 @@ class _Declared:
     metavar: str | None = None
     repeat: bool = False
     group: str | None = None
-    shown: str | None = None
+    unset: str | None = None
     off: str | None = None
+    name: str = ""
+    default: Any = None
+    required: bool = False
+
+    @property
+    def usage(self) -> str:
+        """How it stands in a command line."""
+        return " ".join([*self.flags[:1], str(self.metavar)])
+
+    @property
+    def described(self) -> str:
+        """What help says of it."""
+        text = self.help.replace("%", "%%")
+        if self.unset is not None:
+            return f"{text} [default: {self.unset}]"
+        if self.required:
+            return f"{text} [required]"
+        if isinstance(self.default, bool):
+            return f"{text} [default: {self.flags[0]}]" if self.default else text
+        if self.default is None or self.default in ("", ()):
+            return text
+        return f"{text} [default: {f'{self.default:g}' if isinstance(self.default, float) else self.default}]"
 
 
 def option(
@@ -58,7 +83,7 @@ def option(
     default: Any = MISSING,
     repeat: bool = False,
     group: str | None = None,
-    shown: str | None = None,
+    unset: str | None = None,
 ) -> Any:
     """A field that is given as ``--option VALUE``.
 
@@ -70,17 +95,12 @@ def option(
         default: The value without the option; missing where it must be given.
         repeat: Whether it can be given several times; the value is a tuple of all, empty without any.
         group: Heading in the help; None for the ``title`` of the dataclass.
-        shown: The default in words, where it does not speak for itself.
+        unset: The default in words, where it does not speak for itself.
     """
-    declared = _Declared(
-        flags=tuple(flags.split()),
-        help=help,
-        parse=parse,
-        metavar=metavar or getattr(parse, "metavar", None),
-        repeat=repeat,
-        group=group,
-        shown=shown,
-    )
+    declared = _Option(
+        tuple(flags.split()), help, parse, metavar or getattr(parse, "metavar", None), repeat=repeat, group=group,
+        unset=unset,
+    )  # fmt: skip
     return field(default=() if repeat and default is None else default, metadata={_DECLARED: declared})
 
 
@@ -93,7 +113,7 @@ def switch(
     group: str | None = None,
 ) -> Any:
     """A field that is true where ``--option`` is given; the flag ``off`` makes it false."""
-    declared = _Declared((*flags.split(), *([] if off is None else [off])), help, group=group, off=off)
+    declared = _Option((*flags.split(), *([] if off is None else [off])), help, group=group, off=off)
     return field(default=default, metadata={_DECLARED: declared})
 
 
@@ -211,14 +231,14 @@ class _OptionParser(argparse.ArgumentParser):
         )  # fmt: skip
         listed = list(_flat(options))
         assert len({each.name for each in listed}) == len(listed), f"{options} has two options of one name"
-        titles = dict.fromkeys(each.title for each in reversed(listed))  # a heading stands where it comes last
+        titles = dict.fromkeys(str(each.group) for each in reversed(listed))  # a heading stands where it comes last
         self._headings = {title: self.add_argument_group(title) for title in reversed(titles or {_OPTIONS: None})}
         self._flags = ["-h", "--help"]
         for each in listed:
             self._add(each)
         *_, last = self._headings.values()
         last.add_argument("-h", "--help", action="help", help="Show this, and exit.")
-        self.usage = " ".join([prog, *(each.usage for each in listed if each.default is MISSING), "[options]"])
+        self.usage = " ".join([prog, *(each.usage for each in listed if each.required), "[options]"])
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The values in a command line.
@@ -241,46 +261,23 @@ class _OptionParser(argparse.ArgumentParser):
         """Say in one line what is wrong, and where help is."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def _add(self, each: _Listed) -> None:
-        declared, required = each.declared, each.default is MISSING
-        given: dict[str, Any] = {"help": _help(declared, each.default)}
-        if declared.parse is None:
-            given |= {"action": _Switch, "off": declared.off}
+    def _add(self, each: _Option) -> None:
+        given: dict[str, Any] = {"help": each.described}
+        if each.parse is None:
+            given |= {"action": _Switch, "off": each.off}
         else:
-            given |= {"type": declared.parse, "metavar": declared.metavar}
-        if declared.flags:
-            default = None if required or declared.repeat else each.default
-            given |= {"dest": each.name, "required": required, "default": default}
-            given |= {"action": "append"} if declared.repeat else {}
-        elif declared.repeat:
+            given |= {"type": each.parse, "metavar": each.metavar}
+        if each.flags:
+            default = None if each.repeat else each.default
+            given |= {"dest": each.name, "required": each.required, "default": default}
+            given |= {"action": "append"} if each.repeat else {}
+        elif each.repeat:
             given |= {"nargs": "+"}
-        self._headings[each.title].add_argument(*(declared.flags or [each.name]), **given)
-        self._flags += declared.flags
+        self._headings[str(each.group)].add_argument(*(each.flags or [each.name]), **given)
+        self._flags += each.flags
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """An option of a command, its own or that of a group.
-
-    Attributes:
-        name: Of the field.
-        declared: How it is given.
-        default: The value without it; missing where it must be given.
-        title: The heading in the help.
-    """
-
-    name: str
-    declared: _Declared
-    default: Any
-    title: str
-
-    @property
-    def usage(self) -> str:
-        """How it stands in a command line."""
-        return " ".join([*self.declared.flags[:1], str(self.declared.metavar)])
-
-
-def _flat(options: type, changed: Mapping[str, Any] | None = None, hidden: Sequence[str] = ()) -> Iterator[_Listed]:
+def _flat(options: type, changed: Mapping[str, Any] | None = None, hidden: Sequence[str] = ()) -> Iterator[_Option]:
     """The options of a dataclass and of those in it, but for those that are hidden."""
     changed, hints, title = changed or {}, get_type_hints(options), getattr(options, "title", _OPTIONS)
     assert {*changed, *hidden} <= {each.name for each in fields(options)}, (options, changed, hidden)
@@ -288,9 +285,12 @@ def _flat(options: type, changed: Mapping[str, Any] | None = None, hidden: Seque
         if is_dataclass(hints[each.name]):
             yield from _flat(hints[each.name], each.metadata.get(_CHANGED), each.metadata.get(_HIDDEN, ()))  # type: ignore[arg-type]
         elif each.name not in hidden:
-            declared: _Declared = each.metadata[_DECLARED]
+            declared: _Option = each.metadata[_DECLARED]
             default = changed.get(each.name, each.default)
-            yield _Listed(each.name, declared, default, declared.group or title)
+            required, group = default is MISSING, declared.group or title
+            yield replace(
+                declared, name=each.name, default=None if required else default, required=required, group=group
+            )
 
 
 def parse(options: type[T], prog: str, words: Sequence[str], epilog: str = "") -> T:
@@ -315,11 +315,17 @@ def given(*options: Any) -> dict[str, Any]:
     return values
 
 
+def settings_of(kind: type, *options: Any) -> dict[str, Any]:
+    """Those values of options that a dataclass of settings has a field for, by the same name."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in given(*options).items() if name in names}
+
+
 def filled(text: str, width: int, start: str = "") -> str:
     """Paragraphs broken into lines of a width, those after the first line as far in as its start."""
     return "\n\n".join(
-        textwrap.fill(" ".join(part.split()), width, initial_indent=start, subsequent_indent=" " * len(start))
-        for part in text.split("\n\n")
+        textwrap.fill(" ".join(paragraph.split()), width, initial_indent=start, subsequent_indent=" " * len(start))
+        for paragraph in text.split("\n\n")
     )
 
 
@@ -335,16 +341,3 @@ def _built(options: type[T], values: Mapping[str, Any], metadata: Mapping[str, A
             value = values[each.name]
             built[each.name] = tuple(value or ()) if each.metadata[_DECLARED].repeat else value
     return options(**built)
-
-
-def _help(declared: _Declared, default: Any) -> str:
-    text = declared.help.replace("%", "%%")
-    if declared.shown is not None:
-        return f"{text} [default: {declared.shown}]"
-    if default is MISSING:
-        return f"{text} [required]"
-    if isinstance(default, bool):
-        return f"{text} [default: {declared.flags[0]}]" if default else text
-    if default is None or default in ("", ()):
-        return text
-    return f"{text} [default: {f'{default:g}' if isinstance(default, float) else default}]"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from attackroute.core.distributed import leading
-from attackroute.core.files import replace_file
 
 
 class Progress(Protocol):
@@ -57,7 +56,7 @@ class Output:
         if self.as_json and leading():
             print(json.dumps(payload, indent=2, allow_nan=False))
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table on stdout: words to the left, columns of numbers to the right."""
         if self.quiet or self.as_json or not leading():
             return
@@ -67,11 +66,12 @@ class Output:
         from rich.text import Text
 
         table = Table(box=SIMPLE_HEAD)
+        cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
         for index, column in enumerate(columns):
-            numeric = all(row[index][:1].isdigit() for row in rows)
+            numeric = all(row[index][:1].isdigit() for row in cells)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))  # as Text, since brackets in names are no markup
+        for row in cells:
+            table.add_row(*map(Text, row))  # as Text, since brackets in names are no markup
         Console().print(table)
 
     def line(self, text: str) -> None:
@@ -80,8 +80,8 @@ class Output:
             print(text)
 
     @contextmanager
-    def progress(self, unit: str) -> Iterator[Progress]:
-        """A progress bar on stderr, where that is a terminal, until the block ends."""
+    def progress(self, unit: str, kept: str | None = None) -> Iterator[Progress]:
+        """A progress bar on stderr, where that is a terminal, until the block ends; after Ctrl-C, what is kept."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -104,14 +104,10 @@ class Output:
         def move(done: int, total: int | None, message: str = "") -> None:
             bar.update(task, completed=done, total=total, description=message)
 
-        with bar:
-            yield move
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step, so that no reader ever sees half of it.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        try:
+            with bar:
+                yield move
+        except KeyboardInterrupt:
+            if kept is not None:
+                self.note(f"interrupted: {kept}")
+            raise

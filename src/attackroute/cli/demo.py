@@ -19,30 +19,6 @@ from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TRAINING, TrainOptions, train
 
-DEMO_EXAMPLES = """
-Examples:
-
-  Train a small VGG on digits, trace it, and see what its route is worth
-  $ attackroute demo
-
-  Another seed, into another folder, with the numbers as JSON
-  $ attackroute demo --seed 1 --out runs/demo-1 --json
-
-  A better trained network, on a particular device
-  $ attackroute demo --epochs 30 --device cpu
-
-The folder, which attackroute report and compare take:
-
-  report.html                          all of it on one page, with the route as a picture to explore
-  model/                               the network, for --model in other commands
-  routes.safetensors, route.json       the route of every test image, and the model's route
-  summary.json                         how often channels are on it
-  analysis/                            what its channels carry: silenced, transplanted, looked at
-  hardness/                            which digits are easy to attack, with pictures
-  hardened/, random/, longer/          the network after hardening, and two controls
-  evaluation/                          accuracy under attack, before and after hardening
-"""
-
 _DATA = "mnist-sample"
 _MODEL, _LONGER, _HARDENED, _RANDOM = "model", "longer", "hardened", "random"
 _ANALYSIS, _HARDNESS, _EVALUATION = "analysis", "hardness", "evaluation"
@@ -129,27 +105,16 @@ def _steps(folder: Path, epochs: int) -> Iterator[_Step]:
     on_digits = ("--model", model, "--data", _DATA)
     yield _Step(
         "A small network learns to read digits:",
-        (
-            "train",
-            "--model",
-            "vgg_small",
-            "--data",
-            _DATA,
-            "--epochs",
-            str(epochs),
-            "--augment",
-            "crop",
-            "--out",
-            model,
-        ),
-    )
+        ("train", "--model", "vgg_small", "--data", _DATA, "--epochs", str(epochs), "--augment", "crop", "--out",
+         model),
+    )  # fmt: skip
     yield _Step(
         "Which channels pass on the most of what changes its loss, on digits that it has not seen?",
         ("trace", *on_digits, "--out", str(folder)),
     )
     yield _Step(
-        "What do they carry? Section 4 of the paper; half of 400 digits decide on the route, the others are measured:",
-        ("analyze", *on_digits, "--samples", "400", "--only", "deactivate,transplant,gradcam,detect", "--attack",
+        "What do they carry? Section 4 of the paper; half of 300 digits decide on the route, the others are measured:",
+        ("analyze", *on_digits, "--samples", "300", "--only", "deactivate,transplant,gradcam,detect", "--attack",
          f"pgd:eps={_EPS}", "--draws", "3", "--out", str(folder / _ANALYSIS)),
     )  # fmt: skip
     yield _Step(

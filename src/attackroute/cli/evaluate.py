@@ -29,39 +29,6 @@ if TYPE_CHECKING:
     from attackroute.robustness.masking import Check
     from attackroute.zoo.data import ImageData
 
-EVALUATE_EXAMPLES = """
-Examples:
-
-  FGSM, MI-FGSM, PGD and Gaussian noise on the test images of a network that was trained here
-  $ attackroute evaluate --model runs/digits --data mnist-sample --eps 0.1 --out runs/digits/evaluation
-
-  Two networks side by side, attacks with settings of their own
-  $ attackroute evaluate --model runs/plain --model runs/hardened --data mnist-sample --samples 500 \\
-      --attack fgsm:eps=0.1 --attack pgd:eps=0.1,steps=50,restarts=5 --attack pgd-l2:eps=1.5
-
-  The standard of the field, and corruptions (needs the extras autoattack and corruptions)
-  $ attackroute evaluate --model runs/vgg --data cifar10:~/data --samples 1000 \\
-      --attack autoattack --attack fog --attack jpeg-compression:severity=5
-
-  Go on after an interruption: the same command with --resume, for the same numbers
-  $ attackroute evaluate --model runs/vgg --data cifar10:~/data --out runs/vgg/evaluation --resume
-
-  Keep the adversarial examples, and check them again later
-  $ attackroute evaluate --model runs/digits --data mnist-sample --save-examples runs/digits/examples
-  $ attackroute evaluate --model runs/digits --verify runs/digits/examples
-
-The files:
-
-  evaluation.json, evaluation.csv   the table; the JSON also has settings, versions and checks
-  measurements.jsonl                each sample's prediction, batch by batch; what --resume goes on from
-
-The checks, on --check-samples of the images at the largest L-infinity eps among the attacks:
-
-  Attacks also fail when gradients are masked, which is no robustness. Then one step beats many, a black box beats
-  the white box, accuracy rises with more steps, or an attack with no limit does not reach everything. A check is
-  suspicious if chance explains the paired counts with a probability below 1 %. Silence proves nothing.
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedNetworks:
@@ -124,7 +91,7 @@ class EvaluateOptions:
     images: ImageOptions = shared(data="")
     attacks: tuple[str, ...] = option(
         "--attack", "An attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, autoattack, fog, ... Repeat it for "
-        "several.", str, "NAME", default=None, repeat=True, shown="fgsm, mi-fgsm, pgd and gaussian-noise",
+        "several.", str, "NAME", default=None, repeat=True, unset="fgsm, mi-fgsm, pgd and gaussian-noise",
     )  # fmt: skip
     eps: float | None = option(
         "--eps", "Radius of those L-infinity attacks that do not state their own, as 8/255 or 0.1.", parse_number,
@@ -174,26 +141,22 @@ def evaluate(options: EvaluateOptions) -> int:
         "images": [len(images), *images.shape],
     }
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
-    try:
-        with output.progress("images") as progress:
-            evaluation = evaluate_networks(
-                networks,
-                batches,
-                attacks,
-                batch_size=options.run.batch_size,
-                seed=options.run.seed,
-                checks=options.check_samples if options.checks else 0,
-                twin=twin,
-                save_examples=options.save_examples,
-                folder=options.out,
-                resume=options.resume,
-                origin=origin,
-                progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
-            )
-    except KeyboardInterrupt:
-        kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
-        output.note(f"interrupted: {kept}")
-        raise
+    kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
+    with output.progress("images", kept) as progress:
+        evaluation = evaluate_networks(
+            networks,
+            batches,
+            attacks,
+            batch_size=options.run.batch_size,
+            seed=options.run.seed,
+            checks=options.check_samples if options.checks else 0,
+            twin=twin,
+            save_examples=options.save_examples,
+            folder=options.out,
+            resume=options.resume,
+            origin=origin,
+            progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
+        )
     _show(output, evaluation, options.out, options.save_examples)
     return 0
 
@@ -201,13 +164,7 @@ def evaluate(options: EvaluateOptions) -> int:
 def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> list[Perturbation]:
     """Attacks by their specifications, with defaults for what these leave open.
 
-    Args:
-        names: As :func:`attackroute.attacks.parse_attack` takes them.
-        eps: Radius of L-infinity attacks; in another norm a radius is another thing.
-        defaults: Further parameters, for those that have them.
-
-    Raises:
-        UserError: There is no such attack, or a parameter is out of range.
+    The radius ``eps`` is for L-infinity attacks alone; in another norm a radius is another thing.
     """
     from attackroute.robustness.registry import parse_attack
 
@@ -261,6 +218,7 @@ def _verify(options: EvaluateOptions, path: Path, networks: Sequence[NetworkOpti
     """Check saved examples with the networks; the exit code is 1 if they are not what they were."""
     from attackroute.core.distributed import current
     from attackroute.robustness.examples import verify_examples
+    from attackroute.robustness.registry import short_name
 
     evaluated = (options.images.data, options.attacks, options.out, options.save_examples, options.resume)
     if any(evaluated):
@@ -282,8 +240,8 @@ def _verify(options: EvaluateOptions, path: Path, networks: Sequence[NetworkOpti
         [
             [
                 row["model"],
-                row["attack"],
-                str(row["samples"]),
+                short_name(row["attack"]),
+                row["samples"],
                 f"{row['recorded_accuracy']:.2%}",
                 "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
                 "none kept" if row["largest_distance"] is None else f"{row['largest_distance']:.6g}",

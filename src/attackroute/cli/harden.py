@@ -10,7 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attackroute.cli.arguments import given, integer, one_of, option, parse_number, parse_share, shared, switch
+from attackroute.cli.arguments import (
+    given,
+    integer,
+    one_of,
+    option,
+    parse_number,
+    parse_share,
+    settings_of,
+    shared,
+    switch,
+)
 from attackroute.cli.console import Output
 from attackroute.cli.evaluate import parse_attacks
 from attackroute.cli.options import (
@@ -24,53 +34,19 @@ from attackroute.cli.options import (
     open_folder,
     resolve_device,
 )
-from attackroute.cli.train import best_line, chosen_on, divided, epoch_lines, open_test_images, prepare
-from attackroute.core.document import Document
+from attackroute.cli.train import best_line, divided, epoch_lines, open_test_images, prepare
 from attackroute.core.errors import UserError
-from attackroute.core.table import Table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from attackroute.core.document import Document
     from attackroute.hardening.harden import Factor, HardenResult
     from attackroute.robustness.attack import Perturbation
     from attackroute.robustness.evaluation import Evaluation
     from attackroute.zoo.data import ImageData
     from attackroute.zoo.weights import ModelCard
 
-HARDEN_EXAMPLES = """
-Examples:
-
-  Which lambda? Train briefly with several, write nothing, and compare
-  $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --sweep 0.003,0.03,0.3 \\
-      --epochs 1 --eps 0.1
-
-  The paper's Vanilla_g and Vanilla_w (Eqs. (11), (14)): penalties without an attack
-  $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 --eps 0.1 \\
-      --out runs/vanilla-g
-  $ attackroute harden --model runs/digits --data mnist-sample --penalty weight --lam 0.001 --eps 0.1 \\
-      --out runs/vanilla-w
-
-  PAT_g and PAT_w (Eqs. (12), (15)), from a network of attackroute train --attack
-  $ attackroute harden --model runs/robust --data mnist-sample --penalty gradient --lam 0.01 \\
-      --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-g
-
-  Not the paper's: what the attack changes in the neurons through which most of its noise passes
-  $ attackroute harden --model runs/robust --data mnist-sample --penalty stabilisation --lam 0.01 --carrier noise \\
-      --attack pgd:eps=0.1,steps=5,step_size=0.03 --out runs/pat-s
-
-  Controls of the same size: random neurons off the route, all neurons, no penalty
-  $ attackroute harden --model runs/digits --data mnist-sample --penalty gradient --lam 0.03 \\
-      --target random --out runs/vanilla-g-random
-  $ attackroute harden --model runs/digits --data mnist-sample --penalty none --out runs/vanilla-longer
-
-The folder, which other commands take as --model, is that of attackroute train, and:
-
-  route.json        the route whose neurons were punished, or from which the control was drawn
-  hardening.json    before and after, how the route changed, and each penalty's strength
-
-Lambda times a penalty's strength is its share in the gradient of the first step; begin where that is about 0.1.
-"""
 
 HARDENING = "hardening"
 """Kind of the result, and name of its file."""
@@ -80,14 +56,13 @@ _GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE = "gradient", "weight", "stabil
 _EVALUATION = "evaluation"  # folder of what --resume goes on from
 _ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 _AUTOATTACK_SAMPLES = 50
-_COMPARISON = "Before and after"
 
 
 def parse_lambda(text: str) -> float | dict[str, float]:
     """Read lambda: one number for all penalties, or one for each as ``gradient=0.03,weight=0.001``."""
     if "=" not in text:
         return parse_number(text)
-    named = [part.partition("=")[::2] for part in text.split(",")]
+    named = [pair.partition("=")[::2] for pair in text.split(",")]
     factors = {name.strip(): parse_number(factor) for name, factor in named}
     if len(factors) < len(named):
         raise argparse.ArgumentTypeError(f"{text} names a penalty twice; write gradient=0.01,weight=0.01")
@@ -171,22 +146,22 @@ class RouteSourceOptions:
 class ComparisonOptions:
     """How the network before and after is compared."""
 
-    title: ClassVar[str] = _COMPARISON
+    title: ClassVar[str] = "Before and after"
     attacks: tuple[str, ...] = option(
         "--evaluate", "An attack or corruption to compare under, as in attackroute evaluate; repeat it for several.",
         str, "NAME", default=None, repeat=True,
-        shown="fgsm, mi-fgsm, pgd, gaussian-noise, and autoattack on a subset",
+        unset="fgsm, mi-fgsm, pgd, gaussian-noise, and autoattack on a subset",
     )  # fmt: skip
     eps: float | None = option(
         "--eps", "Radius of those that do not state their own.", parse_number, "RADIUS", default=None,
-        shown="that of --attack, or 8/255",
+        unset="that of --attack, or 8/255",
     )  # fmt: skip
     evaluate_samples: int | None = option(
-        "--evaluate-samples", "Only so many test images.", integer(1), "N", default=None, shown="all"
+        "--evaluate-samples", "Only so many test images.", integer(1), "N", default=None, unset="all"
     )
     autoattack_samples: int | None = option(
         "--autoattack-samples", "AutoAttack on so many of them (needs the extra autoattack); 0 leaves it out.",
-        integer(0), "N", default=None, shown="50, none with --evaluate",
+        integer(0), "N", default=None, unset="50, none with --evaluate",
     )  # fmt: skip
     check_samples: int = option(
         "--check-samples", "On how many of them to look for masked gradients; 0 for no checks.", integer(0), "N",
@@ -257,11 +232,7 @@ class _Hardening:
 
     @classmethod
     def open(cls, options: HardenOptions) -> _Hardening:
-        """Load what the options name.
-
-        Raises:
-            UserError: Something is not there, or does not fit.
-        """
+        """Load what the options name."""
         from attackroute.robustness.registry import parse_attack
         from attackroute.zoo.weights import ModelCard, find_card, spec_for, with_own_normalisation
 
@@ -277,18 +248,14 @@ class _Hardening:
         train_images = options.images.open(run, [model], split="train")
         test_images = open_test_images(options.images, run, train_images, model)
         network = options.network.open(train_images).to(device)
-        found = find_card(model)
-        if found is None:
-            spec = spec_for(model, train_images, width=options.network.model_width)
-            card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
-        else:
-            card = ModelCard(found[1].spec, train_images.classes)
+        trained = find_card(model)
+        spec = spec_for(model, train_images, width=options.network.model_width) if trained is None else trained[1].spec
         learnt, chosen_by = divided(train_images, test_images, options.training.holdout, seed)
         judged_on = chosen_by if test_images is None else test_images
         return cls(
             options=options,
             network=network,
-            card=card,
+            card=ModelCard(with_own_normalisation(spec, network), train_images.classes),
             learnt=learnt,
             chosen_by=chosen_by,
             judged_on=None if judged_on is None else _some(judged_on, options.comparison.evaluate_samples, seed),
@@ -301,11 +268,6 @@ class _Hardening:
     def output(self) -> Output:
         """Where the words go."""
         return self.options.run.output
-
-    @property
-    def chosen_on(self) -> str:
-        """What images choose the best epoch, in a word."""
-        return chosen_on(self.options.training)
 
     def harden(self, folder: Path, lam: Factor) -> None:
         """Harden into a folder, and compare."""
@@ -321,14 +283,19 @@ class _Hardening:
         if best is not None:  # what other commands load
             team.first(lambda: load_weights(hardened, folder / BEST))
             take_from_first(hardened, team)
-        evaluation = self._compare({BEFORE: self.network, AFTER: hardened}, folder)
+        evaluation = None
+        if self.judged_on is not None:  # what is done of it is kept for --resume
+            evaluation = self._evaluate(
+                {BEFORE: self.network, AFTER: hardened}, self.judged_on, self.autoattack,
+                checks=self.options.comparison.check_samples, folder=folder / _EVALUATION,
+            )  # fmt: skip
         document = self._document(result, lam, evaluation)
         if team.leads:
             document.save(folder)
         self.output.result({**document.to_json(), "folder": str(folder)})
         self._show_route(result, lam)
         if best is not None:
-            self.output.line(best_line(best, len(result.training.history), self.chosen_on))
+            self.output.line(best_line(best, len(result.training.history), self.options.training.chosen_on))
         if evaluation is not None:
             from attackroute.robustness.evaluation import COLUMNS
 
@@ -347,7 +314,7 @@ class _Hardening:
         evaluation = None
         if self.chosen_by is not None:
             images = _some(self.chosen_by, self.options.comparison.evaluate_samples, self.options.run.seed)
-            evaluation = self._evaluate(models, images, None, checks=0)
+            evaluation = self._evaluate(models, images)
         compared = None if evaluation is None else evaluation.document().to_json()
         outcomes = [{"lambda": lam, **_outcome(result)} for lam, result in zip(factors, results, strict=True)]
         self.output.result({"sweep": outcomes, "evaluation": compared})
@@ -355,32 +322,22 @@ class _Hardening:
         if evaluation is None:
             return
         attacks = evaluation.table.distinct("attack")
-        self.output.line(f"on {evaluation.table[0]['samples']} {self.chosen_on} images:")
+        self.output.line(f"on {evaluation.table[0]['samples']} {self.options.training.chosen_on} images:")
         self.output.table(
             ["lambda", *(attack.partition(":")[0] for attack in attacks)],
-            [
-                [
-                    name.removeprefix("lambda "),
-                    *(f"{evaluation.accuracy(attack, name).value:.1%}" for attack in attacks),
-                ]
-                for name in models
-            ],
-        )
+            [[name.removeprefix("lambda "), *(f"{evaluation.accuracy(attack, name).value:.1%}" for attack in attacks)]
+             for name in models],
+        )  # fmt: skip
 
     def _train(self, network: nn.Module, lam: Factor, folder: Path | None) -> HardenResult:
         from attackroute.hardening.harden import harden as harden_network
         from attackroute.hardening.settings import APPROXIMATE, EXACT, HardenSettings
 
         options = self.options
-        source = options.source
         settings = HardenSettings(
-            target=options.penalty.target,
-            route_samples=source.route_samples,
-            refresh=source.refresh,
-            compare_full=source.compare_full,
-            trace=source.tracing.config(0),
+            trace=options.source.tracing.config(0),
             method=APPROXIMATE if options.penalty.approximate else EXACT,
-            folded=options.penalty.folded,
+            **settings_of(HardenSettings, options.penalty, options.source),
         )
         with self.output.progress("steps") as progress, epoch_lines(folder, options.training, self.output) as on_epoch:
             return harden_network(
@@ -390,7 +347,7 @@ class _Hardening:
                 penalty=options.penalty.names,
                 lam=lam,
                 attack=self.attack,
-                route=source.route,
+                route=options.source.route,
                 settings=settings,
                 train=options.training.settings(options.run),
                 folder=folder,
@@ -399,27 +356,11 @@ class _Hardening:
                 progress=progress,
             )
 
-    def _compare(self, models: Mapping[str, nn.Module], folder: Path) -> Evaluation | None:
-        """Before and after on the same images, AutoAttack on some of them; what is done is kept for ``--resume``."""
-        if self.judged_on is None:
-            return None
-        return self._evaluate(
-            models,
-            self.judged_on,
-            self.autoattack,
-            checks=self.options.comparison.check_samples,
-            folder=folder / _EVALUATION,
-        )
-
     def _evaluate(
-        self,
-        models: Mapping[str, nn.Module],
-        images: ImageData,
-        autoattack: tuple[Perturbation, int] | None,
-        *,
-        checks: int,
-        folder: Path | None = None,
-    ) -> Evaluation:
+        self, models: Mapping[str, nn.Module], images: ImageData, autoattack: tuple[Perturbation, int] | None = None,
+        *, checks: int = 0, folder: Path | None = None,
+    ) -> Evaluation:  # fmt: skip
+        """Networks on the same images, AutoAttack on some of them."""
         from attackroute.robustness.evaluate import evaluate
         from attackroute.zoo.data import ImageBatches
 
@@ -434,18 +375,19 @@ class _Hardening:
             )  # fmt: skip
 
     def _document(self, result: HardenResult, lam: Factor, evaluation: Evaluation | None) -> Document:
+        from attackroute.core.document import Document
+
         options, best = self.options, result.training.best
         groups = (options.network, options.images, options.penalty, options.source, options.training)
         settings = {**given(*groups), "lambda": lam, "batch_size": options.run.batch_size, "seed": options.run.seed}
+        compared = Document(HARDENING, {}) if evaluation is None else evaluation.document()
         about = {
             **_outcome(result),
             "best_epoch": None if best is None else best.epoch,
-            "best_epoch_by": f"{self.chosen_on} images",
-            "evaluation": None if evaluation is None else evaluation.document().about,
+            "best_epoch_by": f"{self.options.training.chosen_on} images",
+            "evaluation": compared.about or None,
         }
-        reading = "" if evaluation is None else evaluation.reading()
-        table = Table.of([]) if evaluation is None else evaluation.table
-        return Document(HARDENING, settings, reading, table, about)
+        return replace(compared, kind=HARDENING, settings=settings, about=about)
 
     def _show_route(self, result: HardenResult, lam: Factor | None) -> None:
         from attackroute.hardening.harden import factor_of

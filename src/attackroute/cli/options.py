@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attackroute.cli.arguments import integer, one_of, option, parse_factor, parse_number, parse_sketches, switch
+from attackroute.cli.arguments import (
+    given,
+    integer,
+    one_of,
+    option,
+    parse_factor,
+    parse_number,
+    parse_sketches,
+    settings_of,
+    switch,
+)
 from attackroute.cli.console import Output
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import CARRIERS, UNIT, Sketches, TraceConfig
@@ -71,11 +82,7 @@ class NetworkOptions:
     classes: int | None = classes_option()
 
     def open(self, images: ImageData) -> nn.Module:
-        """The network for the images, with its weights, on the CPU.
-
-        Raises:
-            UserError: Unknown model, missing or mismatching weights, or images that the network cannot take.
-        """
+        """The network for the images, with its weights, on the CPU."""
         from attackroute.zoo.weights import open_network
 
         return open_network(self.model, images, weights=self.weights, width=self.model_width, classes=self.classes)
@@ -101,11 +108,7 @@ class ImageOptions:
     skip_unreadable: bool = switch("--skip-unreadable", "Leave out image files that cannot be read.")
 
     def open(self, run: RunOptions, models: Sequence[str] = (), split: str | None = None) -> ImageData:
-        """The images, in the size that the first train folder among the models says; files left out are named.
-
-        Raises:
-            UserError: There are no such images.
-        """
+        """The images, in the size that the first train folder among the models says; files left out are named."""
         from attackroute.zoo.data import load_data
         from attackroute.zoo.weights import find_card
 
@@ -142,14 +145,8 @@ class TracingOptions:
     )  # fmt: skip
 
     def config(self, seed: int, *, freeze_gates: bool = False) -> TraceConfig:
-        """The settings of a trace.
-
-        Raises:
-            UserError: Options cannot be combined.
-        """
-        return TraceConfig(
-            linear=self.linear, carrier=self.carrier, sketches=self.sketches, seed=seed, freeze_gates=freeze_gates
-        )
+        """The same for the library, which refuses what cannot be combined."""
+        return TraceConfig(seed=seed, freeze_gates=freeze_gates, **given(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +167,7 @@ class TrainingOptions:
     )
     attack: str | None = option(
         "--attack", "Train against this attack, as pgd or pgd:eps=4/255,steps=7.", str, "NAME", default=None,
-        shown="clean images",
+        unset="clean images",
     )  # fmt: skip
     robust_samples: int = option(
         "--robust-samples", "Images that are attacked to choose the best epoch, with --attack.", integer(1), "N",
@@ -180,7 +177,7 @@ class TrainingOptions:
         "--accumulate", "Take each batch in N parts, one after the other, for less memory.", integer(1), "N", default=1
     )
     clip_norm: float | None = option(
-        "--clip-norm", "Largest norm of a step's whole gradient.", parse_factor, "NORM", default=None, shown="no limit"
+        "--clip-norm", "Largest norm of a step's whole gradient.", parse_factor, "NORM", default=None, unset="no limit"
     )
     holdout: float = option(
         "--holdout", "Share of the training images that is not learnt from but chooses the best epoch; with 0, the "
@@ -193,29 +190,16 @@ class TrainingOptions:
         "--tensorboard", "Log to --out/tensorboard too (needs the extra tensorboard).", group=RUN
     )
 
-    def settings(self, run: RunOptions) -> TrainSettings:
-        """The same for the library.
+    @property
+    def chosen_on(self) -> str:
+        """What images choose the best epoch, in a word."""
+        return "held-out" if self.holdout else "test"
 
-        Raises:
-            UserError: A value is out of range.
-        """
+    def settings(self, run: RunOptions) -> TrainSettings:
+        """The same for the library, which refuses what is out of range."""
         from attackroute.hardening.settings import TrainSettings
 
-        return TrainSettings(
-            epochs=self.epochs,
-            batch_size=run.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            schedule=self.schedule,  # type: ignore[arg-type]
-            augment=self.augment,  # type: ignore[arg-type]
-            accumulate=self.accumulate,
-            clip_norm=self.clip_norm,
-            amp=self.amp,
-            channels_last=self.channels_last,
-            seed=run.seed,
-            workers=run.workers,
-            robust_samples=self.robust_samples,
-        )
+        return TrainSettings(**settings_of(TrainSettings, run, self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,26 +209,18 @@ class Session:
     Attributes:
         network: On its device, in eval mode.
         images: What it is shown.
-        output: Where the command's words go.
         settings: What results depend on: model, data, split, samples, seed, number and shape of the images, device.
-        batch_size: Images at a time.
-        workers: Processes that read the images.
+        run: How it runs and what it says.
     """
 
     network: nn.Module
     images: ImageData
-    output: Output
     settings: Mapping[str, Any]
-    batch_size: int
-    workers: int
+    run: RunOptions
 
     @classmethod
     def open(cls, network: NetworkOptions, images: ImageOptions, run: RunOptions) -> Session:
-        """Open what the options name.
-
-        Raises:
-            UserError: Something is not there, or does not fit.
-        """
+        """Open what the options name."""
         device = resolve_device(run.device)
         data = images.open(run, [network.model])
         settings = {
@@ -256,21 +232,23 @@ class Session:
             "images": [len(data), *data.shape],
             "device": device.type,
         }
-        return cls(
-            network=network.open(data).to(device),
-            images=data,
-            output=run.output,
-            settings=settings,
-            batch_size=run.batch_size,
-            workers=run.workers,
-        )
+        return cls(network.open(data).to(device), data, settings, run)
 
     @property
     def batches(self) -> ImageBatches:
         """The images, batch by batch."""
         from attackroute.zoo.data import ImageBatches
 
-        return ImageBatches(self.images, self.batch_size, workers=self.workers)
+        return ImageBatches(self.images, self.run.batch_size, workers=self.run.workers)
+
+    @contextmanager
+    def reading(
+        self, unit: str, kept: str | None = None
+    ) -> Iterator[tuple[ImageBatches, Callable[[int, int | None], None]]]:
+        """The images batch by batch, and what moves a progress bar that says how their reading goes."""
+        batches = self.batches
+        with self.run.output.progress(unit, kept) as progress:
+            yield batches, lambda done, total: progress(done, total, batches.reading)
 
 
 def resolve_device(name: str) -> torch.device:

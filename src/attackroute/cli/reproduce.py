@@ -9,46 +9,6 @@ from typing import ClassVar
 from attackroute.cli.arguments import integer, option, switch
 from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, resolve_device
 
-REPRODUCE_EXAMPLES = """
-Examples:
-
-   Table 1 on the networks that come with the package, and your copy of CIFAR-10
-   $ attackroute reproduce table1 --data cifar10:~/data --out runs/paper
-
-   All that takes no training, for one network; then the page
-   $ attackroute reproduce table1 table4 fig2 fig3 fig4 fig5 fig6 --data cifar10:~/data \\
-       --model preset:vgg16-cifar10 --out runs/paper
-
-   Your own network
-   $ attackroute reproduce fig3 --data cifar10:~/data --model runs/vgg --out runs/paper
-
-   Table 2, whose networks are trained from a clone of the repository in hours; see python -m studies.hardening --help
-   $ python -m studies.hardening --data cifar10:~/data --train-samples 25000 --out runs/paper/table2
-   $ attackroute reproduce table2 --out runs/paper
-
-   Go on after an interruption
-   $ attackroute reproduce all --data cifar10:~/data --out runs/paper --resume
-
- The targets:
-
-   table1   how much images' routes share, and how few images give the route
-   table2   hardening on CIFAR-10, with its controls, from the study in --out/table2
-   table3   the same on SVHN, from the study in --out/table3
-   table4   gradients of hard and of weak images
-   fig2     sensitivity and gradients of the route's neurons
-   fig3     transplants of clean values
-   fig4     silenced channels, weakened connections
-   fig5     Grad-CAM of the route's channels
-   fig6     whom the hardness metric predicts to be fooled
-   all      all of these, of tables 2 and 3 those whose study is there
-
- The files:
-
-   NETWORK/PART.json, .csv, .png, .svg   every number and figure of one experiment on one network
-   table2/, table3/                      where studies.hardening puts networks and numbers of a study
-   reproduction.md                       all of it, beside the paper's numbers, with a verdict for each claim
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceOptions:

@@ -34,58 +34,6 @@ if TYPE_CHECKING:
     from attackroute.tracing.config import TraceConfig
     from attackroute.tracing.oracle_check import Comparison
 
-TRACE_EXAMPLES = """
-Examples:
-
-  Routes of the test images of a network that was trained here
-  $ attackroute trace --model runs/digits --data mnist-sample --out runs/digits/routes
-
-  Compare the first four images with the brute-force oracle, in double precision (slow: for small networks)
-  $ attackroute trace --model runs/digits --data mnist-sample --samples 100 --dtype float64 --check 4
-
-  Routes of the same images after an attack, to compare with the clean ones
-  $ attackroute trace --model runs/digits --data mnist-sample --attack pgd:eps=0.1 --out runs/digits/attacked
-
-  Routes that follow what the attack changes, instead of what channels could do
-  $ attackroute trace --model runs/digits --data mnist-sample --attack pgd:eps=0.1 --carrier noise \\
-      --out runs/digits/noise
-
-  A network of torchvision on 1,000 of your own images
-  $ attackroute trace --model torchvision:resnet18 --weights resnet18.pth --classes 1000 \\
-      --data folder:photos --image-size 224 --samples 1000 --out runs/photos
-
-  A transformer: attention projections and MLPs, its mixing edges approximately, by 32 random products each
-  $ attackroute trace --model torchvision:vit_b_16 --weights vit.pth --classes 1000 --linear --sketches 32 \\
-      --data folder:photos --image-size 224 --samples 100 --batch-size 4 --out runs/vit
-
-  Go on after an interruption: the same command with --resume, for the same result
-  $ attackroute trace --model runs/vgg --data cifar10:~/data --out runs/vgg/routes --resume
-
-  More images than one process can take: two processes, for the same files, byte for byte
-  $ torchrun --nproc-per-node 2 -m attackroute trace --model runs/vgg --data imagenet:~/data --out runs/vgg/routes
-
-  For another program
-  $ attackroute trace --model runs/digits --data mnist-sample --json | jq '.about.layers[].occurrence'
-
-The files:
-
-  routes.safetensors   the route of each sample (attackroute.InstanceRoutes.load); of more than 8,192 samples in
-                       several files, routes-00000-of-00005.safetensors, ... (attackroute.RouteFolder.open)
-  route.json           the route of the model (attackroute.Route.load)
-  summary.json         the table, and the settings on which the result depends
-
-The table:
-
-  occurrence   How often a layer's most frequent channels are on a sample's route: 100 % where every sample uses
-               the same channels, about the share of --width where samples have nothing in common.
-  computed     How the edges into a layer were computed, and how many there are where it is not one.
-               closed-form: exact, from the forward pass. autograd: exact, from vector-Jacobian products.
-               sketch: approximate, from --sketches random products. replay: with --carrier noise, exact, from
-               passes in which one channel at a time is as on the clean image.
-  overlap      With --sketches: share of a sample's kept channels that exact scores are expected to keep as well, and
-               of all channels those within two standard errors of the cut; for the critical channels of later
-               layers as they were found.
-"""
 
 _DOUBLE, _REDUCED = "float64", ("bfloat16", "float16")
 
@@ -133,11 +81,16 @@ class TraceOptions:
     )  # fmt: skip
     run: RunOptions
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The precision where it is reduced."""
+        import torch
+
+        return getattr(torch, self.dtype) if self.dtype in _REDUCED else None
+
 
 def trace(options: TraceOptions) -> int:
     """Trace images, and write or show their routes; the exit code is 1 if a check fails."""
-    import torch
-
     from attackroute.core.distributed import current
     from attackroute.robustness.registry import parse_attack
     from attackroute.tracing.trace import trace_routes
@@ -148,36 +101,27 @@ def trace(options: TraceOptions) -> int:
     config = options.tracing.config(options.run.seed, freeze_gates=options.freeze_gates)
     config.check_attack(attack)
     session = Session.open(options.network, options.images, options.run)
-    output, batches = session.output, session.batches
+    output = options.run.output
     network = session.network.double() if options.dtype == _DOUBLE else session.network
-    autocast = getattr(torch, options.dtype) if options.dtype in _REDUCED else None
     if options.out is not None:
         open_folder(options.out)
-    started, counts = time.perf_counter(), []
-    try:
-        with output.progress("images") as progress:
+    started, counts = time.perf_counter(), [] if options.out else [0]  # into a folder, what is done is counted first
+    kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
+    with session.reading("images", kept) as (batches, progress):
 
-            def advance(count: int, total: int | None) -> None:
-                counts.append(count)
-                progress(count, total, batches.reading)
+        def advance(count: int, total: int | None) -> None:
+            counts.append(count)
+            progress(count, total)
 
-            routes = trace_routes(
-                network, batches, options.width, attack=attack, config=config, keep_scores=options.keep_scores,
-                batch_size=options.run.batch_size, autocast=autocast, folder=options.out, resume=options.resume,
-                settings=session.settings, note=output.note, progress=advance,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
-        output.note(f"interrupted: {kept}")
-        raise
-    seconds = time.perf_counter() - started
-    traced = counts[-1] - counts[0] if options.out is not None else counts[-1]
+        routes = trace_routes(
+            network, batches, options.width, attack=attack, config=config, keep_scores=options.keep_scores,
+            batch_size=options.run.batch_size, autocast=options.autocast, folder=options.out, resume=options.resume,
+            settings=session.settings, note=output.note, progress=advance,
+        )  # fmt: skip
+    seconds, traced = time.perf_counter() - started, counts[-1] - counts[0]
     team = current()
     document = team.first(lambda: _document(routes, options.route_width, session.settings))
-    check = options.check
-    comparison = (
-        None if check is None else team.first(lambda: _compare(session, check, options.width, attack, config, autocast))
-    )
+    comparison = None if options.check is None else team.first(lambda: _compare(session, options, attack, config))
     output.result(
         {
             **document.to_json(),
@@ -204,14 +148,7 @@ def _document(routes: InstanceRoutes | RouteFolder, width: float, settings: Mapp
     return RouteTotals.of(routes).document(routes.aggregate(width), settings)
 
 
-def _compare(
-    session: Session,
-    samples: int,
-    width: float,
-    attack: Perturbation | None,
-    config: TraceConfig,
-    autocast: torch.dtype | None,
-) -> Comparison:
+def _compare(session: Session, options: TraceOptions, attack: Perturbation | None, config: TraceConfig) -> Comparison:
     """The first samples, against the oracle."""
     import torch
 
@@ -219,13 +156,13 @@ def _compare(
     from attackroute.tracing.oracle_check import verify
     from attackroute.zoo.data import ImageBatches
 
-    chosen = [[row] for row in range(min(samples, len(session.images)))]
+    chosen = [[row] for row in range(min(options.check or 0, len(session.images)))]
     batches = ImageBatches(session.images, 1, batches=chosen)
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     device, dtype = placement(session.network)
     return verify(
-        session.network, images.to(device, dtype), labels.to(device), width, attack=attack, config=config,
-        autocast=autocast,
+        session.network, images.to(device, dtype), labels.to(device), options.width, attack=attack, config=config,
+        autocast=options.autocast,
     )  # fmt: skip
 
 
@@ -237,8 +174,8 @@ def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float
         [
             [
                 layer["layer"],
-                str(layer["channels"]),
-                str(len(layer["route_channels"])),
+                layer["channels"],
+                len(layer["route_channels"]),
                 f"{layer['occurrence']:.1%}",
                 _methods(layer["incoming"]),
                 *([_overlap(layer)] if sketched else []),

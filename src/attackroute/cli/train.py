@@ -30,39 +30,6 @@ if TYPE_CHECKING:
 
 TRAINING = "training"
 """Kind of the result, and name of its file."""
-TEST, HELD_OUT = "test", "held-out"
-
-TRAIN_EXAMPLES = """
-Examples:
-
-  A network in about a minute, without a download
-  $ attackroute train --model vgg_small --data mnist-sample --epochs 3 --out runs/digits
-
-  A quarter-width VGG-16 on CIFAR-10, with the usual augmentation
-  $ attackroute train --model vgg16 --width 0.25 --data cifar10:~/data --augment crop-flip \\
-      --epochs 30 --out runs/vgg
-
-  Go on after an interruption: the same command with --resume, for the same result
-  $ attackroute train --model vgg16 --width 0.25 --data cifar10:~/data --augment crop-flip \\
-      --epochs 30 --out runs/vgg --resume
-
-  Adversarial training: every step learns from images that PGD attacks
-  $ attackroute train --model vgg_small --data mnist-sample --attack pgd:eps=0.1,steps=5,step_size=0.03 \\
-      --epochs 10 --out runs/robust
-
-  A network of your own, made by make_net() in mynets.py, on your own images
-  $ attackroute train --model mynets:make_net --data folder:photos --image-size 64 --out runs/photos
-
-The folder, which other commands take as --model:
-
-  best.safetensors, last.safetensors   weights; the best ones are loaded: those of the epoch with the highest
-                                       accuracy, with --attack that under the attack, on images held out of
-                                       training (--holdout)
-  model.json                           how to build the network
-  log.jsonl, settings.json             one line an epoch; how it was trained
-  training.json                        what came of it
-  state.pt                             what --resume needs besides
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +87,7 @@ def train(options: TrainOptions) -> None:
             progress=progress,
         )
     best, last = result.best, result.last
-    lines = [] if best is None else [best_line(best, last.epoch, chosen_on(training))]
+    lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
     lines.append(f"training accuracy {last.train.value:.2%}")
     about = _summary(result, options)
     document = Document(
@@ -150,7 +117,7 @@ def _summary(result: TrainResult, options: TrainOptions) -> dict[str, Any]:
         "loss": last.loss,
         "train_accuracy": last.train.value,
         "test_accuracy": None if last.test is None else last.test.value,
-        "tested_on": f"{chosen_on(options.training)} images",
+        "tested_on": f"{options.training.chosen_on} images",
         "best_epoch": None if best is None else best.epoch,
         "best_test_accuracy": None if best is None or best.test is None else best.test.value,
         "best_robust_accuracy": None if best is None or best.robust is None else best.robust.value,
@@ -182,11 +149,6 @@ def divided(
     return replace(train_images, dataset=learnt), replace(train_images, dataset=kept)
 
 
-def chosen_on(training: TrainingOptions) -> str:
-    """What images choose the best epoch, in a word."""
-    return HELD_OUT if training.holdout else TEST
-
-
 def prepare(folder: Path, card: ModelCard, *, resume: bool) -> None:
     """Describe the network in its folder before the first step, so that a run that is killed can be opened too."""
     from attackroute.hardening.checkpoint import STATE
@@ -208,11 +170,15 @@ def epoch_lines(
     with event_log(folder) if logs and folder is not None else nullcontext() as log:
 
         def report(record: EpochRecord) -> None:
-            output.note(_epoch_line(record, training.epochs, chosen_on(training)))
+            output.note(_epoch_line(record, training.epochs, training.chosen_on))
             if log is not None:
                 log(record)
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt as error:
+            output.note(f"interrupted: {error or 'between two epochs'}")
+            raise
 
 
 def _epoch_line(record: EpochRecord, epochs: int, tested_on: str) -> str:
