@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from attackroute.analysis.experiments.occurrence import (
     measure_occurrence,
 )
 from attackroute.analysis.experiments.sensitivity import GRADIENT, SENSITIVITY, measure_sensitivity
-from attackroute.analysis.figures.gradcam import maps_figure, measures_figure
 from attackroute.analysis.gradcam import grad_cam
 from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError
@@ -198,7 +198,7 @@ class TestGradCam:
             ours = torch.tensor(expected[row["images"], ROUTE, row["measure"]]).double()
             assert row["route_minus_this"] == pytest.approx(float((ours - every).nanmean()), rel=1e-3, abs=1e-6)
         assert "shifts by" in found.reading() and saved(found, tmp_path).about["map_size"] == [13, 13]
-        assert len(measures_figure(found).axes) == 4 and list(found.figures()) == ["gradcam-measures"]
+        assert len(found.figures()["gradcam-measures"].axes) == 4 and list(found.figures()) == ["gradcam-measures"]
 
     def test_the_panels_share_one_scale_an_image(self, case: Case) -> None:
         panels = map_panels(case.model, *[part[:3] for part in case.data], case.route.mask("3"), "3", shifted)
@@ -210,7 +210,7 @@ class TestGradCam:
             known = each[each.isfinite() & (each > 0)]
             torch.testing.assert_close(known, known[0].expand_as(known), rtol=1e-3, atol=0)
         found = measure_gradcam(case.compared(seeds=()), "3", {"shifted": shifted})
-        figure = maps_figure(found, panels)
+        figure = replace(found, panels=panels).figures()["gradcam"]
         assert "Grad-CAM of 3 (13x13), at its output; shifted\n" in figure.get_suptitle()
         assert sum(bool(axes.images) for axes in figure.axes[:24]) == 18
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import Function, chain, randomised
-from attackroute.analysis.figures.hardness import hardness_figure, images_figure, pick_images
+from attackroute.analysis.figures.hardness import images_figure, pick_images
 from attackroute.analysis.hardness_experiment import (
     ALL,
     BASELINES,
@@ -287,7 +287,7 @@ def test_nobody_fooled_and_everything_fooled(case: tuple[nn.Module, Tensor, Tens
     row = found.gradients("fgsm:eps=0/255")[0]
     assert row["weak_mean"] is row["weak_median"] is None and row["hard_mean"] is not None
     json.dumps(found.document({}).to_json(), allow_nan=False)
-    hardness_figure(found, "nobody").canvas.draw()  # type: ignore[attr-defined]
+    found.figures()["hardness"].canvas.draw()  # type: ignore[attr-defined]
 
 
 def test_a_wide_route_has_no_random_control(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
