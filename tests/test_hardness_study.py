@@ -29,8 +29,10 @@ from attackroute.analysis.hardness_experiment import (
     _verdict,
     study_hardness,
 )
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import AUROC, SPEARMAN, associations
+from attackroute.core.table import Table
 from attackroute.paper.claims import Findings
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.gradient_attacks import FGSM
@@ -211,7 +213,8 @@ def test_the_page_shows_an_attack_that_fools_nobody(case: tuple[nn.Module, Tenso
         attacks[name] = attacks.pop(attack)
         for item in found["rows"]:
             item["target"] = name if item["target"] == attack else item["target"]
-    first, second = fill_page._hardness({"chain": Findings.of(found)}).splitlines()[-2:]
+    document = Document("hardness", found["settings"], table=Table.of(found["rows"]), about=found["about"])
+    first, second = fill_page._hardness({"chain": Findings.of(document)}).splitlines()[-2:]
     assert " to " in first and f"0 of {found['about']['correctly_classified']} |  |" in second
 
 
@@ -333,7 +336,7 @@ def test_the_model_comes_back_and_faults_are_one_line(case: tuple[nn.Module, Ten
 
 def test_figures_show_every_target(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     found = study(case, search=EpsSearch(0.01, 0.001, 2))
-    figure = hardness_figure(found, "title")
+    figure = found.figures()["hardness"]
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["fgsm:eps=1/255", "darken:factor=0.9", "smallest eps that fools (PGD, 2 steps)"]
     heights = [patch.get_height() for patch in figure.axes[0].patches]
