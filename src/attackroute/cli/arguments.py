@@ -262,18 +262,18 @@ class _OptionParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def _add(self, each: _Option) -> None:
-        given: dict[str, Any] = {"help": each.described}
+        argument: dict[str, Any] = {"help": each.described}
         if each.parse is None:
-            given |= {"action": _Switch, "off": each.off}
+            argument |= {"action": _Switch, "off": each.off}
         else:
-            given |= {"type": each.parse, "metavar": each.metavar}
+            argument |= {"type": each.parse, "metavar": each.metavar}
         if each.flags:
             default = None if each.repeat else each.default
-            given |= {"dest": each.name, "required": each.required, "default": default}
-            given |= {"action": "append"} if each.repeat else {}
+            argument |= {"dest": each.name, "required": each.required, "default": default}
+            argument |= {"action": "append"} if each.repeat else {}
         elif each.repeat:
-            given |= {"nargs": "+"}
-        self._headings[str(each.group)].add_argument(*(each.flags or [each.name]), **given)
+            argument |= {"nargs": "+"}
+        self._headings[str(each.group)].add_argument(*(each.flags or [each.name]), **argument)
         self._flags += each.flags
 
 
@@ -302,23 +302,24 @@ def parse(options: type[T], prog: str, words: Sequence[str], epilog: str = "") -
     return _built(options, vars(_OptionParser(prog, options, epilog).read(words)), {})
 
 
-def given(*options: Any) -> dict[str, Any]:
-    """What options are, by name, as JSON values."""
+def given(options: Any, *names: str) -> dict[str, Any]:
+    """What options are, by name, as JSON values: those of some fields or of all, but for what the command hides."""
     values: dict[str, Any] = {}
-    for group in options:
-        for each in fields(group):
-            value = getattr(group, each.name)
-            if is_dataclass(value):
-                values |= given(value)
-            else:
-                values[each.name] = str(value) if isinstance(value, Path) else value
+    for each in fields(options):
+        value, hidden = getattr(options, each.name), each.metadata.get(_HIDDEN, ())
+        if names and each.name not in names:
+            continue
+        if is_dataclass(value):
+            values |= {name: cell for name, cell in given(value).items() if name not in hidden}
+        else:
+            values[each.name] = str(value) if isinstance(value, Path) else value
     return values
 
 
 def settings_of(kind: type, *options: Any) -> dict[str, Any]:
     """Those values of options that a dataclass of settings has a field for, by the same name."""
     names = {each.name for each in fields(kind)}
-    return {name: value for name, value in given(*options).items() if name in names}
+    return {name: value for group in options for name, value in given(group).items() if name in names}
 
 
 def filled(text: str, width: int, start: str = "") -> str:

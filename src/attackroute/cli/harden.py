@@ -378,8 +378,12 @@ class _Hardening:
         from attackroute.core.document import Document
 
         options, best = self.options, result.training.best
-        groups = (options.network, options.images, options.penalty, options.source, options.training)
-        settings = {**given(*groups), "lambda": lam, "batch_size": options.run.batch_size, "seed": options.run.seed}
+        settings = {
+            **given(options, "network", "images", "penalty", "source", "training"),
+            "lambda": lam,
+            "batch_size": options.run.batch_size,
+            "seed": options.run.seed,
+        }
         compared = Document(HARDENING, {}) if evaluation is None else evaluation.document()
         about = {
             **_outcome(result),

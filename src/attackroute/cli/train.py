@@ -95,7 +95,7 @@ def train(options: TrainOptions) -> None:
         {
             "model": options.model,
             "width": options.width,
-            **given(options.images, training),
+            **given(options, "images", "training"),
             "batch_size": settings.batch_size,
             "seed": settings.seed,
         },
@@ -112,6 +112,7 @@ def train(options: TrainOptions) -> None:
 def _summary(result: TrainResult, options: TrainOptions) -> dict[str, Any]:
     best, last = result.best, result.last
     return {
+        "title": "Training",
         "epochs": last.epoch,
         "resumed_from": result.resumed_from,
         "loss": last.loss,
