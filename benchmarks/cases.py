@@ -19,7 +19,7 @@ class Case:
 
     Attributes:
         name: As on the command line.
-        model: As :func:`attackroute.models.build_model` takes it.
+        model: As :func:`attackroute.build_model` takes it.
         limit: Ratio of a trace's time to a plain forward pass's that is to be kept at this batch size.
         image_size: Height and width of the images.
         classes: Number of logits.

@@ -42,7 +42,7 @@ class Job:
         threads: Number of PyTorch's threads.
         device: Where the network runs.
         seed: For weights and images.
-        model: As :func:`attackroute.models.build_model` takes it.
+        model: As :func:`attackroute.build_model` takes it.
     """
 
     trace: bool

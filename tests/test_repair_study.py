@@ -25,11 +25,11 @@ from attackroute.routes.masks import kept, top_k
 from attackroute.tracing.oracle import trace
 from digit_networks import digit_network
 from studies import fill_page
-from studies.repair import criteria, oracle, study
+from studies.repair import criteria, oracle, repair, study
 from studies.repair.criteria import VARIANTS, Pairs, criterion_scores, first_layers, signed_scores
 from studies.repair.repair import BUDGETS, SHARES, Repair, Repaired, chosen_variant
 from studies.repair.results import NetworkRepair, RepairStudy
-from studies.repair.run import main, repair
+from studies.repair.run import main
 from tracing import ready, shaken, small
 
 

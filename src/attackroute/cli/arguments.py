@@ -25,7 +25,6 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from attackroute.core.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-
 WIDEST = 110
 """Columns of help, on a terminal that has as many."""
 _OPTIONS = "Options"  # heading of what has none

@@ -16,7 +16,6 @@ from attackroute.core.model_state import placement
 from attackroute.core.random import derived_generator
 
 T = TypeVar("T")
-
 Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
 """A DataLoader or other iterable of ``(images, labels)`` or images; or one such pair or batch of tensors."""
 

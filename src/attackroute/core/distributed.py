@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
-
 WAIT = timedelta(hours=1)
 """How long a process waits for the others; one that is dead is noticed at once, so this is for one that hangs."""
 

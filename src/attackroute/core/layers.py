@@ -44,7 +44,6 @@ _CONVOLUTIONS = frozenset(
 )
 _GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution.default})
 _TRANSPOSED_ARGUMENT = 6  # of a general convolution
-
 _ATTENTION = nn.functional.multi_head_attention_forward
 _OPENED = FunctionType(  # the same function, except that it does not hand itself to the mode that is to look inside it
     _ATTENTION.__code__,

@@ -26,7 +26,6 @@ from attackroute.core.model_state import kept_modes, placement
 from attackroute.core.table import Record, Table
 
 Floats = NDArray[np.float64]
-
 CLEAR = 0.05
 """Below this probability a difference is called clear; nothing is corrected for the number of comparisons."""
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 Augment = Literal["none", "crop", "crop-flip"]
-
 CROP_PADDING = 4
 
 

@@ -51,7 +51,6 @@ from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.data import ImageData
 
 ROUTE_FILE = "route.json"
-
 Samples = Dataset[Any] | DataLoader[Any] | ImageData | tuple[Tensor, Tensor]
 """A data set, a DataLoader (for its data set), the images of ``ar.load_data``, or a pair of tensors."""
 

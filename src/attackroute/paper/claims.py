@@ -159,7 +159,6 @@ class NetworkResults:
 Results = Sequence[NetworkResults]
 Tabulate = Callable[[NetworkResults, Findings], Iterator[Row]]
 Judge = Callable[[NetworkResults, Findings], Iterator[Claim]]
-
 Made = TypeVar("Made")
 
 
