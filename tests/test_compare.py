@@ -15,7 +15,7 @@ import attackroute as ar
 from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content
 from attackroute.report.run_folder import RunFolder
-from attackroute.report.two_runs import Comparison, build_comparison
+from attackroute.report.two_runs import RunComparison, build_comparison
 from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.weights import open_network
 from command_line import done, run
@@ -137,13 +137,13 @@ def test_networks_with_other_layers_stand_side_by_side(runs: Path, tmp_path: Pat
     folders = RunFolder.open(runs / "before"), runs / "before"
     content = Content(folders[0], unmeasured(folders[0].routes))
     other = Content(folders[0], unmeasured(traced))
-    page = build_comparison(Comparison(content, other, ("a", "<b>")))
+    page = build_comparison(RunComparison(content, other, ("a", "<b>")))
     words = Elements(page.html)
     assert "no channel of one corresponds to one of the other" in words.words["route"]
     assert "channels" not in words.sections and len(page.data["route_data"]) == len(page.data["route_views"]) == 2
     assert "<b>" in words.words["route"] and not any(tag == "b" for tag, _ in words.tags)
     most = len(page.html.encode()) - 1
-    small = build_comparison(Comparison(content, other, ("a", "<b>")), most)
+    small = build_comparison(RunComparison(content, other, ("a", "<b>")), most)
     assert small.pruned and len(small.html.encode()) <= most
     assert Elements(small.html).words["made"].count("left out to keep the page small") == 2
 

@@ -27,7 +27,7 @@ from attackroute.core.table import Table
 from attackroute.report.measuring import Condition, Measured, unmeasured
 from attackroute.report.page import _SCRIPTS, Content, build_page, percent
 from attackroute.report.run_folder import RunFolder
-from attackroute.report.two_runs import Comparison, build_comparison
+from attackroute.report.two_runs import RunComparison, build_comparison
 from attackroute.zoo.data import load_data
 from command_line import done, run
 from report_runs import CLASSES, data_of, make_network, make_pictures, make_run
@@ -213,9 +213,9 @@ def test_names_of_the_user_are_harmless(folder: Path, tmp_path: Path) -> None:
     content = Content(found, unmeasured(traced, [attacked]), CLASSES, (attack,), attack)
     pages = (
         build_page(content),
-        build_comparison(Comparison(content, replace(content, notes=()), (attack, f"{attack}2"), (attack,))),
+        build_comparison(RunComparison(content, replace(content, notes=()), (attack, f"{attack}2"), (attack,))),
         build_comparison(
-            Comparison(content, replace(content, measured=Measured(Condition(None))), (attack, "b"), [attack])
+            RunComparison(content, replace(content, measured=Measured(Condition(None))), (attack, "b"), [attack])
         ),
     )
     for built in pages:

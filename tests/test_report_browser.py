@@ -20,7 +20,7 @@ import attackroute as ar
 from attackroute.report.measuring import Measured, measure, unmeasured
 from attackroute.report.page import MOST_BYTES, Content, build_page
 from attackroute.report.run_folder import RunFolder
-from attackroute.report.two_runs import Comparison, build_comparison
+from attackroute.report.two_runs import RunComparison, build_comparison
 from attackroute.routes.masks import top_k
 from report_runs import CLASSES
 
@@ -352,7 +352,7 @@ def test_a_comparison_moves_together(
 ) -> None:
     other = residual(1, images)
     contents = (Content(NOTHING, item, NAMES) for item in (measured, other))
-    html = build_comparison(Comparison(*contents, ("before", "<i>after</i>"))).html
+    html = build_comparison(RunComparison(*contents, ("before", "<i>after</i>"))).html
     layers = measured.clean.routes.layers
     with reading(browser, html, tmp_path) as view:
         move(view, "width", "0.2")

@@ -103,7 +103,7 @@ def loss_gradient(
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class ChannelMeans:
     """One number per sample and channel, times a factor per sample.
 
     Attributes:
@@ -121,19 +121,19 @@ class Measured:
     tokens: frozenset[str] = frozenset()
 
 
-Measure = Callable[..., Measured]
-"""``(model, images, labels or None, linear=...) -> Measured``, for a frozen model."""
+Measure = Callable[..., ChannelMeans]
+"""``(model, images, labels or None, linear=...) -> ChannelMeans``, for a frozen model."""
 
 
-def activations(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
+def activations(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> ChannelMeans:
     """Mean over positions of ``|Z^m|``, the layer's own output."""
     values = _read(model, images, lambda call, output: _position_means(output.abs(), call.kind), linear=linear)
-    return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
+    return ChannelMeans(values, torch.zeros(images.shape[0], dtype=torch.float64))
 
 
 def changes(
     model: nn.Module, images: Tensor, attacked: Tensor, _labels: Tensor | None = None, *, linear: bool = False
-) -> Measured:
+) -> ChannelMeans:
     """Mean over positions of ``|Z^m(x) - Z^m(x')|``, from one forward pass of the images and one of the attacked ones.
 
     The clean outputs of the batch are held meanwhile.
@@ -145,10 +145,10 @@ def changes(
         lambda call, output: _position_means(change(call.name, output).abs_(), call.kind),
         linear=linear,
     )
-    return Measured(values, torch.zeros(images.shape[0], dtype=torch.float64))
+    return ChannelMeans(values, torch.zeros(images.shape[0], dtype=torch.float64))
 
 
-def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
+def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> ChannelMeans:
     """Sum over positions of ``|dL/dZ^m|``, through all paths, L the cross entropy.
 
     The factor ``1 - p_y``, which a confident sample's logits cannot hold, is kept apart as a logarithm.
@@ -161,7 +161,7 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear
 
 def attributions(
     model: nn.Module, images: Tensor, attacked: Tensor, labels: Tensor | None, *, linear: bool = False
-) -> Measured:
+) -> ChannelMeans:
     """Attribution patching: the first-order estimate of the loss that a transplant of each channel takes away.
 
     ``- sum over positions of (Z^m(x) - Z^m(x')) * dL/dZ^m(x')``, through all paths, L the cross entropy of the
@@ -182,7 +182,7 @@ def _differentiated(
     weighing: Callable[[str, Tensor], Callable[[Tensor], Tensor]],
     *,
     linear: bool,
-) -> Measured:
+) -> ChannelMeans:
     """Sums over positions of what ``weighing(layer, output)`` makes of the loss gradient at each layer; else zeros."""
     values: dict[str, Tensor] = {}
     tokens: set[str] = set()
@@ -211,7 +211,7 @@ def _differentiated(
     ends = seed_gradients(logits, answers, leaves, None)
     logits = logits.detach()
     doubt = log_doubt(logits.cpu().to(torch.float64), answers.cpu())
-    return Measured(values, doubt, logits=logits, at_images=ends[""], tokens=frozenset(tokens))
+    return ChannelMeans(values, doubt, logits=logits, at_images=ends[""], tokens=frozenset(tokens))
 
 
 @dataclass
@@ -228,7 +228,7 @@ class RunningMean:
     _channels: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, measured: Measured) -> RunningMean:
+    def of(cls, measured: ChannelMeans) -> RunningMean:
         """That of one batch alone."""
         values = torch.cat(list(measured.values.values()), dim=1).cpu().to(torch.float64)
         scale = float(measured.log_factor.max())
@@ -253,10 +253,10 @@ class RunningMean:
         return dict(zip(self._channels, means.split(list(self._channels.values())), strict=True))
 
 
-def under_attack(compare: Callable[..., Measured], attack: Attack) -> Measure:
+def under_attack(compare: Callable[..., ChannelMeans], attack: Attack) -> Measure:
     """A measure of images and labels from one of images, attacked images and labels."""
 
-    def measure(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> Measured:
+    def measure(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> ChannelMeans:
         changed, answers = attacked(model, attack, images, labels)
         return compare(model, images, changed, answers, linear=linear)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.channel_statistics import (
+    ChannelMeans,
     Measure,
-    Measured,
     activations,
     attributions,
     changes,
@@ -35,7 +35,7 @@ from attackroute.tracing.recorder import RecordedLayer, record_first
 from attackroute.tracing.trace import Progress
 
 _MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
-_COMPARISONS: dict[str, Callable[..., Measured]] = {"sensitivity": changes, "attribution": attributions}
+_COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {"sensitivity": changes, "attribution": attributions}
 CRITERIA = (*_MEASURES, *_COMPARISONS, "weight", "random")
 NEED_ATTACK = tuple(_COMPARISONS)
 """The criteria that compare images with attacked ones."""

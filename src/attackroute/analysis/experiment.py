@@ -101,7 +101,7 @@ def experiment(name: str, *, order: int, title: str, help: str) -> Callable[[Run
     """Register a function as an experiment; see :class:`Experiment`."""
 
     def register(run: Run) -> Run:
-        _registered[name] = Experiment(name, order, title, help, run)
+        _registered[name] = Experiment(name, order=order, title=title, help=help, run=run)
         return run
 
     return register

@@ -115,7 +115,8 @@ class Hardness:
         """
         if len(samples) < 2 and reference is None:
             raise UserError("the data hold one sample, which cannot be ranked: give two or more, or score it by others")
-        return cls(route, samples.log_gradients[:, index].clone(), samples.labels, samples.predictions, reference)
+        log_gradients = samples.log_gradients[:, index].clone()
+        return cls(route, log_gradients, samples.labels, samples.predictions, reference=reference)
 
     @cached_property
     def votes(self) -> Tensor:

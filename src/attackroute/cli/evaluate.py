@@ -269,4 +269,5 @@ def _images_of(path: Path, model: str) -> ImageData:
     shape, logits = example_shape(path)
     card = find_card(model)
     classes = tuple(map(str, range(logits))) if card is None else card[1].classes
-    return ImageData(TensorDataset(torch.empty(0, *shape)), classes, shape, "examples", "test")  # type: ignore[arg-type]
+    images: Any = TensorDataset(torch.empty(0, *shape))
+    return ImageData(images, classes, shape, name="examples", split="test")

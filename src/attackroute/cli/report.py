@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from attackroute.report.measuring import Measured
     from attackroute.report.page import Page
     from attackroute.report.run_folder import RunFolder
-    from attackroute.report.two_runs import Comparison
+    from attackroute.report.two_runs import RunComparison
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.instance_routes import InstanceRoutes
     from attackroute.zoo.data import ImageData
@@ -140,7 +140,7 @@ def report(options: ReportOptions) -> None:
     measured, classes, notes = _measured_or_not(options, run, "Influence between channels was not measured")
     seconds = time.perf_counter() - started
     notes += _remarks(measured)
-    page = build_page(Content(run, measured, classes, notes, command_line(), seconds))
+    page = build_page(Content(run, measured, classes, notes, command=command_line(), seconds=seconds))
     written = _write(page, options.out or options.folder / "report.html", output)
     for note in notes:
         output.line(f"  {note}")
@@ -366,11 +366,11 @@ def _remarks(measured: Measured) -> list[str]:
 # Two runs
 
 
-def _comparison(*options: ReportOptions) -> Comparison:
+def _comparison(*options: ReportOptions) -> RunComparison:
     """Both runs on the same images: by their own traces where these are of the same samples, else by new ones."""
     from attackroute.report.page import Content
     from attackroute.report.run_folder import RunFolder
-    from attackroute.report.two_runs import Comparison, comparable_notes, told_apart
+    from attackroute.report.two_runs import RunComparison, comparable_notes, told_apart
 
     runs = [RunFolder.open(each.folder) for each in options]
     comparable = _comparable(*runs)
@@ -403,12 +403,13 @@ def _comparison(*options: ReportOptions) -> Comparison:
         notes += missing
     seconds = time.perf_counter() - started
     one, other = (
-        Content(run, of_run, classes, (), command_line(), seconds) for run, of_run in zip(runs, measured, strict=True)
+        Content(run, of_run, classes, command=command_line(), seconds=seconds)
+        for run, of_run in zip(runs, measured, strict=True)
     )
     clean = one.measured.clean.routes
     compared = [item.attack for item in one.measured.attacked if item.attack is not None]
     notes = [*comparable_notes(0 if clean is None else len(clean), compared, traced=not comparable), *notes]
-    return Comparison(one, other, told_apart(one.name, other.name), notes)
+    return RunComparison(one, other, told_apart(one.name, other.name), notes)
 
 
 def _comparable(first: RunFolder, second: RunFolder) -> bool:

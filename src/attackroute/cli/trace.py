@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from attackroute.routes.folder import RouteFolder
     from attackroute.routes.instance_routes import InstanceRoutes
     from attackroute.tracing.config import TraceConfig
-    from attackroute.tracing.oracle_check import Comparison
+    from attackroute.tracing.oracle_check import OracleCheck
 
 
 _DOUBLE, _REDUCED = "float64", ("bfloat16", "float16")
@@ -148,7 +148,7 @@ def _document(routes: InstanceRoutes | RouteFolder, width: float, settings: Mapp
     return RouteTotals.of(routes).document(routes.aggregate(width), settings)
 
 
-def _compare(session: Session, options: TraceOptions, attack: Perturbation | None, config: TraceConfig) -> Comparison:
+def _compare(session: Session, options: TraceOptions, attack: Perturbation | None, config: TraceConfig) -> OracleCheck:
     """The first samples, against the oracle."""
     import torch
 
@@ -207,7 +207,7 @@ def _methods(incoming: Mapping[str, str]) -> str:
     return ", ".join(f"{method} ({count})" if len(incoming) > 1 else method for method, count in counts.items())
 
 
-def _check_values(comparison: Comparison) -> dict[str, Any]:
+def _check_values(comparison: OracleCheck) -> dict[str, Any]:
     return {
         "samples": comparison.samples,
         "samples_with_equal_routes": comparison.agreeing,
@@ -217,7 +217,7 @@ def _check_values(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _check_line(comparison: Comparison) -> str:
+def _check_line(comparison: OracleCheck) -> str:
     verdict = "" if comparison.passed else f": MORE than the {comparison.tolerance:g} that rounding explains"
     return (
         f"check: routes of {comparison.agreeing} of {comparison.samples} samples equal the oracle's; scores deviate by "

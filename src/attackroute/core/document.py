@@ -91,7 +91,7 @@ class Document:
         if faults:
             raise UserError(f"{printable(path)}: {faults[0]}; write it anew, or move it away")
         table = Table.of(content["rows"])
-        return cls(content["kind"], content["settings"], content["reading"], table, content["about"])
+        return cls(content["kind"], content["settings"], content["reading"], table=table, about=content["about"])
 
     @staticmethod
     def is_at(path: Path) -> bool:
@@ -124,7 +124,7 @@ class Result(ABC):
 
     def document(self, settings: Mapping[str, Any], **about: Any) -> Document:
         """The result as a document, with what else there is to say about it, such as the seconds that it took."""
-        return Document(self.kind, settings, self.reading(), self.table, {**about, **self.about()})
+        return Document(self.kind, settings, self.reading(), table=self.table, about={**about, **self.about()})
 
 
 def read_object(path: Path) -> dict[str, Any]:

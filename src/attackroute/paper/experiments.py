@@ -187,8 +187,8 @@ def hardness(study: Study, progress: Progress) -> ExperimentResult:
 
 
 def _experiments(*runs: Callable[[Study, Progress], ExperimentResult]) -> dict[str, Experiment]:
-    names = [run.__name__.replace("_", "-") for run in runs]
-    return {name: Experiment(name, 0, name, (run.__doc__ or ""), run) for name, run in zip(names, runs, strict=True)}
+    named = {run.__name__.replace("_", "-"): run for run in runs}
+    return {name: Experiment(name, order=0, title=name, help=run.__doc__ or "", run=run) for name, run in named.items()}
 
 
 _ALL = all_experiments()

@@ -33,7 +33,7 @@ _POINTS, _FACTOR = "points", "factor"  # how a difference is told
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Two runs, such as before and after hardening, what the page calls them, and how they were made comparable."""
 
     first: Content
@@ -64,7 +64,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class RouteChange:
+class LayerChange:
     """What became of the route on one kind of images: channels that left it, entered it and stayed."""
 
     images: str
@@ -116,7 +116,7 @@ class RouteChange:
         )
 
 
-def build_comparison(comparison: Comparison, most_bytes: int = MOST_BYTES) -> Page:
+def build_comparison(comparison: RunComparison, most_bytes: int = MOST_BYTES) -> Page:
     """Fill the page; where that is too large, with less and less, and a sentence that says so."""
     return fitting(lambda budget, pruned: _filled(comparison, budget, pruned=pruned), most_bytes)
 
@@ -134,7 +134,7 @@ def comparable_notes(samples: int, attacks: Sequence[str], *, traced: bool) -> l
     return [f"Both routes {how}, on the same {plural(samples, 'image')}{after}."]
 
 
-def _filled(comparison: Comparison, budget: Budget, *, pruned: bool) -> Page:
+def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
     first, second = comparison.names
     data_sets, views = _views(comparison, budget) if budget.view else ([], [])
     changes = _route_changes(comparison) if comparison.alike else []
@@ -173,7 +173,7 @@ def _filled(comparison: Comparison, budget: Budget, *, pruned: bool) -> Page:
     return Page(html, data, pruned)
 
 
-def _views(comparison: Comparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
+def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
     """Data sets and the views on them: both over one another where channels correspond, then each by itself."""
     classes, limits = comparison.first.classes, budget.limits
     conditions = [run.measured.conditions for run in comparison.runs]
@@ -207,17 +207,17 @@ def _views(comparison: Comparison, budget: Budget) -> tuple[list[dict[str, Any]]
     ]
 
 
-def _route_changes(comparison: Comparison) -> list[RouteChange]:
+def _route_changes(comparison: RunComparison) -> list[LayerChange]:
     """Which channels stayed on the route, left it and entered it, under each condition that both runs have."""
     pairs = ((ours, ours.model_route(_WIDTH), theirs.model_route(_WIDTH)) for ours, theirs in comparison.matched)
     return [
-        RouteChange(condition.name, before, after)
+        LayerChange(condition.name, before, after)
         for condition, before, after in pairs
         if before is not None and after is not None
     ]
 
 
-def _number_differences(comparison: Comparison) -> list[dict[str, Any]]:
+def _number_differences(comparison: RunComparison) -> list[dict[str, Any]]:
     """Differences of the whole."""
     rows = []
     for ours, theirs in comparison.matched:
@@ -235,7 +235,7 @@ def _number_differences(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _accuracy_differences(comparison: Comparison) -> list[dict[str, Any]]:
+def _accuracy_differences(comparison: RunComparison) -> list[dict[str, Any]]:
     """Differences under attack, where both evaluations are of one network."""
     sides = []
     for run in comparison.runs:
@@ -253,7 +253,7 @@ def _accuracy_differences(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _layer_differences(comparison: Comparison) -> list[dict[str, Any]]:
+def _layer_differences(comparison: RunComparison) -> list[dict[str, Any]]:
     return [
         _difference({"number": name, "images": ours.name, "layer": layer}, (values[layer], others[layer]), kind)
         for ours, theirs in comparison.matched

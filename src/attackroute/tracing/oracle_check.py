@@ -17,7 +17,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OracleCheck:
     """How far a trace is from the oracle.
 
     Attributes:
@@ -47,7 +47,7 @@ def verify(
     attack: Attack | None = None,
     config: TraceConfig = TraceConfig(),
     autocast: torch.dtype | None = None,
-) -> Comparison:
+) -> OracleCheck:
     """Trace samples twice, by the engine and by the oracle.
 
     A neuron whose score ties with another's within rounding may be on one route and not on the other. From there on
@@ -74,4 +74,4 @@ def verify(
         comparable &= (routes.masks[layer] == expected.masks[layer].cpu()).all(1)
     exact = autocast is None and routes.sketched is None and not config.freeze_gates
     tolerance = TOLERANCES.get(images.dtype) if exact else None
-    return Comparison(len(images), int(comparable.sum()), deviation, layer=layer_of_it, tolerance=tolerance)
+    return OracleCheck(len(images), int(comparable.sum()), deviation, layer=layer_of_it, tolerance=tolerance)

@@ -139,7 +139,7 @@ def _require_independent(images: Tensor, output: object) -> None:
     for row, other in ((0, 1), (1, 0)):
         try:
             (gradient,) = torch.autograd.grad(rows[row], images, weights, retain_graph=True, allow_unused=True)
-        except RuntimeError:  # what cannot be differentiated is found, and named, where the derivative is needed
+        except RuntimeError:  # what cannot be differentiated is named where the derivative is needed
             return
         if gradient is not None and gradient.isfinite().all() and gradient[other].count_nonzero():
             raise UserError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attackroute.analysis.channel_statistics import Measured, RunningMean, changes, gradients
+from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, experiment
 from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy, upright_layers
@@ -156,7 +156,7 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> 
     def batch_means(images: Tensor, labels: Tensor | None) -> dict[_Quantity, RunningMean]:
         if labels is None:
             raise UserError("the data have no labels: give (images, labels)")
-        measured: dict[_Quantity, Measured] = {(GRADIENT, None): gradients(model, images, labels, linear=True)}
+        measured: dict[_Quantity, ChannelMeans] = {(GRADIENT, None): gradients(model, images, labels, linear=True)}
         for name, attack in attacks.items():
             moved, _ = attacked(model, attack, images, labels)
             measured[SENSITIVITY, name] = changes(model, images, moved, linear=True)
@@ -183,11 +183,11 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> 
     return Sensitivity(table=Table.of(rows), share=share, samples=gradient_mean.samples)
 
 
-def _of_layers(measured: Measured, layers: Sequence[str]) -> Measured:
+def _of_layers(measured: ChannelMeans, layers: Sequence[str]) -> ChannelMeans:
     for layer in layers:
         if layer not in measured.values:
             raise UserError(f"layer {layer!r} of the route did not run: use the model that the route was made for")
-    return Measured({layer: measured.values[layer] for layer in layers}, measured.log_factor)
+    return ChannelMeans({layer: measured.values[layer] for layer in layers}, measured.log_factor)
 
 
 def _distribution(numbers: Tensor) -> Record:
