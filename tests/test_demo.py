@@ -10,7 +10,7 @@ import pytest
 
 import attackroute as ar
 from attackroute.cli import demo
-from attackroute.zoo import sources
+from attackroute.zoo import data
 from attackroute.zoo.data import ImageBatches, ImageData
 from attackroute.zoo.weights import open_network
 from command_line import run
@@ -21,12 +21,12 @@ FEW = 100
 
 
 def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_data = sources.load_data
+    load_data = data.load_data
 
     def load_few(spec: str, **options: Any) -> ImageData:
         return load_data(spec, **{**options, "samples": min(options.get("samples") or FEW, FEW)})
 
-    monkeypatch.setattr(sources, "load_data", load_few)
+    monkeypatch.setattr(data, "load_data", load_few)
     monkeypatch.setattr(demo, "_CHECKED", 8)
     folder = tmp_path / "demo"
     # as if an earlier demo had been broken off

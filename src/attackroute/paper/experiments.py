@@ -269,7 +269,7 @@ def per_image_transplant(
                     chosen = {layer: routes[layer] for layer in group}
                     drawn = {layer: _random_mask(mask, width, generator) for layer, mask in chosen.items()}
                     for criterion, masks in ((OWN, chosen), (OWN_RANDOM, drawn)):
-                        with _Transplant(masks, clean.outputs).applied_to(model):
+                        with _transplanted_into(masks, clean.outputs).applied_to(model):
                             logits = checked_logits(model(moved.clone()), len(moved))
                         right["+".join(group), criterion] += int((logits.argmax(1) == clean.labels).sum())
             if progress is not None:
@@ -288,16 +288,13 @@ def per_image_transplant(
     return PaperResult("own routes", Table.of(rows), facts, sentence)
 
 
-class _Transplant(LayerEdits):
+def _transplanted_into(masks: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> LayerEdits:
     """Gives attacked images clean values where each image's own mask ``(N, C)`` says so."""
 
-    def __init__(self, masks: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> None:
-        super().__init__({layer: mask.shape[1] for layer, mask in masks.items()})
-        self._masks, self._clean = masks, clean
+    def mixed(layer: str, _: int, values: Tensor) -> Tensor:
+        return torch.where(masks[layer].to(values.device)[:, :, None, None], clean[layer], values)
 
-    def edited(self, layer: str, dim: int, values: Tensor) -> Tensor:
-        mask = self._masks[layer].to(values.device)[:, :, None, None]
-        return torch.where(mask, self._clean[layer], values)
+    return LayerEdits({layer: mask.shape[1] for layer, mask in masks.items()}, mixed)
 
 
 def _random_mask(like: Tensor, width: float, generator: torch.Generator) -> Tensor:
