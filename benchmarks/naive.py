@@ -168,11 +168,7 @@ def naive_measurements(runs: Mapping[str, Spread], timed: Mapping[str, int], pro
 
 
 def sampled(
-    segments: Sequence[Segment],
-    critical: Mapping[str, Tensor],
-    sizes: Sequence[int],
-    way: NaiveWay,
-    clock: Stopclock,
+    segments: Sequence[Segment], critical: Mapping[str, Tensor], sizes: Sequence[int], way: NaiveWay, clock: Stopclock
 ) -> Callable[[], float]:
     """A measurement of some products of each layer, drawn anew every time, extrapolated to all of them.
 

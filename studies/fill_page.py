@@ -89,10 +89,7 @@ def _repair(title: str, study: Findings) -> str:
     names = sorted(study.table.distinct("network"))
     images = ", ".join(f"{short_name(attack)} leaves {percent(study['untouched'][attack])} %" for attack in attacks)
     means = markdown(
-        {
-            "criterion": by,
-            **{short_name(attack): percent(study["mean_areas"][attack].get(by)) for attack in attacks},
-        }
+        {"criterion": by, **{short_name(attack): percent(study["mean_areas"][attack].get(by)) for attack in attacks}}
         for by in study["mean_areas"][first]
     )
     accuracies = markdown(

@@ -145,12 +145,7 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = conv_bn(3, 5)
-        self.b1, self.b2, self.b3, self.b4 = (
-            conv_bn(5, 3, 1),
-            conv_bn(5, 4, 3),
-            conv_bn(5, 2, 1),
-            conv_bn(5, 3, 1),
-        )
+        self.b1, self.b2, self.b3, self.b4 = (conv_bn(5, 3, 1), conv_bn(5, 4, 3), conv_bn(5, 2, 1), conv_bn(5, 3, 1))
         self.factor = nn.Conv2d(12, 4, (1, 5), padding=(0, 2))
         self.side = nn.Conv2d(12, 4, 1)
         self.head = Head(8)

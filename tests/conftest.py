@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, since the workers share the cores
@@ -12,3 +14,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, since the worker
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where the tests were started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Double precision for what is compared with an oracle, and weights that are the same every time."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order, for what is compared bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -345,7 +345,6 @@ HARD: dict[str, Callable[[], nn.Module]] = {
 }
 """Networks that must be traced as the oracle does it."""
 
-
 HARD_LINEAR: dict[str, Callable[[], nn.Module]] = {
     "linear map of columns": using(
         lambda p, x: p["head"](F.relu(p["fc"](F.relu(p["a"](x))))),

@@ -17,7 +17,6 @@ from attackroute.robustness.gradient_attacks import PGD
 
 pyautoattack = pytest.importorskip("pyautoattack")
 np = pytest.importorskip("numpy")
-
 EPS = 4 / 255
 BLACK = 20 / 255
 NORMS = pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.25)], ids=["linf", "l2"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,18 +18,12 @@ from attackroute.analysis.criteria import channel_scores, rank_channels
 from attackroute.analysis.interventions import transplant
 from attackroute.core.errors import UserError
 from attackroute.routes.route import Route
-from tracing import state
+from tracing import conv_outputs, state
 
 MODELS = {**CLOSED, **MIXED}
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def batch(samples: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,24 +48,9 @@ def conv(weight: list[list[float]]) -> nn.Conv2d:
 
 
 def outputs(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of every convolution module's call: Z, and the gradient of the summed cross entropy at it."""
-    model = copy.deepcopy(model).eval()
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., Tensor]:
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            count = sum(known.partition("#")[0] == name for known in found) + 1
-            output.retain_grad()
-            found[name if count == 1 else f"{name}#{count}"] = output
-            return output.clone()
-
-        return keep
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(hook(name))
-    F.cross_entropy(model(x.clone()), y, reduction="sum").backward()
-    return {name: (z.detach(), torch.zeros_like(z) if z.grad is None else z.grad) for name, z in found.items()}
+    """Outputs and gradients of all convolutions, zero where none arrives."""
+    calls = conv_outputs(model, x, y)
+    return {name: (z, torch.zeros_like(z) if gradient is None else gradient) for name, (z, gradient) in calls.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -209,10 +186,7 @@ def test_attribution_of_confident_samples(dtype: torch.dtype) -> None:
     ).to(dtype)  # fmt: skip
     x = torch.tensor([[11.0, 0.0], [0.0, 12.0]], dtype=dtype).reshape(2, 2, 1, 1)
     attacked = torch.tensor([[10.0, 0.0], [0.0, 120**0.5]], dtype=dtype).reshape(2, 2, 1, 1)
-    expected = [
-        (11 - 10) * 2 * 10 * math.exp(-100) / 2,
-        (12 - 120**0.5) * 2 * 120**0.5 * math.exp(-120) / 2,
-    ]
+    expected = [(11 - 10) * 2 * 10 * math.exp(-100) / 2, (12 - 120**0.5) * 2 * 120**0.5 * math.exp(-120) / 2]
     for rows in ([0, 1], [1, 0]):
         found = channel_scores(
             model,

@@ -252,11 +252,7 @@ def test_output_keeps_to_its_streams(capsys):
 
 
 @pytest.mark.parametrize(
-    "code",
-    [
-        "import attackroute; dir(attackroute)",
-        "from attackroute.cli.app import main; main()",
-    ],
+    "code", ["import attackroute; dir(attackroute)", "from attackroute.cli.app import main; main()"]
 )
 def test_torch_is_not_imported_before_it_is_needed(code):
     check = "import atexit, sys; sys.argv = ['attackroute', 'trace', '--help']\n"

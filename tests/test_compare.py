@@ -49,10 +49,6 @@ def routes_of(root: Path, name: str, attacked: bool = False) -> ar.InstanceRoute
     return ar.InstanceRoutes.load(root / name / ("attacked" if attacked else ".") / "routes.safetensors")
 
 
-def rows_of(page: Elements, part: str) -> list[str]:
-    return page.words[part].split("\n")
-
-
 def test_differences_are_those_of_the_files(runs: Path) -> None:
     done("compare", runs / "before", runs / "after", "--samples", 4, "--quiet")
     data = data_of(runs / "after" / "compare.html")

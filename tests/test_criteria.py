@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,30 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attackroute as ar
-from architectures import (
-    CLOSED,
-    MIXED,
-    Dense,
-    Function,
-    Head,
-    Inverted,
-    Perceptron,
-    Residual,
-    chain,
-    randomised,
-)
+from architectures import CLOSED, MIXED, Dense, Function, Head, Inverted, Perceptron, Residual, chain, randomised
 from attackroute.analysis.criteria import CRITERIA, NEED_ATTACK, ChannelScores, channel_scores, rank_channels
 from attackroute.core.errors import UserError
 from attackroute.tracing import oracle
+from tracing import conv_outputs
 
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def shifted(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -59,29 +42,6 @@ def conv(weight: list[list[float]]) -> nn.Conv2d:
     return layer
 
 
-def outputs(model: nn.Module, x: Tensor, y: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Of every convolution module's call: Z and, with labels, the gradient of the summed cross entropy at it."""
-    model = copy.deepcopy(model).eval()
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., Tensor]:
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            count = sum(known.partition("#")[0] == name for known in found) + 1
-            output.retain_grad()
-            found[name if count == 1 else f"{name}#{count}"] = output
-            return output.clone()
-
-        return keep
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(hook(name))
-    logits = model(x)
-    if y is not None:
-        F.cross_entropy(logits, y, reduction="sum").backward()
-    return {name: (z.detach(), z.grad) for name, z in found.items()}
-
-
 # activation and gradient
 
 
@@ -91,7 +51,7 @@ def test_activation_and_gradient_of_every_architecture(name: str) -> None:
     x, y = batch()
     activation = channel_scores(model, (x, y), "activation", batch_size=2)
     gradient = channel_scores(model, (x, y), "gradient", batch_size=2)
-    expected = outputs(model, x, y)
+    expected = conv_outputs(model, x, y)
     assert set(expected) == set(activation.values) - {"model"} and list(activation.values) == list(gradient.values)
     for layer, (z, slope) in expected.items():
         same(activation.values[layer], z.abs().mean((0, 2, 3)))

@@ -283,12 +283,7 @@ class Guarded(nn.Module):
 
 @pytest.mark.parametrize(
     ("mode", "whole"),
-    [
-        (torch.no_grad, False),
-        (torch.no_grad, True),
-        (torch.inference_mode, False),
-        (torch.inference_mode, True),
-    ],
+    [(torch.no_grad, False), (torch.no_grad, True), (torch.inference_mode, False), (torch.inference_mode, True)],
 )
 def test_layers_without_gradients_are_refused(mode: Callable[[], Any], whole: bool) -> None:
     with pytest.raises(UserError, match=r"no_grad|inference_mode"):

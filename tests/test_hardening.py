@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import random
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,18 +29,13 @@ from attackroute.robustness.gradient_attacks import PGD
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.weights import BEST, LAST
-from toy_training import Killed, identical, raises, toy_data, weights_of, without_time
+from toy_training import Killed, identical, killed_runs, raises, toy_data, weights_of, without_time
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy_network(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
@@ -461,19 +453,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
     command = [sys.executable, __file__, str(folder), str(epochs)]
     paths = (str(Path(attackroute.__file__).parents[1]), str(Path(__file__).parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    killed = 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        for _ in range(kills):
-            print("start", file=server.stdin, flush=True)
-            child = int(server.stdout.readline())
-            time.sleep(random.uniform(0.3, 1.3) * length / kills)
-            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
-            print("reap", file=server.stdin, flush=True)
-            killed += int(server.stdout.readline()) == -signal.SIGKILL
-        server.stdin.close()
-    assert killed >= kills / 4
+    assert killed_runs(command, environment, kills, length) >= kills / 4
     weights, result = hardened(train=settings, folder=folder, resume=True, **KILLED)
     assert result.training.resumed_from > 0
     assert identical(weights, whole)

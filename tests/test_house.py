@@ -188,10 +188,7 @@ def test_no_function_takes_too_many_parameters() -> None:
 
 @pytest.mark.parametrize(
     ("code", "unloaded"),
-    [
-        ("import attackroute", "torch"),
-        ("import attackroute as ar; ar.evaluate; ar.trace_routes", "matplotlib"),
-    ],
+    [("import attackroute", "torch"), ("import attackroute as ar; ar.evaluate; ar.trace_routes", "matplotlib")],
 )
 def test_what_is_not_needed_is_not_loaded(code: str, unloaded: str) -> None:
     check = f"import sys; {code}; print([name for name in sys.modules if name.split('.')[0] == {unloaded!r}][:5])"

@@ -167,8 +167,7 @@ def test_frequency_and_occurrence_against_a_naive_count(mask: np.ndarray, share:
 
 def test_hand_worked_aggregate_with_ties() -> None:
     mask = torch.tensor(
-        [[1, 0, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1], [1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 1, 0]],
-        dtype=torch.bool,
+        [[1, 0, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1], [1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 1, 0]], dtype=torch.bool
     )  # counts 2 2 0 4 2 2
     routes = built({"conv": mask})
     assert routes.aggregate(width=0.5)["conv"].tolist() == [0, 1, 3]

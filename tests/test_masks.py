@@ -66,10 +66,7 @@ def test_top_k_is_a_stable_descending_sort(rows: list[list[int]], width: float, 
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    row=st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=30),
-    width=st.floats(0.01, 1.0),
-)
+@given(row=st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=30), width=st.floats(0.01, 1.0))
 def test_top_k_of_any_floats(row: list[float], width: float) -> None:
     assert top_k(torch.tensor(row), width).tolist() == naive_top_k(row, width)
 

@@ -16,6 +16,7 @@ from attackroute.core.errors import UserError, did_you_mean
 from attackroute.zoo.networks import BUILT_IN, build_model
 from attackroute.zoo.spec import Normalise
 from attackroute.zoo.weights import check_input
+from model_checks import one_line, randomise
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -23,23 +24,6 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
-
-
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Give batch norms statistics that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.0)):
-                assert tensor is not None
-                tensor.uniform_(low, high, generator=generator)
-            nn.init.uniform_(module.weight, -1, 1, generator=generator)
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 class TestBuiltIn:

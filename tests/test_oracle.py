@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 from attackroute.tracing.oracle import OracleTrace, influence, trace
 
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def conv(weight: Any, bias: Sequence[float] | None = None, **options: Any) -> nn.Conv2d:

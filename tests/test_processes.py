@@ -164,10 +164,7 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "attackroute", *map(str, common)]
     launchers = [
         subprocess.Popen(
-            [*command, "--out", str(tmp_path / name)],
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
+            [*command, "--out", str(tmp_path / name)], env=environment(), stderr=subprocess.PIPE, text=True
         )
         for name in ("one", "other")
     ]

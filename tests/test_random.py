@@ -11,7 +11,6 @@ from torch import Tensor
 from attackroute.core.random import image_keys, normals, uniforms
 
 stats = pytest.importorskip("scipy.stats")
-
 KEYS = torch.arange(1000, 1200)  # neighbours
 MASK = 2**64 - 1
 

@@ -344,11 +344,7 @@ def test_other_weights_are_not_taken_in_silence(folder: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("most", "left_out", "data_rows"),
-    [
-        (450_000, "", True),
-        (200_000, "occurrence-more", False),
-        (100_000, "occurrence, occurrence-more", False),
-    ],
+    [(450_000, "", True), (200_000, "occurrence-more", False), (100_000, "occurrence, occurrence-more", False)],
 )
 def test_a_page_that_is_too_large_is_pruned(
     folder: Path, tmp_path: Path, most: int, left_out: str, data_rows: bool

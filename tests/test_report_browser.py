@@ -27,7 +27,6 @@ from report_runs import CLASSES
 playwright = pytest.importorskip("playwright.sync_api", reason='needs Playwright: pip install "attackroute[browser]"')
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
-
 ROWS = 20
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

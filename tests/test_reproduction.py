@@ -12,16 +12,7 @@ from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
 from attackroute.paper import hardening_tables, hardness_tables, tables
-from attackroute.paper.claims import (
-    FAILS,
-    HOLDS,
-    PART,
-    Findings,
-    NetworkResults,
-    by_count,
-    markdown,
-    verdict,
-)
+from attackroute.paper.claims import FAILS, HOLDS, PART, Findings, NetworkResults, by_count, markdown, verdict
 from attackroute.paper.experiments import sample_route
 from attackroute.paper.page import blocks, claims_of, fill, skeleton
 from attackroute.paper.published import reported

@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from toy_training import (
     SETTINGS_USED,
     Killed,
     identical,
+    killed_runs,
     raises,
     toy_data,
     toy_model,
@@ -41,13 +40,7 @@ from toy_training import (
     without_time,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
@@ -93,12 +86,7 @@ def test_no_best_without_test_data(tmp_path: Path) -> None:
     assert not (tmp_path / BEST).exists()
 
 
-VARIANTS = [
-    {},
-    {"schedule": "cosine", "clip_norm": 0.5},
-    {"channels_last": True},
-    {"amp": True, "momentum": 0.0},
-]
+VARIANTS = [{}, {"schedule": "cosine", "clip_norm": 0.5}, {"channels_last": True}, {"amp": True, "momentum": 0.0}]
 
 
 @pytest.mark.parametrize("change", VARIANTS)
@@ -292,19 +280,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
     length = time.perf_counter() - started
     command = [sys.executable, __file__, str(folder), str(epochs)]
     environment = {**os.environ, "PYTHONPATH": str(Path(attackroute.__file__).parents[1])}
-    killed = 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        for _ in range(kills):
-            print("start", file=server.stdin, flush=True)
-            child = int(server.stdout.readline())
-            time.sleep(random.uniform(0.3, 1.3) * length / kills)
-            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
-            print("reap", file=server.stdin, flush=True)
-            killed += int(server.stdout.readline()) == -signal.SIGKILL
-        server.stdin.close()
-    assert killed >= kills / 4
+    assert killed_runs(command, environment, kills, length) >= kills / 4
     weights, result = trained(settings, folder=folder, resume=True)
     assert result.resumed_from > 0
     assert identical(weights, whole)

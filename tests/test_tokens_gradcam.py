@@ -100,11 +100,7 @@ def call_of(values: Tensor, *, folded: bool = False) -> LayerCall:
     ],
 )
 def test_the_grid_of_tokens(
-    tokens: int,
-    seen: list[tuple[int, int]],
-    given: tuple[int, int] | None,
-    expected: tuple[int, int],
-    leading: int,
+    tokens: int, seen: list[tuple[int, int]], given: tuple[int, int] | None, expected: tuple[int, int], leading: int
 ) -> None:
     values = torch.rand(2, tokens, 3)
     maps = token_maps(call_of(values), values, seen, given)

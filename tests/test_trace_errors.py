@@ -300,15 +300,7 @@ def test_a_model_made_in_inference_mode() -> None:
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        nn.LazyConv2d(4, 3),
-        "resnet18",
-        lambda x: x,
-    ],
-    ids=["lazy", "name", "function"],
-)
+@pytest.mark.parametrize("model", [nn.LazyConv2d(4, 3), "resnet18", lambda x: x], ids=["lazy", "name", "function"])
 def test_what_is_no_initialised_module(model: Any) -> None:
     refused("lazy|uninitialised|module", trace_routes, model, IMAGES)
 

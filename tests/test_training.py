@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,9 @@ from attackroute.hardening.objective import Objective
 from attackroute.hardening.settings import TrainSettings, learning_rate
 from attackroute.hardening.training import train
 from attackroute.zoo.weights import LAST
-from toy_training import (
-    SETTINGS_USED,
-    identical,
-    raises,
-    toy_data,
-    toy_model,
-    trained,
-    weights_of,
-    without_time,
-)
+from toy_training import SETTINGS_USED, identical, raises, toy_data, toy_model, trained, weights_of, without_time
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- learning ---------------------------------------------------------------------------------------------------

@@ -92,19 +92,10 @@ def mobilenet() -> nn.Module:
     return MobileNetV3(blocks, 16, num_classes=CLASSES)
 
 
-TOKENS: dict[str, Callable[[], nn.Module]] = {
-    "vit": vit,
-    "swin": swin,
-    "attentive": Attentive,
-    "encoder": Encoder,
-}
+TOKENS: dict[str, Callable[[], nn.Module]] = {"vit": vit, "swin": swin, "attentive": Attentive, "encoder": Encoder}
 """Networks with attention."""
 
-GATED: dict[str, Callable[[], nn.Module]] = {
-    "convnext": convnext,
-    "efficientnet": efficientnet,
-    "mobilenet": mobilenet,
-}
+GATED: dict[str, Callable[[], nn.Module]] = {"convnext": convnext, "efficientnet": efficientnet, "mobilenet": mobilenet}
 """Networks with gates, or normalisation over channels, and no attention."""
 
 

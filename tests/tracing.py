@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from architectures import randomised
 from attackroute.core.loss import Loss
@@ -143,3 +145,39 @@ def small(channels: Sequence[int] = (3, 4, 4), classes: int = 5) -> nn.Module:
         nn.Conv2d(first, second, 3), nn.ReLU(), nn.Conv2d(second, third, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, classes),
     )  # fmt: skip
+
+
+def require_slopes(model: nn.Module, gradients: Iterable[Tensor], value: Callable[[], Tensor]) -> None:
+    """Require that these are a value's gradients with respect to the parameters, by difference quotients."""
+    torch.manual_seed(1)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        direction = torch.randn_like(parameter)
+        values = []
+        for step in (1e-7, -2e-7):
+            parameter.data.add_(direction, alpha=step)
+            values.append(value())
+        parameter.data.add_(direction, alpha=1e-7)
+        torch.testing.assert_close((values[0] - values[1]) / 2e-7, (gradient * direction).sum(), rtol=1e-4, atol=1e-6)
+
+
+def conv_outputs(model: nn.Module, x: Tensor, y: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Of every convolution module's call: Z and, with labels, the gradient of the summed cross entropy at it."""
+    model = copy.deepcopy(model).eval()
+    calls: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            count = sum(call.partition("#")[0] == name for call in calls) + 1
+            output.retain_grad()
+            calls[name if count == 1 else f"{name}#{count}"] = output
+            return output.clone()
+
+        return keep
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(hook(name))
+    logits = model(x.clone())
+    if y is not None:
+        functional.cross_entropy(logits, y, reduction="sum").backward()
+    return {name: (z.detach(), z.grad) for name, z in calls.items()}

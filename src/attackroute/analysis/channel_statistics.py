@@ -73,12 +73,7 @@ def sensitivity(
 
 
 def loss_gradient(
-    model: nn.Module,
-    data: Data,
-    *,
-    batch_size: int = 128,
-    linear: bool = False,
-    progress: Progress | None = None,
+    model: nn.Module, data: Data, *, batch_size: int = 128, linear: bool = False, progress: Progress | None = None
 ) -> dict[str, Tensor]:
     """Loss gradient at each neuron (Fig. 2b): mean over samples of ``sum over positions of |dL/dZ^m|``.
 

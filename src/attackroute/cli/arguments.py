@@ -103,14 +103,7 @@ def option(
     return field(default=() if repeat and default is None else default, metadata={_DECLARED: declared})
 
 
-def switch(
-    flags: str,
-    help: str,
-    *,
-    off: str | None = None,
-    default: bool = False,
-    group: str | None = None,
-) -> Any:
+def switch(flags: str, help: str, *, off: str | None = None, default: bool = False, group: str | None = None) -> Any:
     """A field that is true where ``--option`` is given; the flag ``off`` makes it false."""
     declared = _Option((*flags.split(), *([] if off is None else [off])), help, group=group, off=off)
     return field(default=default, metadata={_DECLARED: declared})

@@ -46,9 +46,7 @@ _GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution.default})
 _TRANSPOSED_ARGUMENT = 6  # of a general convolution
 _ATTENTION = nn.functional.multi_head_attention_forward
 _OPENED = FunctionType(  # the same function, except that it does not hand itself to the mode that is to look inside it
-    _ATTENTION.__code__,
-    {**vars(nn.functional), "has_torch_function": lambda _: False},
-    argdefs=_ATTENTION.__defaults__,
+    _ATTENTION.__code__, {**vars(nn.functional), "has_torch_function": lambda _: False}, argdefs=_ATTENTION.__defaults__
 )
 _OPENED.__kwdefaults__ = _ATTENTION.__kwdefaults__
 

@@ -185,12 +185,7 @@ class Moments:
 
 
 def associations(
-    predictors: Mapping[str, Floats],
-    target: NDArray[Any],
-    statistic: str,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
+    predictors: Mapping[str, Floats], target: NDArray[Any], statistic: str, *, resamples: int = 1000, seed: int = 0
 ) -> Table:
     """How well each predictor ranks a target, and how far it is behind the first.
 

@@ -92,12 +92,7 @@ def find_card(model: str) -> tuple[Path, ModelCard] | None:
 
 
 def open_network(
-    model: str,
-    data: ImageData,
-    *,
-    weights: Path | None = None,
-    width: float | None = None,
-    classes: int | None = None,
+    model: str, data: ImageData, *, weights: Path | None = None, width: float | None = None, classes: int | None = None
 ) -> nn.Module:
     """Build the network that ``--model`` names for the data, on the CPU and in eval mode, and load its weights.
 

@@ -57,10 +57,7 @@ def run(study: Study, progress: Progress) -> InterventionTable:
 
 
 def weaken_accuracy(
-    compared: Comparison,
-    *,
-    targets: Iterable[str] | None = None,
-    betas: Iterable[float] = BETAS,
+    compared: Comparison, *, targets: Iterable[str] | None = None, betas: Iterable[float] = BETAS
 ) -> Weakening:
     """Accuracy on clean images with the connections between chosen channels of adjacent layers multiplied by a factor.
 
