@@ -331,9 +331,6 @@ def test_the_model_comes_back_and_faults_are_one_line(case: tuple[nn.Module, Ten
         assert model.training and not any(module._forward_hooks for module in model.modules())
 
 
-# figures
-
-
 def test_figures_show_every_target(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     found = study(case, search=EpsSearch(0.01, 0.001, 2))
     figure = found.figures()["hardness"]

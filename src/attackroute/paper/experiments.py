@@ -211,7 +211,16 @@ def sample_route(
     width: float = 0.3,
     seeds: Sequence[int] = range(5),
 ) -> PaperResult:
-    """How few samples give a model's route: routes of random shares of the samples, one a seed, beside that of all."""
+    """How few samples give a model's route: routes of random shares of the samples, one a seed, beside that of all.
+
+    Raises:
+        UserError: There are no routes or seeds, or a share is out of range.
+    """
+    if not len(routes) or not seeds:
+        raise UserError("no routes, or no seeds, so there is nothing to compare")
+    for share in shares:
+        if not 0 < share <= 1:
+            raise UserError(f"a share of {share} of the samples is outside (0, 1]")
     full = routes.aggregate(width)
     rows = []
     for share in shares:

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
-from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, printable, read_header
+from attackroute.core.files import (
+    INSTANCE_ROUTES_KIND,
+    expect_mapping,
+    file_errors,
+    made_folder,
+    printable,
+    read_header,
+)
 from attackroute.core.journal import require_same_settings
 from attackroute.routes.instance_routes import Edge, InstanceRoutes, SampleRoutes, joined_methods
 from attackroute.routes.layer_map import LayerMap, require_model, require_same
@@ -331,10 +338,7 @@ class RouteWriter:
             UserError: The folder cannot be used, holds an unfinished trace although ``resume`` is false, or one with
                 other settings.
         """
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{printable(self._path)} cannot be a folder ({error.strerror}); name another") from None
+        made_folder(self._path)
         summary = self._path / f"{_SUMMARY}.json"
         previous = Document.load(summary) if summary.exists() else None
         if resume and previous is not None:
