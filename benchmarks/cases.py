@@ -46,13 +46,13 @@ SPEED_CASES = (
 )
 
 HARDNESS, NAIVE, MEMORY, ATTACK, HARDENING = "hardness", "naive", "memory", "pgd", "hardening"
-ARCHITECTURES, PROCESSES = "architectures", "processes"
+ARCHITECTURES, PROCESSES, GPU = "architectures", "processes", "gpu"
 CASE_NAMES = (
-    *(case.name for case in SPEED_CASES), HARDNESS, NAIVE, MEMORY, ATTACK, HARDENING, ARCHITECTURES, PROCESSES,
+    *(case.name for case in SPEED_CASES), HARDNESS, NAIVE, MEMORY, ATTACK, HARDENING, ARCHITECTURES, PROCESSES, GPU,
 )  # fmt: skip
 
-# architectures takes as long as all the others, and processes wants two cores that do nothing else
-_USUAL_CASES = tuple(name for name in CASE_NAMES if name not in (ARCHITECTURES, PROCESSES))
+# architectures takes as long as all the others, and the last two want a machine to themselves
+_USUAL_CASES = tuple(name for name in CASE_NAMES if name not in (ARCHITECTURES, PROCESSES, GPU))
 _QUICK_CASES = (SPEED_CASES[0].name, NAIVE, MEMORY)
 
 
@@ -61,8 +61,8 @@ class Plan:
     """The settings of a benchmark.
 
     Attributes:
-        cases: What to measure, of :data:`CASE_NAMES`; none means all but architectures and processes, or vgg16, naive
-            and memory if quick.
+        cases: What to measure, of :data:`CASE_NAMES`; none means all but architectures, processes and gpu,
+            or vgg16, naive and memory if quick.
         repeats: Turns of interleaved runs; None is 7, or 2 if quick.
         batch_size: Images at a time; None is each case's own.
         threads: Number of PyTorch's threads; None leaves it as it is.

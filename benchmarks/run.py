@@ -31,7 +31,7 @@ from benchmarks.attacks import measure_attack
 from benchmarks.cases import (
     ARCHITECTURES,
     ATTACK,
-    CASE_NAMES,
+    GPU,
     HARDENING,
     HARDNESS,
     MEMORY,
@@ -40,6 +40,7 @@ from benchmarks.cases import (
     SPEED_CASES,
     Plan,
 )
+from benchmarks.gpu import GPU_CASES, measure_gpu, measure_gpu_attack
 from benchmarks.hardening import STEP_NAMES, measure_hardening
 from benchmarks.memory import measure_memory
 from benchmarks.naive import measure_naive
@@ -58,13 +59,13 @@ examples:
   $ python -m benchmarks --quick
 
   One network on one thread, in both memory formats
-  $ python -m benchmarks --case resnet50 --threads 1 --channels-last
+  $ python -m benchmarks resnet50 --threads 1 --channels-last
 
   Well-known architectures, and their table as Markdown
-  $ python -m benchmarks --case architectures --repeats 3 --threads 1 --table architectures.md
+  $ python -m benchmarks architectures --repeats 3 --threads 1 --table architectures.md
 
   Every repeat, for another program
-  $ python -m benchmarks --case vgg16 --json | jq '.rows[] | select(.quantity == "trace / forward").values'
+  $ python -m benchmarks vgg16 --json | jq '.rows[] | select(.quantity == "trace / forward").values'
 
 the cases:
 
@@ -89,6 +90,9 @@ the cases:
   processes      traces of VGG-16 at 32x32 by two processes of one thread against those of one, and what an image
                  costs where several processes trace many, in processor time and bytes, for VGG-16 and ResNet-18. Only
                  where it is asked for, on two processor cores that do nothing else
+  gpu            on one GPU, in channels_last, with TensorFloat-32 and with bfloat16 autocast: traces of VGG-16 (32x32,
+                 1,024 images at a time), ResNet-50, MobileNetV2 and ViT-B/16 (224x224, 128), their memory, launches
+                 and waits; PGD beside torchattacks. Only where it is asked for, with --device cuda
 
 the numbers:
 
@@ -141,6 +145,8 @@ def steps_of(plan: Plan) -> list[Step]:
             for each in available(plan)
         ),
         (PROCESSES, Step("two processes, and one", 0, lambda _: measure_processes(plan))),
+        *((GPU, Step(each.case.name, 2 * turns, partial(measure_gpu, each, plan))) for each in GPU_CASES),
+        (GPU, Step("an attack on the GPU", turns, partial(measure_gpu_attack, plan))),
     ]  # fmt: skip
     return [*steps, *(step for name, step in others if plan.includes(name))]
 
@@ -203,13 +209,7 @@ def _parser() -> Parser:
     about = "Measure what a trace costs: against plain inference, a training step and the naive way, and its memory."
     parser = Parser("python -m benchmarks", about, _EXAMPLES)
     add = parser.add_argument
-    add(
-        "--case",
-        action="append",
-        choices=CASE_NAMES,
-        metavar="NAME",
-        help="Measure this; can be given several times. [all but architectures and processes]",
-    )
+    add("cases", nargs="*", metavar="CASE", help="What to measure. [all but architectures, processes and gpu]")
     add("--repeats", type=at_least(1), metavar="N", help="Turns of interleaved runs. [7, 2 with --quick; of memory 3]")
     add(
         "--batch-size",
@@ -218,7 +218,7 @@ def _parser() -> Parser:
         help="Images at a time; the limits to be kept are for each case's own. [each case's own]",
     )
     add("--channels-last", action="store_true", help="Measure speed in the channels_last memory format too.")
-    add("--quick", action="store_true", help="Less of everything; without --case only vgg16, naive and memory.")
+    add("--quick", action="store_true", help="Less of everything; without a case only vgg16, naive and memory.")
     add("--table", type=Path, metavar="FILE", help="Write the table of the architectures here, as Markdown.")
     add("--threads", type=at_least(1), metavar="N", help="PyTorch's threads. [its own choice]")
     add("--seed", type=at_least(0), default=0, metavar="N", help="For weights, images and the parts drawn. [0]")
@@ -229,10 +229,10 @@ def benchmark(arguments: Sequence[str] | None) -> None:
     """Measure, and show or print what was measured."""
     options: argparse.Namespace = _parser().parse_args(arguments)
     output = output_of(options)
-    if options.table is not None and ARCHITECTURES not in (options.case or ()):
-        raise UserError("--table holds the architectures: add --case architectures")
+    if options.table is not None and ARCHITECTURES not in options.cases:
+        raise UserError("--table holds the architectures: name that case")
     plan = Plan(
-        cases=tuple(options.case or ()),
+        cases=tuple(options.cases),
         repeats=options.repeats,
         batch_size=options.batch_size,
         threads=options.threads,

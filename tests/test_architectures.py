@@ -67,7 +67,7 @@ def test_the_table_is_shown_and_written(
     monkeypatch.setattr("benchmarks.run.measure_architecture", measured)
     monkeypatch.setenv("COLUMNS", "200")
     target = tmp_path / "table.md"
-    assert main(["--case", "architectures", "--quick", "--threads", "1", "--table", str(target)]) == 0
+    assert main(["architectures", "--quick", "--threads", "1", "--table", str(target)]) == 0
     rows = target.read_text().splitlines()
     assert (
         rows[2] == "| EfficientNet-B0 | 5 | 4 | 100% | 25.0 (20.0-30.0) | the same | 2e-16 | all, exact | 100% | 50% |"

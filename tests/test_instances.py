@@ -131,7 +131,7 @@ SCORES = {"a": torch.rand(2, 3), "b": torch.rand(2, 4)}
 @pytest.mark.parametrize(
     ("masks", "notes", "message"),
     [
-        ({**BATCH, "b": BATCH["b"][:1]}, {}, r"layer 'b' must have shape \(2, 1\), not \(1, 1\)"),
+        ({**BATCH, "b": BATCH["b"][:1]}, {}, "layer 'b' have 1 rows for 2 samples"),
         ({**BATCH, "b": BATCH["b"].float()}, {}, "layer 'b' must be bool"),
         ({**BATCH, "b": BATCH["b"][0]}, {}, "layer 'b' must be bool"),
         ({}, {}, "at least one layer"),

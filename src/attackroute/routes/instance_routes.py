@@ -157,14 +157,16 @@ class InstanceRoutes(SampleRoutes):
         for layer, mask in masks.items():
             if mask.dtype != torch.bool or mask.ndim != 2:
                 raise UserError(f"the masks of layer {layer!r} must be bool (n, C), not {mask.dtype} {mask.shape}")
+            if len(mask) != provenance.samples:
+                raise UserError(f"the masks of layer {layer!r} have {len(mask)} rows for {provenance.samples} samples")
         return cls(
-            {layer: pack(mask) for layer, mask in masks.items()},
+            {layer: pack(mask) for layer, mask in _moved(masks).items()},
             {layer: mask.shape[1] for layer, mask in masks.items()},
             provenance,
             labels=_on_cpu("labels", labels),
             predictions=_on_cpu("predictions", predictions),
             methods=methods or {},
-            kept_scores=scores and {layer: values.detach().to("cpu", copy=True) for layer, values in scores.items()},
+            kept_scores=scores and _moved(scores),
             sketched=sketched,
         )
 
@@ -380,6 +382,15 @@ def _read_methods(values: object) -> dict[Edge, str]:
     if not isinstance(values, list) or not all(isinstance(item, list) and len(item) == 3 for item in values):
         raise UserError("'methods' must be a list of [source, target, method]")
     return {(source, target): method for source, target, method in values}
+
+
+def _moved(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU of tensors (n, C), which leave an accelerator all at once."""
+    if not values:
+        return {}
+    together = torch.cat([each.detach() for each in values.values()], dim=1).to("cpu")
+    parts = together.split([each.shape[1] for each in values.values()], dim=1)
+    return {layer: part.clone() for layer, part in zip(values, parts, strict=True)}
 
 
 def _on_cpu(name: str, answers: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -82,15 +82,25 @@ def top_k(scores: Tensor, width: float) -> Tensor:
 
     Ties go to the lower index, on every device. Scores may be infinite, but not NaN.
     """
+    check_ranked([scores])
+    return largest(scores, width)
+
+
+def check_ranked(scores: Iterable[Tensor]) -> None:
+    """Raise a `UserError` if any score is NaN; the device is read once."""
+    if bool(torch.stack([values.isnan().any() for values in scores]).any()):
+        raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
+
+
+def largest(scores: Tensor, width: float) -> Tensor:
+    """:func:`top_k` of scores that are checked elsewhere: nothing here waits for an accelerator."""
     count = kept(width, scores.shape[-1])
     scores = scores.detach()
     # the order in which torch.topk returns ties depends on the device, the smallest value that it returns does not
     threshold = torch.topk(scores, count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    if threshold.isnan().any():  # a NaN ranks above all numbers, so it is among those returned
-        raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
     chosen = scores >= threshold
-    if int(chosen.sum()) == count * threshold.numel():
-        return chosen  # no row has more than it keeps: no ties at the threshold
+    if scores.device.type == "cpu" and int(chosen.sum()) == count * threshold.numel():
+        return chosen  # no row has more than it keeps: no ties at the threshold; to look is cheap on a CPU only
     above = scores > threshold
     tied = chosen & ~above
     room = count - above.sum(dim=-1, keepdim=True)

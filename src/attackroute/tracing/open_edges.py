@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.core.random import image_keys
-from attackroute.routes.masks import top_k
+from attackroute.routes.masks import largest
 from attackroute.tracing.closed_form import chosen_rows
 from attackroute.tracing.config import AUTO, FIRST_SKETCHES
 from attackroute.tracing.noise import noise_sums
@@ -55,7 +55,7 @@ class OpenEdges:
         """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
         share = self._share(name)
         scores = partial if share is None else partial + share
-        return Ranked(scores, top_k(scores, self._width))
+        return Ranked(scores, largest(scores, self._width))
 
     def _share(self, source: str) -> Tensor | None:
         """Eq. (5) over the open edges of a source, ``(n, C)``; None where it has none."""
@@ -111,7 +111,7 @@ class SketchedProducts(OpenEdges):
         done = self._first
         draws = torch.full((len(partial),), done, dtype=torch.int32, device=partial.device)
         while True:
-            mask = top_k(estimate.scores, self._width)
+            mask = largest(estimate.scores, self._width)
             cut = Cut.of(estimate, mask, self._width)
             unclear = (cut.overlap < CLEAR_OVERLAP) & (draws == done)
             if done >= self._most or not unclear.any():

@@ -23,7 +23,7 @@ from attackroute.core.model_state import autocast_of, explained, frozen, placeme
 from attackroute.robustness.attack import Attack, attack_name, attacked
 from attackroute.routes.folder import RouteFolder, RouteWriter
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.routes.masks import check_width, pack
+from attackroute.routes.masks import check_ranked, check_width, pack
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.sketch_errors import SketchErrors
 from attackroute.tracing.closed_form import critical_sums
@@ -272,6 +272,7 @@ class Tracer:
             critical_sums(layer, critical, scores)  # Eq. (5)
             if layer.jacobian:
                 open_edges.follow(layer.name, critical)
+        check_ranked(layer.scores for layer in ranked.values())  # here, since each look waits for the device
         return {name: ranked[name] for name in names}, labels, predictions
 
     def _open_edges(self, passed: Tensor, images: Tensor, layers: Sequence[RecordedLayer]) -> OpenEdges:
