@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 import attackroute as ar
 import token_networks
-from architectures import Dense, Residual, activations, chain, overlapping_pools
+from architectures import Dense, Residual, activations, chain, overlapping_pools, randomised
 from attackroute.core.model_state import frozen
 from attackroute.hardening.settings import METHODS
 from attackroute.tracing import oracle
@@ -58,23 +58,21 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "mobilenet_v2", "googlenet", "densenet121"])
-def test_no_layer_waits_for_the_device_or_leaves_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_layer_waits_for_the_device_or_leaves_it(name: str) -> None:
     """On the meta device any look at a value is an error, and so is an operation that mixes devices."""
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, **options).eval()
     with frozen(model):
         tracer = tracing.Tracer.probe(model, torch.rand(2, 3, 64, 64), 0.2)
-    # these three look at a batch's values once each; a model cannot be probed on meta, so the structure is the CPU's
-    monkeypatch.setattr(tracing, "checked_logits", lambda logits, _: logits)
-    monkeypatch.setattr(tracing, "checked_labels", lambda labels, *_: labels)
-    monkeypatch.setattr(tracing, "check_ranked", lambda _: None)
+    # a model cannot be probed on meta, so the structure is the CPU's
     images, labels = torch.empty(3, 3, 64, 64, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
     with frozen(moved := on_meta(model)):
-        ranked, _, predictions = dataclasses.replace(tracer, model=moved)._ranked(images, labels, None)
-    assert predictions.device.type == "meta"
+        result = dataclasses.replace(tracer, model=moved)._ranked(images, labels)
+    assert result.predictions.device.type == "meta"
     for layer, channels in tracer.structure.channels.items():
-        assert ranked[layer].mask.device.type == ranked[layer].scores.device.type == "meta"
-        assert ranked[layer].mask.shape == (3, channels)
+        ranked = result.layers[layer]
+        assert ranked.mask.device.type == ranked.scores.device.type == "meta"
+        assert ranked.mask.shape == (3, channels)
 
 
 # With one
@@ -94,8 +92,42 @@ def test_routes_are_the_oracles(build: Callable[[], nn.Module], memory_format: t
     model = model.to("cuda", memory_format=memory_format)  # type: ignore[call-overload]
     images = images.to("cuda").contiguous(memory_format=memory_format)
     found = ar.trace_routes(model, (images, labels), 0.3, keep_scores=True)
-    assert worst(found, expected) <= 1e-9
+    assert worst(found, expected) <= 1e-8  # CUDA's hyperbolic tangents differ from the CPU's in the last digits
     assert same_routes(found, expected)
+
+
+@CUDA
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "mobilenet_v2"])
+def test_batches_repeated_as_a_graph_have_the_routes_of_batches_alone(name: str, labelled: bool) -> None:
+    """Of one shape, the first two batches run as they are, the others as a graph; the last one has another shape."""
+    torch.manual_seed(0)
+    model = randomised(torchvision.models.get_model(name).eval()).double().to("cuda")
+    images, labels = torch.rand(22, 3, 64, 64).double(), torch.arange(22)
+    data = (images, labels) if labelled else images
+    together = ar.trace_routes(model, data, batch_size=4, keep_scores=True)
+    for start in range(0, 22, 4):
+        rows = slice(start, start + 4)
+        alone = ar.trace_routes(model, (images[rows], labels[rows]) if labelled else images[rows], keep_scores=True)
+        for layer in alone.layers:
+            torch.testing.assert_close(together.scores[layer][rows], alone.scores[layer], rtol=1e-9, atol=1e-12)
+            assert torch.equal(together.masks[layer][rows], alone.masks[layer])
+
+
+@CUDA
+def test_a_model_that_waits_for_the_device_is_traced_without_a_graph() -> None:
+    class Waiting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * (2 if x.sum().item() > 0 else 1)
+
+    model = Waiting().double().eval().to("cuda")
+    images = torch.rand(20, 3, 13, 13).double()
+    together = ar.trace_routes(model, images, batch_size=4)
+    assert same_routes(together, ar.trace_routes(model.cpu(), images, batch_size=4))
 
 
 @CUDA
@@ -122,8 +154,8 @@ def test_noise_and_sketches_are_the_cpus(build: Callable[[], nn.Module]) -> None
             ar.trace_routes(moved, (images, labels), 0.3, config=sketched, keep_scores=True),
         ]
 
-    for expected, found in zip(both("cpu"), both("cuda"), strict=True):
-        assert worst(found, expected) <= 1e-9
+    for expected, found, tolerance in zip(both("cpu"), both("cuda"), (1e-9, 1e-5), strict=True):
+        assert worst(found, expected) <= tolerance  # sketches draw in float32
 
 
 @CUDA

@@ -49,8 +49,8 @@ def check_attackable(x: Tensor, y: Tensor) -> None:
             )
 
 
-def checked_logits(output: object, samples: int) -> Tensor:
-    """The model's output as logits ``(n, K)``, or an error that says what it is instead."""
+def shaped_logits(output: object, samples: int) -> Tensor:
+    """The model's output as logits ``(n, K)``, or an error that says what it is instead; no value is looked at."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise UserError(f"the model returns {type(output).__name__}, not logits of shape (N, classes)")
@@ -58,6 +58,12 @@ def checked_logits(output: object, samples: int) -> Tensor:
         raise UserError(
             f"the model returns a tensor of shape {tuple(logits.shape)} for {samples} images, not logits (N, classes)"
         )
+    return logits
+
+
+def checked_logits(output: object, samples: int) -> Tensor:
+    """The model's output as finite logits ``(n, K)``, or an error that says what it is instead."""
+    logits = shaped_logits(output, samples)
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: check its weights and the range of its inputs")
     return logits

@@ -14,7 +14,15 @@ from attackroute.core.errors import UserError
 from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, read_tensors, write_tensors
 from attackroute.core.table import layer_table, plural
 from attackroute.routes.layer_map import LayerMap, channel_counts, require_layers, require_model, require_same
-from attackroute.routes.masks import PackedMasks, has_stray_bits, kept, pack, packed_width, sample_rows, usage_counts
+from attackroute.routes.masks import (
+    PackedMasks,
+    has_stray_bits,
+    kept,
+    pack_all,
+    packed_width,
+    sample_rows,
+    usage_counts,
+)
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 from attackroute.routes.sketch_errors import SketchErrors
@@ -160,7 +168,7 @@ class InstanceRoutes(SampleRoutes):
             if len(mask) != provenance.samples:
                 raise UserError(f"the masks of layer {layer!r} have {len(mask)} rows for {provenance.samples} samples")
         return cls(
-            {layer: pack(mask) for layer, mask in _moved(masks).items()},
+            pack_all(masks),
             {layer: mask.shape[1] for layer, mask in masks.items()},
             provenance,
             labels=_on_cpu("labels", labels),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attackroute.core.errors import UserError
 from attackroute.routes.layer_map import LayerMap
@@ -23,6 +24,17 @@ def pack(masks: Tensor) -> Tensor:
     """Pack a bool mask (N, C) into uint8 (N, ceil(C / 8)) on the CPU; bit b of byte k is channel 8k + b."""
     rows = masks.detach().to(device="cpu", dtype=torch.bool).numpy()
     return torch.from_numpy(np.packbits(rows, axis=1, bitorder="little"))
+
+
+def pack_all(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """:func:`pack` of many masks (N, C); they leave an accelerator together, and packed."""
+    if not masks or all(mask.device.type == "cpu" for mask in masks.values()):
+        return {layer: pack(mask) for layer, mask in masks.items()}
+    whole = torch.cat([functional.pad(mask, (0, -mask.shape[1] % 8)) for mask in masks.values()], dim=1)
+    places = torch.arange(8, device=whole.device)
+    rows = (whole.unflatten(1, (-1, 8)) << places).sum(2).to(torch.uint8).to("cpu")
+    parts = rows.split([packed_width(mask.shape[1]) for mask in masks.values()], dim=1)
+    return {layer: part.contiguous() for layer, part in zip(masks, parts, strict=True)}
 
 
 def unpack(packed: Tensor, channels: int) -> Tensor:
@@ -96,11 +108,14 @@ def largest(scores: Tensor, width: float) -> Tensor:
     """:func:`top_k` of scores that are checked elsewhere: nothing here waits for an accelerator."""
     count = kept(width, scores.shape[-1])
     scores = scores.detach()
+    if scores.device.type != "cpu":  # few launches, and no look at the values
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
     # the order in which torch.topk returns ties depends on the device, the smallest value that it returns does not
     threshold = torch.topk(scores, count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     chosen = scores >= threshold
-    if scores.device.type == "cpu" and int(chosen.sum()) == count * threshold.numel():
-        return chosen  # no row has more than it keeps: no ties at the threshold; to look is cheap on a CPU only
+    if int(chosen.sum()) == count * threshold.numel():
+        return chosen  # no row has more than it keeps: no ties at the threshold
     above = scores > threshold
     tied = chosen & ~above
     room = count - above.sum(dim=-1, keepdim=True)

@@ -29,12 +29,17 @@ def critical_sums(layer: RecordedLayer, critical: Tensor, totals: dict[int, Tens
     chosen = critical.to(dtype)
     # the last result is kept: sources of a residual stream meet the same kernel
     reduce = lru_cache(maxsize=1)(lambda weight: chosen_rows(chosen, weight, layer.groups))
+    shared: dict[tuple[int, int, int], Tensor] = {}  # by gains: what a residual stream carries differs in scale alone
     for piece in layer.pieces:
-        score = chosen.new_zeros(())
-        for kernel, sums in _kernels(layer, piece, dtype):
-            reached = reduce(kernel)[:, piece.dst : piece.dst + piece.length]  # (n, length, kh, kw)
-            score = score + (reached * sums.to(dtype)).sum((2, 3))
-        totals[piece.source][:, piece.src : piece.src + piece.length] += _scaled(score, piece)
+        key = (id(piece.sums), piece.dst, piece.length)
+        if key not in shared:
+            reached = slice(piece.dst, piece.dst + piece.length)
+            terms = [  # (n, length, kh, kw), summed over the kernel
+                (reduce(kernel)[:, reached] * sums.to(dtype)).sum((2, 3))
+                for kernel, sums in _kernels(layer, piece, dtype)
+            ]
+            shared[key] = sum(terms[1:], terms[0])
+        totals[piece.source].narrow(1, piece.src, piece.length).add_(_scaled(shared[key], piece))
 
 
 def influence_matrix(layer: RecordedLayer, source: int, channels: int, samples: int) -> Tensor:

@@ -404,20 +404,20 @@ class GainSums:
 
     def sums(self, term: Term) -> Tensor | list[PatternSums]:
         """``N``, ``(n or 1, length, kh, kw)``: a term's gains, summed over what each kernel offset meets."""
-        if self.axes is None:
-            return self._positions(term)
-        if term.path.many and term.path.windows is not None and not self.pointwise:
+        if self.axes is not None and term.path.many and term.path.windows is not None and not self.pointwise:
             return pattern_sums(term.path.windows, self._alive(term), *self.axes)
+        key = (term.mask if isinstance(term.mask, Alive) else id(term.mask), term.dst, term.length)
+        if key not in self.counted:
+            self.counted[key] = self._positions(term) if self.axes is None else self._windows(term, self.axes)
+        return self.counted[key]
+
+    def _windows(self, term: Term, axes: Axes) -> Tensor:
         if isinstance(term.mask, Alive):
             if term.mask not in self.counted:
-                self.counted[term.mask] = alive_sums(self.values, term.mask, *self.axes)
+                self.counted[term.mask] = alive_sums(self.values, term.mask, *axes)
             return self.counted[term.mask][:, term.span]
-        if term.mask is None:
-            return mask_sums(self.values.new_ones((1, 1, *self.flow.spatial)), *self.axes)
-        key = id(term.mask)
-        if key not in self.counted:
-            self.counted[key] = mask_sums(term.mask.expand(-1, -1, *self.flow.spatial), *self.axes)
-        return self.counted[key]
+        mask = self.values.new_ones((1, 1, 1, 1)) if term.mask is None else term.mask
+        return mask_sums(mask.expand(-1, -1, *self.flow.spatial), *axes)
 
     def _alive(self, term: Term) -> Tensor:
         values = self.values[:, term.span]

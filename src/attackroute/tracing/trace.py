@@ -7,14 +7,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from attackroute.core.batches import BatchStream, Data, batches_in_order
-from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.checks import checked_labels, checked_logits, shaped_logits
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM
@@ -28,6 +28,7 @@ from attackroute.routes.provenance import Provenance
 from attackroute.routes.sketch_errors import SketchErrors
 from attackroute.tracing.closed_form import critical_sums
 from attackroute.tracing.config import AUTO, NOISE, TraceConfig
+from attackroute.tracing.cuda_graph import GraphedPasses
 from attackroute.tracing.frozen_gates import FrozenGates
 from attackroute.tracing.noise import NoiseTracker
 from attackroute.tracing.open_edges import ExactProducts, OpenEdges, Ranked, Replays, SketchedProducts
@@ -183,6 +184,24 @@ def _traced(tracer: Tracer, stream: BatchStream, progress: Progress | None, done
 
 
 @dataclass(frozen=True, eq=False)
+class RankedBatch:
+    """What the trace of one batch gives, on its device: layers in forward order, logits ``(n, K)``, predictions."""
+
+    layers: Mapping[str, Ranked]
+    logits: Tensor
+    predictions: Tensor
+
+    def compared(self) -> list[Tensor]:
+        """By what two traces of the same batch are compared."""
+        return [*(layer.scores for layer in self.layers.values()), self.logits]
+
+    def check(self) -> None:
+        """Raise a `UserError` where a logit is not finite, or a score NaN."""
+        checked_logits(self.logits, len(self.logits))
+        check_ranked(layer.scores for layer in self.layers.values())
+
+
+@dataclass(frozen=True, eq=False)
 class Tracer:
     """Traces batches of one model, each for itself, on the structure that a probe of the model showed.
 
@@ -191,12 +210,14 @@ class Tracer:
 
     model: nn.Module
     structure: Structure
+    classes: int
     config: TraceConfig
     width: float
     attack: Attack | None
     loss: Loss | None
     keep_scores: bool
     settings: Mapping[str, Any]
+    passes: GraphedPasses = field(default_factory=GraphedPasses)
 
     @classmethod
     def probe(
@@ -216,9 +237,9 @@ class Tracer:
         follow = NoiseTracker if config.follows_noise else None
         with _gates(config):
             structure, output = Structure.probe(model, images, linear=config.linear, elsewhere=elsewhere, follow=follow)
-        checked_logits(output, 2)
+        classes = checked_logits(output, 2).shape[1]
         return cls(
-            model, structure, config=config, width=width, attack=attack, loss=loss, keep_scores=keep_scores,
+            model, structure, classes, config=config, width=width, attack=attack, loss=loss, keep_scores=keep_scores,
             settings=settings or {}
         )  # fmt: skip
 
@@ -226,23 +247,30 @@ class Tracer:
         """Routes of one batch, on the CPU."""
         traced, answers = (images, labels) if self.attack is None else attacked(self.model, self.attack, images, labels)
         with _gates(self.config):
-            ranked, answers, predictions = self._ranked(traced, answers, images if self.config.follows_noise else None)
+            if answers is not None:
+                answers = checked_labels(answers, self.classes, len(images))
+            if self.config.follows_noise:
+                result = self._ranked(traced, answers, images)
+            elif images.device.type == "cuda" and not self.structure.jacobian_edges:
+                result = self.passes.run(self._ranked, traced, answers)
+            else:
+                result = self._ranked(traced, answers)
+            result.check()
+        ranked = result.layers
         return InstanceRoutes.from_masks(
             {name: layer.mask for name, layer in ranked.items()},
             self._provenance(len(images)),
             labels=None if labels is None else answers,
-            predictions=predictions,
+            predictions=result.predictions,
             methods=self.structure.methods,
             scores={name: layer.scores for name, layer in ranked.items()} if self.keep_scores else None,
             sketched=self._sketch_errors(ranked),
         )
 
-    def _ranked(
-        self, images: Tensor, labels: Tensor | None, clean: Tensor | None
-    ) -> tuple[dict[str, Ranked], Tensor, Tensor]:
+    def _ranked(self, images: Tensor, labels: Tensor | None, clean: Tensor | None = None) -> RankedBatch:
         """Eqs. (3)-(6) for one batch, with ``clean`` images where it is an attack's noise that is followed.
 
-        Returns each layer with its critical channels, in forward order; the labels; the predictions.
+        Nothing waits for the device, unless an edge has no closed form: values are checked when all is done.
         """
         names, sinks = self.structure.names, self.structure.sinks
         samples, passed = images.shape[0], images if clean is None else torch.cat([clean, images])
@@ -250,12 +278,12 @@ class Tracer:
         with explained(images):
             recording = record(self.model, passed, linear=linear, leaves=sinks, expected=len(names), follow=follow)
         layers = self.structure.applied(recording.layers)
-        logits = checked_logits(recording.output, passed.shape[0])
+        logits = shaped_logits(recording.output, passed.shape[0])
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode, the seeds need the graph
             logits = logits[-samples:]
         predictions = logits.detach().argmax(dim=1)
-        labels = predictions if labels is None else checked_labels(labels, logits.shape[1], samples)
-        seeds = seed_gradients(logits, labels, dict(recording.leaves), self.loss)
+        answers = predictions if labels is None else labels
+        seeds = seed_gradients(logits, answers, dict(recording.leaves), self.loss)
         dtype = torch.promote_types(images.dtype, torch.float32)
         scores = {  # Eq. (4); layers with successors start from zero
             index: seed_scores(layer.kind, recording.leaves[layer.name], seeds[layer.name], clean is not None, dtype)
@@ -271,9 +299,9 @@ class Tracer:
             critical = ranked[layer.name].mask
             critical_sums(layer, critical, scores)  # Eq. (5)
             if layer.jacobian:
+                check_ranked([ranked[layer.name].scores])
                 open_edges.follow(layer.name, critical)
-        check_ranked(layer.scores for layer in ranked.values())  # here, since each look waits for the device
-        return {name: ranked[name] for name in names}, labels, predictions
+        return RankedBatch({name: ranked[name] for name in names}, logits.detach(), predictions)
 
     def _open_edges(self, passed: Tensor, images: Tensor, layers: Sequence[RecordedLayer]) -> OpenEdges:
         """What computes the edges without a closed form."""
