@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.analysis.experiments.deactivate import Deactivation
-from attackroute.analysis.figures.route import route_figure
+from attackroute.analysis.figures.accuracy import route_figure
 from attackroute.analysis.figures.style import save_figure
 from attackroute.analysis.intervention_table import UNTOUCHED, Counts, Setting
 from attackroute.core.errors import UserError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import Measure, activations, gradients
+from attackroute.analysis.channel_statistics import Measure, activations, gradients, worked_on
 from attackroute.analysis.criteria import ChannelScores
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
@@ -37,21 +37,13 @@ Router = Callable[[Tensor, "Tensor | None"], dict[str, InstanceRoutes]]
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Channels of each layer, best first.
+    """Channels of each layer, best first."""
 
-    Attributes:
-        criterion: What ranked them: ``"route"``, ``"random off-route"``, or the name of a baseline.
-        draw: Seed of a random ranking; None for other criteria.
-        order: For each layer, in forward order, the channels that may be chosen, best first.
-        channels: For each layer, how many it has.
-        whole: Only all of ``order`` can be chosen, since nothing ranks its channels.
-    """
-
-    criterion: str
-    draw: int | None
-    order: Mapping[str, Sequence[int]]
-    channels: Mapping[str, int]
-    whole: bool = False
+    criterion: str  # what ranked them: "route", "random off-route", or the name of a baseline
+    draw: int | None  # seed of a random ranking; None for other criteria
+    order: Mapping[str, Sequence[int]]  # for each layer, in forward order, the channels that may be chosen, best first
+    channels: Mapping[str, int]  # for each layer, how many it has
+    whole: bool = False  # only all of ``order`` can be chosen, since nothing ranks its channels
 
     @classmethod
     def of_route(cls, route: Route, criterion: str = ROUTE) -> Ranking:
@@ -99,30 +91,15 @@ class Ranking:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """A route beside its controls on one network's images: what every experiment with a route takes.
-
-    Attributes:
-        model: The network; runs in eval mode and comes back as it was.
-        data: Labelled images in [0, 1] to measure on, other ones than those that decided on the route and baselines.
-        route: The route; its frequencies rank the channels.
-        baselines: Routes by other criteria, or their scores, which serve every share.
-        share: Share of each layer's channels, in [0, 1], for the route and for every control.
-        seeds: One random ranking of the channels off the route for each.
-        at: Where channels are changed and maps taken: the layers' ``"output"``, or after their ``"activation"``.
-        batch_size: Rows per forward pass when ``data`` is tensors.
-        progress: Called with what is done, and of how much where that is known.
-
-    Raises:
-        UserError: The share is outside [0, 1].
-    """
+    """A route beside its controls on one network's images: what every experiment with a route takes."""
 
     model: nn.Module
-    data: Data
-    route: Route
+    data: Data  # labelled images in [0, 1] to measure on, other ones than those that decided on the route and baselines
+    route: Route  # its frequencies rank the channels
     baselines: Baselines = field(default_factory=dict)
-    share: float = 0.3
-    seeds: Sequence[int] = range(5)
-    at: str = OUTPUT
+    share: float = 0.3  # of each layer's channels, in [0, 1], for the route and for every control
+    seeds: Sequence[int] = range(5)  # one random ranking of the channels off the route for each
+    at: str = OUTPUT  # where channels are changed and maps taken: the layers' output, or after their activation
     batch_size: int = 128
     progress: Progress | None = None
 
@@ -130,12 +107,7 @@ class Comparison:
         check_shares([self.share])
 
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
-        """The route's ranking first, then random ones off it, then the baselines', all on some of the route's layers.
-
-        Raises:
-            UserError: A layer is not on the route, a baseline lacks a layer or has it in another size, or a layer has
-                no channel off the route.
-        """
+        """The route's ranking first, then random ones off it, then the baselines'; on some of the route's layers."""
         route = self.route if layers is None else self.route.restrict(layers)
         rankings = [Ranking.of_route(route)]
         for layer in route if len(self.seeds) else ():
@@ -158,11 +130,7 @@ class Comparison:
 
 
 def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tuple[str, int | None], Tensor]:
-    """Bool masks (C,) of one layer by criterion and draw: the route, all others as ``"off-route"``, then the controls.
-
-    Raises:
-        UserError: The route cannot give this share.
-    """
+    """Bool masks (C,) of a layer by criterion and draw: the route, all others as ``"off-route"``, then controls."""
     routes = {(each.criterion, each.draw): each.route(share, [layer]) for each in rankings}
     masks = {label: route.mask(layer) for label, route in routes.items() if route is not None}
     if (ROUTE, None) not in masks:
@@ -175,11 +143,7 @@ def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tu
 
 
 def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
-    """The shares in ascending order, each once.
-
-    Raises:
-        UserError: There is none, or one is outside [0, 1].
-    """
+    """The shares in ascending order, each once; there must be one, and all in [0, 1]."""
     ascending = sorted(set(shares))
     if not ascending:
         raise UserError("no share is given: give some in [0, 1], such as 0.3")
@@ -212,8 +176,6 @@ def sample_routes(
     """
     config = config or TraceConfig()
     noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
-    batches: list[dict[str, InstanceRoutes]] = []
-    done = 0
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
         routes_of = batch_router(model, stream.first[0], width, noise_of=noise_of, config=config, baselines=baselines)
@@ -221,12 +183,7 @@ def sample_routes(
         def work(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
             return routes_of(*((images, labels) if made_by is None else attacked(model, made_by, images, labels)))
 
-        for routes in stream.map(work):
-            batches.append(routes)
-            done += len(routes[ROUTE])
-            if progress is not None:
-                progress(done, stream.total)
-    return joined_routes(batches)
+        return joined_routes([routes for _, routes in worked_on(stream, work, progress)])
 
 
 def batch_router(
@@ -238,10 +195,7 @@ def batch_router(
     config: TraceConfig,
     baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
 ) -> Router:
-    """Routes of one batch after another; see :func:`sample_routes`.
-
-    The model is held frozen; its layers are learnt from the images ``probe``.
-    """
+    """Routes of one batch after another, as :func:`sample_routes` has them; a probe shows the frozen model's layers."""
     tracer = Tracer.probe(model, probe, width, attack=noise_of, config=config)
 
     def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
@@ -258,6 +212,15 @@ def batch_router(
         return routes
 
     return routes_of
+
+
+def require_right(right: int, samples: int) -> None:
+    """Some of the samples must be classified correctly, since these alone count."""
+    if not right:
+        raise UserError(
+            f"the network gets none of the {samples} samples right when they are clean, so that nothing can be "
+            "counted: check its weights and its labels, or give more samples"
+        )
 
 
 def joined_routes(batches: Sequence[Mapping[str, InstanceRoutes]]) -> dict[str, InstanceRoutes]:

@@ -38,6 +38,16 @@ _FOLDER = "attackroute.analysis.experiments"
 class ExperimentResult(Result):
     """What an experiment found: a :class:`Result` that can be shown."""
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The table's layers, in forward order."""
+        return tuple(self.table.distinct("layer"))
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """What chose the table's channels, in the order in which it was measured: the route first."""
+        return tuple(self.table.distinct("criterion"))
+
     @abstractmethod
     def summary(self) -> Table:
         """The few numbers that are worth a look, as a small table of text."""

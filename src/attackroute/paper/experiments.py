@@ -20,7 +20,7 @@ from attackroute.analysis.experiments.deactivate import deactivate_accuracy
 from attackroute.analysis.experiments.occurrence import measure_occurrence
 from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
 from attackroute.analysis.hardness_experiment import study_hardness
-from attackroute.analysis.intervention_trials import correct_when_clean
+from attackroute.analysis.intervention_table import correct_when_clean
 from attackroute.analysis.interventions import record_outputs
 from attackroute.analysis.sites import LayerEdits
 from attackroute.analysis.study import Study

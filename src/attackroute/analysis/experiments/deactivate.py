@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from attackroute.analysis.controls import Comparison, check_shares
 from attackroute.analysis.experiment import experiment
-from attackroute.analysis.figures.accuracy import shares_figure
-from attackroute.analysis.intervention_table import InterventionTable, Setting
-from attackroute.analysis.intervention_trials import measure
+from attackroute.analysis.figures.accuracy import route_figure, shares_figure
+from attackroute.analysis.intervention_table import InterventionTable, Setting, measure
 from attackroute.analysis.interventions import deactivate
 from attackroute.analysis.study import Study
 from attackroute.routes.route import Route
@@ -24,16 +23,11 @@ SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True, kw_only=True)
 class Deactivation(InterventionTable):
-    """Accuracies with channels set to zero.
-
-    Attributes:
-        route: A route with its frequencies, to draw beside what its deactivation costs; None for no such picture.
-        title: Of that picture.
-    """
+    """Accuracies with channels set to zero."""
 
     kind = "deactivate"
-    route: Route | None = None
-    title: str = ""
+    route: Route | None = None  # with its frequencies, to draw beside what its deactivation costs
+    title: str = ""  # of that picture
 
     @property
     def opening(self) -> str:
@@ -43,8 +37,6 @@ class Deactivation(InterventionTable):
 
     def figures(self) -> dict[str, Figure]:
         """``deactivate`` (Fig. 4a), and with a route also ``deactivate-route``."""
-        from attackroute.analysis.figures.route import route_figure
-
         picture = {} if self.route is None else {"deactivate-route": route_figure(self.route, self, self.title)}
         return {"deactivate": shares_figure(self, None), **picture}
 
@@ -72,13 +64,8 @@ def deactivate_accuracy(
     """Accuracy on clean images with channels set to zero: a growing share of each layer alone, and of several together.
 
     Sets of channels grow by rank, each within the next. Random channels are off the given route, so their sets end
-    where those are used up. Only images that the untouched network gets right count. The reading is about the share of
-    ``compared``. Changed alone are ``layers``, or all of the route's; together the groups in ``together``, or all of
-    ``layers``.
-
-    Raises:
-        UserError: A layer is not on the route, a share is outside [0, 1], no sample is classified correctly, or a
-            layer has no activation of its own, with ``at="activation"``.
+    where those are used up. The reading is about the share of ``compared``. Changed alone are ``layers``, or all of the
+    route's; together the groups in ``together``, or all of ``layers``.
     """
     route = compared.route
     levels = check_shares([*shares, compared.share])

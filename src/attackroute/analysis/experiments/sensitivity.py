@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients
+from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, experiment
 from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy, upright_layers
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SENSITIVITY, GRADIENT = "sensitivity", "gradient"
 _QUANTILES = {"minimum": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "maximum": 1.0}
+_DRAWN = ("mean", "median", "q25", "q75", "q05", "q95")
 _Quantity = tuple[str, "str | None"]  # with its attack
 _FACES = {ROUTE: "#F6C7A3", OFF_ROUTE: "#D9D9D9"}
 
@@ -42,24 +43,12 @@ class Sensitivity(ExperimentResult):
             ``"sensitivity"`` to an attack, or ``"gradient"`` of the loss on clean images, whose ``attack`` is None;
             ``criterion`` is what chose the neurons, ``"off-route"`` all that are not on the route; mean and quantiles
             are over the neurons, of their means over samples.
-        share: Share of each layer's channels in a set.
-        samples: Samples that were read; all of them count.
     """
 
     kind = "sensitivity"
     table: Table
-    share: float
-    samples: int
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers in forward order."""
-        return tuple(self.table.distinct("layer"))
-
-    @property
-    def criteria(self) -> tuple[str, ...]:
-        """Criteria in the order in which they were measured."""
-        return tuple(self.table.distinct("criterion"))
+    share: float  # of each layer's channels in a set
+    samples: int  # that were read; all of them count
 
     @property
     def quantities(self) -> tuple[tuple[str, str | None], ...]:
@@ -77,14 +66,13 @@ class Sensitivity(ExperimentResult):
         for quantity, attack in self.quantities:
             for layer in self.layers:
                 (route,) = (row["mean"] for row in self.rows(layer, quantity, attack, ROUTE))
-                for criterion in (name for name in self.criteria if name != ROUTE):
+                for criterion in self.criteria[1:]:
                     means = [row["mean"] for row in self.rows(layer, quantity, attack, criterion)]
-                    if not means:
-                        continue
-                    label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
-                    mean = statistics.fmean(means)
-                    verdict = {"beats": route > max(means), "loses": route < min(means)}
-                    verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
+                    if means:
+                        mean = statistics.fmean(means)
+                        label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
+                        verdict = {"beats": route > max(means), "loses": route < min(means)}
+                        verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
         return verdicts
 
     def reading(self) -> str:
@@ -93,7 +81,7 @@ class Sensitivity(ExperimentResult):
         clauses = []
         for quantity, attack in self.quantities:
             counts = []
-            for criterion in (name for name in self.criteria if name != ROUTE):
+            for criterion in self.criteria[1:]:
                 beats = verdicts.select(quantity=quantity, attack=attack, control=criterion).column("beats")
                 name = "every random draw" if criterion == RANDOM else criterion
                 counts.append(f"{name} in {sum(beats)} of {len(beats)}")
@@ -142,20 +130,17 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> 
     """Distributions of sensitivity and gradient over the route's neurons, over all others, and over controls.
 
     All images count, also those that the network gets wrong.
-
-    Raises:
-        UserError: No attack, no labels, or the route cannot give this share.
     """
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")
     model, share, rankings = compared.model, compared.share, compared.rankings()
     names = rankings[0].layers
     means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in attacks}
-    gradient_mean = means[GRADIENT, None] = RunningMean()
+    means[GRADIENT, None] = RunningMean()
+    samples = 0
 
     def batch_means(images: Tensor, labels: Tensor | None) -> dict[_Quantity, RunningMean]:
-        if labels is None:
-            raise UserError("the data have no labels: give (images, labels)")
+        labels = labelled(labels)
         measured: dict[_Quantity, ChannelMeans] = {(GRADIENT, None): gradients(model, images, labels, linear=True)}
         for name, attack in attacks.items():
             moved, _ = attacked(model, attack, images, labels)
@@ -164,12 +149,11 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> 
 
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, compared.data, compared.batch_size)
-        for batch in stream.map(batch_means):
+        for number, batch in worked_on(stream, batch_means, compared.progress):
+            samples += number
             for key, mean in batch.items():
                 means[key].add(mean)
-            if compared.progress is not None:
-                compared.progress(gradient_mean.samples, stream.total)
-    if not gradient_mean.samples:
+    if not samples:
         raise UserError("the data hold no sample: the loader is empty")
     rows: list[Record] = []
     for (quantity, under), mean in means.items():
@@ -180,7 +164,7 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> 
                 if len(numbers):
                     label = {"quantity": quantity, "attack": under, "criterion": criterion, "draw": draw}
                     rows.append({"layer": layer, **label, **_distribution(numbers)})
-    return Sensitivity(table=Table.of(rows), share=share, samples=gradient_mean.samples)
+    return Sensitivity(table=Table.of(rows), share=share, samples=samples)
 
 
 def _of_layers(measured: ChannelMeans, layers: Sequence[str]) -> ChannelMeans:
@@ -213,35 +197,27 @@ def _figure(result: Sensitivity) -> Figure:
                 for row in result.rows(layer, quantity, attack, criterion):
                     handles[label(criterion)] = _box(axes, row, place - 0.27 + 0.2 * side)
             for index, criterion in enumerate(controls):
-                rows = result.rows(layer, quantity, attack, criterion)
-                if rows:
+                means = [row["mean"] for row in result.rows(layer, quantity, attack, criterion)]
+                if means:
                     at = place + 0.1 + 0.34 * index / max(1, len(controls) - 1)
-                    mean = sum(row["mean"] for row in rows) / len(rows)
-                    style = {**look(criterion).point, "markersize": 3.5}
-                    suffix = f"mean of {len(rows)}" if len(rows) > 1 else "mean"
-                    handles[f"{criterion} ({suffix})"] = axes.plot(at, mean, **style)[0]
+                    suffix = f"mean of {len(means)}" if len(means) > 1 else "mean"
+                    (mark,) = axes.plot(at, statistics.fmean(means), **look(criterion).point)
+                    handles[f"{criterion} ({suffix})"] = mark
         for place in range(len(layers) - 1):
             axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
         axes.set_yscale("log")
-        axes.set_title(
-            f"{quantity} to {attack}" if attack else f"{quantity} of the loss, clean images", fontsize=8.5, loc="left"
-        )
+        title = f"{quantity} to {attack}" if attack else f"{quantity} of the loss, clean images"
+        axes.set_title(title, fontsize=8.5, loc="left")
         tidy(axes)
     upright_layers(panels[-1], layers)
-    figure.suptitle(
-        f"Neurons on the route ({result.share:.0%} of each layer) and off it, {result.samples} images\n"
-        "boxes: quartiles, whiskers: 5 to 95 % of the neurons, diamond: mean",
-        fontsize=9,
-    )
+    title = f"Neurons on the route ({result.share:.0%} of each layer) and off it, {result.samples} images"
+    figure.suptitle(f"{title}\nboxes: quartiles, whiskers: 5 to 95 % of the neurons, diamond: mean", fontsize=9)
     shared_legend(figure, handles, 3)
     return figure
 
 
 def _box(axes: Axes, row: Record, at: float) -> Any:
-    numbers = {
-        "med": row["median"], "q1": row["q25"], "q3": row["q75"], "whislo": row["q05"], "whishi": row["q95"],
-        "mean": row["mean"], "fliers": [],
-    }  # fmt: skip
+    numbers = dict(zip(("mean", "med", "q1", "q3", "whislo", "whishi"), (row[name] for name in _DRAWN), strict=True))
     edge = look(row["criterion"]).colour
     drawn = axes.bxp(
         [numbers], positions=[at], widths=0.17, showfliers=False, showmeans=True, patch_artist=True,

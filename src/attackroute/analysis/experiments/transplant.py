@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from attackroute.analysis.controls import Comparison, check_shares
 from attackroute.analysis.experiment import experiment
 from attackroute.analysis.figures.accuracy import layers_figure, shares_figure
-from attackroute.analysis.intervention_table import InterventionTable, Setting
-from attackroute.analysis.intervention_trials import measure
+from attackroute.analysis.intervention_table import InterventionTable, Setting, measure
 from attackroute.analysis.interventions import transplant
 from attackroute.analysis.study import Study
 from attackroute.core.errors import UserError
@@ -63,15 +62,9 @@ def transplant_accuracy(
 
     Every layer alone at a growing share (Fig. 3a), and single layers and several together at one share (Fig. 3b), that
     of ``compared``, at which all attacks are tried. Sets of channels grow by rank, each within the next. Random
-    channels are off the given route, so their sets end where those are used up.
-    Only images that the network gets right when clean count.
-
-    Each attack is made once per image; ``shares`` grow for the first. Changed alone are ``layers``, or all of the
-    route's; together the groups in ``together``, or the first two, three, ... half, and all of ``layers``.
-
-    Raises:
-        UserError: There is no attack, a layer is not on the route, a share is outside [0, 1], no sample is classified
-            correctly, or an input does not fit the model.
+    channels are off the given route, so their sets end where those are used up. Each attack is made once per image;
+    ``shares`` grow for the first. Changed alone are ``layers``, or all of the route's; together the groups in
+    ``together``, or the first two, three, ... half, and all of ``layers``.
     """
     if not attacks:
         raise UserError("no attack is given: pass one by name, such as pgd")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from attackroute.analysis.controls import Comparison
 from attackroute.analysis.experiment import experiment
 from attackroute.analysis.figures.accuracy import factors_figure
-from attackroute.analysis.intervention_table import InterventionTable, Setting
-from attackroute.analysis.intervention_trials import CorrectSamples, measure
+from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, measure
 from attackroute.analysis.interventions import weaken
 from attackroute.analysis.study import Study
 from attackroute.core.errors import UserError
@@ -61,11 +60,8 @@ def weaken_accuracy(
 ) -> Weakening:
     """Accuracy on clean images with the connections between chosen channels of adjacent layers multiplied by a factor.
 
-    All layers are changed together, with a falling factor; weakened are the kernels of ``targets``, or of all. Only
-    images that the untouched network gets right count. The reading is about a factor of 0.5, or the one nearest to it.
-
-    Raises:
-        UserError: A factor is outside [0, 1], or no sample is classified correctly.
+    All layers are changed together, with a falling factor; weakened are the kernels of ``targets``, or of all. The
+    reading is about a factor of 0.5, or the one nearest to it.
     """
     factors = sorted(set(betas), reverse=True)
     for beta in factors:
@@ -91,11 +87,7 @@ def weaken_accuracy(
 
 
 def _joined_layers(study: Study) -> list[str] | None:
-    """The route's layers whose kernels can be weakened, if not all; a note says how many others there are.
-
-    Raises:
-        UserError: There is none.
-    """
+    """The route's layers whose kernels can be weakened, if not all; a note says how many others there are."""
     connections = Connections.of_route(study.model, study.pair, study.route)
     joined = connections.joined(study.route)
     if not joined:
