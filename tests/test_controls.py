@@ -22,7 +22,7 @@ SHARES = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
 
 def test_the_routes_sets_are_those_of_the_aggregate_at_that_width() -> None:
     routes = instances(samples=9)  # few samples, so that frequencies tie
-    ranking = Ranking.of_route(routes.aggregate(0.3))
+    ranking = Ranking.of_scores(routes.frequency(), ROUTE)
     for share in SHARES:
         assert ranking.route(share, routes.layers) == routes.aggregate(share)
     assert ranking.route(0, ["features.3"]) == Route({"features.3": []}, {"features.3": 8})
@@ -31,7 +31,7 @@ def test_the_routes_sets_are_those_of_the_aggregate_at_that_width() -> None:
 def test_sets_of_scores_are_those_of_their_routes() -> None:
     values = {"a": torch.tensor([1.0, 3, 3, 0, 2]).double(), "b": torch.rand(40).double()}
     scores = ChannelScores("weight", values)
-    ranking = Ranking.of_scores(scores, "weight")
+    ranking = Ranking.of_scores(values, "weight")
     assert ranking.order["a"] == [1, 2, 4, 0, 3]
     for share in SHARES:
         assert ranking.route(share, values) == scores.route(share)
@@ -54,13 +54,6 @@ def test_random_sets_grow_off_the_route_until_it_is_used_up() -> None:
     assert Ranking.off_route(route, 8).order != ranking.order
 
 
-def test_a_route_that_nothing_ranks_is_taken_whole() -> None:
-    route = instances().aggregate(0.3)
-    plain = Route(route.indices, route.channels)
-    ranking = Ranking.of_route(plain, "mine")
-    assert ranking.route(0.3, plain) == plain and ranking.route(0.2, ["features.8"]) is None
-
-
 def rank(
     route: Route,
     baselines: Mapping[str, Route | ChannelScores],
@@ -81,10 +74,12 @@ def test_rank_puts_the_route_first_and_refuses_what_does_not_fit() -> None:
         (ROUTE, None), (RANDOM, 3), (RANDOM, 4), ("mine", None), ("weight", None),
     ]  # fmt: skip
     assert all(each.layers == ("b",) for each in found)
-    whole = Route({"a": range(6), "b": [1]}, {"a": 6, "b": 9})
+    plain = Route({"a": range(6), "b": [1]}, {"a": 6, "b": 9})
+    whole = Route(plain.indices, plain.channels, route.frequency)
     for arguments, message in (
         ((route, {}, (0,), ["c"]), "no layer 'c' in the route"),
         ((whole, {}, (0,)), "all 6 channels of layer 'a' are on the route"),
+        ((plain, {}, ()), "the route has no frequencies"),
         ((route, {"mine": other.restrict(["a"])}, (0,)), "layer 'b' .* not in the baseline 'mine'"),
         ((route, {ROUTE: other}, (0,)), "must not be called 'route'"),
     ):

@@ -55,6 +55,7 @@ class Sizes(ExperimentResult):
 
 
 def sizes(study: Study, progress: Progress) -> Sizes:
+    """How many channels are on the route."""
     progress(1, 1)
     return Sizes(Table.of({"layer": layer, "on the route": len(study.route[layer])} for layer in study.route))
 
@@ -68,7 +69,7 @@ def test_an_experiment_is_one_function(
     case: Case, images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "_registered", dict(experiment._registered))
-    experiment.experiment("sizes", order=4, title="Sizes", help="how many")(sizes)
+    experiment.experiment("sizes", order=4, title="Sizes")(sizes)
     assert list(all_experiments()).index("sizes") in (3, 4, 5)
     (document,) = analyze(Study(model=case.model, images=images, folder=tmp_path / "new"), ["sizes"]).values()
     again = Document.load(tmp_path / "new" / "sizes.json")

@@ -69,7 +69,8 @@ def sensitivity(
     with frozen(model), torch.inference_mode(False):
         data = x if x_adv is None else _paired(batches(model, x, batch_size), batches(model, x_adv, batch_size))
         stream = BatchStream(model, data, batch_size)
-        return mean_over(stream, model, measure, linear, progress, total=samples_in(x)).by_layer()
+        stream.total = samples_in(x)  # which the pairs do not tell
+        return mean_over(stream, model, measure, linear, progress).by_layer()
 
 
 def loss_gradient(
@@ -83,9 +84,7 @@ def loss_gradient(
     Args:
         model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
-        batch_size: Rows per forward pass of tensors.
-        linear: Whether linear maps are layers too.
-        progress: Called with (samples done, samples in all or None) after every batch.
+        batch_size: As for :func:`sensitivity`, as are ``linear`` and ``progress``.
 
     Returns:
         For each route layer in forward order, float64 ``(C,)`` on the CPU.
@@ -236,9 +235,7 @@ def under_attack(compare: Callable[..., ChannelMeans], attack: Attack) -> Measur
 
 
 def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, int]:
-    """Names and channels of the route layers that a frozen model runs on images, in forward order, once it is sure
-    that samples stand in the first dimension of their outputs.
-    """
+    """Names and channels, in forward order, of the route layers that a frozen model runs, with samples in rows."""
 
     def shape(call: LayerCall, output: Tensor) -> tuple[int, bool]:
         return output.shape[CHANNEL_DIM[call.kind]], call.kind == "linear" and output.ndim > 2
@@ -255,7 +252,7 @@ def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[st
 
 
 def worked_on(
-    stream: BatchStream, work: Callable[[Tensor, Tensor | None], T], progress: Progress | None, total: int | None = None
+    stream: BatchStream, work: Callable[[Tensor, Tensor | None], T], progress: Progress | None
 ) -> Iterator[tuple[int, T]]:
     """Of each batch, how many samples it has and what ``work(images, labels)`` gives; progress is in samples."""
     done = 0
@@ -263,7 +260,7 @@ def worked_on(
         yield samples, result
         done += samples
         if progress is not None:
-            progress(done, stream.total if total is None else total)
+            progress(done, stream.total)
 
 
 def labelled(labels: Tensor | None) -> Tensor:
@@ -274,15 +271,9 @@ def labelled(labels: Tensor | None) -> Tensor:
 
 
 def mean_over(
-    stream: BatchStream,
-    model: nn.Module,
-    measure: Measure,
-    linear: bool,
-    progress: Progress | None,
-    *,
-    total: int | None = None,
+    stream: BatchStream, model: nn.Module, measure: Measure, linear: bool, progress: Progress | None
 ) -> RunningMean:
-    """Mean of a measure over the ``total`` samples of a frozen model, whose layers are those of the first batch."""
+    """Mean of a measure over the samples of a frozen model, whose layers are those of the first batch."""
     expected = list(layer_channels(model, two_of(stream.first[0]), linear=linear).items())
 
     def batch_mean(images: Tensor, other: Tensor | None) -> RunningMean:
@@ -295,7 +286,7 @@ def mean_over(
         return RunningMean.of(measured)
 
     mean = RunningMean()
-    for _, each in worked_on(stream, batch_mean, progress, total):
+    for _, each in worked_on(stream, batch_mean, progress):
         mean.add(each)
     return mean
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import Measure, activations, gradients, worked_on
-from attackroute.analysis.criteria import ChannelScores
+from attackroute.analysis.channel_statistics import worked_on
+from attackroute.analysis.criteria import MEASURES, ChannelScores
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
@@ -28,9 +28,6 @@ ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
 Baselines = Mapping[str, "Route | ChannelScores"]
 """Controls by name: routes by other criteria, or scores of channels that give routes of any size."""
 
-SAMPLE_BASELINES: Mapping[str, Measure] = {"activation": activations, "gradient": gradients}
-"""Criteria that rank the channels for one sample."""
-
 Router = Callable[[Tensor, "Tensor | None"], dict[str, InstanceRoutes]]
 """``(images, labels) -> routes`` by criterion, on the CPU."""
 
@@ -43,23 +40,12 @@ class Ranking:
     draw: int | None  # seed of a random ranking; None for other criteria
     order: Mapping[str, Sequence[int]]  # for each layer, in forward order, the channels that may be chosen, best first
     channels: Mapping[str, int]  # for each layer, how many it has
-    whole: bool = False  # only all of ``order`` can be chosen, since nothing ranks its channels
 
     @classmethod
-    def of_route(cls, route: Route, criterion: str = ROUTE) -> Ranking:
-        """Channels by falling frequency, ties to the lower index, so that sets are those of ``aggregate(width)``.
-
-        A route without frequencies, such as one that :func:`attackroute.rank_channels` gives, is taken whole.
-        """
-        if route.frequency is None:
-            return cls(criterion, None, route.indices, route.channels, whole=True)
-        return cls(criterion, None, _descending(route.frequency), route.channels)
-
-    @classmethod
-    def of_scores(cls, scores: ChannelScores, criterion: str) -> Ranking:
-        """Channels by falling score, ties to the lower index."""
-        channels = {layer: len(values) for layer, values in scores.values.items()}
-        return cls(criterion, None, _descending(scores.values), channels)
+    def of_scores(cls, scores: Mapping[str, Tensor], criterion: str) -> Ranking:
+        """Channels by falling score, ties to the lower index: a route's frequencies give sets as ``aggregate`` does."""
+        order = {layer: values.sort(descending=True, stable=True).indices.tolist() for layer, values in scores.items()}
+        return cls(criterion, None, order, {layer: len(values) for layer, values in scores.items()})
 
     @classmethod
     def off_route(cls, route: Route, seed: int) -> Ranking:
@@ -82,8 +68,7 @@ class Ranking:
         channels = {layer: count for layer, count in self.channels.items() if layer in chosen}
         sizes = {layer: kept(share, count) if share else 0 for layer, count in channels.items()}
         for layer, size in sizes.items():
-            available = len(self.order[layer])
-            if size > available or (self.whole and size != available):
+            if size > len(self.order[layer]):
                 return None
         origin = Provenance(0, share, seed=self.draw, criterion=self.criterion) if share else None
         return Route({layer: self.order[layer][:size] for layer, size in sizes.items()}, channels, None, origin)
@@ -109,7 +94,7 @@ class Comparison:
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
         """The route's ranking first, then random ones off it, then the baselines'; on some of the route's layers."""
         route = self.route if layers is None else self.route.restrict(layers)
-        rankings = [Ranking.of_route(route)]
+        rankings = [Ranking.of_scores(_frequencies(route), ROUTE)]
         for layer in route if len(self.seeds) else ():
             if len(route.indices[layer]) == route.channels[layer]:
                 raise UserError(
@@ -120,12 +105,9 @@ class Comparison:
         for name, other in self.baselines.items():
             if name in (ROUTE, RANDOM, OFF_ROUTE):
                 raise UserError(f"a baseline must not be called {name!r}: give it the name of its criterion")
-            sizes = other.channels if isinstance(other, Route) else {at: len(v) for at, v in other.values.items()}
-            route.check(sizes, f"baseline {name!r}")
-            if isinstance(other, Route):
-                rankings.append(Ranking.of_route(other.restrict(route), name))
-            else:
-                rankings.append(Ranking.of_scores(replace(other, values={at: other.values[at] for at in route}), name))
+            scores = _frequencies(other) if isinstance(other, Route) else other.values
+            route.check({at: len(values) for at, values in scores.items()}, f"baseline {name!r}")
+            rankings.append(Ranking.of_scores({at: scores[at] for at in route}, name))
         return rankings
 
 
@@ -133,11 +115,6 @@ def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tu
     """Bool masks (C,) of a layer by criterion and draw: the route, all others as ``"off-route"``, then controls."""
     routes = {(each.criterion, each.draw): each.route(share, [layer]) for each in rankings}
     masks = {label: route.mask(layer) for label, route in routes.items() if route is not None}
-    if (ROUTE, None) not in masks:
-        raise UserError(
-            f"the route has no frequencies, so that it cannot give a share of {share} of layer {layer!r}: aggregate it "
-            "from instance routes, or ask for the share that it has"
-        )
     on_route = masks.pop((ROUTE, None))
     return {(ROUTE, None): on_route, (OFF_ROUTE, None): ~on_route, **masks}
 
@@ -153,8 +130,10 @@ def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
     return tuple(ascending)
 
 
-def _descending(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
-    return {layer: values.sort(descending=True, stable=True).indices.tolist() for layer, values in scores.items()}
+def _frequencies(route: Route) -> Mapping[str, Tensor]:
+    if route.frequency is None:
+        raise UserError("the route has no frequencies by which to rank its channels: aggregate it from instance routes")
+    return route.frequency
 
 
 def sample_routes(
@@ -164,7 +143,7 @@ def sample_routes(
     *,
     attack: Attack | None = None,
     config: TraceConfig | None = None,
-    baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
+    baselines: Sequence[str] = tuple(MEASURES),
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> dict[str, InstanceRoutes]:
@@ -172,7 +151,7 @@ def sample_routes(
 
     Without labels the model's own predictions take their place. With an attack, what it makes of the images is traced;
     where the routes follow noise, its noise, and the baselines are those of the images themselves. Each of these, names
-    of :data:`SAMPLE_BASELINES`, costs one more forward pass.
+    of :data:`MEASURES`, costs one more forward pass.
     """
     config = config or TraceConfig()
     noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
@@ -193,7 +172,7 @@ def batch_router(
     *,
     noise_of: Attack | None = None,
     config: TraceConfig,
-    baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
+    baselines: Sequence[str] = tuple(MEASURES),
 ) -> Router:
     """Routes of one batch after another, as :func:`sample_routes` has them; a probe shows the frozen model's layers."""
     tracer = Tracer.probe(model, probe, width, attack=noise_of, config=config)
@@ -202,7 +181,7 @@ def batch_router(
         routes = {ROUTE: tracer.trace(images, labels)}
         answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
         for by in baselines:
-            values = SAMPLE_BASELINES[by](model, images, labels, linear=config.linear).values
+            values = MEASURES[by](model, images, labels, linear=config.linear).values
             routes[by] = InstanceRoutes(
                 {layer: pack(top_k(sizes, width)) for layer, sizes in values.items()},
                 {layer: sizes.shape[1] for layer, sizes in values.items()},

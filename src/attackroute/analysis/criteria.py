@@ -34,9 +34,10 @@ from attackroute.routes.route import Route
 from attackroute.tracing.recorder import RecordedLayer, record_first
 from attackroute.tracing.trace import Progress
 
-_MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
+MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
+"""The criteria that rank the channels for one sample, too."""
 _COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {"sensitivity": changes, "attribution": attributions}
-CRITERIA = (*_MEASURES, *_COMPARISONS, "weight", "random")
+CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "random")
 NEED_ATTACK = tuple(_COMPARISONS)
 """The criteria that compare images with attacked ones."""
 
@@ -60,11 +61,7 @@ class ChannelScores:
     attack: str | None = None
 
     def route(self, width: float = 0.3) -> Route:
-        """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index.
-
-        Raises:
-            UserError: The width is outside (0, 1], or a score is NaN.
-        """
+        """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index."""
         origin = Provenance(self.samples, width, attack=self.attack, seed=self.seed, criterion=self.by)
         return Route.from_masks({layer: top_k(scores, width) for layer, scores in self.values.items()}, None, origin)
 
@@ -148,7 +145,7 @@ def channel_scores(
     """
     if by not in CRITERIA:
         raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
-    measure = _MEASURES.get(by)
+    measure = MEASURES.get(by)
     if by in NEED_ATTACK:
         if attack is None:
             raise UserError(
@@ -181,10 +178,6 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
     one. A sink, which no route layer follows, is scored by its own kernel, ``sum over i, u of |W_l[m, i, u]|``.
 
     For each layer, float64 ``(C,)`` on the CPU.
-
-    Raises:
-        MixedChannelsError: Something between two layers mixes channels or positions, so that no weight belongs to a
-            channel.
     """
     norms = {index: torch.zeros(layer.channels, dtype=torch.float64) for index, layer in enumerate(layers)}
     sinks = set(norms)

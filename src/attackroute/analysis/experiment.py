@@ -2,9 +2,9 @@
 
 The command's help, the files, the figures and the report's sections all follow from what the file declares::
 
-    @experiment("mine", order=8, title="My section of the report", help="what it measures, in half a line")
+    @experiment("mine", order=8, title="My section of the report")
     def run(study: Study, progress: Progress) -> Mine:
-        ...
+        'What it measures, in half a line, for the command's help.'
 
 where ``Mine`` is an :class:`ExperimentResult`.
 """
@@ -26,6 +26,7 @@ from attackroute.analysis.study import Study
 from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.files import made_folder
 from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
 
@@ -62,35 +63,32 @@ Run = Callable[[Study, Progress], ExperimentResult]
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment on a study.
+    """One experiment on a study."""
 
-    Attributes:
-        name: What it is called on the command line, and what its files are called.
-        order: Its place among the others.
-        title: Of its section in the report.
-        help: What it measures, for the command's help.
-        run: Measures it on a study, and calls ``progress(done, in all or None)`` meanwhile.
-    """
+    name: str  # on the command line, and of its files
+    order: int  # its place among the others
+    title: str  # of its section in the report
+    run: Run  # measures it on a study, and calls ``progress(done, in all or None)`` meanwhile
 
-    name: str
-    order: int
-    title: str
-    help: str
-    run: Run
+    @property
+    def help(self) -> str:
+        """What it measures, for the command's help."""
+        line = (self.run.__doc__ or "").partition("\n")[0].rstrip(".")
+        return line[:1].lower() + line[1:]
 
     def carry_out(self, study: Study) -> tuple[ExperimentResult, Document]:
         """Run it and write its files, the document last, so that where it is, all is there."""
         started = time.perf_counter()
         with study.progress(f"images, {self.name}") as progress:
             result = self.run(study, progress)
+        writes = study.folder is not None and leading()
+        figures = result.figures() if writes else {}
         about = {"title": self.title, "order": self.order, "seconds": time.perf_counter() - started}
-        if study.folder is None or not leading():
-            return result, result.document(study.all_settings, **about)
-        figures = result.figures()
-        for name, figure in figures.items():
-            save_figure(figure, study.folder, name)
         document = result.document(study.all_settings, **about, figures=list(figures))
-        document.save(study.folder, self.name)
+        if study.folder is not None and writes:
+            for name, figure in figures.items():
+                save_figure(figure, study.folder, name)
+            document.save(study.folder, self.name)
         return result, document
 
     def finished(self, study: Study) -> Document | None:
@@ -107,11 +105,11 @@ class Experiment:
 _registered: dict[str, Experiment] = {}
 
 
-def experiment(name: str, *, order: int, title: str, help: str) -> Callable[[Run], Run]:
+def experiment(name: str, *, order: int, title: str) -> Callable[[Run], Run]:
     """Register a function as an experiment; see :class:`Experiment`."""
 
     def register(run: Run) -> Run:
-        _registered[name] = Experiment(name, order=order, title=title, help=help, run=run)
+        _registered[name] = Experiment(name, order=order, title=title, run=run)
         return run
 
     return register
@@ -125,11 +123,7 @@ def all_experiments() -> dict[str, Experiment]:
 
 
 def chosen_experiments(names: Sequence[str] | None) -> list[Experiment]:
-    """Some experiments, in order; all where ``names`` is None.
-
-    Raises:
-        UserError: There is none of some name.
-    """
+    """Some experiments, in order; all where ``names`` is None."""
     experiments = all_experiments()
     for name in names or ():
         if name not in experiments:
@@ -165,10 +159,7 @@ def analyze(
     """
     chosen = chosen_experiments(experiments)
     if study.folder is not None and leading():
-        try:
-            study.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{study.folder}: cannot be made: {error.strerror}; choose another folder") from None
+        made_folder(study.folder)
     if not resume and study.layers is not None:  # so that a wrong layer is named before anything has run
         study.routes[ROUTE].aggregate(study.share).restrict(study.layers)
     documents: dict[str, Document] = {}

@@ -120,12 +120,11 @@ def layer_evidence(
         maps = layer_maps(calls[-1], leaves[-1], sizes, grid)
         classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
         classes = checked_labels(classes, logits.shape[1], images.shape[0])
-        if not logits.requires_grad:
-            raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
         chosen = logits.gather(1, classes[:, None]).sum()
-        gradient = torch.autograd.grad(chosen, leaves[-1], allow_unused=True)[0]
+        reached = logits.requires_grad
+        gradient = torch.autograd.grad(chosen, leaves[-1], allow_unused=True)[0] if reached else None
     if gradient is None:
-        raise UserError(f"the logits do not depend on layer {layer!r}")
+        raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
     slopes = layer_maps(calls[-1], gradient, sizes, grid)
     if gradient.count_nonzero() and not slopes.count_nonzero():
         raise UserError(

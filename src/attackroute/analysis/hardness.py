@@ -7,9 +7,8 @@ Gradients are in logarithms, right at any confidence: a sample with ``p = 1.0`` 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import gradients, labelled, worked_on
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
-from attackroute.core.files import HARDNESS_KIND, file_errors, read_tensors, write_tensors
 from attackroute.core.model_state import explained, frozen
 from attackroute.core.table import Table, plural
 from attackroute.routes.layer_map import require_channels, require_model, require_same
@@ -29,7 +27,6 @@ from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
 _LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
-_TENSORS = ("log_gradients", "labels", "predictions")  # in each file
 
 
 def hardness(
@@ -73,17 +70,6 @@ class Hardness:
     log_gradients: Tensor
     labels: Tensor
     predictions: Tensor
-
-    def __post_init__(self) -> None:
-        shape = (len(self.labels), len(self.route))
-        if self.log_gradients.shape != shape or self.predictions.shape != shape[:1] or self.labels.ndim != 1:
-            raise UserError(
-                f"hardness of {shape[0]} samples on {plural(shape[1], 'layer')} needs gradients of shape {shape}, not "
-                f"{tuple(self.log_gradients.shape)}, and one label and prediction for each sample"
-            )
-        values = self.log_gradients
-        if values.dtype != torch.float64 or not bool((values < torch.inf).all()):
-            raise UserError("hardness needs float64 logarithms of gradients, none of them NaN or infinite")
 
     @classmethod
     def from_gradients(cls, samples: SampleGradients, route: Route, index: int = 0) -> Hardness:
@@ -170,28 +156,6 @@ class Hardness:
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything as safetensors, replacing a file of that name in one step.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
-        body = replace(self.route, frequency=None).to_json()
-        write_tensors(path, HARDNESS_KIND, body, {name: getattr(self, name) for name in _TENSORS})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Hardness:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: The file is missing, damaged or something else.
-        """
-        body, tensors = read_tensors(path, HARDNESS_KIND)
-        with file_errors(path):
-            if missing := set(_TENSORS) - set(tensors):
-                raise UserError(f"holds no {sorted(missing)[0]}")
-            return cls(Route.from_json(body), **{name: tensors[name] for name in _TENSORS})
-
     def _first(self, count: int, among: Tensor | None, *, descending: bool) -> Tensor:
         order: Tensor = self.values.sort(descending=descending, stable=True).indices
         if among is not None:
@@ -203,25 +167,16 @@ class Hardness:
 
 @dataclass(frozen=True, eq=False)
 class SampleGradients:
-    """What the loss L, the cross entropy, says of N samples in their order, on the CPU, and all but classes in float64.
+    """What the loss, the cross entropy, says of N samples in their order: on the CPU, in float64 but for classes."""
 
-    Attributes:
-        log_gradients: ``(N, R, L)``, R routes of L layers: log of the sum over the layer's route neurons of
-            ``|dL/dZ|`` summed over positions (Eq. (16)). ``-inf`` where no gradient arrives.
-        labels: ``(N,)`` int64.
-        predictions: ``(N,)`` int64.
-        log_losses: ``(N,)``, log of the loss.
-        margins: ``(N,)``, the label's logit less the largest other one.
-        log_input_gradients: ``(N,)``, log of the L1 norm of the loss gradient at the image: what a small step of size
-            eps in the L-infinity ball adds to the loss, over eps.
-    """
-
-    log_gradients: Tensor
-    labels: Tensor
-    predictions: Tensor
-    log_losses: Tensor
-    margins: Tensor
+    log_gradients: Tensor  # (N, R, L), R routes of L layers: log of Eq. (16), -inf where no gradient arrives
+    labels: Tensor  # (N,) int64
+    predictions: Tensor  # (N,) int64
+    log_losses: Tensor  # (N,), log of the loss
+    margins: Tensor  # (N,), the label's logit less the largest other one
     log_input_gradients: Tensor
+    """``(N,)``, log of the L1 norm of the loss gradient at the image: what a small step of size eps in the L-infinity
+    ball adds to the loss, over eps."""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -62,26 +62,30 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HardnessStudy(ExperimentResult):
-    """Hardness of samples, and what attacks did to those that the model classifies correctly.
+    """Hardness of samples, and what attacks did to the C samples that the model classifies correctly.
 
-    Attributes:
-        hardness: Of all samples, ranked among themselves.
-        predictors: For each name, ``(C,)`` numbers of the C correctly classified samples, larger for samples that
-            should be easier to fool; :data:`OURS` is the first.
-        fooled: For each attack, whether it fools the model, bool ``(C,)``.
-        table: How well each predictor ranks each target, which is an attack's success, as
-            :func:`attackroute.core.statistics.associations` has it; a lead is that of V.
+    The table says how well each predictor ranks each target, which is an attack's success, as
+    :func:`attackroute.core.statistics.associations` has it; a lead is that of V.
     """
 
     kind = "hardness"
     table: Table
-    hardness: Hardness
-    predictors: Mapping[str, Floats]
-    fooled: Mapping[str, NDArray[np.bool_]]
+    hardness: Hardness  # of all samples, ranked among themselves
+    predictors: Mapping[str, Floats]  # V's first; (C,) numbers, larger for samples that should be easier to fool
+    fooled: Mapping[str, NDArray[np.bool_]]  # for each attack, whether it fools the model, (C,)
 
     def judged(self, attack: str) -> dict[str, Record]:
         """Each predictor's AUROC for an attack's success, as a row."""
         return {row["predictor"]: row for row in self.table.select(target=attack, statistic=AUROC)}
+
+    def grouped(self, attack: str) -> dict[str, list[Record]]:
+        """These rows by predictor; random neurons share one group, and so do single layers."""
+        judged = self.judged(attack)
+        groups = {name: [judged[name]] for name in (OURS, *self.baselines)}
+        for title, start in ((f"{RANDOM}, draws", RANDOM), ("votes of single layers", f"{LAYER} ")):
+            rows = [row for name, row in judged.items() if name.startswith(start)]
+            groups |= {title: rows} if rows else {}
+        return groups
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -151,14 +155,10 @@ class HardnessStudy(ExperimentResult):
         }
 
     def summary(self) -> Table:
-        """What tells best who is fooled, by attack; random neurons share one row, and so do single layers."""
-        judged = [self.judged(attack) for attack in self.fooled]
-        rows = [(name, *(_value_text(rows[name]) for rows in judged)) for name in (OURS, *self.baselines)]
-        for title, start in ((f"{RANDOM}, draws", RANDOM), ("votes of single layers", f"{LAYER} ")):
-            ranges = [_range_text(rows, start) for rows in judged]
-            if any(ranges):
-                rows.append((title, *ranges))
-        return Table(("predictor", *(f"{attack}, {AUROC}" for attack in self.fooled)), tuple(rows))
+        """What tells best who is fooled, by attack."""
+        groups = [self.grouped(attack) for attack in self.fooled]
+        rows = tuple((name, *(_text(each[name]) for each in groups)) for name in groups[0])
+        return Table(("predictor", *(f"{attack}, {AUROC}" for attack in self.fooled)), rows)
 
     def figures(self) -> dict[str, Figure]:
         """``hardness``: Fig. 6, and V beside its baselines."""
@@ -267,8 +267,8 @@ def _verdict(judged: Mapping[str, Record]) -> str:
     text += f", {_standing(leader, 'the best rival, ')}"
     if paper is not None and paper is not leader and paper["value"] is not None:
         text += f", and {_standing(paper, '')}"
-    draws = _range_text(judged, RANDOM)
-    return f"{text}; V on random neurons {draws}" if draws else text
+    draws = [row for name, row in judged.items() if name.startswith(RANDOM) and row["value"] is not None]
+    return f"{text}; V on random neurons {_text(draws)}" if draws else text
 
 
 def _standing(other: Record, title: str) -> str:
@@ -283,13 +283,15 @@ def _mean_and_median(logs: Tensor) -> tuple[float | None, float | None]:
     return float((logs.logsumexp(0) - np.log(len(logs))).exp()), float(np.median(logs.exp().numpy()))
 
 
-def _value_text(row: Record) -> str:
-    return "not defined" if row["value"] is None else f"{row['value']:.3f} ({row['low']:.2f} to {row['high']:.2f})"
-
-
-def _range_text(judged: Mapping[str, Record], start: str) -> str:
-    values = [row["value"] for name, row in judged.items() if name.startswith(start) and row["value"] is not None]
-    return f"{min(values):.3f} to {max(values):.3f}" if values else ""
+def _text(rows: Sequence[Record]) -> str:
+    """A predictor's value with its interval, or the range of several."""
+    defined = [row for row in rows if row["value"] is not None]
+    if not defined:
+        return "not defined"
+    if len(rows) == 1:
+        return f"{rows[0]['value']:.3f} ({rows[0]['low']:.2f} to {rows[0]['high']:.2f})"
+    values = [row["value"] for row in defined]
+    return f"{min(values):.3f} to {max(values):.3f}"
 
 
 def _figure(study: HardnessStudy) -> Figure:
@@ -298,7 +300,7 @@ def _figure(study: HardnessStudy) -> Figure:
     panels = figure.subplots(2, len(study.fooled), squeeze=False, height_ratios=(1.15, 1))
     for column, attack in enumerate(study.fooled):
         _draw_bins(panels[0, column], study, attack)
-        _draw_baselines(panels[1, column], study.judged(attack), study.baselines, named=column == 0)
+        _draw_baselines(panels[1, column], study.grouped(attack), named=column == 0)
     panels[0, 0].set_ylabel("samples", fontsize=9)
     figure.suptitle(f"How hard the model is to fool on each of {len(study.hardness)} images", fontsize=11)
     return figure
@@ -320,20 +322,15 @@ def _draw_bins(axes: Axes, study: HardnessStudy, attack: str) -> None:
     axes.legend(fontsize=7, loc="upper left", frameon=False, ncols=2, handlelength=1.2, columnspacing=1.0)
 
 
-def _draw_baselines(axes: Axes, judged: Mapping[str, Record], baselines: Sequence[str], *, named: bool) -> None:
+def _draw_baselines(axes: Axes, groups: Mapping[str, list[Record]], *, named: bool) -> None:
     """A row for each predictor with its interval; random neurons and single layers as dots in one row each."""
-    defined = {name: row for name, row in judged.items() if row["value"] is not None}
-    groups: Mapping[str, list[Record]] = {
-        **{name: [defined[name]] if name in defined else [] for name in (OURS, *baselines)},
-        RANDOM: [row for name, row in defined.items() if name.startswith(RANDOM)],
-        "votes of single layers": [row for name, row in defined.items() if name.startswith(f"{LAYER} ")],
-    }
-    for place, (name, rows) in enumerate(groups.items()):
-        colour = ROUTE_COLOUR if name == OURS else _BASELINE if name in baselines else _GREY
-        for row in rows:
-            if len(rows) == 1:
-                axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2, alpha=0.5)
-            axes.plot([row["value"]], [place], "o", color=colour, markersize=5 if len(rows) == 1 else 3)
+    defined = [(place, row) for place, rows in enumerate(groups.values()) for row in rows if row["value"] is not None]
+    for place, row in defined:
+        name = row["predictor"]
+        colour = ROUTE_COLOUR if name == OURS else _BASELINE if name in groups else _GREY
+        if name in groups:
+            axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2, alpha=0.5)
+        axes.plot([row["value"]], [place], "o", color=colour, markersize=5 if name in groups else 3)
     tidy(axes, "x")
     axes.set_yticks(range(len(groups)), list(groups) if named else [])
     axes.set_ylim(len(groups) - 0.4, -0.6)

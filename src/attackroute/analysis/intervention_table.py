@@ -6,12 +6,11 @@ Only samples that the untouched network gets right when they are clean count; on
 from __future__ import annotations
 
 import statistics
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
 from attackroute.core.statistics import CLEAR, Accuracy, sign_test
-from attackroute.core.table import Record, Table
+from attackroute.core.table import Record, Table, plural
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.route import Route
 
@@ -79,11 +78,15 @@ class InterventionTable(ExperimentResult):
 
     helps: ClassVar[bool] = False
     """Whether the intervention raises accuracy where it meets what matters."""
+    opening: ClassVar[str]
+    """How the reading begins, as a format of the table."""
 
     @property
-    @abstractmethod
-    def opening(self) -> str:
-        """How the reading begins."""
+    def cases(self) -> str:
+        """What verdicts are counted by; where kernels are weakened, into which."""
+        if self.main_beta is not None:
+            return "" if self.targets is None else f", into {plural(len(self.targets), 'layer')},"
+        return "layers" if len(self.attacks) == 1 else "layers and attacks"
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -158,7 +161,7 @@ class InterventionTable(ExperimentResult):
                 counts = f"{verdicts.count(BEATS)} (loses in {verdicts.count(LOSES)}) of {len(verdicts)}"
                 scores.append(f"{name} in {counts}")
         beaten = f"the route beats {', '.join(scores)}" if scores else "no control"
-        return f"{self.opening} {beaten}."
+        return f"{self.opening.format(self)} {beaten}."
 
     def about(self) -> dict[str, Any]:
         """What the measurements have in common, and the verdicts."""
@@ -211,12 +214,8 @@ def _spread_text(values: Sequence[float]) -> str:
 T = TypeVar("T", bound=InterventionTable)
 
 
-class Change(NamedTuple):
-    """An intervention, the same whichever criterion asked for it; no channels for the untouched network."""
-
-    channels: Route | None
-    attack: str | None
-    beta: float | None
+Change = tuple[Route | None, str | None, float | None]
+"""Channels, attack and factor, the same whichever criterion asked for them; no channels for the untouched network."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,8 @@ class Trial:
         """The intervention that it comes to: none without any channel, or with a factor of 1."""
         setting = self.setting
         if self.channels is None or self.channels.size == 0 or setting.beta == 1:
-            return Change(None, setting.attack, None)
-        return Change(self.channels, setting.attack, setting.beta)
+            return None, setting.attack, None
+        return self.channels, setting.attack, setting.beta
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +270,6 @@ def measure(
     trials = _planned(rankings, settings)
     changes = list(dict.fromkeys(trial.change for trial in trials))
     position = {change: index for index, change in enumerate(changes)}
-    names = list(dict.fromkeys(change.attack for change in changes))
     columns = torch.tensor([position[trial.change] for trial in trials])
     route = {trial.setting: position[trial.change] for trial in trials if trial.criterion == ROUTE}
     # the route in the same setting; a trial's own column where the route was not measured
@@ -287,18 +285,20 @@ def measure(
         clean = correct_when_clean(model, images, labels, record, compared.at)
         correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
         done = 0
-        for name in names if len(clean.images) else ():
+        for name in dict.fromkeys(attack for _, attack, _ in changes) if len(clean.images) else ():
             inputs = clean.images
             if name is not None and attacks is not None:
                 inputs, _ = attacked(model, attacks[name], clean.images, clean.labels)
-            for change in (change for change in changes if change.attack == name):
-                channels = change.channels
+            for channels, attack, beta in changes:
+                if attack != name:
+                    continue
+                at = position[channels, attack, beta]
                 if name is None and channels is None:
-                    correct[position[change]] = True  # these are the samples that count
+                    correct[at] = True  # these are the samples that count
                 else:
-                    with nullcontext() if channels is None else intervene(channels, change.beta, clean):
+                    with nullcontext() if channels is None else intervene(channels, beta, clean):
                         logits = checked_logits(model(inputs.clone()), len(inputs))
-                    correct[position[change]] = (logits.argmax(1) == clean.labels).cpu()
+                    correct[at] = (logits.argmax(1) == clean.labels).cpu()
                 done += 1
                 if progress is not None:
                     progress((samples + ahead) * len(changes) + done * len(images), total)

@@ -76,9 +76,9 @@ def transplant(
     Args:
         model: Any network.
         clean: The clean images, as many and of the same shape as those that the model will meet, in the same order:
-            they run once, on entry, in the model's mode and under the interventions that are active, and only the
-            chosen channels are kept. Or what :func:`record_outputs` made of them at the same place, which serves any
-            number of transplants. Either way they are constants to autograd.
+            they run once, on entry, in the model's mode and under the interventions that are active. Or what
+            :func:`record_outputs` made of them at the same place, which serves any number of transplants. Either way
+            they are constants to autograd.
         route: The channels, as traced; linear maps may be among the layers.
         layers: Some of the route's layers; None for all of them.
         at: Where the channels are replaced, as for :func:`deactivate`.
@@ -89,12 +89,8 @@ def transplant(
     """
     chosen = _chosen(model, route, layers)
     indices = _indices(chosen)
-    picked = isinstance(clean, Tensor)  # then the route's channels alone are kept
-    if isinstance(clean, Tensor):
-        outputs: Mapping[str, Tensor] = _recorded(model, clean, chosen.channels, at, indices)
-    elif isinstance(clean, Mapping):
-        outputs = clean
-    else:
+    outputs = record_outputs(model, clean, chosen, at=at) if isinstance(clean, Tensor) else clean
+    if not isinstance(outputs, Mapping):
         raise UserError(f"clean is {type(clean).__name__}, neither images nor clean outputs by layer")
     for layer in chosen:
         if not isinstance(outputs.get(layer), Tensor):
@@ -102,17 +98,13 @@ def transplant(
 
     def grafted(layer: str, dim: int, values: Tensor) -> Tensor:
         index, kept = indices(layer, values.device), outputs[layer]
-        expected = list(values.shape)
-        if picked:
-            expected[dim] = len(index)
-        if list(kept.shape) != expected:
+        if kept.shape != values.shape:
             raise UserError(
-                f"layer {layer!r} gives {tuple(expected)} here but {tuple(kept.shape)} for the clean images: "
+                f"layer {layer!r} gives {tuple(values.shape)} here but {tuple(kept.shape)} for the clean images: "
                 "both batches must have the same images in the same order"
             )
         kept = kept.to(values.device, values.dtype)  # not to(values), which a follower would take for a use of it
-        if not picked:
-            kept = kept.index_select(dim, index)
+        kept = kept.index_select(dim, index)
         return values.clone().index_copy_(dim, index, kept)  # a clone keeps the memory format
 
     with LayerEdits(chosen.channels, grafted, at).applied_to(model):
@@ -207,28 +199,16 @@ def record_outputs(model: nn.Module, x: Tensor, layers: Iterable[str], *, at: st
         UserError: The model cannot run on the images, a layer does not run, or has no activation of its own with
             ``at="activation"``.
     """
-    return _recorded(model, x, dict.fromkeys([layers] if isinstance(layers, str) else layers), at)
-
-
-def _recorded(
-    model: nn.Module,
-    images: Tensor,
-    channels: Mapping[str, int | None],
-    at: str,
-    indices: Callable[[str, torch.device], Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Copies of layers' outputs, of all channels or of chosen ones, from one pass that leaves the buffers alone."""
     outputs: dict[str, Tensor] = {}
 
     def keep(layer: str, dim: int, values: Tensor) -> Tensor:
-        kept = values.detach()
-        outputs[layer] = kept.clone() if indices is None else kept.index_select(dim, indices(layer, values.device))
+        outputs[layer] = values.detach().clone()
         return values.view_as(values)  # a tensor of its own, since an activation in place gives what was followed
 
-    edits = LayerEdits(channels, keep, at)
+    edits = LayerEdits(dict.fromkeys([layers] if isinstance(layers, str) else layers), keep, at)
     apart = spared_buffers(model)
-    with explained(images), apart, torch.inference_mode(False), torch.no_grad(), edits.applied_to(model):
-        model(images.clone())  # a copy, since a model may work on its input in place
+    with explained(x), apart, torch.inference_mode(False), torch.no_grad(), edits.applied_to(model):
+        model(x.clone())  # a copy, since a model may work on its input in place
     return outputs
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
 BASELINES = ("activation", "weight", "gradient", "sensitivity", "attribution")
 SAMPLE_WIDTH = 0.2
 """Share of each layer's channels on a sample's route, as the paper has it."""
-
-
-@contextmanager
-def _unseen(_: str) -> Iterator[Progress]:
-    """Show no progress."""
-    yield lambda done, total: None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +72,7 @@ class Study:
     folder: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: Callable[[str], None] = field(default=lambda text: None)
-    progress: Callable[[str], AbstractContextManager[Progress]] = _unseen
+    progress: Callable[[str], AbstractContextManager[Progress]] = lambda unit: nullcontext(lambda done, total: None)
 
     def __post_init__(self) -> None:
         if not self.attacks:

@@ -120,7 +120,6 @@ def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
 
     ranked = study.hardness
     replace_file(folder / "hardness-images.csv", ranked.table.to_csv().encode())
-    ranked.save(folder / "hardness.safetensors")
     for name, figure in study.figures().items():
         save_figure(figure, folder, name)
     count, correct = min(_DRAWN, len(ranked)), min(_DRAWN, study.correct)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.experiment import Experiment, ExperimentResult, all_experiments
-from attackroute.analysis.experiments.deactivate import deactivate_accuracy
+from attackroute.analysis.experiments.interventions import deactivate_accuracy, leading_groups, transplant_accuracy
 from attackroute.analysis.experiments.occurrence import measure_occurrence
-from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
 from attackroute.analysis.hardness_experiment import study_hardness
 from attackroute.analysis.intervention_table import correct_when_clean
 from attackroute.analysis.interventions import record_outputs
@@ -188,7 +187,7 @@ def hardness(study: Study, progress: Progress) -> ExperimentResult:
 
 def _experiments(*runs: Callable[[Study, Progress], ExperimentResult]) -> dict[str, Experiment]:
     named = {run.__name__.replace("_", "-"): run for run in runs}
-    return {name: Experiment(name, order=0, title=name, help=run.__doc__ or "", run=run) for name, run in named.items()}
+    return {name: Experiment(name, order=0, title=name, run=run) for name, run in named.items()}
 
 
 _ALL = all_experiments()

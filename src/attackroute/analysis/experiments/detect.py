@@ -119,14 +119,9 @@ class Detection(ExperimentResult):
         return {"detect": _figure(self)}
 
 
-@experiment(
-    "detect",
-    order=7,
-    title="Detection: whether an image's route gives an attack away",
-    help="whether an image's route gives an attack away",
-)
+@experiment("detect", order=7, title="Detection: whether an image's route gives an attack away")
 def run(study: Study, progress: Progress) -> Detection:
-    """The experiment on a study's images, by influence."""
+    """Whether an image's route gives an attack away."""
     if study.config.follows_noise:
         study.note("note: detect goes by influence, since an image to judge has no clean partner")
     return detect(
@@ -308,12 +303,12 @@ def _figure(result: Detection) -> Figure:
             for index, row in enumerate(rows):
                 at = place + (index - (len(rows) - 1) / 2) * 0.14
                 errors = [[row["auroc"] - row["auroc_low"]], [row["auroc_high"] - row["auroc"]]]
-                drawn = left.errorbar(at, row["auroc"], errors, elinewidth=1.2, capsize=2, **look(score).point)
+                drawn = left.errorbar(at, row["auroc"], errors, elinewidth=1.2, capsize=2, **look(score, line=False))
             handles[score + (f" ({len(rows)} draws)" if len(rows) > 1 else "")] = drawn
             by_layer = [result.rows(attack, score, layer) for layer in layers]
             if all(by_layer):
                 values = [[row["auroc"] for row in each] for each in by_layer]
-                draw_spread(right, range(len(layers)), values, look(score))
+                draw_spread(right, range(len(layers)), values, score)
         counts = result.rows(attack, ROUTE)[0]
         left.set_title(f"{attack}\n{counts['attacked']} attacked, {counts['clean']} clean", fontsize=8, loc="left")
         right.set_title("by the routes of one layer", fontsize=8, loc="left")

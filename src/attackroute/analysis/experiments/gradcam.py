@@ -134,14 +134,9 @@ class GradCam(ExperimentResult):
         return {**maps, "gradcam-measures": _measures_figure(self)}
 
 
-@experiment(
-    "gradcam",
-    order=6,
-    title="Grad-CAM: where the channels look",
-    help="where the route's channels look, and the others (Fig. 5)",
-)
+@experiment("gradcam", order=6, title="Grad-CAM: where the channels look")
 def run(study: Study, progress: Progress) -> GradCam:
-    """The experiment on a study's images, in the last layer whose maps show something."""
+    """Where the route's channels look, and the others (Fig. 5)."""
     layer = _mapped_layer(study)
     result = measure_gradcam(study.comparison(progress), layer, study.attacks)
     panels = map_panels(study.model, *study.examples(), study.route.mask(layer), layer, study.attack, study.at)
@@ -283,7 +278,7 @@ def _measures_figure(result: GradCam) -> Figure:
     panels = figure.subplots(1, 4, sharey=True)
     for axes, (measure, text) in zip(panels, _MEASURES.items(), strict=True):
         for (row, criterion), (index, images) in product(enumerate(result.criteria), enumerate(cases)):
-            style = _mark(index, look(criterion).colour)
+            style = _mark(index, look(criterion)["color"])
             for each in result.rows(images, criterion, measure):
                 error = each["mean"] - each["low"]
                 at, alpha = row + (index - (len(cases) - 1) / 2) * 0.2, 1 if each["draw"] is None else 0.6

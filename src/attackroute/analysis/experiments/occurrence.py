@@ -102,14 +102,9 @@ class Occurrence(ExperimentResult):
         return {"occurrence": _figure(self)}
 
 
-@experiment(
-    "occurrence",
-    order=1,
-    title="Occurrence, clean and attacked",
-    help="how much samples' routes have in common (Table 1), clean and attacked",
-)
+@experiment("occurrence", order=1, title="Occurrence, clean and attacked")
 def run(study: Study, progress: Progress) -> Occurrence:
-    """The experiment on a study's reference images."""
+    """How much samples' routes have in common (Table 1), clean and attacked."""
     # where routes follow noise, there is no route of clean images, and that of the first attack is known
     follows = study.config.follows_noise
     first, *others = study.attacks
@@ -217,14 +212,14 @@ def _figure(result: Occurrence) -> Figure:
     for name, _ in result.names(OCCURRENCE):
         values = [[100 * value for value in result.values(layer, OCCURRENCE, name)] for layer in layers]
         draws = f" (mean, range of {len(values[0])})" if len(values[0]) > 1 else ""
-        line = draw_spread(upper, range(len(layers)), values, look(name), alpha=0.3)
+        line = draw_spread(upper, range(len(layers)), values, name, alpha=0.3)
         handles[f"{name}{' images' if not handles else ''}{draws}"] = line
     upper.set_ylim(0, 104)
     upper.set_ylabel("occurrence in %", fontsize=9)
     title = f"Mean frequency of the most frequent {result.share:.0%} of channels on {result.samples} images' routes"
     upper.set_title(title, fontsize=9)
     classes: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": "--"}
-    overlaps = [(OVERLAP, of, beside, beside, look(str(beside)).line) for of, beside in result.names(OVERLAP)]
+    overlaps = [(OVERLAP, of, beside, beside, look(str(beside))) for of, beside in result.names(OVERLAP)]
     overlaps += [(CLASSES, of, None, "pairs of classes (mean)", classes) for of, _ in result.names(CLASSES)]
     for measure, of, beside, text, style in overlaps:
         (line,) = lower.plot([result.values(layer, measure, of, beside)[0] for layer in layers], **style)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +25,11 @@ from attackroute.robustness.attack import Attack, attacked
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SENSITIVITY, GRADIENT = "sensitivity", "gradient"
 _QUANTILES = {"minimum": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "maximum": 1.0}
-_DRAWN = ("mean", "median", "q25", "q75", "q05", "q95")
 _Quantity = tuple[str, "str | None"]  # with its attack
-_FACES = {ROUTE: "#F6C7A3", OFF_ROUTE: "#D9D9D9"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class Sensitivity(ExperimentResult):
         return list(self.table.select(layer=layer, quantity=quantity, attack=attack, criterion=criterion))
 
     @cached_property
-    def verdicts(self) -> list[Record]:
+    def verdicts(self) -> Table:
         """For each layer and control: the route's mean over the control's, and whether it beats every draw."""
         verdicts = []
         for quantity, attack in self.quantities:
@@ -73,16 +71,15 @@ class Sensitivity(ExperimentResult):
                         label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
                         verdict = {"beats": route > max(means), "loses": route < min(means)}
                         verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
-        return verdicts
+        return Table.of(verdicts)
 
     def reading(self) -> str:
         """One sentence: in how many layers the route's mean is higher than the others', by quantity and control."""
-        verdicts = Table.of(self.verdicts)
         clauses = []
         for quantity, attack in self.quantities:
             counts = []
             for criterion in self.criteria[1:]:
-                beats = verdicts.select(quantity=quantity, attack=attack, control=criterion).column("beats")
+                beats = self.verdicts.select(quantity=quantity, attack=attack, control=criterion).column("beats")
                 name = "every random draw" if criterion == RANDOM else criterion
                 counts.append(f"{name} in {sum(beats)} of {len(beats)}")
             clauses.append(f"{_title(quantity, attack)} is higher than {', '.join(counts)}")
@@ -95,7 +92,7 @@ class Sensitivity(ExperimentResult):
             "gradient_is": "mean over clean samples of |dL/dZ|, summed over positions",
             "share": self.share,
             "samples": self.samples,
-            "verdicts": self.verdicts,
+            "verdicts": self.verdicts.to_json(),
         }
 
     def summary(self) -> Table:
@@ -111,18 +108,13 @@ class Sensitivity(ExperimentResult):
         return Table(tuple(head), tuple(rows))
 
     def figures(self) -> dict[str, Figure]:
-        """``sensitivity``: Fig. 2 as boxes."""
+        """``sensitivity``: Fig. 2."""
         return {"sensitivity": _figure(self)}
 
 
-@experiment(
-    "sensitivity",
-    order=2,
-    title="Sensitivity and gradients of the route's channels",
-    help="how much neurons move under attack, and the loss with them (Fig. 2)",
-)
+@experiment("sensitivity", order=2, title="Sensitivity and gradients of the route's channels")
 def run(study: Study, progress: Progress) -> Sensitivity:
-    """The experiment on a study's images."""
+    """How much neurons move under attack, and the loss with them (Fig. 2)."""
     return measure_sensitivity(study.comparison(progress), study.attacks)
 
 
@@ -185,24 +177,22 @@ def _title(quantity: str, attack: str | None) -> str:
 
 
 def _figure(result: Sensitivity) -> Figure:
-    """One panel for each quantity: boxes of the route and of all other neurons, marks for the means of controls."""
+    """One panel for each quantity: the spread of each set's neurons by layer."""
     quantities, layers = result.quantities, result.layers
     figure = new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(quantities) + 1.3)
     panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
-    controls = [name for name in result.criteria if name not in _FACES]
+    step = 0.7 / max(1, len(result.criteria) - 1)
     handles: dict[str, Any] = {}
     for axes, (quantity, attack) in zip(panels, quantities, strict=True):
-        for place, layer in enumerate(layers):
-            for side, criterion in enumerate(_FACES):
-                for row in result.rows(layer, quantity, attack, criterion):
-                    handles[label(criterion)] = _box(axes, row, place - 0.27 + 0.2 * side)
-            for index, criterion in enumerate(controls):
-                means = [row["mean"] for row in result.rows(layer, quantity, attack, criterion)]
-                if means:
-                    at = place + 0.1 + 0.34 * index / max(1, len(controls) - 1)
-                    suffix = f"mean of {len(means)}" if len(means) > 1 else "mean"
-                    (mark,) = axes.plot(at, statistics.fmean(means), **look(criterion).point)
-                    handles[f"{criterion} ({suffix})"] = mark
+        for (place, layer), (index, criterion) in product(enumerate(layers), enumerate(result.criteria)):
+            rows, style = result.rows(layer, quantity, attack, criterion), look(criterion, line=False)
+            at = place - 0.35 + index * step
+            for row in rows:
+                axes.vlines(at, row["q05"], row["q95"], color=style["color"], linewidth=0.8, alpha=0.6)
+                axes.vlines(at, row["q25"], row["q75"], color=style["color"], linewidth=2.5, alpha=0.4)
+            if rows:
+                (mark,) = axes.plot(at, statistics.fmean(row["mean"] for row in rows), **style)
+                handles[label(criterion) + (f" ({len(rows)} draws)" if len(rows) > 1 else "")] = mark
         for place in range(len(layers) - 1):
             axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
         axes.set_yscale("log")
@@ -211,18 +201,6 @@ def _figure(result: Sensitivity) -> Figure:
         tidy(axes)
     upright_layers(panels[-1], layers)
     title = f"Neurons on the route ({result.share:.0%} of each layer) and off it, {result.samples} images"
-    figure.suptitle(f"{title}\nboxes: quartiles, whiskers: 5 to 95 % of the neurons, diamond: mean", fontsize=9)
+    figure.suptitle(f"{title}\nmarks: means, thick lines: quartiles, thin lines: 5 to 95 % of the neurons", fontsize=9)
     shared_legend(figure, handles, 3)
     return figure
-
-
-def _box(axes: Axes, row: Record, at: float) -> Any:
-    numbers = dict(zip(("mean", "med", "q1", "q3", "whislo", "whishi"), (row[name] for name in _DRAWN), strict=True))
-    edge = look(row["criterion"]).colour
-    drawn = axes.bxp(
-        [numbers], positions=[at], widths=0.17, showfliers=False, showmeans=True, patch_artist=True,
-        manage_ticks=False, boxprops={"facecolor": _FACES[row["criterion"]], "edgecolor": edge},
-        medianprops={"color": edge}, whiskerprops={"color": edge}, capprops={"color": edge},
-        meanprops={"marker": "D", "markersize": 2.5, "markerfacecolor": edge, "markeredgecolor": "none"},
-    )  # fmt: skip
-    return drawn["boxes"][0]

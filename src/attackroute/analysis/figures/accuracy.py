@@ -19,7 +19,6 @@ from attackroute.analysis.figures.style import (
     upright_layers,
 )
 from attackroute.analysis.intervention_table import InterventionTable, Setting
-from attackroute.core.errors import UserError
 from attackroute.routes.route import Route
 
 if TYPE_CHECKING:
@@ -105,15 +104,10 @@ def factors_figure(table: InterventionTable) -> Figure:
 
 
 def route_figure(route: Route, deactivated: InterventionTable, title: str) -> Figure:
-    """How often samples use each channel, and what deactivating the channels of single layers leaves.
-
-    The route must have frequencies, as one that was aggregated from routes of samples.
-    """
-    if route.frequency is None:
-        raise UserError("the route has no frequencies to draw: aggregate it from instance routes")
+    """How often samples use each channel of a route with frequencies, and what deactivating those of a layer leaves."""
     figure = new_figure(11, 0.55 * len(route) + 2.5)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _draw_frequencies(left, route, route.frequency)
+    _draw_frequencies(left, route, route.frequency or {})
     handles = _draw_remains(right, deactivated)
     figure.suptitle(title, fontsize=12)
     shared_legend(figure, handles, len(handles))
@@ -165,7 +159,7 @@ def _points(
     """Side by side at each setting's place: each criterion's mean, above the range of its draws; the legend's marks."""
     marks: dict[str, Any] = {}
     for index, criterion in reversed(list(enumerate(table.criteria))):  # the route last, on top
-        style = look(criterion)
+        style = look(criterion, line=False)
         for place, setting in enumerate(cases):
             values = [100 * value for value in table.values(setting, criterion)]
             if not values:
@@ -173,8 +167,8 @@ def _points(
             at = place + (index / max(1, len(table.criteria) - 1) - 0.5) * 0.6
             reach, mean = ([at, at], [min(values), max(values)]), ([at], [sum(values) / len(values)])
             if len(values) > 1:
-                axes.plot(*(reach[::-1] if horizontal else reach), color=style.colour, linewidth=1.5)
-            (marks[criterion],) = axes.plot(*(mean[::-1] if horizontal else mean), **style.point)
+                axes.plot(*(reach[::-1] if horizontal else reach), color=style["color"], linewidth=1.5)
+            (marks[criterion],) = axes.plot(*(mean[::-1] if horizontal else mean), **style)
     return {label(name, _draws(table, name)): marks[name] for name in table.criteria if name in marks}
 
 
@@ -191,7 +185,7 @@ def _curves(
         if not points:
             continue
         places, values_at = zip(*points, strict=True)
-        line = draw_spread(axes, places, values_at, look(criterion))
+        line = draw_spread(axes, places, values_at, criterion)
         handles[label(criterion, _draws(table, criterion))] = line
     axes.set_ylim(-4, 104)
     return handles
