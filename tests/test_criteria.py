@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attackroute as ar
-from architectures import CLOSED, MIXED, Dense, Function, Head, Inverted, Perceptron, Residual, chain, randomised
+from architectures import CLOSED, MIXED, Dense, Function, Head, Inverted, Perceptron, Residual, chain, conv, randomised
 from attackroute.analysis.criteria import CRITERIA, NEED_ATTACK, ChannelScores, channel_scores, rank_channels
 from attackroute.core.errors import UserError
 from attackroute.tracing import oracle
@@ -33,13 +33,6 @@ def batch(samples: int = 5) -> tuple[Tensor, Tensor]:
 
 def same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-300)
-
-
-def conv(weight: list[list[float]]) -> nn.Conv2d:
-    """A pointwise convolution without bias."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=False)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    return layer
 
 
 # activation and gradient

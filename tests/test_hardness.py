@@ -14,17 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
-from architectures import CLOSED, MIXED, Function, Perceptron, chain, randomised
+from architectures import CLOSED, MIXED, Function, Perceptron, chain, conv, randomised
 from attackroute.analysis import Hardness
 from attackroute.analysis.hardness import GradientReader, log_loss_and_margin
 from attackroute.core.errors import UserError
-
-
-def conv(weight: list[list[float]]) -> nn.Conv2d:
-    """A pointwise convolution without bias."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=False)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    return layer
 
 
 def every_other(model: nn.Module, images: Tensor, *, linear: bool = False) -> ar.Route:

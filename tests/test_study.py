@@ -96,14 +96,14 @@ def test_what_was_finished_is_not_run_again(case: Case, images: ImageData, tmp_p
     def run(**settings: object) -> None:
         options = {"model": case.model, "images": images, "folder": tmp_path, "draws": 1, **settings}
         study = Study(attacks={"fgsm": FGSM(eps=0.1)}, **options)  # type: ignore[arg-type]
-        analyze(study, ["deactivate"], resume=True, done=lambda document, new: told.append((document.kind, bool(new))))
+        analyze(study, ["weaken"], resume=True, done=lambda document, new: told.append((document.kind, bool(new))))
 
     run()
     run()
     run(share=0.5)
-    (tmp_path / "deactivate.json").write_text("{")
+    (tmp_path / "weaken.json").write_text("{")
     run(share=0.5)
-    assert told == [("deactivate", True), ("deactivate", False), ("deactivate", True), ("deactivate", True)]
+    assert told == [("weaken", True), ("weaken", False), ("weaken", True), ("weaken", True)]
 
 
 def test_bad_studies_are_one_line(case: Case, images: ImageData) -> None:

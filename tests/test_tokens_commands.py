@@ -200,7 +200,7 @@ def test_weakening_says_into_which_layers(trained: Path) -> None:
     compared = Comparison(model=network, data=data, route=route, seeds=range(1))
     with pytest.raises(ar.UserError, match="no kernel slice"):
         weaken_accuracy(compared)
-    found = weaken_accuracy(compared, targets=MLPS, betas=[0.5])
+    found = weaken_accuracy(compared, targets=MLPS)
     assert "into 2 layers, to 0.5" in found.reading()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architectures import CLOSED, MIXED, Function, Head, Perceptron, Residual, chain, randomised, tokens
+from architectures import CLOSED, MIXED, Function, Head, Perceptron, Residual, chain, conv, randomised, tokens
 from attackroute.analysis.interventions import deactivate, record_outputs, transplant
 from attackroute.core.errors import UserError
 from attackroute.routes.route import Route
@@ -73,13 +73,6 @@ def test_equals_hooks_on_the_modules(name: str) -> None:
             same(found, hooked(model, x, attacked, chosen))
         assert torch.equal(model(attacked.clone()), before)
         assert not torch.equal(found, before)
-
-
-def conv(weight: list[list[float]]) -> nn.Conv2d:
-    """A pointwise convolution without bias."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=False)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    return layer
 
 
 def test_by_hand() -> None:
@@ -317,21 +310,18 @@ def test_bad_arguments() -> None:
         with transplant(model, *args, **options):
             model(attacked)
 
-    with pytest.raises(UserError, match="no layer '9' in the route"):
-        enter(x, route, ["9"])
-    with pytest.raises(UserError, match=r"layer 'conv1' .* is not in the model"):
-        enter(x, every_other(Residual()))
-    with pytest.raises(UserError, match="layer '0' has 7 channels in the route but 6"):
-        enter(x, Route({"0": [1]}, {"0": 7}))
-    with pytest.raises(UserError, match="layer '0#2' did not run"):
-        enter(x, Route({"0#2": [1]}, {"0#2": 6}))
-    with pytest.raises(UserError, match="at='outptu'; did you mean output"):
-        enter(x, route, at="outptu")
-    with pytest.raises(UserError, match="no clean outputs of layer '3'"):
-        enter(record_outputs(model, x, ["0"]), route)
+    for arguments, options, message in (
+        ((x, route, ["9"]), {}, "no layer '9' in the route"),
+        ((x, every_other(Residual())), {}, r"layer 'conv1' .* is not in the model"),
+        ((x, Route({"0": [1]}, {"0": 7})), {}, "layer '0' has 7 channels in the route but 6"),
+        ((x, Route({"0#2": [1]}, {"0#2": 6})), {}, "layer '0#2' did not run"),
+        ((x, route), {"at": "outptu"}, "at='outptu'; did you mean output"),
+        ((record_outputs(model, x, ["0"]), route), {}, "no clean outputs of layer '3'"),
+        (([1], route), {}, "clean is list, neither images nor clean outputs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            enter(*arguments, **options)
     with pytest.raises(UserError, match=r"layer 'a2\.0' meets 'add_?' before any activation"):
         record_outputs(Residual().eval(), x, ["a2.0"], at="activation")
     with pytest.raises(UserError, match="layer 'nothing' did not run"):
         record_outputs(model, x, ["nothing"])
-    with pytest.raises(UserError, match="clean is list, neither images nor clean outputs"):
-        enter([1], route)
