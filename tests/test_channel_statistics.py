@@ -236,6 +236,17 @@ def test_the_model_and_the_images_are_left_as_they_were() -> None:
     assert state(model) == before and torch.equal(images, kept)
 
 
+def test_attacks_are_taken_by_their_specification() -> None:
+    model, (x, _, y) = randomised(chain()).eval(), batch()
+    made = ar.parse_attack("fgsm:eps=0.1")
+    for layer, values in sensitivity(model, (x, y), attack=made).items():
+        same(sensitivity(model, (x, y), attack="fgsm:eps=0.1")[layer], values)
+    for by in ("sensitivity", "attribution"):
+        named = rank_channels(model, (x, y), by, attack="fgsm:eps=0.1")
+        assert named == rank_channels(model, (x, y), by, attack=made)
+        assert named.provenance is not None and named.provenance.attack == str(made)
+
+
 def test_progress() -> None:
     calls: list[tuple[int, int | None]] = []
     x, attacked, _ = batch()

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, Ranking, check_shares
+from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, Ranking, check_shares, repeated_layers
 from attackroute.analysis.criteria import ChannelScores
+from attackroute.analysis.experiments.interventions import leading_groups
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import sign_test
 from attackroute.routes.route import Route
+from attackroute.tracing.trace import trace_routes
 from route_samples import instances
 
 SHARES = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
@@ -52,6 +54,19 @@ def test_random_sets_grow_off_the_route_until_it_is_used_up() -> None:
         before = chosen
     assert ranking.route(0.8, ["features.8"]) is None and ranking.route(0.3, ["classifier#2"]) is None
     assert Ranking.off_route(route, 8).order != ranking.order
+
+
+def test_depthwise_layers_repeat_the_choice_before_them() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten())
+    images = torch.rand(6, 3, 3, 3)
+    route = trace_routes(model, images, 0.4).aggregate(0.4)
+    assert repeated_layers(model, route) == {"1": "0"} and route.indices["1"] == route.indices["0"]
+    compared = Comparison(model=model, data=(images, torch.zeros(6)), route=route, seeds=range(3), share=0.4)
+    for ranking in compared.rankings()[1:]:
+        assert ranking.order["1"] == ranking.order["0"] != ranking.order["3"]
+    both = Route({"0": [1, 2], "1": [1, 3], "3": [0]}, dict.fromkeys("013", 8))
+    assert not repeated_layers(model, both)  # what is not the same choice is none that is repeated
+    assert leading_groups("abcdef", "bd") == [tuple("abcd"), tuple("abcde"), tuple("abcdef")]
 
 
 def rank(

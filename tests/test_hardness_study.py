@@ -105,6 +105,27 @@ def test_a_papers_route_that_says_nothing_is_no_rival() -> None:
     assert "the best rival, loss" in text and PAPER not in text
 
 
+def test_a_lead_that_is_too_small_to_matter_is_none() -> None:
+    numbers = np.arange(400.0)
+    almost = numbers.copy()
+    almost[:8] = almost[:8][::-1]  # clearly behind, but by a hair
+    predictors = {OURS: almost, "loss": numbers, "margin": numbers[::-1]}
+    rows = {row["predictor"]: row for row in associations(predictors, numbers, SPEARMAN, resamples=50)}
+    assert rows["loss"]["lead_high"] < 0
+    assert "level with the best rival, loss" in _verdict(rows)
+
+
+def test_any_attack_is_taken(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
+    made, named = study(case, attacks=[FGSM(1 / 255)], draws=1), study(case, attacks="fgsm:eps=1/255", draws=1)
+    assert named.table == made.table and named.reading().startswith("V, an image's votes from all layers, is larger")
+    model, images, labels, _ = case
+    with torch.no_grad():
+        wrong = model(images * 0.9).argmax(1) != labels
+    found = study(case, attacks={"dark": lambda model, x, y: x * 0.9}, draws=1)
+    assert (found.fooled["dark"] == wrong[found.hardness.correct].numpy()).all()
+    assert "larger the smaller" in found.figures()["hardness"].get_suptitle()
+
+
 def test_the_page_shows_an_attack_that_fools_nobody(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:
     found = study(case, attacks=[Darken(), Darken(factor=1.0)], draws=1).document({}).to_json()
     names = [f"fgsm:eps={eps}/255" for eps in (1, 2)]  # the page takes attacks that have a name
@@ -215,7 +236,7 @@ def test_the_model_comes_back_and_faults_are_one_line(case: tuple[nn.Module, Ten
     model, images, labels, route = case
     model = copy.deepcopy(model).train()
     for options, data, message in (
-        ({"attacks": []}, (images, labels), "nothing to judge"),
+        ({"attacks": []}, (images, labels), "no attack is given"),
         ({}, (images[:1], labels[:1]), "one sample"),
         ({}, (images, (model.eval()(images).argmax(1) + 1) % 5), "none of the 40 samples right"),
         ({}, (images * 3, labels), r"must be in \[0, 1\]"),

@@ -24,6 +24,7 @@ from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls, two_of
 from attackroute.core.loss import log_doubt, seed_gradients
 from attackroute.core.model_state import explained, frozen
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import as_attack
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
@@ -37,7 +38,7 @@ def sensitivity(
     x: Data,
     x_adv: Data | None = None,
     *,
-    attack: Attack | None = None,
+    attack: Attack | str | None = None,
     batch_size: int = 128,
     linear: bool = False,
     progress: Progress | None = None,
@@ -50,8 +51,8 @@ def sensitivity(
         model: Any network of images ``(N, C, H, W)``.
         x: Clean images: a tensor, or a DataLoader (any iterable) of ``(images, labels)`` or of images.
         x_adv: The attacked images in the same order, and, if both come in batches, in the same batches.
-        attack: Instead of ``x_adv``, what makes x' of x, as in ``ar.parse_attack("pgd")``, for the labels of ``x`` or
-            the model's predictions.
+        attack: Instead of ``x_adv``, what makes x' of x for the labels of ``x``, or the model's predictions: a
+            specification such as ``"pgd"``, or any ``(model, images, labels) -> images``.
         batch_size: Rows per forward pass of tensors.
         linear: Whether linear maps are layers too; their neurons are output features.
         progress: Called with (samples done, samples in all or None) after every batch.
@@ -65,7 +66,7 @@ def sensitivity(
     """
     if (x_adv is None) == (attack is None):
         raise UserError("sensitivity compares two: pass the attacked images x_adv, or the attack that makes them")
-    measure: Measure = changes if attack is None else under_attack(changes, attack)
+    measure: Measure = changes if attack is None else under_attack(changes, as_attack(attack))
     with frozen(model), torch.inference_mode(False):
         data = x if x_adv is None else _paired(batches(model, x, batch_size), batches(model, x_adv, batch_size))
         stream = BatchStream(model, data, batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,13 @@ class Ranking:
         return cls(criterion, None, order, {layer: len(values) for layer, values in scores.items()})
 
     @classmethod
-    def off_route(cls, route: Route, seed: int) -> Ranking:
-        """The channels off a route in random order; its first ones are ``route.random_like(seed)``."""
-        rest = route.complement()
-        order = {layer: random_order(seed, layer, rest.indices[layer]) for layer in route}
+    def off_route(cls, route: Route, seed: int, repeats: Mapping[str, str] | None = None) -> Ranking:
+        """The channels off a route in random order; its first ones are ``route.random_like(seed)``.
+
+        A layer that ``repeats`` another one has that one's order, as it has on the route.
+        """
+        rest, drawn = route.complement(), {layer: layer for layer in route} | dict(repeats or {})
+        order = {layer: random_order(seed, drawn[layer], rest.indices[layer]) for layer in route}
         return cls(RANDOM, seed, order, route.channels)
 
     @property
@@ -101,7 +105,8 @@ class Comparison:
                     f"all {route.channels[layer]} channels of layer {layer!r} are on the route, so there is no control "
                     "off it: use a narrower route, or leave the layer out"
                 )
-        rankings += [Ranking.off_route(route, seed) for seed in self.seeds]
+        repeats = repeated_layers(self.model, route)
+        rankings += [Ranking.off_route(route, seed, repeats) for seed in self.seeds]
         for name, other in self.baselines.items():
             if name in (ROUTE, RANDOM, OFF_ROUTE):
                 raise UserError(f"a baseline must not be called {name!r}: give it the name of its criterion")
@@ -109,6 +114,21 @@ class Comparison:
             route.check({at: len(values) for at, values in scores.items()}, f"baseline {name!r}")
             rankings.append(Ranking.of_scores({at: scores[at] for at in route}, name))
         return rankings
+
+
+def repeated_layers(model: nn.Module, route: Route) -> dict[str, str]:
+    """Depthwise layers that repeat the route before them, each with the layer that it repeats.
+
+    Each of their channels reads one channel, so that they are critical together, and one choice is both layers' choice.
+    """
+    repeats: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    for before, layer in pairwise(route.layers):
+        module, count = modules.get(layer.partition("#")[0]), route.channels[before]
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.out_channels == count > 1
+        if depthwise and route.channels[layer] == count and route.indices[layer] == route.indices[before]:
+            repeats[layer] = repeats.get(before, before)
+    return repeats
 
 
 def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tuple[str, int | None], Tensor]:

@@ -16,9 +16,11 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from operator import mul
+from typing import TYPE_CHECKING, NamedTuple
 
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.figures.style import save_figure
@@ -33,6 +35,7 @@ from attackroute.tracing.trace import Progress
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WORTH_SAYING = 60  # seconds
 _FOLDER = "attackroute.analysis.experiments"
 
 
@@ -58,6 +61,15 @@ class ExperimentResult(Result):
         """Pictures of the table by file name, the one to look at first in front."""
 
 
+class Work(NamedTuple):
+    """About what an experiment does to each image that is measured, to tell how long it takes."""
+
+    attacks: int = 0  # rounds of all attacks
+    passes: int = 0  # forward passes for each layer and set of channels
+    traces: int = 0  # for each attack
+
+
+_UNKNOWN = Work()
 Run = Callable[[Study, Progress], ExperimentResult]
 
 
@@ -69,6 +81,7 @@ class Experiment:
     order: int  # its place among the others
     title: str  # of its section in the report
     run: Run  # measures it on a study, and calls ``progress(done, in all or None)`` meanwhile
+    work: Work = _UNKNOWN
 
     @property
     def help(self) -> str:
@@ -105,11 +118,11 @@ class Experiment:
 _registered: dict[str, Experiment] = {}
 
 
-def experiment(name: str, *, order: int, title: str) -> Callable[[Run], Run]:
+def experiment(name: str, *, order: int, title: str, work: Work = _UNKNOWN) -> Callable[[Run], Run]:
     """Register a function as an experiment; see :class:`Experiment`."""
 
     def register(run: Run) -> Run:
-        _registered[name] = Experiment(name, order=order, title=title, run=run)
+        _registered[name] = Experiment(name, order=order, title=title, run=run, work=work)
         return run
 
     return register
@@ -162,18 +175,32 @@ def analyze(
         made_folder(study.folder)
     if not resume and study.layers is not None:  # so that a wrong layer is named before anything has run
         study.routes[ROUTE].aggregate(study.share).restrict(study.layers)
+    finished = {each.name: current().first(partial(each.finished, study)) if resume else None for each in chosen}
+    _announce(study, [each for each in chosen if finished[each.name] is None])
     documents: dict[str, Document] = {}
     for each in chosen:
-        document = current().first(partial(each.finished, study)) if resume else None
-        result = None
+        document, result = finished[each.name], None
         if document is None:
             try:
                 result, document = each.carry_out(study)
             except KeyboardInterrupt:
-                finished = ", ".join(documents) or "none yet"
-                study.note(f"interrupted in {each.name}; finished experiments are kept ({finished}): resume to go on")
+                kept = ", ".join(documents) or "none yet"
+                study.note(f"interrupted in {each.name}; finished experiments are kept ({kept}): resume to go on")
                 raise
         documents[each.name] = document
         if done is not None:
             done(document, result)
     return documents
+
+
+def _announce(study: Study, experiments: Sequence[Experiment]) -> None:
+    """Say about how long experiments will take, where that is more than a minute."""
+    if not experiments:
+        return
+    images = len(study.halves[1]) / current().count
+    units = study.price.attacks, study.price.forward * study.sets, study.price.trace * len(study.named_attacks)
+    works = {"routes and controls": Work(2, traces=1), **{each.name: each.work for each in experiments}}
+    parts = {name: sum(map(mul, work, units)) for name, work in works.items()}
+    if (total := images * sum(parts.values())) >= _WORTH_SAYING:
+        times = ", ".join(f"{name} {timedelta(seconds=round(images * each))}" for name, each in parts.items())
+        study.note(f"note: it takes about {timedelta(seconds=round(total))}, by a try on a few images: {times}")

@@ -23,12 +23,12 @@ from attackroute.analysis.experiment import ExperimentResult
 from attackroute.analysis.figures.style import ROUTE_COLOUR, new_figure, tidy
 from attackroute.analysis.hardness import GradientReader, Hardness, SampleGradients
 from attackroute.core.batches import BatchStream, Data
-from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
-from attackroute.core.statistics import AUROC, SPEARMAN, Floats, associations
+from attackroute.core.statistics import AUROC, LEVEL, SPEARMAN, Floats, associations
 from attackroute.core.table import Record, Table
-from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.gradient_attacks import predicted
+from attackroute.robustness.registry import named_attacks
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import Progress
 
@@ -43,6 +43,7 @@ RANDOM = "V on random neurons"
 PAPER = "V on the paper's route"
 LAYER = "layer"
 
+V_IS = "V, an image's votes from all layers, is larger the smaller the loss gradients on the route: harder to fool"
 _TITLE = 36  # letters in a line over a panel
 _PALE, _GREY, _BASELINE = "#E3E3E3", "#8A8A8A", "#0072B2"
 _CHANCE = 0.5  # AUROC of what says nothing
@@ -130,8 +131,8 @@ class HardnessStudy(ExperimentResult):
         return sentences
 
     def reading(self) -> str:
-        """One line with all the sentences."""
-        return f"{'. '.join(self.sentences())}."
+        """One line with all the sentences, and what V is."""
+        return f"{V_IS}. {'. '.join(self.sentences())}."
 
     def about(self) -> dict[str, Any]:
         """Everything but the associations and the samples, as plain values."""
@@ -169,7 +170,7 @@ def study_hardness(
     model: nn.Module,
     route: Route,
     data: Data,
-    attacks: Sequence[Perturbation],
+    attacks: Mapping[str, Attack | str] | Sequence[Attack | str] | Attack | str,
     *,
     paper: Route | None = None,
     draws: int = 5,
@@ -192,10 +193,8 @@ def study_hardness(
         UserError: As :func:`attackroute.hardness`; there is no attack; images are not in [0, 1]; or no sample is
             classified correctly.
     """
-    if not attacks:
-        raise UserError("nothing to judge hardness by: give an attack")
+    named = named_attacks(attacks)
     routes = _routes(route, paper, draws, seed)
-    named = {str(attack): attack for attack in attacks}
     with frozen(model), torch.inference_mode(False):
         reader = GradientReader(model, routes)
 
@@ -230,10 +229,10 @@ def _routes(route: Route, paper: Route | None, draws: int, seed: int) -> dict[st
     return routes
 
 
-def _fooled(model: nn.Module, attack: Perturbation, images: Tensor, labels: Tensor) -> Tensor:
+def _fooled(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor) -> Tensor:
     if not len(images):
         return torch.zeros(0, dtype=torch.bool)
-    changed = attack(model, images, labels)
+    changed, _ = attacked(model, attack, images, labels)
     with torch.no_grad():
         return (predicted(model, changed) != labels).cpu()
 
@@ -272,6 +271,8 @@ def _verdict(judged: Mapping[str, Record]) -> str:
 
 
 def _standing(other: Record, title: str) -> str:
+    if abs(other["lead"]) < LEVEL:
+        return f"level with {title}{other['predictor']} ({other['value']:.3f})"
     clear = "clearly" if other["lead_low"] > 0 or other["lead_high"] < 0 else "within chance"
     side = "ahead of" if other["lead"] >= 0 else "behind"
     return f"{clear} {side} {title}{other['predictor']} ({other['value']:.3f})"
@@ -302,7 +303,7 @@ def _figure(study: HardnessStudy) -> Figure:
         _draw_bins(panels[0, column], study, attack)
         _draw_baselines(panels[1, column], study.grouped(attack), named=column == 0)
     panels[0, 0].set_ylabel("samples", fontsize=9)
-    figure.suptitle(f"How hard the model is to fool on each of {len(study.hardness)} images", fontsize=11)
+    figure.suptitle(f"How hard the model is to fool on each of {len(study.hardness)} images\n{V_IS}", fontsize=9)
     return figure
 
 
@@ -352,6 +353,7 @@ def images_figure(
     """
     columns = max(map(len, rows.values()))
     figure = new_figure(max(5.0, 1.15 * columns), 1.9 * len(rows))
+    figure.supxlabel(V_IS, fontsize=7)
     halves = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for half, (title, indices) in zip(halves, rows.items(), strict=True):
         half.suptitle(title, fontsize=10)

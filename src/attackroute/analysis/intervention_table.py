@@ -108,6 +108,11 @@ class InterventionTable(ExperimentResult):
         row = self.table.one(criterion=UNTOUCHED, attack=attack)
         return Accuracy(round(row["accuracy"] * row["samples"]), row["samples"])
 
+    @property
+    def without(self) -> str:
+        """Accuracy under each attack where nothing is done about it."""
+        return ", ".join(f"{attack} {self.untouched(attack).value:.1%}" for attack in self.attacks)
+
     def values(self, setting: Setting, criterion: str) -> list[float]:
         """Accuracies of one criterion in one setting, one for each draw; none where it was not measured."""
         return self.table.select(criterion=criterion, **setting.cells).column("accuracy")
@@ -180,20 +185,23 @@ class InterventionTable(ExperimentResult):
 
     def summary(self) -> Table:
         """Settings at the main share, or factors: the route, random channels, and which controls the route beats."""
-        attack = self.attacks[0]
-        if self.main_beta is not None:
-            head, settings = "beta", {setting: f"{setting.beta:g}" for setting in self.settings}
-        else:
-            main = [each for each in self.settings if each.share == self.main_share and each.attack == attack]
-            head, settings = "layer", {setting: self.group_name(setting.layers) for setting in main}
         rows = []
-        for setting, text in settings.items():
-            accuracies = [_spread_text(self.values(setting, by)) for by in (ROUTE, RANDOM)]
-            verdicts = [row for row in self.verdicts if setting.cells.items() <= row.items()]
-            controls = [[row["control"] for row in verdicts if row["verdict"] == each] for each in (BEATS, LOSES)]
-            rows.append((text, *accuracies, *(", ".join(names) or "-" for names in controls)))
-        under = f" under {attack}" if attack else ""
-        return Table((head, f"route{under}", RANDOM, "route beats", "route loses to"), tuple(rows))
+        for setting in self.settings:
+            if self.main_beta is None and setting.share != self.main_share:
+                continue
+            row = (
+                {"layer": self.group_name(setting.layers)} if self.main_beta is None else {"beta": f"{setting.beta:g}"}
+            )
+            if setting.attack is not None:
+                untouched = self.untouched(setting.attack).value
+                row = {"attack": setting.attack, **row, UNTOUCHED: f"{untouched:.1%}"}
+            row |= {by: _spread_text(self.values(setting, by)) for by in (ROUTE, RANDOM)}
+            verdicts = [each for each in self.verdicts if setting.cells.items() <= each.items()]
+            for verdict in (BEATS, LOSES):
+                names = [each["control"] for each in verdicts if each["verdict"] == verdict]
+                row[f"route {verdict}"] = ", ".join(names) or "-"
+            rows.append(row)
+        return Table.of(rows)
 
     def group_name(self, layers: tuple[str, ...]) -> str:
         """Layers that are changed together, in a few words."""

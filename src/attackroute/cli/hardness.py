@@ -134,6 +134,9 @@ def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
 
 
 def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
+    from attackroute.analysis.hardness_experiment import V_IS
+
+    output.line(f"{V_IS}.")
     output.line(
         f"Images by V, hardest first, and how many are fooled, of the {study.correct} of {len(study.hardness)} "
         "that the model classifies correctly:"

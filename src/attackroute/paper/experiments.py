@@ -123,14 +123,14 @@ def transplant_attacks(study: Study, progress: Progress) -> ExperimentResult:
     return _transplanted(study, progress, _attacks(study)[1], study.route.layers[:1], "transplant-attacks")
 
 
-def _attacks(study: Study) -> tuple[dict[str, Perturbation], dict[str, Perturbation]]:
+def _attacks(study: Study) -> tuple[dict[str, Attack], dict[str, Attack]]:
     """The first attack by name, and the others."""
-    (name, first), *others = study.attacks.items()
+    (name, first), *others = study.named_attacks.items()
     return {name: first}, dict(others)
 
 
 def _transplanted(
-    study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str], name: str
+    study: Study, progress: Progress, attacks: Mapping[str, Attack], layers: Sequence[str], name: str
 ) -> ExperimentResult:
     compared = study.comparison(progress)
     compared = replace(compared, baselines={**compared.baselines, ATTACKED: study.attacked_route})
@@ -142,7 +142,7 @@ def _transplanted(
 
 def transplant_own(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3 in another reading: each image's own route, in the first layer and in the first three."""
-    name, attack = next(iter(study.attacks.items()))
+    name, attack = next(iter(study.named_attacks.items()))
     layers = study.route.layers
     return per_image_transplant(
         study.model, study.measured, attack, [layers[:1], layers[:3]], name=name, width=study.share, progress=progress

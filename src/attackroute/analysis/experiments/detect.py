@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import ROUTE, Router, batch_router, joined_routes, require_right, sample_routes
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import draw_spread, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.batches import BatchStream, Data
@@ -23,9 +23,10 @@ from attackroute.core.errors import UserError
 from attackroute.core.loss import log_doubt
 from attackroute.core.model_state import frozen
 from attackroute.core.random import random_order
-from attackroute.core.statistics import AUROC, associations
+from attackroute.core.statistics import AUROC, LEVEL, associations
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import named_attacks
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
@@ -86,7 +87,9 @@ class Detection(ExperimentResult):
             controls: dict[str, list[str]] = {"beats": [], "loses to": [], "is level with": []}
             for score in self.scores[1:]:
                 signs = {row["route_against_it"] for row in self.rows(attack, score)}
+                apart = abs(route["auroc"] - self._mean(attack, score)) >= LEVEL
                 verdict = "beats" if signs == {1} else "loses to" if signs == {-1} else "is level with"
+                verdict = verdict if apart else "is level with"
                 controls[verdict].append(f"{score} {self._mean(attack, score):.2f}")
             verdicts = ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in controls.items() if names)
             clauses.append(f"{attack} {route['auroc']:.2f} ({verdicts})")
@@ -119,13 +122,13 @@ class Detection(ExperimentResult):
         return {"detect": _figure(self)}
 
 
-@experiment("detect", order=7, title="Detection: whether an image's route gives an attack away")
+@experiment("detect", order=7, title="Detection: whether an image's route gives an attack away", work=Work(1, traces=3))
 def run(study: Study, progress: Progress) -> Detection:
     """Whether an image's route gives an attack away."""
     if study.config.follows_noise:
         study.note("note: detect goes by influence, since an image to judge has no clean partner")
     return detect(
-        study.model, study.measured, study.reference, study.attacks, width=SAMPLE_WIDTH, route_width=study.share,
+        study.model, study.measured, study.reference, study.named_attacks, width=SAMPLE_WIDTH, route_width=study.share,
         seeds=study.seeds, config=study.plain_config, progress=progress,
     )  # fmt: skip
 
@@ -134,7 +137,7 @@ def detect(
     model: nn.Module,
     data: Data,
     reference: Data,
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, Attack | str],
     *,
     width: float = 0.2,
     route_width: float = 0.3,
@@ -154,8 +157,7 @@ def detect(
     Data are labelled images in [0, 1]; the classes' routes come from the ``reference``. ``width`` is the share of each
     layer's channels on a sample's route, ``route_width`` on a class's; random routes are drawn once for each seed.
     """
-    if not attacks:
-        raise UserError("no attack is given: pass one by name, such as pgd")
+    named = named_attacks(attacks)
     config = config or TraceConfig()
     if config.follows_noise:
         raise UserError("an image to judge has no clean partner, so no noise to follow: detect by influence")
@@ -164,7 +166,7 @@ def detect(
         if reference_routes[ROUTE].labels is None:
             raise UserError("the reference data have no labels: give (images, labels)")
         stream = BatchStream(model, data, batch_size)
-        judge = partial(_judge, model, attacks, batch_router(model, stream.first[0], width, config=config))
+        judge = partial(_judge, model, named, batch_router(model, stream.first[0], width, config=config))
         judged = list(worked_on(stream, judge, progress))
     samples, counted = sum(number for number, _ in judged), sum(right for _, (right, _) in judged)
     require_right(counted, samples)
@@ -187,7 +189,7 @@ def detect(
         distances[RANDOM_ROUTE, seed] = _distances(routes[ROUTE], drawn, seen, has_route)
     layers = routes[ROUTE].layers
     rows: list[Record] = []
-    for number, attack in enumerate(attacks, start=1):
+    for number, attack in enumerate(named, start=1):
         clean, fooled = (group == 0) & has_route, (group == number) & has_route
         scores = {
             (by, draw, layer): of_layer

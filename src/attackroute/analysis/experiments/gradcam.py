@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import grid_of, label, look, new_figure, shared_legend, tidy
 from attackroute.analysis.gradcam import enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
@@ -23,9 +23,10 @@ from attackroute.core.checks import checked_labels
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
-from attackroute.core.statistics import Moments
+from attackroute.core.statistics import LEVEL, Moments
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import named_attacks
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
@@ -94,7 +95,10 @@ class GradCam(ExperimentResult):
         for attack in self.attacks:
             exceeded = [
                 name for name in self.criteria
-                if name != ROUTE and all(row["route_minus_this_low"] > 0 for row in self.rows(attack, name, SHIFT))
+                if name != ROUTE and all(
+                    row["route_minus_this_low"] > 0 and row["route_minus_this"] >= LEVEL
+                    for row in self.rows(attack, name, SHIFT)
+                )
             ]  # fmt: skip
             more = f"more than {', '.join(exceeded)}" if exceeded else "more than no other set"
             clauses.append(
@@ -134,23 +138,22 @@ class GradCam(ExperimentResult):
         return {**maps, "gradcam-measures": _measures_figure(self)}
 
 
-@experiment("gradcam", order=6, title="Grad-CAM: where the channels look")
+@experiment("gradcam", order=6, title="Grad-CAM: where the channels look", work=Work(1))
 def run(study: Study, progress: Progress) -> GradCam:
     """Where the route's channels look, and the others (Fig. 5)."""
     layer = _mapped_layer(study)
-    result = measure_gradcam(study.comparison(progress), layer, study.attacks)
+    result = measure_gradcam(study.comparison(progress), layer, study.named_attacks)
     panels = map_panels(study.model, *study.examples(), study.route.mask(layer), layer, study.attack, study.at)
     return replace(result, panels=replace(panels, names=study.images.classes))
 
 
-def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Attack]) -> GradCam:
+def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Attack | str]) -> GradCam:
     """Measure the Grad-CAM maps of the route's channels, of the other ones, and of controls of the route's size.
 
     The class is the one that the network predicts: for an attacked image the wrong one, where it is fooled. Clean
     images that the network gets wrong are left out.
     """
-    if not attacks:
-        raise UserError("no attack is given: pass one by name, such as pgd")
+    named = named_attacks(attacks)
     model, at = compared.model, compared.at
     masks = layer_sets(compared.rankings([layer]), layer, compared.share)
     sets = torch.stack(list(masks.values()))
@@ -167,7 +170,7 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
         if len(right):
             clean, measures = _map_measures(evidence[right].cams(both), *images.shape[2:])
             values = {(CLEAN, measure): numbers for measure, numbers in measures.items()}
-            for name, attack in attacks.items():
+            for name, attack in named.items():
                 changed, _ = attacked(model, attack, images[right], answers[right])
                 cams = layer_evidence(model, changed, layer, at=at).cams(both)
                 spread, measures = _map_measures(cams, *images.shape[2:])

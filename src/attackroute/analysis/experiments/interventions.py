@@ -6,19 +6,20 @@ those are used up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from attackroute.analysis.controls import Comparison, check_shares
-from attackroute.analysis.experiment import experiment
+from attackroute.analysis.controls import Comparison, check_shares, repeated_layers
+from attackroute.analysis.experiment import Work, experiment
 from attackroute.analysis.figures.accuracy import factors_figure, layers_figure, route_figure, shares_figure
 from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, measure
 from attackroute.analysis.interventions import deactivate, transplant, weaken
 from attackroute.analysis.study import Study
 from attackroute.core.errors import UserError
 from attackroute.robustness.attack import Attack
+from attackroute.robustness.registry import named_attacks
 from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import Progress
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 TRANSPLANTED = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 DEACTIVATED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 BETAS = (1.0, 0.75, 0.5, 0.25, 0.0)
-CLEARLY = "in clear effect, by {0.cases}:"
 MAIN_BETA = 0.5  # of which the reading speaks
 
 
@@ -38,9 +38,9 @@ class Transplantation(InterventionTable):
 
     kind = "transplant"
     helps: ClassVar[bool] = True
-
     opening = (
-        "Transplanting {0.main_share:.0%} of one layer's clean channels at its {0.at}; in clear effect, by {0.cases}:"
+        "Transplanting {0.main_share:.0%} of one layer's clean channels at its {0.at} (accuracy without: {0.without}); "
+        "in clear effect, by {0.cases}:"
     )
 
     def figures(self) -> dict[str, Figure]:
@@ -56,7 +56,7 @@ class Deactivation(InterventionTable):
     route: Route | None = None  # with its frequencies, to draw beside what its deactivation costs
     title: str = ""  # of that picture
 
-    opening = "Setting {0.main_share:.0%} of one layer's channels to zero at its {0.at}; " + CLEARLY
+    opening = "Setting {0.main_share:.0%} of one layer's channels to zero at its {0.at}; in clear effect, by {0.cases}:"
 
     def figures(self) -> dict[str, Figure]:
         """``deactivate`` (Fig. 4a), and with a route also ``deactivate-route``."""
@@ -68,7 +68,6 @@ class Weakening(InterventionTable):
     """Accuracies with the connections between channels scaled down."""
 
     kind = "weaken"
-
     opening = (
         "Weakening the connections between {0.main_share:.0%} of all layers' channels{0.cases} to {0.main_beta:g}; "
         "in clear effect:"
@@ -79,13 +78,13 @@ class Weakening(InterventionTable):
         return {"weaken": factors_figure(self)}
 
 
-@experiment("transplant", order=3, title="Transplant: clean values in attacked images' channels")
+@experiment("transplant", order=3, title="Transplant: clean values in attacked images' channels", work=Work(1, 6))
 def run_transplant(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy on attacked images with clean values in some channels (Fig. 3)."""
-    return transplant_accuracy(study.comparison(progress), study.attacks)
+    return transplant_accuracy(study.comparison(progress), study.named_attacks)
 
 
-@experiment("deactivate", order=4, title="Deactivation: channels set to zero")
+@experiment("deactivate", order=4, title="Deactivation: channels set to zero", work=Work(passes=6))
 def run_deactivate(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy with channels set to zero (Fig. 4a)."""
     model, images = study.settings.get("model", type(study.model).__name__), len(study.halves[0])
@@ -93,7 +92,7 @@ def run_deactivate(study: Study, progress: Progress) -> InterventionTable:
     return replace(deactivate_accuracy(study.comparison(progress)), route=study.route, title=title)
 
 
-@experiment("weaken", order=5, title="Weakening the connections along the route")
+@experiment("weaken", order=5, title="Weakening the connections along the route", work=Work(passes=1))
 def run_weaken(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy with the connections between channels scaled down (Fig. 4b)."""
     return weaken_accuracy(study.comparison(progress), targets=_joined_layers(study))
@@ -101,7 +100,7 @@ def run_weaken(study: Study, progress: Progress) -> InterventionTable:
 
 def transplant_accuracy(
     compared: Comparison,
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, Attack | str],
     *,
     layers: Iterable[str] | None = None,
     shares: Iterable[float] = TRANSPLANTED,
@@ -113,34 +112,36 @@ def transplant_accuracy(
     of ``compared``, at which all attacks are tried; ``shares`` grow for the first. Changed alone are ``layers``, or all
     of the route's; together the groups in ``together``, or the first two, three, ... half, and all of ``layers``.
     """
-    if not attacks:
-        raise UserError("no attack is given: pass one by name, such as pgd")
+    named = named_attacks(attacks)
     levels, share, route = check_shares(shares), compared.share, compared.route
     single = tuple(route if layers is None else route.restrict(layers))
-    groups = leading_groups(single) if together is None else [tuple(route.restrict(group)) for group in together]
-    first, *_ = attacks
+    groups = leading_groups(single, repeated_layers(compared.model, route))
+    if together is not None:
+        groups = [tuple(route.restrict(group)) for group in together]
+    first, *_ = named
     settings = []
-    for attack in attacks:
+    for attack in named:
         used = sorted({*levels, share}) if attack == first else [share]
         settings += [Setting((layer,), level, attack) for layer in single for level in used]
         settings += [Setting(group, share, attack) for group in groups]
 
+    def graft(channels: Route, _: float | None, clean: CorrectSamples) -> AbstractContextManager[None]:
+        return transplant(compared.model, clean.outputs, channels, at=compared.at)
+
     rankings = compared.rankings({*single, *(layer for group in groups for layer in group)})
-    return measure(
-        Transplantation,
-        compared,
-        rankings,
-        settings,
-        lambda channels, _, clean: transplant(compared.model, clean.outputs, channels, at=compared.at),
-        attacks=attacks,
-        record=rankings[0].layers,
-    )
+    record = rankings[0].layers
+    return measure(Transplantation, compared, rankings, settings, graft, attacks=named, record=record)
 
 
-def leading_groups(layers: Sequence[str]) -> list[tuple[str, ...]]:
-    """The first two, the first three, the first half, and all of the layers; each once."""
-    sizes = sorted({2, 3, len(layers) // 2, len(layers)})
-    return [tuple(layers[:size]) for size in sizes if 2 <= size <= len(layers)]
+def leading_groups(layers: Sequence[str], repeats: Container[str] = ()) -> list[tuple[str, ...]]:
+    """The first two, the first three, the first half, and all of the layers; each once.
+
+    Depthwise layers, which repeat the choice before them, come along and are not counted.
+    """
+    starts = [at for at, layer in enumerate(layers) if layer not in repeats]
+    ends = [*starts[1:], len(layers)]
+    sizes = sorted({2, 3, len(ends) // 2, len(ends)})
+    return [tuple(layers[: ends[size - 1]]) for size in sizes if 2 <= size <= len(ends)]
 
 
 def deactivate_accuracy(
@@ -160,13 +161,13 @@ def deactivate_accuracy(
     single = tuple(route if layers is None else route.restrict(layers))
     whole = [single] if together is None else [tuple(route.restrict(group)) for group in together]
     groups = list(dict.fromkeys([*((layer,) for layer in single), *whole]))
-    return measure(
-        Deactivation,
-        compared,
-        compared.rankings({layer for group in groups for layer in group}),
-        [Setting(group, level) for group in groups for level in levels],
-        lambda channels, _, __: deactivate(compared.model, channels, at=compared.at),
-    )
+
+    def silence(channels: Route, _: float | None, __: CorrectSamples) -> AbstractContextManager[None]:
+        return deactivate(compared.model, channels, at=compared.at)
+
+    rankings = compared.rankings({layer for group in groups for layer in group})
+    settings = [Setting(group, level) for group in groups for level in levels]
+    return measure(Deactivation, compared, rankings, settings, silence)
 
 
 def weaken_accuracy(compared: Comparison, *, targets: Iterable[str] | None = None) -> Weakening:

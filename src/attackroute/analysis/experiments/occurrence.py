@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attackroute.analysis.controls import ROUTE, sample_routes
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import draw_spread, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.errors import UserError
@@ -102,16 +102,17 @@ class Occurrence(ExperimentResult):
         return {"occurrence": _figure(self)}
 
 
-@experiment("occurrence", order=1, title="Occurrence, clean and attacked")
+@experiment("occurrence", order=1, title="Occurrence, clean and attacked", work=Work(1, traces=1))
 def run(study: Study, progress: Progress) -> Occurrence:
     """How much samples' routes have in common (Table 1), clean and attacked."""
     # where routes follow noise, there is no route of clean images, and that of the first attack is known
     follows = study.config.follows_noise
-    first, *others = study.attacks
+    attacks = study.named_attacks
+    first, *others = attacks
     routes = {first if follows else "clean": study.routes[ROUTE]}
-    for name in others if follows else study.attacks:
+    for name in others if follows else attacks:
         routes[name] = sample_routes(
-            study.model, study.reference, SAMPLE_WIDTH, attack=study.attacks[name], config=study.config, baselines=(),
+            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.config, baselines=(),
             progress=progress,
         )[ROUTE]  # fmt: skip
     routes |= {by: each for by, each in study.routes.items() if by != ROUTE}

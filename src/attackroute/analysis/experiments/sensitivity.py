@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, Comparison, layer_sets
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
@@ -22,6 +22,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import named_attacks
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
@@ -112,29 +113,28 @@ class Sensitivity(ExperimentResult):
         return {"sensitivity": _figure(self)}
 
 
-@experiment("sensitivity", order=2, title="Sensitivity and gradients of the route's channels")
+@experiment("sensitivity", order=2, title="Sensitivity and gradients of the route's channels", work=Work(1))
 def run(study: Study, progress: Progress) -> Sensitivity:
     """How much neurons move under attack, and the loss with them (Fig. 2)."""
-    return measure_sensitivity(study.comparison(progress), study.attacks)
+    return measure_sensitivity(study.comparison(progress), study.named_attacks)
 
 
-def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> Sensitivity:
+def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str]) -> Sensitivity:
     """Distributions of sensitivity and gradient over the route's neurons, over all others, and over controls.
 
     All images count, also those that the network gets wrong.
     """
-    if not attacks:
-        raise UserError("no attack is given: pass one by name, such as pgd")
+    named = named_attacks(attacks)
     model, share, rankings = compared.model, compared.share, compared.rankings()
     names = rankings[0].layers
-    means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in attacks}
+    means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in named}
     means[GRADIENT, None] = RunningMean()
     samples = 0
 
     def batch_means(images: Tensor, labels: Tensor | None) -> dict[_Quantity, RunningMean]:
         labels = labelled(labels)
         measured: dict[_Quantity, ChannelMeans] = {(GRADIENT, None): gradients(model, images, labels, linear=True)}
-        for name, attack in attacks.items():
+        for name, attack in named.items():
             moved, _ = attacked(model, attack, images, labels)
             measured[SENSITIVITY, name] = changes(model, images, moved, linear=True)
         return {key: RunningMean.of(_of_layers(each, names)) for key, each in measured.items()}

@@ -67,7 +67,7 @@ def shares_figure(table: InterventionTable, attack: str | None) -> Figure:
 def layers_figure(table: InterventionTable) -> Figure:
     """One panel for each attack: single layers, then several together, at the main share."""
     groups = list(dict.fromkeys(setting.layers for setting in table.settings if setting.share == table.main_share))
-    figure = new_figure(max(4.5, 0.42 * len(groups) + 1.2), 1.55 * len(table.attacks) + 1.9)
+    figure = new_figure(max(4.5, 0.09 * len(groups) * len(table.criteria) + 1.2), 1.55 * len(table.attacks) + 1.9)
     panels = figure.subplots(len(table.attacks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     handles: dict[str, Any] = {}
     for axes, attack in zip(panels, table.attacks, strict=True):

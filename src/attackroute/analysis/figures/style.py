@@ -21,6 +21,7 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "off-route": ("#000000", "X"),
     "activation": ("#0072B2", "^"),
     "weight": ("#009E73", "D"),
+    "kernel": ("#1B5E20", "d"),
     "gradient": ("#CC79A7", "v"),
     "sensitivity": ("#B8860B", "P"),
     "attribution": ("#56B4E9", "<"),
