@@ -18,7 +18,7 @@ from attackroute.core.model_state import frozen
 from attackroute.core.random import random_order
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.routes.masks import kept, pack, top_k
+from attackroute.routes.masks import kept, top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
@@ -108,8 +108,6 @@ class Comparison:
         repeats = repeated_layers(self.model, route)
         rankings += [Ranking.off_route(route, seed, repeats) for seed in self.seeds]
         for name, other in self.baselines.items():
-            if name in (ROUTE, RANDOM, OFF_ROUTE):
-                raise UserError(f"a baseline must not be called {name!r}: give it the name of its criterion")
             scores = _frequencies(other) if isinstance(other, Route) else other.values
             route.check({at: len(values) for at, values in scores.items()}, f"baseline {name!r}")
             rankings.append(Ranking.of_scores({at: scores[at] for at in route}, name))
@@ -202,12 +200,8 @@ def batch_router(
         answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
         for by in baselines:
             values = MEASURES[by](model, images, labels, linear=config.linear).values
-            routes[by] = InstanceRoutes(
-                {layer: pack(top_k(sizes, width)) for layer, sizes in values.items()},
-                {layer: sizes.shape[1] for layer, sizes in values.items()},
-                Provenance(len(images), width, criterion=by),
-                answers,
-            )
+            masks = {layer: top_k(sizes, width) for layer, sizes in values.items()}
+            routes[by] = InstanceRoutes.from_masks(masks, Provenance(len(images), width, criterion=by), labels=answers)
         return routes
 
     return routes_of

@@ -86,8 +86,7 @@ class Experiment:
     @property
     def help(self) -> str:
         """What it measures, for the command's help."""
-        line = (self.run.__doc__ or "").partition("\n")[0].rstrip(".")
-        return line[:1].lower() + line[1:]
+        return (self.run.__doc__ or "").partition("\n")[0]
 
     def carry_out(self, study: Study) -> tuple[ExperimentResult, Document]:
         """Run it and write its files, the document last, so that where it is, all is there."""

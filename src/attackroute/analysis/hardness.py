@@ -135,17 +135,12 @@ class Hardness:
     def by_class(self) -> list[dict[str, Any]]:
         """For each label: how many samples bear it, how many are classified correctly, and the spread of their V."""
         quarters = torch.tensor([0.25, 0.5, 0.75]).double()
-        classes = {label: self.labels == label for label in self.labels.unique().tolist()}
-        return [
-            {
-                "label": label,
-                "samples": int(mask.sum()),
-                "correct": int(self.correct[mask].sum()),
-                "V_mean": float(self.values[mask].mean()),
-                "V_quartiles": self.values[mask].quantile(quarters).tolist(),
-            }
-            for label, mask in classes.items()
-        ]
+        rows = []
+        for label in self.labels.unique().tolist():
+            values, right = self.values[self.labels == label], self.correct[self.labels == label]
+            spread = {"V_mean": float(values.mean()), "V_quartiles": values.quantile(quarters).tolist()}
+            rows.append({"label": label, "samples": len(values), "correct": int(right.sum()), **spread})
+        return rows
 
     @property
     def table(self) -> Table:

@@ -221,7 +221,6 @@ def _spread_text(values: Sequence[float]) -> str:
 
 T = TypeVar("T", bound=InterventionTable)
 
-
 Change = tuple[Route | None, str | None, float | None]
 """Channels, attack and factor, the same whichever criterion asked for them; no channels for the untouched network."""
 
@@ -373,17 +372,9 @@ def accuracy_row(trial: Trial, accuracy: Accuracy, route_only: int, control_only
     if trial.channels is not None:
         neurons, channels = trial.channels.size, sum(trial.channels.channels.values())
     return {
-        **trial.setting.cells,
-        "criterion": trial.criterion,
-        "draw": trial.draw,
-        "neurons": neurons,
-        "channels": channels,
-        "share_of_network": neurons / network,
-        "accuracy": accuracy.value,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "samples": accuracy.total,
-        "route_only": route_only,
-        "control_only": control_only,
+        **trial.setting.cells, "criterion": trial.criterion, "draw": trial.draw,
+        "neurons": neurons, "channels": channels, "share_of_network": neurons / network,
+        "accuracy": accuracy.value, "accuracy_low": low, "accuracy_high": high, "samples": accuracy.total,
+        "route_only": route_only, "control_only": control_only,
         "p": sign_test(route_only, control_only),
-    }
+    }  # fmt: skip

@@ -248,21 +248,11 @@ class Study:
     def all_settings(self) -> dict[str, Any]:
         """All on which a result depends, as JSON values."""
         return {
-            **self.settings,
-            "version": __version__,
-            "weights": weights_digest(self.model),
-            "split": self.images.split,
-            "images": [len(self.images), *self.images.shape],
-            "seed": self.seed,
-            "batch-size": self.batch_size,
+            **self.settings, "version": __version__, "weights": weights_digest(self.model),
+            "split": self.images.split, "images": [len(self.images), *self.images.shape],
+            "seed": self.seed, "batch-size": self.batch_size, "share": self.share, "at": self.at, "draws": self.draws,
             "layers": None if self.layers is None else list(self.layers),
-            "linear": self.config.linear,
-            "sketches": self.config.sketches,
-            "sketch-seed": self.config.seed,
-            "freeze-gates": self.config.freeze_gates,
-            "carrier": self.config.carrier,
-            "share": self.share,
-            "at": self.at,
-            "draws": self.draws,
+            "linear": self.config.linear, "sketches": self.config.sketches, "sketch-seed": self.config.seed,
+            "freeze-gates": self.config.freeze_gates, "carrier": self.config.carrier,
             "attacks": [attack_name(attack) for attack in self.named_attacks.values()],
-        }
+        }  # fmt: skip

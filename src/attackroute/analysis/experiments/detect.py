@@ -216,15 +216,10 @@ def _rows(
         area = (math.nan if each[name] is None else each[name] for name in ("value", "low", "high"))
         behind = 0 if each["lead"] is None else int(each["lead_low"] > 0) - int(each["lead_high"] < 0)
         yield {
-            "attack": attack,
-            "score": score,
-            "draw": draw,
-            "layer": layer,
+            "attack": attack, "score": score, "draw": draw, "layer": layer,
             **dict(zip(("auroc", "auroc_low", "auroc_high"), area, strict=True)),
-            "attacked": int(fooled.sum()),
-            "clean": int(clean.sum()),
-            "route_against_it": behind,
-        }
+            "attacked": int(fooled.sum()), "clean": int(clean.sum()), "route_against_it": behind,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
