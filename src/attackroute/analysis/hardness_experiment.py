@@ -303,7 +303,8 @@ def _figure(study: HardnessStudy) -> Figure:
         _draw_bins(panels[0, column], study, attack)
         _draw_baselines(panels[1, column], study.grouped(attack), named=column == 0)
     panels[0, 0].set_ylabel("samples", fontsize=9)
-    figure.suptitle(f"How hard the model is to fool on each of {len(study.hardness)} images\n{V_IS}", fontsize=9)
+    title = f"How hard the model is to fool on each of {len(study.hardness)} images"
+    figure.suptitle(f"{title}\n{textwrap.fill(V_IS, 80)}", fontsize=9)
     return figure
 
 

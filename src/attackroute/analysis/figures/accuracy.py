@@ -118,22 +118,20 @@ def _draw_frequencies(axes: Axes, route: Route, frequency: Mapping[str, Tensor])
     """One strip per layer: channels by falling frequency, the route's share marked."""
     for row, layer in enumerate(route):
         shares = frequency[layer].sort(descending=True).values
-        count = route.channels[layer]
         image = axes.imshow(
             shares[None].numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest",
             extent=(0, 1, row + 0.36, row - 0.36),
         )  # fmt: skip
-        cut = len(route[layer]) / count
+        cut = len(route[layer]) / route.channels[layer]
         axes.plot([cut, cut], [row - 0.46, row + 0.46], color=ROUTE_COLOUR, linewidth=2.2)
-        axes.text(1.015, row, str(count), va="center", ha="left", fontsize=8, color="#444444")
     axes.set_xlim(0, 1)
     axes.set_ylim(len(route) - 0.4, -0.6)
-    axes.set_yticks(range(len(route)), list(route))
-    axes.set_xlabel("channels of the layer, most frequent first (share; count at the right)")
+    axes.set_yticks(range(len(route)), [f"{layer} ({route.channels[layer]})" for layer in route])
+    axes.set_xlabel("share of the layer's channels (in brackets how many there are), most frequent first")
     axes.set_title("How often images use each channel\nleft of the orange line: the model's route", fontsize=10)
     axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(image, ax=axes, fraction=0.035, pad=0.09)
-    bar.ax.set_title("share of\nimages", fontsize=8)
+    bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", aspect=50, shrink=0.7)  # its own axis, below
+    bar.set_label("share of images that use the channel", fontsize=8)
 
 
 def _draw_remains(axes: Axes, table: InterventionTable) -> dict[str, Any]:
