@@ -9,6 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def conv(weight: list[list[float]], bias: list[float] | None = None) -> nn.Conv2d:
+    """A convolution of single positions, for arithmetic done by hand."""
+    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=bias is not None)
+    layer.weight.data = torch.tensor(weight)[:, :, None, None]
+    if layer.bias is not None:
+        layer.bias.data = torch.tensor(bias)
+    return layer
+
+
 def randomised(model: nn.Module) -> nn.Module:
     """Batch norms with statistics, gains of both signs and shifts, as a trained network would have."""
     for module in model.modules():
@@ -140,7 +149,7 @@ class Dense(nn.Module):
 
 
 class Inception(nn.Module):
-    """Branches and concatenation; max and average pooling of stride 1 before pointwise convolutions."""
+    """Branches and concatenation; max and average pooling of stride 1 before conv convolutions."""
 
     def __init__(self) -> None:
         super().__init__()

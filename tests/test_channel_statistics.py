@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
-from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, randomised
+from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, conv, randomised
 from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.analysis.criteria import channel_scores, rank_channels
 from attackroute.analysis.interventions import transplant
@@ -38,13 +38,6 @@ def same(actual: Tensor, expected: Tensor) -> None:
 def to(images: Tensor) -> Callable[..., Tensor]:
     """An attack that turns any batch of as many images into these."""
     return lambda model, x, y: images
-
-
-def conv(weight: list[list[float]]) -> nn.Conv2d:
-    """A pointwise convolution without bias."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=False)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    return layer
 
 
 def outputs(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -241,6 +234,17 @@ def test_the_model_and_the_images_are_left_as_they_were() -> None:
     with pytest.raises(UserError):
         loss_gradient(model, (images, y + 5))
     assert state(model) == before and torch.equal(images, kept)
+
+
+def test_attacks_are_taken_by_their_specification() -> None:
+    model, (x, _, y) = randomised(chain()).eval(), batch()
+    made = ar.parse_attack("fgsm:eps=0.1")
+    for layer, values in sensitivity(model, (x, y), attack=made).items():
+        same(sensitivity(model, (x, y), attack="fgsm:eps=0.1")[layer], values)
+    for by in ("sensitivity", "attribution"):
+        named = rank_channels(model, (x, y), by, attack="fgsm:eps=0.1")
+        assert named == rank_channels(model, (x, y), by, attack=made)
+        assert named.provenance is not None and named.provenance.attack == str(made)
 
 
 def test_progress() -> None:

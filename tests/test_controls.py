@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, Ranking, check_shares
+from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, Ranking, check_shares, repeated_layers
 from attackroute.analysis.criteria import ChannelScores
+from attackroute.analysis.experiments.interventions import leading_groups
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import sign_test
 from attackroute.routes.route import Route
+from attackroute.tracing.trace import trace_routes
 from route_samples import instances
 
 SHARES = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
@@ -22,7 +24,7 @@ SHARES = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
 
 def test_the_routes_sets_are_those_of_the_aggregate_at_that_width() -> None:
     routes = instances(samples=9)  # few samples, so that frequencies tie
-    ranking = Ranking.of_route(routes.aggregate(0.3))
+    ranking = Ranking.of_scores(routes.frequency(), ROUTE)
     for share in SHARES:
         assert ranking.route(share, routes.layers) == routes.aggregate(share)
     assert ranking.route(0, ["features.3"]) == Route({"features.3": []}, {"features.3": 8})
@@ -31,7 +33,7 @@ def test_the_routes_sets_are_those_of_the_aggregate_at_that_width() -> None:
 def test_sets_of_scores_are_those_of_their_routes() -> None:
     values = {"a": torch.tensor([1.0, 3, 3, 0, 2]).double(), "b": torch.rand(40).double()}
     scores = ChannelScores("weight", values)
-    ranking = Ranking.of_scores(scores, "weight")
+    ranking = Ranking.of_scores(values, "weight")
     assert ranking.order["a"] == [1, 2, 4, 0, 3]
     for share in SHARES:
         assert ranking.route(share, values) == scores.route(share)
@@ -54,11 +56,17 @@ def test_random_sets_grow_off_the_route_until_it_is_used_up() -> None:
     assert Ranking.off_route(route, 8).order != ranking.order
 
 
-def test_a_route_that_nothing_ranks_is_taken_whole() -> None:
-    route = instances().aggregate(0.3)
-    plain = Route(route.indices, route.channels)
-    ranking = Ranking.of_route(plain, "mine")
-    assert ranking.route(0.3, plain) == plain and ranking.route(0.2, ["features.8"]) is None
+def test_depthwise_layers_repeat_the_choice_before_them() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten())
+    images = torch.rand(6, 3, 3, 3)
+    route = trace_routes(model, images, 0.4).aggregate(0.4)
+    assert repeated_layers(model, route) == {"1": "0"} and route.indices["1"] == route.indices["0"]
+    compared = Comparison(model=model, data=(images, torch.zeros(6)), route=route, seeds=range(3), share=0.4)
+    for ranking in compared.rankings()[1:]:
+        assert ranking.order["1"] == ranking.order["0"] != ranking.order["3"]
+    both = Route({"0": [1, 2], "1": [1, 3], "3": [0]}, dict.fromkeys("013", 8))
+    assert not repeated_layers(model, both)  # what is not the same choice is none that is repeated
+    assert leading_groups("abcdef", "bd") == [tuple("abcd"), tuple("abcde"), tuple("abcdef")]
 
 
 def rank(
@@ -81,12 +89,13 @@ def test_rank_puts_the_route_first_and_refuses_what_does_not_fit() -> None:
         (ROUTE, None), (RANDOM, 3), (RANDOM, 4), ("mine", None), ("weight", None),
     ]  # fmt: skip
     assert all(each.layers == ("b",) for each in found)
-    whole = Route({"a": range(6), "b": [1]}, {"a": 6, "b": 9})
+    plain = Route({"a": range(6), "b": [1]}, {"a": 6, "b": 9})
+    whole = Route(plain.indices, plain.channels, route.frequency)
     for arguments, message in (
         ((route, {}, (0,), ["c"]), "no layer 'c' in the route"),
         ((whole, {}, (0,)), "all 6 channels of layer 'a' are on the route"),
+        ((plain, {}, ()), "the route has no frequencies"),
         ((route, {"mine": other.restrict(["a"])}, (0,)), "layer 'b' .* not in the baseline 'mine'"),
-        ((route, {ROUTE: other}, (0,)), "must not be called 'route'"),
     ):
         with pytest.raises(UserError, match=message) as error:
             rank(*arguments)  # type: ignore[arg-type]

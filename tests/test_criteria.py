@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attackroute as ar
-from architectures import CLOSED, MIXED, Dense, Function, Head, Inverted, Perceptron, Residual, chain, randomised
+from architectures import CLOSED, MIXED, Dense, Function, Head, Inverted, Perceptron, Residual, chain, conv, randomised
 from attackroute.analysis.criteria import CRITERIA, NEED_ATTACK, ChannelScores, channel_scores, rank_channels
 from attackroute.core.errors import UserError
 from attackroute.tracing import oracle
 from tracing import conv_outputs
+
+UNREAD = ("weight", "kernel", "random")
+"""Criteria that look at two images for the layers alone."""
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -33,13 +36,6 @@ def batch(samples: int = 5) -> tuple[Tensor, Tensor]:
 
 def same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-300)
-
-
-def conv(weight: list[list[float]]) -> nn.Conv2d:
-    """A pointwise convolution without bias."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=False)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    return layer
 
 
 # activation and gradient
@@ -193,6 +189,10 @@ def test_weight_sums_over_successors() -> None:
     same(found["b2.0"], gain(model.b2[1]) * size(model.c1[0], 1))
     same(found["down.0"], gain(model.down[1]) * size(model.c1[0], 1))
     same(found["c2.0"], size(model.c2[0], 0))
+    own = channel_scores(model, batch(), "kernel").values
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            same(own[name], size(module, 0))
 
 
 def test_weight_of_concatenated_channels() -> None:
@@ -308,7 +308,7 @@ def test_the_route(by: str) -> None:
     assert route == scores.route(0.4)
     origin = route.provenance
     assert origin is not None and (origin.criterion, origin.width) == (by, 0.4)
-    assert origin.samples == (0 if by in ("weight", "random") else 5)
+    assert origin.samples == (0 if by in UNREAD else 5)
     assert origin.attack == ("shifted" if by in NEED_ATTACK else None)
     assert origin.seed == (7 if by == "random" else None)
 
@@ -362,7 +362,7 @@ def test_the_model_is_left_as_it_was(by: str) -> None:
         assert rank_channels(model, (x, y), by, attack=shifted) == inside
     wrong = torch.rand(2, 4, 16, 16), y[:2]
     with pytest.raises(UserError, match="cannot run on a batch"):
-        rank_channels(model, wrong if by in ("weight", "random") else [(x, y), wrong], by, attack=shifted)
+        rank_channels(model, wrong if by in UNREAD else [(x, y), wrong], by, attack=shifted)
     assert flags == ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()])
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -378,7 +378,7 @@ def test_progress(by: str) -> None:
     assert calls == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_weight_and_random_read_one_batch() -> None:
+def test_criteria_without_data_read_one_batch() -> None:
     def data() -> Iterator[Tensor]:
         yield torch.rand(64, 3, 16, 16)
         raise AssertionError("read on")
@@ -386,18 +386,15 @@ def test_weight_and_random_read_one_batch() -> None:
     seen: list[int] = []
     model = chain()
     model.register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
-    for by in ("weight", "random"):
+    for by in UNREAD:
         rank_channels(model, data(), by)
-    assert seen == [2, 2]
+    assert seen == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("by", "message"),
     [
-        (
-            "wieght",
-            "'wieght'; did you mean weight.*choose from activation, gradient, sensitivity, attribution, weight, random",
-        ),
+        ("wieght", "'wieght'; did you mean weight.*choose from activation, gradient, .* weight, kernel, random"),
         ("sensitivty", "unknown criterion 'sensitivty'; did you mean sensitivity"),
         ("", "unknown criterion ''"),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, sample_routes
 from attackroute.analysis.experiments.detect import ALL_LAYERS, MARGIN, RANDOM_ROUTE, SOFTMAX, detect
 from attackroute.analysis.experiments.gradcam import CLEAN, ENTROPY, INSIDE, PART, SHIFT, map_panels, measure_gradcam
+from attackroute.analysis.experiments.interventions import transplant_accuracy
 from attackroute.analysis.experiments.occurrence import (
     CLASSES,
     OCCURRENCE,
@@ -28,6 +29,8 @@ from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError
 from attackroute.core.random import random_order
 from attackroute.core.statistics import Moments
+from attackroute.core.table import Table
+from attackroute.robustness.gradient_attacks import FGSM
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
@@ -227,6 +230,20 @@ class TestGradCam:
             assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("measure", ["sensitivity", "gradcam", "detect", "transplant"])
+def test_attacks_are_taken_by_their_specification(case: Case, measure: str) -> None:
+    def table(attack: object) -> Table:
+        attacks, compared = {"fgsm": attack}, case.compared(seeds=(1,))
+        if measure == "detect":
+            return detect(case.model, case.data, case.reference, attacks, seeds=(1,)).table  # type: ignore[arg-type]
+        if measure == "gradcam":
+            return measure_gradcam(compared, "3", attacks).table  # type: ignore[arg-type]
+        by = measure_sensitivity if measure == "sensitivity" else transplant_accuracy
+        return by(compared, attacks).table  # type: ignore[operator]
+
+    assert table("fgsm:eps=0.1").to_json() == table(FGSM(0.1)).to_json()
+
+
 class TestDetection:
     def test_areas_are_those_of_all_pairs(self, case: Case) -> None:
         found = detect(case.model, case.data, case.reference, {"shifted": shifted}, seeds=(3,), batch_size=5)
@@ -264,6 +281,15 @@ class TestDetection:
             assert row["auroc"] == pytest.approx(sum(pairs) / len(pairs), abs=0.02), (score, layer)
         assert set(found.scores) == {ROUTE, "activation", "gradient", RANDOM_ROUTE, SOFTMAX, MARGIN}
         assert len(found.figures()["detect"].axes) == 2 and "AUROC" in found.reading()
+
+    def test_a_hair_is_no_verdict(self, case: Case) -> None:
+        found = detect(case.model, case.data, case.reference, {"shifted": shifted}, seeds=(3,))
+        rows = [dict(row) for row in found.table]
+        for row in rows:
+            if row["score"] != ROUTE:
+                row |= {"auroc": found.rows("shifted", ROUTE)[0]["auroc"] - 0.005, "route_against_it": 1}
+        reading = replace(found, table=Table.of(rows)).reading()
+        assert "is level with activation" in reading and "beats" not in reading
 
     def test_an_attack_that_fools_nobody_has_no_area(self, case: Case, tmp_path) -> None:
         found = detect(case.model, case.data, case.reference, {"nothing": lambda model, x, y: x}, seeds=(0,))

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from attackroute.analysis.controls import RANDOM, ROUTE
-from attackroute.analysis.experiments.deactivate import Deactivation, deactivate_accuracy
-from attackroute.analysis.experiments.transplant import Transplantation
-from attackroute.analysis.intervention_table import UNTOUCHED, Counts, InterventionTable, Setting
-from attackroute.analysis.intervention_trials import Trial, accuracy_row
+from attackroute.analysis.experiments.interventions import Deactivation, Transplantation, deactivate_accuracy
+from attackroute.analysis.intervention_table import UNTOUCHED, Counts, InterventionTable, Setting, Trial, accuracy_row
 from attackroute.analysis.interventions import deactivate
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from attackroute.analysis.controls import RANDOM, ROUTE
-from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
-from attackroute.analysis.experiments.weaken import weaken_accuracy
+from attackroute.analysis.experiments.interventions import BETAS, leading_groups, transplant_accuracy, weaken_accuracy
 from attackroute.analysis.intervention_table import UNTOUCHED, Setting
 from attackroute.core.errors import UserError
 from attackroute.core.table import Record
@@ -82,6 +81,11 @@ def test_every_transplant_is_that_of_one_sample_at_a_time(case: Case) -> None:
     fixed = {(name, group, 0.3) for name in attacks for group in groups}
     assert seen == swept | fixed | {(name, (), 0.0) for name in attacks}
     assert len(set(result.table.column("accuracy"))) > 3
+    without = {name: f"{result.untouched(name).value:.1%}" for name in attacks}
+    summary = result.summary()
+    assert {(row["attack"], row["untouched"]) for row in summary} == set(without.items())
+    assert len(summary) == len(attacks) * len(groups) and summary.distinct("layer")[-1] == "all 4 layers"
+    assert f"(accuracy without: shifted {without['shifted']}, noisy {without['noisy']})" in result.reading()
     assert list(result.figures()) == ["transplant-shares", "transplant-layers"]
 
 
@@ -117,10 +121,9 @@ def test_transplants_after_the_activation(case: Case) -> None:
 def test_weakened_connections_are_those_of_a_copy_with_smaller_kernels(case: Case) -> None:
     import copy
 
-    betas = (1.0, 0.4, 0.0)
     with counting(case.model) as sizes:
         compared = case.compared(baselines={"weight": case.weight}, seeds=(3,), batch_size=16)
-        table = weaken_accuracy(compared, betas=betas)
+        table = weaken_accuracy(compared)
     right = case.right()
     routes = {ROUTE: case.route, RANDOM: case.route.random_like(3), "weight": case.weight.route(0.3)}
     for row in list(table.table)[1:]:
@@ -134,9 +137,9 @@ def test_weakened_connections_are_those_of_a_copy_with_smaller_kernels(case: Cas
                         model.get_submodule(after).weight[j, i] *= beta
             hits = sum(int(model(case.images[i][None]).argmax()) == int(case.labels[i]) for i in right)
         assert row["accuracy"] == hits / len(right) and row["neurons"] == route.size
-    assert table.table.select(criterion=ROUTE).column("beta") == [1.0, 0.4, 0.0]
-    assert table.main_beta == 0.4 and "to 0.4" in table.reading()
-    distinct = len(betas[1:]) * len(set(routes.values()))
+    assert table.table.select(criterion=ROUTE).column("beta") == list(BETAS)
+    assert table.main_beta == 0.5 and "to 0.5" in table.reading()
+    distinct = len(BETAS[1:]) * len(set(routes.values()))
     probes = len([size for size in sizes if size == 2])  # the look at which kernel slices connect neurons
     assert len(sizes) == 1 + distinct + probes and 0 < probes < 6
 
@@ -153,8 +156,6 @@ def test_bad_input_is_one_line(case: Case) -> None:
         (lambda: transplant_accuracy(case.compared(), {"n": noisy}, layers=["1"]), "no layer '1'"),
         (lambda: transplant_accuracy(case.compared(), {"n": noisy}, together=[["1"]]), "no layer"),
         (lambda: transplant_accuracy(case.compared(at="out"), {"n": noisy}), "output"),
-        (lambda: weaken_accuracy(case.compared(), betas=(2.0,)), "beta 2.0 is outside"),
-        (lambda: weaken_accuracy(case.compared(), betas=()), "no beta"),
     ]
     for attempt, message in attempts:
         with pytest.raises(UserError, match=message) as error:

@@ -125,5 +125,3 @@ def test_bad_input_is_one_line(case: tuple[nn.Module, Tensor]) -> None:
         with pytest.raises(UserError, match=message) as error:
             grad_cam(model, images, layer, **options)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="the layer needs"):
-        layer_evidence(model, images, "3").cams(torch.ones(8, dtype=torch.bool))

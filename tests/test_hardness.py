@@ -5,28 +5,19 @@ from __future__ import annotations
 import copy
 import csv
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
-from architectures import CLOSED, MIXED, Function, Perceptron, chain, randomised
+from architectures import CLOSED, MIXED, Function, Perceptron, chain, conv, randomised
 from attackroute.analysis import Hardness
-from attackroute.analysis.hardness import GradientReader, log_loss_and_margin, votes_among
+from attackroute.analysis.hardness import GradientReader, log_loss_and_margin
 from attackroute.core.errors import UserError
-
-
-def conv(weight: list[list[float]]) -> nn.Conv2d:
-    """A pointwise convolution without bias."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=False)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    return layer
 
 
 def every_other(model: nn.Module, images: Tensor, *, linear: bool = False) -> ar.Route:
@@ -96,17 +87,12 @@ def test_votes_by_hand() -> None:
     assert second["V_quartiles"] == [3.875, 4.75, 5.625]
 
 
-def test_places_among_a_reference_by_hand() -> None:
-    reference = torch.tensor([[1.0], [2.0], [2.0], [5.0]]).double()
-    values = torch.tensor([[0.0], [1.0], [1.5], [2.0], [4.0], [5.0], [6.0]]).double()
-    assert votes_among(reference, values)[:, 0].tolist() == [4.5, 4.0, 3.5, 2.5, 1.5, 1.0, 0.5]
-
-
-def test_places_among_the_samples_themselves_are_their_votes() -> None:
+def test_votes_are_ranks() -> None:
     torch.manual_seed(0)
     logs = torch.randint(0, 9, (50, 3)).double().log()  # many ties, some of them of -inf
-    ranks = torch.from_numpy(rankdata(-logs.numpy(), axis=0))
-    assert torch.equal(votes_among(logs.sort(0).values, logs), ranks)
+    route = ar.Route({layer: [0] for layer in "abc"}, dict.fromkeys("abc", 1))
+    votes = Hardness(route, logs, torch.zeros(50).long(), torch.zeros(50).long()).votes
+    assert torch.equal(votes, torch.from_numpy(rankdata(-logs.numpy(), axis=0)))
 
 
 def test_equal_samples_keep_the_lower_index_first() -> None:
@@ -254,38 +240,7 @@ def test_the_model_comes_back_as_it_was(case: tuple[nn.Module, Tensor, Tensor]) 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-# scoring
-
-
-def test_scoring_the_reference_gives_its_own_votes(case: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
-    model, images, labels = case
-    route = every_other(model, images)
-    known = ar.hardness(model, route, (images, labels))
-    known.save(tmp_path / "hardness.safetensors")
-    loaded = Hardness.load(tmp_path / "hardness.safetensors")
-    assert torch.equal(loaded.votes, known.votes) and loaded.route == route
-    assert torch.equal(loaded.labels, known.labels) and torch.equal(loaded.predictions, known.predictions)
-    again = loaded.score(model, (images, labels))
-    assert torch.equal(again.votes, known.votes)
-    one = loaded.score(model, (images[4:5], labels[4:5]))
-    torch.testing.assert_close(one.log_gradients, known.log_gradients[4:5], rtol=1e-9, atol=1e-9)
-    one.save(tmp_path / "one.safetensors")
-    one = Hardness.load(tmp_path / "one.safetensors")
-    assert len(one) == 1 and one.reference is not None and len(one.reference) == 9
-    assert torch.equal(one.score(model, (images, labels)).votes, known.votes)
-
-
-def test_a_new_sample_stands_between_its_neighbours(case: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, images, labels = case
-    route = every_other(model, images)
-    known = ar.hardness(model, route, (images[:8], labels[:8]))
-    new = known.score(model, (images[8:], labels[8:]))
-    gradients = slow_log_gradients(model, route, images[8:], labels[8:])
-    above = (known.log_gradients > gradients).sum(0)
-    assert new.votes[0].tolist() == (above + 0.5).tolist()
-
-
-# files
+# tables
 
 
 @pytest.fixture
@@ -299,32 +254,6 @@ def test_the_table_holds_every_sample(small: Hardness) -> None:
     rows = list(csv.DictReader(small.table.to_csv().splitlines()))
     expected = {"index": "0", "label": "7", "prediction": "7", "V": "5.0", "votes:a": "2.0", "votes:b": "3.0"}
     assert rows[0] == expected and [row["V"] for row in rows] == ["5.0", "2.5", "4.5"]
-
-
-def test_damaged_files_are_refused(small: Hardness, tmp_path: Path) -> None:
-    path = tmp_path / "h.safetensors"
-    small.save(path)
-    content = path.read_bytes()
-    for broken in (b"", content[:100], content[:-1], content[:-4] + b"\1\2\3\4"):
-        path.write_bytes(broken)
-        with pytest.raises(UserError) as caught:
-            Hardness.load(path)
-        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    small.route.save(path)
-    with pytest.raises(UserError, match=r"h\.safetensors"):
-        Hardness.load(path)
-    path.write_bytes(content)
-    assert set(load_file(path)) == {"log_gradients", "labels", "predictions"}
-
-
-def test_impossible_contents_are_refused(small: Hardness) -> None:
-    logs, labels = small.log_gradients, small.labels
-    for wrong in (logs[:, :1], logs.float(), logs.nan_to_num(nan=0.0, neginf=math.nan), logs + math.inf):
-        with pytest.raises(UserError):
-            Hardness(small.route, wrong, labels, labels)
-    for reference in (logs, logs.sort(0).values[:, :1]):
-        with pytest.raises(UserError, match="ascending"):
-            Hardness(small.route, logs, labels, labels, reference)
 
 
 # bad input

@@ -14,8 +14,8 @@ import torch
 from torchvision.utils import save_image
 
 import attackroute as ar
-from attackroute.analysis import Hardness
 from attackroute.zoo.data import ImageBatches, load_data
+from attackroute.zoo.weights import open_network
 from command_line import run
 
 
@@ -58,38 +58,41 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("note: no --route is given, so one is traced from these 24 images")
     content = json.loads(result.stdout)
-    names = {f"hardness.{kind}" for kind in ("csv", "json", "png", "safetensors", "svg")}
+    names = {f"hardness.{kind}" for kind in ("csv", "json", "png", "svg")}
     names |= {"hardness-images.csv", "hardness-images.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"route.json"}
     assert content == json.loads((tmp_path / "out" / "hardness.json").read_text()) | {"folder": str(tmp_path / "out")}
-    stored = Hardness.load(tmp_path / "out" / "hardness.safetensors")
-    assert stored.route == ar.Route.load(tmp_path / "out" / "route.json")
+    data = load_data(f"folder:{home / 'pictures'}")
+    network = open_network(str(home / "net"), data)
+    route = ar.Route.load(tmp_path / "out" / "route.json", model=network)
+    expected = ar.hardness(network, route, ImageBatches(data))
     with (tmp_path / "out" / "hardness-images.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["V"]) for row in rows] == stored.values.tolist() and len(rows) == 24
-    assert content["about"]["hardest"] == stored.hardest(10).tolist() and content["about"]["samples"] == 24
+    assert [float(row["V"]) for row in rows] == expected.values.tolist() and len(rows) == 24
+    assert content["about"]["hardest"] == expected.hardest(10).tolist() and content["about"]["samples"] == 24
     attacks = {"fgsm:eps=8/255", "gaussian-noise:std=0.2,seed=0"}
     assert set(content["about"]["attacks"]) == {row["target"] for row in content["rows"]} == attacks
     assert (content["settings"]["data"], content["settings"]["split"]) == (f"folder:{home / 'pictures'}", "test")
 
 
 def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) -> None:
-    from attackroute.zoo.weights import open_network
-
     data = load_data(f"folder:{home / 'pictures'}", split="train")
     network = open_network(str(home / "net"), data)
     route = ar.trace_routes(network, ImageBatches(data)).aggregate(0.5)
     route.save(tmp_path / "route.json")
     result = hardness(
-        home, "--route", tmp_path / "route.json", "--attack", "fgsm:eps=8/255", "--samples", 20, "--smallest-eps",
+        home, "--route", tmp_path / "route.json", "--attack", "fgsm:eps=8/255", "--samples", 20,
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     assert not (tmp_path / "out" / "route.json").exists()
-    assert Hardness.load(tmp_path / "out" / "hardness.safetensors").route == route
+    shown = ImageBatches(load_data(f"folder:{home / 'pictures'}", samples=20))
+    with (tmp_path / "out" / "hardness-images.csv").open() as file:
+        values = [float(row["V"]) for row in csv.DictReader(file)]
+    assert values == ar.hardness(network, route, shown).values.tolist()
     for word in ("tenth", "predictor", "hardness V", "input gradient", "V on all neurons", "votes of single layers"):
         assert word in result.stdout
-    assert "fgsm:eps=8/255 fools the model on" in result.stdout and "Smallest eps: " in result.stdout
+    assert "fgsm:eps=8/255 fools the model on" in result.stdout
     quiet = hardness(home, "--attack", "fgsm:eps=1/255", "--samples", 5, "--out", tmp_path / "quiet", "--quiet")
     assert (quiet.exit_code, quiet.output) == (0, "")
 

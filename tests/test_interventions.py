@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attackroute as ar
-from architectures import CLOSED, MIXED, Function, Head, Perceptron, Residual, chain, conv_bn, randomised, tokens
+from architectures import CLOSED, MIXED, Function, Head, Perceptron, Residual, chain, conv, conv_bn, randomised, tokens
 from attackroute.analysis.interventions import deactivate
 from attackroute.core.errors import UserError
 from attackroute.routes.route import Route
@@ -51,15 +51,6 @@ def same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def conv(weight: list[list[float]], bias: list[float] | None = None) -> nn.Conv2d:
-    """A pointwise convolution."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=bias is not None)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    if bias is not None:
-        layer.bias.data = torch.tensor(bias)
-    return layer
-
-
 def shifted_norm(scale: list[float], shift: list[float]) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(len(scale), eps=0.0)
     norm.weight.data, norm.bias.data = torch.tensor(scale), torch.tensor(shift)
@@ -89,7 +80,7 @@ def test_equals_surgery_on_the_weights(name: str) -> None:
 
 def test_by_hand() -> None:
     # x = 2. a = [2, 2 + 1, -2], b = [a0 + 10 a1 + 100 a2, a0 - a1] + [0.5, 0].
-    a, b = conv([[1.0], [1.0], [-1.0]], [0.0, 1.0, 0.0]), conv([[1.0, 10.0, 100.0], [1.0, -1.0, 0.0]], [0.5, 0.0])
+    a, b = (conv([[1.0], [1.0], [-1.0]], [0.0, 1.0, 0.0]), conv([[1.0, 10.0, 100.0], [1.0, -1.0, 0.0]], [0.5, 0.0]))
     model = nn.Sequential(a, b, nn.Flatten())
     x = torch.full((1, 1, 1, 1), 2.0)
     assert model(x).tolist() == [[2 + 30 - 200 + 0.5, 2 - 3]]
@@ -424,39 +415,19 @@ def test_a_pass_after_one_that_broke_off(at: str) -> None:
                     model(x[:samples])
 
 
-def test_unknown_layers_and_places() -> None:
+def test_routes_and_places_that_do_not_fit() -> None:
     model, route = chain(), Route({"0": [1], "3": [2]}, {"0": 6, "3": 8})
-    with (
-        pytest.raises(UserError, match="no layer '9' in the route: its layers are 0, 3"),
-        deactivate(model, route, ["9"]),
-    ):
-        pass
-    with (
-        pytest.raises(UserError, match="at='activatoin'; did you mean activation"),
-        deactivate(model, route, at="activatoin"),
-    ):
-        pass
-    assert hooks(model) == 0
-
-
-def test_a_route_of_another_model() -> None:
-    model = chain()
-    with (
-        pytest.raises(UserError, match=r"layer 'conv1' .* is not in the model"),
-        deactivate(model, every_other(Residual())),
-    ):
-        pass
-    with (
-        pytest.raises(UserError, match="layer '3' has 9 channels in the route but 8"),
-        deactivate(model, Route({"3": [1]}, {"3": 9})),
-    ):
-        pass
     functional = Function(lambda _, x: F.conv2d(x, torch.ones(5, 3, 1, 1)))
-    with (
-        pytest.raises(UserError, match="layer 'model' has 4 channels in the route but 5 in the model"),
-        deactivate(functional, Route({"model": [1]}, {"model": 4})),
+    for deactivated, message in (
+        (deactivate(model, route, ["9"]), "no layer '9' in the route: its layers are 0, 3"),
+        (deactivate(model, route, at="activatoin"), "at='activatoin'; did you mean activation"),
+        (deactivate(model, every_other(Residual())), r"layer 'conv1' .* is not in the model"),
+        (deactivate(model, Route({"3": [1]}, {"3": 9})), "layer '3' has 9 channels in the route but 8"),
+        (deactivate(functional, Route({"model": [1]}, {"model": 4})), "layer .model. has 4 channels .* but 5"),
     ):
-        functional(images())
+        with pytest.raises(UserError, match=message), deactivated:
+            functional(images())
+    assert hooks(model) == 0
 
 
 def test_a_layer_that_does_not_run() -> None:

@@ -34,7 +34,7 @@ def test_the_example_of_the_page_is_run_written_and_reported(tmp_path: Path) -> 
     make_network(tmp_path / "net")
     make_pictures(tmp_path / "pictures")
     common = ("--model", tmp_path / "net", "--data", f"folder:{tmp_path / 'pictures'}")
-    assert "neurons that criteria choose too" in done("analyze", "--help").output
+    assert "How many of the route's neurons criteria choose too" in done("analyze", "--help").output
     done("analyze", *common, "--only", "agreement", "--out", tmp_path / "run")
     document = json.loads((tmp_path / "run" / "agreement.json").read_text())
     assert document["kind"] == "agreement" and document["reading"].startswith("Of the route's neurons, activation")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from attackroute.analysis.controls import RANDOM, ROUTE
-from attackroute.analysis.experiments.deactivate import Deactivation
-from attackroute.analysis.figures.route import route_figure
+from attackroute.analysis.experiments.interventions import Deactivation
+from attackroute.analysis.figures.accuracy import route_figure
 from attackroute.analysis.figures.style import save_figure
 from attackroute.analysis.intervention_table import UNTOUCHED, Counts, Setting
 from attackroute.core.errors import UserError
@@ -47,5 +47,3 @@ def test_it_shows_every_measurement(tmp_path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG") and "a &lt;title&gt; &amp; more" in svg.read_text()
     with pytest.raises(UserError, match="cannot write the figure"):
         save_figure(figure, tmp_path / "missing", "route")
-    with pytest.raises(UserError, match="no frequencies"):
-        route_figure(Route(route.indices, route.channels), measured(), "")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from attackroute.analysis import experiment
 from attackroute.analysis.experiment import ExperimentResult, all_experiments, analyze
-from attackroute.analysis.study import Study
+from attackroute.analysis.study import BASELINES, Price, Study
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
@@ -55,6 +60,7 @@ class Sizes(ExperimentResult):
 
 
 def sizes(study: Study, progress: Progress) -> Sizes:
+    """How many channels are on the route."""
     progress(1, 1)
     return Sizes(Table.of({"layer": layer, "on the route": len(study.route[layer])} for layer in study.route))
 
@@ -68,7 +74,7 @@ def test_an_experiment_is_one_function(
     case: Case, images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "_registered", dict(experiment._registered))
-    experiment.experiment("sizes", order=4, title="Sizes", help="how many")(sizes)
+    experiment.experiment("sizes", order=4, title="Sizes")(sizes)
     assert list(all_experiments()).index("sizes") in (3, 4, 5)
     (document,) = analyze(Study(model=case.model, images=images, folder=tmp_path / "new"), ["sizes"]).values()
     again = Document.load(tmp_path / "new" / "sizes.json")
@@ -95,14 +101,65 @@ def test_what_was_finished_is_not_run_again(case: Case, images: ImageData, tmp_p
     def run(**settings: object) -> None:
         options = {"model": case.model, "images": images, "folder": tmp_path, "draws": 1, **settings}
         study = Study(attacks={"fgsm": FGSM(eps=0.1)}, **options)  # type: ignore[arg-type]
-        analyze(study, ["deactivate"], resume=True, done=lambda document, new: told.append((document.kind, bool(new))))
+        analyze(study, ["weaken"], resume=True, done=lambda document, new: told.append((document.kind, bool(new))))
 
     run()
     run()
     run(share=0.5)
-    (tmp_path / "deactivate.json").write_text("{")
+    (tmp_path / "weaken.json").write_text("{")
     run(share=0.5)
-    assert told == [("deactivate", True), ("deactivate", False), ("deactivate", True), ("deactivate", True)]
+    assert told == [("weaken", True), ("weaken", False), ("weaken", True), ("weaken", True)]
+
+
+class Wrapped(nn.Module):
+    """A model whose output bears its logits, as those of Hugging Face do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.model(images))
+
+
+def test_examples_are_of_several_classes_and_outputs_may_bear_logits(case: Case, images: ImageData) -> None:
+    order = sorted(range(len(case.labels)), key=lambda at: int(case.labels[at]))  # as in a folder for each class
+    sorted_images = replace(images, dataset=[images.dataset[at] for at in order])
+    study = Study(model=Wrapped(case.model), images=sorted_images, attacks="fgsm:eps=0.1", draws=1)
+    pictures, labels = study.examples()
+    predicted = case.model(pictures).argmax(1)
+    assert torch.equal(predicted, labels)
+    right = {
+        int(case.labels[order[at]])
+        for at in study.halves[1]
+        if case.predict(case.images[order[at]]) == case.labels[order[at]]
+    }
+    assert len(set(labels.tolist())) == min(4, len(right)) > 1
+    document = analyze(study, ["gradcam"])["gradcam"]
+    plain = analyze(replace(study, model=case.model), ["gradcam"])["gradcam"]
+    found, expected = (each.table.select(draw=None).column("mean") for each in (document, plain))  # draws go by name
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_how_long_it_takes_is_said_before_it_starts(case: Case, images: ImageData) -> None:
+    def slow(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        time.sleep(0.4)
+        return x
+
+    notes: list[str] = []
+    study = Study(model=case.model, images=images, attacks={"slow": slow}, draws=1, note=notes.append)
+    assert study.price.attacks > 0.4 / 8 > study.price.forward > 0
+    assert study.sets == 4 * (1 + 1 + len(BASELINES))
+    study.__dict__["price"] = Price(0.5, 4.0, 3.0)
+    analyze(study, ["weaken"])
+    half = len(study.halves[1])
+    first, second = (timedelta(seconds=half * each) for each in (2 * 4 + 3, 0.5 * study.sets))
+    assert notes[0].startswith(f"note: it takes about {first + second}, by a try on a few images: ")
+    assert notes[0].endswith(f"routes and controls {first}, weaken {second}")
+    study.__dict__["price"] = Price(1e-3, 1e-3, 1e-3)
+    notes.clear()
+    analyze(study, ["weaken"])
+    assert not notes  # not worth a word
 
 
 def test_bad_studies_are_one_line(case: Case, images: ImageData) -> None:

@@ -154,7 +154,7 @@ def test_transplants_give_what_copied_outputs_give(name: str) -> None:
 
         expected.append(edited(model, image[None], change))
     with torch.no_grad():
-        with transplant(model, x, route) as graft:
+        with transplant(model, x, route):
             found = model(other)
         with transplant(model, record_outputs(model, x, route), route):
             torch.testing.assert_close(model(other), found)
@@ -162,9 +162,6 @@ def test_transplants_give_what_copied_outputs_give(name: str) -> None:
             torch.testing.assert_close(model(other), model(x))
     torch.testing.assert_close(found, torch.cat(expected))
     assert not torch.allclose(found, model(other))
-    positions = {layer: len(outputs.flatten(0, -2)) for layer, outputs in zip(route, kept[0], strict=True)}
-    replaced = sum(len(route.indices[layer]) * positions[layer] for layer in route)
-    assert graft.element_share == pytest.approx(replaced / sum(output.numel() for output in kept[0]))
     assert state(model) == before
 
 

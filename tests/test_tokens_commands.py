@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import attackroute as ar
-from attackroute.analysis import Hardness
 from attackroute.analysis.controls import Comparison
 from attackroute.analysis.experiments.detect import detect
-from attackroute.analysis.experiments.weaken import weaken_accuracy
+from attackroute.analysis.experiments.interventions import weaken_accuracy
 from attackroute.analysis.figures.style import short_names
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
@@ -132,8 +132,9 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
     network, data = network_of(trained), halves(list(range(SAMPLES)))
     route = ar.Route.load(folder / "route.json", model=network)
     assert route == ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
-    found = Hardness.load(folder / "hardness.safetensors")
-    torch.testing.assert_close(found.values, ar.hardness(network, route, data).values)
+    with (folder / "hardness-images.csv").open() as file:
+        values = [float(row["V"]) for row in csv.DictReader(file)]
+    assert values == ar.hardness(network, route, data).values.tolist()
     assert json.loads((folder / "hardness.json").read_text())["settings"]["linear"] is True
     wrong = run("hardness", trained, *options, "--route", str(folder / "route.json"))
     assert wrong.exit_code == 2 and "leave out --linear" in wrong.output and "Traceback" not in wrong.output
@@ -199,7 +200,7 @@ def test_weakening_says_into_which_layers(trained: Path) -> None:
     compared = Comparison(model=network, data=data, route=route, seeds=range(1))
     with pytest.raises(ar.UserError, match="no kernel slice"):
         weaken_accuracy(compared)
-    found = weaken_accuracy(compared, targets=MLPS, betas=[0.5])
+    found = weaken_accuracy(compared, targets=MLPS)
     assert "into 2 layers, to 0.5" in found.reading()
 
 

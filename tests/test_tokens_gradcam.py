@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.gradcam import grad_cam, layer_evidence, token_maps
+from attackroute.analysis.gradcam import grad_cam, layer_evidence, layer_maps
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
 from token_networks import CLASSES, GATED, TOKENS, Attentive, made, vit
@@ -103,7 +103,7 @@ def test_the_grid_of_tokens(
     tokens: int, seen: list[tuple[int, int]], given: tuple[int, int] | None, expected: tuple[int, int], leading: int
 ) -> None:
     values = torch.rand(2, tokens, 3)
-    maps = token_maps(call_of(values), values, seen, given)
+    maps = layer_maps(call_of(values), values, seen, given)
     assert maps.shape == (2, 3, *expected)
     for row in range(expected[0]):
         for column in range(expected[1]):
@@ -127,7 +127,7 @@ def test_tokens_without_a_grid_are_one_line(
 ) -> None:
     values = torch.rand(shape)
     with pytest.raises(UserError, match=message) as error:
-        token_maps(call_of(values, folded=folded), values, seen, given)
+        layer_maps(call_of(values, folded=folded), values, seen, given)
     assert "\n" not in str(error.value)
 
 

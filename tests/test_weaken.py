@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import attackroute as ar
 from architectures import CLOSED, Function, Head, Inception, Perceptron, Residual, chain, randomised, tokens
+from architectures import conv as pointwise
 from attackroute.analysis.interventions import deactivate, transplant, weaken
 from attackroute.core.errors import UserError
 from attackroute.routes.route import Route
@@ -104,10 +105,7 @@ def test_equals_surgery_on_the_weights(name: str) -> None:
 
 def conv(weight: list[list[float]]) -> nn.Conv2d:
     """A pointwise convolution with a bias of one."""
-    layer = nn.Conv2d(len(weight[0]), len(weight), 1)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
-    layer.bias.data.fill_(1)
-    return layer
+    return pointwise(weight, [1.0] * len(weight))
 
 
 def test_by_hand() -> None:
@@ -322,15 +320,14 @@ def test_bad_factors(beta: object) -> None:
 def test_bad_routes() -> None:
     model, x = chain().eval(), images()
     route = some(model)
-    with pytest.raises(UserError, match="no layer '9' in the route"), weaken(model, route, 0.5, ["9"]):
-        pass
-    with pytest.raises(UserError, match=r"layer 'conv1' .* is not in the model"), weaken(model, some(Residual()), 0.5):
-        pass
-    with (
-        pytest.raises(UserError, match=r"layer '0#2' .* is not in the model"),
-        weaken(model, Route({"0": [1], "0#2": [1], "3": [1]}, {"0": 6, "0#2": 6, "3": 8}), 0.5),
+    twice = Route({"0": [1], "0#2": [1], "3": [1]}, {"0": 6, "0#2": 6, "3": 8})
+    for weakened, message in (
+        (weaken(model, route, 0.5, ["9"]), "no layer '9' in the route"),
+        (weaken(model, some(Residual()), 0.5), r"layer 'conv1' .* is not in the model"),
+        (weaken(model, twice, 0.5), r"layer '0#2' .* is not in the model"),
     ):
-        model(x)
+        with pytest.raises(UserError, match=message), weakened:
+            model(x)
     with pytest.raises(UserError, match=r"call model\(images\)"), weaken(model, route, 0.5):
         model(input=x)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.controls import Ranking
-from attackroute.analysis.criteria import ChannelScores
 from attackroute.analysis.interventions import record_outputs, transplant
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
@@ -179,7 +178,7 @@ class Repair:
             pooled: Scores that compare channels of all layers, where they are not those in ``scores``; also of
                 criteria that are measured in no other way.
         """
-        rankings = {name: Ranking.of_scores(ChannelScores(name, values), name) for name, values in scores.items()}
+        rankings = {name: Ranking.of_scores(values, name) for name, values in scores.items()}
         self._layers = layers = list(next(iter(scores.values())))
         some = next(iter(rankings.values()))
         untouched = self._right("untouched", "", 0, None)

@@ -12,12 +12,11 @@ from attackroute.analysis.criteria import ChannelScores, channel_scores, rank_ch
 from attackroute.analysis.experiment import analyze
 from attackroute.analysis.gradcam import grad_cam
 from attackroute.analysis.hardness import Hardness, hardness
-from attackroute.analysis.interventions import Graft, deactivate, record_outputs, transplant, weaken
+from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
 from attackroute.analysis.study import Study
 
 __all__ = [
     "ChannelScores",
-    "Graft",
     "Hardness",
     "Study",
     "analyze",

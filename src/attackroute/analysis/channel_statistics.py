@@ -24,6 +24,7 @@ from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls, two_of
 from attackroute.core.loss import log_doubt, seed_gradients
 from attackroute.core.model_state import explained, frozen
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import as_attack
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
@@ -37,7 +38,7 @@ def sensitivity(
     x: Data,
     x_adv: Data | None = None,
     *,
-    attack: Attack | None = None,
+    attack: Attack | str | None = None,
     batch_size: int = 128,
     linear: bool = False,
     progress: Progress | None = None,
@@ -50,8 +51,8 @@ def sensitivity(
         model: Any network of images ``(N, C, H, W)``.
         x: Clean images: a tensor, or a DataLoader (any iterable) of ``(images, labels)`` or of images.
         x_adv: The attacked images in the same order, and, if both come in batches, in the same batches.
-        attack: Instead of ``x_adv``, what makes x' of x, as in ``ar.parse_attack("pgd")``, for the labels of ``x`` or
-            the model's predictions.
+        attack: Instead of ``x_adv``, what makes x' of x for the labels of ``x``, or the model's predictions: a
+            specification such as ``"pgd"``, or any ``(model, images, labels) -> images``.
         batch_size: Rows per forward pass of tensors.
         linear: Whether linear maps are layers too; their neurons are output features.
         progress: Called with (samples done, samples in all or None) after every batch.
@@ -65,11 +66,12 @@ def sensitivity(
     """
     if (x_adv is None) == (attack is None):
         raise UserError("sensitivity compares two: pass the attacked images x_adv, or the attack that makes them")
-    measure: Measure = changes if attack is None else under_attack(changes, attack)
+    measure: Measure = changes if attack is None else under_attack(changes, as_attack(attack))
     with frozen(model), torch.inference_mode(False):
         data = x if x_adv is None else _paired(batches(model, x, batch_size), batches(model, x_adv, batch_size))
         stream = BatchStream(model, data, batch_size)
-        return mean_over(stream, model, measure, linear, progress, total=samples_in(x)).by_layer()
+        stream.total = samples_in(x)  # which the pairs do not tell
+        return mean_over(stream, model, measure, linear, progress).by_layer()
 
 
 def loss_gradient(
@@ -83,9 +85,7 @@ def loss_gradient(
     Args:
         model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
-        batch_size: Rows per forward pass of tensors.
-        linear: Whether linear maps are layers too.
-        progress: Called with (samples done, samples in all or None) after every batch.
+        batch_size: As for :func:`sensitivity`, as are ``linear`` and ``progress``.
 
     Returns:
         For each route layer in forward order, float64 ``(C,)`` on the CPU.
@@ -99,21 +99,13 @@ def loss_gradient(
 
 @dataclass(frozen=True, eq=False)
 class ChannelMeans:
-    """One number per sample and channel, times a factor per sample.
+    """One number per sample and channel, times a factor per sample; what follows them is known for gradients alone."""
 
-    Attributes:
-        values: For each layer, in forward order, ``(n, C)``.
-        log_factor: ``(n,)``, float64 on the CPU.
-        logits: ``(n, K)``, detached, where a gradient was measured.
-        at_images: The gradient at the images, in their shape and up to the factor, where one was measured.
-        tokens: Layers whose outputs have positions between samples and channels, where a gradient was measured.
-    """
-
-    values: dict[str, Tensor]
-    log_factor: Tensor
-    logits: Tensor | None = None
-    at_images: Tensor | None = None
-    tokens: frozenset[str] = frozenset()
+    values: dict[str, Tensor]  # for each layer, in forward order, (n, C)
+    log_factor: Tensor  # (n,), float64 on the CPU
+    logits: Tensor | None = None  # (n, K), detached
+    at_images: Tensor | None = None  # the gradient at the images, in their shape and up to the factor
+    tokens: frozenset[str] = frozenset()  # layers whose outputs have positions between samples and channels
 
 
 Measure = Callable[..., ChannelMeans]
@@ -123,33 +115,25 @@ Measure = Callable[..., ChannelMeans]
 def activations(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> ChannelMeans:
     """Mean over positions of ``|Z^m|``, the layer's own output."""
     values = _read(model, images, lambda call, output: _position_means(output.abs(), call.kind), linear=linear)
-    return ChannelMeans(values, torch.zeros(images.shape[0], dtype=torch.float64))
+    return ChannelMeans(values, torch.zeros(len(images), dtype=torch.float64))
 
 
 def changes(
     model: nn.Module, images: Tensor, attacked: Tensor, _labels: Tensor | None = None, *, linear: bool = False
 ) -> ChannelMeans:
-    """Mean over positions of ``|Z^m(x) - Z^m(x')|``, from one forward pass of the images and one of the attacked ones.
-
-    The clean outputs of the batch are held meanwhile.
-    """
+    """Mean over positions of ``|Z^m(x) - Z^m(x')|``, from two forward passes, with clean outputs held meanwhile."""
     change = _change_from(model, images, linear=linear)
-    values = _read(
-        model,
-        attacked,
-        lambda call, output: _position_means(change(call.name, output).abs_(), call.kind),
-        linear=linear,
-    )
-    return ChannelMeans(values, torch.zeros(images.shape[0], dtype=torch.float64))
+
+    def size(call: LayerCall, output: Tensor) -> Tensor:
+        return _position_means(change(call.name, output).abs_(), call.kind)
+
+    return ChannelMeans(_read(model, attacked, size, linear=linear), torch.zeros(len(images), dtype=torch.float64))
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor | None, *, linear: bool = False) -> ChannelMeans:
     """Sum over positions of ``|dL/dZ^m|``, through all paths, L the cross entropy.
 
     The factor ``1 - p_y``, which a confident sample's logits cannot hold, is kept apart as a logarithm.
-
-    Raises:
-        UserError: The output is not logits, a label is outside them, or the logits do not depend on any layer.
     """
     return _differentiated(model, images, labels, lambda _layer, _output: torch.abs, linear=linear)
 
@@ -162,9 +146,6 @@ def attributions(
     ``- sum over positions of (Z^m(x) - Z^m(x')) * dL/dZ^m(x')``, through all paths, L the cross entropy of the
     attacked image; above zero where clean values would lower the loss. From one forward pass of the images, and one
     forward and one backward pass of the attacked ones. The factor ``1 - p_y`` of the attacked image is kept apart.
-
-    Raises:
-        UserError: As :func:`gradients`.
     """
     change = _change_from(model, images, linear=linear)
     return _differentiated(model, attacked, labels, lambda *output: change(*output).neg_().mul_, linear=linear)
@@ -211,11 +192,7 @@ def _differentiated(
 
 @dataclass
 class RunningMean:
-    """Mean over samples, in float64, that no factor can push below what float64 holds.
-
-    Attributes:
-        samples: How many samples are in.
-    """
+    """Mean over samples, in float64, that no factor can push below what float64 holds."""
 
     samples: int = 0
     _total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
@@ -259,12 +236,7 @@ def under_attack(compare: Callable[..., ChannelMeans], attack: Attack) -> Measur
 
 
 def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[str, int]:
-    """Names and channels of the route layers that a frozen model runs on images, in forward order.
-
-    Raises:
-        UserError: There is none, the model cannot run on the images, or samples do not stand in the first dimension
-            of the layers' outputs.
-    """
+    """Names and channels, in forward order, of the route layers that a frozen model runs, with samples in rows."""
 
     def shape(call: LayerCall, output: Tensor) -> tuple[int, bool]:
         return output.shape[CHANNEL_DIM[call.kind]], call.kind == "linear" and output.ndim > 2
@@ -280,20 +252,29 @@ def layer_channels(model: nn.Module, images: Tensor, *, linear: bool) -> dict[st
     return channels
 
 
-def mean_over(
-    stream: BatchStream,
-    model: nn.Module,
-    measure: Measure,
-    linear: bool,
-    progress: Progress | None,
-    *,
-    total: int | None = None,
-) -> RunningMean:
-    """Mean of a measure over the batches of a frozen model, all with the layers of the first; ``total`` samples in all.
+def worked_on(
+    stream: BatchStream, work: Callable[[Tensor, Tensor | None], T], progress: Progress | None
+) -> Iterator[tuple[int, T]]:
+    """Of each batch, how many samples it has and what ``work(images, labels)`` gives; progress is in samples."""
+    done = 0
+    for samples, result in stream.map(lambda images, labels: (len(images), work(images, labels))):
+        yield samples, result
+        done += samples
+        if progress is not None:
+            progress(done, stream.total)
 
-    Raises:
-        UserError: There is no sample or no route layer, the model cannot run on the images, or its structure varies.
-    """
+
+def labelled(labels: Tensor | None) -> Tensor:
+    """A batch's labels, which must be there."""
+    if labels is None:
+        raise UserError("the data have no labels: give (images, labels)")
+    return labels
+
+
+def mean_over(
+    stream: BatchStream, model: nn.Module, measure: Measure, linear: bool, progress: Progress | None
+) -> RunningMean:
+    """Mean of a measure over the samples of a frozen model, whose layers are those of the first batch."""
     expected = list(layer_channels(model, two_of(stream.first[0]), linear=linear).items())
 
     def batch_mean(images: Tensor, other: Tensor | None) -> RunningMean:
@@ -306,10 +287,8 @@ def mean_over(
         return RunningMean.of(measured)
 
     mean = RunningMean()
-    for each in stream.map(batch_mean):
+    for _, each in worked_on(stream, batch_mean, progress):
         mean.add(each)
-        if progress is not None:
-            progress(mean.samples, stream.total if total is None else total)
     return mean
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import Measure, activations, gradients
-from attackroute.analysis.criteria import ChannelScores
+from attackroute.analysis.channel_statistics import worked_on
+from attackroute.analysis.criteria import MEASURES, ChannelScores
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
@@ -17,7 +18,7 @@ from attackroute.core.model_state import frozen
 from attackroute.core.random import random_order
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.routes.masks import kept, pack, top_k
+from attackroute.routes.masks import kept, top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
@@ -28,52 +29,33 @@ ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
 Baselines = Mapping[str, "Route | ChannelScores"]
 """Controls by name: routes by other criteria, or scores of channels that give routes of any size."""
 
-SAMPLE_BASELINES: Mapping[str, Measure] = {"activation": activations, "gradient": gradients}
-"""Criteria that rank the channels for one sample."""
-
 Router = Callable[[Tensor, "Tensor | None"], dict[str, InstanceRoutes]]
 """``(images, labels) -> routes`` by criterion, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Channels of each layer, best first.
+    """Channels of each layer, best first."""
 
-    Attributes:
-        criterion: What ranked them: ``"route"``, ``"random off-route"``, or the name of a baseline.
-        draw: Seed of a random ranking; None for other criteria.
-        order: For each layer, in forward order, the channels that may be chosen, best first.
-        channels: For each layer, how many it has.
-        whole: Only all of ``order`` can be chosen, since nothing ranks its channels.
-    """
-
-    criterion: str
-    draw: int | None
-    order: Mapping[str, Sequence[int]]
-    channels: Mapping[str, int]
-    whole: bool = False
+    criterion: str  # what ranked them: "route", "random off-route", or the name of a baseline
+    draw: int | None  # seed of a random ranking; None for other criteria
+    order: Mapping[str, Sequence[int]]  # for each layer, in forward order, the channels that may be chosen, best first
+    channels: Mapping[str, int]  # for each layer, how many it has
 
     @classmethod
-    def of_route(cls, route: Route, criterion: str = ROUTE) -> Ranking:
-        """Channels by falling frequency, ties to the lower index, so that sets are those of ``aggregate(width)``.
+    def of_scores(cls, scores: Mapping[str, Tensor], criterion: str) -> Ranking:
+        """Channels by falling score, ties to the lower index: a route's frequencies give sets as ``aggregate`` does."""
+        order = {layer: values.sort(descending=True, stable=True).indices.tolist() for layer, values in scores.items()}
+        return cls(criterion, None, order, {layer: len(values) for layer, values in scores.items()})
 
-        A route without frequencies, such as one that :func:`attackroute.rank_channels` gives, is taken whole.
+    @classmethod
+    def off_route(cls, route: Route, seed: int, repeats: Mapping[str, str] | None = None) -> Ranking:
+        """The channels off a route in random order; its first ones are ``route.random_like(seed)``.
+
+        A layer that ``repeats`` another one has that one's order, as it has on the route.
         """
-        if route.frequency is None:
-            return cls(criterion, None, route.indices, route.channels, whole=True)
-        return cls(criterion, None, _descending(route.frequency), route.channels)
-
-    @classmethod
-    def of_scores(cls, scores: ChannelScores, criterion: str) -> Ranking:
-        """Channels by falling score, ties to the lower index."""
-        channels = {layer: len(values) for layer, values in scores.values.items()}
-        return cls(criterion, None, _descending(scores.values), channels)
-
-    @classmethod
-    def off_route(cls, route: Route, seed: int) -> Ranking:
-        """The channels off a route in random order; its first ones are ``route.random_like(seed)``."""
-        rest = route.complement()
-        order = {layer: random_order(seed, layer, rest.indices[layer]) for layer in route}
+        rest, drawn = route.complement(), {layer: layer for layer in route} | dict(repeats or {})
+        order = {layer: random_order(seed, drawn[layer], rest.indices[layer]) for layer in route}
         return cls(RANDOM, seed, order, route.channels)
 
     @property
@@ -90,8 +72,7 @@ class Ranking:
         channels = {layer: count for layer, count in self.channels.items() if layer in chosen}
         sizes = {layer: kept(share, count) if share else 0 for layer, count in channels.items()}
         for layer, size in sizes.items():
-            available = len(self.order[layer])
-            if size > available or (self.whole and size != available):
+            if size > len(self.order[layer]):
                 return None
         origin = Provenance(0, share, seed=self.draw, criterion=self.criterion) if share else None
         return Route({layer: self.order[layer][:size] for layer, size in sizes.items()}, channels, None, origin)
@@ -99,30 +80,15 @@ class Ranking:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """A route beside its controls on one network's images: what every experiment with a route takes.
-
-    Attributes:
-        model: The network; runs in eval mode and comes back as it was.
-        data: Labelled images in [0, 1] to measure on, other ones than those that decided on the route and baselines.
-        route: The route; its frequencies rank the channels.
-        baselines: Routes by other criteria, or their scores, which serve every share.
-        share: Share of each layer's channels, in [0, 1], for the route and for every control.
-        seeds: One random ranking of the channels off the route for each.
-        at: Where channels are changed and maps taken: the layers' ``"output"``, or after their ``"activation"``.
-        batch_size: Rows per forward pass when ``data`` is tensors.
-        progress: Called with what is done, and of how much where that is known.
-
-    Raises:
-        UserError: The share is outside [0, 1].
-    """
+    """A route beside its controls on one network's images: what every experiment with a route takes."""
 
     model: nn.Module
-    data: Data
-    route: Route
+    data: Data  # labelled images in [0, 1] to measure on, other ones than those that decided on the route and baselines
+    route: Route  # its frequencies rank the channels
     baselines: Baselines = field(default_factory=dict)
-    share: float = 0.3
-    seeds: Sequence[int] = range(5)
-    at: str = OUTPUT
+    share: float = 0.3  # of each layer's channels, in [0, 1], for the route and for every control
+    seeds: Sequence[int] = range(5)  # one random ranking of the channels off the route for each
+    at: str = OUTPUT  # where channels are changed and maps taken: the layers' output, or after their activation
     batch_size: int = 128
     progress: Progress | None = None
 
@@ -130,56 +96,49 @@ class Comparison:
         check_shares([self.share])
 
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
-        """The route's ranking first, then random ones off it, then the baselines', all on some of the route's layers.
-
-        Raises:
-            UserError: A layer is not on the route, a baseline lacks a layer or has it in another size, or a layer has
-                no channel off the route.
-        """
+        """The route's ranking first, then random ones off it, then the baselines'; on some of the route's layers."""
         route = self.route if layers is None else self.route.restrict(layers)
-        rankings = [Ranking.of_route(route)]
+        rankings = [Ranking.of_scores(_frequencies(route), ROUTE)]
         for layer in route if len(self.seeds) else ():
             if len(route.indices[layer]) == route.channels[layer]:
                 raise UserError(
                     f"all {route.channels[layer]} channels of layer {layer!r} are on the route, so there is no control "
                     "off it: use a narrower route, or leave the layer out"
                 )
-        rankings += [Ranking.off_route(route, seed) for seed in self.seeds]
+        repeats = repeated_layers(self.model, route)
+        rankings += [Ranking.off_route(route, seed, repeats) for seed in self.seeds]
         for name, other in self.baselines.items():
-            if name in (ROUTE, RANDOM, OFF_ROUTE):
-                raise UserError(f"a baseline must not be called {name!r}: give it the name of its criterion")
-            sizes = other.channels if isinstance(other, Route) else {at: len(v) for at, v in other.values.items()}
-            route.check(sizes, f"baseline {name!r}")
-            if isinstance(other, Route):
-                rankings.append(Ranking.of_route(other.restrict(route), name))
-            else:
-                rankings.append(Ranking.of_scores(replace(other, values={at: other.values[at] for at in route}), name))
+            scores = _frequencies(other) if isinstance(other, Route) else other.values
+            route.check({at: len(values) for at, values in scores.items()}, f"baseline {name!r}")
+            rankings.append(Ranking.of_scores({at: scores[at] for at in route}, name))
         return rankings
 
 
-def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tuple[str, int | None], Tensor]:
-    """Bool masks (C,) of one layer by criterion and draw: the route, all others as ``"off-route"``, then the controls.
+def repeated_layers(model: nn.Module, route: Route) -> dict[str, str]:
+    """Depthwise layers that repeat the route before them, each with the layer that it repeats.
 
-    Raises:
-        UserError: The route cannot give this share.
+    Each of their channels reads one channel, so that they are critical together, and one choice is both layers' choice.
     """
+    repeats: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    for before, layer in pairwise(route.layers):
+        module, count = modules.get(layer.partition("#")[0]), route.channels[before]
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.out_channels == count > 1
+        if depthwise and route.channels[layer] == count and route.indices[layer] == route.indices[before]:
+            repeats[layer] = repeats.get(before, before)
+    return repeats
+
+
+def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tuple[str, int | None], Tensor]:
+    """Bool masks (C,) of a layer by criterion and draw: the route, all others as ``"off-route"``, then controls."""
     routes = {(each.criterion, each.draw): each.route(share, [layer]) for each in rankings}
     masks = {label: route.mask(layer) for label, route in routes.items() if route is not None}
-    if (ROUTE, None) not in masks:
-        raise UserError(
-            f"the route has no frequencies, so that it cannot give a share of {share} of layer {layer!r}: aggregate it "
-            "from instance routes, or ask for the share that it has"
-        )
     on_route = masks.pop((ROUTE, None))
     return {(ROUTE, None): on_route, (OFF_ROUTE, None): ~on_route, **masks}
 
 
 def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
-    """The shares in ascending order, each once.
-
-    Raises:
-        UserError: There is none, or one is outside [0, 1].
-    """
+    """The shares in ascending order, each once; there must be one, and all in [0, 1]."""
     ascending = sorted(set(shares))
     if not ascending:
         raise UserError("no share is given: give some in [0, 1], such as 0.3")
@@ -189,8 +148,10 @@ def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
     return tuple(ascending)
 
 
-def _descending(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
-    return {layer: values.sort(descending=True, stable=True).indices.tolist() for layer, values in scores.items()}
+def _frequencies(route: Route) -> Mapping[str, Tensor]:
+    if route.frequency is None:
+        raise UserError("the route has no frequencies by which to rank its channels: aggregate it from instance routes")
+    return route.frequency
 
 
 def sample_routes(
@@ -200,7 +161,7 @@ def sample_routes(
     *,
     attack: Attack | None = None,
     config: TraceConfig | None = None,
-    baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
+    baselines: Sequence[str] = tuple(MEASURES),
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> dict[str, InstanceRoutes]:
@@ -208,12 +169,10 @@ def sample_routes(
 
     Without labels the model's own predictions take their place. With an attack, what it makes of the images is traced;
     where the routes follow noise, its noise, and the baselines are those of the images themselves. Each of these, names
-    of :data:`SAMPLE_BASELINES`, costs one more forward pass.
+    of :data:`MEASURES`, costs one more forward pass.
     """
     config = config or TraceConfig()
     noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
-    batches: list[dict[str, InstanceRoutes]] = []
-    done = 0
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
         routes_of = batch_router(model, stream.first[0], width, noise_of=noise_of, config=config, baselines=baselines)
@@ -221,12 +180,7 @@ def sample_routes(
         def work(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
             return routes_of(*((images, labels) if made_by is None else attacked(model, made_by, images, labels)))
 
-        for routes in stream.map(work):
-            batches.append(routes)
-            done += len(routes[ROUTE])
-            if progress is not None:
-                progress(done, stream.total)
-    return joined_routes(batches)
+        return joined_routes([routes for _, routes in worked_on(stream, work, progress)])
 
 
 def batch_router(
@@ -236,28 +190,30 @@ def batch_router(
     *,
     noise_of: Attack | None = None,
     config: TraceConfig,
-    baselines: Sequence[str] = tuple(SAMPLE_BASELINES),
+    baselines: Sequence[str] = tuple(MEASURES),
 ) -> Router:
-    """Routes of one batch after another; see :func:`sample_routes`.
-
-    The model is held frozen; its layers are learnt from the images ``probe``.
-    """
+    """Routes of one batch after another, as :func:`sample_routes` has them; a probe shows the frozen model's layers."""
     tracer = Tracer.probe(model, probe, width, attack=noise_of, config=config)
 
     def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
         routes = {ROUTE: tracer.trace(images, labels)}
         answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
         for by in baselines:
-            values = SAMPLE_BASELINES[by](model, images, labels, linear=config.linear).values
-            routes[by] = InstanceRoutes(
-                {layer: pack(top_k(sizes, width)) for layer, sizes in values.items()},
-                {layer: sizes.shape[1] for layer, sizes in values.items()},
-                Provenance(len(images), width, criterion=by),
-                answers,
-            )
+            values = MEASURES[by](model, images, labels, linear=config.linear).values
+            masks = {layer: top_k(sizes, width) for layer, sizes in values.items()}
+            routes[by] = InstanceRoutes.from_masks(masks, Provenance(len(images), width, criterion=by), labels=answers)
         return routes
 
     return routes_of
+
+
+def require_right(right: int, samples: int) -> None:
+    """Some of the samples must be classified correctly, since these alone count."""
+    if not right:
+        raise UserError(
+            f"the network gets none of the {samples} samples right when they are clean, so that nothing can be "
+            "counted: check its weights and its labels, or give more samples"
+        )
 
 
 def joined_routes(batches: Sequence[Mapping[str, InstanceRoutes]]) -> dict[str, InstanceRoutes]:

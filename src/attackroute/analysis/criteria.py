@@ -28,15 +28,17 @@ from attackroute.core.layers import two_of
 from attackroute.core.model_state import frozen
 from attackroute.core.random import channel_uniforms
 from attackroute.robustness.attack import Attack, attack_name
+from attackroute.robustness.registry import as_attack
 from attackroute.routes.masks import check_width, top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 from attackroute.tracing.recorder import RecordedLayer, record_first
 from attackroute.tracing.trace import Progress
 
-_MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
+MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
+"""The criteria that rank the channels for one sample, too."""
 _COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {"sensitivity": changes, "attribution": attributions}
-CRITERIA = (*_MEASURES, *_COMPARISONS, "weight", "random")
+CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "kernel", "random")
 NEED_ATTACK = tuple(_COMPARISONS)
 """The criteria that compare images with attacked ones."""
 
@@ -60,11 +62,7 @@ class ChannelScores:
     attack: str | None = None
 
     def route(self, width: float = 0.3) -> Route:
-        """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index.
-
-        Raises:
-            UserError: The width is outside (0, 1], or a score is NaN.
-        """
+        """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index."""
         origin = Provenance(self.samples, width, attack=self.attack, seed=self.seed, criterion=self.by)
         return Route.from_masks({layer: top_k(scores, width) for layer, scores in self.values.items()}, None, origin)
 
@@ -75,7 +73,7 @@ def rank_channels(
     by: str,
     width: float = 0.3,
     *,
-    attack: Attack | None = None,
+    attack: Attack | str | None = None,
     batch_size: int = 128,
     seed: int = 0,
     linear: bool = False,
@@ -88,8 +86,8 @@ def rank_channels(
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
         by: The criterion, see :func:`channel_scores`.
         width: Share of each layer's channels to keep, in (0, 1].
-        attack: What ``by="sensitivity"`` and ``by="attribution"`` compare the images with, as in
-            ``ar.parse_attack("pgd")``; the other criteria read the images as they are.
+        attack: What ``by="sensitivity"`` and ``by="attribution"`` compare the images with: a specification such as
+            ``"pgd"``, or any ``(model, images, labels) -> images``; the other criteria read the images as they are.
         batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
         seed: Seed of ``by="random"``.
         linear: Whether linear maps are route layers too; their neurons are output features.
@@ -112,7 +110,7 @@ def channel_scores(
     data: Data,
     by: str,
     *,
-    attack: Attack | None = None,
+    attack: Attack | str | None = None,
     batch_size: int = 128,
     seed: int = 0,
     linear: bool = False,
@@ -129,12 +127,13 @@ def channel_scores(
       for ``"gradient"``. Below zero for channels whose clean values would raise the loss.
     * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain,
       :func:`outgoing_weight_norms`.
+    * ``"kernel"``: plain norm of the channel's own kernel, ``sum over i, u of |W^l[m, i, u]|``.
     * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross
       entropy for the sample's label, or for the model's own prediction where there is none. Right at any confidence;
       only if every sample's ``1 - p_y`` is below 1e-260, the scores share a factor that keeps them above zero.
     * ``"random"``: a number in [0, 1) that depends on nothing but the seed, the layer's name and the channel.
 
-    ``"weight"`` and ``"random"`` read no more than two samples, to see which layers run.
+    ``"weight"``, ``"kernel"`` and ``"random"`` read no more than two samples, to see which layers run.
 
     Args:
         model: As for :func:`rank_channels`, and so are ``data``, ``by``, ``batch_size``, ``seed`` and ``linear``.
@@ -148,22 +147,25 @@ def channel_scores(
     """
     if by not in CRITERIA:
         raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
-    measure = _MEASURES.get(by)
+    measure = MEASURES.get(by)
     if by in NEED_ATTACK:
         if attack is None:
             raise UserError(
-                f"criterion {by!r} compares images with attacked ones: pass attack=..., such as ar.parse_attack('pgd')"
+                f"criterion {by!r} compares images with attacked ones: pass attack=..., such as attack='pgd'"
             )
+        attack = as_attack(attack)
         measure = under_attack(_COMPARISONS[by], attack)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
         if measure is not None:
             mean = mean_over(stream, model, measure, linear, progress)
-            compared = attack_name(attack) if attack is not None and by in NEED_ATTACK else None
+            compared = None if isinstance(attack, str | None) or by not in NEED_ATTACK else attack_name(attack)
             return ChannelScores(by, mean.by_layer(), mean.samples, attack=compared)
         probe = two_of(stream.first[0])
-        if by == "weight":
-            return ChannelScores(by, outgoing_weight_norms(record_first(model, probe, linear=linear).layers))
+        if by in ("weight", "kernel"):
+            layers = record_first(model, probe, linear=linear).layers
+            own = {layer.name: _kernel_norms(layer) for layer in layers}
+            return ChannelScores(by, own if by == "kernel" else outgoing_weight_norms(layers))
         channels = layer_channels(model, probe, linear=linear).items()
         return ChannelScores(by, {layer: channel_uniforms(seed, layer, count) for layer, count in channels}, seed=seed)
 
@@ -181,10 +183,6 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
     one. A sink, which no route layer follows, is scored by its own kernel, ``sum over i, u of |W_l[m, i, u]|``.
 
     For each layer, float64 ``(C,)`` on the CPU.
-
-    Raises:
-        MixedChannelsError: Something between two layers mixes channels or positions, so that no weight belongs to a
-            channel.
     """
     norms = {index: torch.zeros(layer.channels, dtype=torch.float64) for index, layer in enumerate(layers)}
     sinks = set(norms)
@@ -203,8 +201,12 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
                 norm = norm * _wide(piece.scale).abs()
             norms[piece.source][piece.src : piece.src + piece.length] += norm
     for index in sinks:
-        norms[index] = _wide(layers[index].weight).abs().flatten(1).sum(1)
+        norms[index] = _kernel_norms(layers[index])
     return {layer.name: norms[index] for index, layer in enumerate(layers)}
+
+
+def _kernel_norms(layer: RecordedLayer) -> Tensor:
+    return _wide(layer.weight).abs().flatten(1).sum(1)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 The command's help, the files, the figures and the report's sections all follow from what the file declares::
 
-    @experiment("mine", order=8, title="My section of the report", help="what it measures, in half a line")
+    @experiment("mine", order=8, title="My section of the report")
     def run(study: Study, progress: Progress) -> Mine:
-        ...
+        'What it measures, in half a line, for the command's help.'
 
 where ``Mine`` is an :class:`ExperimentResult`.
 """
@@ -16,9 +16,11 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from operator import mul
+from typing import TYPE_CHECKING, NamedTuple
 
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.figures.style import save_figure
@@ -26,17 +28,29 @@ from attackroute.analysis.study import Study
 from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.files import made_folder
 from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WORTH_SAYING = 60  # seconds
 _FOLDER = "attackroute.analysis.experiments"
 
 
 class ExperimentResult(Result):
     """What an experiment found: a :class:`Result` that can be shown."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The table's layers, in forward order."""
+        return tuple(self.table.distinct("layer"))
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """What chose the table's channels, in the order in which it was measured: the route first."""
+        return tuple(self.table.distinct("criterion"))
 
     @abstractmethod
     def summary(self) -> Table:
@@ -47,40 +61,46 @@ class ExperimentResult(Result):
         """Pictures of the table by file name, the one to look at first in front."""
 
 
+class Work(NamedTuple):
+    """About what an experiment does to each image that is measured, to tell how long it takes."""
+
+    attacks: int = 0  # rounds of all attacks
+    passes: int = 0  # forward passes for each layer and set of channels
+    traces: int = 0  # for each attack
+
+
+_UNKNOWN = Work()
 Run = Callable[[Study, Progress], ExperimentResult]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment on a study.
+    """One experiment on a study."""
 
-    Attributes:
-        name: What it is called on the command line, and what its files are called.
-        order: Its place among the others.
-        title: Of its section in the report.
-        help: What it measures, for the command's help.
-        run: Measures it on a study, and calls ``progress(done, in all or None)`` meanwhile.
-    """
+    name: str  # on the command line, and of its files
+    order: int  # its place among the others
+    title: str  # of its section in the report
+    run: Run  # measures it on a study, and calls ``progress(done, in all or None)`` meanwhile
+    work: Work = _UNKNOWN
 
-    name: str
-    order: int
-    title: str
-    help: str
-    run: Run
+    @property
+    def help(self) -> str:
+        """What it measures, for the command's help."""
+        return (self.run.__doc__ or "").partition("\n")[0]
 
     def carry_out(self, study: Study) -> tuple[ExperimentResult, Document]:
         """Run it and write its files, the document last, so that where it is, all is there."""
         started = time.perf_counter()
         with study.progress(f"images, {self.name}") as progress:
             result = self.run(study, progress)
+        writes = study.folder is not None and leading()
+        figures = result.figures() if writes else {}
         about = {"title": self.title, "order": self.order, "seconds": time.perf_counter() - started}
-        if study.folder is None or not leading():
-            return result, result.document(study.all_settings, **about)
-        figures = result.figures()
-        for name, figure in figures.items():
-            save_figure(figure, study.folder, name)
         document = result.document(study.all_settings, **about, figures=list(figures))
-        document.save(study.folder, self.name)
+        if study.folder is not None and writes:
+            for name, figure in figures.items():
+                save_figure(figure, study.folder, name)
+            document.save(study.folder, self.name)
         return result, document
 
     def finished(self, study: Study) -> Document | None:
@@ -97,11 +117,11 @@ class Experiment:
 _registered: dict[str, Experiment] = {}
 
 
-def experiment(name: str, *, order: int, title: str, help: str) -> Callable[[Run], Run]:
+def experiment(name: str, *, order: int, title: str, work: Work = _UNKNOWN) -> Callable[[Run], Run]:
     """Register a function as an experiment; see :class:`Experiment`."""
 
     def register(run: Run) -> Run:
-        _registered[name] = Experiment(name, order=order, title=title, help=help, run=run)
+        _registered[name] = Experiment(name, order=order, title=title, run=run, work=work)
         return run
 
     return register
@@ -115,11 +135,7 @@ def all_experiments() -> dict[str, Experiment]:
 
 
 def chosen_experiments(names: Sequence[str] | None) -> list[Experiment]:
-    """Some experiments, in order; all where ``names`` is None.
-
-    Raises:
-        UserError: There is none of some name.
-    """
+    """Some experiments, in order; all where ``names`` is None."""
     experiments = all_experiments()
     for name in names or ():
         if name not in experiments:
@@ -155,24 +171,35 @@ def analyze(
     """
     chosen = chosen_experiments(experiments)
     if study.folder is not None and leading():
-        try:
-            study.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{study.folder}: cannot be made: {error.strerror}; choose another folder") from None
+        made_folder(study.folder)
     if not resume and study.layers is not None:  # so that a wrong layer is named before anything has run
         study.routes[ROUTE].aggregate(study.share).restrict(study.layers)
+    finished = {each.name: current().first(partial(each.finished, study)) if resume else None for each in chosen}
+    _announce(study, [each for each in chosen if finished[each.name] is None])
     documents: dict[str, Document] = {}
     for each in chosen:
-        document = current().first(partial(each.finished, study)) if resume else None
-        result = None
+        document, result = finished[each.name], None
         if document is None:
             try:
                 result, document = each.carry_out(study)
             except KeyboardInterrupt:
-                finished = ", ".join(documents) or "none yet"
-                study.note(f"interrupted in {each.name}; finished experiments are kept ({finished}): resume to go on")
+                kept = ", ".join(documents) or "none yet"
+                study.note(f"interrupted in {each.name}; finished experiments are kept ({kept}): resume to go on")
                 raise
         documents[each.name] = document
         if done is not None:
             done(document, result)
     return documents
+
+
+def _announce(study: Study, experiments: Sequence[Experiment]) -> None:
+    """Say about how long experiments will take, where that is more than a minute."""
+    if not experiments:
+        return
+    images = len(study.halves[1]) / current().count
+    units = study.price.attacks, study.price.forward * study.sets, study.price.trace * len(study.named_attacks)
+    works = {"routes and controls": Work(2, traces=1), **{each.name: each.work for each in experiments}}
+    parts = {name: sum(map(mul, work, units)) for name, work in works.items()}
+    if (total := images * sum(parts.values())) >= _WORTH_SAYING:
+        times = ", ".join(f"{name} {timedelta(seconds=round(images * each))}" for name, each in parts.items())
+        study.note(f"note: it takes about {timedelta(seconds=round(total))}, by a try on a few images: {times}")

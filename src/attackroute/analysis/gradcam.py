@@ -4,7 +4,7 @@ Grad-CAM (Selvaraju et al., 2017) weighs each channel's map ``A^c`` by the mean 
 gradient, ``alpha_c``, and keeps what speaks for the class: ``relu(sum_c alpha_c A^c)``. Here the sum runs over any set
 of channels. Before the ReLU the maps of a set and of its complement add up to the whole.
 
-Tokens are maps too: channels are the features, positions the tokens of the image, see :func:`token_maps`.
+Tokens are maps too: channels are the features, positions the tokens of the image, see :func:`layer_maps`.
 Class tokens are no positions: they are left out of the maps and of the means over positions.
 """
 
@@ -34,19 +34,12 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a layer's channels say for a class, before channels are chosen.
+    """What a layer's channels say for a class, before channels are chosen."""
 
-    Attributes:
-        maps: The layer's maps ``A``, ``(N, C, H, W)``.
-        weights: ``alpha``: mean over positions of the class logit's gradient at the maps, ``(N, C)``.
-        logits: The model's logits, ``(N, classes)``.
-        target: The class of each image, ``(N,)``.
-    """
-
-    maps: Tensor
-    weights: Tensor
-    logits: Tensor
-    target: Tensor
+    maps: Tensor  # the layer's maps A, (N, C, H, W)
+    weights: Tensor  # alpha: mean over positions of the class logit's gradient at the maps, (N, C)
+    logits: Tensor  # (N, classes)
+    target: Tensor  # the class of each image, (N,)
 
     def __getitem__(self, rows: Tensor) -> Evidence:
         """The evidence of some of the images."""
@@ -54,10 +47,6 @@ class Evidence:
 
     def cams(self, sets: Tensor) -> Tensor:
         """Of each set of channels, bool ``(S, C)``: ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``."""
-        if sets.ndim != 2 or sets.shape[1] != self.maps.shape[1]:
-            raise UserError(
-                f"sets of channels have shape {tuple(sets.shape)}; the layer needs (sets, {self.maps.shape[1]})"
-            )
         chosen = sets.to(self.maps.device, self.maps.dtype)
         weights = self.weights[None] * chosen[:, None]  # (S, N, C)
         return torch.einsum("snc,nchw->snhw", weights, self.maps).relu_()
@@ -82,8 +71,7 @@ def grad_cam(
         channels: Indices of the channels to sum over; None for all, which is the usual Grad-CAM.
         target: ``(N,)`` classes; None for those that the model predicts.
         at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
-        grid: Rows and columns of the tokens; None to find out, see :func:`token_maps`. Tokens
-            before the grid are left out.
+        grid: Rows and columns of the tokens; None to find out, see :func:`layer_maps`. Tokens before are left out.
 
     Returns:
         ``(N, H, W)`` at the layer's own resolution, at least 0, not normalised.
@@ -110,20 +98,34 @@ def layer_evidence(
     grid: Grid | None = None,
 ) -> Evidence:
     """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
+    calls: list[LayerCall] = []
+    leaves: list[Tensor] = []
+    sizes: list[Grid] = []  # of the maps of the convolutions before the layer
+
+    def run(call: LayerCall) -> Tensor:
+        calls.append(call)
+        return call.run()
+
+    def leaf(_layer: str, _dim: int, values: Tensor) -> Tensor:
+        leaves.append(values.detach().requires_grad_())
+        return leaves[-1].clone()  # a copy of the leaf, since what follows may work in place
+
+    def note(call: LayerCall, output: Tensor) -> None:
+        if call.kind == "conv2d" and not calls:
+            sizes.append((output.shape[-2], output.shape[-1]))
+
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        leaf = _Leaf()
-        with leaf.edits(layer, at).applied_to(model):
+        with LayerEdits({layer: None}, leaf, at, run=run, seen=note).applied_to(model):
             logits = checked_logits(model(images.detach().clone()), images.shape[0])
-        maps = leaf.maps(leaf.values, grid)
+        maps = layer_maps(calls[-1], leaves[-1], sizes, grid)
         classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
         classes = checked_labels(classes, logits.shape[1], images.shape[0])
-        if not logits.requires_grad:
-            raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
         chosen = logits.gather(1, classes[:, None]).sum()
-        gradient = torch.autograd.grad(chosen, leaf.values, allow_unused=True)[0]
+        reached = logits.requires_grad
+        gradient = torch.autograd.grad(chosen, leaves[-1], allow_unused=True)[0] if reached else None
     if gradient is None:
-        raise UserError(f"the logits do not depend on layer {layer!r}")
-    slopes = leaf.maps(gradient, grid)
+        raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
+    slopes = layer_maps(calls[-1], gradient, sizes, grid)
     if gradient.count_nonzero() and not slopes.count_nonzero():
         raise UserError(
             f"the logits depend on the class token of layer {layer!r} alone, so the image's tokens say nothing there: "
@@ -147,67 +149,22 @@ def jointly_normalised(cams: Tensor) -> Tensor:
     return cams / largest.where(largest > 0, torch.ones_like(largest))
 
 
-class _Leaf:
-    """Makes a layer's output, or its activation's, a leaf that requires grad.
-
-    Attributes:
-        call: The layer's call, once the model has run.
-        values: The leaf.
-        sizes: Sizes of the maps of the convolutions before it.
-    """
-
-    call: LayerCall
-    values: Tensor
-
-    def __init__(self) -> None:
-        self.sizes: list[Grid] = []
-        self._reached = False
-
-    def edits(self, layer: str, at: str) -> LayerEdits:
-        """What puts the leaf into the model."""
-        return LayerEdits({layer: None}, self._copied, at, run=self._run, seen=self._note)
-
-    def _run(self, call: LayerCall) -> Tensor:
-        self.call, self._reached = call, True
-        return call.run()
-
-    def _copied(self, layer: str, dim: int, values: Tensor) -> Tensor:
-        self.values = values.detach().requires_grad_()
-        return self.values.clone()  # a copy of the leaf, since what follows may work in place
-
-    def _note(self, call: LayerCall, output: Tensor) -> None:
-        if call.kind == "conv2d" and not self._reached:
-            self.sizes.append((output.shape[-2], output.shape[-1]))
-
-    def maps(self, values: Tensor, grid: Grid | None) -> Tensor:
-        """What has the shape of the leaf, as maps ``(n, C, H, W)``."""
-        if self.call.kind == "linear":
-            return token_maps(self.call, values, self.sizes, grid)
-        if values.ndim != _MAP_DIMS:
-            raise UserError(f"layer {self.call.name!r} gives {tuple(values.shape)}, no maps (N, C, H, W)")
-        if grid is not None and tuple(grid) != tuple(values.shape[2:]):
-            raise UserError(f"layer {self.call.name!r} has maps of {tuple(values.shape[2:])}: a grid is for tokens")
-        return values
-
-
-def token_maps(call: LayerCall, output: Tensor, sizes: Sequence[Grid], grid: Grid | None) -> Tensor:
-    """The output of a linear map as maps, without the tokens that are no part of the image.
+def layer_maps(call: LayerCall, output: Tensor, sizes: Sequence[Grid], grid: Grid | None) -> Tensor:
+    """The output of a layer as maps ``(n, C, rows, columns)``, without the tokens that are no part of the image.
 
     Tokens ``(n, rows, columns, C)`` have their grid in their shape, if its proportions are those of a convolution's
     maps. Those in one line, ``(n, T, C)``, lie row by row and behind the class token and its like. Their grid is the
-    one that is given, or that of the patches: the size of the last convolution's maps that leaves at most 16 tokens,
-    and fewer than it has itself. Without such a convolution it is square, with none, one, or two tokens before it.
-
-    Args:
-        call: The linear map.
-        output: What it gives, ``(n, ..., C)``; the maps are a view ``(n, C, rows, columns)`` of it.
-        sizes: Sizes of the maps of convolutions that ran before it, in order.
-        grid: Rows and columns, where the user knows them.
-
-    Raises:
-        UserError: The output has no tokens, or they stand in windows, or their grid cannot be told or does not fit.
+    one that is given, or that of the patches: of the ``sizes`` of the maps of convolutions that ran before, the last
+    that leaves at most 16 tokens, and fewer than it has itself. Without such a convolution it is square, with none,
+    one, or two tokens before it.
     """
     name, shape = call.name, tuple(output.shape)
+    if call.kind != "linear":
+        if output.ndim != _MAP_DIMS:
+            raise UserError(f"layer {name!r} gives {shape}, no maps (N, C, H, W)")
+        if grid is not None and tuple(grid) != shape[2:]:
+            raise UserError(f"layer {name!r} has maps of {shape[2:]}: a grid is for tokens")
+        return output
     if output.ndim < 3:
         raise UserError(
             f"layer {name!r} gives {shape}, no maps (N, C, H, W) and no tokens (N, T, C): Grad-CAM needs a convolution "

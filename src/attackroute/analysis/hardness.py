@@ -7,9 +7,8 @@ Gradients are in logarithms, right at any confidence: a sample with ``p = 1.0`` 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import gradients
+from attackroute.analysis.channel_statistics import gradients, labelled, worked_on
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
-from attackroute.core.files import HARDNESS_KIND, file_errors, read_tensors, write_tensors
 from attackroute.core.model_state import explained, frozen
 from attackroute.core.table import Table, plural
 from attackroute.routes.layer_map import require_channels, require_model, require_same
@@ -29,7 +27,6 @@ from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
 _LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
-_TENSORS = ("log_gradients", "labels", "predictions")  # in each file; also "reference", where there is one
 
 
 def hardness(
@@ -51,23 +48,11 @@ def hardness(
         UserError: The model cannot carry the route, the data hold fewer than two samples or no labels, an input does
             not fit the model, or values are not finite.
     """
-    return Hardness.from_gradients(read_gradients(model, route, data, batch_size, progress), route)
-
-
-def read_gradients(
-    model: nn.Module, route: Route, data: Data, batch_size: int, progress: Progress | None
-) -> SampleGradients:
-    """The gradients of every sample on one route; see :class:`GradientReader`."""
-    batches: list[SampleGradients] = []
-    done = 0
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        for batch in stream.map(GradientReader(model, {"route": route}).read):
-            batches.append(batch)
-            done += len(batch)
-            if progress is not None:
-                progress(done, stream.total)
-    return SampleGradients.concatenate(batches)
+        read = GradientReader(model, {"route": route}).read
+        samples = SampleGradients.concatenate(batch for _, batch in worked_on(stream, read, progress))
+    return Hardness.from_gradients(samples, route)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,52 +64,31 @@ class Hardness:
         log_gradients: ``(N, L)`` float64: log of Eq. (16) for each sample, in the data's order, and layer of the route.
         labels: ``(N,)`` int64.
         predictions: ``(N,)`` int64, the model's classes.
-        reference: ``(M, L)`` float64, ascending in each column: what the samples are ranked among. None where that
-            is the samples themselves.
     """
 
     route: Route
     log_gradients: Tensor
     labels: Tensor
     predictions: Tensor
-    reference: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        shape = (len(self.labels), len(self.route))
-        if self.log_gradients.shape != shape or self.predictions.shape != shape[:1] or self.labels.ndim != 1:
-            raise UserError(
-                f"hardness of {shape[0]} samples on {plural(shape[1], 'layer')} needs gradients of shape {shape}, not "
-                f"{tuple(self.log_gradients.shape)}, and one label and prediction for each sample"
-            )
-        for values in (self.log_gradients, self.reference):
-            if values is not None and (values.dtype != torch.float64 or not bool((values < torch.inf).all())):
-                raise UserError("hardness needs float64 logarithms of gradients, none of them NaN or infinite")
-        if self.reference is not None and (
-            self.reference.shape[1:] != shape[1:] or not bool((self.reference[1:] >= self.reference[:-1]).all())
-        ):
-            raise UserError("the reference needs one column for each layer of the route, each in ascending order")
 
     @classmethod
-    def from_gradients(
-        cls, samples: SampleGradients, route: Route, index: int = 0, reference: Tensor | None = None
-    ) -> Hardness:
-        """Hardness by the route of that index among those that were read, ranked among a reference or themselves.
-
-        Raises:
-            UserError: There is one sample alone, and no reference.
-        """
-        if len(samples) < 2 and reference is None:
-            raise UserError("the data hold one sample, which cannot be ranked: give two or more, or score it by others")
-        log_gradients = samples.log_gradients[:, index].clone()
-        return cls(route, log_gradients, samples.labels, samples.predictions, reference=reference)
+    def from_gradients(cls, samples: SampleGradients, route: Route, index: int = 0) -> Hardness:
+        """Hardness by the route of that index among those that were read, of two samples or more."""
+        if len(samples) < 2:
+            raise UserError("the data hold one sample, which cannot be ranked: give two or more")
+        return cls(route, samples.log_gradients[:, index].clone(), samples.labels, samples.predictions)
 
     @cached_property
     def votes(self) -> Tensor:
         """Votes of each sample in each layer (Eq. (17)), ``(N, L)`` float64: from 1 to N, more for lower gradients.
 
-        Equal gradients share the mean of their ranks. Among a reference of M samples, votes go from 1/2 to M + 1/2.
+        Equal gradients share the mean of their ranks.
         """
-        return votes_among(self.quantiles(), self.log_gradients)
+        gradients = self.log_gradients.T.contiguous()
+        ascending = gradients.sort().values
+        # with b of the samples below and e equal: N - b - e above, and the mean of e ranks from there on
+        places = torch.searchsorted(ascending, gradients) + torch.searchsorted(ascending, gradients, right=True)
+        return len(self) + 0.5 - places.T.double() / 2
 
     @property
     def values(self) -> Tensor:
@@ -145,10 +109,9 @@ class Hardness:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        ranked = "" if self.reference is None else f", among {len(self.reference)} others"
         low, high = (float(value) for value in self.values.aminmax())
         sizes = f"{plural(len(self), 'sample')}, {plural(len(self.layers), 'layer')}"
-        return f"Hardness({sizes}, V from {low:g} to {high:g}{ranked})"
+        return f"Hardness({sizes}, V from {low:g} to {high:g})"
 
     def hardest(self, count: int, among: Tensor | None = None) -> Tensor:
         """Indices of the samples with the largest V, hardest first, ties to the lower index, int64 ``(count,)``.
@@ -169,44 +132,15 @@ class Hardness:
         """
         return self._first(count, among, descending=False)
 
-    def quantiles(self) -> Tensor:
-        """The samples' log-gradients in ascending order, ``(N, L)``: what others are scored against."""
-        return self.log_gradients.sort(dim=0).values if self.reference is None else self.reference
-
-    def score(
-        self, model: nn.Module, data: Data, *, batch_size: int = 128, progress: Progress | None = None
-    ) -> Hardness:
-        """Hardness of other samples among these ones, which are not ranked anew.
-
-        Every sample of the reference is kept, so these same samples get the votes that they have. Batches of another
-        size can change the last digits of a gradient, and with them the order of two samples that are that close.
-
-        Args:
-            model: The model of this hardness.
-            data: Images with labels; one sample will do.
-            batch_size: As for :func:`hardness`.
-            progress: As for :func:`hardness`.
-
-        Raises:
-            UserError: As for :func:`hardness`.
-        """
-        samples = read_gradients(model, self.route, data, batch_size, progress)
-        return Hardness.from_gradients(samples, self.route, reference=self.quantiles())
-
     def by_class(self) -> list[dict[str, Any]]:
         """For each label: how many samples bear it, how many are classified correctly, and the spread of their V."""
         quarters = torch.tensor([0.25, 0.5, 0.75]).double()
-        classes = {label: self.labels == label for label in self.labels.unique().tolist()}
-        return [
-            {
-                "label": label,
-                "samples": int(mask.sum()),
-                "correct": int(self.correct[mask].sum()),
-                "V_mean": float(self.values[mask].mean()),
-                "V_quartiles": self.values[mask].quantile(quarters).tolist(),
-            }
-            for label, mask in classes.items()
-        ]
+        rows = []
+        for label in self.labels.unique().tolist():
+            values, right = self.values[self.labels == label], self.correct[self.labels == label]
+            spread = {"V_mean": float(values.mean()), "V_quartiles": values.quantile(quarters).tolist()}
+            rows.append({"label": label, "samples": len(values), "correct": int(right.sum()), **spread})
+        return rows
 
     @property
     def table(self) -> Table:
@@ -217,32 +151,6 @@ class Hardness:
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything as safetensors, replacing a file of that name in one step.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
-        body = replace(self.route, frequency=None).to_json()
-        tensors = {name: getattr(self, name) for name in (*_TENSORS, "reference")}
-        write_tensors(
-            path, HARDNESS_KIND, body, {name: values for name, values in tensors.items() if values is not None}
-        )
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Hardness:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: The file is missing, damaged or something else.
-        """
-        body, tensors = read_tensors(path, HARDNESS_KIND)
-        with file_errors(path):
-            if missing := set(_TENSORS) - set(tensors):
-                raise UserError(f"holds no {sorted(missing)[0]}")
-            route = Route.from_json(body)
-            return cls(route, **{name: tensors[name] for name in _TENSORS}, reference=tensors.get("reference"))
-
     def _first(self, count: int, among: Tensor | None, *, descending: bool) -> Tensor:
         order: Tensor = self.values.sort(descending=descending, stable=True).indices
         if among is not None:
@@ -252,40 +160,18 @@ class Hardness:
         return order[:count]
 
 
-def votes_among(reference: Tensor, log_gradients: Tensor) -> Tensor:
-    """Votes of samples in each layer by their places among those of a reference (Eq. (17)).
-
-    ``(M, L)`` ascending log-gradients of the reference, and ``(N, L)`` of the samples, float64 without NaN, give
-    ``(N, L)`` float64. The reference's own gradients have 1 vote for the largest and M for the smallest, and where they
-    are equal the mean of their ranks; a gradient between two of them gets the mean of their votes.
-    """
-    ascending, values = reference.T.contiguous(), log_gradients.T.contiguous()
-    # with b of the reference below and e equal: M - b - e above, and the mean of e ranks from there on
-    places = torch.searchsorted(ascending, values) + torch.searchsorted(ascending, values, right=True)
-    return len(reference) + 0.5 - places.T.double() / 2
-
-
 @dataclass(frozen=True, eq=False)
 class SampleGradients:
-    """What the loss says of N samples in their order, on the CPU.
+    """What the loss, the cross entropy, says of N samples in their order: on the CPU, in float64 but for classes."""
 
-    Attributes:
-        log_gradients: ``(N, R, L)`` float64, R routes of L layers: log of the sum over the layer's route neurons of
-            ``|dL/dZ|`` summed over positions (Eq. (16)), L the cross entropy. ``-inf`` where no gradient arrives.
-        labels: ``(N,)`` int64.
-        predictions: ``(N,)`` int64.
-        log_losses: ``(N,)`` float64, log of the cross entropy.
-        margins: ``(N,)`` float64, the label's logit less the largest other one.
-        log_input_gradients: ``(N,)`` float64, log of the L1 norm of the loss gradient at the image: what a small
-            step of size eps in the L-infinity ball adds to the loss, over eps.
-    """
-
-    log_gradients: Tensor
-    labels: Tensor
-    predictions: Tensor
-    log_losses: Tensor
-    margins: Tensor
+    log_gradients: Tensor  # (N, R, L), R routes of L layers: log of Eq. (16), -inf where no gradient arrives
+    labels: Tensor  # (N,) int64
+    predictions: Tensor  # (N,) int64
+    log_losses: Tensor  # (N,), log of the loss
+    margins: Tensor  # (N,), the label's logit less the largest other one
     log_input_gradients: Tensor
+    """``(N,)``, log of the L1 norm of the loss gradient at the image: what a small step of size eps in the L-infinity
+    ball adds to the loss, over eps."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -300,13 +186,7 @@ class SampleGradients:
 
 
 class GradientReader:
-    """Reads batches with one forward and one backward pass each, all layers and routes at once.
-
-    The model is frozen; at least one route is given, all with the same layers.
-
-    Raises:
-        UserError: The routes differ in their layers, or the model cannot carry them.
-    """
+    """Reads batches of a frozen model with one forward and one backward pass each, all layers and routes at once."""
 
     def __init__(self, model: nn.Module, routes: Mapping[str, Route]) -> None:
         first = next(iter(routes.values()))
@@ -321,14 +201,8 @@ class GradientReader:
         self._neurons = {layer: [route[layer] for route in routes.values()] for layer in first}
 
     def read(self, images: Tensor, labels: Tensor | None) -> SampleGradients:
-        """Read one batch, on the model's device and in its dtype.
-
-        Raises:
-            UserError: There are no labels, a layer of the routes did not run, or has other channels or no rows of
-                samples, or a gradient is not finite.
-        """
-        if labels is None:
-            raise UserError("the data have no labels, and the loss is that of a label: give (images, labels)")
+        """Read one batch, on the model's device and in its dtype."""
+        labels = labelled(labels)
         with explained(images):
             measured = gradients(self._model, images, labels, linear=True)
             if not self._apart and measured.tokens.intersection(self._channels):

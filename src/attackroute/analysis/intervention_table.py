@@ -1,18 +1,32 @@
-"""The table of accuracies under interventions (Figs. 3 and 4), and where the route beats its controls."""
+"""Accuracy under interventions (Figs. 3 and 4): each distinct one runs once a batch, and what the table says of them.
+
+Only samples that the untouched network gets right when they are clean count; only their numbers are kept.
+"""
 
 from __future__ import annotations
 
 import statistics
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from attackroute.analysis.controls import RANDOM, ROUTE
+import torch
+from torch import Tensor, nn
+
+from attackroute.analysis.channel_statistics import labelled
+from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, Ranking, require_right
 from attackroute.analysis.experiment import ExperimentResult
-from attackroute.core.statistics import CLEAR, Accuracy
-from attackroute.core.table import Record, Table
+from attackroute.analysis.interventions import record_outputs
+from attackroute.core.batches import BatchStream, samples_in
+from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.layers import OUTPUT
+from attackroute.core.model_state import frozen
+from attackroute.core.statistics import CLEAR, Accuracy, sign_test
+from attackroute.core.table import Record, Table, plural
+from attackroute.robustness.attack import Attack, attacked
+from attackroute.routes.route import Route
 
 UNTOUCHED = "untouched"
 BEATS, LOSES, UNDECIDED = "beats", "loses to", "undecided against"
@@ -20,19 +34,12 @@ BEATS, LOSES, UNDECIDED = "beats", "loses to", "undecided against"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is done, whoever chose the channels.
+    """What is done, whoever chose the channels."""
 
-    Attributes:
-        layers: The layers that are changed together; none for the untouched network.
-        share: Share of each layer's channels.
-        attack: Name of the attack on the images; None for clean ones.
-        beta: Factor on the connections, where they are weakened.
-    """
-
-    layers: tuple[str, ...]
-    share: float
-    attack: str | None = None
-    beta: float | None = None
+    layers: tuple[str, ...]  # that are changed together; none for the untouched network
+    share: float  # of each layer's channels
+    attack: str | None = None  # on the images, by name; None for clean ones
+    beta: float | None = None  # factor on the connections, where they are weakened
 
     @property
     def cells(self) -> Record:
@@ -42,16 +49,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many samples a measurement took.
-
-    Attributes:
-        samples: Samples read.
-        counted: Those that the untouched network gets right when clean, which alone count.
-        batches: Batches read.
-    """
+    """How many samples a measurement took."""
 
     samples: int
-    counted: int
+    counted: int  # those that the untouched network gets right when clean
     batches: int
 
 
@@ -65,39 +66,32 @@ class InterventionTable(ExperimentResult):
             one. ``accuracy`` is on the samples that the untouched network gets right when they are clean, of which
             ``route_only`` are right with the route's channels changed, and wrong with these, ``control_only`` the
             reverse, and ``p`` is the sign test's.
-        settings: The settings in which the route was measured.
-        main_share: The share of a layer's channels on which the reading is based.
-        main_beta: The factor on which the reading is based, where connections are weakened.
-        at: Where channels are changed: the layers' ``"output"``, before batch norm, or after their ``"activation"``.
-        counts: How many samples it took.
-        targets: The layers whose kernels are weakened, where they are not all.
     """
 
     table: Table
-    settings: tuple[Setting, ...]
-    main_share: float
-    main_beta: float | None = None
-    at: str
+    settings: tuple[Setting, ...]  # in which the route was measured
+    main_share: float  # of a layer's channels, on which the reading is based
+    main_beta: float | None = None  # factor on which the reading is based, where connections are weakened
+    at: str  # where channels are changed: the layers' output, before batch norm, or after their activation
     counts: Counts
-    targets: Sequence[str] | None = None
+    targets: Sequence[str] | None = None  # layers whose kernels are weakened, where they are not all
 
     helps: ClassVar[bool] = False
     """Whether the intervention raises accuracy where it meets what matters."""
+    opening: ClassVar[str]
+    """How the reading begins, as a format of the table."""
 
     @property
-    @abstractmethod
-    def opening(self) -> str:
-        """How the reading begins."""
+    def cases(self) -> str:
+        """What verdicts are counted by; where kernels are weakened, into which."""
+        if self.main_beta is not None:
+            return "" if self.targets is None else f", into {plural(len(self.targets), 'layer')},"
+        return "layers" if len(self.attacks) == 1 else "layers and attacks"
 
     @property
     def criteria(self) -> tuple[str, ...]:
-        """Criteria in the order in which they were measured."""
+        """Criteria in the order in which they were measured, the route first."""
         return tuple(name for name in self.table.distinct("criterion") if name != UNTOUCHED)
-
-    @property
-    def controls(self) -> tuple[str, ...]:
-        """All criteria but the route."""
-        return tuple(name for name in self.criteria if name != ROUTE)
 
     @property
     def attacks(self) -> tuple[str | None, ...]:
@@ -113,6 +107,11 @@ class InterventionTable(ExperimentResult):
         """Accuracy of the untouched network on images of that attack."""
         row = self.table.one(criterion=UNTOUCHED, attack=attack)
         return Accuracy(round(row["accuracy"] * row["samples"]), row["samples"])
+
+    @property
+    def without(self) -> str:
+        """Accuracy under each attack where nothing is done about it."""
+        return ", ".join(f"{attack} {self.untouched(attack).value:.1%}" for attack in self.attacks)
 
     def values(self, setting: Setting, criterion: str) -> list[float]:
         """Accuracies of one criterion in one setting, one for each draw; none where it was not measured."""
@@ -130,7 +129,7 @@ class InterventionTable(ExperimentResult):
         verdicts = []
         for setting in self.settings:
             (route,) = self.values(setting, ROUTE)
-            for control in self.controls:
+            for control in self.criteria[1:]:
                 rows = self.table.select(criterion=control, **setting.cells)
                 if not rows:
                     continue
@@ -159,7 +158,7 @@ class InterventionTable(ExperimentResult):
             and (self.main_beta is not None or len(setting.layers) == 1)
         ]
         scores = []
-        for control in self.controls:
+        for control in self.criteria[1:]:
             rows = [row for row in self.verdicts if row["control"] == control]
             verdicts = [row["verdict"] for row in rows if any(cells <= row.items() for cells in main)]
             if verdicts:
@@ -167,7 +166,7 @@ class InterventionTable(ExperimentResult):
                 counts = f"{verdicts.count(BEATS)} (loses in {verdicts.count(LOSES)}) of {len(verdicts)}"
                 scores.append(f"{name} in {counts}")
         beaten = f"the route beats {', '.join(scores)}" if scores else "no control"
-        return f"{self.opening} {beaten}."
+        return f"{self.opening.format(self)} {beaten}."
 
     def about(self) -> dict[str, Any]:
         """What the measurements have in common, and the verdicts."""
@@ -186,20 +185,23 @@ class InterventionTable(ExperimentResult):
 
     def summary(self) -> Table:
         """Settings at the main share, or factors: the route, random channels, and which controls the route beats."""
-        attack = self.attacks[0]
-        if self.main_beta is not None:
-            head, settings = "beta", {setting: f"{setting.beta:g}" for setting in self.settings}
-        else:
-            main = [each for each in self.settings if each.share == self.main_share and each.attack == attack]
-            head, settings = "layer", {setting: self.group_name(setting.layers) for setting in main}
         rows = []
-        for setting, text in settings.items():
-            accuracies = [_spread_text(self.values(setting, by)) for by in (ROUTE, RANDOM)]
-            verdicts = [row for row in self.verdicts if setting.cells.items() <= row.items()]
-            controls = [[row["control"] for row in verdicts if row["verdict"] == each] for each in (BEATS, LOSES)]
-            rows.append((text, *accuracies, *(", ".join(names) or "-" for names in controls)))
-        under = f" under {attack}" if attack else ""
-        return Table((head, f"route{under}", RANDOM, "route beats", "route loses to"), tuple(rows))
+        for setting in self.settings:
+            if self.main_beta is None and setting.share != self.main_share:
+                continue
+            row = (
+                {"layer": self.group_name(setting.layers)} if self.main_beta is None else {"beta": f"{setting.beta:g}"}
+            )
+            if setting.attack is not None:
+                untouched = self.untouched(setting.attack).value
+                row = {"attack": setting.attack, **row, UNTOUCHED: f"{untouched:.1%}"}
+            row |= {by: _spread_text(self.values(setting, by)) for by in (ROUTE, RANDOM)}
+            verdicts = [each for each in self.verdicts if setting.cells.items() <= each.items()]
+            for verdict in (BEATS, LOSES):
+                names = [each["control"] for each in verdicts if each["verdict"] == verdict]
+                row[f"route {verdict}"] = ", ".join(names) or "-"
+            rows.append(row)
+        return Table.of(rows)
 
     def group_name(self, layers: tuple[str, ...]) -> str:
         """Layers that are changed together, in a few words."""
@@ -215,3 +217,164 @@ def _spread_text(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.1%}" if values else "-"
     return f"{statistics.fmean(values):.1%} ({100 * min(values):.0f} to {100 * max(values):.0f})"
+
+
+T = TypeVar("T", bound=InterventionTable)
+
+Change = tuple[Route | None, str | None, float | None]
+"""Channels, attack and factor, the same whichever criterion asked for them; no channels for the untouched network."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row to measure: a setting, what chose the channels, and these; none for the untouched network."""
+
+    setting: Setting
+    criterion: str
+    draw: int | None
+    channels: Route | None
+
+    @cached_property
+    def change(self) -> Change:
+        """The intervention that it comes to: none without any channel, or with a factor of 1."""
+        setting = self.setting
+        if self.channels is None or self.channels.size == 0 or setting.beta == 1:
+            return None, setting.attack, None
+        return self.channels, setting.attack, setting.beta
+
+
+@dataclass(frozen=True, eq=False)
+class CorrectSamples:
+    """Samples of a batch that the untouched model gets right when clean, and what layers to record gave for them."""
+
+    images: Tensor
+    labels: Tensor
+    outputs: Mapping[str, Tensor]
+
+
+Intervene = Callable[[Route, "float | None", CorrectSamples], AbstractContextManager[object]]
+"""``(channels, beta, this batch) -> context`` in which the model is changed."""
+
+
+def measure(
+    result: type[T],
+    compared: Comparison,
+    rankings: Sequence[Ranking],
+    settings: Iterable[Setting],
+    intervene: Intervene,
+    *,
+    attacks: Mapping[str, Attack] | None = None,
+    record: Sequence[str] = (),
+) -> T:
+    """Measure in every setting each ranking that has as many channels, on samples that the model gets right when clean.
+
+    Batches are outermost: each is attacked once per attack and then forgotten. Trials that come to the same
+    intervention share one forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in
+    images times interventions. The route's ranking comes first; ``attacks`` bear the names that the settings use, and
+    ``record`` names the layers whose clean outputs ``intervene`` needs.
+    """
+    model, progress = compared.model, compared.progress
+    trials = _planned(rankings, settings)
+    changes = list(dict.fromkeys(trial.change for trial in trials))
+    position = {change: index for index, change in enumerate(changes)}
+    columns = torch.tensor([position[trial.change] for trial in trials])
+    route = {trial.setting: position[trial.change] for trial in trials if trial.criterion == ROUTE}
+    # the route in the same setting; a trial's own column where the route was not measured
+    references = torch.tensor([route.get(trial.setting, position[trial.change]) for trial in trials])
+    size_of_data = samples_in(compared.data)
+    total = None if size_of_data is None else size_of_data * len(changes)
+    samples = counted = batches = 0
+    ahead = 0  # samples that this process is done with, and that are not among ``samples`` yet
+
+    def count(images: Tensor, labels: Tensor | None) -> tuple[int, int, Tensor]:
+        """The batch's samples, those that count, and of these for each trial: right, route alone, control alone."""
+        nonlocal ahead
+        clean = correct_when_clean(model, images, labels, record, compared.at)
+        correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
+        done = 0
+        for name in dict.fromkeys(attack for _, attack, _ in changes) if len(clean.images) else ():
+            inputs = clean.images
+            if name is not None and attacks is not None:
+                inputs, _ = attacked(model, attacks[name], clean.images, clean.labels)
+            for channels, attack, beta in changes:
+                if attack != name:
+                    continue
+                at = position[channels, attack, beta]
+                if name is None and channels is None:
+                    correct[at] = True  # these are the samples that count
+                else:
+                    with nullcontext() if channels is None else intervene(channels, beta, clean):
+                        logits = checked_logits(model(inputs.clone()), len(inputs))
+                    correct[at] = (logits.argmax(1) == clean.labels).cpu()
+                done += 1
+                if progress is not None:
+                    progress((samples + ahead) * len(changes) + done * len(images), total)
+        ahead += len(images)
+        control, with_route = correct[columns], correct[references]
+        outcomes = control, with_route & ~control, control & ~with_route
+        return len(images), len(clean.images), torch.stack([each.sum(1) for each in outcomes])
+
+    sums = torch.zeros(3, len(trials), dtype=torch.int64)
+    with frozen(model), torch.inference_mode(False), torch.no_grad():
+        for size, right, sums_of_batch in BatchStream(model, compared.data, compared.batch_size).map(count):
+            batches += 1
+            samples += size
+            counted += right
+            ahead = 0
+            sums += sums_of_batch
+    require_right(counted, samples)
+    network = sum(compared.route.channels.values())
+    rows = [
+        accuracy_row(trial, Accuracy(right, counted), route_only, control_only, network=network)
+        for trial, (right, route_only, control_only) in zip(trials, sums.T.tolist(), strict=True)
+    ]
+    return result(
+        table=Table.of(rows), settings=tuple(route), main_share=compared.share, at=compared.at,
+        counts=Counts(samples, counted, batches),
+    )  # fmt: skip
+
+
+def _planned(rankings: Sequence[Ranking], settings: Iterable[Setting]) -> list[Trial]:
+    """The untouched network first, under every attack."""
+    settings = list(dict.fromkeys(settings))
+    attacks = dict.fromkeys(setting.attack for setting in settings)
+    trials = [Trial(Setting((), 0.0, attack), UNTOUCHED, None, None) for attack in attacks]
+    for setting in settings:
+        for ranking in rankings:
+            channels = ranking.route(setting.share, setting.layers)
+            if channels is not None:
+                trials.append(Trial(setting, ranking.criterion, ranking.draw, channels))
+    return trials
+
+
+def correct_when_clean(
+    model: nn.Module, images: Tensor, labels: Tensor | None, record: Sequence[str] = (), at: str = OUTPUT
+) -> CorrectSamples:
+    """The images of a batch that a frozen model gets right, and outputs of layers to record, in one forward pass."""
+    answers: list[object] = []
+    handle = model.register_forward_hook(lambda module, _, output: answers.append(output))
+    try:
+        outputs = record_outputs(model, images, record, at=at)
+    finally:
+        handle.remove()
+    logits = checked_logits(answers[-1], len(images))
+    labels = checked_labels(labelled(labels), logits.shape[1], len(images))
+    right = (logits.argmax(1) == labels).nonzero().flatten()
+    if len(right) == len(images):
+        return CorrectSamples(images, labels, outputs)
+    return CorrectSamples(images[right], labels[right], {layer: values[right] for layer, values in outputs.items()})
+
+
+def accuracy_row(trial: Trial, accuracy: Accuracy, route_only: int, control_only: int, *, network: int) -> Record:
+    """What was measured of one trial, as a row of an :class:`InterventionTable`."""
+    low, high = accuracy.interval
+    neurons, channels = 0, 0
+    if trial.channels is not None:
+        neurons, channels = trial.channels.size, sum(trial.channels.channels.values())
+    return {
+        **trial.setting.cells, "criterion": trial.criterion, "draw": trial.draw,
+        "neurons": neurons, "channels": channels, "share_of_network": neurons / network,
+        "accuracy": accuracy.value, "accuracy_low": low, "accuracy_high": high, "samples": accuracy.total,
+        "route_only": route_only, "control_only": control_only,
+        "p": sign_test(route_only, control_only),
+    }  # fmt: skip

@@ -11,17 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.sites import LayerEdits
 from attackroute.core.errors import UserError
-from attackroute.core.layers import CHANNEL_DIM, OUTPUT, LayerCall
-from attackroute.core.model_state import explained, frozen
+from attackroute.core.layers import OUTPUT, LayerCall
+from attackroute.core.model_state import explained, spared_buffers
 from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
@@ -68,7 +67,7 @@ def transplant(
     layers: Iterable[str] | None = None,
     *,
     at: str = OUTPUT,
-) -> Iterator[Graft]:
+) -> Iterator[None]:
     """Context in which every forward pass of ``model`` has the route's channels as they were on clean images.
 
     With ``with transplant(model, x, route): model(x_adv)`` what the network makes of ``x_adv`` meets, in these
@@ -77,15 +76,12 @@ def transplant(
     Args:
         model: Any network.
         clean: The clean images, as many and of the same shape as those that the model will meet, in the same order:
-            they run once, on entry, in the model's mode and under the interventions that are active, and only the
-            chosen channels are kept. Or what :func:`record_outputs` made of them at the same place, which serves any
-            number of transplants. Either way they are constants to autograd.
+            they run once, on entry, in the model's mode and under the interventions that are active. Or what
+            :func:`record_outputs` made of them at the same place, which serves any number of transplants. Either way
+            they are constants to autograd.
         route: The channels, as traced; linear maps may be among the layers.
         layers: Some of the route's layers; None for all of them.
         at: Where the channels are replaced, as for :func:`deactivate`.
-
-    Yields:
-        How much of the network is replaced.
 
     Raises:
         UserError: As :func:`deactivate`; or if the clean images cannot run, a layer's clean outputs are missing, or
@@ -93,13 +89,8 @@ def transplant(
     """
     chosen = _chosen(model, route, layers)
     indices = _indices(chosen)
-    sizes: dict[str, LayerSize] = {}
-    picked = isinstance(clean, Tensor)  # then the route's channels alone are kept
-    if isinstance(clean, Tensor):
-        outputs: Mapping[str, Tensor] = _recorded(model, clean, chosen.channels, at, indices, sizes)
-    elif isinstance(clean, Mapping):
-        outputs = clean
-    else:
+    outputs = record_outputs(model, clean, chosen, at=at) if isinstance(clean, Tensor) else clean
+    if not isinstance(outputs, Mapping):
         raise UserError(f"clean is {type(clean).__name__}, neither images nor clean outputs by layer")
     for layer in chosen:
         if not isinstance(outputs.get(layer), Tensor):
@@ -107,21 +98,17 @@ def transplant(
 
     def grafted(layer: str, dim: int, values: Tensor) -> Tensor:
         index, kept = indices(layer, values.device), outputs[layer]
-        expected = list(values.shape)
-        if picked:
-            expected[dim] = len(index)
-        if list(kept.shape) != expected:
+        if kept.shape != values.shape:
             raise UserError(
-                f"layer {layer!r} gives {tuple(expected)} here but {tuple(kept.shape)} for the clean images: "
+                f"layer {layer!r} gives {tuple(values.shape)} here but {tuple(kept.shape)} for the clean images: "
                 "both batches must have the same images in the same order"
             )
         kept = kept.to(values.device, values.dtype)  # not to(values), which a follower would take for a use of it
-        if not picked:
-            kept = kept.index_select(dim, index)
+        kept = kept.index_select(dim, index)
         return values.clone().index_copy_(dim, index, kept)  # a clone keeps the memory format
 
-    with LayerEdits(chosen.channels, grafted, at, seen=partial(_note_size, sizes)).applied_to(model):
-        yield Graft(chosen, frozenset(route), sizes)
+    with LayerEdits(chosen.channels, grafted, at).applied_to(model):
+        yield
 
 
 @contextmanager
@@ -212,87 +199,17 @@ def record_outputs(model: nn.Module, x: Tensor, layers: Iterable[str], *, at: st
         UserError: The model cannot run on the images, a layer does not run, or has no activation of its own with
             ``at="activation"``.
     """
-    return _recorded(model, x, dict.fromkeys([layers] if isinstance(layers, str) else layers), at)
-
-
-class LayerSize(NamedTuple):
-    """What a layer gives for one sample: its kind, its channels, and the elements of all of them together."""
-
-    kind: str
-    channels: int
-    elements: int
-
-
-@dataclass(frozen=True, eq=False)
-class Graft:
-    """How much of the network a transplant replaces.
-
-    The network is its convolutions, and its linear maps as well if the route has some. Shares are known once the model
-    has run, be it on the clean images.
-
-    Attributes:
-        route: The channels that are replaced.
-        traced: The layers of the whole route.
-        sizes: Every layer that ran, by name.
-    """
-
-    route: Route
-    traced: frozenset[str]
-    sizes: dict[str, LayerSize] = field(default_factory=dict)
-
-    @property
-    def share(self) -> float:
-        """Share of the network's channels that is replaced (1.8 % in the paper's example)."""
-        return self._share(lambda size: size.channels)
-
-    @property
-    def element_share(self) -> float:
-        """Share of the elements of the network's layer outputs that is replaced: each channel counts its positions."""
-        return self._share(lambda size: size.elements)
-
-    def _share(self, amount: Callable[[LayerSize], int]) -> float:
-        if any(layer not in self.sizes for layer in self.route):
-            raise UserError("the share of a transplant is known once the model has run: run it first")
-        linear = any(self.sizes[layer].kind == "linear" for layer in self.traced if layer in self.sizes)
-        whole = sum(amount(size) for size in self.sizes.values() if linear or size.kind == "conv2d")
-        indices, channels = self.route.indices, self.route.channels
-        return sum(len(indices[at]) * amount(self.sizes[at]) / channels[at] for at in self.route) / whole
-
-
-def _recorded(
-    model: nn.Module,
-    images: Tensor,
-    channels: Mapping[str, int | None],
-    at: str,
-    indices: Callable[[str, torch.device], Tensor] | None = None,
-    sizes: dict[str, LayerSize] | None = None,
-) -> dict[str, Tensor]:
-    """Copies of layers' outputs, of all channels or of chosen ones, from one pass that leaves the buffers as they are.
-
-    The sizes of all layers are added to ``sizes``.
-    """
     outputs: dict[str, Tensor] = {}
 
     def keep(layer: str, dim: int, values: Tensor) -> Tensor:
-        kept = values.detach()
-        outputs[layer] = kept.clone() if indices is None else kept.index_select(dim, indices(layer, values.device))
+        outputs[layer] = values.detach().clone()
         return values.view_as(values)  # a tensor of its own, since an activation in place gives what was followed
 
-    edits = LayerEdits(channels, keep, at, seen=partial(_note_size, {} if sizes is None else sizes))
-    modes = {module: module.training for module in model.modules()}
-    with frozen(model), torch.inference_mode(False), torch.no_grad(), edits.applied_to(model), explained(images):
-        for module, training in modes.items():
-            module.training = training
-            for name, buffer in list(module._buffers.items()) if training else ():
-                if buffer is not None:  # batch statistics go to a copy that is thrown away
-                    module._buffers[name] = buffer.clone()
-        model(images.clone())  # a copy, since a model may work on its input in place
+    edits = LayerEdits(dict.fromkeys([layers] if isinstance(layers, str) else layers), keep, at)
+    apart = spared_buffers(model)
+    with explained(x), apart, torch.inference_mode(False), torch.no_grad(), edits.applied_to(model):
+        model(x.clone())  # a copy, since a model may work on its input in place
     return outputs
-
-
-def _note_size(sizes: dict[str, LayerSize], call: LayerCall, output: Tensor) -> None:
-    per_sample = output.numel() // max(1, output.shape[0])
-    sizes[call.name] = LayerSize(call.kind, output.shape[CHANNEL_DIM[call.kind]], per_sample)
 
 
 def _indices(route: Route) -> Callable[[str, torch.device], Tensor]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -49,14 +50,11 @@ class ActivationFollower(TorchFunctionMode):
 
     Between the two only normalisation and copies may stand. Whatever else reads a followed tensor would carry it past
     the edit, so it is an error; reading its shape and the like is none.
-
-    Attributes:
-        reached: Names of the followed tensors whose activation ran.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.reached: set[str] = set()
+        self.reached: set[str] = set()  # names of the followed tensors whose activation ran
         self._followed: Any = WeakIdKeyDictionary()
 
     def follow(self, tensor: Tensor, name: str, edit: Edit) -> None:
@@ -72,7 +70,8 @@ class ActivationFollower(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        read = [value for value in _tensors((args, kwargs)) if value in self._followed]
+        given = tree_leaves((args, kwargs))
+        read = [value for value in given if isinstance(value, Tensor) and value in self._followed]
         result = func(*args, **kwargs)
         if not read or isinstance(result, _READINGS) or (result is None and func.__name__ == "__get__"):
             return result
@@ -90,16 +89,6 @@ class ActivationFollower(TorchFunctionMode):
         )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
 def check_site(at: str) -> None:
     """Raise a `UserError` unless ``at`` names a site, ``"output"`` or ``"activation"``."""
     if at not in (OUTPUT, ACTIVATION):
@@ -110,27 +99,18 @@ def check_site(at: str) -> None:
 
 @dataclass
 class LayerEdits:
-    """Edits the outputs of some layers as they run, and checks that every forward pass had these layers.
+    """Edits the outputs of some layers as they run, and checks that every forward pass had these layers."""
 
-    Attributes:
-        channels: The layers, and how many channels each must have; None where that is open.
-        edit: ``(layer, dim, values) -> tensor`` that flows on instead of ``values``, whose channels stand at ``dim``
-            and which must not be written to; None for ``values`` themselves.
-        at: ``"output"`` for the layer's own output, or ``"activation"`` for that of the activation that follows it.
-        run: Runs one of the layers.
-        begun: Called as a forward pass begins, with the model's positional arguments.
-        seen: Called with every call of a layer of the model, edited or not, and what flows on.
-
-    Raises:
-        UserError: ``at`` is unknown.
-    """
-
-    channels: Mapping[str, int | None]
+    channels: Mapping[str, int | None]  # the layers, and how many channels each must have; None where that is open
     edit: Callable[[str, int, Tensor], Tensor] | None = None
-    at: str = OUTPUT
-    run: Callable[[LayerCall], Tensor] = field(default=lambda call: call.run(), kw_only=True)
+    """``(layer, dim, values) -> tensor`` that flows on instead of ``values``, whose channels stand at ``dim`` and which
+    must not be written to; None for ``values`` themselves."""
+    at: str = OUTPUT  # for the layer's own output, or that of the activation that follows it
+    run: Callable[[LayerCall], Tensor] = field(default=lambda call: call.run(), kw_only=True)  # runs one of the layers
     begun: Callable[[tuple[Any, ...]], None] = field(default=lambda args: None, kw_only=True)
+    """Called as a forward pass begins, with the model's positional arguments."""
     seen: Callable[[LayerCall, Tensor], None] = field(default=lambda call, output: None, kw_only=True)
+    """Called with every call of a layer of the model, edited or not, and what flows on."""
 
     def __post_init__(self) -> None:
         check_site(self.at)

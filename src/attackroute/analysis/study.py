@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from attackroute.analysis.channel_statistics import layer_channels
 from attackroute.analysis.controls import ROUTE, Comparison, sample_routes
 from attackroute.analysis.criteria import NEED_ATTACK, ChannelScores, MixedChannelsError, channel_scores
 from attackroute.analysis.sites import check_site
 from attackroute.core import __version__
+from attackroute.core.checks import checked_logits
 from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen, placement, weights_digest
-from attackroute.robustness.attack import Perturbation
-from attackroute.robustness.registry import parse_attack
+from attackroute.robustness.attack import Attack, attack_name, attacked
+from attackroute.robustness.gradient_attacks import predicted
+from attackroute.robustness.registry import named_attacks
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.config import UNIT, TraceConfig
-from attackroute.tracing.trace import Progress, trace_routes
+from attackroute.tracing.trace import Progress, Tracer, trace_routes
 
 if TYPE_CHECKING:
     from attackroute.zoo.data import ImageBatches, ImageData
 
-BASELINES = ("activation", "weight", "gradient", "sensitivity", "attribution")
+BASELINES = ("activation", "weight", "kernel", "gradient", "sensitivity", "attribution")
+_TRIED = 8  # images, to see what they cost
 SAMPLE_WIDTH = 0.2
 """Share of each layer's channels on a sample's route, as the paper has it."""
 
 
-@contextmanager
-def _unseen(_: str) -> Iterator[Progress]:
-    """Show no progress."""
-    yield lambda done, total: None
+class Price(NamedTuple):
+    """Seconds an image that a forward pass takes, all attacks together, and a trace."""
+
+    forward: float
+    attacks: float
+    trace: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +55,8 @@ class Study:
     Attributes:
         model: The network on its device.
         images: The images; half of them, drawn by the seed, decide on routes and ranks, the others are measured.
-        attacks: Attacks by name; shares grow for the first, which baselines and routes that follow noise take too.
+        attacks: One or several, by name or not: specifications such as ``"pgd"``, or any ``(model, images, labels) ->
+            images``; shares grow for the first, which baselines and routes that follow noise take too.
         config: How routes are traced.
         layers: Names of layers; None for all.
         share: Share of each layer's channels on the route.
@@ -66,7 +74,7 @@ class Study:
 
     model: nn.Module
     images: ImageData
-    attacks: Mapping[str, Perturbation] = field(default_factory=lambda: {"pgd": parse_attack("pgd")})
+    attacks: Mapping[str, Attack | str] | Sequence[Attack | str] | Attack | str = "pgd"
     config: TraceConfig = field(default_factory=TraceConfig)
     layers: Sequence[str] | None = None
     share: float = 0.3
@@ -78,18 +86,21 @@ class Study:
     folder: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: Callable[[str], None] = field(default=lambda text: None)
-    progress: Callable[[str], AbstractContextManager[Progress]] = _unseen
+    progress: Callable[[str], AbstractContextManager[Progress]] = lambda unit: nullcontext(lambda done, total: None)
 
     def __post_init__(self) -> None:
-        if not self.attacks:
-            raise UserError("no attack is given: pass one by name, such as pgd")
         check_site(self.at)
         self.config.check_attack(self.attack)
 
+    @cached_property
+    def named_attacks(self) -> dict[str, Attack]:
+        """The attacks by name."""
+        return named_attacks(self.attacks)
+
     @property
-    def attack(self) -> Perturbation:
+    def attack(self) -> Attack:
         """The first attack."""
-        return next(iter(self.attacks.values()))
+        return next(iter(self.named_attacks.values()))
 
     @property
     def seeds(self) -> range:
@@ -138,7 +149,7 @@ class Study:
         return replace(self.config, carrier=UNIT)
 
     def _sample_routes(
-        self, data: ImageBatches, config: TraceConfig, attack: Perturbation | None = None
+        self, data: ImageBatches, config: TraceConfig, attack: Attack | None = None
     ) -> dict[str, InstanceRoutes]:
         with self.progress("images traced") as progress:
             return sample_routes(self.model, data, SAMPLE_WIDTH, attack=attack, config=config, progress=progress)
@@ -189,43 +200,59 @@ class Study:
         )  # fmt: skip
 
     def examples(self) -> tuple[Tensor, Tensor]:
-        """A few images to measure that the network gets right, out of the first batch."""
-        images, labels = next(iter(self.measured))
+        """A few images to measure that the network gets right, drawn by the seed, of other classes if that can be."""
+        order = torch.randperm(len(self.halves[1]), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        images, labels = next(iter(self._batches([self.halves[1][at] for at in order])))
         device, dtype = placement(self.model)
         images, labels = images.to(device, dtype), labels.to(device)
         with frozen(self.model), torch.no_grad():
-            right = (self.model(images).argmax(1) == labels).nonzero().flatten()
-        if not len(right):  # then it is the experiment that has to say so
-            right = torch.arange(1, device=images.device)
-        spread = torch.linspace(0, len(right) - 1, min(4, len(right))).long()  # images often come class by class
-        chosen = right[spread.to(right.device)]
+            right = checked_logits(self.model(images), len(images)).argmax(1) == labels
+        # the k-th image of every class comes before the k + 1st of any; without any it is the experiment that says so
+        rows = right.nonzero().flatten().tolist() or [0]
+        turns = [(int((labels[rows[:at]] == labels[row]).sum()), row) for at, row in enumerate(rows)]
+        chosen = [row for _, row in sorted(turns)[:4]]
         return images[chosen], labels[chosen]
 
     @cached_property
     def pair(self) -> Tensor:
-        """Two images on the network's device, to learn its shapes from."""
+        """Two images on the network's device, the first, since nothing but its shapes is learnt from them."""
         images, _ = next(iter(self.reference))
         return images[:2].to(*placement(self.model))
+
+    @cached_property
+    def price(self) -> Price:
+        """What each step costs, by a try on a few of the images."""
+        images, labels = next(iter(self._batches(self.halves[0][:_TRIED])))
+        device, dtype = placement(self.model)
+        images, labels = images.to(device, dtype), labels.to(device)
+        seconds = []
+        with frozen(self.model), torch.inference_mode(False):
+            tracer = Tracer.probe(self.model, images, SAMPLE_WIDTH, config=self.plain_config)
+            for step in (
+                lambda: predicted(self.model, images),
+                lambda: [attacked(self.model, attack, images, labels) for attack in self.named_attacks.values()],
+                lambda: tracer.trace(images, labels),
+            ):
+                started = time.perf_counter()
+                step()
+                seconds.append((time.perf_counter() - started) / len(images))
+        return Price(*seconds)
+
+    @cached_property
+    def sets(self) -> int:
+        """About how many sets of channels an intervention tries: of each layer, the route's and the controls'."""
+        layers = self.layers or layer_channels(self.model, self.pair, linear=self.config.linear)
+        return len(layers) * (1 + self.draws + len(BASELINES))
 
     @cached_property
     def all_settings(self) -> dict[str, Any]:
         """All on which a result depends, as JSON values."""
         return {
-            **self.settings,
-            "version": __version__,
-            "weights": weights_digest(self.model),
-            "split": self.images.split,
-            "images": [len(self.images), *self.images.shape],
-            "seed": self.seed,
-            "batch-size": self.batch_size,
+            **self.settings, "version": __version__, "weights": weights_digest(self.model),
+            "split": self.images.split, "images": [len(self.images), *self.images.shape],
+            "seed": self.seed, "batch-size": self.batch_size, "share": self.share, "at": self.at, "draws": self.draws,
             "layers": None if self.layers is None else list(self.layers),
-            "linear": self.config.linear,
-            "sketches": self.config.sketches,
-            "sketch-seed": self.config.seed,
-            "freeze-gates": self.config.freeze_gates,
-            "carrier": self.config.carrier,
-            "share": self.share,
-            "at": self.at,
-            "draws": self.draws,
-            "attacks": [str(attack) for attack in self.attacks.values()],
-        }
+            "linear": self.config.linear, "sketches": self.config.sketches, "sketch-seed": self.config.seed,
+            "freeze-gates": self.config.freeze_gates, "carrier": self.config.carrier,
+            "attacks": [attack_name(attack) for attack in self.named_attacks.values()],
+        }  # fmt: skip

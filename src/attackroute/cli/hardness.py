@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from attackroute.cli.arguments import given, option, switch
+from attackroute.cli.arguments import given, option
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
     FILES,
@@ -55,15 +55,12 @@ class HardnessOptions:
         "--attack", "What to judge the metric by, such as fgsm:eps=1/255 or gaussian-noise:std=0.05; may be repeated.",
         str, "ATTACK", default=None, repeat=True, unset=", ".join(_ATTACKS),
     )  # fmt: skip
-    smallest_eps: bool = switch(
-        "--smallest-eps", "Search the smallest eps at which PGD fools the model on each image, too; slow."
-    )
     run: RunOptions
 
 
 def hardness(options: HardnessOptions) -> None:
     """Rank images by hardness, judge the ranking by attacks, and write both."""
-    from attackroute.analysis.hardness_experiment import EpsSearch, study_hardness
+    from attackroute.analysis.hardness_experiment import study_hardness
     from attackroute.core.distributed import leading
     from attackroute.robustness.registry import parse_attack
 
@@ -79,14 +76,7 @@ def hardness(options: HardnessOptions) -> None:
     folder = open_folder(options.out)
     with session.reading("images") as (batches, progress):
         study = study_hardness(
-            session.network,
-            route,
-            batches,
-            attacks,
-            paper=paper,
-            search=EpsSearch() if options.smallest_eps else None,
-            seed=options.run.seed,
-            progress=progress,
+            session.network, route, batches, attacks, paper=paper, seed=options.run.seed, progress=progress
         )
     if not leading():
         return
@@ -124,15 +114,12 @@ def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: P
 
 def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
     """Write the tables of all images and the figures."""
-    import torch
-
-    from attackroute.analysis.figures.hardness import images_figure, pick_images
     from attackroute.analysis.figures.style import save_figure
+    from attackroute.analysis.hardness_experiment import images_figure
     from attackroute.core.files import replace_file
 
     ranked = study.hardness
     replace_file(folder / "hardness-images.csv", ranked.table.to_csv().encode())
-    ranked.save(folder / "hardness.safetensors")
     for name, figure in study.figures().items():
         save_figure(figure, folder, name)
     count, correct = min(_DRAWN, len(ranked)), min(_DRAWN, study.correct)
@@ -141,14 +128,15 @@ def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
         "Learned worst: the smallest V": ranked.weakest(count),
         "The smallest V of those classified correctly": ranked.weakest(correct, ranked.correct),
     }
-    picked = pick_images(session.network, session.batches, ranked, torch.cat(list(rows.values())))
-    pictures = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
     file = io.BytesIO()
-    images_figure(ranked, rows, pictures, session.images.classes).savefig(file, dpi=200)
+    images_figure(ranked, rows, session.images.dataset, session.images.classes).savefig(file, dpi=200)
     replace_file(folder / _PICTURES, file.getvalue())
 
 
 def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
+    from attackroute.analysis.hardness_experiment import V_IS
+
+    output.line(f"{V_IS}.")
     output.line(
         f"Images by V, hardest first, and how many are fooled, of the {study.correct} of {len(study.hardness)} "
         "that the model classifies correctly:"

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # the command line shows its help without PyTorch
 VERSION = 1
 ROUTE_KIND = "attackroute route"
 INSTANCE_ROUTES_KIND = "attackroute instance routes"
-HARDNESS_KIND = "attackroute hardness"
 
 _METADATA_KEY = "attackroute"
 

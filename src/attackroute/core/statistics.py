@@ -29,6 +29,9 @@ Floats = NDArray[np.float64]
 CLEAR = 0.05
 """Below this probability a difference is called clear; nothing is corrected for the number of comparisons."""
 
+LEVEL = 0.01
+"""Two shares, or two AUROCs, that differ by less are called level, however sure the difference is."""
+
 AUROC, SPEARMAN = "AUROC", "Spearman"
 
 Z95 = 1.959963984540054

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.experiment import Experiment, ExperimentResult, all_experiments
-from attackroute.analysis.experiments.deactivate import deactivate_accuracy
+from attackroute.analysis.experiments.interventions import deactivate_accuracy, leading_groups, transplant_accuracy
 from attackroute.analysis.experiments.occurrence import measure_occurrence
-from attackroute.analysis.experiments.transplant import leading_groups, transplant_accuracy
 from attackroute.analysis.hardness_experiment import study_hardness
-from attackroute.analysis.intervention_trials import correct_when_clean
+from attackroute.analysis.intervention_table import correct_when_clean
 from attackroute.analysis.interventions import record_outputs
 from attackroute.analysis.sites import LayerEdits
 from attackroute.analysis.study import Study
@@ -124,14 +123,14 @@ def transplant_attacks(study: Study, progress: Progress) -> ExperimentResult:
     return _transplanted(study, progress, _attacks(study)[1], study.route.layers[:1], "transplant-attacks")
 
 
-def _attacks(study: Study) -> tuple[dict[str, Perturbation], dict[str, Perturbation]]:
+def _attacks(study: Study) -> tuple[dict[str, Attack], dict[str, Attack]]:
     """The first attack by name, and the others."""
-    (name, first), *others = study.attacks.items()
+    (name, first), *others = study.named_attacks.items()
     return {name: first}, dict(others)
 
 
 def _transplanted(
-    study: Study, progress: Progress, attacks: Mapping[str, Perturbation], layers: Sequence[str], name: str
+    study: Study, progress: Progress, attacks: Mapping[str, Attack], layers: Sequence[str], name: str
 ) -> ExperimentResult:
     compared = study.comparison(progress)
     compared = replace(compared, baselines={**compared.baselines, ATTACKED: study.attacked_route})
@@ -143,7 +142,7 @@ def _transplanted(
 
 def transplant_own(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3 in another reading: each image's own route, in the first layer and in the first three."""
-    name, attack = next(iter(study.attacks.items()))
+    name, attack = next(iter(study.named_attacks.items()))
     layers = study.route.layers
     return per_image_transplant(
         study.model, study.measured, attack, [layers[:1], layers[:3]], name=name, width=study.share, progress=progress
@@ -188,7 +187,7 @@ def hardness(study: Study, progress: Progress) -> ExperimentResult:
 
 def _experiments(*runs: Callable[[Study, Progress], ExperimentResult]) -> dict[str, Experiment]:
     named = {run.__name__.replace("_", "-"): run for run in runs}
-    return {name: Experiment(name, order=0, title=name, help=run.__doc__ or "", run=run) for name, run in named.items()}
+    return {name: Experiment(name, order=0, title=name, run=run) for name, run in named.items()}
 
 
 _ALL = all_experiments()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.attack import Attack, Perturbation, attack_name
 from attackroute.robustness.autoattack import AutoAttack, Square
 from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
 from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL
@@ -50,6 +50,23 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
             )
         values[key] = _value(name, key, value, parameters[key])
     return cls(**fixed, **values)
+
+
+def as_attack(attack: Attack | str) -> Attack:
+    """An attack by its specification; any other callable ``(model, images, labels) -> images`` as it is."""
+    return parse_attack(attack) if isinstance(attack, str) else attack
+
+
+def named_attacks(attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str) -> dict[str, Attack]:
+    """One attack or several, at least one, by the names that they come with, or else by their specifications."""
+    if isinstance(attacks, Mapping):
+        named = {name: as_attack(attack) for name, attack in attacks.items()}
+    else:
+        several = [attacks] if isinstance(attacks, str) or not isinstance(attacks, Iterable) else attacks
+        named = {attack_name(attack): attack for attack in map(as_attack, several)}
+    if not named:
+        raise UserError("no attack is given: pass one by name, such as pgd")
+    return named
 
 
 def short_name(attack: str) -> str:

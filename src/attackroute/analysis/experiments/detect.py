@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.controls import ROUTE, Router, batch_router, joined_routes, sample_routes
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.channel_statistics import labelled, worked_on
+from attackroute.analysis.controls import ROUTE, Router, batch_router, joined_routes, require_right, sample_routes
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import draw_spread, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.batches import BatchStream, Data
@@ -22,16 +23,16 @@ from attackroute.core.errors import UserError
 from attackroute.core.loss import log_doubt
 from attackroute.core.model_state import frozen
 from attackroute.core.random import random_order
-from attackroute.core.statistics import AUROC, associations
+from attackroute.core.statistics import AUROC, LEVEL, associations
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import named_attacks
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RANDOM_ROUTE, SOFTMAX, MARGIN = "random route", "softmax", "margin"
@@ -50,22 +51,16 @@ class Detection(ExperimentResult):
             NaN where no image was fooled. ``attacked`` images are misclassified, ``clean`` ones classified correctly.
             ``route_against_it`` is 1 if the route's area over all layers is clearly larger, -1 if clearly smaller,
             0 if neither.
-        reference: Samples from which the classes' routes come.
-        samples: Samples read beside them.
-        counted: Those that the network gets right when clean.
-        unknown: Images left out, because no reference sample bears the class which the network sees in them.
-        width: Share of each layer's channels on a sample's route.
-        route_width: Share of each layer's channels on a class's route.
     """
 
     kind = "detect"
     table: Table
-    reference: int
-    samples: int
-    counted: int
-    unknown: int
-    width: float
-    route_width: float
+    reference: int  # samples from which the classes' routes come
+    samples: int  # read beside them
+    counted: int  # of these, right when clean
+    unknown: int  # images left out, because no reference sample bears the class which the network sees in them
+    width: float  # share of each layer's channels on a sample's route
+    route_width: float  # and on a class's
 
     @property
     def attacks(self) -> list[str]:
@@ -92,7 +87,9 @@ class Detection(ExperimentResult):
             controls: dict[str, list[str]] = {"beats": [], "loses to": [], "is level with": []}
             for score in self.scores[1:]:
                 signs = {row["route_against_it"] for row in self.rows(attack, score)}
+                apart = abs(route["auroc"] - self._mean(attack, score)) >= LEVEL
                 verdict = "beats" if signs == {1} else "loses to" if signs == {-1} else "is level with"
+                verdict = verdict if apart else "is level with"
                 controls[verdict].append(f"{score} {self._mean(attack, score):.2f}")
             verdicts = ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in controls.items() if names)
             clauses.append(f"{attack} {route['auroc']:.2f} ({verdicts})")
@@ -116,30 +113,22 @@ class Detection(ExperimentResult):
 
     def summary(self) -> Table:
         """The areas over all layers by score and attack."""
-        fooled = {attack: self.rows(attack, ROUTE)[0]["attacked"] for attack in self.attacks}
-        lines = (
-            (score, *(f"{self._mean(attack, score):.3f}" if count else "-" for attack, count in fooled.items()))
-            for score in self.scores
-        )
-        return Table(("score", *(f"AUROC, {attack}" for attack in fooled)), tuple(lines))
+        means = {score: [self._mean(attack, score) for attack in self.attacks] for score in self.scores}
+        rows = [(by, *("-" if math.isnan(mean) else f"{mean:.3f}" for mean in each)) for by, each in means.items()]
+        return Table(("score", *(f"AUROC, {attack}" for attack in self.attacks)), tuple(rows))
 
     def figures(self) -> dict[str, Figure]:
         """``detect``: areas under the ROC curve, by score and by layer."""
         return {"detect": _figure(self)}
 
 
-@experiment(
-    "detect",
-    order=7,
-    title="Detection: whether an image's route gives an attack away",
-    help="whether an image's route gives an attack away",
-)
+@experiment("detect", order=7, title="Detection: whether an image's route gives an attack away", work=Work(1, traces=3))
 def run(study: Study, progress: Progress) -> Detection:
-    """The experiment on a study's images, by influence."""
+    """Whether an image's route gives an attack away."""
     if study.config.follows_noise:
         study.note("note: detect goes by influence, since an image to judge has no clean partner")
     return detect(
-        study.model, study.measured, study.reference, study.attacks, width=SAMPLE_WIDTH, route_width=study.share,
+        study.model, study.measured, study.reference, study.named_attacks, width=SAMPLE_WIDTH, route_width=study.share,
         seeds=study.seeds, config=study.plain_config, progress=progress,
     )  # fmt: skip
 
@@ -148,7 +137,7 @@ def detect(
     model: nn.Module,
     data: Data,
     reference: Data,
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, Attack | str],
     *,
     width: float = 0.2,
     route_width: float = 0.3,
@@ -165,23 +154,10 @@ def detect(
     and classes by activation and by gradient, random routes of the classes' size, the largest softmax probability
     (as ``log(1 - p)``, which never saturates), and the margin of the two largest logits.
 
-    Args:
-        model: The network.
-        data: Labelled images in [0, 1] to judge.
-        reference: Other labelled images, from which the classes' routes come.
-        attacks: Attacks by name.
-        width: Share of each layer's channels on a sample's route.
-        route_width: Share of each layer's channels on a class's route.
-        seeds: One set of random routes for each.
-        config: How routes are traced; None for the paper's way. They cannot follow noise.
-        batch_size: Rows per forward pass when data are tensors.
-        progress: Called with (images traced, in all or None).
-
-    Raises:
-        UserError: No attack, labels are missing, or no sample is classified correctly or has a class route.
+    Data are labelled images in [0, 1]; the classes' routes come from the ``reference``. ``width`` is the share of each
+    layer's channels on a sample's route, ``route_width`` on a class's; random routes are drawn once for each seed.
     """
-    if not attacks:
-        raise UserError("no attack is given: pass one by name, such as pgd")
+    named = named_attacks(attacks)
     config = config or TraceConfig()
     if config.follows_noise:
         raise UserError("an image to judge has no clean partner, so no noise to follow: detect by influence")
@@ -190,20 +166,11 @@ def detect(
         if reference_routes[ROUTE].labels is None:
             raise UserError("the reference data have no labels: give (images, labels)")
         stream = BatchStream(model, data, batch_size)
-        judge = partial(_judge, model, attacks, batch_router(model, stream.first[0], width, config=config))
-        groups: list[_Group] = []
-        samples = counted = 0
-        for number, right, of_batch in stream.map(judge):
-            groups += of_batch
-            samples += number
-            counted += right
-            if progress is not None:
-                progress(samples, stream.total)
-    if not counted:
-        raise UserError(
-            f"the network gets none of the {samples} samples right when they are clean: check its weights "
-            "and its labels, or give more samples"
-        )
+        judge = partial(_judge, model, named, batch_router(model, stream.first[0], width, config=config))
+        judged = list(worked_on(stream, judge, progress))
+    samples, counted = sum(number for number, _ in judged), sum(right for _, (right, _) in judged)
+    require_right(counted, samples)
+    groups = [group for _, (_, of_batch) in judged for group in of_batch]
     routes = joined_routes([each.routes for each in groups])
     group, seen, softmax, margin = (
         torch.cat([getattr(each, name) for each in groups]) for name in ("attack", "seen", "softmax", "margin")
@@ -222,7 +189,7 @@ def detect(
         distances[RANDOM_ROUTE, seed] = _distances(routes[ROUTE], drawn, seen, has_route)
     layers = routes[ROUTE].layers
     rows: list[Record] = []
-    for number, attack in enumerate(attacks, start=1):
+    for number, attack in enumerate(named, start=1):
         clean, fooled = (group == 0) & has_route, (group == number) & has_route
         scores = {
             (by, draw, layer): of_layer
@@ -249,15 +216,10 @@ def _rows(
         area = (math.nan if each[name] is None else each[name] for name in ("value", "low", "high"))
         behind = 0 if each["lead"] is None else int(each["lead_low"] > 0) - int(each["lead_high"] < 0)
         yield {
-            "attack": attack,
-            "score": score,
-            "draw": draw,
-            "layer": layer,
+            "attack": attack, "score": score, "draw": draw, "layer": layer,
             **dict(zip(("auroc", "auroc_low", "auroc_high"), area, strict=True)),
-            "attacked": int(fooled.sum()),
-            "clean": int(clean.sum()),
-            "route_against_it": behind,
-        }
+            "attacked": int(fooled.sum()), "clean": int(clean.sum()), "route_against_it": behind,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -273,15 +235,13 @@ class _Group:
 
 def _judge(
     model: nn.Module, attacks: Mapping[str, Attack], routes_of: Router, images: Tensor, answers: Tensor | None
-) -> tuple[int, int, list[_Group]]:
-    """A batch's samples, how many of them the model gets right, and of these the clean ones and those that fool it."""
-    if answers is None:
-        raise UserError("the data have no labels: give (images, labels)")
+) -> tuple[int, list[_Group]]:
+    """How many of a batch's samples the model gets right, and of these the clean ones and those that fool it."""
     logits = _logits(model, images)
-    labels = checked_labels(answers, logits.shape[1], len(logits))
+    labels = checked_labels(labelled(answers), logits.shape[1], len(logits))
     right = logits.argmax(1) == labels
     if not right.any():
-        return len(images), 0, []
+        return 0, []
     groups = [_group(0, images[right], logits[right], routes_of)]
     for number, attack in enumerate(attacks.values(), start=1):
         changed, _ = attacked(model, attack, images[right], labels[right])
@@ -289,7 +249,7 @@ def _judge(
         fooled = logits_then.argmax(1) != labels[right]
         if fooled.any():
             groups.append(_group(number, changed[fooled], logits_then[fooled], routes_of))
-    return len(images), int(right.sum()), groups
+    return int(right.sum()), groups
 
 
 def _group(number: int, images: Tensor, logits: Tensor, routes_of: Router) -> _Group:
@@ -329,51 +289,33 @@ def _random_route(route: Route, seed: int, label: int) -> Route:
 
 def _figure(result: Detection) -> Figure:
     """Areas under the ROC curve: over all layers with intervals on the left, of single layers' routes on the right."""
-    attacks = result.attacks
+    attacks, scores = result.attacks, result.scores
     layers = [name for name in result.table.distinct("layer") if name != ALL_LAYERS]
     figure = new_figure(max(6.5, 0.36 * len(layers) + 3.6), 1.9 * len(attacks) + 1.6)
     panels = figure.subplots(len(attacks), 2, squeeze=False, sharey=True, width_ratios=(1, max(1.2, len(layers) / 7)))
     handles: dict[str, Any] = {}
     for (left, right), attack in zip(panels, attacks, strict=True):
-        handles |= _all_layers(left, result, attack)
-        _single_layers(right, result, attack, layers)
-        counts = result.rows(attack, result.scores[0])[0]
+        for place, score in enumerate(scores):
+            rows = result.rows(attack, score)
+            for index, row in enumerate(rows):
+                at = place + (index - (len(rows) - 1) / 2) * 0.14
+                errors = [[row["auroc"] - row["auroc_low"]], [row["auroc_high"] - row["auroc"]]]
+                drawn = left.errorbar(at, row["auroc"], errors, elinewidth=1.2, capsize=2, **look(score, line=False))
+            handles[score + (f" ({len(rows)} draws)" if len(rows) > 1 else "")] = drawn
+            by_layer = [result.rows(attack, score, layer) for layer in layers]
+            if all(by_layer):
+                values = [[row["auroc"] for row in each] for each in by_layer]
+                draw_spread(right, range(len(layers)), values, score)
+        counts = result.rows(attack, ROUTE)[0]
         left.set_title(f"{attack}\n{counts['attacked']} attacked, {counts['clean']} clean", fontsize=8, loc="left")
         right.set_title("by the routes of one layer", fontsize=8, loc="left")
-        for axes in (left, right):
+        for axes, names in ((left, scores), (right, layers)):
             axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
             axes.set_ylim(-0.02, 1.04)
             tidy(axes)
-    for axes in panels[:-1].flatten():
-        axes.tick_params(labelbottom=False)
-    upright_layers(panels[-1][0], result.scores)
-    upright_layers(panels[-1][1], layers)
+            upright_layers(axes, names)
+            axes.tick_params(labelbottom=attack == attacks[-1])
     figure.supylabel("AUROC (dotted: chance)", fontsize=9)
     figure.suptitle("Attacked images told by the distance of their routes from the predicted class's", fontsize=9.5)
     shared_legend(figure, handles)
     return figure
-
-
-def _all_layers(axes: Axes, result: Detection, attack: str) -> dict[str, Any]:
-    handles: dict[str, Any] = {}
-    for place, score in enumerate(result.scores):
-        style = look(score)
-        rows = result.rows(attack, score)
-        for index, row in enumerate(rows):
-            at = place + (index - (len(rows) - 1) / 2) * 0.14
-            errors = [[row["auroc"] - row["auroc_low"]], [row["auroc_high"] - row["auroc"]]]
-            axes.errorbar(at, row["auroc"], errors, elinewidth=1.2, capsize=2, **style.point)
-        handles[score + (f" ({len(rows)} draws)" if len(rows) > 1 else "")] = axes.plot([], [], **style.point)[0]
-    axes.set_xticks(range(len(result.scores)))
-    axes.set_xlim(-0.6, len(result.scores) - 0.4)
-    return handles
-
-
-def _single_layers(axes: Axes, result: Detection, attack: str, layers: Sequence[str]) -> None:
-    for score in result.scores:
-        rows = [result.rows(attack, score, layer) for layer in layers]
-        if not all(rows):
-            continue
-        values = [[row["auroc"] for row in each] for each in rows]
-        draw_spread(axes, range(len(layers)), values, look(score))
-    axes.set_xticks(range(len(layers)))

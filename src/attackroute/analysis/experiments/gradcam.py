@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.channel_statistics import labelled, worked_on
+from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import grid_of, label, look, new_figure, shared_legend, tidy
 from attackroute.analysis.gradcam import enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
@@ -22,13 +23,13 @@ from attackroute.core.checks import checked_labels
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
-from attackroute.core.statistics import Moments
+from attackroute.core.statistics import LEVEL, Moments
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import named_attacks
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CLEAN = "clean"
@@ -39,25 +40,20 @@ _MEASURES = {
     PART: "share of the set's and its complement's energy",
     SHIFT: "shift from the clean image's map",
 }
+_Batch = tuple[int, tuple[int, int], dict[tuple[str, str], Moments]]
+"""How many samples of a batch count, the size of the maps, and each measure by images and name."""
 _SMALLEST_MAP = 4  # positions each way; maps of fewer show nothing
 
 
 @dataclass(frozen=True, eq=False)
 class MapPanels:
-    """Maps of a few images, ready to draw.
+    """Maps of a few images, ready to draw."""
 
-    Attributes:
-        images: Clean and attacked images, ``(2, n, C, H, W)`` in [0, 1].
-        cams: Maps of the route and of all other channels, ``(2, 2, n, H, W)``: clean and attacked, then the set. All
-            four of an image share one scale, whose largest value is 1.
-        classes: The class that the network sees, ``(2, n)``.
-        names: Names of the classes; none where they have none.
-    """
-
-    images: Tensor
-    cams: Tensor
-    classes: Tensor
-    names: Sequence[str] = ()
+    images: Tensor  # clean and attacked, (2, n, C, H, W) in [0, 1]
+    cams: Tensor  # maps of the route and of all others, (2, 2, n, H, W): clean and attacked, then the set; an image's
+    #               four share one scale, whose largest value is 1
+    classes: Tensor  # that the network sees, (2, n)
+    names: Sequence[str] = ()  # of the classes, where they have some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,32 +68,21 @@ class GradCam(ExperimentResult):
             set's energy in that of the set and of its complement, or ``"shift"``, half the L1 distance of an attacked
             image's map from its clean image's, as distributions. A mean is over the images whose map is not all zero,
             and ``route_minus_this`` is the mean of the route's measure less this set's, on the same images.
-        layer: The layer.
-        at: Whether the maps are the layer's ``"output"`` or those after its ``"activation"``.
-        size: Height and width of the layer's maps; they are enlarged to the image's size to be measured.
-        samples: Images read.
-        counted: Those that the network gets right when clean.
-        panels: Maps of a few images to look at, attacked by the first attack.
     """
 
     kind = "gradcam"
     table: Table
     layer: str
-    at: str
-    size: tuple[int, int]
+    at: str  # whether the maps are the layer's output or those after its activation
+    size: tuple[int, int]  # height and width of the layer's maps; they are enlarged to the image's size to be measured
     samples: int
-    counted: int
-    panels: MapPanels | None = None
+    counted: int  # of these, right when clean
+    panels: MapPanels | None = None  # maps of a few images to look at, attacked by the first attack
 
     @property
     def attacks(self) -> tuple[str, ...]:
         """The attacks."""
         return tuple(name for name in self.table.distinct("images") if name != CLEAN)
-
-    @property
-    def criteria(self) -> tuple[str, ...]:
-        """The criteria in the order in which they were measured."""
-        return tuple(self.table.distinct("criterion"))
 
     def rows(self, images: str, criterion: str, measure: str) -> list[Record]:
         """The rows of one criterion and measure, one for each draw."""
@@ -110,7 +95,10 @@ class GradCam(ExperimentResult):
         for attack in self.attacks:
             exceeded = [
                 name for name in self.criteria
-                if name != ROUTE and all(row["route_minus_this_low"] > 0 for row in self.rows(attack, name, SHIFT))
+                if name != ROUTE and all(
+                    row["route_minus_this_low"] > 0 and row["route_minus_this"] >= LEVEL
+                    for row in self.rows(attack, name, SHIFT)
+                )
             ]  # fmt: skip
             more = f"more than {', '.join(exceeded)}" if exceeded else "more than no other set"
             clauses.append(
@@ -150,31 +138,22 @@ class GradCam(ExperimentResult):
         return {**maps, "gradcam-measures": _measures_figure(self)}
 
 
-@experiment(
-    "gradcam",
-    order=6,
-    title="Grad-CAM: where the channels look",
-    help="where the route's channels look, and the others (Fig. 5)",
-)
+@experiment("gradcam", order=6, title="Grad-CAM: where the channels look", work=Work(1))
 def run(study: Study, progress: Progress) -> GradCam:
-    """The experiment on a study's images, in the last layer whose maps show something."""
+    """Where the route's channels look, and the others (Fig. 5)."""
     layer = _mapped_layer(study)
-    result = measure_gradcam(study.comparison(progress), layer, study.attacks)
+    result = measure_gradcam(study.comparison(progress), layer, study.named_attacks)
     panels = map_panels(study.model, *study.examples(), study.route.mask(layer), layer, study.attack, study.at)
     return replace(result, panels=replace(panels, names=study.images.classes))
 
 
-def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Attack]) -> GradCam:
+def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Attack | str]) -> GradCam:
     """Measure the Grad-CAM maps of the route's channels, of the other ones, and of controls of the route's size.
 
     The class is the one that the network predicts: for an attacked image the wrong one, where it is fooled. Clean
     images that the network gets wrong are left out.
-
-    Raises:
-        UserError: The layer is not on the route or has no maps, or no sample is classified correctly.
     """
-    if not attacks:
-        raise UserError("no attack is given: pass one by name, such as pgd")
+    named = named_attacks(attacks)
     model, at = compared.model, compared.at
     masks = layer_sets(compared.rankings([layer]), layer, compared.share)
     sets = torch.stack(list(masks.values()))
@@ -183,19 +162,15 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
     samples, counted = 0, 0
     size = (0, 0)
 
-    def measure_batch(
-        images: Tensor, answers: Tensor | None
-    ) -> tuple[int, int, tuple[int, int], dict[tuple[str, str], Moments]]:
-        if answers is None:
-            raise UserError("the data have no labels: give (images, labels)")
+    def measure_batch(images: Tensor, answers: Tensor | None) -> _Batch:
         evidence = layer_evidence(model, images, layer, at=at)
-        answers = checked_labels(answers, evidence.logits.shape[1], len(images))
+        answers = checked_labels(labelled(answers), evidence.logits.shape[1], len(images))
         right = (evidence.target == answers).nonzero().flatten()
         values: dict[tuple[str, str], Tensor] = {}
         if len(right):
             clean, measures = _map_measures(evidence[right].cams(both), *images.shape[2:])
             values = {(CLEAN, measure): numbers for measure, numbers in measures.items()}
-            for name, attack in attacks.items():
+            for name, attack in named.items():
                 changed, _ = attacked(model, attack, images[right], answers[right])
                 cams = layer_evidence(model, changed, layer, at=at).cams(both)
                 spread, measures = _map_measures(cams, *images.shape[2:])
@@ -204,45 +179,26 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
         # the numbers of each set, and by how much the route's are larger
         batch = {key: Moments.of(torch.cat([numbers, numbers[:1] - numbers])) for key, numbers in values.items()}
         height, width = evidence.maps.shape[2:]
-        return len(images), len(right), (height, width), batch
+        return len(right), (height, width), batch
 
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, compared.data, compared.batch_size)
-        for number, right, area, batch in stream.map(measure_batch):
+        for number, (right, area, batch) in worked_on(stream, measure_batch, compared.progress):
             samples += number
             counted += right
             size = area if right else size
             for key, each in batch.items():
                 moments.setdefault(key, Moments(len(both))).add(each)
-            if compared.progress is not None:
-                compared.progress(samples, stream.total)
-    if not counted:
-        raise UserError(
-            f"the network gets none of the {samples} samples right when they are clean: check its weights and its "
-            "labels, or give more samples"
-        )
-    rows = [
-        {
-            "layer": layer,
-            "images": images,
-            "criterion": criterion,
-            "draw": draw,
-            "neurons": int(mask.sum()),
-            "channels": len(mask),
-            "measure": measure,
-            "mean": mean.value,
-            "low": mean.low,
-            "high": mean.high,
-            "samples": mean.samples,
-            "route_minus_this": surplus.value,
-            "route_minus_this_low": surplus.low,
-            "route_minus_this_high": surplus.high,
-        }
-        for (images, measure), each in moments.items()
-        for ((criterion, draw), mask), mean, surplus in zip(
-            masks.items(), each.means()[: len(sets)], each.means()[len(sets) :], strict=True
-        )
-    ]
+    require_right(counted, samples)
+    rows = []
+    for (images, measure), each in moments.items():
+        of_sets, surpluses = each.means()[: len(sets)], each.means()[len(sets) :]
+        for ((criterion, draw), mask), mean, surplus in zip(masks.items(), of_sets, surpluses, strict=True):
+            chosen = {"criterion": criterion, "draw": draw, "neurons": int(mask.sum()), "channels": len(mask)}
+            ends = {"mean": mean.value, "low": mean.low, "high": mean.high, "samples": mean.samples}
+            paired = zip(("", "_low", "_high"), surplus[:3], strict=True)
+            less = {f"route_minus_this{end}": value for end, value in paired}
+            rows.append({"layer": layer, "images": images, **chosen, "measure": measure, **ends, **less})
     return GradCam(table=Table.of(rows), layer=layer, at=at, size=size, samples=samples, counted=counted)
 
 
@@ -324,34 +280,26 @@ def _measures_figure(result: GradCam) -> Figure:
     figure = new_figure(7.2, 1.9 + 0.42 * len(result.criteria))
     panels = figure.subplots(1, 4, sharey=True)
     for axes, (measure, text) in zip(panels, _MEASURES.items(), strict=True):
-        _dots(axes, result, measure, cases)
+        for (row, criterion), (index, images) in product(enumerate(result.criteria), enumerate(cases)):
+            style = _mark(index, look(criterion)["color"])
+            for each in result.rows(images, criterion, measure):
+                error = each["mean"] - each["low"]
+                at, alpha = row + (index - (len(cases) - 1) / 2) * 0.2, 1 if each["draw"] is None else 0.6
+                axes.errorbar(each["mean"], at, xerr=error, elinewidth=1, alpha=alpha, **style)
         axes.set_xlabel("\n".join(wrap(text, 20)), fontsize=7.5)
         tidy(axes, "x")
+    panels[-1].set_xlim(left=0)
     panels[0].set_yticks(range(len(result.criteria)), [label(name) for name in result.criteria])
     panels[0].set_ylim(len(result.criteria) - 0.4, -0.6)
-    handles: dict[str, Any] = {}
-    for index, name in enumerate(cases):
-        face = "white" if index == 0 else "#222222"
-        shape = "os^Dv"[index % 5]
-        handles[name] = panels[0].plot([], [], shape, color="#222222", markerfacecolor=face, markersize=4.5)[0]
-    figure.suptitle(
-        f"Grad-CAM of {result.layer} at its {result.at},\n{result.counted} images that the network gets right",
-        fontsize=9,
-    )
+    handles = {name: panels[0].plot([], [], **_mark(index, "#222222"))[0] for index, name in enumerate(cases)}
+    title = f"Grad-CAM of {result.layer} at its {result.at},\n{result.counted} images that the network gets right"
+    figure.suptitle(title, fontsize=9)
     shared_legend(figure, handles)
     return figure
 
 
-def _dots(axes: Axes, result: GradCam, measure: str, cases: Sequence[str]) -> None:
-    for row, criterion in enumerate(result.criteria):
-        colour = look(criterion).colour
-        for index, images in enumerate(cases):
-            at = row + (index - (len(cases) - 1) / 2) * 0.2
-            face = "white" if images == CLEAN else colour
-            for each in result.rows(images, criterion, measure):
-                axes.errorbar(
-                    each["mean"], at, xerr=each["mean"] - each["low"], fmt="os^Dv"[index % 5], color=colour,
-                    markersize=4, markerfacecolor=face, elinewidth=1, alpha=0.6 if each["draw"] is not None else 1,
-                )  # fmt: skip
-    if measure == SHIFT:
-        axes.set_xlim(left=0)
+def _mark(index: int, colour: str) -> dict[str, Any]:
+    """How the images of one attack are drawn; clean ones, the first, are hollow."""
+    face = "white" if index == 0 else colour
+    shape = "os^Dv"[index % 5]
+    return {"marker": shape, "linestyle": "none", "color": colour, "markersize": 4, "markerfacecolor": face}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attackroute.analysis.controls import ROUTE, sample_routes
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import draw_spread, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.errors import UserError
@@ -40,23 +40,14 @@ class Occurrence(ExperimentResult):
             pairs of classes' routes; ``of`` is whose routes, ``beside`` the other route of an overlap, ``draw`` the
             number of a random draw, and ``chance`` what an overlap is between random sets of the same sizes, in the
             mean.
-        share: Share of a layer's channels that an occurrence is the mean over.
-        width: Share of a layer's channels on each sample's route.
-        route_width: Share of a layer's channels on a model route.
-        samples: Samples whose routes there are.
     """
 
     kind = "occurrence"
     table: Table
-    share: float
-    width: float
-    route_width: float
+    share: float  # of a layer's channels, that an occurrence is the mean over
+    width: float  # share of a layer's channels on each sample's route
+    route_width: float  # and on a model route
     samples: int
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers in forward order."""
-        return tuple(self.table.distinct("layer"))
 
     def names(self, measure: str) -> tuple[tuple[str, str | None], ...]:
         """Whose numbers there are of a measure, and beside what."""
@@ -111,21 +102,17 @@ class Occurrence(ExperimentResult):
         return {"occurrence": _figure(self)}
 
 
-@experiment(
-    "occurrence",
-    order=1,
-    title="Occurrence, clean and attacked",
-    help="how much samples' routes have in common (Table 1), clean and attacked",
-)
+@experiment("occurrence", order=1, title="Occurrence, clean and attacked", work=Work(1, traces=1))
 def run(study: Study, progress: Progress) -> Occurrence:
-    """The experiment on a study's reference images."""
+    """How much samples' routes have in common (Table 1), clean and attacked."""
     # where routes follow noise, there is no route of clean images, and that of the first attack is known
     follows = study.config.follows_noise
-    first, *others = study.attacks
+    attacks = study.named_attacks
+    first, *others = attacks
     routes = {first if follows else "clean": study.routes[ROUTE]}
-    for name in others if follows else study.attacks:
+    for name in others if follows else attacks:
         routes[name] = sample_routes(
-            study.model, study.reference, SAMPLE_WIDTH, attack=study.attacks[name], config=study.config, baselines=(),
+            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.config, baselines=(),
             progress=progress,
         )[ROUTE]  # fmt: skip
     routes |= {by: each for by, each in study.routes.items() if by != ROUTE}
@@ -143,16 +130,10 @@ def measure_occurrence(
 ) -> Occurrence:
     """Table 1 and its controls, from routes alone.
 
-    Args:
-        routes: Instance routes by name, of the same width and layers: those of clean samples first, then, say, of
-            attacked ones, or by another criterion.
-        baselines: Further model routes to compare the first one's with.
-        share: Share of a layer's channels that an occurrence is the mean over; None for the routes' own width.
-        width: Width of the model routes that are compared.
-        seeds: One set of random routes for each, as many as the first has samples: what occurrence is by chance.
-
-    Raises:
-        UserError: There are no routes, or layers or channel counts differ.
+    ``routes`` are instance routes by name, of the same width and layers: those of clean samples first, then, say, of
+    attacked ones, or by another criterion. The first one's model route of ``width`` is compared with the others', and
+    with ``baselines``. An occurrence is the mean over a ``share`` of a layer's channels, the routes' own width if None.
+    What it is by chance, random routes say, as many as the first has samples, drawn once for each seed.
     """
     if not routes:
         raise UserError("no instance routes are given")
@@ -232,23 +213,18 @@ def _figure(result: Occurrence) -> Figure:
     for name, _ in result.names(OCCURRENCE):
         values = [[100 * value for value in result.values(layer, OCCURRENCE, name)] for layer in layers]
         draws = f" (mean, range of {len(values[0])})" if len(values[0]) > 1 else ""
-        handles[f"{name}{' images' if not handles else ''}{draws}"] = draw_spread(
-            upper, range(len(layers)), values, look(name), alpha=0.3
-        )
+        line = draw_spread(upper, range(len(layers)), values, name, alpha=0.3)
+        handles[f"{name}{' images' if not handles else ''}{draws}"] = line
     upper.set_ylim(0, 104)
     upper.set_ylabel("occurrence in %", fontsize=9)
-    upper.set_title(
-        f"Mean frequency of the most frequent {result.share:.0%} of channels on {result.samples} images' routes",
-        fontsize=9,
-    )
-    for of, beside in result.names(OVERLAP):
-        assert beside is not None
-        (line,) = lower.plot([result.values(layer, OVERLAP, of, beside)[0] for layer in layers], **look(beside).line)
-        handles.setdefault(beside, line)
-    for of, _ in result.names(CLASSES):
-        values_of = [result.values(layer, CLASSES, of)[0] for layer in layers]
-        (line,) = lower.plot(values_of, color="#555555", linewidth=1, linestyle="--")
-        handles["pairs of classes (mean)"] = line
+    title = f"Mean frequency of the most frequent {result.share:.0%} of channels on {result.samples} images' routes"
+    upper.set_title(title, fontsize=9)
+    classes: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": "--"}
+    overlaps = [(OVERLAP, of, beside, beside, look(str(beside))) for of, beside in result.names(OVERLAP)]
+    overlaps += [(CLASSES, of, None, "pairs of classes (mean)", classes) for of, _ in result.names(CLASSES)]
+    for measure, of, beside, text, style in overlaps:
+        (line,) = lower.plot([result.values(layer, measure, of, beside)[0] for layer in layers], **style)
+        handles.setdefault(str(text), line)
     chance = {row["layer"]: row["chance"] for row in result.table if row["chance"] is not None}
     if chance:
         (line,) = lower.plot([chance[layer] for layer in layers], color="black", linewidth=0.9, linestyle=":")

@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients
+from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, Comparison, layer_sets
-from attackroute.analysis.experiment import ExperimentResult, experiment
+from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
@@ -21,16 +22,15 @@ from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import named_attacks
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SENSITIVITY, GRADIENT = "sensitivity", "gradient"
 _QUANTILES = {"minimum": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "maximum": 1.0}
 _Quantity = tuple[str, "str | None"]  # with its attack
-_FACES = {ROUTE: "#F6C7A3", OFF_ROUTE: "#D9D9D9"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +42,12 @@ class Sensitivity(ExperimentResult):
             ``"sensitivity"`` to an attack, or ``"gradient"`` of the loss on clean images, whose ``attack`` is None;
             ``criterion`` is what chose the neurons, ``"off-route"`` all that are not on the route; mean and quantiles
             are over the neurons, of their means over samples.
-        share: Share of each layer's channels in a set.
-        samples: Samples that were read; all of them count.
     """
 
     kind = "sensitivity"
     table: Table
-    share: float
-    samples: int
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers in forward order."""
-        return tuple(self.table.distinct("layer"))
-
-    @property
-    def criteria(self) -> tuple[str, ...]:
-        """Criteria in the order in which they were measured."""
-        return tuple(self.table.distinct("criterion"))
+    share: float  # of each layer's channels in a set
+    samples: int  # that were read; all of them count
 
     @property
     def quantities(self) -> tuple[tuple[str, str | None], ...]:
@@ -71,30 +59,28 @@ class Sensitivity(ExperimentResult):
         return list(self.table.select(layer=layer, quantity=quantity, attack=attack, criterion=criterion))
 
     @cached_property
-    def verdicts(self) -> list[Record]:
+    def verdicts(self) -> Table:
         """For each layer and control: the route's mean over the control's, and whether it beats every draw."""
         verdicts = []
         for quantity, attack in self.quantities:
             for layer in self.layers:
                 (route,) = (row["mean"] for row in self.rows(layer, quantity, attack, ROUTE))
-                for criterion in (name for name in self.criteria if name != ROUTE):
+                for criterion in self.criteria[1:]:
                     means = [row["mean"] for row in self.rows(layer, quantity, attack, criterion)]
-                    if not means:
-                        continue
-                    label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
-                    mean = statistics.fmean(means)
-                    verdict = {"beats": route > max(means), "loses": route < min(means)}
-                    verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
-        return verdicts
+                    if means:
+                        mean = statistics.fmean(means)
+                        label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
+                        verdict = {"beats": route > max(means), "loses": route < min(means)}
+                        verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
+        return Table.of(verdicts)
 
     def reading(self) -> str:
         """One sentence: in how many layers the route's mean is higher than the others', by quantity and control."""
-        verdicts = Table.of(self.verdicts)
         clauses = []
         for quantity, attack in self.quantities:
             counts = []
-            for criterion in (name for name in self.criteria if name != ROUTE):
-                beats = verdicts.select(quantity=quantity, attack=attack, control=criterion).column("beats")
+            for criterion in self.criteria[1:]:
+                beats = self.verdicts.select(quantity=quantity, attack=attack, control=criterion).column("beats")
                 name = "every random draw" if criterion == RANDOM else criterion
                 counts.append(f"{name} in {sum(beats)} of {len(beats)}")
             clauses.append(f"{_title(quantity, attack)} is higher than {', '.join(counts)}")
@@ -107,7 +93,7 @@ class Sensitivity(ExperimentResult):
             "gradient_is": "mean over clean samples of |dL/dZ|, summed over positions",
             "share": self.share,
             "samples": self.samples,
-            "verdicts": self.verdicts,
+            "verdicts": self.verdicts.to_json(),
         }
 
     def summary(self) -> Table:
@@ -123,53 +109,43 @@ class Sensitivity(ExperimentResult):
         return Table(tuple(head), tuple(rows))
 
     def figures(self) -> dict[str, Figure]:
-        """``sensitivity``: Fig. 2 as boxes."""
+        """``sensitivity``: Fig. 2."""
         return {"sensitivity": _figure(self)}
 
 
-@experiment(
-    "sensitivity",
-    order=2,
-    title="Sensitivity and gradients of the route's channels",
-    help="how much neurons move under attack, and the loss with them (Fig. 2)",
-)
+@experiment("sensitivity", order=2, title="Sensitivity and gradients of the route's channels", work=Work(1))
 def run(study: Study, progress: Progress) -> Sensitivity:
-    """The experiment on a study's images."""
-    return measure_sensitivity(study.comparison(progress), study.attacks)
+    """How much neurons move under attack, and the loss with them (Fig. 2)."""
+    return measure_sensitivity(study.comparison(progress), study.named_attacks)
 
 
-def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> Sensitivity:
+def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str]) -> Sensitivity:
     """Distributions of sensitivity and gradient over the route's neurons, over all others, and over controls.
 
     All images count, also those that the network gets wrong.
-
-    Raises:
-        UserError: No attack, no labels, or the route cannot give this share.
     """
-    if not attacks:
-        raise UserError("no attack is given: pass one by name, such as pgd")
+    named = named_attacks(attacks)
     model, share, rankings = compared.model, compared.share, compared.rankings()
     names = rankings[0].layers
-    means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in attacks}
-    gradient_mean = means[GRADIENT, None] = RunningMean()
+    means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in named}
+    means[GRADIENT, None] = RunningMean()
+    samples = 0
 
     def batch_means(images: Tensor, labels: Tensor | None) -> dict[_Quantity, RunningMean]:
-        if labels is None:
-            raise UserError("the data have no labels: give (images, labels)")
+        labels = labelled(labels)
         measured: dict[_Quantity, ChannelMeans] = {(GRADIENT, None): gradients(model, images, labels, linear=True)}
-        for name, attack in attacks.items():
+        for name, attack in named.items():
             moved, _ = attacked(model, attack, images, labels)
             measured[SENSITIVITY, name] = changes(model, images, moved, linear=True)
         return {key: RunningMean.of(_of_layers(each, names)) for key, each in measured.items()}
 
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, compared.data, compared.batch_size)
-        for batch in stream.map(batch_means):
+        for number, batch in worked_on(stream, batch_means, compared.progress):
+            samples += number
             for key, mean in batch.items():
                 means[key].add(mean)
-            if compared.progress is not None:
-                compared.progress(gradient_mean.samples, stream.total)
-    if not gradient_mean.samples:
+    if not samples:
         raise UserError("the data hold no sample: the loader is empty")
     rows: list[Record] = []
     for (quantity, under), mean in means.items():
@@ -180,7 +156,7 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack]) -> 
                 if len(numbers):
                     label = {"quantity": quantity, "attack": under, "criterion": criterion, "draw": draw}
                     rows.append({"layer": layer, **label, **_distribution(numbers)})
-    return Sensitivity(table=Table.of(rows), share=share, samples=gradient_mean.samples)
+    return Sensitivity(table=Table.of(rows), share=share, samples=samples)
 
 
 def _of_layers(measured: ChannelMeans, layers: Sequence[str]) -> ChannelMeans:
@@ -201,52 +177,30 @@ def _title(quantity: str, attack: str | None) -> str:
 
 
 def _figure(result: Sensitivity) -> Figure:
-    """One panel for each quantity: boxes of the route and of all other neurons, marks for the means of controls."""
+    """One panel for each quantity: the spread of each set's neurons by layer."""
     quantities, layers = result.quantities, result.layers
     figure = new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(quantities) + 1.3)
     panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
-    controls = [name for name in result.criteria if name not in _FACES]
+    step = 0.7 / max(1, len(result.criteria) - 1)
     handles: dict[str, Any] = {}
     for axes, (quantity, attack) in zip(panels, quantities, strict=True):
-        for place, layer in enumerate(layers):
-            for side, criterion in enumerate(_FACES):
-                for row in result.rows(layer, quantity, attack, criterion):
-                    handles[label(criterion)] = _box(axes, row, place - 0.27 + 0.2 * side)
-            for index, criterion in enumerate(controls):
-                rows = result.rows(layer, quantity, attack, criterion)
-                if rows:
-                    at = place + 0.1 + 0.34 * index / max(1, len(controls) - 1)
-                    mean = sum(row["mean"] for row in rows) / len(rows)
-                    style = {**look(criterion).point, "markersize": 3.5}
-                    suffix = f"mean of {len(rows)}" if len(rows) > 1 else "mean"
-                    handles[f"{criterion} ({suffix})"] = axes.plot(at, mean, **style)[0]
+        for (place, layer), (index, criterion) in product(enumerate(layers), enumerate(result.criteria)):
+            rows, style = result.rows(layer, quantity, attack, criterion), look(criterion, line=False)
+            at = place - 0.35 + index * step
+            for row in rows:
+                axes.vlines(at, row["q05"], row["q95"], color=style["color"], linewidth=0.8, alpha=0.6)
+                axes.vlines(at, row["q25"], row["q75"], color=style["color"], linewidth=2.5, alpha=0.4)
+            if rows:
+                (mark,) = axes.plot(at, statistics.fmean(row["mean"] for row in rows), **style)
+                handles[label(criterion) + (f" ({len(rows)} draws)" if len(rows) > 1 else "")] = mark
         for place in range(len(layers) - 1):
             axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
         axes.set_yscale("log")
-        axes.set_title(
-            f"{quantity} to {attack}" if attack else f"{quantity} of the loss, clean images", fontsize=8.5, loc="left"
-        )
+        title = f"{quantity} to {attack}" if attack else f"{quantity} of the loss, clean images"
+        axes.set_title(title, fontsize=8.5, loc="left")
         tidy(axes)
     upright_layers(panels[-1], layers)
-    figure.suptitle(
-        f"Neurons on the route ({result.share:.0%} of each layer) and off it, {result.samples} images\n"
-        "boxes: quartiles, whiskers: 5 to 95 % of the neurons, diamond: mean",
-        fontsize=9,
-    )
+    title = f"Neurons on the route ({result.share:.0%} of each layer) and off it, {result.samples} images"
+    figure.suptitle(f"{title}\nmarks: means, thick lines: quartiles, thin lines: 5 to 95 % of the neurons", fontsize=9)
     shared_legend(figure, handles, 3)
     return figure
-
-
-def _box(axes: Axes, row: Record, at: float) -> Any:
-    numbers = {
-        "med": row["median"], "q1": row["q25"], "q3": row["q75"], "whislo": row["q05"], "whishi": row["q95"],
-        "mean": row["mean"], "fliers": [],
-    }  # fmt: skip
-    edge = look(row["criterion"]).colour
-    drawn = axes.bxp(
-        [numbers], positions=[at], widths=0.17, showfliers=False, showmeans=True, patch_artist=True,
-        manage_ticks=False, boxprops={"facecolor": _FACES[row["criterion"]], "edgecolor": edge},
-        medianprops={"color": edge}, whiskerprops={"color": edge}, capprops={"color": edge},
-        meanprops={"marker": "D", "markersize": 2.5, "markerfacecolor": edge, "markeredgecolor": "none"},
-    )  # fmt: skip
-    return drawn["boxes"][0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from attackroute.analysis.figures.style import (
+    ROUTE_COLOUR,
     draw_spread,
     grid_of,
     label,
@@ -16,6 +19,7 @@ from attackroute.analysis.figures.style import (
     upright_layers,
 )
 from attackroute.analysis.intervention_table import InterventionTable, Setting
+from attackroute.routes.route import Route
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,39 +66,23 @@ def shares_figure(table: InterventionTable, attack: str | None) -> Figure:
 
 def layers_figure(table: InterventionTable) -> Figure:
     """One panel for each attack: single layers, then several together, at the main share."""
-    attacks = table.attacks
     groups = list(dict.fromkeys(setting.layers for setting in table.settings if setting.share == table.main_share))
-    names = [table.group_name(layers) for layers in groups]
-    figure = new_figure(max(4.5, 0.42 * len(groups) + 1.2), 1.55 * len(attacks) + 1.9)
-    panels = figure.subplots(len(attacks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure = new_figure(max(4.5, 0.09 * len(groups) * len(table.criteria) + 1.2), 1.55 * len(table.attacks) + 1.9)
+    panels = figure.subplots(len(table.attacks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     handles: dict[str, Any] = {}
-    for axes, attack in zip(panels, attacks, strict=True):
-        cases = [Setting(layers, table.main_share, attack) for layers in groups]
-        for index, criterion in reversed(list(enumerate(table.criteria))):  # the route last, on top
-            shift = (index / max(1, len(table.criteria) - 1) - 0.5) * 0.6
-            style = look(criterion)
-            for place, setting in enumerate(cases):
-                values = [100 * value for value in table.values(setting, criterion)]
-                if not values:
-                    continue
-                if len(values) > 1:
-                    axes.plot([place + shift] * 2, [min(values), max(values)], color=style.colour, linewidth=1.5)
-                (line,) = axes.plot(place + shift, sum(values) / len(values), **style.point)
-                handles.setdefault(criterion, line)
+    for axes, attack in zip(panels, table.attacks, strict=True):
+        handles = _points(axes, table, [Setting(layers, table.main_share, attack) for layers in groups]) | handles
         axes.axhline(100 * table.untouched(attack).value, color="black", linewidth=0.8, linestyle=":")
         for place in range(len(groups) - 1):
             axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
         axes.set_title(str(attack), fontsize=8.5, loc="left", pad=3)
         tidy(axes)
         axes.set_ylim(-4, 104)
-    upright_layers(panels[-1], names)
+    upright_layers(panels[-1], [table.group_name(layers) for layers in groups])
     figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
-    figure.suptitle(
-        f"{table.main_share:.0%} of the channels transplanted, {_PLACES[table.at]}\n"
-        "dotted: attacked, nothing transplanted",
-        fontsize=9.5,
-    )
-    shared_legend(figure, {label(name, _draws(table, name)): handles[name] for name in table.criteria}, 3)
+    title = f"{table.main_share:.0%} of the channels transplanted, {_PLACES[table.at]}"
+    figure.suptitle(f"{title}\ndotted: attacked, nothing transplanted", fontsize=9.5)
+    shared_legend(figure, handles, 3)
     return figure
 
 
@@ -109,13 +97,77 @@ def factors_figure(table: InterventionTable) -> Figure:
     axes.set_xlabel(r"factor $\beta$ on the connections", fontsize=9)
     tidy(axes)
     axes.set_ylabel(_accuracy_title(table), fontsize=9)
-    figure.suptitle(
-        f"{_PLACES[table.at]} multiplied by a factor\n"
-        f"{table.main_share:.0%} of the channels, {len(settings[0].layers)} layers together; dotted: untouched",
-        fontsize=9,
-    )
+    title = f"{table.main_share:.0%} of the channels, {len(settings[0].layers)} layers together; dotted: untouched"
+    figure.suptitle(f"{_PLACES[table.at]} multiplied by a factor\n{title}", fontsize=9)
     shared_legend(figure, handles, 3)
     return figure
+
+
+def route_figure(route: Route, deactivated: InterventionTable, title: str) -> Figure:
+    """How often samples use each channel of a route with frequencies, and what deactivating those of a layer leaves."""
+    figure = new_figure(11, 0.55 * len(route) + 2.5)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _draw_frequencies(left, route, route.frequency or {})
+    handles = _draw_remains(right, deactivated)
+    figure.suptitle(title, fontsize=12)
+    shared_legend(figure, handles, len(handles))
+    return figure
+
+
+def _draw_frequencies(axes: Axes, route: Route, frequency: Mapping[str, Tensor]) -> None:
+    """One strip per layer: channels by falling frequency, the route's share marked."""
+    for row, layer in enumerate(route):
+        shares = frequency[layer].sort(descending=True).values
+        image = axes.imshow(
+            shares[None].numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest",
+            extent=(0, 1, row + 0.36, row - 0.36),
+        )  # fmt: skip
+        cut = len(route[layer]) / route.channels[layer]
+        axes.plot([cut, cut], [row - 0.46, row + 0.46], color=ROUTE_COLOUR, linewidth=2.2)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(route) - 0.4, -0.6)
+    axes.set_yticks(range(len(route)), [f"{layer} ({route.channels[layer]})" for layer in route])
+    axes.set_xlabel("share of the layer's channels (in brackets how many there are), most frequent first")
+    axes.set_title("How often images use each channel\nleft of the orange line: the model's route", fontsize=10)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", aspect=50, shrink=0.7)  # its own axis, below
+    bar.set_label("share of images that use the channel", fontsize=8)
+
+
+def _draw_remains(axes: Axes, table: InterventionTable) -> dict[str, Any]:
+    """One row per layer: accuracy that is left, for each criterion; random draws with their range."""
+    cases = [Setting((layer,), table.main_share) for layer in table.layers]
+    handles = _points(axes, table, cases, horizontal=True)
+    untouched = table.untouched()
+    axes.axvline(100 * untouched.value, color="black", linewidth=1, linestyle=":")
+    axes.set_xlim(-2, 102)
+    axes.set_ylim(len(cases) - 0.4, -0.6)
+    axes.set_yticks(range(len(cases)), [])
+    axes.set_xlabel(f"accuracy in %, on {untouched.total} images that\nthe untouched network gets right")
+    title = f"What is left with {table.main_share:.0%} of a layer's channels set to zero\n{_PLACES[table.at]}"
+    axes.set_title(title, fontsize=10)
+    tidy(axes)
+    axes.spines["left"].set_visible(False)
+    return handles
+
+
+def _points(
+    axes: Axes, table: InterventionTable, cases: Sequence[Setting], *, horizontal: bool = False
+) -> dict[str, Any]:
+    """Side by side at each setting's place: each criterion's mean, above the range of its draws; the legend's marks."""
+    marks: dict[str, Any] = {}
+    for index, criterion in reversed(list(enumerate(table.criteria))):  # the route last, on top
+        style = look(criterion, line=False)
+        for place, setting in enumerate(cases):
+            values = [100 * value for value in table.values(setting, criterion)]
+            if not values:
+                continue
+            at = place + (index / max(1, len(table.criteria) - 1) - 0.5) * 0.6
+            reach, mean = ([at, at], [min(values), max(values)]), ([at], [sum(values) / len(values)])
+            if len(values) > 1:
+                axes.plot(*(reach[::-1] if horizontal else reach), color=style["color"], linewidth=1.5)
+            (marks[criterion],) = axes.plot(*(mean[::-1] if horizontal else mean), **style)
+    return {label(name, _draws(table, name)): marks[name] for name in table.criteria if name in marks}
 
 
 def _curves(
@@ -131,7 +183,7 @@ def _curves(
         if not points:
             continue
         places, values_at = zip(*points, strict=True)
-        line = draw_spread(axes, places, values_at, look(criterion))
+        line = draw_spread(axes, places, values_at, criterion)
         handles[label(criterion, _draws(table, criterion))] = line
     axes.set_ylim(-4, 104)
     return handles

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "off-route": ("#000000", "X"),
     "activation": ("#0072B2", "^"),
     "weight": ("#009E73", "D"),
+    "kernel": ("#1B5E20", "d"),
     "gradient": ("#CC79A7", "v"),
     "sensitivity": ("#B8860B", "P"),
     "attribution": ("#56B4E9", "<"),
@@ -31,34 +31,13 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
 _OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a criterion is drawn, the same in every figure."""
-
-    colour: str
-    marker: str
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """Arguments of a line with markers."""
-        first = self.colour == ROUTE_COLOUR
-        return {
-            "color": self.colour,
-            "marker": self.marker,
-            "markersize": 4.5 if first else 3.5,
-            "linewidth": 1.8 if first else 1.0,
-            "zorder": 5 if first else 3,
-        }
-
-    @property
-    def point(self) -> dict[str, Any]:
-        """Arguments of markers alone."""
-        return {**self.line, "linestyle": "none"}
-
-
-def look(criterion: str) -> Look:
-    """The colour and marker of a criterion; others get theirs by their name."""
-    return Look(*_LOOKS[criterion]) if criterion in _LOOKS else Look(*_OTHERS[sum(criterion.encode()) % len(_OTHERS)])
+def look(criterion: str, *, line: bool = True) -> dict[str, Any]:
+    """How a criterion is drawn in every figure, as arguments of a line with markers, or of markers alone."""
+    others = _OTHERS[sum(criterion.encode()) % len(_OTHERS)]  # by their name
+    colour, marker = _LOOKS.get(criterion, others)
+    size, width, order = (4.5, 1.8, 5) if colour == ROUTE_COLOUR else (3.5, 1.0, 3)
+    style = {"color": colour, "marker": marker, "markersize": size, "linewidth": width, "zorder": order}
+    return style if line else {**style, "linestyle": "none"}
 
 
 def label(criterion: str, draws: int = 1) -> str:
@@ -87,13 +66,14 @@ def tidy(axes: Axes, grid: str = "y") -> None:
 
 
 def draw_spread(
-    axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], style: Look, alpha: float = 0.25
+    axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], criterion: str, alpha: float = 0.25
 ) -> Any:
     """A line of the means at several places, above the range of the values there; gives the line."""
+    style = look(criterion)
     if any(len(each) > 1 for each in values):
         low, high = [min(each) for each in values], [max(each) for each in values]
-        axes.fill_between(places, low, high, color=style.colour, alpha=alpha, linewidth=0)
-    (line,) = axes.plot(places, [sum(each) / len(each) for each in values], **style.line)
+        axes.fill_between(places, low, high, color=style["color"], alpha=alpha, linewidth=0)
+    (line,) = axes.plot(places, [sum(each) / len(each) for each in values], **style)
     return line
 
 

@@ -1,0 +1,210 @@
+"""Transplant, deactivate, weaken: accuracy with the route's channels changed (Figs. 3 and 4 of Li et al., 2021).
+
+Sets of channels grow by rank, each within the next. Random channels are off the given route, so their sets end where
+those are used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from attackroute.analysis.controls import Comparison, check_shares, repeated_layers
+from attackroute.analysis.experiment import Work, experiment
+from attackroute.analysis.figures.accuracy import factors_figure, layers_figure, route_figure, shares_figure
+from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, measure
+from attackroute.analysis.interventions import deactivate, transplant, weaken
+from attackroute.analysis.study import Study
+from attackroute.core.errors import UserError
+from attackroute.robustness.attack import Attack
+from attackroute.robustness.registry import named_attacks
+from attackroute.routes.route import Route
+from attackroute.tracing.connections import Connections
+from attackroute.tracing.trace import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRANSPLANTED = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+DEACTIVATED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+BETAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+MAIN_BETA = 0.5  # of which the reading speaks
+
+
+class Transplantation(InterventionTable):
+    """Accuracies on attacked images with clean values in some channels."""
+
+    kind = "transplant"
+    helps: ClassVar[bool] = True
+    opening = (
+        "Transplanting {0.main_share:.0%} of one layer's clean channels at its {0.at} (accuracy without: {0.without}); "
+        "in clear effect, by {0.cases}:"
+    )
+
+    def figures(self) -> dict[str, Figure]:
+        """``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b)."""
+        return {"transplant-shares": shares_figure(self, self.attacks[0]), "transplant-layers": layers_figure(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deactivation(InterventionTable):
+    """Accuracies with channels set to zero."""
+
+    kind = "deactivate"
+    route: Route | None = None  # with its frequencies, to draw beside what its deactivation costs
+    title: str = ""  # of that picture
+
+    opening = "Setting {0.main_share:.0%} of one layer's channels to zero at its {0.at}; in clear effect, by {0.cases}:"
+
+    def figures(self) -> dict[str, Figure]:
+        """``deactivate`` (Fig. 4a), and with a route also ``deactivate-route``."""
+        picture = {} if self.route is None else {"deactivate-route": route_figure(self.route, self, self.title)}
+        return {"deactivate": shares_figure(self, None), **picture}
+
+
+class Weakening(InterventionTable):
+    """Accuracies with the connections between channels scaled down."""
+
+    kind = "weaken"
+    opening = (
+        "Weakening the connections between {0.main_share:.0%} of all layers' channels{0.cases} to {0.main_beta:g}; "
+        "in clear effect:"
+    )
+
+    def figures(self) -> dict[str, Figure]:
+        """``weaken`` (Fig. 4b)."""
+        return {"weaken": factors_figure(self)}
+
+
+@experiment("transplant", order=3, title="Transplant: clean values in attacked images' channels", work=Work(1, 6))
+def run_transplant(study: Study, progress: Progress) -> InterventionTable:
+    """Accuracy on attacked images with clean values in some channels (Fig. 3)."""
+    return transplant_accuracy(study.comparison(progress), study.named_attacks)
+
+
+@experiment("deactivate", order=4, title="Deactivation: channels set to zero", work=Work(passes=6))
+def run_deactivate(study: Study, progress: Progress) -> InterventionTable:
+    """Accuracy with channels set to zero (Fig. 4a)."""
+    model, images = study.settings.get("model", type(study.model).__name__), len(study.halves[0])
+    title = f"The critical attacking route of {model} on {images} images"
+    return replace(deactivate_accuracy(study.comparison(progress)), route=study.route, title=title)
+
+
+@experiment("weaken", order=5, title="Weakening the connections along the route", work=Work(passes=1))
+def run_weaken(study: Study, progress: Progress) -> InterventionTable:
+    """Accuracy with the connections between channels scaled down (Fig. 4b)."""
+    return weaken_accuracy(study.comparison(progress), targets=_joined_layers(study))
+
+
+def transplant_accuracy(
+    compared: Comparison,
+    attacks: Mapping[str, Attack | str],
+    *,
+    layers: Iterable[str] | None = None,
+    shares: Iterable[float] = TRANSPLANTED,
+    together: Iterable[Sequence[str]] | None = None,
+) -> Transplantation:
+    """Accuracy on attacked images with clean values in some channels: the route's, and controls of the same size.
+
+    Every layer alone at a growing share (Fig. 3a), and single layers and several together at one share (Fig. 3b), that
+    of ``compared``, at which all attacks are tried; ``shares`` grow for the first. Changed alone are ``layers``, or all
+    of the route's; together the groups in ``together``, or the first two, three, ... half, and all of ``layers``.
+    """
+    named = named_attacks(attacks)
+    levels, share, route = check_shares(shares), compared.share, compared.route
+    single = tuple(route if layers is None else route.restrict(layers))
+    groups = leading_groups(single, repeated_layers(compared.model, route))
+    if together is not None:
+        groups = [tuple(route.restrict(group)) for group in together]
+    first, *_ = named
+    settings = []
+    for attack in named:
+        used = sorted({*levels, share}) if attack == first else [share]
+        settings += [Setting((layer,), level, attack) for layer in single for level in used]
+        settings += [Setting(group, share, attack) for group in groups]
+
+    def graft(channels: Route, _: float | None, clean: CorrectSamples) -> AbstractContextManager[None]:
+        return transplant(compared.model, clean.outputs, channels, at=compared.at)
+
+    rankings = compared.rankings({*single, *(layer for group in groups for layer in group)})
+    record = rankings[0].layers
+    return measure(Transplantation, compared, rankings, settings, graft, attacks=named, record=record)
+
+
+def leading_groups(layers: Sequence[str], repeats: Container[str] = ()) -> list[tuple[str, ...]]:
+    """The first two, the first three, the first half, and all of the layers; each once.
+
+    Depthwise layers, which repeat the choice before them, come along and are not counted.
+    """
+    starts = [at for at, layer in enumerate(layers) if layer not in repeats]
+    ends = [*starts[1:], len(layers)]
+    sizes = sorted({2, 3, len(ends) // 2, len(ends)})
+    return [tuple(layers[: ends[size - 1]]) for size in sizes if 2 <= size <= len(ends)]
+
+
+def deactivate_accuracy(
+    compared: Comparison,
+    *,
+    layers: Iterable[str] | None = None,
+    shares: Iterable[float] = DEACTIVATED,
+    together: Iterable[Sequence[str]] | None = None,
+) -> Deactivation:
+    """Accuracy on clean images with channels set to zero: a growing share of each layer alone, and of several together.
+
+    The reading is about the share of ``compared``. Changed alone are ``layers``, or all of the route's; together the
+    groups in ``together``, or all of ``layers``.
+    """
+    route = compared.route
+    levels = check_shares([*shares, compared.share])
+    single = tuple(route if layers is None else route.restrict(layers))
+    whole = [single] if together is None else [tuple(route.restrict(group)) for group in together]
+    groups = list(dict.fromkeys([*((layer,) for layer in single), *whole]))
+
+    def silence(channels: Route, _: float | None, __: CorrectSamples) -> AbstractContextManager[None]:
+        return deactivate(compared.model, channels, at=compared.at)
+
+    rankings = compared.rankings({layer for group in groups for layer in group})
+    settings = [Setting(group, level) for group in groups for level in levels]
+    return measure(Deactivation, compared, rankings, settings, silence)
+
+
+def weaken_accuracy(compared: Comparison, *, targets: Iterable[str] | None = None) -> Weakening:
+    """Accuracy on clean images with the connections between chosen channels of adjacent layers multiplied by a factor.
+
+    All layers are changed together, with a falling factor; weakened are the kernels of ``targets``, or of all.
+    """
+    rankings = compared.rankings()
+    chosen = None if targets is None else list(targets)
+    connections: Connections | None = None  # the same for every batch
+
+    def intervene(channels: Route, beta: float | None, clean: CorrectSamples) -> AbstractContextManager[object]:
+        nonlocal connections
+        assert beta is not None
+        if connections is None:
+            connections = Connections.of_route(compared.model, clean.images, channels)
+        return weaken(compared.model, channels, beta, chosen, connections=connections)
+
+    settings = [Setting(rankings[0].layers, compared.share, None, beta) for beta in BETAS]
+    result = measure(Weakening, compared, rankings, settings, intervene)
+    return replace(result, main_beta=MAIN_BETA, at="weights", targets=chosen)
+
+
+def _joined_layers(study: Study) -> list[str] | None:
+    """The route's layers whose kernels can be weakened, if not all; a note says how many others there are."""
+    connections = Connections.of_route(study.model, study.pair, study.route)
+    joined = connections.joined(study.route)
+    if not joined:
+        raise UserError(
+            "no kernel slice joins channels of two layers of the route: what stands between them mixes channels or "
+            "positions; leave weaken out (--only)"
+        )
+    mixed = connections.mixed(study.route)
+    if not mixed:
+        return None
+    study.note(
+        f"note: weaken leaves {len(mixed)} of {len(study.route)} layers as they are, since what stands before "
+        f"them mixes channels or positions: {', '.join(mixed[:3])}{', ...' * (len(mixed) > 3)}"
+    )
+    return joined
