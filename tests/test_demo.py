@@ -33,7 +33,9 @@ def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.M
     for name in ("model/state.pt", "evaluation/measurements.jsonl", "random/best.safetensors", "summary.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
-    result = run("demo", "--epochs", 1, "--out", folder, "--json")
+    refused = run("demo", "--out", folder)
+    assert refused.exit_code == 2 and "--overwrite" in refused.stderr
+    result = run("demo", "--epochs", 1, "--out", folder, "--overwrite", "--json")
     assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     results = content["results"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from attackroute.cli.options import (
     classes_option,
     model_width_option,
     resolve_device,
+    results_in,
 )
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table, plural
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from attackroute.robustness.evaluation import Evaluation
     from attackroute.robustness.masking import Check
     from attackroute.zoo.data import ImageData
+
+_FILES = ("evaluation.json", "evaluation.csv", "measurements.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,21 +146,18 @@ def evaluate(options: EvaluateOptions) -> int:
     }
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
     kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
-    with output.progress("images", kept) as progress:
-        evaluation = evaluate_networks(
-            networks,
-            batches,
-            attacks,
-            batch_size=options.run.batch_size,
-            seed=options.run.seed,
-            checks=options.check_samples if options.checks else 0,
-            twin=twin,
-            save_examples=options.save_examples,
-            folder=options.out,
-            resume=options.resume,
-            origin=origin,
-            progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
+    with ExitStack() as stack:
+        folder, examples = (
+            None if path is None else stack.enter_context(results_in(path, files, options.run, resume=options.resume))
+            for path, files in ((options.out, _FILES), (options.save_examples, ("examples.json", "*/*.safetensors")))
         )
+        progress = stack.enter_context(output.progress("images", kept))
+        evaluation = evaluate_networks(
+            networks, batches, attacks, batch_size=options.run.batch_size, seed=options.run.seed,
+            checks=options.check_samples if options.checks else 0, twin=twin, save_examples=examples, folder=folder,
+            resume=options.resume, origin=origin,
+            progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
+        )  # fmt: skip
     _show(output, evaluation, options.out, options.save_examples)
     return 0
 

@@ -31,10 +31,10 @@ from attackroute.cli.options import (
     RunOptions,
     TracingOptions,
     TrainingOptions,
-    open_folder,
     resolve_device,
+    results_in,
 )
-from attackroute.cli.train import best_line, divided, epoch_lines, open_test_images, prepare
+from attackroute.cli.train import RUN_FILES, best_line, divided, epoch_lines, open_test_images
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def harden(options: HardenOptions) -> None:
     if penalty.sweep is not None:
         hardening.sweep(penalty.sweep)
     elif options.out is not None:
-        hardening.harden(open_folder(options.out), 0.0 if penalty.lam is None else penalty.lam)
+        hardening.harden(options.out, 0.0 if penalty.lam is None else penalty.lam)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,30 +269,31 @@ class _Hardening:
         """Where the words go."""
         return self.options.run.output
 
-    def harden(self, folder: Path, lam: Factor) -> None:
+    def harden(self, out: Path, lam: Factor) -> None:
         """Harden into a folder, and compare."""
         from attackroute.core.distributed import current, take_from_first
         from attackroute.hardening.harden import ROUTE_FILE
         from attackroute.zoo.weights import BEST, load_weights
 
-        team, resume = current(), self.options.training.resume
-        team.first(lambda: prepare(folder, self.card, resume=resume))
-        hardened = copy.deepcopy(self.network)
-        result = self._train(hardened, lam, folder)
-        best = result.training.best
-        if best is not None:  # what other commands load
-            team.first(lambda: load_weights(hardened, folder / BEST))
-            take_from_first(hardened, team)
-        evaluation = None
-        if self.judged_on is not None:  # what is done of it is kept for --resume
-            evaluation = self._evaluate(
-                {BEFORE: self.network, AFTER: hardened}, self.judged_on, self.autoattack,
-                checks=self.options.comparison.check_samples, folder=folder / _EVALUATION,
-            )  # fmt: skip
-        document = self._document(result, lam, evaluation)
-        if team.leads:
-            document.save(folder)
-        self.output.result({**document.to_json(), "folder": str(folder)})
+        team, files = current(), (*RUN_FILES, ROUTE_FILE, f"{HARDENING}.*", f"{_EVALUATION}/*")
+        with results_in(out, files, self.options.run, resume=self.options.training.resume) as folder:
+            team.first(lambda: self.card.save(folder))  # so that a run that is killed can be opened too
+            hardened = copy.deepcopy(self.network)
+            result = self._train(hardened, lam, folder)
+            best = result.training.best
+            if best is not None:  # what other commands load
+                team.first(lambda: load_weights(hardened, folder / BEST))
+                take_from_first(hardened, team)
+            evaluation = None
+            if self.judged_on is not None:  # what is done of it is kept for --resume
+                evaluation = self._evaluate(
+                    {BEFORE: self.network, AFTER: hardened}, self.judged_on, self.autoattack,
+                    checks=self.options.comparison.check_samples, folder=folder / _EVALUATION,
+                )  # fmt: skip
+            document = self._document(result, lam, evaluation)
+            if team.leads:
+                document.save(folder)
+        self.output.result({**document.to_json(), "folder": str(out)})
         self._show_route(result, lam)
         if best is not None:
             self.output.line(best_line(best, len(result.training.history), self.options.training.chosen_on))
@@ -301,8 +302,8 @@ class _Hardening:
 
             self.output.table(COLUMNS, evaluation.cells())
             self.output.line(evaluation.reading())
-        files = f"{HARDENING}.json{f', {ROUTE_FILE}' if result.route else ''}"
-        self.output.line(f"weights, log, {files} are in {folder}")
+        names = f"{HARDENING}.json{f', {ROUTE_FILE}' if result.route else ''}"
+        self.output.line(f"weights, log, {names} are in {out}")
 
     def sweep(self, factors: Sequence[float]) -> None:
         """Harden a copy with each lambda, and compare all of them on the images that choose."""

@@ -17,7 +17,7 @@ from attackroute.cli.options import (
     RunOptions,
     Session,
     TracingOptions,
-    open_folder,
+    results_in,
 )
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import UNIT, TraceConfig
@@ -74,35 +74,28 @@ def hardness(options: HardnessOptions) -> None:
         raise UserError(
             "--route is there already; leave out --linear, --sketches and --carrier, or trace the route with them"
         )
-    route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
-    paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
-    folder = open_folder(options.out)
-    with session.reading("images") as (batches, progress):
-        study = study_hardness(
-            session.network,
-            route,
-            batches,
-            attacks,
-            paper=paper,
-            search=EpsSearch() if options.smallest_eps else None,
-            seed=options.run.seed,
-            progress=progress,
-        )
-    if not leading():
-        return
-    if options.route is None:
-        route.save(folder / "route.json")
-    settings = {
-        **session.settings,
-        **given(options.tracing),
-        "attacks": [str(attack) for attack in attacks],
-        "route": None if options.route is None else str(options.route),
-    }
-    document = study.document(settings)
-    _write(folder, session, study)
-    document.save(folder)
-    options.run.output.result({**document.to_json(), "folder": str(folder)})
-    _show(options.run.output, study, folder)
+    with results_in(options.out, ("hardness*.*", *([] if options.route else ["route.json"])), options.run) as folder:
+        route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
+        paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
+        with session.reading("images") as (batches, progress):
+            study = study_hardness(
+                session.network, route, batches, attacks, paper=paper, seed=options.run.seed,
+                search=EpsSearch() if options.smallest_eps else None, progress=progress,
+            )  # fmt: skip
+        settings = {
+            **session.settings,
+            **given(options.tracing),
+            "attacks": [str(attack) for attack in attacks],
+            "route": None if options.route is None else str(options.route),
+        }
+        document = study.document(settings)
+        if leading():
+            if options.route is None:
+                route.save(folder / "route.json")
+            _write(folder, session, study)
+            document.save(folder)
+    options.run.output.result({**document.to_json(), "folder": str(options.out)})
+    _show(options.run.output, study, options.out)
 
 
 def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: Perturbation | None) -> Route:

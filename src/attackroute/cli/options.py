@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +22,7 @@ from attackroute.cli.arguments import (
     switch,
 )
 from attackroute.cli.console import Output
+from attackroute.core.distributed import current, leading, own_device
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import CARRIERS, UNIT, Sketches, TraceConfig
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 ROUTE, RUN, FILES = "The route", "The run", "The files"
 """Headings in the help."""
+_BESIDE = ".new"  # folder of what is to replace the files above it
 
 SPLITS = ("train", "test")
 EXPECTED_MODELS = (
@@ -63,6 +67,9 @@ class RunOptions:
     seed: int = option("--seed", "Same seed, same machine: same result.", integer(0), "N", default=0)
     device: str = option("--device", "cpu, cuda, cuda:1, mps; auto takes what is there.", str, "NAME", default="auto")
     as_json: bool = switch("--json", "Print the result as JSON on stdout and nothing else there.")
+    overwrite: bool = switch(
+        "--overwrite", "Replace what --out holds of an earlier run, once this one is done.", group=FILES
+    )
     quiet: bool = switch("-q --quiet", "Print nothing but errors (and JSON, with --json).")
 
     @property
@@ -259,8 +266,6 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
-    from attackroute.core.distributed import own_device
-
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return own_device("cpu" if accelerator is None else accelerator.type)
@@ -274,12 +279,91 @@ def resolve_device(name: str) -> torch.device:
 
 
 def open_folder(folder: Path) -> Path:
-    """Create the folder where it is missing, or say in one line why that cannot be; of processes, the first does."""
-    from attackroute.core.distributed import leading
+    """The folder, made where it is missing; of processes, the first one makes it."""
+    from attackroute.core.files import made_folder
 
-    try:
+    return made_folder(folder) if leading() else folder
+
+
+@contextmanager
+def results_in(folder: Path, files: Sequence[str], run: RunOptions, *, resume: bool | None = None) -> Iterator[Path]:
+    """The folder into which a command writes; where it replaces an earlier run's files, one beside them until the end.
+
+    Args:
+        folder: What the user named.
+        files: Patterns of what the command writes.
+        run: Says whether earlier files may be replaced.
+        resume: Whether the user goes on with them; None where the command cannot.
+
+    Raises:
+        UserError: The folder holds such files, and the user says neither; or another process is at work in it.
+    """
+    from attackroute.core.files import made_folder
+
+    beside = folder / _BESIDE
+
+    def prepared() -> Path:
+        made_folder(folder)
+        if resume:
+            return beside if run.overwrite and beside.is_dir() else folder
+        if refuse_earlier(folder, files, run, resume=resume) is None:
+            return folder
+        shutil.rmtree(beside, ignore_errors=True)
+        return made_folder(beside)
+
+    with ExitStack() as stack:
         if leading():
-            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(made_folder(folder)))
+        place = current().first(prepared)
+        yield place
+        if place == beside:
+            current().first(lambda: _replace(folder, beside, files))
+
+
+def refuse_earlier(folder: Path, files: Sequence[str], run: RunOptions, *, resume: bool | None = None) -> Path | None:
+    """A file of an earlier run that may be replaced, if there is one; a `UserError` if it may not."""
+    earlier = next((file for pattern in files for file in sorted(folder.glob(pattern))), None)
+    if earlier is not None and not run.overwrite:
+        go_on = "" if resume is None else "--resume to go on with it, "
+        raise UserError(
+            f"{folder} already holds a run ({earlier.relative_to(folder)}); pass {go_on}--overwrite to replace it, or "
+            "choose another folder"
+        )
+    return earlier
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let no other process work in the folder meanwhile, where the system can promise that."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is at work in {folder}; wait for its end, or choose another") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(folder: Path, beside: Path, files: Sequence[str]) -> None:
+    """Let new files take the place of old ones; documents come last, so that where they are, all is there."""
+    try:
+        new = [file.relative_to(beside) for file in beside.rglob("*") if file.is_file()]
+        for old in {file for pattern in files for file in folder.glob(pattern)}:
+            if old.relative_to(folder) not in new and not old.is_dir():
+                old.unlink()
+        for name in sorted(new, key=lambda name: (name.suffix == ".json", name)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, folder / name)
+        shutil.rmtree(beside)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be a folder ({error.strerror}); name another") from error
-    return folder
+        reason = error.strerror or error
+        raise UserError(f"{folder}: cannot be replaced ({reason}); what is new is in {beside}") from None

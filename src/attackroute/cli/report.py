@@ -82,7 +82,7 @@ class ReportOptions:
         "--linear", "Where routes are traced for the page, linear maps are layers too (attention projections and "
         "MLPs); a run of trace, analyze or hardness with --linear needs no telling.", group=ROUTE,
     )  # fmt: skip
-    run: RunOptions = shared(hide=("workers",))
+    run: RunOptions = shared(hide=("workers", "overwrite"))
 
     @property
     def names_anything(self) -> bool:
@@ -109,7 +109,7 @@ class CompareOptions:
     model_width: float | None = model_width_option()
     classes: int | None = classes_option()
     measuring: MeasuringOptions
-    run: RunOptions = shared(hide=("workers",))
+    run: RunOptions = shared(hide=("workers", "overwrite"))
 
     @property
     def reports(self) -> tuple[ReportOptions, ReportOptions]:
@@ -131,17 +131,19 @@ class CompareOptions:
 
 def report(options: ReportOptions) -> None:
     """Write the page of a run."""
-    from attackroute.report.page import Content, build_page
+    from attackroute.report.page import Content, build_page, require_page
     from attackroute.report.run_folder import RunFolder
 
     output = options.run.output
+    target = options.out or options.folder / "report.html"
+    require_page(target)
     run = RunFolder.open(options.folder)
     started = time.perf_counter()
     measured, classes, notes = _measured_or_not(options, run, "Influence between channels was not measured")
     seconds = time.perf_counter() - started
     notes += _remarks(measured)
     page = build_page(Content(run, measured, classes, notes, command=command_line(), seconds=seconds))
-    written = _write(page, options.out or options.folder / "report.html", output)
+    written = _write(page, target, output)
     for note in notes:
         output.line(f"  {note}")
     output.result({**written, "missing": notes, **page.data})
@@ -149,12 +151,15 @@ def report(options: ReportOptions) -> None:
 
 def compare(options: CompareOptions) -> None:
     """Write the page of two runs."""
+    from attackroute.report.page import require_page
     from attackroute.report.two_runs import build_comparison
 
     output = options.run.output
+    target = options.out or options.second / "compare.html"
+    require_page(target)
     comparison = _comparison(*options.reports)
     page = build_comparison(comparison)
-    written = _write(page, options.out or options.second / "compare.html", output)
+    written = _write(page, target, output)
     output.table(
         ["", *comparison.names, "change"],
         [[row["number"], *(f"{value:.4g}" for value in row["values"]), _change(row)]
@@ -273,10 +278,15 @@ def _measured(
 def _opened(options: ReportOptions, run: RunFolder, images_of: RunFolder) -> tuple[nn.Module, ImageData]:
     """The run's network on its device, and all the images."""
     from attackroute.core.model_state import weights_digest
+    from attackroute.zoo.weights import ModelCard, is_factory, kept_weights
 
     model = _model(options, run)
     images = _images(options, model, images_of.settings)
-    network = replace(options.network, model=model).open(images).to(resolve_device(options.run.device))
+    weights = options.network.weights
+    if weights is None and run.model is not None and is_factory(model) and ModelCard.load(run.model).spec.name == model:
+        weights = kept_weights(run.model)  # the run's own network, which the user allows to be called
+    network = replace(options.network, model=model, weights=weights).open(images)
+    network = network.to(resolve_device(options.run.device))
     if run.settings.get("dtype") == "float64":
         network = network.double()
     traced = run.settings.get("weights")
@@ -287,13 +297,14 @@ def _opened(options: ReportOptions, run: RunFolder, images_of: RunFolder) -> tup
 
 def _model(options: ReportOptions, run: RunFolder) -> str:
     """The network's name; a file that came by mail must not choose code to be called."""
+    from attackroute.zoo.weights import is_factory
+
     if options.network.model:
         return options.network.model
     model = run.settings.get("model") if run.model is None else str(run.model)
     if not isinstance(model, str):
         raise UserError("the run does not name its network; give --model")
-    source, colon, _ = model.partition(":")
-    if colon and source not in ("torchvision", "timm") and not Path(model).is_dir():
+    if is_factory(model) and not Path(model).is_dir():
         raise UserError(f"the run's network {model} is code to be called; give --model to call it")
     return model
 

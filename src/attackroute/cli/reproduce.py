@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from attackroute.cli.arguments import integer, option, switch
-from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, resolve_device
+from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, refuse_earlier, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class ReproduceOptions:
 
 def reproduce(options: ReproduceOptions) -> None:
     """Run the experiments, and print the verdicts."""
-    from attackroute.paper.run import ReproductionSettings
+    from attackroute.paper.experiments import PARTS
+    from attackroute.paper.run import PAGE, ReproductionSettings
     from attackroute.paper.run import reproduce as run
 
     output = options.run.output
@@ -60,6 +61,9 @@ def reproduce(options: ReproduceOptions) -> None:
         resume=options.resume,
     )
     open_folder(options.out)
+    if not options.resume:
+        files = [f"*/{name}.json" for target in settings.experiments for name in PARTS[target]]
+        refuse_earlier(options.out, [*files, *([] if options.page else [PAGE])], options.run, resume=False)
     claims_of = run(settings, line=output.line, note=output.note, progress=output.progress)
     listed = [{"target": target, **vars(claim)} for target, claims in claims_of.items() for claim in claims]
     output.result({"page": str(settings.filled), "claims": listed})

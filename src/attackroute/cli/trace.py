@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from attackroute.cli.options import (
     RunOptions,
     Session,
     TracingOptions,
-    open_folder,
+    results_in,
 )
 from attackroute.core.errors import UserError
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from attackroute.tracing.oracle_check import OracleCheck
 
 
+_FILES = ("summary.json", "route.json", "routes*.safetensors", "partial*.safetensors")
 _DOUBLE, _REDUCED = "float64", ("bfloat16", "float16")
 
 
@@ -103,24 +105,26 @@ def trace(options: TraceOptions) -> int:
     session = Session.open(options.network, options.images, options.run)
     output = options.run.output
     network = session.network.double() if options.dtype == _DOUBLE else session.network
-    if options.out is not None:
-        open_folder(options.out)
     started, counts = time.perf_counter(), [] if options.out else [0]  # into a folder, what is done is counted first
     kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
-    with session.reading("images", kept) as (batches, progress):
+    results = (
+        nullcontext() if options.out is None else results_in(options.out, _FILES, options.run, resume=options.resume)
+    )
+    with results as folder:
+        with session.reading("images", kept) as (batches, progress):
 
-        def advance(count: int, total: int | None) -> None:
-            counts.append(count)
-            progress(count, total)
+            def advance(count: int, total: int | None) -> None:
+                counts.append(count)
+                progress(count, total)
 
-        routes = trace_routes(
-            network, batches, options.width, attack=attack, config=config, keep_scores=options.keep_scores,
-            batch_size=options.run.batch_size, autocast=options.autocast, folder=options.out, resume=options.resume,
-            settings=session.settings, note=output.note, progress=advance,
-        )  # fmt: skip
-    seconds, traced = time.perf_counter() - started, counts[-1] - counts[0]
-    team = current()
-    document = team.first(lambda: _document(routes, options.route_width, session.settings))
+            routes = trace_routes(
+                network, batches, options.width, attack=attack, config=config, keep_scores=options.keep_scores,
+                batch_size=options.run.batch_size, autocast=options.autocast, folder=folder, resume=options.resume,
+                settings=session.settings, note=output.note, progress=advance,
+            )  # fmt: skip
+        seconds, traced = time.perf_counter() - started, counts[-1] - counts[0]
+        team = current()
+        document = team.first(lambda: _document(routes, options.route_width, session.settings))
     comparison = None if options.check is None else team.first(lambda: _compare(session, options, attack, config))
     output.result(
         {

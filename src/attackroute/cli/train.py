@@ -16,8 +16,8 @@ from attackroute.cli.options import (
     ImageOptions,
     RunOptions,
     TrainingOptions,
-    open_folder,
     resolve_device,
+    results_in,
 )
 from attackroute.core.errors import UserError
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from attackroute.hardening.checkpoint import EpochRecord
     from attackroute.hardening.training import TrainResult
     from attackroute.zoo.data import ImageData
-    from attackroute.zoo.weights import ModelCard
 
 TRAINING = "training"
 """Kind of the result, and name of its file."""
+RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "log.jsonl", "settings.json", "tensorboard/*")
+"""What a training leaves in its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,37 +74,32 @@ def train(options: TrainOptions) -> None:
     torch.manual_seed(options.run.seed)
     network = build(spec).to(device)
     card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
-    current().first(lambda: prepare(open_folder(options.out), card, resume=training.resume))
-    with output.progress("steps") as progress, epoch_lines(options.out, training, output) as on_epoch:
-        result = train_network(
-            network,
-            learnt.dataset,
-            None if chosen_by is None else chosen_by.dataset,
-            settings,
-            attack=attack,
-            folder=options.out,
-            resume=training.resume,
-            on_epoch=on_epoch,
-            progress=progress,
+    files = (*RUN_FILES, f"{TRAINING}.json")
+    with results_in(options.out, files, options.run, resume=training.resume) as folder:
+        current().first(lambda: card.save(folder))  # so that a run that is killed can be opened too
+        with output.progress("steps") as progress, epoch_lines(folder, training, output) as on_epoch:
+            result = train_network(
+                network, learnt.dataset, None if chosen_by is None else chosen_by.dataset, settings, attack=attack,
+                folder=folder, resume=training.resume, on_epoch=on_epoch, progress=progress,
+            )  # fmt: skip
+        best, last = result.best, result.last
+        lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
+        lines.append(f"training accuracy {last.train.value:.2%}")
+        about = _summary(result, options)
+        document = Document(
+            TRAINING,
+            {
+                "model": options.model,
+                "width": options.width,
+                **given(options, "images", "training"),
+                "batch_size": settings.batch_size,
+                "seed": settings.seed,
+            },
+            reading="; ".join(lines),
+            about=about,
         )
-    best, last = result.best, result.last
-    lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
-    lines.append(f"training accuracy {last.train.value:.2%}")
-    about = _summary(result, options)
-    document = Document(
-        TRAINING,
-        {
-            "model": options.model,
-            "width": options.width,
-            **given(options, "images", "training"),
-            "batch_size": settings.batch_size,
-            "seed": settings.seed,
-        },
-        reading="; ".join(lines),
-        about=about,
-    )
-    if leading():
-        document.save(options.out)
+        if leading():
+            document.save(folder)
     output.result({**document.to_json(), "folder": str(options.out)})
     output.line("\n".join(lines) + f"; weights and log are in {options.out}")
     output.line(f"next: attackroute trace --model {options.out} --data ...")
@@ -148,15 +144,6 @@ def divided(
 
     learnt, kept = held_out(train_images.dataset, holdout, seed)
     return replace(train_images, dataset=learnt), replace(train_images, dataset=kept)
-
-
-def prepare(folder: Path, card: ModelCard, *, resume: bool) -> None:
-    """Describe the network in its folder before the first step, so that a run that is killed can be opened too."""
-    from attackroute.hardening.checkpoint import STATE
-
-    if (folder / STATE).exists() and not resume:
-        raise UserError(f"{folder} already holds a run; pass --resume to go on with it, or choose another folder")
-    card.save(folder)
 
 
 @contextmanager

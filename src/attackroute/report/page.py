@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,6 +22,8 @@ from markupsafe import Markup
 
 from attackroute.core import __version__
 from attackroute.core.document import library_versions
+from attackroute.core.errors import UserError
+from attackroute.core.files import printable
 from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
 from attackroute.report.pictures import inline_figures
@@ -51,6 +55,7 @@ _SCRIPTS = (  # one after another, as one script
 _POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
 )
+_GENERATOR, _HEAD = '<meta name="generator" content="attackroute', 1000  # by which a page is known
 _BEFORE = "before"  # what a hardening calls the network that it began with
 _OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "sketches", "batch-size", "dtype")
 _FLAGS = ("linear", "freeze-gates")  # both of a trace
@@ -270,6 +275,16 @@ def render(template: str, data: Mapping[str, Any], **values: Any) -> tuple[str, 
         **values,
     )
     return html, marked
+
+
+def require_page(path: Path) -> None:
+    """Raise a `UserError` unless nothing is there, or a page that may be replaced: no device, link or other file."""
+    head = b""
+    if path.is_file() and not path.is_symlink():
+        with suppress(OSError), path.open("rb") as file:
+            head = file.read(_HEAD)
+    if os.path.lexists(path) and _GENERATOR.encode() not in head:
+        raise UserError(f"{printable(path)} is there already and no page of attackroute; name another with --out")
 
 
 def percent(share: float | None, digits: int = 1) -> str:

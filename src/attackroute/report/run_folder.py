@@ -49,7 +49,9 @@ class StoredDocument:
         """
         figures: dict[str, dict[str, Path]] = {}
         for path in sorted(file.parent.iterdir(), key=lambda path: path.stem):
-            if path.suffix in _ENDINGS and (path.stem == file.stem or path.stem.startswith(f"{file.stem}-")):
+            if path.suffix not in _ENDINGS or path.is_symlink() or not path.is_file():
+                continue  # a link may lead to what is not to be mailed
+            if path.stem == file.stem or path.stem.startswith(f"{file.stem}-"):
                 figures.setdefault(path.stem, {})[path.suffix] = path
         return cls(str(file.relative_to(run)), file.resolve().parent.name, Document.load(file), figures)
 
