@@ -91,7 +91,7 @@ def test_hardness_along_the_noise(trained: Path, tmp_path: Path) -> None:
 def test_experiments_along_the_noise(trained: Path, tmp_path: Path) -> None:
     options = ["--attack", ATTACK, "--only", "deactivate", "--draws", 2, "--out", tmp_path]
     for carrier in ("unit", "noise"):
-        result = run("analyze", trained, *options, "--carrier", carrier, "--resume", "--json")
+        result = run("analyze", trained, *options, "--carrier", carrier, "--resume", "--overwrite", "--json")
         assert result.exit_code == 0, result.output
         assert "done before" not in result.stderr
         origin = Route.load(tmp_path / "route.json").provenance

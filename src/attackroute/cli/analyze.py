@@ -85,7 +85,8 @@ def analyze(options: AnalyzeOptions) -> None:
         output.table(summary.columns, summary.rows)
         output.line(document.reading)
 
-    files = ["route.json", *(f"{each.name}.json" for each in chosen)]
+    refuse_earlier(options.out, ["summary.json", "hardening.json"], options.run)  # a route of theirs is there too
+    files = [f"{each.name}.json" for each in chosen]
     with results_in(options.out, files, options.run, resume=options.resume) as folder:
         study = Study(
             model=session.network, images=session.images, attacks=attacks, config=config, layers=options.layers,
@@ -99,7 +100,7 @@ def analyze(options: AnalyzeOptions) -> None:
                 lambda: [
                     refuse_earlier(folder, [f"{each.name}.json"], options.run)
                     for each in chosen
-                    if each.finished(study) is None
+                    if each.finished(study) is None and Document.is_at(folder / f"{each.name}.json")
                 ]
             )
         documents = run_experiments(study, options.only, resume=options.resume, done=tell)
