@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from attackroute.cli.arguments import integer, option, parse_names, parse_share, switch
+from attackroute.cli.arguments import option, parse_names, parse_share, switch
 from attackroute.cli.options import (
-    FILES,
     ROUTE,
     RUN,
     ImageOptions,
@@ -16,6 +15,8 @@ from attackroute.cli.options import (
     RunOptions,
     Session,
     TracingOptions,
+    count,
+    out_option,
     refuse_earlier,
     results_in,
 )
@@ -30,7 +31,7 @@ class AnalyzeOptions:
     """
 
     title: ClassVar[str] = "The experiments"
-    out: Path = option("--out", "Where tables and figures go.", Path, "FOLDER", group=FILES)
+    out: Path = out_option("Where tables and figures go.")
     network: NetworkOptions
     images: ImageOptions
     only: tuple[str, ...] | None = option(
@@ -48,7 +49,7 @@ class AnalyzeOptions:
         "--at", "Where channels are changed and maps taken: the layer's output (before batch norm), or activation.",
         str, "PLACE", default="output",
     )  # fmt: skip
-    draws: int = option("--draws", "Random controls.", integer(1), "N", default=5)
+    draws: int = count("--draws", "Random controls.", 5)
     share: float = option(
         "--share", "Share of each layer's channels on the route, and in the controls.", parse_share, "SHARE",
         default=0.3, group=ROUTE,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from attackroute.cli.analyze import AnalyzeOptions, analyze
-from attackroute.cli.arguments import integer, option, parse, shared
+from attackroute.cli.arguments import parse, shared
 from attackroute.cli.evaluate import EvaluateOptions, evaluate
 from attackroute.cli.harden import HARDENING, HardenOptions, harden
 from attackroute.cli.hardness import HardnessOptions, hardness
-from attackroute.cli.options import FILES, RunOptions, open_folder, refuse_earlier
+from attackroute.cli.options import FILES, RunOptions, count, open_folder, out_option, refuse_earlier
 from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TRAINING, TrainOptions, train
@@ -53,22 +53,14 @@ class DemoOptions:
     """
 
     title: ClassVar[str] = FILES
-    out: Path = option("--out", "Where everything goes.", Path, "FOLDER", default=Path("runs/demo"))
-    epochs: int = option(
-        "--epochs", "Passes over the 4,000 training digits.", integer(1), "N", default=10, group="The training"
-    )
+    out: Path = out_option("Where everything goes.", default=Path("runs/demo"))
+    epochs: int = count("--epochs", "Passes over the 4,000 training digits.", 10, group="The training")
     run: RunOptions = shared(hide=("batch_size", "workers"))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A command of the demo.
-
-    Attributes:
-        question: What it answers, said before.
-        words: The command line.
-        remark: What is said after.
-    """
+    """A command of the demo, the question that it answers, and what is said after."""
 
     question: str
     words: tuple[str, ...]

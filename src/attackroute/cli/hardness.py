@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from attackroute.cli.arguments import given, option, switch
+from attackroute.cli.arguments import given, option, parse_path, switch
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
-    FILES,
     ROUTE,
     ImageOptions,
     NetworkOptions,
     RunOptions,
     Session,
     TracingOptions,
+    out_option,
     results_in,
 )
 from attackroute.core.errors import UserError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attackroute.analysis.hardness_experiment import HardnessStudy
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
-
+    from attackroute.zoo.data import ImageBatches
 
 _PICTURES = "hardness-images.png"
 _ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
@@ -43,12 +43,12 @@ class HardnessOptions:
     """
 
     title: ClassVar[str] = "The judgement"
-    out: Path = option("--out", "Where tables and figures go.", Path, "FOLDER", group=FILES)
+    out: Path = out_option("Where tables and figures go.")
     network: NetworkOptions
     images: ImageOptions
     route: Path | None = option(
-        "--route", "The model's route, as attackroute trace writes it; else one is traced from these images.", Path,
-        "FILE", default=None, group=ROUTE,
+        "--route", "The model's route, as attackroute trace writes it; else one is traced.", parse_path, "FILE",
+        default=None, group=ROUTE,
     )  # fmt: skip
     tracing: TracingOptions
     attacks: tuple[str, ...] = option(
@@ -92,7 +92,7 @@ def hardness(options: HardnessOptions) -> None:
         if leading():
             if options.route is None:
                 route.save(folder / "route.json")
-            _write(folder, session, study)
+            _write(folder, session, batches, study)
             document.save(folder)
     options.run.output.result({**document.to_json(), "folder": str(options.out)})
     _show(options.run.output, study, options.out)
@@ -115,7 +115,7 @@ def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: P
     return routes.aggregate(_ROUTE_WIDTH)
 
 
-def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
+def _write(folder: Path, session: Session, batches: ImageBatches, study: HardnessStudy) -> None:
     """Write the tables of all images and the figures."""
     import torch
 
@@ -134,7 +134,7 @@ def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
         "Learned worst: the smallest V": ranked.weakest(count),
         "The smallest V of those classified correctly": ranked.weakest(correct, ranked.correct),
     }
-    picked = pick_images(session.network, session.batches, ranked, torch.cat(list(rows.values())))
+    picked = pick_images(session.network, batches, ranked, torch.cat(list(rows.values())))
     pictures = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
     file = io.BytesIO()
     images_figure(ranked, rows, pictures, session.images.classes).savefig(file, dpi=200)

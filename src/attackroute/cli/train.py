@@ -12,25 +12,22 @@ from attackroute.cli.arguments import given, option, parse_factor, shared
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
     EXPECTED_MODELS,
-    FILES,
     ImageOptions,
     RunOptions,
     TrainingOptions,
+    out_option,
     resolve_device,
     results_in,
 )
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.core.statistics import Accuracy
     from attackroute.hardening.checkpoint import EpochRecord
     from attackroute.hardening.training import TrainResult
     from attackroute.zoo.data import ImageData
 
-TRAINING = "training"
-"""Kind of the result, and name of its file."""
+TRAINING = "training"  # kind of the result, and name of its file
 RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "log.jsonl", "settings.json", "tensorboard/*")
-"""What a training leaves in its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,7 @@ class TrainOptions:
     on with --resume after Ctrl-C, SIGTERM or a crash as if it had never stopped.
     """
 
-    out: Path = option("--out", "Where checkpoints and the log go.", Path, "FOLDER", group=FILES)
+    out: Path = out_option("Where checkpoints and the log go.")
     model: str = option("--model", EXPECTED_MODELS, str, "MODEL", group="The network")
     width: float = option(
         "--width", "Factor on the channels of a built-in network.", parse_factor, "FACTOR", default=1.0,
@@ -85,19 +82,9 @@ def train(options: TrainOptions) -> None:
         best, last = result.best, result.last
         lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
         lines.append(f"training accuracy {last.train.value:.2%}")
-        about = _summary(result, options)
-        document = Document(
-            TRAINING,
-            {
-                "model": options.model,
-                "width": options.width,
-                **given(options, "images", "training"),
-                "batch_size": settings.batch_size,
-                "seed": settings.seed,
-            },
-            reading="; ".join(lines),
-            about=about,
-        )
+        shown = {"model": options.model, "width": options.width, **given(options, "images", "training")}
+        shown |= {"batch_size": settings.batch_size, "seed": settings.seed}
+        document = Document(TRAINING, shown, reading="; ".join(lines), about=_summary(result, options))
         if leading():
             document.save(folder)
     output.result({**document.to_json(), "folder": str(options.out)})
@@ -165,7 +152,8 @@ def epoch_lines(
         try:
             yield report
         except KeyboardInterrupt as error:
-            output.note(f"interrupted: {error or 'between two epochs'}")
+            go_on = "; give the same command with --resume to go on" if folder is not None else ""
+            output.note(f"interrupted: {error or 'between two epochs'}{go_on}")
             raise
 
 
@@ -181,14 +169,9 @@ def _epoch_line(record: EpochRecord, epochs: int, tested_on: str) -> str:
 
 def best_line(best: EpochRecord, epochs: int, tested_on: str) -> str:
     """What the best epoch reached, with intervals."""
-    accuracies = [
-        f"{name} {_with_interval(accuracy)}"
-        for name, accuracy in ((f"{tested_on} accuracy", best.test), ("under the attack", best.robust))
-        if accuracy is not None
-    ]
+    accuracies = []
+    for name, accuracy in ((f"{tested_on} accuracy", best.test), ("under the attack", best.robust)):
+        if accuracy is not None:
+            low, high = accuracy.interval
+            accuracies.append(f"{name} {accuracy.value:.2%} (95 % interval {low:.2%} to {high:.2%})")
     return f"best epoch {best.epoch} of {epochs}: {', '.join(accuracies)}"
-
-
-def _with_interval(accuracy: Accuracy) -> str:
-    low, high = accuracy.interval
-    return f"{accuracy.value:.2%} (95 % interval {low:.2%} to {high:.2%})"

@@ -167,7 +167,7 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
         notes=comparison.notes,
         left_out=PRUNED if pruned else None,
         route_changes=changes,
-        differences={name: _table(rows, comparison.names) for name, rows in differences.items()},
+        differences={name: difference_table(rows, comparison.names) for name, rows in differences.items()},
         budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
     )
     return Page(html, data, pruned)
@@ -285,7 +285,7 @@ def _difference(about: Mapping[str, Any], pair: Sequence[float | None], kind: st
     return {**about, "values": [before, after], "change": change, "kind": kind}
 
 
-def _table(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
+def difference_table(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
     """Differences as a table shows them."""
     rows = []
     for difference in differences:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import write_json
+from attackroute.core.files import user_path, write_json
 from attackroute.core.model_state import kept_modes, placement
 from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import BUILT_IN, build
@@ -87,7 +87,7 @@ def find_card(model: str) -> tuple[Path, ModelCard] | None:
         UserError: There is no such preset, or the folder does not describe a network.
     """
     preset = model.startswith(_PRESET)
-    folder = preset_folder(model.removeprefix(_PRESET)) if preset else Path(model).expanduser()
+    folder = preset_folder(model.removeprefix(_PRESET)) if preset else user_path(model)
     return None if model in BUILT_IN or not folder.is_dir() else (folder, ModelCard.load(folder))
 
 
@@ -169,7 +169,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserError: No such file, one that is damaged or is no state dict, or names or shapes that are not the model's.
             The model is then as it was.
     """
-    path = Path(path).expanduser()
+    path = user_path(os.fspath(path))
     if not path.exists():
         raise UserError(f"weights {path} do not exist; check the path")
     if path.is_dir():
