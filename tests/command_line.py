@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from attackroute.cli import app
 
@@ -36,3 +41,18 @@ def done(*words: object) -> Result:
     result = run(*words)
     assert result.exit_code == 0, result.output
     return result
+
+
+@contextmanager
+def empty_figures() -> Iterator[None]:
+    """Figures are made, but their files are empty pictures: how they look has tests of its own, and takes long."""
+
+    def save(_: Any, file: Any, **options: Any) -> None:
+        if isinstance(file, (str, Path)):
+            Path(file).write_text("<svg></svg>")
+        else:
+            file.write(b"no picture")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", save)
+        yield

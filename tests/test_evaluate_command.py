@@ -167,7 +167,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(nets, pictures, t
             with pytest.raises(RuntimeError):
                 run(*options, "--out", broken)
     assert [path.name for path in broken.iterdir()] == ["measurements.jsonl"]
-    assert_bad_input(run(*options, "--out", broken), "unfinished", "--resume")
+    assert_bad_input(run(*options, "--out", broken), "already holds", "--resume")
     assert_bad_input(run(*options, "--samples", 9, "--out", broken, "--resume"), "samples", "9")
     assert_bad_input(run(*options, "--split", "train", "--seed", 1, "--out", broken, "--resume"), "seed")
     assert run(*options, "--out", broken, "--resume").exit_code == 0

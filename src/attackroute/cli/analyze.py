@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from attackroute.cli.arguments import integer, option, parse_names, parse_share, switch
+from attackroute.cli.arguments import option, parse_names, parse_share, switch
 from attackroute.cli.options import (
-    FILES,
     ROUTE,
     RUN,
     ImageOptions,
@@ -16,7 +15,10 @@ from attackroute.cli.options import (
     RunOptions,
     Session,
     TracingOptions,
-    open_folder,
+    count,
+    out_option,
+    refuse_earlier,
+    results_in,
 )
 
 
@@ -29,7 +31,7 @@ class AnalyzeOptions:
     """
 
     title: ClassVar[str] = "The experiments"
-    out: Path = option("--out", "Where tables and figures go.", Path, "FOLDER", group=FILES)
+    out: Path = out_option("Where tables and figures go.")
     network: NetworkOptions
     images: ImageOptions
     only: tuple[str, ...] | None = option(
@@ -47,7 +49,7 @@ class AnalyzeOptions:
         "--at", "Where channels are changed and maps taken: the layer's output (before batch norm), or activation.",
         str, "PLACE", default="output",
     )  # fmt: skip
-    draws: int = option("--draws", "Random controls.", integer(1), "N", default=5)
+    draws: int = count("--draws", "Random controls.", 5)
     share: float = option(
         "--share", "Share of each layer's channels on the route, and in the controls.", parse_share, "SHARE",
         default=0.3, group=ROUTE,
@@ -63,33 +65,17 @@ def analyze(options: AnalyzeOptions) -> None:
     from attackroute.analysis.experiment import analyze as run_experiments
     from attackroute.analysis.sites import check_site
     from attackroute.analysis.study import Study
+    from attackroute.core.distributed import current
     from attackroute.core.document import Document
     from attackroute.robustness.registry import parse_attack
 
-    chosen_experiments(options.only)
+    chosen = chosen_experiments(options.only)
     check_site(options.at)
     attacks = {text: parse_attack(text) for text in dict.fromkeys(options.attacks or ["pgd"])}
     config = options.tracing.config(options.run.seed)
     config.check_attack(attacks)
     session = Session.open(options.network, options.images, options.run)
     output = options.run.output
-    study = Study(
-        model=session.network,
-        images=session.images,
-        attacks=attacks,
-        config=config,
-        layers=options.layers,
-        share=options.share,
-        at=options.at,
-        draws=options.draws,
-        batch_size=options.run.batch_size,
-        workers=options.run.workers,
-        seed=options.run.seed,
-        folder=open_folder(options.out),
-        settings={name: session.settings[name] for name in ("model", "data", "samples", "device")},
-        note=output.note,
-        progress=output.progress,
-    )
 
     def tell(document: Document, result: ExperimentResult | None) -> None:
         if result is None:
@@ -100,7 +86,25 @@ def analyze(options: AnalyzeOptions) -> None:
         output.table(summary.columns, summary.rows)
         output.line(document.reading)
 
-    documents = run_experiments(study, options.only, resume=options.resume, done=tell)
+    refuse_earlier(options.out, ["summary.json", "hardening.json"], options.run)  # a route of theirs is there too
+    files = [f"{each.name}.json" for each in chosen]
+    with results_in(options.out, files, options.run, resume=options.resume) as folder:
+        study = Study(
+            model=session.network, images=session.images, attacks=attacks, config=config, layers=options.layers,
+            share=options.share, at=options.at, draws=options.draws, batch_size=options.run.batch_size,
+            workers=options.run.workers, seed=options.run.seed, folder=folder,
+            settings={name: session.settings[name] for name in ("model", "data", "samples", "device")},
+            note=output.note, progress=output.progress,
+        )  # fmt: skip
+        if options.resume:  # what is there on other terms is not replaced unasked either
+            current().first(
+                lambda: [
+                    refuse_earlier(folder, [f"{each.name}.json"], options.run)
+                    for each in chosen
+                    if each.finished(study) is None and Document.is_at(folder / f"{each.name}.json")
+                ]
+            )
+        documents = run_experiments(study, options.only, resume=options.resume, done=tell)
     output.line(f"Tables and figures are in {options.out}")
     experiments = {name: document.to_json() for name, document in documents.items()}
     output.result({"folder": str(options.out), "experiments": experiments})

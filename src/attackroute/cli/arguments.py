@@ -25,8 +25,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from attackroute.core.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-WIDEST = 110
-"""Columns of help, on a terminal that has as many."""
+WIDEST = 110  # columns of help, on a terminal that has as many
 _OPTIONS = "Options"  # heading of what has none
 _DECLARED, _CHANGED, _HIDDEN = "declared", "changed", "hidden"
 
@@ -36,10 +35,7 @@ _DECLARED, _CHANGED, _HIDDEN = "declared", "changed", "hidden"
 
 @dataclass(frozen=True)
 class _Option:
-    """How a field is given on the command line; see :func:`option`, and for ``off`` :func:`switch`.
-
-    The field's name, the default in this command and the heading in its help are filled in when its parser is made.
-    """
+    """How a field is given; its name, default and heading in a command are filled in when its parser is made."""
 
     flags: tuple[str, ...]
     help: str
@@ -53,24 +49,15 @@ class _Option:
     default: Any = None
     required: bool = False
 
-    @property
-    def usage(self) -> str:
-        """How it stands in a command line."""
-        return " ".join([*self.flags[:1], str(self.metavar)])
-
-    @property
     def described(self) -> str:
         """What help says of it."""
-        text = self.help.replace("%", "%%")
-        if self.unset is not None:
-            return f"{text} [default: {self.unset}]"
-        if self.required:
+        default, text = self.default, self.help.replace("%", "%%")
+        if self.required and self.unset is None:
             return f"{text} [required]"
-        if isinstance(self.default, bool):
-            return f"{text} [default: {self.flags[0]}]" if self.default else text
-        if self.default is None or self.default in ("", ()):
-            return text
-        return f"{text} [default: {f'{self.default:g}' if isinstance(self.default, float) else self.default}]"
+        if isinstance(default, bool):
+            default = self.flags[0] if default else None
+        told = f"{default:g}" if isinstance(default, float) else default if self.unset is None else self.unset
+        return text if told is None or told in ("", ()) else f"{text} [default: {told}]"
 
 
 def option(
@@ -86,20 +73,12 @@ def option(
 ) -> Any:
     """A field that is given as ``--option VALUE``.
 
-    Args:
-        flags: The option's names, separated by spaces; none for what is given by its place.
-        help: What it does.
-        parse: Makes a value of the text, or raises ``argparse.ArgumentTypeError`` with what is wrong.
-        metavar: What help calls the value; None for the choices of :func:`one_of`.
-        default: The value without the option; missing where it must be given.
-        repeat: Whether it can be given several times; the value is a tuple of all, empty without any.
-        group: Heading in the help; None for the ``title`` of the dataclass.
-        unset: The default in words, where it does not speak for itself.
+    The flags are separated by spaces; without any it is given by its place. What is repeated becomes a tuple, empty
+    without any. The heading in the help is the ``title`` of the dataclass unless a group is named; ``unset`` is the
+    default in words, where it does not speak for itself.
     """
-    declared = _Option(
-        tuple(flags.split()), help, parse, metavar or getattr(parse, "metavar", None), repeat=repeat, group=group,
-        unset=unset,
-    )  # fmt: skip
+    metavar = metavar or getattr(parse, "metavar", None)
+    declared = _Option(tuple(flags.split()), help, parse, metavar, repeat=repeat, group=group, unset=unset)
     return field(default=() if repeat and default is None else default, metadata={_DECLARED: declared})
 
 
@@ -145,16 +124,31 @@ def parse_factor(text: str) -> float:
     return value
 
 
-def integer(least: int) -> Callable[[str], int]:
-    """A parser of integers from a least one on."""
+def parse_path(text: str) -> Path:
+    """Read the path of a file or folder, there or not; pipes and devices could be waited for without end."""
+    from attackroute.core.files import user_path
+
+    try:
+        path = user_path(text)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError("neither a file nor a folder")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} cannot be used: {reason}") from error
+    return path
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A parser of integers within bounds."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        if not least <= value <= most:
+            bound = f"below {least}" if value < least else f"above {most}"
+            raise argparse.ArgumentTypeError(f"{value} is {bound}")
         return value
 
     return parse
@@ -207,13 +201,7 @@ class _Switch(argparse.Action):
 
 
 class _OptionParser(argparse.ArgumentParser):
-    """A parser of one command's options, with help by groups and errors of one line.
-
-    Args:
-        prog: How the command is called.
-        options: The dataclass of its options; its docstring is the help.
-        epilog: The end of the help, printed as it is written.
-    """
+    """A parser of the options of a dataclass, whose docstring is the help; by groups, with errors of one line."""
 
     def __init__(self, prog: str, options: type, epilog: str = "") -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
@@ -230,14 +218,11 @@ class _OptionParser(argparse.ArgumentParser):
             self._add(each)
         *_, last = self._headings.values()
         last.add_argument("-h", "--help", action="help", help="Show this, and exit.")
-        self.usage = " ".join([prog, *(each.usage for each in listed if each.required), "[options]"])
+        required = (" ".join([*each.flags[:1], str(each.metavar)]) for each in listed if each.required)
+        self.usage = " ".join([prog, *required, "[options]"])
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """The values in a command line.
-
-        Raises:
-            UserError: An option is unknown, missing, or has a value that it cannot have.
-        """
+        """The values in a command line; a mistyped option is named even where another one is missing."""
         for word in words:
             if word == "--":
                 break
@@ -254,18 +239,16 @@ class _OptionParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def _add(self, each: _Option) -> None:
-        argument: dict[str, Any] = {"help": each.described}
+        argument: dict[str, Any] = {"type": each.parse, "metavar": each.metavar}
         if each.parse is None:
-            argument |= {"action": _Switch, "off": each.off}
-        else:
-            argument |= {"type": each.parse, "metavar": each.metavar}
+            argument = {"action": _Switch, "off": each.off}
         if each.flags:
             default = None if each.repeat else each.default
             argument |= {"dest": each.name, "required": each.required, "default": default}
             argument |= {"action": "append"} if each.repeat else {}
         elif each.repeat:
             argument |= {"nargs": "+"}
-        self._headings[str(each.group)].add_argument(*(each.flags or [each.name]), **argument)
+        self._headings[str(each.group)].add_argument(*(each.flags or [each.name]), help=each.described(), **argument)
         self._flags += each.flags
 
 
@@ -279,18 +262,12 @@ def _flat(options: type, changed: Mapping[str, Any] | None = None, hidden: Seque
         elif each.name not in hidden:
             declared: _Option = each.metadata[_DECLARED]
             default = changed.get(each.name, each.default)
-            required, group = default is MISSING, declared.group or title
-            yield replace(
-                declared, name=each.name, default=None if required else default, required=required, group=group
-            )
+            needed = {"required": True, "default": None} if default is MISSING else {"default": default}
+            yield replace(declared, name=each.name, group=declared.group or title, **needed)
 
 
 def parse(options: type[T], prog: str, words: Sequence[str], epilog: str = "") -> T:
-    """The options that a command line gives.
-
-    Raises:
-        UserError: One of them is wrong.
-    """
+    """The options that a command line gives; a `UserError` says if one is unknown, missing or wrong."""
     return _built(options, vars(_OptionParser(prog, options, epilog).read(words)), {})
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from attackroute.cli.analyze import AnalyzeOptions, analyze
-from attackroute.cli.arguments import integer, option, parse, shared
+from attackroute.cli.arguments import parse, shared
 from attackroute.cli.evaluate import EvaluateOptions, evaluate
 from attackroute.cli.harden import HARDENING, HardenOptions, harden
 from attackroute.cli.hardness import HardnessOptions, hardness
-from attackroute.cli.options import FILES, RunOptions, open_folder
+from attackroute.cli.options import FILES, RunOptions, count, open_folder, out_option, refuse_earlier
 from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TRAINING, TrainOptions, train
@@ -53,25 +53,14 @@ class DemoOptions:
     """
 
     title: ClassVar[str] = FILES
-    out: Path = option(
-        "--out", "Where everything goes; what an earlier demo left is replaced.", Path, "FOLDER",
-        default=Path("runs/demo"),
-    )  # fmt: skip
-    epochs: int = option(
-        "--epochs", "Passes over the 4,000 training digits.", integer(1), "N", default=10, group="The training"
-    )
+    out: Path = out_option("Where everything goes.", default=Path("runs/demo"))
+    epochs: int = count("--epochs", "Passes over the 4,000 training digits.", 10, group="The training")
     run: RunOptions = shared(hide=("batch_size", "workers"))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A command of the demo.
-
-    Attributes:
-        question: What it answers, said before.
-        words: The command line.
-        remark: What is said after.
-    """
+    """A command of the demo, the question that it answers, and what is said after."""
 
     question: str
     words: tuple[str, ...]
@@ -83,11 +72,12 @@ def demo(options: DemoOptions) -> None:
     output = options.run.output
     started = time.perf_counter()
     folder = open_folder(options.out)
-    _clear(folder)
+    refuse_earlier(folder, (_MODEL, "summary.json", "report.html"), options.run)
     seconds: dict[str, float] = {}
     for step in _steps(folder, options.epochs):
         name, *_ = step.words
         common = ["--seed", str(options.run.seed), "--device", options.run.device]
+        common += ["--overwrite"] if options.run.overwrite and name != "report" else []
         output.line(f"{step.question}\n\n$ attackroute {shlex.join(step.words)}\n")
         silent = ["--quiet"] if options.run.quiet or options.run.as_json or name == "report" else []
         taken, run = _COMMANDS[name]
@@ -164,16 +154,3 @@ def _results(folder: Path) -> dict[str, Any]:
         folder / _EVALUATION / "evaluation.json",
     ]
     return {file.relative_to(folder).as_posix(): read_object(file) for file in files}
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier demo left of runs that could go on, and nothing else."""
-    from attackroute.core.journal import MEASUREMENTS
-    from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE
-    from attackroute.zoo.weights import BEST, LAST
-
-    places = [folder / name for name in (_MODEL, _HARDENED, _RANDOM, _LONGER)]
-    kept: Sequence[Path] = [place / name for place in places for name in (BEST, LAST, LOG, SETTINGS, STATE)]
-    evaluations = [folder / _EVALUATION, *(place / "evaluation" for place in places)]
-    for file in (*kept, *(place / MEASUREMENTS for place in evaluations), folder / "summary.json"):
-        file.unlink(missing_ok=True)

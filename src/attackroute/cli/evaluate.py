@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attackroute.cli.arguments import integer, option, parse_number, shared, switch
+from attackroute.cli.arguments import option, parse_number, parse_path, shared, switch
 from attackroute.cli.console import Output, print_error
 from attackroute.cli.options import (
     EXPECTED_MODELS,
@@ -17,8 +18,11 @@ from attackroute.cli.options import (
     NetworkOptions,
     RunOptions,
     classes_option,
+    count,
     model_width_option,
+    out_option,
     resolve_device,
+    results_in,
 )
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table, plural
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from attackroute.robustness.evaluation import Evaluation
     from attackroute.robustness.masking import Check
     from attackroute.zoo.data import ImageData
+
+_FILES = ("evaluation.json", "evaluation.csv", "measurements.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +46,19 @@ class EvaluatedNetworks:
     )
     weights: tuple[Path, ...] = option(
         "--weights", "A state dict as .safetensors or .pt, one for each --model or none. A train folder brings its "
-        "own.", Path, "FILE", default=None, repeat=True,
+        "own.", parse_path, "FILE", default=None, repeat=True,
     )  # fmt: skip
     model_width: float | None = model_width_option()
     classes: int | None = classes_option()
 
     def each(self) -> dict[str, NetworkOptions]:
-        """The networks by the names that the table gives them: as they were given, with a number where that repeats.
-
-        Raises:
-            UserError: There is not one file of weights for each.
-        """
+        """The networks by the names that the table gives them: as they were given, with a number where that repeats."""
         if self.weights and len(self.weights) != len(self.models):
             raise UserError(
                 f"there are {len(self.models)} --model and {len(self.weights)} --weights; give one for each, in that "
                 "order, or none"
             )
-        networks = {}
+        networks: dict[str, NetworkOptions] = {}
         for place, (model, file) in enumerate(zip(self.models, self.weights or [None] * len(self.models), strict=True)):
             repeated = self.models[:place].count(model)
             networks[f"{model}#{repeated + 1}" if repeated else model] = self.one(model, file)
@@ -76,16 +78,14 @@ class EvaluateOptions:
     """
 
     title: ClassVar[str] = "The attacks"
-    out: Path | None = option(
-        "--out", "Where the results go; without it they are only shown.", Path, "FOLDER", default=None, group=FILES
-    )
+    out: Path | None = out_option("Where the results go; without it they are only shown.", default=None)
     save_examples: Path | None = option(
-        "--save-examples", "Where adversarial examples go; else none are kept.", Path, "FOLDER", default=None,
+        "--save-examples", "Where adversarial examples go; else none are kept.", parse_path, "FOLDER", default=None,
         group=FILES,
     )  # fmt: skip
     verify: Path | None = option(
         "--verify", "Check saved adversarial examples again, a file or a folder of them, and evaluate nothing; exit "
-        "code 1 if they are not what they were.", Path, "PATH", default=None, group=FILES,
+        "code 1 if they are not what they were.", parse_path, "PATH", default=None, group=FILES,
     )  # fmt: skip
     networks: EvaluatedNetworks
     images: ImageOptions = shared(data="")
@@ -97,12 +97,9 @@ class EvaluateOptions:
         "--eps", "Radius of those L-infinity attacks that do not state their own, as 8/255 or 0.1.", parse_number,
         "RADIUS", default=None,
     )  # fmt: skip
-    severity: int | None = option(
-        "--severity", "Level, 1 to 5, of those corruptions that do not state their own.", integer(1), "LEVEL",
-        default=None,
-    )  # fmt: skip
+    severity: int | None = count("--severity", "Level, 1 to 5, of those corruptions that do not state their own.")
     checks: bool = switch("--checks", "Look for masked gradients, or do not.", off="--no-checks", default=True)
-    check_samples: int = option("--check-samples", "On how many images to do that.", integer(1), "N", default=256)
+    check_samples: int = count("--check-samples", "On how many images to do that.", 256)
     twin: str | None = option(
         "--twin", "A network of the same task that was not defended, for the check by transfer.", str, "MODEL",
         default=None,
@@ -142,30 +139,24 @@ def evaluate(options: EvaluateOptions) -> int:
     }
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
     kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
-    with output.progress("images", kept) as progress:
-        evaluation = evaluate_networks(
-            networks,
-            batches,
-            attacks,
-            batch_size=options.run.batch_size,
-            seed=options.run.seed,
-            checks=options.check_samples if options.checks else 0,
-            twin=twin,
-            save_examples=options.save_examples,
-            folder=options.out,
-            resume=options.resume,
-            origin=origin,
-            progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
+    with ExitStack() as stack:
+        folder, examples = (
+            None if path is None else stack.enter_context(results_in(path, files, options.run, resume=options.resume))
+            for path, files in ((options.out, _FILES), (options.save_examples, ("examples.json", "*/*.safetensors")))
         )
+        progress = stack.enter_context(output.progress("images", kept))
+        evaluation = evaluate_networks(
+            networks, batches, attacks, batch_size=options.run.batch_size, seed=options.run.seed,
+            checks=options.check_samples if options.checks else 0, twin=twin, save_examples=examples, folder=folder,
+            resume=options.resume, origin=origin,
+            progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
+        )  # fmt: skip
     _show(output, evaluation, options.out, options.save_examples)
     return 0
 
 
 def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> list[Perturbation]:
-    """Attacks by their specifications, with defaults for what these leave open.
-
-    The radius ``eps`` is for L-infinity attacks alone; in another norm a radius is another thing.
-    """
+    """Attacks, with defaults for what is left open; ``eps`` is for L-infinity attacks alone."""
     from attackroute.robustness.registry import parse_attack
 
     attacks = []
@@ -178,18 +169,19 @@ def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> l
 
 
 def _show(output: Output, evaluation: Evaluation, out: Path | None, examples: Path | None) -> None:
-    """Print the table, the checks and where the files are."""
     from attackroute.core.journal import MEASUREMENTS
     from attackroute.robustness.evaluation import COLUMNS, EVALUATION
+    from attackroute.robustness.masking import SKIPPED
 
-    folders = {"folder": None if out is None else str(out), "examples": None if examples is None else str(examples)}
-    output.result({**evaluation.document().to_json(), **folders})
+    places = {name: path and str(path) for name, path in (("folder", out), ("examples", examples))}
+    output.result({**evaluation.document().to_json(), **places})
     output.table(COLUMNS, evaluation.cells())
     for model in dict.fromkeys(check.model for check in evaluation.checks):
         output.line(f"checks for masked gradients, {model}:")
         for check in evaluation.checks:
             if check.model == model:
-                output.line(f"  {check.verdict:<10}  {check.name}: {_numbers(check)}{check.sentence}")
+                numbers = "" if check.verdict == SKIPPED else _numbers(check)
+                output.line(f"  {check.verdict:<10}  {check.name}: {numbers}{check.sentence}")
     if evaluation.checks:
         output.line("")
     output.line(evaluation.reading())
@@ -200,10 +192,6 @@ def _show(output: Output, evaluation: Evaluation, out: Path | None, examples: Pa
 
 
 def _numbers(check: Check) -> str:
-    from attackroute.robustness.masking import SKIPPED
-
-    if check.verdict == SKIPPED:
-        return ""
     listed = ", ".join(
         f"{value} {name}" if isinstance(value, int) else f"{name} {value:.1%}" for name, value in check.numbers.items()
     )

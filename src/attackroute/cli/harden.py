@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attackroute.cli.arguments import (
     given,
-    integer,
     one_of,
     option,
     parse_number,
+    parse_path,
     parse_share,
     settings_of,
     shared,
@@ -24,17 +24,18 @@ from attackroute.cli.arguments import (
 from attackroute.cli.console import Output
 from attackroute.cli.evaluate import parse_attacks
 from attackroute.cli.options import (
-    FILES,
     ROUTE,
     ImageOptions,
     NetworkOptions,
     RunOptions,
     TracingOptions,
     TrainingOptions,
-    open_folder,
+    count,
+    out_option,
     resolve_device,
+    results_in,
 )
-from attackroute.cli.train import best_line, divided, epoch_lines, open_test_images, prepare
+from attackroute.cli.train import RUN_FILES, best_line, divided, epoch_lines, open_test_images
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ if TYPE_CHECKING:
     from attackroute.zoo.weights import ModelCard
 
 
-HARDENING = "hardening"
-"""Kind of the result, and name of its file."""
+HARDENING = "hardening"  # kind of the result, and name of its file
 BEFORE, AFTER = "before", "after"
 
 _GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE = "gradient", "weight", "stabilisation", "both", "none"
@@ -109,7 +109,6 @@ class PenaltyOptions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The penalties."""
         return {_BOTH: (_GRADIENT, _WEIGHT), _NONE: ()}.get(self.penalty, (self.penalty,))
 
     def check(self) -> None:
@@ -129,7 +128,7 @@ class RouteSourceOptions:
 
     title: ClassVar[str] = ROUTE
     route: Path | None = option(
-        "--route", "A route of attackroute trace; else one is traced.", Path, "FILE", default=None
+        "--route", "A route of attackroute trace; else one is traced.", parse_path, "FILE", default=None
     )
     route_samples: float = option(
         "--route-samples", "Share of the training images to trace.", parse_share, "SHARE", default=0.1
@@ -139,7 +138,7 @@ class RouteSourceOptions:
         "--compare-full", "Trace all training images too, and say how much of the route they agree "
         "on.", off="--no-compare-full", default=True,
     )  # fmt: skip
-    refresh: int | None = option("--refresh", "Trace the route anew every N epochs.", integer(1), "N", default=None)
+    refresh: int | None = count("--refresh", "Trace the route anew every N epochs.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,17 +155,14 @@ class ComparisonOptions:
         "--eps", "Radius of those that do not state their own.", parse_number, "RADIUS", default=None,
         unset="that of --attack, or 8/255",
     )  # fmt: skip
-    evaluate_samples: int | None = option(
-        "--evaluate-samples", "Only so many test images.", integer(1), "N", default=None, unset="all"
-    )
-    autoattack_samples: int | None = option(
+    evaluate_samples: int | None = count("--evaluate-samples", "Only so many test images.", unset="all")
+    autoattack_samples: int | None = count(
         "--autoattack-samples", "AutoAttack on so many of them (needs the extra autoattack); 0 leaves it out.",
-        integer(0), "N", default=None, unset="50, none with --evaluate",
+        least=0, unset="50, none with --evaluate",
     )  # fmt: skip
-    check_samples: int = option(
-        "--check-samples", "On how many of them to look for masked gradients; 0 for no checks.", integer(0), "N",
-        default=128,
-    )  # fmt: skip
+    check_samples: int = count(
+        "--check-samples", "On how many of them to look for masked gradients; 0 for no checks.", 128, least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +172,7 @@ class HardenOptions:
     Runs repeat bit for bit and go on with --resume, as those of attackroute train.
     """
 
-    out: Path | None = option(
-        "--out", "Where checkpoints, log and route go; not needed with --sweep.", Path, "FOLDER", default=None,
-        group=FILES,
-    )  # fmt: skip
+    out: Path | None = out_option("Where checkpoints, log and route go; not needed with --sweep.", default=None)
     network: NetworkOptions = shared(hide=("classes",))
     images: ImageOptions = shared(hide=("split", "samples"))
     penalty: PenaltyOptions
@@ -201,33 +194,22 @@ def harden(options: HardenOptions) -> None:
     if penalty.sweep is not None:
         hardening.sweep(penalty.sweep)
     elif options.out is not None:
-        hardening.harden(open_folder(options.out), 0.0 if penalty.lam is None else penalty.lam)
+        hardening.harden(options.out, 0.0 if penalty.lam is None else penalty.lam)
 
 
 @dataclass(frozen=True, eq=False)
 class _Hardening:
-    """What networks are hardened and compared with.
-
-    Attributes:
-        options: As they were given.
-        network: As it was, on its device.
-        card: How to build it again.
-        learnt: The training images, less those that are held out.
-        chosen_by: The images that choose the best epoch, and lambda in a sweep; None without any.
-        judged_on: The images on which before and after are compared; None without any.
-        attack: What is trained against.
-        attacks: What is compared under, without AutoAttack.
-        autoattack: AutoAttack, and on how many images; None leaves it out.
-    """
+    """What networks are hardened and compared with."""
 
     options: HardenOptions
-    network: nn.Module
+    output: Output
+    network: nn.Module  # as it was, on its device
     card: ModelCard
-    learnt: ImageData
-    chosen_by: ImageData | None
-    judged_on: ImageData | None
-    attack: Perturbation | None
-    attacks: Sequence[Perturbation]
+    learnt: ImageData  # the training images, less those that are held out
+    chosen_by: ImageData | None  # choose the best epoch, and lambda in a sweep
+    judged_on: ImageData | None  # before and after are compared on them
+    attack: Perturbation | None  # is trained against
+    attacks: Sequence[Perturbation]  # are compared under, with AutoAttack on so many images
     autoattack: tuple[Perturbation, int] | None
 
     @classmethod
@@ -253,46 +235,37 @@ class _Hardening:
         learnt, chosen_by = divided(train_images, test_images, options.training.holdout, seed)
         judged_on = chosen_by if test_images is None else test_images
         return cls(
-            options=options,
-            network=network,
+            options=options, output=run.output, network=network, learnt=learnt, chosen_by=chosen_by, attack=attack,
+            attacks=attacks, autoattack=autoattack,
             card=ModelCard(with_own_normalisation(spec, network), train_images.classes),
-            learnt=learnt,
-            chosen_by=chosen_by,
             judged_on=None if judged_on is None else _some(judged_on, options.comparison.evaluate_samples, seed),
-            attack=attack,
-            attacks=attacks,
-            autoattack=autoattack,
-        )
+        )  # fmt: skip
 
-    @property
-    def output(self) -> Output:
-        """Where the words go."""
-        return self.options.run.output
-
-    def harden(self, folder: Path, lam: Factor) -> None:
+    def harden(self, out: Path, lam: Factor) -> None:
         """Harden into a folder, and compare."""
         from attackroute.core.distributed import current, take_from_first
         from attackroute.hardening.harden import ROUTE_FILE
         from attackroute.zoo.weights import BEST, load_weights
 
-        team, resume = current(), self.options.training.resume
-        team.first(lambda: prepare(folder, self.card, resume=resume))
-        hardened = copy.deepcopy(self.network)
-        result = self._train(hardened, lam, folder)
-        best = result.training.best
-        if best is not None:  # what other commands load
-            team.first(lambda: load_weights(hardened, folder / BEST))
-            take_from_first(hardened, team)
-        evaluation = None
-        if self.judged_on is not None:  # what is done of it is kept for --resume
-            evaluation = self._evaluate(
-                {BEFORE: self.network, AFTER: hardened}, self.judged_on, self.autoattack,
-                checks=self.options.comparison.check_samples, folder=folder / _EVALUATION,
-            )  # fmt: skip
-        document = self._document(result, lam, evaluation)
-        if team.leads:
-            document.save(folder)
-        self.output.result({**document.to_json(), "folder": str(folder)})
+        team, files = current(), (*RUN_FILES, ROUTE_FILE, f"{HARDENING}.*", f"{_EVALUATION}/*")
+        with results_in(out, files, self.options.run, resume=self.options.training.resume) as folder:
+            team.first(lambda: self.card.save(folder))  # so that a run that is killed can be opened too
+            hardened = copy.deepcopy(self.network)
+            result = self._train(hardened, lam, folder)
+            best = result.training.best
+            if best is not None:  # what other commands load
+                team.first(lambda: load_weights(hardened, folder / BEST))
+                take_from_first(hardened, team)
+            evaluation = None
+            if self.judged_on is not None:  # what is done of it is kept for --resume
+                evaluation = self._evaluate(
+                    {BEFORE: self.network, AFTER: hardened}, self.judged_on, self.autoattack,
+                    checks=self.options.comparison.check_samples, folder=folder / _EVALUATION,
+                )  # fmt: skip
+            document = self._document(result, lam, evaluation)
+            if team.leads:
+                document.save(folder)
+        self.output.result({**document.to_json(), "folder": str(out)})
         self._show_route(result, lam)
         if best is not None:
             self.output.line(best_line(best, len(result.training.history), self.options.training.chosen_on))
@@ -301,8 +274,8 @@ class _Hardening:
 
             self.output.table(COLUMNS, evaluation.cells())
             self.output.line(evaluation.reading())
-        files = f"{HARDENING}.json{f', {ROUTE_FILE}' if result.route else ''}"
-        self.output.line(f"weights, log, {files} are in {folder}")
+        names = f"{HARDENING}.json{f', {ROUTE_FILE}' if result.route else ''}"
+        self.output.line(f"weights, log, {names} are in {out}")
 
     def sweep(self, factors: Sequence[float]) -> None:
         """Harden a copy with each lambda, and compare all of them on the images that choose."""
@@ -341,20 +314,10 @@ class _Hardening:
         )
         with self.output.progress("steps") as progress, epoch_lines(folder, options.training, self.output) as on_epoch:
             return harden_network(
-                network,
-                self.learnt,
-                self.chosen_by,
-                penalty=options.penalty.names,
-                lam=lam,
-                attack=self.attack,
-                route=options.source.route,
-                settings=settings,
-                train=options.training.settings(options.run),
-                folder=folder,
-                resume=options.training.resume,
-                on_epoch=on_epoch,
-                progress=progress,
-            )
+                network, self.learnt, self.chosen_by, penalty=options.penalty.names, lam=lam, attack=self.attack,
+                route=options.source.route, settings=settings, train=options.training.settings(options.run),
+                folder=folder, resume=options.training.resume, on_epoch=on_epoch, progress=progress,
+            )  # fmt: skip
 
     def _evaluate(
         self, models: Mapping[str, nn.Module], images: ImageData, autoattack: tuple[Perturbation, int] | None = None,
@@ -378,12 +341,8 @@ class _Hardening:
         from attackroute.core.document import Document
 
         options, best = self.options, result.training.best
-        settings = {
-            **given(options, "network", "images", "penalty", "source", "training"),
-            "lambda": lam,
-            "batch_size": options.run.batch_size,
-            "seed": options.run.seed,
-        }
+        settings = given(options, "network", "images", "penalty", "source", "training")
+        settings |= {"lambda": lam, "batch_size": options.run.batch_size, "seed": options.run.seed}
         compared = Document(HARDENING, {}) if evaluation is None else evaluation.document()
         about = {
             **_outcome(result),
@@ -412,11 +371,7 @@ class _Hardening:
 def _autoattack(
     options: ComparisonOptions, eps: float | None, seed: int, output: Output
 ) -> tuple[Perturbation, int] | None:
-    """AutoAttack and on how many images it runs: on 50 beside the usual attacks, where it is installed.
-
-    Raises:
-        UserError: It is asked for and not installed.
-    """
+    """AutoAttack and on how many images it runs: on 50 beside the usual attacks, where it is installed."""
     count = options.autoattack_samples
     if count == 0 or (count is None and options.attacks):
         return None

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from attackroute.cli.arguments import given, option
+from attackroute.cli.arguments import given, option, parse_path
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
-    FILES,
     ROUTE,
     ImageOptions,
     NetworkOptions,
     RunOptions,
     Session,
     TracingOptions,
-    open_folder,
+    out_option,
+    results_in,
 )
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import UNIT, TraceConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attackroute.analysis.hardness_experiment import HardnessStudy
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
-
+    from attackroute.zoo.data import ImageBatches
 
 _PICTURES = "hardness-images.png"
 _ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
@@ -43,12 +43,12 @@ class HardnessOptions:
     """
 
     title: ClassVar[str] = "The judgement"
-    out: Path = option("--out", "Where tables and figures go.", Path, "FOLDER", group=FILES)
+    out: Path = out_option("Where tables and figures go.")
     network: NetworkOptions
     images: ImageOptions
     route: Path | None = option(
-        "--route", "The model's route, as attackroute trace writes it; else one is traced from these images.", Path,
-        "FILE", default=None, group=ROUTE,
+        "--route", "The model's route, as attackroute trace writes it; else one is traced.", parse_path, "FILE",
+        default=None, group=ROUTE,
     )  # fmt: skip
     tracing: TracingOptions
     attacks: tuple[str, ...] = option(
@@ -71,28 +71,28 @@ def hardness(options: HardnessOptions) -> None:
         raise UserError(
             "--route is there already; leave out --linear, --sketches and --carrier, or trace the route with them"
         )
-    route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
-    paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
-    folder = open_folder(options.out)
-    with session.reading("images") as (batches, progress):
-        study = study_hardness(
-            session.network, route, batches, attacks, paper=paper, seed=options.run.seed, progress=progress
-        )
-    if not leading():
-        return
-    if options.route is None:
-        route.save(folder / "route.json")
-    settings = {
-        **session.settings,
-        **given(options.tracing),
-        "attacks": [str(attack) for attack in attacks],
-        "route": None if options.route is None else str(options.route),
-    }
-    document = study.document(settings)
-    _write(folder, session, study)
-    document.save(folder)
-    options.run.output.result({**document.to_json(), "folder": str(folder)})
-    _show(options.run.output, study, folder)
+    with results_in(options.out, ("hardness*.*", *([] if options.route else ["route.json"])), options.run) as folder:
+        route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
+        paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
+        with session.reading("images") as (batches, progress):
+            study = study_hardness(
+                session.network, route, batches, attacks, paper=paper, seed=options.run.seed,
+                    progress=progress,
+            )  # fmt: skip
+        settings = {
+            **session.settings,
+            **given(options.tracing),
+            "attacks": [str(attack) for attack in attacks],
+            "route": None if options.route is None else str(options.route),
+        }
+        document = study.document(settings)
+        if leading():
+            if options.route is None:
+                route.save(folder / "route.json")
+            _write(folder, session, batches, study)
+            document.save(folder)
+    options.run.output.result({**document.to_json(), "folder": str(options.out)})
+    _show(options.run.output, study, options.out)
 
 
 def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: Perturbation | None) -> Route:
@@ -112,7 +112,7 @@ def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: P
     return routes.aggregate(_ROUTE_WIDTH)
 
 
-def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
+def _write(folder: Path, session: Session, batches: ImageBatches, study: HardnessStudy) -> None:
     """Write the tables of all images and the figures."""
     from attackroute.analysis.figures.style import save_figure
     from attackroute.analysis.hardness_experiment import images_figure
@@ -128,6 +128,8 @@ def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
         "Learned worst: the smallest V": ranked.weakest(count),
         "The smallest V of those classified correctly": ranked.weakest(correct, ranked.correct),
     }
+    picked = pick_images(session.network, batches, ranked, torch.cat(list(rows.values())))
+    pictures = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
     file = io.BytesIO()
     images_figure(ranked, rows, session.images.dataset, session.images.classes).savefig(file, dpi=200)
     replace_file(folder / _PICTURES, file.getvalue())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,11 +17,13 @@ from attackroute.cli.arguments import (
     option,
     parse_factor,
     parse_number,
+    parse_path,
     parse_sketches,
     settings_of,
     switch,
 )
 from attackroute.cli.console import Output
+from attackroute.core.distributed import current, leading, own_device
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import CARRIERS, UNIT, Sketches, TraceConfig
 
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 ROUTE, RUN, FILES = "The route", "The run", "The files"
 """Headings in the help."""
+_BESIDE = ".new"  # folder of what is to replace the files above it
 
 SPLITS = ("train", "test")
 EXPECTED_MODELS = (
@@ -42,6 +47,16 @@ EXPECTED_MODELS = (
 EXPECTED_WEIGHTS = "A state dict as .safetensors or .pt. A train folder brings its own."
 
 
+def count(flags: str, help: str, default: int | None = None, *, least: int = 1, **how: Any) -> Any:
+    """The field of an option that is a number of things."""
+    return option(flags, help, integer(least), "N", default=default, **how)
+
+
+def out_option(help: str, **how: Any) -> Any:
+    """The field of ``--out FOLDER``."""
+    return option("--out", help, parse_path, "FOLDER", group=FILES, **how)
+
+
 def model_width_option() -> Any:
     """The field of ``--model-width``."""
     text = "Factor on the channels of a built-in network; a train folder knows its own."
@@ -50,7 +65,7 @@ def model_width_option() -> Any:
 
 def classes_option() -> Any:
     """The field of ``--classes``."""
-    return option("--classes", "Outputs of the network; else as the data has.", integer(1), "N", default=None)
+    return count("--classes", "Outputs of the network; else as the data has.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +73,11 @@ class RunOptions:
     """How a command runs and what it says."""
 
     title: ClassVar[str] = RUN
-    batch_size: int = option("--batch-size", "Images at a time.", integer(1), "N", default=128)
-    workers: int = option("--workers", "Processes that read the images.", integer(0), "N", default=0)
-    seed: int = option("--seed", "Same seed, same machine: same result.", integer(0), "N", default=0)
+    batch_size: int = count("--batch-size", "Images at a time.", 128)
+    workers: int = option("--workers", "Processes that read the images.", integer(0, 1024), "N", default=0)
+    seed: int = count("--seed", "Same seed, same machine: same result.", 0, least=0)
     device: str = option("--device", "cpu, cuda, cuda:1, mps; auto takes what is there.", str, "NAME", default="auto")
+    overwrite: bool = switch("--overwrite", "Replace earlier results in --out, once this run is done.", group=FILES)
     as_json: bool = switch("--json", "Print the result as JSON on stdout and nothing else there.")
     quiet: bool = switch("-q --quiet", "Print nothing but errors (and JSON, with --json).")
 
@@ -77,7 +93,7 @@ class NetworkOptions:
 
     title: ClassVar[str] = "The network"
     model: str = option("--model", EXPECTED_MODELS, str, "MODEL")
-    weights: Path | None = option("--weights", EXPECTED_WEIGHTS, Path, "FILE", default=None)
+    weights: Path | None = option("--weights", EXPECTED_WEIGHTS, parse_path, "FILE", default=None)
     model_width: float | None = model_width_option()
     classes: int | None = classes_option()
 
@@ -98,12 +114,10 @@ class ImageOptions:
         "DATA",
     )  # fmt: skip
     split: str = option("--split", "Which part of the data.", one_of(*SPLITS), default="test")
-    samples: int | None = option(
-        "--samples", "Only so many images, drawn with --seed; else all.", integer(1), "N", default=None
-    )
+    samples: int | None = count("--samples", "Only so many images, drawn with --seed; else all.")
     image_size: int | None = option(
-        "--image-size", "Resize the images to this size; else as the data set or the train folder has it.", integer(1),
-        "PIXELS", default=None,
+        "--image-size", "Resize the images to this size; else as the data set or the train folder has it.",
+        integer(1, 1 << 14), "PIXELS", default=None,
     )  # fmt: skip
     skip_unreadable: bool = switch("--skip-unreadable", "Leave out image files that cannot be read.")
 
@@ -154,7 +168,7 @@ class TrainingOptions:
     """How a network is trained."""
 
     title: ClassVar[str] = "The training"
-    epochs: int = option("--epochs", "Passes over the images.", integer(1), "N", default=30)
+    epochs: int = count("--epochs", "Passes over the images.", 30)
     lr: float = option("--lr", "Largest learning rate.", parse_factor, "RATE", default=0.1)
     schedule: str = option(
         "--schedule", "Course of the learning rate.", one_of("one-cycle", "cosine"), default="one-cycle"
@@ -169,13 +183,10 @@ class TrainingOptions:
         "--attack", "Train against this attack, as pgd or pgd:eps=4/255,steps=7.", str, "NAME", default=None,
         unset="clean images",
     )  # fmt: skip
-    robust_samples: int = option(
-        "--robust-samples", "Images that are attacked to choose the best epoch, with --attack.", integer(1), "N",
-        default=500,
-    )  # fmt: skip
-    accumulate: int = option(
-        "--accumulate", "Take each batch in N parts, one after the other, for less memory.", integer(1), "N", default=1
+    robust_samples: int = count(
+        "--robust-samples", "Images that are attacked to choose the best epoch, with --attack.", 500
     )
+    accumulate: int = count("--accumulate", "Take each batch in N parts, one after the other, for less memory.", 1)
     clip_norm: float | None = option(
         "--clip-norm", "Largest norm of a step's whole gradient.", parse_factor, "NORM", default=None, unset="no limit"
     )
@@ -186,9 +197,7 @@ class TrainingOptions:
     amp: bool = switch("--amp", "Mixed precision, for speed on GPUs.")
     channels_last: bool = switch("--channels-last", "Hold images and weights channels last, for speed on GPUs.")
     resume: bool = switch("--resume", "Go on with the run in --out; start one if there is none.", group=RUN)
-    tensorboard: bool = switch(
-        "--tensorboard", "Log to --out/tensorboard too (needs the extra tensorboard).", group=RUN
-    )
+    tensorboard: bool = switch("--tensorboard", "Log to --out/tensorboard (an extra).", group=RUN)
 
     @property
     def chosen_on(self) -> str:
@@ -204,13 +213,9 @@ class TrainingOptions:
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What a command on one network works with.
+    """What a command on one network works with; the network is on its device, in eval mode.
 
-    Attributes:
-        network: On its device, in eval mode.
-        images: What it is shown.
-        settings: What results depend on: model, data, split, samples, seed, number and shape of the images, device.
-        run: How it runs and what it says.
+    Results depend on the settings: model, data, split, samples, seed, number and shape of the images, device.
     """
 
     network: nn.Module
@@ -234,32 +239,21 @@ class Session:
         }
         return cls(network.open(data).to(device), data, settings, run)
 
-    @property
-    def batches(self) -> ImageBatches:
-        """The images, batch by batch."""
-        from attackroute.zoo.data import ImageBatches
-
-        return ImageBatches(self.images, self.run.batch_size, workers=self.run.workers)
-
     @contextmanager
     def reading(
         self, unit: str, kept: str | None = None
     ) -> Iterator[tuple[ImageBatches, Callable[[int, int | None], None]]]:
         """The images batch by batch, and what moves a progress bar that says how their reading goes."""
-        batches = self.batches
+        from attackroute.zoo.data import ImageBatches
+
+        batches = ImageBatches(self.images, self.run.batch_size, workers=self.run.workers)
         with self.run.output.progress(unit, kept) as progress:
             yield batches, lambda done, total: progress(done, total, batches.reading)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes an accelerator where there is one, and each process one of its own.
-
-    Raises:
-        UserError: PyTorch does not know the device, or the machine lacks it.
-    """
+    """The device of that name, or a `UserError`; ``auto`` takes an accelerator, each process one of its own."""
     import torch
-
-    from attackroute.core.distributed import own_device
 
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -274,12 +268,85 @@ def resolve_device(name: str) -> torch.device:
 
 
 def open_folder(folder: Path) -> Path:
-    """Create the folder where it is missing, or say in one line why that cannot be; of processes, the first does."""
-    from attackroute.core.distributed import leading
+    """The folder, made where it is missing; of processes, the first one makes it."""
+    from attackroute.core.files import made_folder
 
-    try:
+    return made_folder(folder) if leading() else folder
+
+
+@contextmanager
+def results_in(folder: Path, files: Sequence[str], run: RunOptions, *, resume: bool | None = None) -> Iterator[Path]:
+    """The folder into which a command writes; where it replaces an earlier run's files, one beside them until the end.
+
+    The files are patterns of what the command writes: where such are there, the user must resume (None where the
+    command cannot) or overwrite. No two commands work in one folder at a time.
+    """
+    from attackroute.core.files import made_folder
+
+    beside = folder / _BESIDE
+
+    def prepared() -> Path:
+        made_folder(folder)
+        if resume:
+            return beside if run.overwrite and beside.is_dir() else folder
+        if refuse_earlier(folder, files, run, resume=resume) is None:
+            return folder
+        shutil.rmtree(beside, ignore_errors=True)
+        return made_folder(beside)
+
+    with ExitStack() as stack:
         if leading():
-            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(made_folder(folder)))
+        place = current().first(prepared)
+        yield place
+        if place == beside:
+            current().first(lambda: _replace(folder, beside, files))
+
+
+def refuse_earlier(folder: Path, files: Sequence[str], run: RunOptions, *, resume: bool | None = None) -> Path | None:
+    """A file of an earlier run that may be replaced, if there is one; a `UserError` if it may not."""
+    earlier = next((file for pattern in files for file in sorted(folder.glob(pattern))), None)
+    if earlier is not None and not run.overwrite:
+        go_on = "" if resume is None else "--resume to go on with it, "
+        raise UserError(
+            f"{folder} already holds a run ({earlier.relative_to(folder)}); pass {go_on}--overwrite to replace it, or "
+            "choose another folder"
+        )
+    return earlier
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let no other process work in the folder meanwhile, where the system can promise that."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is at work in {folder}; wait for its end, or choose another") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(folder: Path, beside: Path, files: Sequence[str]) -> None:
+    """Let new files take the place of old ones; documents come last, so that where they are, all is there."""
+    try:
+        new = [file.relative_to(beside) for file in beside.rglob("*") if file.is_file()]
+        for old in {file for pattern in files for file in folder.glob(pattern)}:
+            if old.relative_to(folder) not in new and not old.is_dir():
+                old.unlink()
+        for name in sorted(new, key=lambda name: (name.suffix == ".json", name)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, folder / name)
+        shutil.rmtree(beside)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be a folder ({error.strerror}); name another") from error
-    return folder
+        reason = error.strerror or error
+        raise UserError(f"{folder}: cannot be replaced ({reason}); what is new is in {beside}") from None

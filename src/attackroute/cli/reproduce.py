@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from attackroute.cli.arguments import integer, option, switch
-from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, resolve_device
+from attackroute.cli.arguments import integer, option, parse_path, switch
+from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, out_option, refuse_earlier, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ReproduceOptions:
         "--data", "cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH; tables 2 and 3 need none.", str, "DATA",
         default=None,
     )  # fmt: skip
-    out: Path = option("--out", "Where everything goes.", Path, "FOLDER", group=FILES)
+    out: Path = out_option("Where everything goes.")
     models: tuple[str, ...] = option(
         "--model", "A trained network: preset:NAME or a train folder; may be repeated. Else every preset for the data.",
         str, "MODEL", default=None, repeat=True,
@@ -34,8 +34,8 @@ class ReproduceOptions:
         integer(2), "N", default=2500,
     )  # fmt: skip
     page: Path | None = option(
-        "--page", "Put the tables between the marks of this Markdown file; else into --out/reproduction.md.", Path,
-        "FILE", default=None, group=FILES,
+        "--page", "Put the tables between the marks of this Markdown file; else into --out/reproduction.md.",
+        parse_path, "FILE", default=None, group=FILES,
     )  # fmt: skip
     run: RunOptions
     resume: bool = switch("--resume", "Leave what --out holds already on the same terms as it is.", group=RUN)
@@ -43,23 +43,20 @@ class ReproduceOptions:
 
 def reproduce(options: ReproduceOptions) -> None:
     """Run the experiments, and print the verdicts."""
-    from attackroute.paper.run import ReproductionSettings
+    from attackroute.paper.experiments import PARTS
+    from attackroute.paper.run import PAGE, ReproductionSettings
     from attackroute.paper.run import reproduce as run
 
     output = options.run.output
     settings = ReproductionSettings(
-        targets=options.targets,
-        data=options.data,
-        folder=options.out,
-        models=options.models,
-        samples=options.samples,
-        page=options.page,
-        batch_size=options.run.batch_size,
-        seed=options.run.seed,
-        device=resolve_device(options.run.device),
-        resume=options.resume,
-    )
+        targets=options.targets, data=options.data, folder=options.out, models=options.models, samples=options.samples,
+        page=options.page, batch_size=options.run.batch_size, seed=options.run.seed,
+        device=resolve_device(options.run.device), resume=options.resume,
+    )  # fmt: skip
     open_folder(options.out)
+    if not options.resume:
+        files = [f"*/{name}.json" for target in settings.experiments for name in PARTS[target]]
+        refuse_earlier(options.out, [*files, *([] if options.page else [PAGE])], options.run, resume=False)
     claims_of = run(settings, line=output.line, note=output.note, progress=output.progress)
     listed = [{"target": target, **vars(claim)} for target, claims in claims_of.items() for claim in claims]
     output.result({"page": str(settings.filled), "claims": listed})

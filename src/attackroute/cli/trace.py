@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attackroute.cli.arguments import integer, one_of, option, parse_share, switch
+from attackroute.cli.arguments import one_of, option, parse_share, switch
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
-    FILES,
     ROUTE,
     RUN,
     ImageOptions,
@@ -20,21 +20,23 @@ from attackroute.cli.options import (
     RunOptions,
     Session,
     TracingOptions,
-    open_folder,
+    count,
+    out_option,
+    results_in,
 )
 from attackroute.core.errors import UserError
+from attackroute.core.table import Table
 
 if TYPE_CHECKING:
     import torch
 
     from attackroute.core.document import Document
     from attackroute.robustness.attack import Perturbation
-    from attackroute.routes.folder import RouteFolder
-    from attackroute.routes.instance_routes import InstanceRoutes
     from attackroute.tracing.config import TraceConfig
     from attackroute.tracing.oracle_check import OracleCheck
 
 
+_FILES = ("summary.json", "route.json", "routes*.safetensors", "partial*.safetensors")
 _DOUBLE, _REDUCED = "float64", ("bfloat16", "float16")
 
 
@@ -46,9 +48,7 @@ class TraceOptions:
     holds those that are on most samples' routes. Ctrl-C keeps the samples that are done; --resume goes on.
     """
 
-    out: Path | None = option(
-        "--out", "Where the routes go; without it they are only shown.", Path, "FOLDER", default=None, group=FILES
-    )
+    out: Path | None = out_option("Where the routes go; without it they are only shown.", default=None)
     network: NetworkOptions
     images: ImageOptions
     width: float = option(
@@ -68,9 +68,9 @@ class TraceOptions:
         "constants: approximate, and more edges have a closed form.", group=ROUTE,
     )  # fmt: skip
     keep_scores: bool = switch("--keep-scores", "Keep each channel's score too; files grow 32-fold.", group=ROUTE)
-    check: int | None = option(
+    check: int | None = count(
         "--check", "Compare the first N samples with the brute-force oracle; exit code 1 if they differ beyond "
-        "rounding.", integer(1), "N", default=None, group=ROUTE,
+        "rounding.", group=ROUTE,
     )  # fmt: skip
     resume: bool = switch(
         "--resume", "Go on with the trace in --out: samples that are done are not traced again.", group=RUN
@@ -81,18 +81,14 @@ class TraceOptions:
     )  # fmt: skip
     run: RunOptions
 
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The precision where it is reduced."""
-        import torch
-
-        return getattr(torch, self.dtype) if self.dtype in _REDUCED else None
-
 
 def trace(options: TraceOptions) -> int:
     """Trace images, and write or show their routes; the exit code is 1 if a check fails."""
+    import torch
+
     from attackroute.core.distributed import current
     from attackroute.robustness.registry import parse_attack
+    from attackroute.routes.folder import RouteFolder, RouteTotals
     from attackroute.tracing.trace import trace_routes
 
     if options.resume and options.out is None:
@@ -101,54 +97,59 @@ def trace(options: TraceOptions) -> int:
     config = options.tracing.config(options.run.seed, freeze_gates=options.freeze_gates)
     config.check_attack(attack)
     session = Session.open(options.network, options.images, options.run)
-    output = options.run.output
+    output, team = options.run.output, current()
     network = session.network.double() if options.dtype == _DOUBLE else session.network
-    if options.out is not None:
-        open_folder(options.out)
+    autocast: torch.dtype | None = getattr(torch, options.dtype) if options.dtype in _REDUCED else None
     started, counts = time.perf_counter(), [] if options.out else [0]  # into a folder, what is done is counted first
     kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
-    with session.reading("images", kept) as (batches, progress):
+    with ExitStack() as stack:
+        folder = options.out
+        if folder is not None:
+            folder = stack.enter_context(results_in(folder, _FILES, options.run, resume=options.resume))
+        with session.reading("images", kept) as (batches, progress):
 
-        def advance(count: int, total: int | None) -> None:
-            counts.append(count)
-            progress(count, total)
+            def advance(count: int, total: int | None) -> None:
+                counts.append(count)
+                progress(count, total)
 
-        routes = trace_routes(
-            network, batches, options.width, attack=attack, config=config, keep_scores=options.keep_scores,
-            batch_size=options.run.batch_size, autocast=options.autocast, folder=options.out, resume=options.resume,
-            settings=session.settings, note=output.note, progress=advance,
-        )  # fmt: skip
-    seconds, traced = time.perf_counter() - started, counts[-1] - counts[0]
-    team = current()
-    document = team.first(lambda: _document(routes, options.route_width, session.settings))
-    comparison = None if options.check is None else team.first(lambda: _compare(session, options, attack, config))
+            routes = trace_routes(
+                network, batches, options.width, attack=attack, config=config, keep_scores=options.keep_scores,
+                batch_size=options.run.batch_size, autocast=autocast, folder=folder, resume=options.resume,
+                settings=session.settings, note=output.note, progress=advance,
+            )  # fmt: skip
+        seconds, traced = time.perf_counter() - started, counts[-1] - counts[0]
+
+        def documented() -> Document:
+            """What is said of the trace; in a folder it is written, with the model's route."""
+            if isinstance(routes, RouteFolder):
+                return routes.save_route(options.route_width)
+            return RouteTotals.of(routes).document(routes.aggregate(options.route_width), session.settings)
+
+        document = team.first(documented)
+    check = None if options.check is None else team.first(lambda: _compare(session, options, attack, config, autocast))
     output.result(
         {
             **document.to_json(),
             "traced_now": traced,
             "seconds": seconds,
-            "check": None if comparison is None else _check_values(comparison),
+            "check": None if check is None else _check_values(check),
             "folder": None if options.out is None else str(options.out),
         }
     )
     _show(output, document.about, traced, seconds)
-    if comparison is not None:
-        output.line(_check_line(comparison))
+    if check is not None:
+        verdict = "" if check.passed else f": MORE than the {check.tolerance:g} that rounding explains"
+        equal = f"routes of {check.agreeing} of {check.samples} samples equal the oracle's"
+        output.line(f"check: {equal}; scores deviate by at most {check.deviation:.1e} ({check.layer}){verdict}")
     if options.out is not None:
         output.line(f"The routes (routes*.safetensors), route.json and summary.json are in {options.out}")
-    return 0 if comparison is None or comparison.passed else 1
+    return 0 if check is None or check.passed else 1
 
 
-def _document(routes: InstanceRoutes | RouteFolder, width: float, settings: Mapping[str, Any]) -> Document:
-    """What is said of the trace; in a folder it is written, with the model's route."""
-    from attackroute.routes.folder import RouteFolder, RouteTotals
-
-    if isinstance(routes, RouteFolder):
-        return routes.save_route(width)
-    return RouteTotals.of(routes).document(routes.aggregate(width), settings)
-
-
-def _compare(session: Session, options: TraceOptions, attack: Perturbation | None, config: TraceConfig) -> OracleCheck:
+def _compare(
+    session: Session, options: TraceOptions, attack: Perturbation | None, config: TraceConfig,
+    autocast: torch.dtype | None,
+) -> OracleCheck:  # fmt: skip
     """The first samples, against the oracle."""
     import torch
 
@@ -162,27 +163,38 @@ def _compare(session: Session, options: TraceOptions, attack: Perturbation | Non
     device, dtype = placement(session.network)
     return verify(
         session.network, images.to(device, dtype), labels.to(device), options.width, attack=attack, config=config,
-        autocast=options.autocast,
+        autocast=autocast,
     )  # fmt: skip
 
 
+def _check_values(check: OracleCheck) -> dict[str, Any]:
+    return {
+        "samples": check.samples,
+        "samples_with_equal_routes": check.agreeing,
+        "largest_relative_deviation": check.deviation,
+        "layer": check.layer,
+        "passed": check.passed,
+    }
+
+
 def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float) -> None:
-    layers = summary["layers"]
-    sketched = any("expected_overlap" in layer for layer in layers)
-    output.table(
-        ["layer", "channels", "on route", "occurrence", "computed", *(["overlap, approximate"] if sketched else [])],
-        [
-            [
-                layer["layer"],
-                layer["channels"],
-                len(layer["route_channels"]),
-                f"{layer['occurrence']:.1%}",
-                _methods(layer["incoming"]),
-                *([_overlap(layer)] if sketched else []),
-            ]
-            for layer in layers
-        ],
-    )
+    rows, sketched = [], any("expected_overlap" in layer for layer in summary["layers"])
+    for layer in summary["layers"]:
+        overlap = "exact"
+        if "expected_overlap" in layer:
+            overlap = f"{layer['expected_overlap']:.1%}, undecided {layer['undecided']:.1%}"
+        rows.append(
+            {
+                "layer": layer["layer"],
+                "channels": layer["channels"],
+                "on route": len(layer["route_channels"]),
+                "occurrence": f"{layer['occurrence']:.1%}",
+                "computed": _methods(layer["incoming"]),
+                **({"overlap, approximate": overlap} if sketched else {}),
+            }
+        )
+    layers = Table.of(rows)
+    output.table(layers.columns, layers.rows)
     pace = f" in {seconds:.1f} s ({1000 * seconds / count:.1f} ms each)" if count else ", all of them traced before"
     attacked = f" after {summary['attack']}" if summary["attack"] is not None else ""
     output.line(
@@ -194,32 +206,8 @@ def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float
         output.line("edges computed by sketch are estimates; how far they can be trusted is under overlap")
 
 
-def _overlap(layer: Mapping[str, Any]) -> str:
-    if "expected_overlap" not in layer:
-        return "exact"
-    return f"{layer['expected_overlap']:.1%}, undecided {layer['undecided']:.1%}"
-
-
 def _methods(incoming: Mapping[str, str]) -> str:
+    """How the edges into a layer were computed: ``"closed-form (2), sketch (1)"``."""
     counts = Counter(incoming.values())
-    if not counts:
-        return "no edge"
-    return ", ".join(f"{method} ({count})" if len(incoming) > 1 else method for method, count in counts.items())
-
-
-def _check_values(comparison: OracleCheck) -> dict[str, Any]:
-    return {
-        "samples": comparison.samples,
-        "samples_with_equal_routes": comparison.agreeing,
-        "largest_relative_deviation": comparison.deviation,
-        "layer": comparison.layer,
-        "passed": comparison.passed,
-    }
-
-
-def _check_line(comparison: OracleCheck) -> str:
-    verdict = "" if comparison.passed else f": MORE than the {comparison.tolerance:g} that rounding explains"
-    return (
-        f"check: routes of {comparison.agreeing} of {comparison.samples} samples equal the oracle's; scores deviate by "
-        f"at most {comparison.deviation:.1e} ({comparison.layer}){verdict}"
-    )
+    listed = (f"{method} ({count})" if len(incoming) > 1 else method for method, count in counts.items())
+    return ", ".join(listed) or "no edge"

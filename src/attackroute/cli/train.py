@@ -12,24 +12,22 @@ from attackroute.cli.arguments import given, option, parse_factor, shared
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
     EXPECTED_MODELS,
-    FILES,
     ImageOptions,
     RunOptions,
     TrainingOptions,
-    open_folder,
+    out_option,
     resolve_device,
+    results_in,
 )
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from attackroute.core.statistics import Accuracy
     from attackroute.hardening.checkpoint import EpochRecord
     from attackroute.hardening.training import TrainResult
     from attackroute.zoo.data import ImageData
-    from attackroute.zoo.weights import ModelCard
 
-TRAINING = "training"
-"""Kind of the result, and name of its file."""
+TRAINING = "training"  # kind of the result, and name of its file
+RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "log.jsonl", "settings.json", "tensorboard/*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class TrainOptions:
     on with --resume after Ctrl-C, SIGTERM or a crash as if it had never stopped.
     """
 
-    out: Path = option("--out", "Where checkpoints and the log go.", Path, "FOLDER", group=FILES)
+    out: Path = out_option("Where checkpoints and the log go.")
     model: str = option("--model", EXPECTED_MODELS, str, "MODEL", group="The network")
     width: float = option(
         "--width", "Factor on the channels of a built-in network.", parse_factor, "FACTOR", default=1.0,
@@ -73,37 +71,22 @@ def train(options: TrainOptions) -> None:
     torch.manual_seed(options.run.seed)
     network = build(spec).to(device)
     card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
-    current().first(lambda: prepare(open_folder(options.out), card, resume=training.resume))
-    with output.progress("steps") as progress, epoch_lines(options.out, training, output) as on_epoch:
-        result = train_network(
-            network,
-            learnt.dataset,
-            None if chosen_by is None else chosen_by.dataset,
-            settings,
-            attack=attack,
-            folder=options.out,
-            resume=training.resume,
-            on_epoch=on_epoch,
-            progress=progress,
-        )
-    best, last = result.best, result.last
-    lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
-    lines.append(f"training accuracy {last.train.value:.2%}")
-    about = _summary(result, options)
-    document = Document(
-        TRAINING,
-        {
-            "model": options.model,
-            "width": options.width,
-            **given(options, "images", "training"),
-            "batch_size": settings.batch_size,
-            "seed": settings.seed,
-        },
-        reading="; ".join(lines),
-        about=about,
-    )
-    if leading():
-        document.save(options.out)
+    files = (*RUN_FILES, f"{TRAINING}.json")
+    with results_in(options.out, files, options.run, resume=training.resume) as folder:
+        current().first(lambda: card.save(folder))  # so that a run that is killed can be opened too
+        with output.progress("steps") as progress, epoch_lines(folder, training, output) as on_epoch:
+            result = train_network(
+                network, learnt.dataset, None if chosen_by is None else chosen_by.dataset, settings, attack=attack,
+                folder=folder, resume=training.resume, on_epoch=on_epoch, progress=progress,
+            )  # fmt: skip
+        best, last = result.best, result.last
+        lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
+        lines.append(f"training accuracy {last.train.value:.2%}")
+        shown = {"model": options.model, "width": options.width, **given(options, "images", "training")}
+        shown |= {"batch_size": settings.batch_size, "seed": settings.seed}
+        document = Document(TRAINING, shown, reading="; ".join(lines), about=_summary(result, options))
+        if leading():
+            document.save(folder)
     output.result({**document.to_json(), "folder": str(options.out)})
     output.line("\n".join(lines) + f"; weights and log are in {options.out}")
     output.line(f"next: attackroute trace --model {options.out} --data ...")
@@ -150,15 +133,6 @@ def divided(
     return replace(train_images, dataset=learnt), replace(train_images, dataset=kept)
 
 
-def prepare(folder: Path, card: ModelCard, *, resume: bool) -> None:
-    """Describe the network in its folder before the first step, so that a run that is killed can be opened too."""
-    from attackroute.hardening.checkpoint import STATE
-
-    if (folder / STATE).exists() and not resume:
-        raise UserError(f"{folder} already holds a run; pass --resume to go on with it, or choose another folder")
-    card.save(folder)
-
-
 @contextmanager
 def epoch_lines(
     folder: Path | None, training: TrainingOptions, output: Output
@@ -178,7 +152,8 @@ def epoch_lines(
         try:
             yield report
         except KeyboardInterrupt as error:
-            output.note(f"interrupted: {error or 'between two epochs'}")
+            go_on = "; give the same command with --resume to go on" if folder is not None else ""
+            output.note(f"interrupted: {error or 'between two epochs'}{go_on}")
             raise
 
 
@@ -194,14 +169,9 @@ def _epoch_line(record: EpochRecord, epochs: int, tested_on: str) -> str:
 
 def best_line(best: EpochRecord, epochs: int, tested_on: str) -> str:
     """What the best epoch reached, with intervals."""
-    accuracies = [
-        f"{name} {_with_interval(accuracy)}"
-        for name, accuracy in ((f"{tested_on} accuracy", best.test), ("under the attack", best.robust))
-        if accuracy is not None
-    ]
+    accuracies = []
+    for name, accuracy in ((f"{tested_on} accuracy", best.test), ("under the attack", best.robust)):
+        if accuracy is not None:
+            low, high = accuracy.interval
+            accuracies.append(f"{name} {accuracy.value:.2%} (95 % interval {low:.2%} to {high:.2%})")
     return f"best epoch {best.epoch} of {epochs}: {', '.join(accuracies)}"
-
-
-def _with_interval(accuracy: Accuracy) -> str:
-    low, high = accuracy.interval
-    return f"{accuracy.value:.2%} (95 % interval {low:.2%} to {high:.2%})"

@@ -97,6 +97,8 @@ class Document:
     def is_at(path: Path) -> bool:
         """Whether a file says that it is a document, whatever else is wrong with it."""
         try:
+            if not path.is_file():  # a pipe would be waited for
+                return False
             with path.open("rb") as file:
                 return _FORMAT.encode() in file.read(200)
         except OSError:

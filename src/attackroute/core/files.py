@@ -136,6 +136,16 @@ def expect_mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
+def user_path(text: str) -> Path:
+    """A path as users write it, with ``~`` for a home; a `UserError` where there can be none of that name."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{text[:60]!r} names no file: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as it can stand in a message of one line."""
     text = os.fspath(path)

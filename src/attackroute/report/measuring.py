@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.core.batches import Data, batches
-from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.core.table import Table
 from attackroute.report.pictures import Pictures, take_pictures
@@ -30,27 +29,16 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Condition:
-    """What is known of a network on one kind of images: as they are, or after one attack; None for what is not.
+    """What is known of a network on one kind of images: as they are, or after one attack; None for what is not."""
 
-    Attributes:
-        attack: The attack's name; None for images as they are.
-        routes: Routes of samples.
-        route: The model's route as a file has it; its frequencies serve where there are no samples' routes.
-        rows: Which of the routes' samples are those that the page shows.
-        influence: Mean influence.
-        gradient: Mean loss gradient at each channel, by layer (Fig. 2b).
-        sensitivity: What the attack changes of each channel, by layer (Fig. 2a).
-        traced: Whether the routes were traced for the page.
-    """
-
-    attack: str | None
-    routes: InstanceRoutes | None = None
-    route: Route | None = None
-    rows: Sequence[int] | None = None
+    attack: str | None  # its name; None for images as they are
+    routes: InstanceRoutes | None = None  # of samples
+    route: Route | None = None  # the model's as a file has it, whose frequencies serve where there are no samples'
+    rows: Sequence[int] | None = None  # which of the routes' samples the page shows
     influence: MeanInfluence | None = None
-    gradient: Mapping[str, Tensor] | None = None
-    sensitivity: Mapping[str, Tensor] | None = None
-    traced: bool = False
+    gradient: Mapping[str, Tensor] | None = None  # mean loss gradient at each channel, by layer (Fig. 2b)
+    sensitivity: Mapping[str, Tensor] | None = None  # what the attack changes of each channel, by layer (Fig. 2a)
+    traced: bool = False  # for the page
 
     @property
     def name(self) -> str:
@@ -76,7 +64,7 @@ class Condition:
         return {} if self.routes is None else self.routes.occurrence(self.routes.width)
 
     def model_route(self, width: float) -> Route | None:
-        """The model's route of these samples, else that of the file; None where there is neither."""
+        """The model's route of these samples, else that of the file."""
         return self.route if self.routes is None else self.routes.aggregate(width)
 
 
@@ -99,19 +87,14 @@ class Measured:
         return next((condition.channels for condition in self.conditions if condition.channels), {})
 
     @property
-    def strongest(self) -> Condition | None:
-        """After the last attack; None without any."""
-        return self.attacked[-1] if self.attacked else None
-
-    @property
     def traced(self) -> InstanceRoutes | None:
-        """Routes of samples under the first condition that has them; None where none has."""
+        """Routes of samples under the first condition that has them."""
         return next((condition.routes for condition in self.conditions if condition.routes is not None), None)
 
     def overlap(self, width: float) -> float | None:
         """Mean Jaccard index over layers of the routes of a width, clean and after the last attack."""
-        clean, last = self.clean.routes, self.strongest
-        if clean is None or last is None or last.routes is None:
+        clean, last = self.clean.routes, self.conditions[-1]
+        if clean is None or not self.attacked or last.routes is None:
             return None
         rows = self.clean.rows
         if rows is not None and len(rows) == len(last.routes) < len(clean):  # the same images
@@ -150,12 +133,11 @@ def occurrence_table(measured: Measured, route: Route | None) -> Table:
 
 def response_table(measured: Measured, route: Route | None) -> Table:
     """Mean sensitivity after the last attack and clean gradient, on the route and off it, by layer; or no rows."""
-    last, kinds = measured.strongest, {}
-    if last is not None and last.sensitivity is not None:
-        kinds[f"sensitivity, {last.name}"] = last.sensitivity
-    if measured.clean.gradient is None or route is None:
+    last, gradient = measured.conditions[-1], measured.clean.gradient
+    if gradient is None or route is None:
         return Table((), ())
-    kinds["gradient, clean images"] = measured.clean.gradient
+    kinds = {} if last.sensitivity is None else {f"sensitivity, {last.name}": last.sensitivity}
+    kinds["gradient, clean images"] = gradient
     rows = []
     for layer in route:
         mask = route.mask(layer)
@@ -198,19 +180,9 @@ def measure(
 ) -> Measured:
     """Influence, gradients and sensitivities on clean and on attacked images, and the traces that the run lacks.
 
-    Args:
-        model: The network of the run.
-        data: A few images with labels; their attacked twins are held in memory, for one attack at a time.
-        run: What the run's files say.
-        attacks: By the names that they bear in traces of the run.
-        rows: Which samples of the run's traces the images are, where they are some of them.
-        linear: Whether linear maps are route layers too.
-        width: Share of each layer's channels on a sample's route, for new traces.
-        shown: The first so many images become pictures in the page.
-        progress: Called with the batches' samples that are done, for each of the passes.
-
-    Raises:
-        UserError: The model has other layers than the run's routes, or cannot be traced.
+    The data are a few images, whose attacked twins are held in memory for one attack at a time: those ``rows`` of the
+    run's traced samples, where they are some of them. Attacks bear the names that they have in the run's traces. New
+    traces take a ``width``, and the first ``shown`` images become pictures.
     """
     influence = mean_influence(model, data, linear=linear, progress=progress)
     for condition in run.conditions:
@@ -228,9 +200,11 @@ def measure(
         traced=not is_traced,
     )
     stored = {condition.attack: condition for condition in run.attacked if condition.routes is not None}
+    clean_images = data[0] if isinstance(data, tuple) else data  # of batches, labels do not matter
     measured = []
     for name, attack in attacks.items():
-        images = _attacked_batches(model, data, attack)
+        with frozen(model):
+            images = [attacked(model, attack, x, y) for x, y in batches(model, data, _BATCH)]
         if name in stored:
             condition = stored.pop(name)
             condition = replace(condition, rows=rows if same_samples(clean.routes, condition.routes) else None)
@@ -243,7 +217,7 @@ def measure(
                 condition,
                 influence=mean_influence(model, images, linear=linear, progress=progress),
                 gradient=loss_gradient(model, images, linear=linear, progress=progress),
-                sensitivity=sensitivity(model, _images(data), _images(images), linear=linear, progress=progress),
+                sensitivity=sensitivity(model, clean_images, images, linear=linear, progress=progress),
             )
         )
     pictures = take_pictures(model, data, shown, linear=linear) if shown else None
@@ -261,16 +235,3 @@ def _occurrence_of(route: Route) -> dict[str, Mapping[str, float]]:
         layer: values.topk(kept(width, len(values))).values.mean().item() for layer, values in route.frequency.items()
     }
     return {Condition(origin.attack).name: occurrence}
-
-
-def _images(data: Data) -> Data:
-    """Tensors without their labels, as pairs of images take them; batches keep theirs, which do not matter."""
-    return data[0] if isinstance(data, tuple) else data
-
-
-def _attacked_batches(model: nn.Module, data: Data, attack: Attack) -> list[tuple[Tensor, Tensor]]:
-    with frozen(model):
-        pairs = [attacked(model, attack, images, labels) for images, labels in batches(model, data, _BATCH)]
-    if not pairs:
-        raise UserError("the data hold no sample: the loader is empty")
-    return pairs

@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,6 +22,8 @@ from markupsafe import Markup
 
 from attackroute.core import __version__
 from attackroute.core.document import library_versions
+from attackroute.core.errors import UserError
+from attackroute.core.files import printable
 from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
 from attackroute.report.pictures import inline_figures
@@ -48,9 +52,11 @@ _SCRIPTS = (  # one after another, as one script
     "route_numbers.js", "route_columns.js", "route_drawing.js", "route_panel.js", "route_controls.js", "route_view.js",
     "page.js",
 )  # fmt: skip
+_STYLES = ("report.css",)
 _POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
 )
+_GENERATOR, _HEAD = '<meta name="generator" content="attackroute', 1000  # by which a page is known
 _BEFORE = "before"  # what a hardening calls the network that it began with
 _OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "sketches", "batch-size", "dtype")
 _FLAGS = ("linear", "freeze-gates")  # both of a trace
@@ -59,23 +65,14 @@ _MOST_SETTINGS = 40
 
 @dataclass(frozen=True)
 class Content:
-    """All that a page says of a run.
-
-    Attributes:
-        run: The run's folder.
-        measured: Traces, influence, gradients.
-        classes: Names of the labels.
-        notes: Sentences on what is missing, and why.
-        command: The command line that makes the page.
-        seconds: How long its measurements took.
-    """
+    """All that a page says of a run."""
 
     run: RunFolder
     measured: Measured
-    classes: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    command: str | None = None
-    seconds: float | None = None
+    classes: Sequence[str] = ()  # names of the labels
+    notes: Sequence[str] = ()  # on what is missing, and why
+    command: str | None = None  # that makes the page
+    seconds: float | None = None  # that its measurements took
 
     @cached_property
     def route(self) -> Route | None:
@@ -204,21 +201,13 @@ class Content:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a page carries.
+    """How much a page carries."""
 
-    Attributes:
-        figure_bytes: The largest figure's file.
-        table_rows: Rows of each table.
-        data_rows: Whether the JSON holds the rows and verdicts of documents.
-        pictures: Whether images of the samples are in it.
-        view: Whether the route is drawn.
-    """
-
-    figure_bytes: int = 2_000_000
-    table_rows: int = 400
-    data_rows: bool = True
-    pictures: bool = True
-    view: bool = True
+    figure_bytes: int = 2_000_000  # of the largest figure's file
+    table_rows: int = 400  # of each table
+    data_rows: bool = True  # the JSON holds the rows and verdicts of documents
+    pictures: bool = True  # images of the samples are in it
+    view: bool = True  # the route is drawn
     limits: Limits = field(default_factory=Limits)
 
 
@@ -241,11 +230,6 @@ class Page:
     pruned: bool
 
 
-def build_page(content: Content, most_bytes: int = MOST_BYTES) -> Page:
-    """Fill the page; where that is too large, with less and less, and a sentence that says so."""
-    return fitting(lambda budget, pruned: _filled(content, budget, pruned=pruned), most_bytes)
-
-
 def fitting(fill: Callable[[Budget, bool], Page], most_bytes: int) -> Page:
     """The page of the largest budget that fits, or the barest one; ``fill(budget, pruned)`` makes it."""
     page = fill(_BUDGETS[0], False)
@@ -256,20 +240,29 @@ def fitting(fill: Callable[[Budget, bool], Page], most_bytes: int) -> Page:
     return page
 
 
-def render(template: str, data: Mapping[str, Any], **values: Any) -> tuple[str, dict[str, Any]]:
-    """A whole page of a template, which shows ``values`` and loads and sends nothing; and its JSON with a format."""
+def render(template: str, data: Mapping[str, Any], notes: Sequence[str], *, pruned: bool, **values: Any) -> Page:
+    """A whole page of a template, which shows ``values`` and loads and sends nothing."""
+    left_out = PRUNED if pruned else None
     marked = {"format": _FORMAT, "version": _VERSION, "attackroute": __version__, **data}
-    script, style = "\n".join(map(_asset, _SCRIPTS)), _asset("report.css")
-    frame = _environment().get_template(template)
-    html = frame.render(
-        data=marked,
-        policy=_POLICY.format(script=_digest(script), style=_digest(style)),
-        script=Markup(script),
-        style=Markup(style),
-        version=__version__,
+    marked["notes"] = [*notes, *([PRUNED] if pruned else [])]
+    script, style = ("\n".join((_ASSETS / name).read_text("utf-8") for name in names) for names in (_SCRIPTS, _STYLES))
+    policy = _POLICY.format(script=_digest(script), style=_digest(style))
+    html = _environment().get_template(template).render(
+        data=marked, policy=policy, script=Markup(script), style=Markup(style), version=__version__, left_out=left_out,
+        notes=notes,
         **values,
-    )
-    return html, marked
+    )  # fmt: skip
+    return Page(html, marked, pruned)
+
+
+def require_page(path: Path) -> None:
+    """Raise a `UserError` unless nothing is there, or a page that may be replaced: no device, link or other file."""
+    head = b""
+    if path.is_file() and not path.is_symlink():
+        with suppress(OSError), path.open("rb") as file:
+            head = file.read(_HEAD)
+    if os.path.lexists(path) and _GENERATOR.encode() not in head:
+        raise UserError(f"{printable(path)} is there already and no page of attackroute; name another with --out")
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -306,25 +299,22 @@ def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return Table.of({**cells, "images": images[attack]} for attack, cells in attacks.items())
 
 
-def _filled(content: Content, budget: Budget, *, pruned: bool) -> Page:
-    view = route_view([content.network(budget)], content.classes, budget.limits) if budget.view else None
-    data = {
-        **content.data(budget),
-        "route_data": [] if view is None else [view],
-        "route_views": [] if view is None else [asdict(run_setup(content.measured.conditions))],
-        "notes": [*content.notes, *([PRUNED] if pruned else [])],
-    }
-    html, data = render(
-        "run.html.j2",
-        data,
-        title=f"Critical attacking route: {content.name}",
-        sections={"route": "The route", **SECTIONS},
-        view=view is not None,
-        budget=budget,
-        content=content,
-        left_out=PRUNED if pruned else None,
-    )
-    return Page(html, data, pruned)
+def build_page(content: Content, most_bytes: int = MOST_BYTES) -> Page:
+    """Fill the page; where that is too large, with less and less, and a sentence that says so."""
+
+    def fill(budget: Budget, pruned: bool) -> Page:
+        view = route_view([content.network(budget)], content.classes, budget.limits) if budget.view else None
+        data = {
+            **content.data(budget),
+            "route_data": [] if view is None else [view],
+            "route_views": [] if view is None else [asdict(run_setup(content.measured.conditions))],
+        }
+        return render(
+            "run.html.j2", data, content.notes, pruned=pruned, title=f"Critical attacking route: {content.name}",
+            sections={"route": "The route", **SECTIONS}, view=view is not None, budget=budget, content=content,
+        )  # fmt: skip
+
+    return fitting(fill, most_bytes)
 
 
 @cache
@@ -342,10 +332,6 @@ def _environment() -> Environment:
     }  # fmt: skip
     environment.tests |= {"numeric": _is_number, "share": lambda cell: isinstance(cell, Share)}
     return environment
-
-
-def _asset(name: str) -> str:
-    return (_ASSETS / name).read_text(encoding="utf-8")
 
 
 def _digest(source: str) -> str:

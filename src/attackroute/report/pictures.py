@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attackroute.core.batches import Data, batches
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable
+from attackroute.core.files import file_errors
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 from attackroute.hardening.weight_penalty import following_norms
@@ -30,34 +30,23 @@ def inline_figures(figures: Mapping[str, Mapping[str, Path]], largest: int) -> d
     """Each figure as a ``data:`` address: the SVG where its file is at most so large, else the PNG, else None.
 
     As images they cannot run a script or load anything, whatever their files hold. Files are by title, then by ending.
-
-    Raises:
-        UserError: A file cannot be read.
     """
     sources: dict[str, str | None] = dict.fromkeys(figures)
     for title, files in figures.items():
         for file in (files[ending] for ending in _FIGURES if ending in files):
-            try:
+            with file_errors(file):
                 if sources[title] is None and file.stat().st_size <= largest:
                     sources[title] = _address(_FIGURES[file.suffix], file.read_bytes())
-            except OSError as error:
-                raise UserError(f"{printable(file)}: cannot be read: {error.strerror or error}") from None
     return sources
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Where each channel of a layer responds most.
+    """Where each channel of a layer responds most, one place an image; in pixels of the pictures."""
 
-    Attributes:
-        images: int64 ``(C, k)``, numbers of images, the strongest response first; one place an image.
-        places: int64 ``(C, k, 2)``, row and column of the response's centre, in pixels of the picture.
-        field: Height and width of what one position of the layer sees, in pixels of the picture.
-    """
-
-    images: Tensor
-    places: Tensor
-    field: tuple[int, int]
+    images: Tensor  # int64 (C, k), numbers of images, the strongest response first
+    places: Tensor  # int64 (C, k, 2), row and column of the response's centre
+    field: tuple[int, int]  # height and width of what one position of the layer sees
 
 
 @dataclass(frozen=True)
@@ -74,10 +63,8 @@ def take_pictures(model: nn.Module, data: Data, count: int, *, linear: bool = Fa
 
     A channel's response is the largest value over positions, after the batch norm where one reads the layer's output
     directly (a negative gain turns the order round), else at the output itself. What one position sees is measured at
-    the middle of one image, by the derivative: a lower bound where activations are dead, so *approximate*.
-
-    Returns:
-        At most so many images; None where they are no images ``(N, C, H, W)``.
+    the middle of one image, by the derivative: a lower bound where activations are dead, so *approximate*. None where
+    the data are no images ``(N, C, H, W)``.
     """
     with frozen(model):
         images = _first(model, data, count)

@@ -20,17 +20,11 @@ _FEWEST = 100  # pairs of an edge at least
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a large network the page carries.
+    """How much of a large network the page carries."""
 
-    Attributes:
-        channels: Channels of a layer, the most frequent ones, whose edges and pictures are kept.
-        pairs: Pairs of channels that are kept for their influence alone, over the whole network and all conditions.
-        samples: Samples whose own routes are kept, with their pictures.
-    """
-
-    channels: int = 256
-    pairs: int = 80_000
-    samples: int = 64
+    channels: int = 256  # of a layer, the most frequent ones, whose edges and pictures are kept
+    pairs: int = 80_000  # of channels, kept for their influence alone, over the whole network and all conditions
+    samples: int = 64  # whose own routes are kept, with their pictures
 
 
 @dataclass(frozen=True)
@@ -53,25 +47,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class RouteSetup:
-    """One route view.
+    """One route view."""
 
-    Attributes:
-        data: Number of its data set.
-        pairs: What it can show, one at a time.
-        control: What moves between pairs: ``"eps"`` is a slider, anything else a list of that name.
-        first: Words for a channel on the first route only.
-        second: For one on the second only.
-        both: For one on both.
-        linked: Whether the view before it sets its width and choices.
-    """
-
-    data: int
-    pairs: tuple[Pair, ...]
-    control: str
-    first: str = "clean images only"
+    data: int  # number of its data set
+    pairs: tuple[Pair, ...]  # what it can show, one at a time
+    control: str  # what moves between pairs: "eps" is a slider, anything else a list of that name
+    first: str = "clean images only"  # words for a channel on the first route only, on the second only, on both
     second: str = "attacked images only"
     both: str = "clean and attacked images"
-    linked: bool = False
+    linked: bool = False  # the view before it sets its width and choices
 
 
 def run_setup(conditions: Sequence[Condition], data: int = 0, start: int = 0, *, linked: bool = False) -> RouteSetup:
@@ -126,8 +110,8 @@ def route_view(
                 "channels": count,
                 "route": [None if item.route is None else list(item.route.indices[layer]) for item in conditions],
                 "frequency": [None if frequency is None else frequency[layer].tolist() for frequency in frequencies],
-                "gradient": [_values(condition.gradient, layer) for condition in conditions],
-                "sensitivity": [_values(condition.sensitivity, layer) for condition in conditions],
+                "gradient": [item.gradient and _rounded(item.gradient[layer]) for item in conditions],
+                "sensitivity": [item.sensitivity and _rounded(item.sensitivity[layer]) for item in conditions],
                 "arriving": [_arriving(influence, layer, count) for influence in influences],
                 "peaks": [_peaks(network.pictures, layer, candidates[layer], pictured) for network in networks],
             }
@@ -213,7 +197,7 @@ def _pairs(matrix: Tensor, targets: Tensor, sources: Tensor, limit: int) -> dict
         "targets": targets[rows[order]].tolist(),
         "influence": _rounded(values[order]),
         "share_kept": round(values.sum().item() / total, 4) if total > 0 else None,
-        "total": _digits(total),
+        "total": float(f"{total:.4g}"),
     }
 
 
@@ -277,14 +261,6 @@ def _origin(condition: Condition) -> Mapping[str, Any] | None:
     return None if routes is None or routes.provenance is None else routes.provenance.to_json()
 
 
-def _values(measurements: Mapping[str, Tensor] | None, layer: str) -> list[float] | None:
-    return None if measurements is None else _rounded(measurements[layer])
-
-
 def _rounded(values: Tensor) -> list[float]:
-    return [_digits(value) for value in values.tolist()]
-
-
-def _digits(value: float) -> float:
     """Four digits: enough to draw, and a fraction of the size."""
-    return float(f"{value:.4g}")
+    return [float(f"{value:.4g}") for value in values.tolist()]

@@ -10,15 +10,15 @@ from typing import Any
 
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable
+from attackroute.core.files import file_errors, printable
 from attackroute.robustness.registry import by_radius
 from attackroute.routes.folder import RouteFolder, has_routes
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.zoo.weights import CARD, ModelCard
 
+# kinds of documents that have a section of their own; all others are experiments
 TRACE, HARDNESS, EVALUATION, HARDENING = "trace", "hardness", "evaluation", "hardening"
-"""Kinds of documents that have a section of their own; all others are experiments."""
 
 _ROUTE = "route.json"
 _ENDINGS = (".svg", ".png")
@@ -26,36 +26,26 @@ _ENDINGS = (".svg", ".png")
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document in a run's folder, and the figures beside it.
+    """A document in a run's folder, and the figures beside it."""
 
-    Attributes:
-        path: Its JSON file, relative to the run's folder.
-        folder: Name of the folder that the file is in.
-        document: What it holds.
-        figures: Files of each figure by ending, by title: those called as the document, or so with ``-`` and more.
-    """
-
-    path: str
-    folder: str
+    path: str  # of its JSON file, relative to the run's folder
+    folder: str  # name of the folder that the file is in
     document: Document
-    figures: Mapping[str, Mapping[str, Path]]
+    figures: Mapping[str, Mapping[str, Path]]  # by title and ending: called as the document, or so with - and more
 
     @classmethod
     def open(cls, file: Path, run: Path) -> StoredDocument:
-        """Read a document.
-
-        Raises:
-            UserError: It is damaged.
-        """
+        """Read a document; a `UserError` says if it is damaged."""
         figures: dict[str, dict[str, Path]] = {}
         for path in sorted(file.parent.iterdir(), key=lambda path: path.stem):
-            if path.suffix in _ENDINGS and (path.stem == file.stem or path.stem.startswith(f"{file.stem}-")):
+            if path.suffix not in _ENDINGS or path.is_symlink() or not path.is_file():
+                continue  # a link may lead to what is not to be mailed
+            if path.stem == file.stem or path.stem.startswith(f"{file.stem}-"):
                 figures.setdefault(path.stem, {})[path.suffix] = path
         return cls(str(file.relative_to(run)), file.resolve().parent.name, Document.load(file), figures)
 
     @property
     def title(self) -> str:
-        """What it is about."""
         return str(self.document.about.get("title") or self.document.kind)
 
     @property
@@ -72,41 +62,23 @@ class StoredDocument:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What was read.
-
-    Attributes:
-        path: The folder.
-        routes: Routes of samples as they are; None where no trace is there.
-        attacked: Routes of attacked samples, one for each attack, by rising radius.
-        route: The model's route, of clean samples where there are any.
-        trace: The summary of the trace of samples as they are.
-        experiments: What was measured beside what the next three say, a kind, in the order they ask for.
-        hardness: What ``attackroute hardness`` found.
-        evaluation: What ``attackroute evaluate`` found.
-        hardenings: What ``attackroute harden`` compared, its control runs included.
-        model: The folder of a trained network.
-        left_out: What is of the same kind as something that is shown.
-    """
+    """What was read."""
 
     path: Path
-    routes: InstanceRoutes | None = None
-    attacked: tuple[InstanceRoutes, ...] = ()
-    route: Route | None = None
-    trace: StoredDocument | None = None
-    experiments: tuple[StoredDocument, ...] = ()
+    routes: InstanceRoutes | None = None  # of samples as they are
+    attacked: tuple[InstanceRoutes, ...] = ()  # of attacked samples, one for each attack, by rising radius
+    route: Route | None = None  # the model's, of clean samples where there are any
+    trace: StoredDocument | None = None  # sums up that of samples as they are
+    experiments: tuple[StoredDocument, ...] = ()  # what no other command found, in the order they ask for
     hardness: StoredDocument | None = None
     evaluation: StoredDocument | None = None
-    hardenings: tuple[StoredDocument, ...] = ()
-    model: Path | None = None
-    left_out: tuple[str, ...] = ()
+    hardenings: tuple[StoredDocument, ...] = ()  # controls included
+    model: Path | None = None  # the folder of a trained network
+    left_out: tuple[str, ...] = ()  # of the same kind as something that is shown
 
     @classmethod
     def open(cls, folder: Path) -> RunFolder:
-        """Read a run's folder and the folders directly in it; nearer files come first, then by name.
-
-        Raises:
-            UserError: There is no such folder, it holds nothing of this package, or a file is damaged.
-        """
+        """Read a run's folder and the folders directly in it; nearer files come first, then by name."""
         places = _places(folder)
         kinds: dict[str, list[StoredDocument]] = {}
         for file in (file for place in places for file in sorted(place.glob("*.json")) if Document.is_at(file)):
@@ -124,7 +96,8 @@ class RunFolder:
         # beside a hardening lies the route that was punished, which is not that of the hardened network
         punished = {(folder / stored.path).parent for stored in hardenings}
         files = [place / _ROUTE for place in places if (place / _ROUTE).is_file() and place not in punished]
-        model_routes = [route for route in map(Route.load, files) if _is_clean(route) and _fits(route, clean)]
+        model_routes = [route for route in map(Route.load, files) if _fits(route, clean)]
+        model_routes = [route for route in model_routes if route.provenance is None or not route.provenance.attack]
         counts = {**{kind: len(documents) - 1 for kind, documents in kinds.items()}, "routes": len(clean) - 1}
         firsts = {kind: documents[0] for kind, documents in kinds.items() if documents}
         run = cls(
@@ -170,14 +143,11 @@ class RunFolder:
 
 
 def _places(folder: Path) -> list[Path]:
-    if not folder.exists():
-        raise UserError(f"{printable(folder)}: there is no such folder; name one that attackroute trace or demo wrote")
     if not folder.is_dir():
-        raise UserError(f"{printable(folder)} is a file; name the folder of a run")
-    try:
+        fault = "is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"{printable(folder)}: {fault}; name a folder that attackroute trace or demo wrote")
+    with file_errors(folder):
         below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{printable(folder)}: cannot be read: {error.strerror or error}") from None
     return [folder, *below]
 
 
@@ -185,10 +155,6 @@ def _network(folder: Path, places: list[Path]) -> Path | None:
     """The folder of the run's network: the run's own, or the one called so beside others such as hardened ones."""
     cards = [place for place in places if (place / CARD).is_file()]
     return next((place for place in (folder, folder / "model", *cards) if place in cards), None)
-
-
-def _is_clean(route: Route) -> bool:
-    return route.provenance is None or route.provenance.attack is None
 
 
 def _fits(routes: InstanceRoutes | Route, others: list[InstanceRoutes]) -> bool:

@@ -5,25 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Condition
-from attackroute.report.page import (
-    MOST_BYTES,
-    PRUNED,
-    SECTIONS,
-    Budget,
-    Content,
-    Page,
-    fitting,
-    interval,
-    percent,
-    render,
-)
+from attackroute.report.page import MOST_BYTES, SECTIONS, Budget, Content, Page, fitting, interval, percent, render
 from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
 from attackroute.robustness.registry import short_name
 from attackroute.routes.route import Route
@@ -43,7 +31,6 @@ class RunComparison:
 
     @property
     def runs(self) -> tuple[Content, Content]:
-        """Both."""
         return self.first, self.second
 
     @property
@@ -71,27 +58,23 @@ class LayerChange:
     before: Route
     after: Route
 
-    @cached_property
+    @property
     def stayed(self) -> Route:
-        """On both routes."""
         return self.before & self.after
 
-    @cached_property
+    @property
     def left(self) -> Route:
-        """On the first alone."""
         return self.before - self.after
 
-    @cached_property
+    @property
     def entered(self) -> Route:
-        """On the second alone."""
         return self.after - self.before
 
     @property
     def counts(self) -> Table:
         """How many, by layer."""
-        rows = []
+        rows, routes = [], (self.before, self.after, self.stayed, self.left, self.entered)
         for layer, count in self.before.channels.items():
-            routes = (self.before, self.after, self.stayed, self.left, self.entered)
             before, after, stayed, left, entered = (len(route.indices[layer]) for route in routes)
             rows.append(
                 {
@@ -110,10 +93,8 @@ class LayerChange:
     @property
     def channels(self) -> Table:
         """Which, by layer."""
-        return Table.of(
-            {"layer": layer, "left": self.left.indices[layer], "entered": self.entered.indices[layer]}
-            for layer in self.before
-        )
+        left, entered = self.left.indices, self.entered.indices
+        return Table.of({"layer": layer, "left": left[layer], "entered": entered[layer]} for layer in self.before)
 
 
 def build_comparison(comparison: RunComparison, most_bytes: int = MOST_BYTES) -> Page:
@@ -150,11 +131,12 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
         "differences": differences,
         "route_data": data_sets,
         "route_views": [asdict(view) for view in views],
-        "notes": [*comparison.notes, *([PRUNED] if pruned else [])],
     }
-    html, data = render(
+    return render(
         "two_runs.html.j2",
         data,
+        comparison.notes,
+        pruned=pruned,
         title=f"Critical attacking routes: {first} and {second}",
         sections={
             "route": "The routes",
@@ -164,13 +146,10 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
         },
         comparison=comparison,
         views=len(views),
-        notes=comparison.notes,
-        left_out=PRUNED if pruned else None,
         route_changes=changes,
-        differences={name: _table(rows, comparison.names) for name, rows in differences.items()},
+        differences={name: difference_table(rows, comparison.names) for name, rows in differences.items()},
         budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
     )
-    return Page(html, data, pruned)
 
 
 def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
@@ -285,7 +264,7 @@ def _difference(about: Mapping[str, Any], pair: Sequence[float | None], kind: st
     return {**about, "values": [before, after], "change": change, "kind": kind}
 
 
-def _table(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
+def difference_table(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
     """Differences as a table shows them."""
     rows = []
     for difference in differences:

@@ -335,8 +335,7 @@ class RouteWriter:
         With ``resume`` the trace in the folder, if it holds one, goes on, finished or not.
 
         Raises:
-            UserError: The folder cannot be used, holds an unfinished trace although ``resume`` is false, or one with
-                other settings.
+            UserError: The folder cannot be used, holds a trace although ``resume`` is false, or another one.
         """
         made_folder(self._path)
         summary = self._path / f"{_SUMMARY}.json"
@@ -346,14 +345,9 @@ class RouteWriter:
             gaps = [self._gap(number, model) for number in range(self._count)]
             self._gaps = [gap for gap in gaps if gap is not None]
         else:
-            stale = sorted(file for stem in (_ROUTES, _PARTIAL) for file in self._path.glob(f"{stem}*.safetensors"))
-            if stale and previous is not None and previous.about.get("finished") is False:
-                raise UserError(
-                    f"{self._path} holds an unfinished trace; pass --resume to go on with it, or choose another folder"
-                )
+            if any(file for stem in (_ROUTES, _PARTIAL) for file in self._path.glob(f"{stem}*.safetensors")):
+                raise UserError(f"{self._path} holds a trace; resume to go on with it, or choose another folder")
             Document(TRACE, self._settings, about={"finished": False}).save(self._path, _SUMMARY)
-            for file in (*stale, self._path / ROUTE):
-                file.unlink(missing_ok=True)
             self._gaps = [Gap(number, *self._range(number)) for number in range(self._count)]
         self._open_file()
         return tuple(self._gaps)

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Subset
 
 from attackroute.core.batches import count_samples, in_order, load
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.files import user_path
 from attackroute.core.random import derived_generator, drawn_indices
 
 Split = Literal["train", "test"]
@@ -342,8 +343,8 @@ def _source(spec: str) -> tuple[Callable[[_Request], ImageData], Path]:
     if name in _ON_DISK:
         if not path:
             raise UserError(f"data {name} needs a path; write {name}:PATH")
-        return _ON_DISK[name], Path(path).expanduser()
-    if spec and Path(spec).expanduser().is_dir():
+        return _ON_DISK[name], user_path(path)
+    if spec and user_path(spec).is_dir():
         raise UserError(f"data {spec!r} is a folder; write folder:{spec} for images in class folders")
     close = did_you_mean(name, [*_ON_DISK, *_EMBEDDED])
     raise UserError(f"no data {spec!r}{close} (known: {', '.join([*(f'{n}:PATH' for n in _ON_DISK), *_EMBEDDED])})")

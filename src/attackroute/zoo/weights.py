@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import write_json
+from attackroute.core.files import user_path, write_json
 from attackroute.core.model_state import kept_modes, placement
 from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import BUILT_IN, build
@@ -87,7 +87,7 @@ def find_card(model: str) -> tuple[Path, ModelCard] | None:
         UserError: There is no such preset, or the folder does not describe a network.
     """
     preset = model.startswith(_PRESET)
-    folder = preset_folder(model.removeprefix(_PRESET)) if preset else Path(model).expanduser()
+    folder = preset_folder(model.removeprefix(_PRESET)) if preset else user_path(model)
     return None if model in BUILT_IN or not folder.is_dir() else (folder, ModelCard.load(folder))
 
 
@@ -109,13 +109,18 @@ def open_network(
     trained = find_card(model)
     if trained is None:
         network = build(spec_for(model, data, width=width, classes=classes))
-        if weights is None and not _is_factory(model):  # a factory may load its own, any other would stay random
+        if weights is None and not is_factory(model):  # a factory may load its own, any other would stay random
             hint = f"; for the folder of that name write ./{model}" if Path(model).is_dir() else ""
             raise UserError(
                 f"{model} has no weights; name a file with --weights, or take a folder of attackroute train{hint}"
             )
     else:
         folder, card = trained
+        if is_factory(card.spec.name):  # code is called because the user names it, never because a file does
+            raise UserError(
+                f"{folder / CARD} names code to be called, {card.spec.name}; if you trust it, give the same with "
+                f"--model {card.spec.name} --weights {folder / BEST}"
+            )
         if card.classes != data.classes:  # other labels would be compared with the wrong logits, in silence
             raise UserError(
                 f"{folder} was trained for the classes {_listed(card.classes)}, the data have {_listed(data.classes)}; "
@@ -123,7 +128,7 @@ def open_network(
             )
         if width is not None or classes is not None:
             raise UserError(f"{folder} says itself how wide its network is; leave out --model-width and --classes")
-        network, weights = build(card.spec), weights or _kept_weights(folder)
+        network, weights = build(card.spec), weights or kept_weights(folder)
     if weights is not None:
         load_weights(network, weights)
     check_input(network, data.shape)
@@ -144,7 +149,7 @@ def spec_for(model: str, data: ImageData, *, width: float | None = None, classes
 def with_own_normalisation(spec: ModelSpec, network: nn.Module) -> ModelSpec:
     """The spec with the statistics that its network has, so that a later version's defaults cannot change them."""
     normalise = getattr(network, "normalise", None)
-    if not isinstance(normalise, Normalise) or _is_factory(spec.name):  # a factory brings its own, and takes none
+    if not isinstance(normalise, Normalise) or is_factory(spec.name):  # a factory brings its own, and takes none
         return spec
     return replace(spec, mean=normalise.statistics.mean, std=normalise.statistics.std)
 
@@ -164,7 +169,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserError: No such file, one that is damaged or is no state dict, or names or shapes that are not the model's.
             The model is then as it was.
     """
-    path = Path(path).expanduser()
+    path = user_path(os.fspath(path))
     if not path.exists():
         raise UserError(f"weights {path} do not exist; check the path")
     if path.is_dir():
@@ -231,14 +236,15 @@ def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
             ) from error
 
 
-def _kept_weights(folder: Path) -> Path:
+def kept_weights(folder: Path) -> Path:
+    """The best weights in a train folder, else the last; a `UserError` if there are none."""
     for path in (folder / BEST, folder / LAST):
         if path.is_file():
             return path
     raise UserError(f"{folder} has neither {BEST} nor {LAST}; finish the training, or name a file with --weights")
 
 
-def _is_factory(model: str) -> bool:
+def is_factory(model: str) -> bool:
     """Whether the name is ``package.module:factory``."""
     source, colon, _ = model.partition(":")
     return bool(colon) and source not in ("torchvision", "timm")
