@@ -26,6 +26,7 @@ from attackroute.analysis.study import Study
 from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.files import made_folder
 from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
 
@@ -154,11 +155,8 @@ def analyze(
         UserError: A name is unknown, an input does not fit the model, or files cannot be written.
     """
     chosen = chosen_experiments(experiments)
-    if study.folder is not None and leading():
-        try:
-            study.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{study.folder}: cannot be made: {error.strerror}; choose another folder") from None
+    if study.folder is not None:
+        made_folder(study.folder)
     if not resume and study.layers is not None:  # so that a wrong layer is named before anything has run
         study.routes[ROUTE].aggregate(study.share).restrict(study.layers)
     documents: dict[str, Document] = {}

@@ -7,17 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from attackroute.cli.arguments import integer, option, parse_names, parse_share, switch
-from attackroute.cli.options import (
-    FILES,
-    ROUTE,
-    RUN,
-    ImageOptions,
-    NetworkOptions,
-    RunOptions,
-    Session,
-    TracingOptions,
-    open_folder,
-)
+from attackroute.cli.options import FILES, ROUTE, RUN, ImageOptions, NetworkOptions, RunOptions, Session, TracingOptions
+from attackroute.core.files import made_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +76,7 @@ def analyze(options: AnalyzeOptions) -> None:
         batch_size=options.run.batch_size,
         workers=options.run.workers,
         seed=options.run.seed,
-        folder=open_folder(options.out),
+        folder=made_folder(options.out),
         settings={name: session.settings[name] for name in ("model", "data", "samples", "device")},
         note=output.note,
         progress=output.progress,

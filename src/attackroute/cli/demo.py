@@ -14,10 +14,11 @@ from attackroute.cli.arguments import integer, option, parse, shared
 from attackroute.cli.evaluate import EvaluateOptions, evaluate
 from attackroute.cli.harden import HARDENING, HardenOptions, harden
 from attackroute.cli.hardness import HardnessOptions, hardness
-from attackroute.cli.options import FILES, RunOptions, open_folder
+from attackroute.cli.options import FILES, RunOptions
 from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TRAINING, TrainOptions, train
+from attackroute.core.files import made_folder
 
 _DATA = "mnist-sample"
 _MODEL, _LONGER, _HARDENED, _RANDOM = "model", "longer", "hardened", "random"
@@ -82,7 +83,7 @@ def demo(options: DemoOptions) -> None:
     """Run the commands one after the other into a folder."""
     output = options.run.output
     started = time.perf_counter()
-    folder = open_folder(options.out)
+    folder = made_folder(options.out)
     _clear(folder)
     seconds: dict[str, float] = {}
     for step in _steps(folder, options.epochs):

@@ -31,11 +31,11 @@ from attackroute.cli.options import (
     RunOptions,
     TracingOptions,
     TrainingOptions,
-    open_folder,
     resolve_device,
 )
 from attackroute.cli.train import best_line, divided, epoch_lines, open_test_images, prepare
 from attackroute.core.errors import UserError
+from attackroute.core.files import made_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,7 +201,7 @@ def harden(options: HardenOptions) -> None:
     if penalty.sweep is not None:
         hardening.sweep(penalty.sweep)
     elif options.out is not None:
-        hardening.harden(open_folder(options.out), 0.0 if penalty.lam is None else penalty.lam)
+        hardening.harden(made_folder(options.out), 0.0 if penalty.lam is None else penalty.lam)
 
 
 @dataclass(frozen=True, eq=False)

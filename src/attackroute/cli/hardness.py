@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attackroute.cli.arguments import given, option, switch
 from attackroute.cli.console import Output
-from attackroute.cli.options import (
-    FILES,
-    ROUTE,
-    ImageOptions,
-    NetworkOptions,
-    RunOptions,
-    Session,
-    TracingOptions,
-    open_folder,
-)
+from attackroute.cli.options import FILES, ROUTE, ImageOptions, NetworkOptions, RunOptions, Session, TracingOptions
 from attackroute.core.errors import UserError
+from attackroute.core.files import made_folder
 from attackroute.tracing.config import UNIT, TraceConfig
 
 if TYPE_CHECKING:
@@ -76,7 +68,7 @@ def hardness(options: HardnessOptions) -> None:
         )
     route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
     paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
-    folder = open_folder(options.out)
+    folder = made_folder(options.out)
     with session.reading("images") as (batches, progress):
         study = study_hardness(
             session.network,

@@ -271,15 +271,3 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); leave it out, or take cpu") from error
     return own_device(name)
-
-
-def open_folder(folder: Path) -> Path:
-    """Create the folder where it is missing, or say in one line why that cannot be; of processes, the first does."""
-    from attackroute.core.distributed import leading
-
-    try:
-        if leading():
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be a folder ({error.strerror}); name another") from error
-    return folder

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from attackroute.cli.arguments import integer, option, switch
-from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, resolve_device
+from attackroute.cli.options import FILES, RUN, RunOptions, resolve_device
+from attackroute.core.files import made_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def reproduce(options: ReproduceOptions) -> None:
         device=resolve_device(options.run.device),
         resume=options.resume,
     )
-    open_folder(options.out)
+    made_folder(options.out)
     claims_of = run(settings, line=output.line, note=output.note, progress=output.progress)
     listed = [{"target": target, **vars(claim)} for target, claims in claims_of.items() for claim in claims]
     output.result({"page": str(settings.filled), "claims": listed})

@@ -11,18 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from attackroute.cli.arguments import integer, one_of, option, parse_share, switch
 from attackroute.cli.console import Output
-from attackroute.cli.options import (
-    FILES,
-    ROUTE,
-    RUN,
-    ImageOptions,
-    NetworkOptions,
-    RunOptions,
-    Session,
-    TracingOptions,
-    open_folder,
-)
+from attackroute.cli.options import FILES, ROUTE, RUN, ImageOptions, NetworkOptions, RunOptions, Session, TracingOptions
 from attackroute.core.errors import UserError
+from attackroute.core.files import made_folder
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +95,7 @@ def trace(options: TraceOptions) -> int:
     output = options.run.output
     network = session.network.double() if options.dtype == _DOUBLE else session.network
     if options.out is not None:
-        open_folder(options.out)
+        made_folder(options.out)
     started, counts = time.perf_counter(), [] if options.out else [0]  # into a folder, what is done is counted first
     kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
     with session.reading("images", kept) as (batches, progress):

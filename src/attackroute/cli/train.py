@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from attackroute.cli.arguments import given, option, parse_factor, shared
 from attackroute.cli.console import Output
-from attackroute.cli.options import (
-    EXPECTED_MODELS,
-    FILES,
-    ImageOptions,
-    RunOptions,
-    TrainingOptions,
-    open_folder,
-    resolve_device,
-)
+from attackroute.cli.options import EXPECTED_MODELS, FILES, ImageOptions, RunOptions, TrainingOptions, resolve_device
 from attackroute.core.errors import UserError
+from attackroute.core.files import made_folder
 
 if TYPE_CHECKING:
     from attackroute.core.statistics import Accuracy
@@ -73,7 +66,7 @@ def train(options: TrainOptions) -> None:
     torch.manual_seed(options.run.seed)
     network = build(spec).to(device)
     card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
-    current().first(lambda: prepare(open_folder(options.out), card, resume=training.resume))
+    current().first(lambda: prepare(made_folder(options.out), card, resume=training.resume))
     with output.progress("steps") as progress, epoch_lines(options.out, training, output) as on_epoch:
         result = train_network(
             network,

@@ -58,11 +58,7 @@ class Document:
         }
 
     def save(self, folder: str | os.PathLike[str], name: str | None = None) -> list[Path]:
-        """Write ``NAME.csv``, where there are rows, and then ``NAME.json``; NAME is the kind unless it is given.
-
-        Raises:
-            UserError: A file cannot be written.
-        """
+        """Write ``NAME.csv``, where there are rows, and then ``NAME.json``; NAME is the kind unless it is given."""
         stem = name or self.kind
         paths = [Path(folder) / f"{stem}.json"]
         if len(self.table):
@@ -73,23 +69,17 @@ class Document:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Document:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: The file cannot be read, is damaged, or holds something else.
-        """
+        """Read what :meth:`save` wrote."""
         content = read_object(Path(path))
-        faults = [
-            f"{name!r} must be a {kind.__name__}"
-            for name, kind in _FIELDS.items()
-            if not isinstance(content.get(name), kind)
-        ]
+        fault = None
         if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-            faults.insert(0, f"not an {_FORMAT} of version {_VERSION}")
-        elif not faults and not all(isinstance(row, dict) for row in content["rows"]):
-            faults.append("'rows' must be JSON objects")
-        if faults:
-            raise UserError(f"{printable(path)}: {faults[0]}; write it anew, or move it away")
+            fault = f"not an {_FORMAT} of version {_VERSION}"
+        elif wrong := [name for name, kind in _FIELDS.items() if not isinstance(content.get(name), kind)]:
+            fault = f"{wrong[0]!r} must be a {_FIELDS[wrong[0]].__name__}"
+        elif not all(isinstance(row, dict) for row in content["rows"]):
+            fault = "'rows' must be JSON objects"
+        if fault is not None:
+            raise UserError(f"{printable(path)}: {fault}; write it anew, or move it away")
         table = Table.of(content["rows"])
         return cls(content["kind"], content["settings"], content["reading"], table=table, about=content["about"])
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:  # the command line shows its help without PyTorch
@@ -32,11 +33,7 @@ _METADATA_KEY = "attackroute"
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write to a new file beside ``path`` and move it there: a reader sees the old content or the new, never half.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write to a new file beside ``path`` and move it there: a reader sees the old content or the new, never half."""
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         try:
@@ -54,25 +51,17 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step; a `UserError` says if it cannot be written."""
+    """Write a JSON file in one step."""
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_sealed_json(path: str | os.PathLike[str], kind: str, body: Mapping[str, Any]) -> None:
-    """Write a header and ``body`` as JSON text, one layer a line.
-
-    Raises:
-        UserError: The file cannot be written; a previous file of that name is then as it was.
-    """
-    replace_file(Path(path), _layout(_seal(kind, body, {})).encode())
+    """Write a header and ``body`` as JSON text, one layer a line."""
+    replace_file(Path(path), f"{_layout(_seal(kind, body, {}))}\n".encode())
 
 
 def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Read the body that :func:`write_sealed_json` wrote, once format, version and checksum are right.
-
-    Raises:
-        UserError: The file is missing, unreadable, damaged, or something else.
-    """
+    """Read the body that :func:`write_sealed_json` wrote, once format, version and checksum are right."""
     with file_errors(path):
         return _unseal(_header(Path(path).read_bytes(), kind), {})
 
@@ -80,11 +69,7 @@ def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 def write_tensors(
     path: str | os.PathLike[str], kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> str:
-    """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all.
-
-    Raises:
-        UserError: The file cannot be written; a previous file of that name is then as it was.
-    """
+    """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all."""
     from safetensors.torch import save
 
     # safetensors refuses tensors that share memory, as labels and predictions may
@@ -95,11 +80,7 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what :func:`write_tensors` wrote, once format, version and checksum are right.
-
-    Raises:
-        UserError: The file is missing, unreadable, damaged, or something else.
-    """
+    """Read what :func:`write_tensors` wrote, once format, version and checksum are right."""
     with _opened(path, kind) as (file, header):
         # a clone, so that nothing stays mapped to a file that may change
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -107,11 +88,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
 
 
 def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The body that :func:`write_tensors` wrote and the checksum, without a look at the tensors.
-
-    Raises:
-        UserError: The file is missing, cut short, or something else; damage inside of tensors goes unnoticed.
-    """
+    """The body that :func:`write_tensors` wrote and the checksum; damage inside of tensors goes unnoticed."""
     with _opened(path, kind) as (_, header):
         return _header(header, kind)
 
@@ -144,12 +121,14 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 def made_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of that name, made when it is missing; a `UserError` if it cannot be one."""
+    """The folder of that name, made when it is missing, by the first process where there are several."""
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if leading():
+            folder.mkdir(parents=True, exist_ok=True)
+            os.stat(f"{folder}/.")  # refused where the folder may not be entered
     except OSError as error:
-        raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); name another") from None
+        raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); choose another folder") from None
     return folder
 
 
@@ -170,8 +149,8 @@ def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str]
 
 
 def _seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    content = {"format": kind, "version": VERSION, **body}
-    return {"format": kind, "version": VERSION, "checksum": _checksum(content, tensors), **body}
+    stated = {"format": kind, "version": VERSION}
+    return {**stated, "checksum": _checksum({**stated, **body}, tensors), **body}
 
 
 def _header(text: str | bytes, kind: str) -> dict[str, Any]:
@@ -218,16 +197,14 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _layout(document: Mapping[str, Any]) -> str:
+def _layout(document: Mapping[str, Any], indent: str = "") -> str:
     """JSON text with one line for each key, and one for each layer of a nested object."""
-    entries = []
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            inner = ",\n".join(f"    {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
-            entries.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
-        else:
-            entries.append(f"  {json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(entries) + "\n}\n"
+    lines = (
+        f"{indent}  {json.dumps(key)}: "
+        + (_layout(value, "  ") if isinstance(value, Mapping) and not indent else json.dumps(value))
+        for key, value in document.items()
+    )
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def _keep_name(folder: Path) -> None:

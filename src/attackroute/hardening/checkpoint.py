@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable, replace_file, write_json
+from attackroute.core.files import made_folder, replace_file, write_json
 from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
 
@@ -200,11 +200,8 @@ def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
     Raises:
         UserError: The folder cannot be made, holds a run although ``resume`` is false, or holds a damaged checkpoint.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
-    except OSError as error:
-        raise UserError(f"{printable(path)}: {error.strerror or error}; choose another folder") from None
+    made_folder(path)
+    present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
     if present and not resume:
         raise UserError(
             f"{path} already holds a run ({present[0]}); pass --resume to go on with it, or choose another folder"
