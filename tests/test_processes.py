@@ -71,10 +71,10 @@ def test_any_number_of_processes_gives_what_one_gives(tmp_path: Path, count: int
     assert [process.returncode for process in running] == [0] * count, "\n".join(said)
     for folder in (*COMMANDS, "examples"):
         compare_folders(tmp_path / "1" / folder, tmp_path / str(count) / folder)
-    for run in RUNS:
-        one, many = (load_file(tmp_path / str(own) / f"weights-{run}.safetensors") for own in (1, count))
+    for trained in RUNS:
+        one, many = (load_file(tmp_path / str(own) / f"weights-{trained}.safetensors") for own in (1, count))
         for name, value in one.items():
-            assert torch.allclose(value, many[name], rtol=0, atol=TOLERANCE), (run, name)
+            assert torch.allclose(value, many[name], rtol=0, atol=TOLERANCE), (trained, name)
     for command, text in printed(tmp_path, 1, 0).items():
         assert untimed(json.loads(printed(tmp_path, count, 0)[command])) == untimed(json.loads(text)), command
     for rank in range(1, count):  # the first process speaks, and no other
