@@ -379,7 +379,6 @@ def test_copies_and_pickles_are_equal() -> None:
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels must have shape"),
         ({"predictions": torch.zeros(2)}, "predictions must be int64"),
         ({"methods": {("a", "b"): "closed-form"}}, "layer 'b'"),
-        ({"methods": {("a", "a"): 3}}, "method must be a string"),
         ({"kept_scores": {}}, "no scores for layer 'a'"),
         ({"kept_scores": {"a": torch.zeros(2, 4)}}, "scores of layer 'a' must have shape"),
         ({"kept_scores": {"a": torch.zeros(2, 3, dtype=torch.int64)}}, "floating point"),

@@ -132,11 +132,11 @@ def trace(options: TraceOptions) -> int:
 
 def _document(routes: InstanceRoutes | RouteFolder, width: float, settings: Mapping[str, Any]) -> Document:
     """What is said of the trace; in a folder it is written, with the model's route."""
-    from attackroute.routes.folder import RouteFolder, RouteTotals
+    from attackroute.routes.folder import RouteFolder, trace_document
 
     if isinstance(routes, RouteFolder):
         return routes.save_route(width)
-    return RouteTotals.of(routes).document(routes.aggregate(width), settings)
+    return trace_document(routes, routes.aggregate(width), settings)
 
 
 def _compare(session: Session, options: TraceOptions, attack: Perturbation | None, config: TraceConfig) -> OracleCheck:
