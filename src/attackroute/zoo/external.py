@@ -37,7 +37,8 @@ def from_torchvision(name: str, spec: ModelSpec) -> nn.Module:
     arguments = {"init_weights": True, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
     network = models.get_model(name, weights=None, num_classes=spec.num_classes, **arguments)
     trained_with = models.get_model_weights(name).DEFAULT.transforms()
-    return normalised(network, spec.statistics(Statistics(tuple(trained_with.mean), tuple(trained_with.std))))
+    statistics = spec.statistics(Statistics(tuple(trained_with.mean), tuple(trained_with.std)))
+    return normalised(network, statistics.mean, statistics.std)
 
 
 def from_timm(name: str, spec: ModelSpec) -> nn.Module:
@@ -58,7 +59,8 @@ def from_timm(name: str, spec: ModelSpec) -> nn.Module:
         raise UserError(f"timm cannot build {name!r}: {reason}") from error
     config: Mapping[str, Any] = getattr(network, "pretrained_cfg", None) or {}
     trained_with = Statistics(tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None
-    return normalised(network, spec.statistics(trained_with))
+    statistics = spec.statistics(trained_with)
+    return normalised(network, statistics.mean, statistics.std)
 
 
 def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
