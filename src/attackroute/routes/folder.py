@@ -34,14 +34,7 @@ from attackroute.core.files import (
     read_header,
 )
 from attackroute.core.journal import require_same_settings
-from attackroute.routes.instance_routes import (
-    Edge,
-    InstanceRoutes,
-    RouteTotals,
-    SampleRoutes,
-    joined_methods,
-    read_methods,
-)
+from attackroute.routes.instance_routes import Edge, InstanceRoutes, SampleRoutes, joined_methods, read_methods
 from attackroute.routes.layer_map import channel_counts, require_model, require_same
 from attackroute.routes.masks import sample_rows
 from attackroute.routes.provenance import Provenance
@@ -66,7 +59,7 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
     """What is to be said of a trace, with the model's route: the same for every run with the same result."""
     origin, totals = routes.provenance, routes.totals
     occurrence = routes.occurrence(origin.width)
-    accuracy = None if totals.correct is None else totals.correct / origin.samples
+    accuracy = None if "correct" not in totals else int(totals["correct"]) / origin.samples
     layers: list[dict[str, Any]] = []
     for layer, count in routes.channels.items():
         layers.append(
@@ -78,8 +71,8 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
                 "incoming": {source: how for (source, target), how in routes.methods.items() if target == layer},
             }
         )
-        if layer in totals.sketches:  # how far the layer's routes can be trusted: means over the samples
-            means = (totals.sketches[layer] / origin.samples).tolist()
+        if (sums := totals.get(f"sketches/{layer}")) is not None:  # how far the layer's routes can be trusted
+            means = (sums / origin.samples).tolist()
             layers[-1] |= zip(("sketches", "expected_overlap", "undecided"), means, strict=True)
     about |= {
         "samples": origin.samples,
@@ -175,9 +168,11 @@ class RouteFolder(SampleRoutes):
         return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.shards)} files)"
 
     @cached_property
-    def totals(self) -> RouteTotals:
-        """What all samples come to, for which every file is read once."""
-        return RouteTotals.sum([routes.totals for routes in self.parts()])
+    def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Sums over the samples, see :class:`SampleRoutes`, for which every file is read once."""
+        parts = [routes.totals for routes in self.parts()]
+        names = [name for name in parts[0] if all(name in part for part in parts)]
+        return {name: sum(part[name] for part in parts) for name in names}  # type: ignore[misc]
 
     def parts(self) -> Iterator[InstanceRoutes]:
         """The routes file by file, in the samples' order; a `UserError` says which file is damaged."""

@@ -27,33 +27,6 @@ _MASKS, _SCORES, _SKETCHED = "masks/", "scores/", "sketched/"
 _ANSWERS = ("labels", "predictions")
 
 
-@dataclass(frozen=True, eq=False)
-class RouteTotals:
-    """What the routes of samples come to together: sums that add up exactly, whichever files they are in.
-
-    Attributes:
-        usage: For each layer, how many samples' routes use each channel, int64 (C,).
-        correct: Samples whose prediction is their label; None where there are no labels.
-        sketches: For each layer with sketched edges the sums over the samples of their draws, of their expected overlap
-            and of the share of their channels that is undecided, float64 (3,).
-    """
-
-    usage: Mapping[str, Tensor]
-    correct: int | None
-    sketches: Mapping[str, Tensor]
-
-    @classmethod
-    def sum(cls, parts: Sequence[RouteTotals]) -> RouteTotals:
-        """The totals of several sets of samples together, all of the same layers."""
-        first = parts[0]
-        correct = [totals.correct for totals in parts if totals.correct is not None]
-        return cls(
-            {layer: sum(totals.usage[layer] for totals in parts) for layer in first.usage},  # type: ignore[misc]
-            sum(correct) if len(correct) == len(parts) else None,
-            {layer: sum(totals.sketches[layer] for totals in parts) for layer in first.sketches},  # type: ignore[misc]
-        )
-
-
 class SampleRoutes(ABC):
     """Routes of N samples, wherever they are kept, and what follows from how many of them use each channel.
 
@@ -61,13 +34,15 @@ class SampleRoutes(ABC):
         channels: for each layer, in forward order, how many channels it has.
         provenance: where the routes come from, with N as ``samples`` and the width of each sample's route.
         methods: for each edge (source layer, target layer), how its influence was computed.
-        totals: what all samples come to.
+        totals: sums over the samples, by name: ``usage/LAYER``, how many routes use each channel, int64 (C,);
+            ``correct``, how many predictions are the label, where there are labels; and for a layer with sketched edges
+            ``sketches/LAYER``, the draws, the expected overlap and the share of channels undecided, float64 (3,).
     """
 
     channels: Mapping[str, int]
     provenance: Provenance
     methods: Mapping[Edge, str]
-    totals: RouteTotals
+    totals: Mapping[str, Tensor]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -84,7 +59,8 @@ class SampleRoutes(ABC):
 
     def frequency(self) -> dict[str, Tensor]:
         """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
-        return {layer: counts.double() / len(self) for layer, counts in self.totals.usage.items()}
+        totals = self.totals
+        return {layer: totals[f"usage/{layer}"].double() / len(self) for layer in self.channels}
 
     def occurrence(self, share: float = 0.2) -> dict[str, float]:
         """Mean frequency over the most frequent channels of each layer, the paper's Table 1.
@@ -244,18 +220,16 @@ class InstanceRoutes(SampleRoutes):
         return f"InstanceRoutes({title})\n{layer_table(('layer', 'channels', 'kept', 'leads to'), rows)}"
 
     @property
-    def totals(self) -> RouteTotals:  # type: ignore[override]
-        """How many samples use each channel, and what else adds up over samples."""
-        sketches: dict[str, Tensor] = {}
+    def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Sums over the samples, see :class:`SampleRoutes`."""
+        totals = {f"usage/{layer}": usage_counts(self.packed[layer], count) for layer, count in self.channels.items()}
+        if self.labels is not None and self.predictions is not None:
+            totals["correct"] = (self.labels == self.predictions).sum()
         if (errors := self.sketched) is not None:
             for layer in errors.layers:
                 values = (errors.draws[layer], errors.overlap[layer], errors.undecided(layer).double().mean(1))
-                sketches[layer] = torch.stack([value.double().sum() for value in values])
-        return RouteTotals(
-            {layer: usage_counts(self.packed[layer], count) for layer, count in self.channels.items()},
-            None if self.labels is None or self.predictions is None else int((self.labels == self.predictions).sum()),
-            sketches,
-        )
+                totals[f"sketches/{layer}"] = torch.stack([value.double().sum() for value in values])
+        return totals
 
     def by_label(self, width: float = 0.3) -> dict[int, Route]:
         """One route for each label, aggregated over the samples that bear it.

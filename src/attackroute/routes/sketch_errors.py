@@ -57,7 +57,7 @@ class SketchErrors:
         return unpack(self.packed[layer], self.channels[layer])
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The notes as named tensors, for a file."""
+        """The notes as named tensors, a row for each sample."""
         return {
             f"{prefix}{key}/{layer}": tensor
             for name, key in _FILE_KEYS.items()

@@ -82,8 +82,15 @@ def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
         if factory is None:
             names = [key for key, value in vars(module).items() if callable(value)]
             raise UserError(f"{module_name} has no function {name!r}{did_you_mean(name, names)}")
-        if not _needs_no_arguments(factory):
-            raise UserError(f"{spec.name} must be a function that can be called without arguments and returns a module")
+        try:
+            if isinstance(factory, nn.Module):
+                raise TypeError
+            with suppress(ValueError):  # compiled code without a signature
+                inspect.signature(factory).bind()
+        except TypeError:
+            raise UserError(
+                f"{spec.name} must be a function that can be called without arguments and returns a module"
+            ) from None
         network = factory()
     if not isinstance(network, nn.Module):
         raise UserError(f"{spec.name} returned {type(network).__name__}; it must return a torch.nn.Module")
@@ -93,18 +100,6 @@ def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
 def _refuse_width(spec: ModelSpec) -> None:
     if spec.width != 1:
         raise UserError(f"{spec.name} comes in one width; only built-in networks take width={spec.width}")
-
-
-def _needs_no_arguments(factory: object) -> bool:
-    if not callable(factory) or isinstance(factory, nn.Module):
-        return False
-    try:
-        inspect.signature(factory).bind()
-    except TypeError:
-        return False
-    except ValueError:  # compiled code without a signature
-        return True
-    return True
 
 
 @contextmanager

@@ -79,13 +79,7 @@ class ModelCard:
 
 
 def find_card(model: str) -> tuple[Path, ModelCard] | None:
-    """The train folder that ``--model`` names, and its card; None where it names something else.
-
-    ``preset:NAME`` is a folder that comes with the package.
-
-    Raises:
-        UserError: There is no such preset, or the folder does not describe a network.
-    """
+    """The train folder that ``--model`` names, ``preset:NAME`` included, and its card; None for anything else."""
     preset = model.startswith(_PRESET)
     folder = preset_folder(model.removeprefix(_PRESET)) if preset else Path(model).expanduser()
     return None if model in BUILT_IN or not folder.is_dir() else (folder, ModelCard.load(folder))
@@ -96,15 +90,8 @@ def open_network(
 ) -> nn.Module:
     """Build the network that ``--model`` names for the data, on the CPU and in eval mode, and load its weights.
 
-    Args:
-        model: A train folder, ``preset:NAME``, or a name as :func:`attackroute.zoo.build_model` takes it.
-        data: The images that it will see; they decide on image size and channels, and on the number of logits.
-        weights: A file in the place of the folder's own, as :func:`load_weights` reads it.
-        width: Factor on a built-in network's channels.
-        classes: Another number of logits.
-
-    Raises:
-        UserError: Unknown model, missing or mismatching weights, or images that the network cannot take.
+    The data decide on image size and channels, and, without ``classes``, on the number of logits. A file of weights
+    takes the place of the folder's own; ``width`` is a factor on a built-in network's channels.
     """
     trained = find_card(model)
     if trained is None:
@@ -209,11 +196,7 @@ def preset_training(name: str) -> dict[str, Any]:
 
 
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Try a model on one black image (C, H, W), in eval mode and without gradients; it comes back as it was.
-
-    Raises:
-        UserError: The model cannot take images of this shape.
-    """
+    """Try a model on one black image (C, H, W), in eval mode and without gradients; it comes back as it was."""
     device, dtype = placement(model)
     image = torch.zeros(1, *shape, dtype=dtype, device=device)
     with kept_modes(model), torch.no_grad():
