@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable, replace_file
+from attackroute.core.files import file_errors, printable, regular_file, replace_file
 from attackroute.core.table import Table, plain
 
 _FORMAT, _VERSION = "attackroute document", 1
@@ -119,10 +119,10 @@ class Result(ABC):
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a `UserError` says if it cannot be read, or holds something else."""
+    with file_errors(path):
+        text = regular_file(path).read_bytes()
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
+        content = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{printable(path)}: not JSON, or damaged ({error}); write it anew, or move it away") from None
     if not isinstance(content, dict):

@@ -7,10 +7,13 @@ becomes a one-line `UserError` that begins with its path.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +32,7 @@ ROUTE_KIND = "attackroute route"
 INSTANCE_ROUTES_KIND = "attackroute instance routes"
 HARDNESS_KIND = "attackroute hardness"
 
-_METADATA_KEY = "attackroute"
+_METADATA_KEY, _WEIGHTS_KEY = "attackroute", "checksum"
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -63,19 +66,15 @@ def write_sealed_json(path: str | os.PathLike[str], kind: str, body: Mapping[str
 def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """Read the body that :func:`write_sealed_json` wrote, once format, version and checksum are right."""
     with file_errors(path):
-        return _unseal(_header(Path(path).read_bytes(), kind), {})
+        return _unseal(_header(regular_file(path).read_bytes(), kind), {})
 
 
 def write_tensors(
     path: str | os.PathLike[str], kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> str:
     """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all."""
-    from safetensors.torch import save
-
-    # safetensors refuses tensors that share memory, as labels and predictions may
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = _seal(kind, body, copies)
-    replace_file(Path(path), save(copies, metadata={_METADATA_KEY: _compact(header)}))
+    header = _seal(kind, body, tensors)
+    replace_file(Path(path), _safetensors(tensors, {_METADATA_KEY: _compact(header)}))
     return str(header["checksum"])
 
 
@@ -93,6 +92,29 @@ def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         return _header(header, kind)
 
 
+def sealed_weights(tensors: Mapping[str, Tensor]) -> bytes:
+    """Weights as a safetensors file, with their checksum in its metadata."""
+    return _safetensors(tensors, {_WEIGHTS_KEY: _checksum({}, tensors)})
+
+
+def read_weights(path: Path) -> Any:
+    """What a safetensors file holds, or one of PyTorch's, which can run no code; damage is found by checksums."""
+    import torch
+
+    if path.suffix == ".safetensors":
+        with safe_open(os.fspath(path), framework="pt") as file:
+            stated = (file.metadata() or {}).get(_WEIGHTS_KEY)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if stated not in (None, _checksum({}, tensors)):
+            raise UserError("the contents do not match the checksum")
+        return tensors
+    if zipfile.is_zipfile(path):  # torch.load itself does not compare the checksums that torch.save leaves in there
+        with zipfile.ZipFile(path) as archive:
+            if (broken := archive.testzip()) is not None:
+                raise UserError(f"{broken} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 @contextmanager
 def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever a file's contents can cause into a `UserError` that begins with the file's path."""
@@ -104,6 +126,14 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{printable(path)}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def regular_file(path: str | os.PathLike[str]) -> Path:
+    """The path, if it is that of a file; a pipe or a device, which might never end, is an error, as is a folder."""
+    file = Path(path)
+    if not stat.S_ISREG(mode := file.stat().st_mode):
+        raise OSError(errno.EISDIR, "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device, not a file")
+    return file
 
 
 def expect_mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -136,8 +166,7 @@ def made_folder(path: str | os.PathLike[str]) -> Path:
 def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str]]:
     """A safetensors file, open for its tensors, and the header in its metadata."""
     with file_errors(path):
-        with Path(path).open("rb"):  # safe_open words its own errors for files that cannot be read less clearly
-            pass
+        regular_file(path).open("rb").close()  # safe_open words its own errors for such files less clearly
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 header = (file.metadata() or {}).get(_METADATA_KEY)
@@ -146,6 +175,14 @@ def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str]
                 yield file, header
         except SafetensorError as error:
             raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    # copies, since safetensors refuses tensors that share memory, as labels and predictions may, or tied weights
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return save(copies, metadata=metadata)
 
 
 def _seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

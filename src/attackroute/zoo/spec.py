@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 
 _MAX_SMALL_IMAGE_SIZE = 64
+_MAX_WIDTH = 64
+_MOST = {"num_classes": 1_000_000, "image_size": 16_384, "in_channels": 4096}
+"""The largest values that make sense, so that a slip does not end in a want of memory."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,24 @@ class ModelSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def __post_init__(self) -> None:
-        for field in ("num_classes", "image_size", "in_channels"):
+    def __post_init__(self) -> None:  # the values may come from a file
+        if not isinstance(self.name, str):
+            raise UserError(f"the model's name must be a string, not {self.name!r}")
+        for field, most in _MOST.items():
             value = getattr(self, field)
-            if value < 1:
-                raise UserError(f"{field} must be at least 1, not {value}")
-        if not (math.isfinite(self.width) and self.width > 0):
-            raise UserError(f"width must be above 0, not {self.width}; 0.25 makes every layer a quarter as wide")
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value <= most:
+                raise UserError(f"{field} must be a whole number from 1 to {most}, not {value!r}")
+        if isinstance(self.width, bool) or not hasattr(self.width, "__float__") or not 0 < self.width <= _MAX_WIDTH:
+            raise UserError(
+                f"width must be a number above 0, at most {_MAX_WIDTH}, not {self.width!r}; 0.25 makes every layer a "
+                "quarter as wide"
+            )
+        for field in ("mean", "std"):
+            values = getattr(self, field)
+            if values is not None and not (
+                isinstance(values, tuple) and all(type(each) in (int, float) for each in values)
+            ):
+                raise UserError(f"{field} must be numbers, not {values!r}")
 
     @property
     def is_small(self) -> bool:
