@@ -1,7 +1,6 @@
 """Commands whose results must not depend on how many processes share them; run as a script, the part of one process.
 
-``python shared_commands.py FOLDER PORT...`` expects the environment that torchrun makes for as many processes as there
-are ports.
+``python shared_commands.py FOLDER PORT PORT`` expects the environment that torchrun makes.
 """
 
 from __future__ import annotations
@@ -119,11 +118,11 @@ CHECKS: tuple[Callable[[Path, Processes], None], ...] = (check_streams, check_re
 
 
 def main() -> None:
-    """The part of one process: with all of them, then with fewer, at last alone; what came of it is written down."""
+    """The part of one process: with all of them, then the first one alone; what came of it is written down."""
     root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     ports = [int(port) for port in sys.argv[2:]]
     torch.set_num_threads(1)
-    for count, port in zip(range(len(ports), 0, -1), ports, strict=True):
+    for count, port in zip((int(os.environ["WORLD_SIZE"]), 1), ports, strict=True):
         if rank < count:
             os.environ |= {"WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
             found: dict[str, Any] = {}

@@ -101,7 +101,7 @@ def test_bad_data_is_named(data: Dataset[object], message: str) -> None:
 
 def test_bad_models_are_named() -> None:
     data = numbered([0, 1], [0, 1])
-    with pytest.raises(UserError, match="one row of logits"):
+    with pytest.raises(UserError, match="not logits"):
         count_correct(nn.Identity(), data)
     with pytest.raises(UserError, match="NaN"):
         count_correct(nn.Sequential(nn.Flatten(), nn.Linear(4, 2).requires_grad_(False).apply(spoil)), data)

@@ -1,4 +1,4 @@
-"""Fifty traces in a row leave nothing behind: no hooks, no tensors, no cycles, no memory."""
+"""Ten traces in a row leave nothing behind: no hooks, no tensors, no cycles, no memory."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def without_collector() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fifty_traces_leave_no_tensor_and_no_hook(name: str) -> None:
+def test_ten_traces_leave_no_tensor_and_no_hook(name: str) -> None:
     model, images, labels = ready(MODELS[name], samples=2)
     edge = next(iter(trace_routes(model, (images, labels)).methods))
     before, alive = state(model), tensors()
-    for _ in range(50):
+    for _ in range(10):
         trace_routes(model, (images, labels))
     influence(model, images, *edge)
     assert tensors() == alive
     assert state(model) == before
 
 
-def test_fifty_failures_leave_no_tensor_and_no_hook() -> None:
+def test_ten_failures_leave_no_tensor_and_no_hook() -> None:
     class Fails(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -72,7 +72,7 @@ def test_fifty_failures_leave_no_tensor_and_no_hook() -> None:
 
     fail()
     alive = tensors()
-    for _ in range(50):
+    for _ in range(10):
         fail()
     assert tensors() == alive
     assert state(model) == before
@@ -152,7 +152,7 @@ def test_interventions_leave_no_tensor_and_no_hook(fails: bool) -> None:
 
     run()
     alive = tensors()
-    for _ in range(20):
+    for _ in range(10):
         run()
     assert tensors() <= alive
     assert state(model) == before

@@ -28,7 +28,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 class TestBuiltIn:
     @pytest.mark.parametrize("name", BUILT_IN)
-    @pytest.mark.parametrize("image_size", [32, 48, 64, 224])
+    @pytest.mark.parametrize("image_size", [32, 64, 224])
     @pytest.mark.parametrize("in_channels", [1, 3])
     def test_gives_logits_for_images_of_its_size(self, name: str, image_size: int, in_channels: int) -> None:
         model = build_model(name, width=0.05, num_classes=7, image_size=image_size, in_channels=in_channels).eval()
@@ -48,21 +48,13 @@ class TestBuiltIn:
             reference = torchvision.models.get_model(theirs, weights=None)
         assert list(shapes(ours).items()) == list(shapes(reference).items())
 
-    def test_resnet18_computes_what_torchvisions_does(self) -> None:
-        ours = build_model("resnet18", num_classes=5, image_size=224).eval()
-        reference = torchvision.models.resnet18(num_classes=5).eval()
+    @pytest.mark.parametrize(("name", "size"), [("resnet18", 96), ("alexnet", 224)])
+    def test_computes_what_torchvisions_does(self, name: str, size: int) -> None:
+        ours = build_model(name, num_classes=5, image_size=224).eval()
+        reference = torchvision.models.get_model(name, weights=None, num_classes=5).eval()
         randomise(reference)
         ours.load_state_dict(reference.state_dict())
-        images = torch.rand(2, 3, 96, 96)
-        with torch.no_grad():
-            expected = reference((images - IMAGENET_MEAN) / IMAGENET_STD)
-            torch.testing.assert_close(ours(images), expected)
-
-    def test_alexnet_computes_what_torchvisions_does(self) -> None:
-        ours = build_model("alexnet", num_classes=5, image_size=224).eval()
-        reference = torchvision.models.alexnet(num_classes=5).eval()
-        ours.load_state_dict(reference.state_dict())
-        images = torch.rand(2, 3, 224, 224)
+        images = torch.rand(2, 3, size, size)
         with torch.no_grad():
             expected = reference((images - IMAGENET_MEAN) / IMAGENET_STD)
             torch.testing.assert_close(ours(images), expected)
@@ -125,12 +117,6 @@ class TestBuiltIn:
         convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         assert {conv.out_channels for conv in convolutions} == {1}
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-
-    def test_batch_rows_are_independent_in_eval_mode(self) -> None:
-        model = build_model("vgg_small").double().eval()
-        images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
-        with torch.no_grad():
-            torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
 
     @pytest.mark.parametrize("name", BUILT_IN)
     def test_gradient_reaches_every_parameter(self, name: str) -> None:

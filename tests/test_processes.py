@@ -1,6 +1,6 @@
 """Several processes give what one gives, byte for byte, and the loss of one ends the job.
 
-Three processes, two and one run every command (:mod:`shared_commands`).
+Several processes, and one, run every command (:mod:`shared_commands`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import torch
 from safetensors.torch import load_file
 
 import attackroute
+from attackroute.cli import app
 from attackroute.core import distributed
 from attackroute.core.distributed import LostProcessError, Processes
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.routes import folder as route_folder
-from command_line import done
+from command_line import done, run
 from shared_commands import COMMANDS, prepare
 from shared_training import RUNS, TOLERANCE
 
@@ -50,33 +52,33 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_any_number_of_processes_gives_what_one_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_any_number_of_processes_gives_what_one_gives(tmp_path: Path, count: int) -> None:
     """One test, since starting the processes takes most of its time."""
     prepare(tmp_path)
-    ports = [free_port() for _ in range(MOST)]
+    ports = [free_port(), free_port()]
+    told = {"LOCAL_RANK": 0, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0]}
     running = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "shared_commands.py"), str(tmp_path), *map(str, ports)],
-            env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=MOST, MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[0]),
+            env=environment(RANK=rank, **told),
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(MOST)
+        for rank in range(count)
     ]
     said = [process.communicate(timeout=500)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * MOST, "\n".join(said)
-    alone = printed(tmp_path, 1, 0)
-    for count in range(2, MOST + 1):
-        for folder in (*COMMANDS, "examples"):
-            compare_folders(tmp_path / "1" / folder, tmp_path / str(count) / folder)
-        for run in RUNS:
-            one, many = (load_file(tmp_path / str(own) / f"weights-{run}.safetensors") for own in (1, count))
-            for name, value in one.items():
-                assert torch.allclose(value, many[name], rtol=0, atol=TOLERANCE), (run, name)
-        for command, text in alone.items():
-            assert untimed(json.loads(printed(tmp_path, count, 0)[command])) == untimed(json.loads(text)), command
-        for rank in range(1, count):  # the first process speaks, and no other
-            assert set(printed(tmp_path, count, rank).values()) == {""}
+    assert [process.returncode for process in running] == [0] * count, "\n".join(said)
+    for folder in (*COMMANDS, "examples"):
+        compare_folders(tmp_path / "1" / folder, tmp_path / str(count) / folder)
+    for trained in RUNS:
+        one, many = (load_file(tmp_path / str(own) / f"weights-{trained}.safetensors") for own in (1, count))
+        for name, value in one.items():
+            assert torch.allclose(value, many[name], rtol=0, atol=TOLERANCE), (trained, name)
+    for command, text in printed(tmp_path, 1, 0).items():
+        assert untimed(json.loads(printed(tmp_path, count, 0)[command])) == untimed(json.loads(text)), command
+    for rank in range(1, count):  # the first process speaks, and no other
+        assert set(printed(tmp_path, count, rank).values()) == {""}
 
 
 def printed(root: Path, count: int, rank: int) -> dict[str, str]:
@@ -110,6 +112,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_finished_files_are_kept_when_a_process_is_killed(root: Path, tmp_path: Path) -> None:
     """Three processes trace four batches, each a file; one is killed at its second, and two are told by torchrun.
 
@@ -217,22 +220,25 @@ def test_a_hardening_runs_in_processes(root: Path, tmp_path: Path) -> None:
     data = ("--data", f"folder:{root / 'pictures'}", "--holdout", 0.25, "--evaluate", "fgsm:eps=0.1")
     result = launched(2, "harden", "--model", root / "net", *data, *options, "--out", tmp_path / "hardened", "--json")
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["epochs"] == 1
+    assert json.loads(result.stdout)["about"]["epochs"] == 1
     done("harden", "--model", root / "net", *data, *options, "--out", tmp_path / "alone")
-    one, two = (json.loads((tmp_path / name / "hardening.json").read_text()) for name in ("alone", "hardened"))
+    one, two = (Document.load(tmp_path / name / "hardening.json").about for name in ("alone", "hardened"))
     assert one["strengths"] == pytest.approx(two["strengths"], rel=1e-3)
     assert one["overlap_with_full_route"] == two["overlap_with_full_route"]
 
 
-def test_what_is_wrong_is_said_once(root: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_once(root: Path) -> None:
     result = launched(2, "trace", "--model", root / "net", "--data", "folder:nowhere")
     assert result.returncode == 1
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
         "error: data folder nowhere does not exist; expected CLASS/IMAGE below it, or train/CLASS/IMAGE and "
         "test/CLASS/IMAGE (or val/)"
     ]
-    result = launched(2, "report", tmp_path)
-    assert result.stderr.count("error: report runs in one process; start it without torchrun") == 1
+
+
+def test_a_command_for_one_process_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "started_by_torchrun", lambda: True)
+    assert "error: report runs in one process; start it without torchrun" in run("report", tmp_path).stderr
 
 
 class Together(Processes):

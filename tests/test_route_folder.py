@@ -71,8 +71,7 @@ def test_a_folder_holds_what_memory_would(model: nn.Module, tmp_path: Path, kind
     assert about["accuracy"] == accuracy
 
 
-def test_counts_are_kept_along_the_way(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InstanceRoutes, "load", lambda *_: pytest.fail("a file was read again"))
+def test_a_folder_counts_what_memory_would(model: nn.Module, tmp_path: Path) -> None:
     routes = traced(model, tmp_path)
     expected = ar.trace_routes(model, (IMAGES, LABELS), 0.4)
     for layer, values in expected.frequency().items():
@@ -181,6 +180,34 @@ def test_files_that_do_not_belong_are_named(model: nn.Module, tmp_path: Path) ->
         ar.RouteFolder.open(tmp_path)
     with pytest.raises(ar.UserError, match="holds no instance routes"):
         ar.RouteFolder.open(tmp_path.parent)
+
+
+@pytest.mark.parametrize("change", ["swapped", "copied", "of another trace"])
+def test_a_file_in_anothers_place_is_noticed(model: nn.Module, tmp_path: Path, change: str) -> None:
+    traced(model, tmp_path / "a")
+    before, paths = contents(tmp_path / "a"), [tmp_path / "a" / name for name in NAMES]
+    if change == "of another trace":
+        traced(model, tmp_path / "b", (IMAGES.flip(0), LABELS))
+        paths[1].write_bytes((tmp_path / "b" / NAMES[1]).read_bytes())
+    else:
+        paths[1].write_bytes(before[NAMES[0]])
+        if change == "swapped":
+            paths[0].write_bytes(before[NAMES[1]])
+    with pytest.raises(ar.UserError, match=r"routes-0000[01].*is not this part of the trace"):
+        ar.RouteFolder.open(tmp_path / "a")
+    notes: list[str] = []
+    traced(model, tmp_path / "a", resume=True, note=notes.append)
+    assert sum("is another part, or of another trace" in note for note in notes) == 1 + (change == "swapped")
+    assert contents(tmp_path / "a") == before
+
+
+def test_a_stray_file_hides_nothing(model: nn.Module, tmp_path: Path) -> None:
+    traced(model, tmp_path)
+    (tmp_path / "routes.safetensors").write_bytes((tmp_path / NAMES[0]).read_bytes())
+    with pytest.raises(ar.UserError, match="files of two traces"):
+        ar.RouteFolder.open(tmp_path)
+    with pytest.raises(ar.UserError, match=r"routes\.safetensors is no part of the trace"):
+        traced(model, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("change", ["flipped", "cut", "missing"])

@@ -121,13 +121,21 @@ def test_empty_batches_are_passed_over() -> None:
 def test_images_take_the_dtype_of_the_model() -> None:
     assert read(IMAGES, model=nn.Conv2d(3, 4, 3).double())[0][0].dtype == torch.float64
     assert read(IMAGES, model=nn.Conv2d(3, 4, 3).bfloat16())[0][0].dtype == torch.bfloat16
-    assert read((IMAGES * 255).byte())[0][0].dtype == torch.float32
     assert read(IMAGES, model=nn.ReLU())[0][0].dtype == torch.float32
+
+
+def test_images_of_0_to_255_are_noticed() -> None:
+    with pytest.raises(UserError, match=r"torch\.uint8: give floats in \[0, 1\] .* attackroute\.normalised"):
+        read((IMAGES * 255).byte())
+    with pytest.warns(UserWarning, match=r"outside of \[0, 1\].*attackroute\.normalised\(model, mean, std\)") as caught:
+        read(IMAGES * 255)
+    assert len({str(warning.message) for warning in caught}) == 1
+    read(IMAGES * 5 - 2.5)  # as normalised for a model that wants that
 
 
 def test_images_go_to_the_device_of_the_model() -> None:
     assert next(p for p in MODEL.parameters()).device == read(IMAGES)[0][0].device
-    with pytest.raises(RuntimeError, match="meta"):  # values that are not there cannot be checked
+    with pytest.raises(UserError, match="meta device"):
         read(IMAGES, model=nn.Conv2d(3, 4, 3, device="meta"))
 
 

@@ -32,15 +32,12 @@ def test_a_table_selects_lists_and_averages_by_column() -> None:
     assert TABLE.mean("accuracy") == 0.375
     assert math.isnan(TABLE.select(layer="c").mean("accuracy"))
     assert TABLE.one(criterion="random")["draw"] == 1
-    assert len(TABLE + TABLE) == 6
 
 
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
         (lambda: TABLE.column("acuracy"), "no column 'acuracy'; it has criterion, layer, accuracy, draw"),
-        (lambda: TABLE.one(criterion="route"), "2 rows for criterion 'route'"),
-        (lambda: TABLE.one(layer="z"), "no rows for layer 'z'"),
         (lambda: Table(("a", "a"), ()), "twice"),
         (lambda: Table(("a",), ((1, 2),)), "2 cells"),
     ],

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from attackroute.tracing.trace import trace_routes as trace_routes
     from attackroute.zoo.data import load_data as load_data
     from attackroute.zoo.networks import build_model as build_model
+    from attackroute.zoo.spec import normalised as normalised
 
 _HOMES = {
     name: module
@@ -59,6 +60,7 @@ _HOMES = {
         "tracing.trace": "trace_routes",
         "zoo.networks": "build_model",
         "zoo.data": "load_data",
+        "zoo.spec": "normalised",
     }.items()
     for name in names.split()
 }

@@ -170,7 +170,7 @@ def analyze(
         UserError: A name is unknown, an input does not fit the model, or files cannot be written.
     """
     chosen = chosen_experiments(experiments)
-    if study.folder is not None and leading():
+    if study.folder is not None:
         made_folder(study.folder)
     if not resume and study.layers is not None:  # so that a wrong layer is named before anything has run
         study.routes[ROUTE].aggregate(study.share).restrict(study.layers)

@@ -14,7 +14,7 @@ from attackroute.cli.arguments import parse, shared
 from attackroute.cli.evaluate import EvaluateOptions, evaluate
 from attackroute.cli.harden import HARDENING, HardenOptions, harden
 from attackroute.cli.hardness import HardnessOptions, hardness
-from attackroute.cli.options import FILES, RunOptions, count, open_folder, out_option, refuse_earlier
+from attackroute.cli.options import FILES, RunOptions, count, out_option, refuse_earlier
 from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TRAINING, TrainOptions, train
@@ -39,6 +39,7 @@ _UNTUNED = (
     "One network, and one lambda for both penalties, chosen for neither; docs/hardening.md compares them with a\n"
     "lambda chosen for each, on several networks, on all neurons too, and with adversarial training."
 )
+from attackroute.core.files import made_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def demo(options: DemoOptions) -> None:
     """Run the commands one after the other into a folder."""
     output = options.run.output
     started = time.perf_counter()
-    folder = open_folder(options.out)
+    folder = made_folder(options.out)
     refuse_earlier(folder, (_MODEL, "summary.json", "report.html"), options.run)
     seconds: dict[str, float] = {}
     for step in _steps(folder, options.epochs):

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from attackroute.analysis.hardness_experiment import HardnessStudy
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
-    from attackroute.zoo.data import ImageBatches
 
 _PICTURES = "hardness-images.png"
 _ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
@@ -89,7 +88,7 @@ def hardness(options: HardnessOptions) -> None:
         if leading():
             if options.route is None:
                 route.save(folder / "route.json")
-            _write(folder, session, batches, study)
+            _write(folder, session, study)
             document.save(folder)
     options.run.output.result({**document.to_json(), "folder": str(options.out)})
     _show(options.run.output, study, options.out)
@@ -112,7 +111,7 @@ def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: P
     return routes.aggregate(_ROUTE_WIDTH)
 
 
-def _write(folder: Path, session: Session, batches: ImageBatches, study: HardnessStudy) -> None:
+def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
     """Write the tables of all images and the figures."""
     from attackroute.analysis.figures.style import save_figure
     from attackroute.analysis.hardness_experiment import images_figure
@@ -128,8 +127,6 @@ def _write(folder: Path, session: Session, batches: ImageBatches, study: Hardnes
         "Learned worst: the smallest V": ranked.weakest(count),
         "The smallest V of those classified correctly": ranked.weakest(correct, ranked.correct),
     }
-    picked = pick_images(session.network, batches, ranked, torch.cat(list(rows.values())))
-    pictures = dict(zip(rows, picked.split([len(row) for row in rows.values()]), strict=True))
     file = io.BytesIO()
     images_figure(ranked, rows, session.images.dataset, session.images.classes).savefig(file, dpi=200)
     replace_file(folder / _PICTURES, file.getvalue())

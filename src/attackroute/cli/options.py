@@ -267,13 +267,6 @@ def resolve_device(name: str) -> torch.device:
     return own_device(name)
 
 
-def open_folder(folder: Path) -> Path:
-    """The folder, made where it is missing; of processes, the first one makes it."""
-    from attackroute.core.files import made_folder
-
-    return made_folder(folder) if leading() else folder
-
-
 @contextmanager
 def results_in(folder: Path, files: Sequence[str], run: RunOptions, *, resume: bool | None = None) -> Iterator[Path]:
     """The folder into which a command writes; where it replaces an earlier run's files, one beside them until the end.

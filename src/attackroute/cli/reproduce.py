@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from attackroute.cli.arguments import integer, option, parse_path, switch
-from attackroute.cli.options import FILES, RUN, RunOptions, open_folder, out_option, refuse_earlier, resolve_device
+from attackroute.cli.options import FILES, RUN, RunOptions, out_option, refuse_earlier, resolve_device
+from attackroute.core.files import made_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def reproduce(options: ReproduceOptions) -> None:
         page=options.page, batch_size=options.run.batch_size, seed=options.run.seed,
         device=resolve_device(options.run.device), resume=options.resume,
     )  # fmt: skip
-    open_folder(options.out)
+    made_folder(options.out)
     if not options.resume:
         files = [f"*/{name}.json" for target in settings.experiments for name in PARTS[target]]
         refuse_earlier(options.out, [*files, *([] if options.page else [PAGE])], options.run, resume=False)

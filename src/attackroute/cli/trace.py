@@ -88,7 +88,7 @@ def trace(options: TraceOptions) -> int:
 
     from attackroute.core.distributed import current
     from attackroute.robustness.registry import parse_attack
-    from attackroute.routes.folder import RouteFolder, RouteTotals
+    from attackroute.routes.folder import RouteFolder, trace_document
     from attackroute.tracing.trace import trace_routes
 
     if options.resume and options.out is None:
@@ -123,7 +123,7 @@ def trace(options: TraceOptions) -> int:
             """What is said of the trace; in a folder it is written, with the model's route."""
             if isinstance(routes, RouteFolder):
                 return routes.save_route(options.route_width)
-            return RouteTotals.of(routes).document(routes.aggregate(options.route_width), session.settings)
+            return trace_document(routes, routes.aggregate(options.route_width), session.settings)
 
         document = team.first(documented)
     check = None if options.check is None else team.first(lambda: _compare(session, options, attack, config, autocast))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from operator import itemgetter
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
 
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
@@ -22,6 +26,11 @@ Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
 Batch = tuple[Tensor, Tensor | None]
 """Images and their labels, None where there are none; on the model's device, the images in its dtype."""
 
+_FAR = 16.0  # beyond what any usual normalisation makes of images in [0, 1]
+_OUT_OF_RANGE = (
+    "the images lie far outside of [0, 1], as those of 0..255 do: divide them by 255; for a model that wants its input "
+    "normalised, trace attackroute.normalised(model, mean, std)"
+)
 _AT_MOST = 1 << 62  # more batches than there are: as a step, it leaves only the first
 
 
@@ -53,6 +62,38 @@ def in_order(samples: int, batch_size: int) -> list[list[int]]:
     return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
 
 
+def drawn_over_classes(data: Dataset[Any], count: int, seed: int) -> list[int]:
+    """Indices of at most ``count`` samples, as many of each class as there are, drawn by the seed alone; ascending.
+
+    For what is to be computed on a few samples: the first of a data set that lies in class folders are of one class.
+    Labels that are not known without reading every sample count as one class: then all samples are drawn alike.
+    """
+    samples = count_samples(data, "data")
+    labels = _known_labels(data) or [0] * samples
+    drawn: Counter[int] = Counter()
+    turns: list[tuple[int, int]] = []  # the k-th sample of every class comes before the k + 1st of any
+    for index in torch.randperm(samples, generator=derived_generator(seed, "classes", 0)).tolist():
+        turns.append((drawn[labels[index]], index))
+        drawn[labels[index]] += 1
+    return sorted(index for _, index in sorted(turns, key=itemgetter(0))[:count])
+
+
+def _known_labels(data: object) -> list[int] | None:
+    """A data set's labels, where it tells them without reading the samples."""
+    if isinstance(data, Subset):
+        labels = _known_labels(data.dataset)
+        return labels and [labels[index] for index in data.indices]
+    stored = data.tensors[1] if isinstance(data, TensorDataset) and len(data.tensors) > 1 else None
+    for name in ("targets", "labels"):
+        stored = getattr(data, name, None) if stored is None else stored
+    if not (isinstance(stored, Sized) and len(stored) == len(cast(Sized, data))):
+        return None
+    try:
+        return [int(label) for label in cast("Iterable[Any]", stored)]
+    except (TypeError, ValueError):  # several labels an image, or something else of that name
+        return None
+
+
 def load(
     data: Dataset[Any],
     batches: Sequence[list[int]],
@@ -69,30 +110,11 @@ def load(
     return DataLoader(data, batch_sampler=batches, num_workers=workers, generator=generator, pin_memory=pin_memory)
 
 
-@runtime_checkable
-class NumberedBatches(Protocol):
-    """Data any of whose batches can be read alone, so that no process reads what belongs to another."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Every batch."""
-
-    def __len__(self) -> int:
-        """Number of batches."""
-
-    def numbered(self, numbers: Sequence[int]) -> Iterator[Any]:
-        """The batches of these numbers."""
-
-
 class BatchStream:
-    """The batches of some data, on which processes take turns to work.
+    """The batches of some data, or those of some rising numbers alone, on which processes take turns to work.
 
-    The caller holds the model frozen. With several processes, data that are shuffled are read in the first one's order.
-
-    Args:
-        model: Decides device and floating dtype, by its first parameter.
-        data: See :data:`Data`.
-        batch_size: Rows per batch when ``data`` is tensors.
-        numbers: Only the batches of these numbers, rising; None for all.
+    The caller holds the model frozen, whose first parameter decides device and floating dtype. With several processes,
+    data that are shuffled are read in the first one's order.
 
     Attributes:
         number: Number of the batch that this process works on, by the data's order.
@@ -105,9 +127,11 @@ class BatchStream:
         self.number, self.total = 0, samples_in(data)
         self._source: Iterator[tuple[int, Any]] | None = None
         self._loader = _sampled(data)
+        # data any of whose batches can be read alone, so that no process reads what belongs to another
+        self._numbered = getattr(data, "numbered", None)
         # data that can be read only one after the other: every process reads what belongs to the others, too
-        self._is_skimmed = not (
-            self._loader is not None or isinstance(data, Tensor | NumberedBatches) or _is_pair(data)
+        self._is_skimmed = (
+            self._loader is None and self._numbered is None and not isinstance(data, Tensor) and not _is_pair(data)
         )
         self._order: list[Any] | None = None
         if self._team.count > 1 and _is_shuffled(self._loader):
@@ -115,11 +139,7 @@ class BatchStream:
 
     @property
     def first(self) -> Batch:
-        """The first batch that is not empty, the same one for every process.
-
-        Raises:
-            UserError: As for :func:`batches`; or there is no sample.
-        """
+        """The first batch that is not empty, the same one for every process."""
         belongs_here = self._team.leads or self._is_skimmed
         source = self._read() if belongs_here else self._every(_AT_MOST, start=0)
         read: list[tuple[int, Any]] = []
@@ -135,32 +155,24 @@ class BatchStream:
     def map(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[T]:
         """What ``work(images, labels)`` gives for each batch, in the data's order, whichever process did it.
 
-        Several processes work on one batch each before any of them is passed on.
-
-        Args:
-            work: Must not depend on other batches. With several processes its result is pickled, so it is best small
-                and on the CPU.
-
-        Raises:
-            UserError: As for :func:`batches`.
-            LostProcessError: A process is gone, as one is whose ``work`` raised an error.
+        Several processes work on one batch each before any of them is passed on. The work must not depend on other
+        batches; what it gives is pickled, so it is best small and on the CPU.
         """
         items = self._read()
         if self._is_skimmed:
             items = islice(items, self._team.rank, None, self._team.count)
-        yield from self._team.in_turns(lambda: self._turn(items, work))
 
-    def _turn(
-        self, items: Iterator[tuple[int, Any]], work: Callable[[Tensor, Tensor | None], T]
-    ) -> tuple[T, ...] | None:
-        """What came of this process's next batch, nothing of one that is empty; None where none is left."""
-        item = next(items, None)
-        if item is None:
-            return None
-        self.number = item[0]
-        batch = _prepared(self._model, *item)
-        del item  # nothing holds what was read while the batch is worked on
-        return () if batch is None else (work(*batch),)
+        def turn() -> tuple[T, ...] | None:
+            """What came of this process's next batch, nothing of one that is empty; None where none is left."""
+            item = next(items, None)
+            if item is None:
+                return None
+            self.number = item[0]
+            batch = _prepared(self._model, *item)
+            del item  # nothing holds what was read while the batch is worked on
+            return () if batch is None else (work(*batch),)
+
+        yield from self._team.in_turns(turn)
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         """This process's batches with their numbers; all of them where the data are skimmed."""
@@ -173,9 +185,9 @@ class BatchStream:
         start = self._team.rank % step if start is None else start
         if self._numbers is None and step == 1:
             return _numbered(_raw(self._data, self._batch_size))
-        if isinstance(self._data, NumberedBatches):
-            numbers = (range(len(self._data)) if self._numbers is None else self._numbers)[start::step]
-            return zip(numbers, self._data.numbered(numbers), strict=False)
+        if self._numbered is not None:
+            numbers = (range(len(cast(Sized, self._data))) if self._numbers is None else self._numbers)[start::step]
+            return zip(numbers, self._numbered(numbers), strict=False)
         if self._loader is not None:
             chosen = list(islice(self._asked_for(enumerate(self._sample_order())), start, None, step))
             workers = 0 if step == _AT_MOST else self._loader.num_workers
@@ -193,14 +205,7 @@ class BatchStream:
 
 
 def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[Batch]:
-    """Images and labels, batch by batch, checked, on the model's device and in its dtype.
-
-    The caller holds the model frozen. The batch size is for data that are tensors.
-
-    Raises:
-        UserError: A batch is not images and labels, their numbers differ, a value is not finite, or the model holds
-            half-precision weights on a CPU.
-    """
+    """Images and labels, batch by batch, checked, on the frozen model's device and in its dtype."""
     for number, batch in enumerate(_raw(data, batch_size)):
         ready = _prepared(model, number, batch)
         if ready is not None:
@@ -221,11 +226,7 @@ def samples_in(data: Data) -> int | None:
 
 
 def batches_in_order(data: Data, batch_size: int) -> tuple[int, int]:
-    """How many samples ``data`` holds, and how many are in a batch, where neither its order nor these change.
-
-    Raises:
-        UserError: That is not known of the data, or they are shuffled.
-    """
+    """How many samples the data hold, and how many are in a batch; a `UserError` if their order or these may change."""
     samples = samples_in(data)
     if _is_shuffled(_sampled(data)):
         raise UserError("the loader shuffles the data, or draws from them: results in a folder need a fixed order")
@@ -241,25 +242,24 @@ def batches_in_order(data: Data, batch_size: int) -> tuple[int, int]:
 def _prepared(model: nn.Module, number: int, batch: Any) -> Batch | None:
     """One batch, checked, on the model's device and in its dtype; None where it holds no image."""
     device, dtype = placement(model)
-    if (device.type, dtype) == ("cpu", torch.float16):
+    if (device.type, dtype) == ("cpu", torch.float16):  # which PyTorch lacks kernels for
         raise UserError("the model is in half precision (float16) on the CPU: use model.float(), or bfloat16 autocast")
+    if device.type == "meta":
+        raise UserError("the model is on the meta device, without values: load its weights first")
     for module in model.modules():  # reading the data may have switched it, as some attacks do
         module.training = False
     images, labels = _split(batch, number)
     if images.shape[0] == 0:
         return None
     images = images.detach().to(device=device, dtype=dtype, non_blocking=True)
-    if not _finite(images):
-        row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
-        raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
+    if images.numel():
+        lowest, highest = images.aminmax()  # NaN passes through both; several times quicker than a test of every value
+        if not math.isfinite(largest := float(torch.maximum(highest, -lowest))):
+            row = int((~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0, 0])
+            raise UserError(f"image {row} of batch {number} holds NaN or inf: remove or repair it")
+        if largest > _FAR:
+            warnings.warn(_OUT_OF_RANGE, UserWarning, stacklevel=2)  # shown once, as Python does by default
     return images, None if labels is None else labels.to(device)
-
-
-def _finite(images: Tensor) -> bool:
-    if images.numel() == 0:
-        return True
-    lowest, highest = images.aminmax()  # NaN passes through both; several times quicker than a test of every value
-    return bool(lowest.isfinite() & highest.isfinite())
 
 
 def _numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
@@ -339,6 +339,11 @@ def _check_images(images: Tensor, number: int) -> None:
         raise UserError(f"batch {number} is {kind}: expected a dense, real tensor of images (N, C, H, W)")
     if images.ndim < 2:
         raise UserError(f"batch {number} has shape {tuple(images.shape)}: expected images (N, C, H, W)")
+    if not images.is_floating_point():
+        raise UserError(
+            f"batch {number} has images of {images.dtype}: give floats in [0, 1] (images.float() / 255); for a model "
+            "that wants its input normalised, take attackroute.normalised(model, mean, std)"
+        )
 
 
 def _check_counts(images: Tensor, labels: Tensor, number: int) -> None:

@@ -33,17 +33,11 @@ class LostProcessError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Processes:
-    """The processes of a job, seen from one of them.
+    """The processes of a job, seen from one of them, number ``rank``, which is number ``local_rank`` on its machine.
 
     All of them must call the same methods in the same order. Errors do not travel: a process that raises one leaves the
-    others with a :class:`LostProcessError`, as does one that is gone.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        count: How many there are.
-        local_rank: Number of this process on its machine.
-        group: PyTorch's group for objects and tensors on the CPU; None for one process alone.
-        store: Where the first one to fail is known; None for one process alone.
+    others with a :class:`LostProcessError`, as does one that is gone. The ``group`` is PyTorch's, for objects and
+    tensors on the CPU; the ``store`` knows the first one to fail. One process alone has neither.
     """
 
     rank: int = 0
@@ -90,8 +84,7 @@ class Processes:
     def in_turns(self, take: Callable[[], tuple[T, ...] | None]) -> Iterator[T]:
         """Values of the turns of all processes: of process 0, of process 1, ..., again of process 0, and so on.
 
-        All are exchanged once a round, in which every process takes one turn: ``take`` does this process's next one,
-        and gives the values that came of it; None when nothing is left.
+        ``take`` does this process's next turn, and gives the values that came of it; None when nothing is left.
         """
         while True:
             for values in self.all(take()):

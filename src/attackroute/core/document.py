@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable, replace_file
+from attackroute.core.files import file_errors, printable, regular_file, replace_file
 from attackroute.core.table import Table, plain
 
 _FORMAT, _VERSION = "attackroute document", 1
@@ -58,11 +58,7 @@ class Document:
         }
 
     def save(self, folder: str | os.PathLike[str], name: str | None = None) -> list[Path]:
-        """Write ``NAME.csv``, where there are rows, and then ``NAME.json``; NAME is the kind unless it is given.
-
-        Raises:
-            UserError: A file cannot be written.
-        """
+        """Write ``NAME.csv``, where there are rows, and then ``NAME.json``; NAME is the kind unless it is given."""
         stem = name or self.kind
         paths = [Path(folder) / f"{stem}.json"]
         if len(self.table):
@@ -73,23 +69,17 @@ class Document:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Document:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: The file cannot be read, is damaged, or holds something else.
-        """
+        """Read what :meth:`save` wrote."""
         content = read_object(Path(path))
-        faults = [
-            f"{name!r} must be a {kind.__name__}"
-            for name, kind in _FIELDS.items()
-            if not isinstance(content.get(name), kind)
-        ]
+        fault = None
         if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-            faults.insert(0, f"not an {_FORMAT} of version {_VERSION}")
-        elif not faults and not all(isinstance(row, dict) for row in content["rows"]):
-            faults.append("'rows' must be JSON objects")
-        if faults:
-            raise UserError(f"{printable(path)}: {faults[0]}; write it anew, or move it away")
+            fault = f"not an {_FORMAT} of version {_VERSION}"
+        elif wrong := [name for name, kind in _FIELDS.items() if not isinstance(content.get(name), kind)]:
+            fault = f"{wrong[0]!r} must be a {_FIELDS[wrong[0]].__name__}"
+        elif not all(isinstance(row, dict) for row in content["rows"]):
+            fault = "'rows' must be JSON objects"
+        if fault is not None:
+            raise UserError(f"{printable(path)}: {fault}; write it anew, or move it away")
         table = Table.of(content["rows"])
         return cls(content["kind"], content["settings"], content["reading"], table=table, about=content["about"])
 
@@ -131,10 +121,10 @@ class Result(ABC):
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a `UserError` says if it cannot be read, or holds something else."""
+    with file_errors(path):
+        text = regular_file(path).read_bytes()
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
+        content = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{printable(path)}: not JSON, or damaged ({error}); write it anew, or move it away") from None
     if not isinstance(content, dict):

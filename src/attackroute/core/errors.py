@@ -14,13 +14,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean A, B or C?"`` with the names nearest to ``name``, or nothing where none is near.
-
-    Args:
-        name: What was asked for.
-        names: What there is.
-        prefix: What has to be written before each of the names.
-    """
+    """``"; did you mean A, B or C?"`` with the nearest names, each after the prefix; nothing where none is near."""
     near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)]
     if not near:
         return ""

@@ -7,10 +7,13 @@ becomes a one-line `UserError` that begins with its path.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:  # the command line shows its help without PyTorch
@@ -27,15 +31,11 @@ VERSION = 1
 ROUTE_KIND = "attackroute route"
 INSTANCE_ROUTES_KIND = "attackroute instance routes"
 
-_METADATA_KEY = "attackroute"
+_METADATA_KEY, _WEIGHTS_KEY = "attackroute", "checksum"
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write to a new file beside ``path`` and move it there: a reader sees the old content or the new, never half.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write to a new file beside ``path`` and move it there: a reader sees the old content or the new, never half."""
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         try:
@@ -53,52 +53,32 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step; a `UserError` says if it cannot be written."""
+    """Write a JSON file in one step."""
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_sealed_json(path: str | os.PathLike[str], kind: str, body: Mapping[str, Any]) -> None:
-    """Write a header and ``body`` as JSON text, one layer a line.
-
-    Raises:
-        UserError: The file cannot be written; a previous file of that name is then as it was.
-    """
-    replace_file(Path(path), _layout(_seal(kind, body, {})).encode())
+    """Write a header and ``body`` as JSON text, one layer a line."""
+    replace_file(Path(path), f"{_layout(_seal(kind, body, {}))}\n".encode())
 
 
 def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Read the body that :func:`write_sealed_json` wrote, once format, version and checksum are right.
-
-    Raises:
-        UserError: The file is missing, unreadable, damaged, or something else.
-    """
+    """Read the body that :func:`write_sealed_json` wrote, once format, version and checksum are right."""
     with file_errors(path):
-        return _unseal(_header(Path(path).read_bytes(), kind), {})
+        return _unseal(_header(regular_file(path).read_bytes(), kind), {})
 
 
 def write_tensors(
     path: str | os.PathLike[str], kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> str:
-    """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all.
-
-    Raises:
-        UserError: The file cannot be written; a previous file of that name is then as it was.
-    """
-    from safetensors.torch import save
-
-    # safetensors refuses tensors that share memory, as labels and predictions may
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = _seal(kind, body, copies)
-    replace_file(Path(path), save(copies, metadata={_METADATA_KEY: _compact(header)}))
+    """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all."""
+    header = _seal(kind, body, tensors)
+    replace_file(Path(path), _safetensors(tensors, {_METADATA_KEY: _compact(header)}))
     return str(header["checksum"])
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what :func:`write_tensors` wrote, once format, version and checksum are right.
-
-    Raises:
-        UserError: The file is missing, unreadable, damaged, or something else.
-    """
+    """Read what :func:`write_tensors` wrote, once format, version and checksum are right."""
     with _opened(path, kind) as (file, header):
         # a clone, so that nothing stays mapped to a file that may change
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -106,13 +86,32 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
 
 
 def read_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The body that :func:`write_tensors` wrote and the checksum, without a look at the tensors.
-
-    Raises:
-        UserError: The file is missing, cut short, or something else; damage inside of tensors goes unnoticed.
-    """
+    """The body that :func:`write_tensors` wrote and the checksum; damage inside of tensors goes unnoticed."""
     with _opened(path, kind) as (_, header):
         return _header(header, kind)
+
+
+def sealed_weights(tensors: Mapping[str, Tensor]) -> bytes:
+    """Weights as a safetensors file, with their checksum in its metadata."""
+    return _safetensors(tensors, {_WEIGHTS_KEY: _checksum({}, tensors)})
+
+
+def read_weights(path: Path) -> Any:
+    """What a safetensors file holds, or one of PyTorch's, which can run no code; damage is found by checksums."""
+    import torch
+
+    if path.suffix == ".safetensors":
+        with safe_open(os.fspath(path), framework="pt") as file:
+            stated = (file.metadata() or {}).get(_WEIGHTS_KEY)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if stated not in (None, _checksum({}, tensors)):
+            raise UserError("the contents do not match the checksum")
+        return tensors
+    if zipfile.is_zipfile(path):  # torch.load itself does not compare the checksums that torch.save leaves in there
+        with zipfile.ZipFile(path) as archive:
+            if (broken := archive.testzip()) is not None:
+                raise UserError(f"{broken} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager
@@ -126,6 +125,14 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{printable(path)}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def regular_file(path: str | os.PathLike[str]) -> Path:
+    """The path, if it is that of a file; a pipe or a device, which might never end, is an error, as is a folder."""
+    file = Path(path)
+    if not stat.S_ISREG(mode := file.stat().st_mode):
+        raise OSError(errno.EISDIR, "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device, not a file")
+    return file
 
 
 def expect_mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -153,12 +160,14 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 def made_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of that name, made when it is missing; a `UserError` if it cannot be one."""
+    """The folder of that name, made when it is missing, by the first process where there are several."""
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if leading():
+            folder.mkdir(parents=True, exist_ok=True)
+            os.stat(f"{folder}/.")  # refused where the folder may not be entered
     except OSError as error:
-        raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); name another") from None
+        raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); choose another folder") from None
     return folder
 
 
@@ -166,8 +175,7 @@ def made_folder(path: str | os.PathLike[str]) -> Path:
 def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str]]:
     """A safetensors file, open for its tensors, and the header in its metadata."""
     with file_errors(path):
-        with Path(path).open("rb"):  # safe_open words its own errors for files that cannot be read less clearly
-            pass
+        regular_file(path).open("rb").close()  # safe_open words its own errors for such files less clearly
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 header = (file.metadata() or {}).get(_METADATA_KEY)
@@ -178,9 +186,17 @@ def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str]
             raise UserError(f"not an {kind} file, or a damaged one: {error}") from None
 
 
+def _safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    # copies, since safetensors refuses tensors that share memory, as labels and predictions may, or tied weights
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return save(copies, metadata=metadata)
+
+
 def _seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    content = {"format": kind, "version": VERSION, **body}
-    return {"format": kind, "version": VERSION, "checksum": _checksum(content, tensors), **body}
+    stated = {"format": kind, "version": VERSION}
+    return {**stated, "checksum": _checksum({**stated, **body}, tensors), **body}
 
 
 def _header(text: str | bytes, kind: str) -> dict[str, Any]:
@@ -227,16 +243,14 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _layout(document: Mapping[str, Any]) -> str:
+def _layout(document: Mapping[str, Any], indent: str = "") -> str:
     """JSON text with one line for each key, and one for each layer of a nested object."""
-    entries = []
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            inner = ",\n".join(f"    {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
-            entries.append(f"  {json.dumps(key)}: {{\n{inner}\n  }}")
-        else:
-            entries.append(f"  {json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(entries) + "\n}\n"
+    lines = (
+        f"{indent}  {json.dumps(key)}: "
+        + (_layout(value, "  ") if isinstance(value, Mapping) and not indent else json.dumps(value))
+        for key, value in document.items()
+    )
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def _keep_name(folder: Path) -> None:

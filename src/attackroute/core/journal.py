@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable, replace_file
+from attackroute.core.files import file_errors, printable, replace_file
 
 MEASUREMENTS = "measurements.jsonl"
 
@@ -39,24 +40,12 @@ class Journal:
     def __len__(self) -> int:
         return len(self._records)
 
-    def in_memory(self) -> Journal:
-        """The same measurements, with new ones kept in this process alone."""
-        copy = Journal(None, self._settings)
-        copy._records = dict(self._records)
-        return copy
-
     def resume(self) -> None:
-        """Take over what the file holds, if there is one.
-
-        Raises:
-            UserError: The file is damaged or something else, or its measurements were made with other settings.
-        """
+        """Take over what the file holds, if there is one that was made with the same settings."""
         if self._path is None or not self._path.exists():
             return
-        try:
+        with file_errors(self._path):
             content = self._path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{self}: cannot be read: {error.strerror or error}; choose another folder") from None
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
         if lines:
@@ -74,11 +63,7 @@ class Journal:
                 os.truncate(self._path, len(whole))
 
     def begin(self, folder: Path, *, resume: bool) -> None:
-        """Begin a study in a folder, or go on with the one that is there.
-
-        Raises:
-            UserError: There is one although ``resume`` is false; or as :meth:`resume`.
-        """
+        """Begin a study in a folder, or, only with ``resume``, go on with the one that is there."""
         if resume:
             self.resume()
         elif self._path is not None and self._path.exists():
@@ -87,11 +72,7 @@ class Journal:
             self.keep(("begun",), "")
 
     def recall(self, key: Key, samples: str) -> dict[str, Any] | None:
-        """The measurement under a key, or None.
-
-        Raises:
-            UserError: It was measured on other samples than those of this digest.
-        """
+        """The measurement under a key, or None; it must be of the samples of this digest."""
         record = self._records.get(key)
         if record is not None and record["samples"] != samples:
             raise UserError(
@@ -101,14 +82,10 @@ class Journal:
         return record
 
     def keep(self, key: Key, samples: str, **values: Any) -> dict[str, Any]:
-        """Write a measurement down; when this returns, a kill does not lose it.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
+        """Write a measurement down; when this returns in the first process, a kill does not lose it."""
         record = {"samples": samples, **values}
         self._records[key] = record
-        if self._path is not None:
+        if self._path is not None and leading():
             if not self._started:
                 for file in self._stale:
                     file.unlink(missing_ok=True)
@@ -122,11 +99,7 @@ class Journal:
 
 
 def require_same_settings(what: str, stored: object, settings: Mapping[str, Any]) -> None:
-    """Compare the settings that a file holds with those of this run: all that must be the same for it to go on.
-
-    Raises:
-        UserError: One of them differs, and which; ``what`` says what is to go on, and where it is.
-    """
+    """Refuse to go on with ``what``, if a setting that its file holds is not that of this run."""
     before = stored if isinstance(stored, dict) else {}
     for name in dict.fromkeys([*settings, *before]):
         if before.get(name) != settings.get(name):

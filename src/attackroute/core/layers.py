@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -62,8 +61,6 @@ class LayerCall:
     Attributes:
         name: The layer's name, unique within one forward pass.
         kind: ``"conv2d"`` or ``"linear"``.
-        input: What the layer reads.
-        weight: Its weight, as passed.
         run: Executes the layer, with another weight if one is given, and returns its output ``Z``.
         folded: Whether rows were gathered into samples: right only if the model keeps each sample's rows together.
     """
@@ -103,10 +100,8 @@ def pass_level() -> int:
 class _Layout:
     """Where the samples are in what a linear map reads, if not simply in the first dimension.
 
-    Attributes:
-        samples: Number of samples.
-        attended: Batch size of the multi-head attention around the call, whose tensors have positions first.
-        folded: Whether each sample has several rows of the batch.
+    ``attended`` is the batch size of the multi-head attention around the call, whose tensors have positions first;
+    ``folded``, whether each sample has several rows of the batch.
     """
 
     samples: int
@@ -142,14 +137,8 @@ class _Layout:
 class LayerCalls(TorchFunctionMode):
     """Context in which every route-layer call of ``model`` passes through ``visit``.
 
-    Calls outside the model's own forward are left alone, so that contexts of different models nest. The hooks that
-    keep track of the running module are removed on exit, also after an error. What torch.compile has compiled runs
-    eagerly meanwhile.
-
-    Args:
-        model: The model to watch.
-        visit: Receives each call and returns the tensor that flows on, usually ``call.run()``.
-        linear: Whether linear maps are route layers too.
+    ``visit`` returns the tensor that flows on, usually ``call.run()``. Calls outside the model's own forward are left
+    alone, so that contexts of different models nest. What torch.compile has compiled runs eagerly meanwhile.
     """
 
     def __init__(self, model: nn.Module, visit: Callable[[LayerCall], Tensor], *, linear: bool = False) -> None:
@@ -211,18 +200,22 @@ class LayerCalls(TorchFunctionMode):
         if kind == "linear" and not self._linear:  # counted all the same, so that names do not depend on ``linear``
             return func(*args, **kwargs)
         label = name if count == 1 else f"{name}#{count}"
-        images = args[0] if args else kwargs["input"]
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        if kind == "linear" and (layout := _Layout.of(images, self._samples, _ATTENDED.get())) is not None:
-            rows = layout.rows(images)
-            run = partial(_run, func, (rows, weight, *args[2:]), {k: v for k, v in kwargs.items() if k == "bias"})
-            token = _ATTENDED.set(None)  # what looks at the call next finds its samples first
-            try:
-                output = self._visit(LayerCall(label, kind, input=rows, weight=weight, run=run, folded=layout.folded))
-            finally:
-                _ATTENDED.reset(token)
-            return layout.restored(output, images.shape[:-1])
-        return self._visit(LayerCall(label, kind, input=images, weight=weight, run=partial(_run, func, args, kwargs)))
+        images, weight, *rest = (*args, *(kwargs[key] for key in ("input", "weight")[len(args) :]))
+        options = {key: value for key, value in kwargs.items() if key not in ("input", "weight")}
+        layout = _Layout.of(images, self._samples, _ATTENDED.get()) if kind == "linear" else None
+        rows = images if layout is None else layout.rows(images)
+
+        def run(weight: Tensor = weight) -> Tensor:
+            return func(rows, weight, *rest, **options)  # type: ignore[no-any-return]
+
+        call = LayerCall(label, kind, input=rows, weight=weight, run=run, folded=layout is not None and layout.folded)
+        if layout is None:
+            return self._visit(call)
+        token = _ATTENDED.set(None)  # what looks at the call next finds its samples first
+        try:
+            return layout.restored(self._visit(call), images.shape[:-1])
+        finally:
+            _ATTENDED.reset(token)
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """PyTorch's multi-head attention, with this mode looking at what it calls."""
@@ -246,16 +239,6 @@ class LayerCalls(TorchFunctionMode):
             if transposed or source.ndim != 4:  # one image without a batch
                 return None
         return "conv2d"
-
-
-def _run(
-    func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor | None = None
-) -> Tensor:
-    if weight is not None and len(args) > 1:
-        args = (args[0], weight, *args[2:])
-    elif weight is not None:
-        kwargs = {**kwargs, "weight": weight}
-    return func(*args, **kwargs)
 
 
 @contextmanager

@@ -39,11 +39,7 @@ def log_doubt(logits: Tensor, labels: Tensor) -> Tensor:
 def seed_gradients(logits: Tensor, labels: Tensor, sinks: dict[str, Tensor], loss: Loss | None) -> dict[str, Tensor]:
     """``dL/dZ`` at each sink, up to a positive factor per sample (Eq. (3)); zeros where no logit depends on the sink.
 
-    Args:
-        logits: ``(n, K)`` with the graph to the sinks.
-        labels: ``(n,)`` int64.
-        sinks: Sink outputs ``Z_L`` that require grad, by name.
-        loss: Per-sample loss; None for cross entropy.
+    Logits ``(n, K)`` come with the graph to the sinks, outputs ``Z_L`` by name; without a loss it is cross entropy.
     """
     if loss is None:
         outputs, weights = logits, cross_entropy_seed(logits, labels).to(logits.dtype)

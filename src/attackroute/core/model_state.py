@@ -89,10 +89,7 @@ class RepeatablePass:
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def run(self, *first: Any) -> Any:
-        """Run the model again as it ran then; buffers and generators are afterwards as they were before.
-
-        Copies of ``first`` take the place of its first positional arguments.
-        """
+        """Run the model again as then, but on copies of ``first``; buffers and generators stay as they are."""
         kind, dtype, enabled = self._autocast
         with (
             torch.random.fork_rng(list(self._random_on)),
@@ -107,10 +104,7 @@ class RepeatablePass:
 
 @contextmanager
 def spared_buffers(model: nn.Module) -> Iterator[None]:
-    """Context in which the model works on copies of its buffers, such as the running statistics of batch norms.
-
-    The buffers themselves are not even written to, so that earlier passes can still be differentiated.
-    """
+    """Context in which the model works on copies of its buffers, so that earlier passes can still be differentiated."""
     with _swapped(_buffer_copies(model)):
         yield
 

@@ -53,18 +53,11 @@ class Table:
     def __getitem__(self, index: int) -> Record:
         return dict(zip(self.columns, self.rows[index], strict=True))
 
-    def __add__(self, other: Table) -> Table:
-        return Table.of([*self, *other])
-
     def __str__(self) -> str:
         return aligned(self.columns, [[_text(cell) for cell in row] for row in self.rows])
 
     def column(self, name: str) -> list[Any]:
-        """All cells of a column.
-
-        Raises:
-            UserError: There is no such column.
-        """
+        """All cells of a column; a `UserError` names the columns if there is none of that name."""
         index = self._index(name)
         return [row[index] for row in self.rows]
 
@@ -78,16 +71,9 @@ class Table:
         return Table(self.columns, tuple(row for row in self.rows if all(row[i] == v for i, v in indices.items())))
 
     def one(self, **cells: Any) -> Record:
-        """The only row that holds these cells.
-
-        Raises:
-            UserError: There is none, or more than one.
-        """
-        rows = self.select(**cells)
-        if len(rows) != 1:
-            named = ", ".join(f"{name} {value!r}" for name, value in cells.items())
-            raise UserError(f"{len(rows) or 'no'} rows for {named}")
-        return rows[0]
+        """The only row that holds these cells."""
+        (row,) = self.select(**cells)
+        return row
 
     def mean(self, name: str) -> float:
         """Mean of a column's defined cells; NaN where there are none."""
@@ -107,11 +93,7 @@ class Table:
         return text.getvalue()
 
     def to_frame(self) -> Any:
-        """The table as a ``pandas.DataFrame``.
-
-        Raises:
-            UserError: pandas is not installed.
-        """
+        """The table as a ``pandas.DataFrame``, which needs pandas."""
         try:
             import pandas
         except ImportError:

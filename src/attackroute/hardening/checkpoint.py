@@ -16,19 +16,17 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable, replace_file, write_json
+from attackroute.core.files import made_folder, read_weights, replace_file, sealed_weights, write_json
 from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
 
@@ -131,10 +129,7 @@ class Checkpoint:
             f"{path} is damaged or no checkpoint; put the right file back or start again in another folder"
         )
         try:
-            content = path.read_bytes()
-            # torch.load itself does not compare the checksums that torch.save leaves in the archive
-            intact = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
-            stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if intact else None
+            stored = read_weights(path)
         except Exception as error:  # damaged bytes make both readers raise nearly anything
             raise damaged from error
         if not (isinstance(stored, dict) and "format" in stored):
@@ -156,9 +151,7 @@ class Checkpoint:
         history = [asdict(record) for record in self.history]
         torch.save({"format": _FORMAT, **vars(self), "history": history}, buffer)
         replace_file(folder / STATE, buffer.getvalue())
-        # copies, since safetensors refuses tensors that share memory (tied weights)
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.weights.items()}
-        weights = safetensors.torch.save(copies)
+        weights = sealed_weights(self.weights)
         replace_file(folder / LAST, weights)
         if self.history and best_epoch(self.history) is self.history[-1]:
             replace_file(folder / BEST, weights)
@@ -200,11 +193,8 @@ def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
     Raises:
         UserError: The folder cannot be made, holds a run although ``resume`` is false, or holds a damaged checkpoint.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
-    except OSError as error:
-        raise UserError(f"{printable(path)}: {error.strerror or error}; choose another folder") from None
+    made_folder(path)
+    present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
     if present and not resume:
         raise UserError(
             f"{path} already holds a run ({present[0]}); pass --resume to go on with it, or choose another folder"

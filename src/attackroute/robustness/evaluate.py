@@ -119,8 +119,6 @@ def evaluate(
     if save_examples is not None:
         names = [*models, *map(str, chosen)]
         examples = team.first(lambda: ExampleFolder.open(save_examples, names, resume=resume and len(journal) > 0))
-    if not team.leads:
-        journal = journal.in_memory()
     run = _Run(models, digests, seed, journal, examples=examples, progress=progress)
     if total is not None:
         run.total = sum(limits.get(_title(attack), total) for attack in (None, *chosen)) * len(models)

@@ -2,17 +2,21 @@
 
 The folder holds ``summary.json`` from the start, with the settings on which the result depends, files of routes as they
 are finished, and in ``partial*.safetensors`` what is done of the one under way. All of them end where batches end, so
-a resumed trace sees the same batches and gives the same routes, bit for bit, as one that was never broken off. A file
-that is damaged is found by its checksum, and it alone is traced again. In the end ``route.json`` is the model's route.
+a resumed trace sees the same batches and gives the same routes, bit for bit, as one that was never broken off. Each
+file says which part of which trace it is, under its checksum: one that is damaged, or another's, is traced again, and
+it alone. In the end ``route.json`` is the model's route.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,9 @@ from attackroute.core.files import (
     read_header,
 )
 from attackroute.core.journal import require_same_settings
-from attackroute.routes.instance_routes import Edge, InstanceRoutes, SampleRoutes, joined_methods
-from attackroute.routes.layer_map import LayerMap, require_model, require_same
-from attackroute.routes.masks import sample_rows, usage_counts
+from attackroute.routes.instance_routes import Edge, InstanceRoutes, SampleRoutes, joined_methods, read_methods
+from attackroute.routes.layer_map import channel_counts, require_model, require_same
+from attackroute.routes.masks import sample_rows
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 
@@ -51,124 +55,48 @@ def has_routes(folder: Path) -> bool:
     return bool(_shard_files(folder))
 
 
-@dataclass(frozen=True, eq=False)
-class RouteTotals(SampleRoutes):
-    """What the routes of many samples come to together: sums that add up exactly, whichever files they are in.
-
-    Attributes:
-        channels: Channel count of each layer, in forward order.
-        provenance: Where the routes come from.
-        methods: For each edge (source, target), how its influence was computed.
-        usage: For each layer, how many samples' routes use each channel, int64 (C,).
-        correct: Samples whose prediction is their label; None where there are no labels.
-        sketches: For each layer with sketched edges the sums over the samples of their draws, of their expected overlap
-            and of the share of their channels that is undecided.
-    """
-
-    channels: Mapping[str, int]
-    provenance: Provenance
-    methods: Mapping[Edge, str]
-    usage: Mapping[str, Tensor]
-    correct: int | None
-    sketches: Mapping[str, tuple[float, ...]]
-
-    @classmethod
-    def of(cls, routes: InstanceRoutes) -> RouteTotals:
-        """The totals of routes in memory."""
-        sketches: dict[str, tuple[float, ...]] = {}
-        if (errors := routes.sketched) is not None:
-            for layer in errors.layers:
-                values = (errors.draws[layer], errors.overlap[layer], errors.undecided(layer).double().mean(1))
-                sketches[layer] = tuple(value.double().sum().item() for value in values)
-        labels, predictions = routes.labels, routes.predictions
-        return cls(
-            routes.channels,
-            routes.provenance,
-            routes.methods,
-            usage={layer: usage_counts(routes.packed[layer], count) for layer, count in routes.channels.items()},
-            correct=None if labels is None or predictions is None else int((labels == predictions).sum()),
-            sketches=sketches,
+def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, Any], **about: Any) -> Document:
+    """What is to be said of a trace, with the model's route: the same for every run with the same result."""
+    origin, totals = routes.provenance, routes.totals
+    occurrence = routes.occurrence(origin.width)
+    accuracy = None if "correct" not in totals else int(totals["correct"]) / origin.samples
+    layers: list[dict[str, Any]] = []
+    for layer, count in routes.channels.items():
+        layers.append(
+            {
+                "layer": layer,
+                "channels": count,
+                "route_channels": list(route.indices[layer]),
+                "occurrence": occurrence[layer],
+                "incoming": {source: how for (source, target), how in routes.methods.items() if target == layer},
+            }
         )
-
-    @classmethod
-    def sum(cls, parts: Sequence[RouteTotals]) -> RouteTotals:
-        """The totals of several sets of samples together, in their order.
-
-        Raises:
-            UserError: They have different layers.
-        """
-        first = parts[0]
-        for number, totals in enumerate(parts[1:], start=2):
-            require_same(first.channels, totals.channels, f"part {number}")
-        correct = [totals.correct for totals in parts if totals.correct is not None]
-        return cls(
-            first.channels,
-            Provenance.merge([totals.provenance for totals in parts]),
-            joined_methods([totals.methods for totals in parts]),
-            usage={layer: sum(totals.usage[layer] for totals in parts) for layer in first.channels},  # type: ignore[misc]
-            correct=sum(correct) if len(correct) == len(parts) else None,
-            sketches={
-                layer: tuple(map(sum, zip(*(totals.sketches[layer] for totals in parts), strict=True)))
-                for layer in first.sketches
-            },
-        )
-
-    def frequency(self) -> dict[str, Tensor]:
-        """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
-        return {layer: counts.double() / len(self) for layer, counts in self.usage.items()}
-
-    def document(self, route: Route, settings: Mapping[str, Any], **about: Any) -> Document:
-        """What is to be said of a trace, with the model's route: the same for every run with the same result."""
-        origin = self.provenance
-        occurrence = self.occurrence(origin.width)
-        accuracy = None if self.correct is None else self.correct / origin.samples
-        layers: list[dict[str, Any]] = []
-        for layer, count in self.channels.items():
-            layers.append(
-                {
-                    "layer": layer,
-                    "channels": count,
-                    "route_channels": list(route.indices[layer]),
-                    "occurrence": occurrence[layer],
-                    "incoming": {source: how for (source, target), how in self.methods.items() if target == layer},
-                }
-            )
-            if layer in self.sketches:  # how far the layer's routes can be trusted: means over the samples
-                means = [total / origin.samples for total in self.sketches[layer]]
-                layers[-1] |= zip(("sketches", "expected_overlap", "undecided"), means, strict=True)
-        about |= {
-            "samples": origin.samples,
-            "accuracy": accuracy,
-            "attack": origin.attack,
-            "criterion": origin.criterion,
-            "width": origin.width,
-            "route_width": None if route.provenance is None else route.provenance.width,
-            "layers": layers,
-        }
-        reading = "" if accuracy is None else f"The network is right on {accuracy:.1%} of {origin.samples} samples."
-        return Document(TRACE, settings, reading, about=about)
+        if (sums := totals.get(f"sketches/{layer}")) is not None:  # how far the layer's routes can be trusted
+            means = (sums / origin.samples).tolist()
+            layers[-1] |= zip(("sketches", "expected_overlap", "undecided"), means, strict=True)
+    about |= {
+        "samples": origin.samples,
+        "accuracy": accuracy,
+        "attack": origin.attack,
+        "criterion": origin.criterion,
+        "width": origin.width,
+        "route_width": None if route.provenance is None else route.provenance.width,
+        "layers": layers,
+    }
+    reading = "" if accuracy is None else f"The network is right on {accuracy:.1%} of {origin.samples} samples."
+    return Document(TRACE, settings, reading, about=about)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of instance routes.
-
-    Attributes:
-        path: The file.
-        start: Number of its first sample.
-        checksum: Of all that it holds.
-    """
+    """One file of instance routes: where it is, the number of its first sample, and the checksum of all it holds."""
 
     path: Path
     start: int
     checksum: str
 
     def load(self) -> InstanceRoutes:
-        """Read it.
-
-        Raises:
-            UserError: It is missing, damaged, or not the file that was there when the folder was opened.
-        """
+        """Read it; a `UserError` if it is damaged, or not the file that was there when the folder was opened."""
         routes = InstanceRoutes.load(self.path)
         if read_header(self.path, INSTANCE_ROUTES_KIND)["checksum"] != self.checksum:
             raise UserError(f"{printable(self.path)} is not the file that was there before: open the folder again")
@@ -184,14 +112,12 @@ class RouteFolder(SampleRoutes):
         channels: For each layer, in forward order, how many channels it has.
         provenance: Where the routes come from.
         methods: For each edge (source layer, target layer), how its influence was computed.
-        totals: What all samples come to, where it was counted while they were traced; None reads the files for it.
     """
 
     shards: tuple[Shard, ...]
     channels: Mapping[str, int]
     provenance: Provenance
     methods: Mapping[Edge, str]
-    totals: RouteTotals | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], model: nn.Module | None = None) -> RouteFolder:
@@ -209,23 +135,29 @@ class RouteFolder(SampleRoutes):
         if not names:
             raise UserError(f"{printable(path)} holds no instance routes: name a folder that attackroute trace wrote")
         count = len(names) if (match := _NUMBERED.search(names[0])) is None else int(match[2])
+        written = _written_checksums(path)
         shards: list[Shard] = []
         origins: list[Provenance] = []
         methods: list[dict[Edge, str]] = []
-        channels: Mapping[str, int] = {}
-        for file in (path / _file_name(number, count) for number in range(count)):
+        first: dict[str, Any] = {}
+        for number in range(count):
+            file = path / _file_name(number, count)
             header = read_header(file, INSTANCE_ROUTES_KIND)
             with file_errors(file):
-                layers = LayerMap(expect_mapping(header, "fingerprint"))
-                if shards:
-                    require_same(channels, layers, printable(file))
-                channels = layers
-                methods.append({(source, target): method for source, target, method in header["methods"]})
-                shards.append(Shard(file, sum(origin.samples for origin in origins), str(header["checksum"])))
+                channels = channel_counts(expect_mapping(header, "fingerprint"))
+                first = first or {"channels": channels, "part": header.get("part")}
+                require_same(first["channels"], channels, printable(file))
+                checksum = str(header.get("checksum"))
+                if header.get("part") != (first["part"] and {**first["part"], "file": number, "of": count}) or (
+                    written.get(file.name, checksum) != checksum
+                ):
+                    raise UserError("is not this part of the trace, but another file: trace with --resume to mend it")
+                methods.append(read_methods(header.get("methods")))
+                shards.append(Shard(file, sum(origin.samples for origin in origins), checksum))
                 origins.append(Provenance.from_json(header.get("provenance")))
         if model is not None:
-            require_model(channels, model)
-        return cls(tuple(shards), channels, Provenance.merge(origins), joined_methods(methods))
+            require_model(first["channels"], model)
+        return cls(tuple(shards), first["channels"], Provenance.merge(origins), joined_methods(methods))
 
     @property
     def path(self) -> Path:
@@ -234,6 +166,13 @@ class RouteFolder(SampleRoutes):
 
     def __repr__(self) -> str:
         return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.shards)} files)"
+
+    @cached_property
+    def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Sums over the samples, see :class:`SampleRoutes`, for which every file is read once."""
+        parts = [routes.totals for routes in self.parts()]
+        names = [name for name in parts[0] if all(name in part for part in parts)]
+        return {name: sum(part[name] for part in parts) for name in names}  # type: ignore[misc]
 
     def parts(self) -> Iterator[InstanceRoutes]:
         """The routes file by file, in the samples' order; a `UserError` says which file is damaged."""
@@ -264,10 +203,6 @@ class RouteFolder(SampleRoutes):
             selected.append(shard.load().select(rows[positions[-1]] - shard.start))
         return InstanceRoutes.concatenate(selected).select(torch.cat(positions).argsort())
 
-    def frequency(self) -> dict[str, Tensor]:
-        """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
-        return self._counted().frequency()
-
     def save_route(self, width: float = 0.3) -> Document:
         """Write the model's route as ``route.json``, and what there is to say of it and of all samples.
 
@@ -281,23 +216,16 @@ class RouteFolder(SampleRoutes):
         route = self.aggregate(width)
         route.save(self.path / ROUTE)
         checksums = {shard.path.name: shard.checksum for shard in self.shards}
-        document = self._counted().document(route, settings, finished=True, files=checksums)
+        document = trace_document(self, route, settings, finished=True, files=checksums)
         document.save(self.path, _SUMMARY)
         return document
-
-    def _counted(self) -> RouteTotals:
-        return self.totals or RouteTotals.sum([RouteTotals.of(routes) for routes in self.parts()])
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Samples that are to be traced, all of one file.
+    """Samples ``start`` to ``stop`` that are to be traced, up to the end of the file of this number.
 
-    Attributes:
-        number: Number of the file.
-        start: First of the samples.
-        stop: End of the samples, and of the file.
-        faults: What is wrong with the files that were there, for the user.
+    ``faults`` says what is wrong with the files that were there, for the user.
     """
 
     number: int
@@ -309,11 +237,7 @@ class Gap:
 class RouteWriter:
     """Puts the routes of a trace, which come batch by batch, into the files of a folder, each as soon as it is whole.
 
-    Args:
-        folder: The folder; it is created where it is missing.
-        settings: All that must be the same for a trace to go on, as JSON values.
-        samples: How many samples the whole trace has.
-        batch_size: Samples in a batch.
+    ``settings`` is all that must be the same for a trace of so many samples to go on, as JSON values.
     """
 
     def __init__(
@@ -323,11 +247,10 @@ class RouteWriter:
         self._shard = batch_size * -(-_SHARD_SAMPLES // batch_size)  # samples in every file but the last
         self._count = -(-samples // self._shard)
         self._settings = {**settings, "file-samples": self._shard}
+        self._trace = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()
         self._gaps: list[Gap] = []
         self._pending: list[InstanceRoutes] = []  # of the file under way
         self._saved = time.monotonic()
-        self._shards: dict[int, Shard] = {}
-        self._totals: dict[int, RouteTotals] = {}
 
     def begin(self, model: nn.Module, *, resume: bool) -> tuple[Gap, ...]:
         """Make the folder ready for writing, and see what of the trace of a model is to be done, in order.
@@ -340,14 +263,20 @@ class RouteWriter:
         made_folder(self._path)
         summary = self._path / f"{_SUMMARY}.json"
         previous = Document.load(summary) if summary.exists() else None
+        present = sorted(file for stem in (_ROUTES, _PARTIAL) for file in self._path.glob(f"{stem}*.safetensors"))
         if resume and previous is not None:
             require_same_settings(f"the trace in {self._path}", previous.settings, self._settings)
+            expected = {self._file(number, stem) for number in range(self._count) for stem in (_ROUTES, _PARTIAL)}
+            if strays := sorted(set(present) - expected):
+                raise UserError(f"{printable(strays[0])} is no part of the trace in that folder: move it away")
             gaps = [self._gap(number, model) for number in range(self._count)]
             self._gaps = [gap for gap in gaps if gap is not None]
+            if self._gaps:
+                self._summarise_unfinished()
         else:
-            if any(file for stem in (_ROUTES, _PARTIAL) for file in self._path.glob(f"{stem}*.safetensors")):
+            if present:
                 raise UserError(f"{self._path} holds a trace; resume to go on with it, or choose another folder")
-            Document(TRACE, self._settings, about={"finished": False}).save(self._path, _SUMMARY)
+            self._summarise_unfinished()
             self._gaps = [Gap(number, *self._range(number)) for number in range(self._count)]
         self._open_file()
         return tuple(self._gaps)
@@ -366,17 +295,19 @@ class RouteWriter:
     def keep(self) -> None:
         """Write down what is done of the file under way; when this returns, no crash loses it."""
         if self._gaps and self._pending:
+            number = self._gaps[0].number
             self._pending = [InstanceRoutes.concatenate(self._pending)]
-            self._pending[0].save(self._file(self._gaps[0].number, _PARTIAL))
+            self._pending[0].save(self._file(number, _PARTIAL), self._part(number))
         self._saved = time.monotonic()
 
     def finish(self) -> RouteFolder:
         """Write the model's route and the summary, once all files are whole."""
-        totals = RouteTotals.sum([self._totals[number] for number in range(self._count)])
-        shards = tuple(self._shards[number] for number in range(self._count))
-        routes = RouteFolder(shards, totals.channels, totals.provenance, methods=totals.methods, totals=totals)
+        routes = RouteFolder.open(self._path)
         routes.save_route()
         return routes
+
+    def _summarise_unfinished(self) -> None:
+        Document(TRACE, self._settings, about={"finished": False}).save(self._path, _SUMMARY)
 
     def _open_file(self) -> None:
         """Take up what there is of the next file that is not whole."""
@@ -385,13 +316,8 @@ class RouteWriter:
             self._pending.append(InstanceRoutes.load(self._file(self._gaps[0].number, _PARTIAL)))
 
     def _save(self, number: int, routes: InstanceRoutes) -> None:
-        checksum = routes.save(self._file(number))
+        routes.save(self._file(number), self._part(number))
         self._file(number, _PARTIAL).unlink(missing_ok=True)
-        self._note(number, routes, checksum)
-
-    def _note(self, number: int, routes: InstanceRoutes, checksum: str) -> None:
-        self._shards[number] = Shard(self._file(number), self._range(number)[0], checksum)
-        self._totals[number] = RouteTotals.of(routes)
 
     def _gap(self, number: int, model: nn.Module) -> Gap | None:
         """What is to be traced of a file; None where it is whole."""
@@ -402,11 +328,15 @@ class RouteWriter:
                 continue
             try:
                 routes = InstanceRoutes.load(path)
+                part = read_header(path, INSTANCE_ROUTES_KIND).get("part")
             except UserError as error:
                 faults.append(f"{error}; its samples are traced again")
                 continue
             is_partial = path == self._file(number, _PARTIAL)
             is_whole = len(routes) == stop - start
+            if part != self._part(number):
+                faults.append(f"{path} is another part, or of another trace; its samples are traced again")
+                continue
             if not is_whole and (not is_partial or len(routes) > stop - start or len(routes) % self._batch_size):
                 faults.append(f"{path} has {len(routes)} samples, not {stop - start}; they are traced again")
                 continue
@@ -416,8 +346,6 @@ class RouteWriter:
                 break
             if is_partial:  # the disk was full when it was to be written as a whole
                 self._save(number, routes)
-            else:
-                self._note(number, routes, str(read_header(path, INSTANCE_ROUTES_KIND)["checksum"]))
             return None
         return Gap(number, start, stop, tuple(faults))
 
@@ -427,6 +355,10 @@ class RouteWriter:
     def _file(self, number: int, stem: str = _ROUTES) -> Path:
         return self._path / _file_name(number, self._count, stem)
 
+    def _part(self, number: int) -> dict[str, Any]:
+        """What a file says of its place: its number, and a digest of the settings of the trace."""
+        return {"file": number, "of": self._count, "trace": self._trace}
+
 
 def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:
     """Name of one of ``count`` files; a file that is the only one has no number."""
@@ -434,7 +366,20 @@ def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:
 
 
 def _shard_files(folder: Path) -> list[str]:
-    """Names of the files of routes in a folder."""
+    """Names of the files of routes in a folder, which must be those of one trace."""
+    numbered = {file.name: _NUMBERED.search(file.name) for file in folder.glob(f"{_ROUTES}-*.safetensors")}
+    counts = {name: int(match[2]) for name, match in numbered.items() if match is not None}
     if (folder / _file_name(0, 1)).is_file():
-        return [_file_name(0, 1)]
-    return sorted(file.name for file in folder.glob(f"{_ROUTES}-*.safetensors") if _NUMBERED.search(file.name))
+        counts[_file_name(0, 1)] = 1
+    names = sorted(counts)
+    if len(set(counts.values())) > 1:
+        raise UserError(f"{printable(folder)} holds files of two traces ({names[0]}, {names[-1]}): move one set away")
+    return names
+
+
+def _written_checksums(folder: Path) -> Mapping[str, Any]:
+    """The checksums that a finished trace noted of its files."""
+    path = folder / f"{_SUMMARY}.json"
+    about = Document.load(path).about if path.exists() else {}
+    files = about.get("files") if about.get("finished") is True else None
+    return files if isinstance(files, dict) else {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +41,16 @@ class SampleRoutes(ABC):
     Attributes:
         channels: for each layer, in forward order, how many channels it has.
         provenance: where the routes come from, with N as ``samples`` and the width of each sample's route.
+        methods: for each edge (source layer, target layer), how its influence was computed.
+        totals: sums over the samples, by name: ``usage/LAYER``, how many routes use each channel, int64 (C,);
+            ``correct``, how many predictions are the label, where there are labels; and for a layer with sketched edges
+            ``sketches/LAYER``, the draws, the expected overlap and the share of channels undecided, float64 (3,).
     """
 
     channels: Mapping[str, int]
     provenance: Provenance
+    methods: Mapping[Edge, str]
+    totals: Mapping[str, Tensor]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -57,19 +65,17 @@ class SampleRoutes(ABC):
     def __len__(self) -> int:
         return self.provenance.samples
 
-    @abstractmethod
     def frequency(self) -> dict[str, Tensor]:
         """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
+        totals = self.totals
+        return {layer: totals[f"usage/{layer}"].double() / len(self) for layer in self.channels}
 
     def occurrence(self, share: float = 0.2) -> dict[str, float]:
         """Mean frequency over the most frequent channels of each layer, the paper's Table 1.
 
         Args:
-            share: share of the layer's channels to take the mean over. At the width of the instance routes, 1.0
-                means that every sample uses the same channels.
-
-        Raises:
-            UserError: the share is outside (0, 1].
+            share: share of the layer's channels to take the mean over, in (0, 1]. At the width of the instance routes,
+                1.0 means that every sample uses the same channels.
         """
         return {
             layer: float(values.topk(kept(share, values.numel())).values.mean())
@@ -81,9 +87,6 @@ class SampleRoutes(ABC):
 
         Args:
             width: share of each layer's channels to keep, in (0, 1].
-
-        Raises:
-            UserError: the width is outside (0, 1].
         """
         return Route.from_frequency(self.frequency(), width, self.provenance)
 
@@ -120,18 +123,29 @@ class InstanceRoutes(SampleRoutes):
 
     def __post_init__(self) -> None:
         channels = channel_counts(self.channels)
-        _check_masks(self.packed, channels, len(self))
+        if len(self) < 1:
+            raise UserError("instance routes need at least one sample: see whether the data are empty")
+        require_layers("masks", self.packed, channels)
+        for layer, size in channels.items():
+            what = f"the packed masks of layer {layer!r}"
+            _check_tensor(what, self.packed[layer], (len(self), packed_width(size)), "uint8 on the CPU", _is_packed)
+            if has_stray_bits(self.packed[layer], size):
+                raise UserError(f"{what} have bits set beyond the last of its {size} channels")
         for name in _ANSWERS:
             if (values := getattr(self, name)) is not None:
-                _check_tensor(name, values, (len(self),))
-                if values.dtype != torch.int64:
-                    raise UserError(f"{name} must be int64, not {values.dtype}")
-        _check_methods(self.methods, channels)
+                _check_tensor(name, values, (len(self),), "int64", lambda tensor: tensor.dtype == torch.int64)
+        for edge in self.methods:
+            for layer in edge:
+                if layer not in channels:
+                    raise UserError(f"edge {edge!r} names layer {layer!r}, which is not a layer of the routes")
         object.__setattr__(self, "channels", channels)
         object.__setattr__(self, "packed", LayerMap({layer: self.packed[layer] for layer in channels}))
         object.__setattr__(self, "methods", dict(self.methods))
         if self.kept_scores is not None:
-            _check_scores(self.kept_scores, channels, len(self))
+            require_layers("scores", self.kept_scores, channels)
+            for layer, size in channels.items():
+                scores, what = self.kept_scores[layer], f"the scores of layer {layer!r}"
+                _check_tensor(what, scores, (len(self), size), "floating point", torch.is_floating_point)
             object.__setattr__(self, "kept_scores", LayerMap({layer: self.kept_scores[layer] for layer in channels}))
         if self.sketched is not None and len(self.sketched) != len(self):
             raise UserError(f"there are notes on {len(self.sketched)} sketched samples, and {len(self)} samples")
@@ -150,17 +164,8 @@ class InstanceRoutes(SampleRoutes):
     ) -> InstanceRoutes:
         """Routes from the masks of one batch, on any device; nothing is shared with what is given.
 
-        Args:
-            masks: for each layer, in forward order, the neurons on the samples' routes, bool (n, C).
-            provenance: where the routes come from, with n as ``samples``.
-            labels: the samples' labels, integers (n,).
-            predictions: the network's predictions, likewise.
-            methods: for each edge (source, target), how its influence was computed.
-            scores: for each layer what the masks were chosen by, float (n, C).
-            sketched: what is known of the errors, where edges were sketched.
-
-        Raises:
-            UserError: a shape or a type is wrong, or a layer is missing.
+        Masks are bool (n, C) for each layer, in forward order; labels and predictions, integers (n,); scores, what the
+        masks were chosen by, float (n, C). Everything else is as in the class.
         """
         for layer, mask in masks.items():
             if mask.dtype != torch.bool or mask.ndim != 2:
@@ -205,8 +210,8 @@ class InstanceRoutes(SampleRoutes):
         return (
             list(self.channels.items()) == list(other.channels.items())
             and (len(self), self.width) == (len(other), other.width)
-            and all(torch.equal(self.packed[layer], other.packed[layer]) for layer in self.channels)
-            and all(_equal(getattr(self, name), getattr(other, name)) for name in _ANSWERS)
+            and _compared(self).keys() == _compared(other).keys()
+            and all(torch.equal(values, _compared(other)[name]) for name, values in _compared(self).items())
         )
 
     __hash__ = None  # type: ignore[assignment]  # equality looks at tensors, which can change
@@ -224,12 +229,17 @@ class InstanceRoutes(SampleRoutes):
         ]
         return f"InstanceRoutes({title})\n{layer_table(('layer', 'channels', 'kept', 'leads to'), rows)}"
 
-    def frequency(self) -> dict[str, Tensor]:
-        """Share of the samples whose route uses each channel, float64 (C,) for each layer."""
-        return {
-            layer: usage_counts(self.packed[layer], count).double() / len(self)
-            for layer, count in self.channels.items()
-        }
+    @property
+    def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Sums over the samples, see :class:`SampleRoutes`."""
+        totals = {f"usage/{layer}": usage_counts(self.packed[layer], count) for layer, count in self.channels.items()}
+        if self.labels is not None and self.predictions is not None:
+            totals["correct"] = (self.labels == self.predictions).sum()
+        if (errors := self.sketched) is not None:
+            for layer in errors.layers:
+                values = (errors.draws[layer], errors.overlap[layer], errors.undecided(layer).double().mean(1))
+                totals[f"sketches/{layer}"] = torch.stack([value.double().sum() for value in values])
+        return totals
 
     def by_label(self, width: float = 0.3) -> dict[int, Route]:
         """One route for each label, aggregated over the samples that bear it.
@@ -256,17 +266,8 @@ class InstanceRoutes(SampleRoutes):
             UserError: the index selects no sample, is out of range, or has the wrong shape.
         """
         rows = sample_rows(index, len(self))
-
-        return InstanceRoutes(
-            {layer: tensor[rows] for layer, tensor in self.packed.items()},
-            self.channels,
-            replace(self.provenance, samples=rows.numel()),
-            labels=None if self.labels is None else self.labels[rows],
-            predictions=None if self.predictions is None else self.predictions[rows],
-            methods=self.methods,
-            kept_scores=self.kept_scores and {layer: tensor[rows] for layer, tensor in self.kept_scores.items()},
-            sketched=None if self.sketched is None else self.sketched.select(rows),
-        )
+        tensors = {name: values[rows] for name, values in self._tensors().items()}
+        return self._of_tensors(tensors, self.channels, replace(self.provenance, samples=rows.numel()), self.methods)
 
     @classmethod
     def concatenate(cls, parts: Iterable[InstanceRoutes]) -> InstanceRoutes:
@@ -290,39 +291,35 @@ class InstanceRoutes(SampleRoutes):
                     f"part {number} has width {routes.width} in every layer, from {first.layers[0]!r} on, and part 1 "
                     f"has {first.width}: trace both at one width"
                 )
-        scores = {
-            layer: _join(
-                "scores", [None if routes.kept_scores is None else routes.kept_scores[layer] for routes in parts]
-            )
-            for layer in first.layers
-        }
-        return cls(
-            {layer: torch.cat([routes.packed[layer] for routes in parts]) for layer in first.layers},
+        tensors = [routes._tensors() for routes in parts]
+        names = dict.fromkeys(name for part in tensors for name in part)
+        for name, (number, part) in product(names, enumerate(tensors, start=1)):
+            if name not in part:
+                kind = name.partition("/")[0]
+                raise UserError(f"part {number} has no {kind} but others have: trace all parts in the same way")
+        return cls._of_tensors(
+            {name: torch.cat([part[name] for part in tensors]) for name in names},
             first.channels,
             Provenance.merge([routes.provenance for routes in parts]),
-            labels=_join("labels", [routes.labels for routes in parts]),
-            predictions=_join("predictions", [routes.predictions for routes in parts]),
-            methods=joined_methods([routes.methods for routes in parts]),
-            kept_scores={layer: values for layer, values in scores.items() if values is not None} or None,
-            sketched=SketchErrors.concatenate([routes.sketched for routes in parts]),
+            joined_methods([routes.methods for routes in parts]),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> str:
+    def save(self, path: str | os.PathLike[str], part: Mapping[str, Any] | None = None) -> str:
         """Write masks, notes and scores as safetensors, replacing a file of that name in one step.
+
+        Args:
+            path: the file.
+            part: what the file is to say of its place in a trace, as JSON values.
 
         Returns:
             The checksum of all that the file holds.
         """
-        tensors = {_MASKS + layer: packed for layer, packed in self.packed.items()}
-        tensors |= {_SCORES + layer: values for layer, values in (self.kept_scores or {}).items()}
-        tensors |= {} if self.sketched is None else self.sketched.tensors(_SKETCHED)
-        tensors |= {name: values for name in _ANSWERS if (values := getattr(self, name)) is not None}
         body = {
             "provenance": self.provenance.to_json(),
             "fingerprint": dict(self.channels),
             "methods": [[source, target, method] for (source, target), method in self.methods.items()],
-        }
-        return write_tensors(path, INSTANCE_ROUTES_KIND, body, tensors)
+        } | ({} if part is None else {"part": part})
+        return write_tensors(path, INSTANCE_ROUTES_KIND, body, self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> InstanceRoutes:
@@ -337,23 +334,43 @@ class InstanceRoutes(SampleRoutes):
         """
         body, tensors = read_tensors(path, INSTANCE_ROUTES_KIND)
         with file_errors(path):
-            answers = {name: tensors.pop(name, None) for name in _ANSWERS}
-            packed, scores, sketched = (_with_prefix(tensors, prefix) for prefix in (_MASKS, _SCORES, _SKETCHED))
-            if len(packed) + len(scores) + len(sketched) != len(tensors):
-                raise UserError("has tensors that are no part of instance routes")
-            channels = expect_mapping(body, "fingerprint")
-            routes = cls(
-                packed,
-                channels,
-                Provenance.from_json(body.get("provenance")),
-                methods=_read_methods(body.get("methods")),
-                kept_scores=scores or None,
-                sketched=SketchErrors.from_tensors(sketched, channels),
-                **answers,
-            )
+            origin, methods = Provenance.from_json(body.get("provenance")), read_methods(body.get("methods"))
+            routes = cls._of_tensors(tensors, expect_mapping(body, "fingerprint"), origin, methods)
             if model is not None:
                 require_model(routes.channels, model)
         return routes
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors, a row for each sample, by the names that they have in files."""
+        tensors = {_MASKS + layer: packed for layer, packed in self.packed.items()}
+        tensors |= {_SCORES + layer: values for layer, values in (self.kept_scores or {}).items()}
+        tensors |= {} if self.sketched is None else self.sketched.tensors(_SKETCHED)
+        return tensors | {name: values for name in _ANSWERS if (values := getattr(self, name)) is not None}
+
+    @classmethod
+    def _of_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        channels: Mapping[str, int],
+        provenance: Provenance,
+        methods: Mapping[Edge, str],
+    ) -> InstanceRoutes:
+        """Undo :meth:`_tensors`."""
+        packed, scores, sketched = (_with_prefix(tensors, prefix) for prefix in (_MASKS, _SCORES, _SKETCHED))
+        answers = {name: tensors[name] for name in _ANSWERS if name in tensors}
+        if len(packed) + len(scores) + len(sketched) + len(answers) != len(tensors):
+            raise UserError("has tensors that are no part of instance routes")
+        notes = SketchErrors.from_tensors(sketched, channels)
+        return cls(packed, channels, provenance, methods=methods, kept_scores=scores or None, sketched=notes, **answers)
+
+
+def read_methods(values: object) -> dict[Edge, str]:
+    """How each edge was computed, from a file's list of ``[source, target, method]``."""
+    if not isinstance(values, list) or not all(
+        isinstance(item, list) and len(item) == 3 and all(isinstance(text, str) for text in item) for item in values
+    ):
+        raise UserError("'methods' must be a list of [source, target, method], all of them strings")
+    return {(source, target): method for source, target, method in values}
 
 
 def joined_methods(parts: Sequence[Mapping[Edge, str]]) -> dict[Edge, str]:
@@ -364,32 +381,18 @@ def joined_methods(parts: Sequence[Mapping[Edge, str]]) -> dict[Edge, str]:
     return {edge: " + ".join(dict.fromkeys(names)) for edge, names in methods.items()}
 
 
-def _join(what: str, parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensors of all parts, one after another; None where no part has one."""
-    present = [tensor for tensor in parts if tensor is not None]
-    if present and len(present) != len(parts):
-        lacking = next(number for number, tensor in enumerate(parts, start=1) if tensor is None)
-        raise UserError(f"part {lacking} has no {what} but others have: trace all parts in the same way")
-    return torch.cat(present) if present else None
-
-
 def _preview(targets: Sequence[str]) -> str:
     more = len(targets) - 2
     return ", ".join([*targets[:2], *([f"{more} more"] if more > 0 else [])])
 
 
-def _equal(left: Tensor | None, right: Tensor | None) -> bool:
-    return left is right or (left is not None and right is not None and torch.equal(left, right))
+def _compared(routes: InstanceRoutes) -> dict[str, Tensor]:
+    """What makes routes equal: masks, labels and predictions."""
+    return {name: values for name, values in routes._tensors().items() if not name.startswith((_SCORES, _SKETCHED))}
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _read_methods(values: object) -> dict[Edge, str]:
-    if not isinstance(values, list) or not all(isinstance(item, list) and len(item) == 3 for item in values):
-        raise UserError("'methods' must be a list of [source, target, method]")
-    return {(source, target): method for source, target, method in values}
 
 
 def _moved(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -409,40 +412,12 @@ def _on_cpu(name: str, answers: Tensor | None) -> Tensor | None:
     return answers.detach().to("cpu", torch.int64, copy=True)
 
 
-def _check_masks(packed: Mapping[str, Tensor], channels: Mapping[str, int], samples: int) -> None:
-    """Require packed masks uint8 (samples, ceil(C / 8)) on the CPU for every layer, with no bit beyond the channels."""
-    if samples < 1:
-        raise UserError("instance routes need at least one sample: see whether the data are empty")
-    require_layers("masks", packed, channels)
-    for layer, size in channels.items():
-        what = f"the packed masks of layer {layer!r}"
-        _check_tensor(what, packed[layer], (samples, packed_width(size)))
-        if packed[layer].dtype != torch.uint8 or packed[layer].device.type != "cpu":
-            raise UserError(f"{what} must be uint8 on the CPU, not {packed[layer].dtype} on {packed[layer].device}")
-        if has_stray_bits(packed[layer], size):
-            raise UserError(f"{what} have bits set beyond the last of its {size} channels")
+def _is_packed(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.uint8 and tensor.device.type == "cpu"
 
 
-def _check_scores(scores: Mapping[str, Tensor], channels: Mapping[str, int], samples: int) -> None:
-    """Require floating-point scores (samples, C) for every layer."""
-    require_layers("scores", scores, channels)
-    for layer, size in channels.items():
-        what = f"the scores of layer {layer!r}"
-        _check_tensor(what, scores[layer], (samples, size))
-        if not scores[layer].is_floating_point():
-            raise UserError(f"{what} must be floating point, not {scores[layer].dtype}")
-
-
-def _check_methods(methods: Mapping[Edge, str], channels: Mapping[str, int]) -> None:
-    """Require that every edge joins two of the layers and states its method in words."""
-    for edge, method in methods.items():
-        for layer in edge:
-            if layer not in channels:
-                raise UserError(f"edge {edge!r} names layer {layer!r}, which is not a layer of the routes")
-        if not isinstance(method, str):
-            raise UserError(f"edge {edge!r}: the method must be a string, not {method!r}")
-
-
-def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...], kind: str, fits: Callable[[Tensor], bool]) -> None:
     if tuple(tensor.shape) != shape:
         raise UserError(f"{what} must have shape {shape}, not {tuple(tensor.shape)}")
+    if not fits(tensor):
+        raise UserError(f"{what} must be {kind}, not {tensor.dtype} on {tensor.device}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from torch import nn
@@ -42,9 +43,6 @@ class LayerMap(Mapping[str, T]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def __contains__(self, layer: object) -> bool:
-        return layer in self._values
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._values!r})"
 
@@ -73,22 +71,18 @@ def require_layers(what: str, values: Mapping[str, Any], channels: Mapping[str, 
 
 def require_same(ours: Mapping[str, int], theirs: Mapping[str, int], other: str = "the other route") -> None:
     """Raise a `UserError` naming the first layer in which two routes' names, order or channel counts differ."""
-    for our_layer, their_layer in zip(ours, theirs, strict=False):
-        if our_layer != their_layer:
-            if our_layer not in theirs:
-                raise UserError(f"layer {our_layer!r} is not in {other}: both must have the same layers")
-            if their_layer not in ours:
-                raise UserError(f"layer {their_layer!r} is only in {other}: both must have the same layers")
-            raise UserError(f"layer {our_layer!r} stands where {other} has {their_layer!r}: the layers' order differs")
-        if ours[our_layer] != theirs[their_layer]:
+    for mine, yours in zip_longest(ours, theirs):
+        if mine is not None and mine not in theirs:
+            raise UserError(f"layer {mine!r} is not in {other}: both must have the same layers")
+        if yours is not None and yours not in ours:
+            raise UserError(f"layer {yours!r} is only in {other}: both must have the same layers")
+        if mine != yours:
+            raise UserError(f"layer {mine!r} stands where {other} has {yours!r}: the layers' order differs")
+        if ours[mine] != theirs[mine]:
             raise UserError(
-                f"layer {our_layer!r} has {ours[our_layer]} channels here but {theirs[their_layer]} in {other}: "
+                f"layer {mine!r} has {ours[mine]} channels here but {theirs[mine]} in {other}: "
                 "the two come from different networks"
             )
-    if len(ours) != len(theirs):
-        longer, where = (ours, "not") if len(ours) > len(theirs) else (theirs, "only")
-        extra = list(longer)[min(len(ours), len(theirs))]
-        raise UserError(f"layer {extra!r} is {where} in {other}: both must have the same layers")
 
 
 def require_fit(ours: Mapping[str, int], theirs: Mapping[str, int], what: str) -> None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from types import NoneType
 from typing import Any
 
 from attackroute.core import __version__
 from attackroute.core.errors import UserError
 
 _OPTIONAL_TEXT = ("model", "data", "attack")
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "samples": ((int,), "a count"),
+    "width": ((int, float), "a number"),
+    "instance_width": ((int, float, NoneType), "a number or None"),
+    **dict.fromkeys(_OPTIONAL_TEXT, ((str, NoneType), "a string or None")),
+    "seed": ((int, NoneType), "an integer or None"),
+    **dict.fromkeys(("criterion", "version"), ((str,), "a string")),
+}
+"""Types of the fields, which also come from files."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,17 +49,16 @@ class Provenance:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.samples) or self.samples < 0:
-            raise UserError(f"provenance: samples must be a count, not {self.samples!r}")
-        _check_share("width", self.width)
-        if self.instance_width is not None:
-            _check_share("instance_width", self.instance_width)
-        if self.seed is not None and not _is_integer(self.seed):
-            raise UserError(f"provenance: seed must be an integer or None, not {self.seed!r}")
-        for name in (*_OPTIONAL_TEXT, "criterion", "version"):
+        for name, (kinds, words) in _KINDS.items():
             value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name in _OPTIONAL_TEXT):
-                raise UserError(f"provenance: {name} must be a string, not {value!r}")
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise UserError(f"provenance: {name} must be {words}, not {value!r}")
+        if self.samples < 0:
+            raise UserError(f"provenance: samples must be a count, not {self.samples}")
+        for name in ("width", "instance_width"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise UserError(f"provenance: {name} {share} is outside (0, 1]")
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items() if value is not None)
@@ -61,11 +70,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, values: object) -> Provenance:
-        """Undo `to_json`.
-
-        Raises:
-            UserError: a field is missing, unknown, or of the wrong type.
-        """
+        """Undo `to_json`; a `UserError` says which field is missing, unknown, or of the wrong type."""
         names = [item.name for item in fields(cls)]
         if not isinstance(values, Mapping) or set(values) != set(names):
             raise UserError(f"provenance: expected the fields {', '.join(names)}")
@@ -85,14 +90,3 @@ class Provenance:
         for name in ("criterion", "version"):
             merged[name] = " + ".join(dict.fromkeys(getattr(part, name) for part in parts))
         return replace(parts[0], samples=sum(part.samples for part in parts), **merged)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_share(name: str, value: object) -> None:
-    if not isinstance(value, float) and not _is_integer(value):
-        raise UserError(f"provenance: {name} must be a number, not {value!r}")
-    if not 0 < value <= 1:  # type: ignore[operator]
-        raise UserError(f"provenance: {name} {value} is outside (0, 1]")

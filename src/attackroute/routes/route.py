@@ -77,15 +77,9 @@ class Route:
 
     @classmethod
     def from_frequency(cls, frequency: Mapping[str, Tensor], width: float, origin: Provenance) -> Route:
-        """The model route (Eqs. (7)-(8)): each layer's most frequent channels, ties to the lower index.
+        """The model route (Eqs. (7)-(8)): each layer's most frequent channels (C,), ties to the lower index.
 
-        Args:
-            frequency: for each layer, the share of samples whose route uses each channel, (C,).
-            width: share of each layer's channels to keep, in (0, 1].
-            origin: where the instance routes come from.
-
-        Raises:
-            UserError: the width is outside (0, 1].
+        It keeps a share ``width`` of each layer's channels; ``origin`` is where the instance routes come from.
         """
         masks = {layer: top_k(values, width) for layer, values in frequency.items()}
         return cls.from_masks(masks, frequency, replace(origin, width=width, instance_width=origin.width))
@@ -137,8 +131,7 @@ class Route:
 
     def __repr__(self) -> str:
         title = [plural(len(self), "layer"), f"{self.size} of {sum(self.channels.values())} channels"]
-        if self.provenance is not None:
-            origin = self.provenance
+        if (origin := self.provenance) is not None:
             title += [origin.criterion, f"width {origin.width:g}", plural(origin.samples, "sample")]
         header = ("layer", "channels", "on route", "which")
         rows = [
@@ -182,21 +175,11 @@ class Route:
         return Route(indices, self.channels, self.frequency, self._derived(f"random (seed {seed}) off {{}}"))
 
     def restrict(self, layers: Iterable[str]) -> Route:
-        """The same route on some of its layers, in forward order.
-
-        Raises:
-            UserError: a layer is not on the route, or none is given.
-        """
-        names = [layers] if isinstance(layers, str) else list(layers)
-        for layer in names:
-            self.indices[layer]  # names the layers that there are if this one is unknown
-        kept = [layer for layer in self if layer in names]
-        return Route(
-            {layer: self.indices[layer] for layer in kept},
-            {layer: self.channels[layer] for layer in kept},
-            self.frequency and {layer: self.frequency[layer] for layer in kept},
-            self.provenance,
-        )
+        """The same route on some of its layers, at least one, in forward order."""
+        indices = {layer: self.indices[layer] for layer in ([layers] if isinstance(layers, str) else layers)}
+        channels = {layer: count for layer, count in self.channels.items() if layer in indices}
+        frequency = self.frequency and {layer: self.frequency[layer] for layer in channels}
+        return Route(indices, channels, frequency, self.provenance)
 
     def overlap(self, other: Route) -> dict[str, float]:
         """``|A & B| / |A|`` for each layer, A this route and B the other, of the same layers; 1 where A is empty."""
@@ -207,21 +190,16 @@ class Route:
         return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours | theirs)))
 
     def check(self, channels: Mapping[str, int], what: str = "model") -> None:
-        """Require that something, named ``what`` in the message, has the route's layers with these channel counts.
-
-        Raises:
-            UserError: names the first layer that is missing or of another size; layers beyond the route's are no fault.
-        """
+        """Require that something, named ``what`` in the message, has the route's layers with these channel counts."""
         require_fit(self.channels, channels, what)
 
     def to_json(self) -> dict[str, Any]:
         """All of the route as JSON values, for :meth:`from_json`."""
-        frequency = self.frequency
         return {
             "provenance": self.provenance and self.provenance.to_json(),
             "fingerprint": dict(self.channels),
             "route": {layer: list(self.indices[layer]) for layer in self},
-            "frequency": frequency and {layer: frequency[layer].tolist() for layer in self},
+            "frequency": self.frequency and {layer: self.frequency[layer].tolist() for layer in self},
         }
 
     @classmethod
@@ -231,7 +209,7 @@ class Route:
         return cls(
             expect_mapping(body, "route"),
             expect_mapping(body, "fingerprint"),
-            None if body.get("frequency") is None else _read_frequency(body),
+            None if body.get("frequency") is None else expect_mapping(body, "frequency"),
             None if origin is None else Provenance.from_json(origin),
         )
 
@@ -298,22 +276,17 @@ def _channel(value: object) -> int:
     return operator.index(value)  # type: ignore[arg-type]
 
 
-def _shares(layer: str, values: Tensor, count: int) -> Tensor:
+def _shares(layer: str, values: object, count: int) -> Tensor:
+    if isinstance(values, list) and all(type(value) in (int, float) for value in values):  # as files have them
+        values = torch.tensor(values, dtype=torch.float64, device="cpu")
+    if not isinstance(values, Tensor):
+        raise UserError(f"layer {layer!r}: the frequency must be a tensor, or a list of numbers")
     shares = values.detach().to(device="cpu", dtype=torch.float64).clone()
     if shares.shape != (count,):
         raise UserError(f"layer {layer!r}: the frequency must have shape ({count},), not {tuple(shares.shape)}")
     if not bool(((shares >= 0) & (shares <= 1)).all()):
         raise UserError(f"layer {layer!r}: a frequency lies outside [0, 1]")
     return shares
-
-
-def _read_frequency(body: Mapping[str, Any]) -> dict[str, Tensor]:
-    frequency = {}
-    for layer, values in expect_mapping(body, "frequency").items():
-        if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-            raise UserError(f"layer {layer!r}: the frequency must be a list of numbers")
-        frequency[layer] = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
-    return frequency
 
 
 def _preview(chosen: Sequence[int]) -> str:

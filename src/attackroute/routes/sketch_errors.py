@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
@@ -57,25 +56,8 @@ class SketchErrors:
         """Channels of a layer within two standard errors of the cut, bool (N, C)."""
         return unpack(self.packed[layer], self.channels[layer])
 
-    def select(self, rows: Tensor) -> SketchErrors:
-        """The notes of some samples."""
-        return self._replaced(lambda name, layer: getattr(self, name)[layer][rows])
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[SketchErrors | None]) -> SketchErrors | None:
-        """The errors of several sets of samples, one after another; None where all of them are exact."""
-        given = [errors for errors in parts if errors is not None]
-        if not given:
-            return None
-        if len(given) != len(parts):
-            raise UserError("some parts are exact and others approximate (sketches): trace all parts in the same way")
-        first = given[0]
-        if any(set(errors.draws) != set(first.draws) or bool(errors.errors) != bool(first.errors) for errors in given):
-            raise UserError("the parts were sketched in different layers: trace all parts in the same way")
-        return first._replaced(lambda name, layer: torch.cat([getattr(errors, name)[layer] for errors in given]))
-
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The notes as named tensors, for a file."""
+        """The notes as named tensors, a row for each sample."""
         return {
             f"{prefix}{key}/{layer}": tensor
             for name, key in _FILE_KEYS.items()
@@ -95,11 +77,6 @@ class SketchErrors:
                 raise UserError(f"sketches: {path!r} is no part of them")
             fields[names[key]][layer] = tensor
         return cls(channels, **fields)
-
-    def _replaced(self, tensor: Callable[[str, str], Tensor]) -> SketchErrors:
-        """The same fields and layers, with other tensors."""
-        fields = {name: {layer: tensor(name, layer) for layer in getattr(self, name)} for name in _FILE_KEYS}
-        return SketchErrors(self.channels, **fields)
 
 
 def _check(name: str, layer: str, tensor: Tensor, samples: int, channels: Mapping[str, int]) -> None:

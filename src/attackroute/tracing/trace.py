@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.batches import BatchStream, Data, batches_in_order
-from attackroute.core.checks import checked_labels, checked_logits, shaped_logits
+from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM
@@ -278,7 +278,7 @@ class Tracer:
         with explained(images):
             recording = record(self.model, passed, linear=linear, leaves=sinks, expected=len(names), follow=follow)
         layers = self.structure.applied(recording.layers)
-        logits = shaped_logits(recording.output, passed.shape[0])
+        logits = checked_logits(recording.output, passed.shape[0], finite=False)
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode, the seeds need the graph
             logits = logits[-samples:]
         predictions = logits.detach().argmax(dim=1)

@@ -7,7 +7,6 @@ and `data.py`, which opens data.
 
 from attackroute.zoo.data import ImageBatches as ImageBatches
 from attackroute.zoo.data import ImageData as ImageData
-from attackroute.zoo.data import check_images as check_images
 from attackroute.zoo.data import load_data as load_data
 from attackroute.zoo.networks import BUILT_IN as BUILT_IN
 from attackroute.zoo.networks import build as build

@@ -67,7 +67,7 @@ class ImageData:
 
 
 class ImageBatches:
-    """Batches of images in a fixed order, checked to be in [0, 1], and the share of time that goes into waiting.
+    """Batches of images in a fixed order, and the share of time that goes into waiting.
 
     Args:
         images: The images.
@@ -112,10 +112,9 @@ class ImageBatches:
         batches = iter(load(self._dataset, chosen, generator=torch.Generator(), workers=workers, pin_memory=cuda))
         self._started, self._waited = time.perf_counter(), 0.0
         before = self._started
-        for images, labels in batches:
+        for batch in batches:
             self._waited += time.perf_counter() - before
-            check_images(images)
-            yield images, labels
+            yield batch
             before = time.perf_counter()
 
     @property
@@ -124,23 +123,6 @@ class ImageBatches:
         if self._started is None:
             return ""
         return f"reading {self._waited / max(time.perf_counter() - self._started, 1e-9):.0%}"
-
-
-def check_images(images: Tensor) -> None:
-    """Check that images, a float tensor of any shape, are fit for a model that normalises its own input.
-
-    Raises:
-        UserError: NaN, infinity, or a value outside [0, 1].
-    """
-    if images.numel() == 0:
-        return
-    low, high = (bound.item() for bound in images.aminmax())  # NaN makes both of them NaN
-    if not (low >= 0 and high <= 1):
-        broken = int((~images.isfinite()).sum())
-        if broken:
-            raise UserError(f"the images hold {broken} values that are NaN or infinite; check the data")
-        values = f"values from {low:.4g} to {high:.4g}"
-        raise UserError(f"the images hold {values}; give images in [0, 1], which the model itself normalises")
 
 
 def drawn(data: Dataset[Any], count: int, seed: int) -> Subset[Any]:
@@ -157,9 +139,8 @@ def held_out(data: Dataset[Any], share: float, seed: int) -> tuple[Subset[Any], 
     held = round(share * samples)
     if not 0 < held < samples:
         raise UserError(f"a share of {share:g} of {samples} training images to hold out leaves one part empty")
-    order = torch.randperm(samples, generator=derived_generator(seed, "validation", 0))
-    learnt, kept = (Subset(data, indices.sort().values.tolist()) for indices in (order[held:], order[:held]))
-    return learnt, kept
+    order = torch.randperm(samples, generator=derived_generator(seed, "validation", 0)).tolist()
+    return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))
 
 
 def load_data(
@@ -177,7 +158,7 @@ def load_data(
         spec: One of
 
             - ``cifar10:PATH``: PATH holds ``cifar-10-batches-py/``, the original Python version;
-            - ``svhn:PATH``: PATH holds ``train_32x32.mat`` or ``test_32x32.mat`` (needs scipy);
+            - ``svhn:PATH``: PATH holds ``train_32x32.mat`` or ``test_32x32.mat``;
             - ``imagenet:PATH``: PATH holds ``train/`` or ``val/``, and the development kit or torchvision's
               ``meta.bin``; ``test`` is the validation set;
             - ``folder:PATH``: images in one folder a class, below PATH or below its ``train/`` and ``test/`` (or
@@ -249,8 +230,6 @@ def _svhn(request: _Request) -> ImageData:
         raise UserError(f"{root} has no {name}, the {request.split} split of SVHN's cropped digits")
     try:
         images = SVHN(str(root), split=request.split, download=False)
-    except ImportError as error:
-        raise UserError("SVHN's files need the scipy package: pip install scipy") from error
     except RuntimeError as error:
         raise UserError(f"{root / name}: {_DAMAGED}") from error
     return _in_memory(images, _DIGITS, "svhn", request)
@@ -269,8 +248,6 @@ def _imagenet(request: _Request) -> ImageData:
     try:
         listing = ImageNet(root, split="train" if request.split == "train" else "val")
         names = load_meta_file(root)[0]
-    except ImportError as error:
-        raise UserError("ImageNet's development kit needs the scipy package: pip install scipy") from error
     except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, KeyError) as error:
         # the first sentence: torchvision's second one advises on downloads
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
@@ -291,8 +268,7 @@ def _folder(request: _Request) -> ImageData:
     """A folder of image files, one folder a class, divided into splits or not.
 
     Labels count the classes in alphabetical order, over all splits together: a class that is missing from one split
-    does not shift the others. Images are resized (shorter side) and cut to a square of ``image_size``; without it, they
-    keep their own size, which must be the same for all.
+    does not shift the others. Without an ``image_size``, images keep their own, which must be the same for all.
     """
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -383,6 +359,7 @@ class _FileImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, samples: Sequence[Sample], size: tuple[int, int], shorter: int | None = None) -> None:
         self.samples, self.size, self.shorter = samples, size, shorter
+        self.labels = [label for _, label in samples]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -37,7 +37,8 @@ def from_torchvision(name: str, spec: ModelSpec) -> nn.Module:
     arguments = {"init_weights": True, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
     network = models.get_model(name, weights=None, num_classes=spec.num_classes, **arguments)
     trained_with = models.get_model_weights(name).DEFAULT.transforms()
-    return normalised(network, spec.statistics(Statistics(tuple(trained_with.mean), tuple(trained_with.std))))
+    statistics = spec.statistics(Statistics(tuple(trained_with.mean), tuple(trained_with.std)))
+    return normalised(network, statistics.mean, statistics.std)
 
 
 def from_timm(name: str, spec: ModelSpec) -> nn.Module:
@@ -58,7 +59,8 @@ def from_timm(name: str, spec: ModelSpec) -> nn.Module:
         raise UserError(f"timm cannot build {name!r}: {reason}") from error
     config: Mapping[str, Any] = getattr(network, "pretrained_cfg", None) or {}
     trained_with = Statistics(tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None
-    return normalised(network, spec.statistics(trained_with))
+    statistics = spec.statistics(trained_with)
+    return normalised(network, statistics.mean, statistics.std)
 
 
 def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
@@ -80,8 +82,15 @@ def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
         if factory is None:
             names = [key for key, value in vars(module).items() if callable(value)]
             raise UserError(f"{module_name} has no function {name!r}{did_you_mean(name, names)}")
-        if not _needs_no_arguments(factory):
-            raise UserError(f"{spec.name} must be a function that can be called without arguments and returns a module")
+        try:
+            if isinstance(factory, nn.Module):
+                raise TypeError
+            with suppress(ValueError):  # compiled code without a signature
+                inspect.signature(factory).bind()
+        except TypeError:
+            raise UserError(
+                f"{spec.name} must be a function that can be called without arguments and returns a module"
+            ) from None
         network = factory()
     if not isinstance(network, nn.Module):
         raise UserError(f"{spec.name} returned {type(network).__name__}; it must return a torch.nn.Module")
@@ -91,18 +100,6 @@ def from_factory(module_name: str, name: str, spec: ModelSpec) -> nn.Module:
 def _refuse_width(spec: ModelSpec) -> None:
     if spec.width != 1:
         raise UserError(f"{spec.name} comes in one width; only built-in networks take width={spec.width}")
-
-
-def _needs_no_arguments(factory: object) -> bool:
-    if not callable(factory) or isinstance(factory, nn.Module):
-        return False
-    try:
-        inspect.signature(factory).bind()
-    except TypeError:
-        return False
-    except ValueError:  # compiled code without a signature
-        return True
-    return True
 
 
 @contextmanager

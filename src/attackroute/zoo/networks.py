@@ -72,8 +72,8 @@ def build_model(
             width=width,
             image_size=image_size,
             in_channels=in_channels,
-            mean=None if mean is None else tuple(mean),
-            std=None if std is None else tuple(std),
+            mean=None if mean is None else tuple(map(float, mean)),
+            std=None if std is None else tuple(map(float, std)),
         )
     )
 
@@ -277,4 +277,7 @@ def _built_in(spec: ModelSpec) -> nn.Module:
         raise UserError(
             f"{spec.name} needs images of at least {_MIN_IMAGE_SIZE} pixels, not {spec.image_size}; resize or pad them"
         )
-    return factory(spec)
+    try:
+        return factory(spec)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"{spec.name} cannot be built ({str(error).splitlines()[0]}); make it smaller") from error

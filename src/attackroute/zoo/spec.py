@@ -6,6 +6,7 @@ Networks normalise inside, so that images stay in [0, 1] everywhere else.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 
 _MAX_SMALL_IMAGE_SIZE = 64
+_MAX_WIDTH = 64
+_MOST = {"num_classes": 1_000_000, "image_size": 16_384, "in_channels": 4096}
+"""The largest values that make sense, so that a slip does not end in a want of memory."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Statistics:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.std:
+            raise UserError(f"mean {self.mean} and std {self.std} need one number for each channel")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
             raise UserError(f"mean {self.mean} and std {self.std} must be finite numbers")
         if min(self.std) <= 0:
@@ -48,13 +54,24 @@ class ModelSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def __post_init__(self) -> None:
-        for field in ("num_classes", "image_size", "in_channels"):
+    def __post_init__(self) -> None:  # the values may come from a file
+        if not isinstance(self.name, str):
+            raise UserError(f"the model's name must be a string, not {self.name!r}")
+        for field, most in _MOST.items():
             value = getattr(self, field)
-            if value < 1:
-                raise UserError(f"{field} must be at least 1, not {value}")
-        if not (math.isfinite(self.width) and self.width > 0):
-            raise UserError(f"width must be above 0, not {self.width}; 0.25 makes every layer a quarter as wide")
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value <= most:
+                raise UserError(f"{field} must be a whole number from 1 to {most}, not {value!r}")
+        if isinstance(self.width, bool) or not hasattr(self.width, "__float__") or not 0 < self.width <= _MAX_WIDTH:
+            raise UserError(
+                f"width must be a number above 0, at most {_MAX_WIDTH}, not {self.width!r}; 0.25 makes every layer a "
+                "quarter as wide"
+            )
+        for field in ("mean", "std"):
+            values = getattr(self, field)
+            if values is not None and not (
+                isinstance(values, tuple) and all(type(each) in (int, float) for each in values)
+            ):
+                raise UserError(f"{field} must be numbers, not {values!r}")
 
     @property
     def is_small(self) -> bool:
@@ -124,18 +141,30 @@ class Normalise(nn.Module):
         return f"mean={self.statistics.mean}, std={self.statistics.std}"
 
 
-def normalised(network: nn.Module, statistics: Statistics) -> nn.Module:
-    """Let a network of another library normalise its own input.
+def normalised(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Let a network that expects normalised images take images in [0, 1], by ``(x - mean) / std`` in each channel.
 
-    The network is changed in place. It gains a submodule ``normalise`` that its forward pass runs first; it stays an
-    instance of its class, and the names of its modules, parameters and buffers stay as they were, so that its weights
-    load and its routes bear the names that its users know. (A module around it would prefix every name.)
+    It is changed in place: it gains a submodule ``normalise`` that its forward pass runs first. It stays an instance of
+    its class, and its weights load and its routes are named as before. (A module around it would prefix every name.)
+
+    Args:
+        model: A network whose forward pass begins with the images.
+        mean: Of each channel, in units of images in [0, 1], such as ``(0.485, 0.456, 0.406)``.
+        std: The standard deviations, likewise.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        UserError: Mean or std are no finite numbers, one for each channel, or the model has a part of that name.
     """
-    if hasattr(network, "normalise"):
-        raise UserError(f"{type(network).__name__} has a part called 'normalise' already; wrap it in a factory instead")
-    network.__class__ = _normalised_class(type(network))
-    network.add_module("normalise", Normalise(statistics))
-    return network
+    if hasattr(model, "normalise"):
+        raise UserError(f"{type(model).__name__} has a part called 'normalise' already; wrap it in a factory instead")
+    first = next(model.parameters(), None)
+    normalise = Normalise(Statistics(tuple(map(float, mean)), tuple(map(float, std))))
+    model.__class__ = _normalised_class(type(model))
+    model.add_module("normalise", normalise.train(model.training).to(None if first is None else first.device))
+    return model
 
 
 class _NormalisesFirst:

@@ -7,22 +7,24 @@ and ``training.json``, the command that made them and their accuracy.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attackroute.core.document import read_object
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import user_path, write_json
+from attackroute.core.files import expect_mapping, file_errors, read_weights, regular_file, user_path, write_json
 from attackroute.core.model_state import kept_modes, placement
 from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import BUILT_IN, build
@@ -36,7 +38,12 @@ TRAINING = "training.json"
 
 _PRESET = "preset:"
 _FORMAT, _VERSION = "attackroute model", 1
-_PREFIX = "module."
+_HARMLESS: list[Any] = [  # what people keep beside their weights: options and numbers of NumPy
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 _COUNTER = "num_batches_tracked"  # of no use in eval mode, and left out by some
 _NAMED = 3
 
@@ -62,30 +69,23 @@ class ModelCard:
     def load(cls, folder: Path) -> ModelCard:
         """Read ``model.json``; a `UserError` if it is missing, damaged or something else."""
         path = folder / CARD
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{folder} has no {CARD}; name a folder that attackroute train wrote") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); train again, or mend it") from error
-        try:
-            if (content["format"], content["version"]) != (_FORMAT, _VERSION):
-                raise KeyError("format")
-            fields: dict[str, Any] = content["model"]
-            fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-            return cls(ModelSpec(**fields), tuple(map(str, content["classes"])))
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} does not describe a network (version {_VERSION}); train again") from error
+        if not path.exists():
+            raise UserError(f"{folder} has no {CARD}; name a folder that attackroute train wrote")
+        content = read_object(path)
+        with file_errors(path):
+            if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+                raise UserError(f"does not describe a network (version {_VERSION}); train again")
+            model, classes = expect_mapping(content, "model"), content.get("classes")
+            if unknown := [name for name in model if name not in ModelSpec.__dataclass_fields__]:
+                raise UserError(f"a network has no {unknown[0]!r}; train again")
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise UserError("'classes' must be a list of names")
+            spec = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items()}
+            return cls(ModelSpec(**spec), tuple(classes))
 
 
 def find_card(model: str) -> tuple[Path, ModelCard] | None:
-    """The train folder that ``--model`` names, and its card; None where it names something else.
-
-    ``preset:NAME`` is a folder that comes with the package.
-
-    Raises:
-        UserError: There is no such preset, or the folder does not describe a network.
-    """
+    """The train folder that ``--model`` names, ``preset:NAME`` included, and its card; None for anything else."""
     preset = model.startswith(_PRESET)
     folder = preset_folder(model.removeprefix(_PRESET)) if preset else user_path(model)
     return None if model in BUILT_IN or not folder.is_dir() else (folder, ModelCard.load(folder))
@@ -96,15 +96,8 @@ def open_network(
 ) -> nn.Module:
     """Build the network that ``--model`` names for the data, on the CPU and in eval mode, and load its weights.
 
-    Args:
-        model: A train folder, ``preset:NAME``, or a name as :func:`attackroute.zoo.build_model` takes it.
-        data: The images that it will see; they decide on image size and channels, and on the number of logits.
-        weights: A file in the place of the folder's own, as :func:`load_weights` reads it.
-        width: Factor on a built-in network's channels.
-        classes: Another number of logits.
-
-    Raises:
-        UserError: Unknown model, missing or mismatching weights, or images that the network cannot take.
+    The data decide on image size and channels, and, without ``classes``, on the number of logits. A file of weights
+    takes the place of the folder's own; ``width`` is a factor on a built-in network's channels.
     """
     trained = find_card(model)
     if trained is None:
@@ -158,24 +151,41 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load weights into a model, all of them or none.
 
     A file that ends in ``.safetensors`` is read as such; any other as PyTorch's, with ``weights_only=True``, so no file
-    can run code. The state dict may lie under ``"state_dict"`` or ``"model"`` in a checkpoint, and all its names may
-    begin with ``module.``, as those of parallel training do. Only ``num_batches_tracked`` may be missing.
+    can run code. The weights may lie in a checkpoint beside other things, under any name, and all their names may begin
+    with a prefix, as those of parallel, averaged, compiled or wrapped models do (``module.``, ``_orig_mod.``,
+    ``model.``, ...); then others beside them are left out. Only ``num_batches_tracked`` may be missing.
 
     Args:
         model: Changed in place. Values are converted to its types and devices.
         path: The file.
 
     Raises:
-        UserError: No such file, one that is damaged or is no state dict, or names or shapes that are not the model's.
-            The model is then as it was.
+        UserError: No such file, one that is damaged or holds no weights, or several that fit, names or shapes that are
+            not the model's, or a normaliser of other statistics than the model's. The model is then as it was.
     """
-    path = user_path(os.fspath(path))
-    if not path.exists():
-        raise UserError(f"weights {path} do not exist; check the path")
-    if path.is_dir():
-        raise UserError(f"weights {path} is a folder; name the .safetensors or .pt file in it")
-    weights = _without_prefix(_read(path), model)
-    _require_fit(weights, model, path)
+    try:
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise UserError(f"weights {path} do not exist; check the path")
+        if path.is_dir():
+            raise UserError(f"weights {path} is a folder; name the .safetensors or .pt file in it")
+        regular_file(path)
+    except (OSError, RuntimeError) as error:  # no such home, a name that is too long, a pipe
+        raise UserError(f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    sets = _sets_of_weights(_read(path), path)
+    expected = model.state_dict()
+    fitting = {key: fit for key, values in sets.items() if (fit := _without_prefix(values, expected)) is not None}
+    if len(fitting) > 1:
+        raise UserError(
+            f"weights {path} hold several networks that fit ({', '.join(fitting)}); save the one that you mean: "
+            f"torch.save(torch.load(file)[{next(iter(fitting))!r}], new_file)"
+        )
+    weights = next(iter(fitting.values() or sets.values()))
+    if not fitting:
+        _refuse(weights, expected, path)
+    _check_kinds(weights, expected, path)
+    beside = next(values for key, values in sets.items() if key in fitting)
+    _check_normaliser(model, beside, path)
     model.load_state_dict(weights, strict=False)
 
 
@@ -214,11 +224,7 @@ def preset_training(name: str) -> dict[str, Any]:
 
 
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Try a model on one black image (C, H, W), in eval mode and without gradients; it comes back as it was.
-
-    Raises:
-        UserError: The model cannot take images of this shape.
-    """
+    """Try a model on one black image (C, H, W), in eval mode and without gradients; it comes back as it was."""
     device, dtype = placement(model)
     image = torch.zeros(1, *shape, dtype=dtype, device=device)
     with kept_modes(model), torch.no_grad():
@@ -254,59 +260,124 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names if len(names) <= 4 else (*names[:2], "...", names[-1])) + f" ({len(names)})"
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path) -> object:
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # remarks on odd pickles; what is wrong with one is said below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return read_weights(path)
     except pickle.UnpicklingError as error:
+        kinds = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        held = f", but {kinds[0]} too" if kinds else ""
         raise UserError(
-            f"weights {path} are not a state dict, which holds tensors alone, or are damaged; "
+            f"weights {path} are not a state dict, which holds tensors alone{held}, or are damaged; "
             "save one with torch.save(model.state_dict(), file)"
         ) from error
     except Exception as error:  # damaged bytes make a reader raise nearly anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"weights {path} cannot be read, or are damaged ({reason}); get the file again") from error
-    return _state_dict(content, path)
 
 
-def _state_dict(content: object, path: Path) -> Mapping[str, Tensor]:
-    if isinstance(content, Mapping):
-        containers = (content.get(key) for key in ("state_dict", "model"))
-        content = next((inner for inner in containers if isinstance(inner, Mapping)), content)
+def _sets_of_weights(content: object, path: Path) -> dict[str, Mapping[str, Tensor]]:
+    """The state dicts in a checkpoint, by their names there; a state dict alone bears none."""
     if not isinstance(content, Mapping) or not content:
         held = "nothing" if isinstance(content, Mapping) else f"an object of type {type(content).__name__}"
         raise UserError(f"weights {path} hold {held}, not a state dict; save model.state_dict()")
-    for name, value in content.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise UserError(
-                f"weights {path} are not a state dict: {name!r} is of type {type(value).__name__}, not a tensor; "
-                "save model.state_dict()"
-            )
-    return content
+    if _is_state_dict(content):
+        return {"": content}
+    if sets := {str(key): values for key, values in content.items() if _is_state_dict(values)}:
+        return sets
+    inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), content)
+    name, value = next((name, value) for name, value in inner.items() if not isinstance(value, Tensor))
+    raise UserError(
+        f"weights {path} are not a state dict: {name!r} is of type {type(value).__name__}, not a tensor; "
+        "save model.state_dict()"
+    )
 
 
-def _without_prefix(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights without the prefix that parallel training gives all of their names."""
-    ours, theirs = (all(name.startswith(_PREFIX) for name in names) for names in (model.state_dict(), weights))
-    return {name.removeprefix(_PREFIX) if theirs and not ours else name: value for name, value in weights.items()}
+def _is_state_dict(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
 
 
-def _require_fit(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def _without_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The weights under the shortest prefix with which all that is expected is there; None where there is none.
+
+    Without a prefix there must be nothing else; with one, what stands beside it belongs to something else.
+    """
+    shapes = {name: value.shape for name, value in expected.items() if isinstance(value, Tensor)}
+    needed = [name for name in shapes if name.rpartition(".")[2] != _COUNTER]
+    first = needed[0] if needed else ""
+    prefixes = {name[: len(name) - len(first)] for name in weights if name == first or name.endswith(f".{first}")}
+    for prefix in sorted(prefixes, key=len):
+        found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if all(name in found for name in needed) and all(
+            name in shapes and value.shape == shapes[name] for name, value in found.items()
+        ):
+            return found
+    return None
+
+
+def _refuse(weights: Mapping[str, Tensor], expected: Mapping[str, Any], path: Path) -> None:
+    """Say how weights differ from what is expected, at most three names of each, and how the file calls its own."""
+    shapes = {name: tuple(value.shape) for name, value in expected.items() if isinstance(value, Tensor)}
     stored = {name: tuple(value.shape) for name, value in weights.items()}
-    reshaped = [name for name in expected if stored.get(name, expected[name]) != expected[name]]
-    missing = [name for name in expected if name not in stored and name.rpartition(".")[2] != _COUNTER]
+    if not shapes.keys() & stored.keys():
+        stripped = {name.partition(".")[2]: shape for name, shape in stored.items()}
+        stored = stripped if shapes.keys() & stripped.keys() else stored
+    reshaped = [name for name in shapes if stored.get(name, shapes[name]) != shapes[name]]
+    missing = [name for name in shapes if name not in stored and name.rpartition(".")[2] != _COUNTER]
     faults = [
-        *(f"{name} is {stored[name]} instead of {expected[name]}" for name in reshaped),
-        *(f"{name} {expected[name]} is missing" for name in missing),
-        *(f"{name} {shape} is unexpected" for name, shape in stored.items() if name not in expected),
+        *(f"{name} is {stored[name]} instead of {shapes[name]}" for name in reshaped),
+        *(f"{name} {shapes[name]} is missing" for name in missing),
+        *(f"{name} {shape} is unexpected" for name, shape in stored.items() if name not in shapes),
     ]
-    if faults:
-        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-        raise UserError(
-            f"weights {path} do not fit the model: {', '.join(faults[:_NAMED])}{more}; "
-            "check the network's name, width, image size and number of classes"
+    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    names = f" (the file's names: {', '.join(list(weights)[:_NAMED])}, ...)" if missing else ""
+    raise UserError(
+        f"weights {path} do not fit the model: {', '.join(faults[:_NAMED])}{more}{names}; "
+        "check the network's name, width, image size and number of classes"
+    )
+
+
+def _check_kinds(weights: Mapping[str, Tensor], expected: Mapping[str, Any], path: Path) -> None:
+    """Refuse values that a copy would change beyond rounding, or that are not there; warn of whole numbers."""
+    cast = []
+    for name, value in weights.items():
+        ours = expected[name]
+        if (
+            value.is_quantized
+            or value.is_meta
+            or value.layout != torch.strided
+            or value.is_complex() > ours.is_complex()
+        ):
+            kind = "without values (meta)" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise UserError(f"weights {path}: {name} is {kind}; save plain tensors of real numbers")
+        if ours.is_floating_point() and not value.is_floating_point():
+            cast.append(f"{name} ({value.dtype})")
+    if cast:
+        warnings.warn(f"weights {path} hold no floating numbers in {', '.join(cast[:_NAMED])}", stacklevel=3)
+
+
+def _check_normaliser(model: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights that were trained behind a normaliser with other statistics than the model's."""
+    pairs = [("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std")]
+    ends = {name.rpartition(".")[2]: name for name in stored if name not in model.state_dict()}
+    for low, high in pairs:
+        if low not in ends or high not in ends:
+            continue
+        mean, std = (stored[ends[end]].flatten().tolist() for end in (low, high))
+        ours = getattr(model, "normalise", None)
+        same = isinstance(ours, Normalise) and all(
+            torch.allclose(torch.tensor(given), torch.tensor(own), atol=1e-3)
+            for given, own in ((mean, ours.statistics.mean), (std, ours.statistics.std))
+            if len(given) == len(own)
         )
+        if not same:
+            raise UserError(
+                f"weights {path} were trained behind a normaliser ({ends[low]}, {ends[high]}): give the model mean "
+                f"{[round(value, 4) for value in mean]} and std {[round(value, 4) for value in std]}, by "
+                "build_model(..., mean=, std=) or attackroute.normalised(model, mean, std)"
+            )
