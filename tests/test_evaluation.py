@@ -24,7 +24,6 @@ from attackroute.robustness.evaluation import Evaluation
 from attackroute.robustness.gradient_attacks import FGSM
 from attackroute.robustness.masking import SampleChoice
 from attackroute.robustness.registry import parse_attack, short_name
-from attackroute.zoo.data import drawn
 from evaluated_models import ATTACKS, CLASSES, Noisy, Seen, Shift, images_and_labels, small_model
 
 
@@ -256,8 +255,8 @@ def test_checks_use_the_largest_radius() -> None:
         small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05", "pgd-l2:eps=0.9"], checks=20
     )
     check = next(item for item in seen.checks if item.name == "one step against many")
-    chosen = SampleChoice.by_hash(20, 0)
-    chosen.take(chosen.candidates(*images_and_labels(), 0))
+    chosen = SampleChoice(20, 0)
+    chosen.take(chosen.candidates(*images_and_labels()))
     images, labels = chosen.samples()
     model = small_model().eval()
     right = (model(FGSM(0.3)(model, images, labels)).argmax(1) == labels).double().mean().item()
@@ -267,28 +266,18 @@ def test_checks_use_the_largest_radius() -> None:
 
 def test_the_choice_of_samples_is_that_of_the_smallest_hashes() -> None:
     images, labels = images_and_labels(50)
-    whole = SampleChoice.by_hash(50, 4)
-    whole.take(whole.candidates(images, labels, 0))
-    few = SampleChoice.by_hash(7, 4)
+    whole = SampleChoice(50, 4)
+    whole.take(whole.candidates(images, labels))
+    few = SampleChoice(7, 4)
     for rows in torch.randperm(50, generator=torch.Generator().manual_seed(0)).split(3):
-        few.take(few.candidates(images[rows], labels[rows], 0))
+        few.take(few.candidates(images[rows], labels[rows]))
     assert len(few) == 7
     for mine, all_of_them in zip(few.samples(), whole.samples(), strict=True):
         assert torch.equal(mine, all_of_them[:7])
-    other = SampleChoice.by_hash(7, 5)
-    other.take(other.candidates(images, labels, 0))
+    other = SampleChoice(7, 5)
+    other.take(other.candidates(images, labels))
     assert not torch.equal(other.samples()[0], few.samples()[0])
     assert not torch.equal(few.samples()[0], images[:7])
-
-
-def test_samples_are_chosen_by_their_places() -> None:
-    images, labels = images_and_labels(50)
-    places = [0, 7, 8, 31, 49]
-    choice = SampleChoice.at(places)
-    for start in range(0, 50, 8):
-        choice.take(choice.candidates(images[start : start + 8], labels[start : start + 8], start))
-    assert torch.equal(choice.samples()[0], images[places])
-    assert torch.equal(choice.samples()[1], labels[places])
 
 
 def test_balls() -> None:
@@ -326,7 +315,10 @@ def test_an_attack_may_have_its_own_number_of_images(batch_size: int) -> None:
         models, data, attacks, samples={"pgd": 7, "gaussian-noise": 7}, batch_size=batch_size, checks=4, seed=2,
         progress=lambda *call: calls.append(call),
     )  # fmt: skip
-    chosen = drawn(TensorDataset(images, labels), 7, 2).indices
+    choice = SampleChoice(7, 2)
+    choice.take(choice.candidates(images, labels))
+    chosen = [int((images == image).flatten(1).all(1).nonzero()) for image in choice.samples()[0]]
+    assert len(set(chosen)) == 7
     assert part.checks == whole.checks
     assert list(part.right) == list(whole.right)
     for (model, attack), right in whole.right.items():
@@ -349,8 +341,6 @@ def test_what_is_refused_as_a_number_of_images() -> None:
     for samples, message in (({"pdg": 3}, "did you mean pgd"), ({"pgd": 0}, "at least 1, not 0")):
         with pytest.raises(UserError, match=message):
             ar.evaluate(small_model(), DATA, ["pgd"], samples=samples)
-    with pytest.raises(UserError, match="do not say how many"):
-        ar.evaluate(small_model(), iter([DATA]), ["pgd"], samples={"pgd": 3})
 
 
 def test_the_reading_names_the_worst_attack_and_mistrust() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -41,13 +41,13 @@ class Perturbation:
     name: ClassVar[str]
     uses_model: ClassVar[bool] = True
     """Whether the result depends on the model; a corruption's does not."""
-    in_levels: ClassVar[bool] = True
-    """Whether ``eps`` and ``step_size`` are per value of the image, so that they print as n/255."""
+    norm = "linf"
+    """Of the ball of radius ``eps``, where the attack has one: ``"linf"``, whose radii print as n/255, or ``"l2"``."""
 
     def __post_init__(self) -> None:
         """Check those settings that many attacks have; others are the class's own to check."""
         if hasattr(self, "eps"):
-            check_eps(self.eps, largest=1.0 if self.in_levels else math.inf)
+            check_eps(self.eps, largest=1.0 if self.norm == "linf" else math.inf)
         for name in ("steps", "restarts", "queries"):
             if hasattr(self, name):
                 check_count(name, getattr(self, name))
@@ -63,14 +63,12 @@ class Perturbation:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return self._specified(item.name for item in fields(self))
+        return self._specified(lambda item: True)
 
     def short(self) -> str:
         """The specification without what is the attack's own default, but for radius and level."""
         return self._specified(
-            item.name
-            for item in fields(self)
-            if item.name in ("eps", "severity") or getattr(self, item.name) != item.default
+            lambda item: item.name in ("eps", "severity") or getattr(self, item.name) != item.default
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -80,20 +78,18 @@ class Perturbation:
     @property
     def ball(self) -> Ball | None:
         """The ball that the attack keeps to; None for what keeps to none, as corruptions."""
-        eps = getattr(self, "eps", None)
-        if not self.uses_model or eps is None:
-            return None
-        return Ball(getattr(self, "norm", "linf" if self.in_levels else "l2"), float(eps))
+        return Ball(self.norm, float(self.eps)) if hasattr(self, "eps") else None
 
-    def _specified(self, names: Iterable[str]) -> str:
-        values = {name: getattr(self, name) for name in names}
+    def _specified(self, is_named: Callable[[Field[Any]], bool]) -> str:
+        values = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name != "name" and is_named(item)
+        }
         settings = ",".join(f"{name}={self._text(name, value)}" for name, value in values.items() if value is not None)
         return f"{self.name}:{settings}" if settings else self.name
 
     def _text(self, name: str, value: object) -> str:
-        if self.in_levels and name in ("eps", "step_size") and isinstance(value, float):
-            return show_eps(value)
-        return str(value)
+        lengths = self.norm == "linf" and name in ("eps", "step_size") and isinstance(value, float)
+        return show_eps(value) if lengths else str(value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

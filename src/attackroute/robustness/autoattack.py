@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.random import drawn_number
-from attackroute.robustness.attack import Ball, Perturbation, check_eps, kept_generators, require_extra
+from attackroute.robustness.attack import Ball, Perturbation, kept_generators, require_extra
 from attackroute.robustness.gradient_attacks import attacking, predicted
 
 Logits = Callable[[Tensor], Tensor]
@@ -32,7 +32,6 @@ Part = Callable[[Tensor, Tensor], Tensor]
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 PARTS = (*STANDARD, "apgd-dlr", "fab")
 
-_NORMS = {"linf": "Linf", "l2": "L2"}
 _EPS = {"linf": 8 / 255, "l2": 0.5}
 _ITERATIONS, _QUERIES, _MOST_TARGETS = 100, 5000, 9  # of the standard version
 _FEWEST_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # the loss is scaled by the difference of logits of lower ranks
@@ -63,11 +62,11 @@ class AutoAttack(Perturbation):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.norm not in _NORMS:
-            raise UserError(f"unknown norm {self.norm!r}{did_you_mean(self.norm.lower(), _NORMS)}; give linf or l2")
+        if self.norm not in _EPS:
+            raise UserError(f"unknown norm {self.norm!r}{did_you_mean(self.norm.lower(), _EPS)}; give linf or l2")
         if self.eps is None:
             object.__setattr__(self, "eps", _EPS[self.norm])
-        check_eps(self.radius, largest=1.0 if self.norm == "linf" else float("inf"))
+        super().__post_init__()
         for name in self._names():
             if name not in PARTS:
                 raise UserError(
@@ -91,13 +90,8 @@ class AutoAttack(Perturbation):
                 warnings.warn(message, stacklevel=4)
             return names
 
-        seed = self.seed + drawn_number(generator)
-        return _in_a_row(model, x, y, parts, Ball(self.norm, self.radius), seed=seed, queries=_QUERIES)
-
-    @property
-    def radius(self) -> float:
-        """Of the ball."""
-        return _EPS[self.norm] if self.eps is None else self.eps
+        seed, ball = self.seed + drawn_number(generator), cast("Ball", self.ball)
+        return _in_a_row(model, x, y, parts, ball, seed=seed, queries=_QUERIES)
 
     def parts_for(self, classes: int) -> tuple[str, ...]:
         """Which attacks are run on a model with so many classes, in order; at least one, or an error."""
@@ -110,9 +104,6 @@ class AutoAttack(Perturbation):
 
     def _names(self) -> tuple[str, ...]:
         return STANDARD if self.attacks == "standard" else tuple(self.attacks.split("+"))
-
-    def _text(self, name: str, value: object) -> str:
-        return str(value) if name == "eps" and self.norm != "linf" else super()._text(name, value)
 
 
 @dataclass(frozen=True)
@@ -138,8 +129,8 @@ class Square(Perturbation):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; images that the model gets wrong are not changed."""
-        seed = self.seed + drawn_number(generator)
-        return _in_a_row(model, x, y, lambda _: ("square",), Ball("linf", self.eps), seed=seed, queries=self.queries)
+        seed, ball = self.seed + drawn_number(generator), Ball(self.norm, self.eps)
+        return _in_a_row(model, x, y, lambda _: ("square",), ball, seed=seed, queries=self.queries)
 
 
 def _in_a_row(
@@ -182,7 +173,7 @@ def _makers(logits: Logits, classes: int, ball: Ball, seed: int, queries: int) -
     from pyautoattack.fab_pt import FABAttack_PT
     from pyautoattack.square import SquareAttack
 
-    common = {"norm": _NORMS[ball.norm], "eps": ball.eps, "seed": seed, "verbose": False, "n_restarts": 1}
+    common = {"norm": ball.norm.capitalize(), "eps": ball.eps, "seed": seed, "verbose": False, "n_restarts": 1}
     targets = min(_MOST_TARGETS, classes - 1)
     steps = {**common, "n_iter": _ITERATIONS}
     return {

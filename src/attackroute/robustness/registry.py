@@ -38,7 +38,7 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
         near = did_you_mean(name.lower(), attack_names())
         raise UserError(f"unknown attack {name!r}{near}; choose from {', '.join(attack_names())}")
     cls = _CLASSES[name]
-    fixed = {"kind": name} if cls is Corruption else {}
+    fixed = {"name": name} if cls is Corruption else {}
     parameters = {item.name: item for item in fields(cls) if item.name not in fixed}
     values = {key: value for key, value in defaults.items() if key in parameters}
     for setting in filter(None, settings.split(",")):
