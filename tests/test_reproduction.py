@@ -375,9 +375,3 @@ def test_shared_neurons_are_those_of_both_routes() -> None:
             both, size = both + len(chosen[0] & chosen[1]), size + count
         assert (draw["shared"], draw["neurons"]) == (both, size)
     assert "100.0%" in found.reading()
-
-
-def test_sampling_refuses_what_makes_no_sense() -> None:
-    for options, message in (({"shares": (0.0,)}, "outside"), ({"seeds": ()}, "nothing to compare")):
-        with pytest.raises(UserError, match=message):
-            sample_route(instances(4), **options)  # type: ignore[arg-type]

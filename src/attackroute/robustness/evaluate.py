@@ -201,7 +201,7 @@ class _Run:
     def measure(
         self, stream: BatchStream, attacks: Sequence[Perturbation | None], choices: Sequence[SampleChoice] = ()
     ) -> None:
-        """Measure all models under attacks (None: on clean images) batch by batch, while images are chosen for later."""
+        """Measure all models under attacks (None: on clean images) by batches, while images are chosen for later."""
         alone = current().count == 1
 
         def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], list[Candidates | None]]:
