@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -329,12 +325,6 @@ def test_an_attack_may_have_its_own_number_of_images(batch_size: int) -> None:
     assert max(call[0] for call in calls) == 2 * (2 * 23 + 2 * 7) == calls[0][1]
     title = str(parse_attack("pgd:eps=0.1,steps=3", seed=2))
     assert part.settings["attack_samples"][title] == 7
-
-
-def test_no_figures_are_loaded() -> None:
-    code = "import sys, attackroute as ar; ar.evaluate; sys.exit(any('matplotlib' in name for name in sys.modules))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(ar.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
 def test_what_is_refused_as_a_number_of_images() -> None:

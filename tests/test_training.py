@@ -94,15 +94,7 @@ def test_schedules_equal_pytorchs(schedule: Any, steps: int) -> None:
     assert ours == pytest.approx(rates, rel=1e-9, abs=1e-15)
 
 
-def test_schedules_by_hand() -> None:
-    assert [learning_rate("cosine", 1.0, step, 4) for step in range(4)] == pytest.approx(
-        [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
-    )
-    # ten steps: the peak at step 2, half-way up at step 1, the end at step 9
-    rates = [learning_rate("one-cycle", 1.0, step, 10) for step in range(10)]
-    assert rates[:3] == pytest.approx([0.04, 0.52, 1.0])
-    assert rates[-1] == pytest.approx(4e-6)
-    assert rates[2:] == sorted(rates[2:], reverse=True)
+def test_runs_of_one_or_two_steps_begin_at_the_peak() -> None:
     assert learning_rate("one-cycle", 1.0, 0, 1) == 1.0
     assert [learning_rate("one-cycle", 1.0, step, 2) for step in range(2)] == pytest.approx([1.0, 4e-6])
 
@@ -185,10 +177,6 @@ def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(seeds["views"]) == 2 * 9
     assert len(seeds["readers"]) == 2 * 3
     assert len(set(seeds["views"])) == len(set(seeds["readers"])) == len(set(seeds["dropout"])) == 2 * 3
-
-
-def test_another_seed_gives_other_weights() -> None:
-    assert not identical(trained()[0], trained(replace(SETTINGS_USED, seed=12))[0])
 
 
 def test_neither_folder_nor_test_data_nor_callbacks_change_the_weights(tmp_path: Path) -> None:
@@ -330,7 +318,7 @@ def test_an_unusable_folder_is_found_before_the_first_step(tmp_path: Path, monke
     def no_step(*_: object) -> None:
         pytest.fail("a step was taken")
 
-    with pytest.raises(UserError, match="another folder"):
+    with pytest.raises(UserError, match="name another"):
         train(model, toy_data(), None, SETTINGS_USED, folder=tmp_path / "file", progress=no_step)
 
     def refuse(*_: object) -> None:

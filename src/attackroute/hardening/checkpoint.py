@@ -5,7 +5,6 @@ Files:
         replaced as a whole.
     ``last.safetensors``, ``best.safetensors``: weights alone, for other commands.
     ``log.jsonl``, ``settings.json``: for readers.
-    ``tensorboard``: events, where they were asked for.
 
 The weights, log and settings are written after the checkpoint and from it, and written again when a run goes on, so
 that a kill between two of them does no harm.
@@ -15,10 +14,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,13 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import printable, replace_file, write_json
+from attackroute.core.files import made_folder, replace_file, write_json
 from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
 
 STATE = "state.pt"
 LOG = "log.jsonl"
 SETTINGS = "settings.json"
-EVENTS = "tensorboard"
 
 _FORMAT = 3
 _LEFT_OVER = "." + "[0-9a-f]" * 16 + ".tmp"  # what a kill leaves of a file that was to be replaced
@@ -83,16 +79,6 @@ class EpochRecord:
         line |= {f"{name}_penalty": value for name, value in self.penalties.items()}
         return json.dumps({**line, "lr": self.lr, "seconds": round(self.seconds, 3)})
 
-    def scalars(self) -> dict[str, float]:
-        """The record's numbers by the names that TensorBoard groups by."""
-        accuracies = {"train": self.train, "test": self.test, "robust": self.robust}
-        return {
-            "loss/task": self.loss,
-            **{f"loss/{name} penalty": value for name, value in self.penalties.items()},
-            **{f"accuracy/{name}": accuracy.value for name, accuracy in accuracies.items() if accuracy is not None},
-            "learning rate": self.lr,
-        }
-
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
     """The first epoch of the highest robust accuracy, where that was measured, or else of the highest test accuracy.
@@ -106,23 +92,14 @@ def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a run needs in order to go on: on disk, what ``torch.load(weights_only=True)`` reads.
+    """What a run needs in order to go on: on disk, what ``torch.load(weights_only=True)`` reads."""
 
-    Attributes:
-        settings: All that must be the same for the run to go on, as plain values.
-        weights: The model's state dict, tensors only.
-        optimiser: Its state dict.
-        scaler: That of the scale of the loss; empty where it is not scaled.
-        history: The epochs so far.
-        objective: What the objective holds, as plain values.
-    """
-
-    settings: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
-    optimiser: Mapping[str, Any]
-    scaler: Mapping[str, Any]
-    history: Sequence[EpochRecord]
-    objective: Mapping[str, Any]
+    settings: Mapping[str, Any]  # all that must be the same for the run to go on, as plain values
+    weights: Mapping[str, Tensor]  # the model's state dict, tensors only
+    optimiser: Mapping[str, Any]  # its state dict
+    scaler: Mapping[str, Any]  # that of the scale of the loss; empty where it is not scaled
+    history: Sequence[EpochRecord]  # the epochs so far
+    objective: Mapping[str, Any]  # what the objective holds, as plain values
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -195,16 +172,9 @@ class Checkpoint:
 
 
 def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
-    """Make a run's folder ready, and read the checkpoint from which to go on; None where the run begins.
-
-    Raises:
-        UserError: The folder cannot be made, holds a run although ``resume`` is false, or holds a damaged checkpoint.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
-    except OSError as error:
-        raise UserError(f"{printable(path)}: {error.strerror or error}; choose another folder") from None
+    """Make a run's folder ready, and read the checkpoint from which to go on; None where the run begins."""
+    made_folder(path)
+    present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
     if present and not resume:
         raise UserError(
             f"{path} already holds a run ({present[0]}); pass --resume to go on with it, or choose another folder"
@@ -214,30 +184,3 @@ def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
     for left_over in path.glob(_LEFT_OVER):
         left_over.unlink(missing_ok=True)
     return Checkpoint.load(path / STATE) if STATE in present else None
-
-
-@contextmanager
-def event_log(folder: str | os.PathLike[str]) -> Iterator[Callable[[EpochRecord], None]]:
-    """Context that gives an ``on_epoch`` which shows each epoch's numbers in TensorBoard.
-
-    Epochs that a resumed run repeats are replaced. Events go into the folder ``tensorboard`` in that of the run.
-
-    Raises:
-        UserError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('TensorBoard is not installed; pip install "attackroute[tensorboard]"') from error
-    with ExitStack() as stack:
-        writers: list[Any] = []
-
-        def write(record: EpochRecord) -> None:
-            if not writers:
-                writer = SummaryWriter(str(Path(folder) / EVENTS), purge_step=record.epoch)  # type: ignore[no-untyped-call]
-                writers.append(stack.enter_context(closing(writer)))
-            for name, value in record.scalars().items():
-                writers[0].add_scalar(name, value, record.epoch)
-            writers[0].flush()
-
-        yield write

@@ -65,17 +65,11 @@ _STRENGTH_SAMPLES = 128
 
 @dataclass(frozen=True)
 class RouteOverlap:
-    """How much of a route from some samples the route from all of them has too.
+    """How much of a route from some samples the route from all of them has too."""
 
-    Attributes:
-        shared: Neurons on both; the two are of one size.
-        size: Neurons of either.
-        least: The least share of neurons on both, over layers.
-    """
-
-    shared: int
-    size: int
-    least: float
+    shared: int  # neurons on both; the two are of one size
+    size: int  # neurons of either
+    least: float  # the least share of neurons on both, over layers
 
     @classmethod
     def between(cls, sampled: Route, full: Route) -> RouteOverlap:
@@ -97,19 +91,12 @@ class RouteOverlap:
 
 @dataclass(frozen=True)
 class RouteChange:
-    """What a new trace changed.
+    """What a new trace changed."""
 
-    Attributes:
-        epoch: Before which epoch it was made.
-        changed: Neurons of the new route that were not on the old one.
-        size: Neurons of the new route.
-        overlap: The least share of the old route, over layers, that is still on the new one.
-    """
-
-    epoch: int
-    changed: int
-    size: int
-    overlap: float
+    epoch: int  # before which it was made
+    changed: int  # neurons of the new route that were not on the old one
+    size: int  # neurons of the new route
+    overlap: float  # the least share of the old route, over layers, that is still on the new one
 
     @classmethod
     def between(cls, old: Route, new: Route, epoch: int) -> RouteChange:
@@ -223,19 +210,9 @@ class RouteObjective(Objective):
 
     The gradient penalty takes the images that the network learns from, and with an attack the clean ones too (Eq.
     (12)), in a pass of their own that leaves the batch norms' running statistics alone. So does stabilisation, which
-    compares the two and needs an attack.
-
-    Args:
-        factors: Lambda for each penalty, ``"gradient"``, ``"weight"`` or ``"stabilisation"``.
-        attack: What to train against.
-        settings: What is punished.
-        route: The route; None traces it from some of the training samples when the run starts.
-
-    Attributes:
-        route: The route, once it is known.
-        changes: What each new trace changed.
-        strengths: See :class:`HardenResult`; infinite where the task has no gradient left.
-        overlap: See :class:`HardenResult`; of the initial network's routes.
+    compares the two and needs an attack. Without a route, one is traced from some of the training samples when the run
+    starts. ``changes``, ``strengths`` (infinite where the task has no gradient left) and ``overlap`` are those of
+    :class:`HardenResult`.
 
     Raises:
         UserError: A penalty is unknown, a factor is not a number of at least 0, or these do not go together.

@@ -327,8 +327,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Step ``number``, from 1 over the whole run, on this process's part of a batch of ``size`` images.
 
-    Returns:
-        The whole batch's losses and hits (images that are classified correctly), and the penalties' names.
+    Gives the whole batch's losses and hits (images that are classified correctly), and the penalties' names.
     """
     settings = run.settings
     images = images.to(run.device, run.dtype, non_blocking=True)

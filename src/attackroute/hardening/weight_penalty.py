@@ -86,17 +86,11 @@ class WeightPenalty:
 
 @dataclass(eq=False)
 class _LayerSum:
-    """One layer's part of Eq. (13).
+    """One layer's part of Eq. (13)."""
 
-    Attributes:
-        weight: Gives the layer's kernel.
-        mask: Which of its entries count, ``(outputs, inputs)``.
-        norm: The batch norm to fold in.
-    """
-
-    weight: Callable[[], Tensor]
-    mask: Tensor
-    norm: FollowingNorm | None
+    weight: Callable[[], Tensor]  # gives the layer's kernel
+    mask: Tensor  # which of its entries count, (outputs, inputs)
+    norm: FollowingNorm | None  # the batch norm to fold in
     _placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def value(self, model: nn.Module) -> Tensor:
@@ -144,17 +138,11 @@ def _weights(model: nn.Module, images: Tensor, layers: Container[str]) -> dict[s
 
 @dataclass(frozen=True)
 class FollowingNorm:
-    """A batch norm that reads a layer's output and nothing else.
+    """A batch norm that reads a layer's output and nothing else."""
 
-    Attributes:
-        weight: Name of the parameter gamma; None for a gain of one.
-        variance: Name of the buffer of running variances.
-        eps: What is added to the variance.
-    """
-
-    weight: str | None
-    variance: str
-    eps: float
+    weight: str | None  # name of the parameter gamma; None for a gain of one
+    variance: str  # name of the buffer of running variances
+    eps: float  # what is added to the variance
 
     def gain(self, model: nn.Module) -> Tensor:
         """``|gamma / sigma|``, ``(C,)``, with sigma as in eval mode; gamma can be differentiated."""

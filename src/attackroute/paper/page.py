@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attackroute.core.errors import UserError
-from attackroute.paper import hardness_tables, tables  # noqa: F401  (they register what sections are made of)
+from attackroute.paper import tables  # noqa: F401  (registers what sections are made of)
 from attackroute.paper.claims import JUDGES, TABLES, Claim, Findings, NetworkResults, Results, Row, markdown, percent
 from attackroute.paper.hardening_tables import accuracies_table, differences_table, hardening_claims, study_terms
 

@@ -94,15 +94,10 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class Ball:
-    """The images that an attack may choose from: within a distance of the clean image, and within [0, 1].
+    """The images that an attack may choose from: within a distance of the clean image, and within [0, 1]."""
 
-    Attributes:
-        norm: ``"linf"`` or ``"l2"``.
-        eps: The radius, for values in [0, 1].
-    """
-
-    norm: str
-    eps: float
+    norm: str  # "linf" or "l2"
+    eps: float  # the radius, for values in [0, 1]
 
     def __post_init__(self) -> None:
         if self.norm not in _ORDERS or not (isinstance(self.eps, (int, float)) and self.eps >= 0):

@@ -71,14 +71,11 @@ class Evaluation:
         return cls(Table.of(rows), checks, settings, right)
 
     def accuracy(self, attack: str, model: str | None = None) -> Accuracy:
-        """The accuracy in one row.
+        """The accuracy in one row; there must be exactly one.
 
         Args:
             attack: As the row has it, or its name alone where no other row of the model has it, such as ``"pgd"``.
             model: Its name; None where there is only one.
-
-        Raises:
-            UserError: There is no such row, or more than one.
         """
         models = self.table.distinct("model")
         if model is None and len(models) > 1:

@@ -41,25 +41,15 @@ Probe = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """What one check of one model found.
-
-    Attributes:
-        model: Name of the model.
-        name: What is checked.
-        verdict: ``"silent"``, ``"suspicious"`` or ``"skipped"``.
-        samples: Images that it was made on.
-        numbers: What was counted, by name.
-        p: Probability of counts as suspicious as these if nothing were masked; None where nothing is left to chance.
-        sentence: What that suggests.
-    """
+    """What one check of one model found."""
 
     model: str
     name: str
-    verdict: str
-    samples: int
-    numbers: Mapping[str, int | float]
-    p: float | None
-    sentence: str
+    verdict: str  # "silent", "suspicious" or "skipped"
+    samples: int  # images that it was made on
+    numbers: Mapping[str, int | float]  # what was counted, by name
+    p: float | None  # probability of such counts, or worse, if nothing were masked; None where nothing is up to chance
+    sentence: str  # what that suggests
 
     def to_json(self) -> dict[str, Any]:
         """The check as plain values."""
@@ -198,10 +188,7 @@ SIGNS = (
 def masking_probes(eps: float, seed: int, twin: nn.Module | None) -> dict[str, Probe | str]:
     """What is counted on each image, by title; for what cannot be counted, a sentence that says why.
 
-    Args:
-        eps: Radius of the L-infinity ball in which attacks are compared.
-        seed: Of the attacks' random numbers.
-        twin: A network of the same task that was not defended, for the transfer check.
+    Attacks are compared in the L-infinity ball of radius ``eps``; those by transfer are made for the ``twin``.
     """
     many_steps = PGD(eps, _MANY_STEPS, seed=seed)
     probes: dict[str, Probe | str] = {
