@@ -235,5 +235,5 @@ def test_a_folder_with_other_files_is_used_and_they_stay(tmp_path: Path) -> None
 def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="name another"):
+        with pytest.raises(UserError, match="another"):
             open_run(path, resume=False)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from attackroute.core.errors import UserError
 from attackroute.core.files import made_folder, replace_file, write_json
+from attackroute.core.journal import require_same_settings
 from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
 
@@ -144,21 +145,15 @@ class Checkpoint:
 
     def require_fit(self, settings: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
         """Require that a run with these settings, of a model with such weights, is the one in the folder ``path``."""
-        for name in dict.fromkeys([*settings, *self.settings]):
-            stored, value = self.settings.get(name), settings.get(name)
-            if stored == value:
-                continue
-            if name == "processes":
-                raise UserError(
-                    f"the run in {path} is trained by {stored} processes and cannot go on with {value}, since batches "
-                    f"are divided among them: start {stored} (torchrun --nproc-per-node), or choose another folder"
-                )
-            if name == "trainable":
-                raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
+        stored, count = self.settings.get("processes"), settings.get("processes")
+        if stored != count:
             raise UserError(
-                f"the run in {path} has {name} {stored!r}, not {value!r}; give the same value to resume it, or choose "
-                "another folder"
+                f"the run in {path} is trained by {stored} processes and cannot go on with {count}, since batches are "
+                f"divided among them: start {stored} (torchrun --nproc-per-node), or choose another folder"
             )
+        if self.settings.get("trainable") != settings.get("trainable"):
+            raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
+        require_same_settings(f"the run in {path}", self.settings, settings)
         for name in [*weights, *self.weights]:
             there, here = (
                 f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing"
