@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from attackroute.core.batches import count_samples, in_order, load
 from attackroute.core.checks import check_logits
-from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
 from attackroute.core.random import derived_generator, derived_seed
@@ -187,17 +186,10 @@ def harden(
     data, tests = as_dataset(train_data), None if test_data is None else as_dataset(test_data)
     factors = {name: factor_of(name, lam) for name in names}
     hardening = RouteObjective(factors, attack, settings, route) if names else None
-
-    def finish_epoch(record: EpochRecord) -> None:
-        if folder is not None and leading() and hardening is not None and hardening.route is not None:
-            hardening.route.save(Path(folder) / ROUTE_FILE)
-        if on_epoch is not None:
-            on_epoch(record)
-
     result = train_network(
         model, data, tests, train,
         objective=hardening or Objective(attack),
-        folder=folder, resume=resume, on_epoch=finish_epoch, progress=progress,
+        folder=folder, resume=resume, on_epoch=on_epoch, progress=progress,
     )  # fmt: skip
     if hardening is None:
         return HardenResult(result)
@@ -305,6 +297,11 @@ class RouteObjective(Objective):
             "strengths": dict(self.strengths),
             "overlap": None if self.overlap is None else asdict(self.overlap),
         }
+
+    def save(self, folder: Path) -> None:
+        """Write the route."""
+        if self.route is not None:
+            self.route.save(folder / ROUTE_FILE)
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """Eq. (11), (12), (14) or (15), or the same with the noise on the route punished."""

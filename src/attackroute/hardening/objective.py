@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ class Objective:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs back, as plain values."""
         return {}
+
+    def save(self, folder: Path) -> None:
+        """Write what others read of it into the run's folder: before the first step, and with every checkpoint."""
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """The losses of one step; the model is in training mode."""

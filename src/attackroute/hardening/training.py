@@ -249,6 +249,7 @@ def _save(run: _Run, history: Sequence[EpochRecord]) -> None:
         objective=run.objective.state(),
     )
     checkpoint.save(run.folder)
+    run.objective.save(run.folder)
 
 
 def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
