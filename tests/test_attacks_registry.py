@@ -81,7 +81,7 @@ def test_radii_print_as_they_are(eps):
 
 def test_radii_of_numpy():
     numpy = pytest.importorskip("numpy")
-    assert str(FGSM(numpy.float64(0.3))) == str(FGSM(0.3)) == "fgsm:eps=76.5/255"
+    assert str(FGSM(numpy.float64(0.3))) == str(FGSM(0.3)) == "fgsm:eps=0.3"
     assert str(FGSM(numpy.float64(0.03))) == "fgsm:eps=0.03"
 
 

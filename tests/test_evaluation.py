@@ -223,7 +223,7 @@ def test_what_is_refused(model: Any, data: Any, attacks: Any, message: str, tmp_
 def test_attacks_that_break_their_own_rules_are_found_out() -> None:
     images, labels = DATA
     assert ar.evaluate(small_model(), (images / 2, labels), [Shift()], checks=0).accuracy("shift").total == 6
-    with pytest.raises(UserError, match=r"shift:.* distance 0.2, outside its ball of linf 25.5/255"):
+    with pytest.raises(UserError, match=r"shift:.* distance 0.2, outside its ball of linf 0.1"):
         ar.evaluate(small_model(), (images / 2, labels), [Shift(by=0.2)], checks=0)
     with pytest.raises(UserError, match=r"outside \[0, 1\]"):
         ar.evaluate(small_model(), (images * 0.01 + 0.99, labels), [Shift()], checks=0)
@@ -290,11 +290,18 @@ def test_balls() -> None:
         Ball("l7", 1.0)
 
 
-def test_labels_of_attacks() -> None:
-    assert parse_attack("pgd:eps=4/255").short() == "pgd:eps=4/255"
-    assert parse_attack("pgd:steps=50,seed=3").short() == "pgd:eps=8/255,steps=50,seed=3"
-    assert parse_attack("gaussian-noise").short() == "gaussian-noise:severity=3"
-    assert Counted().short() == "counted"
+def test_one_name_for_one_attack() -> None:
+    """Whoever writes it: joins of tables go by it."""
+    for texts, name in (
+        (("pgd:eps=4/255", "pgd:steps=10,seed=0,eps=4/255", "pgd:eps=0.01568627450980392"), "pgd:eps=4/255"),
+        (("pgd:eps=0.1", "pgd:eps=25.5/255,step_size=none", "pgd:eps=1/10"), "pgd:eps=0.1"),
+        (("pgd:steps=50,seed=3",), "pgd:eps=8/255,steps=50,seed=3"), (("pgd-l2:eps=1", "pgd-l2:eps=1.0"), "pgd-l2:eps=1.0"),
+        (("gaussian-noise", "gaussian-noise:severity=3"), "gaussian-noise:severity=3"),
+    ):  # fmt: skip
+        assert {str(parse_attack(text)) for text in texts} == {name}
+        assert parse_attack(name) == parse_attack(texts[0])
+    assert str(FGSM(1)) == str(FGSM(1.0))  # type: ignore[arg-type]
+    assert str(Counted()) == "counted"
     assert short_name("pgd:eps=4/255,steps=10,seed=0") == "pgd:eps=4/255"
     assert short_name("pgd:pace=3") == "pgd:pace=3"  # of another version
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -35,7 +35,8 @@ class Perturbation:
     image and on ``seed`` alone, so that batch size and order do not matter (save for AutoAttack and Square, which are
     another package's and draw for a whole batch); with a ``generator`` every call draws anew, as training wants it.
 
-    ``str()`` gives a specification that :func:`attackroute.robustness.parse_attack` reads back.
+    ``str()`` gives the specification that names the attack everywhere, and that
+    :func:`attackroute.robustness.parse_attack` reads back.
     """
 
     name: ClassVar[str]
@@ -63,13 +64,12 @@ class Perturbation:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return self._specified(lambda item: True)
-
-    def short(self) -> str:
-        """The specification without what is the attack's own default, but for radius and level."""
-        return self._specified(
-            lambda item: item.name in ("eps", "severity") or getattr(self, item.name) != item.default
-        )
+        """Radius or level, and what is not the attack's own default: one name for one attack, wherever it stands."""
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
+        usual = {item.name: item.default for item in fields(self) if item.name not in ("eps", "severity")}
+        named = [name for name, value in given.items() if value is not None and value != usual.get(name)]
+        settings = ",".join(f"{name}={self._text(name, given[name])}" for name in named)
+        return f"{self.name}:{settings}" if settings else self.name
 
     def to_json(self) -> dict[str, Any]:
         """Name and parameters as plain values."""
@@ -80,16 +80,10 @@ class Perturbation:
         """The ball that the attack keeps to; None for what keeps to none, as corruptions."""
         return Ball(self.norm, float(self.eps)) if hasattr(self, "eps") else None
 
-    def _specified(self, is_named: Callable[[Field[Any]], bool]) -> str:
-        values = {
-            item.name: getattr(self, item.name) for item in fields(self) if item.name != "name" and is_named(item)
-        }
-        settings = ",".join(f"{name}={self._text(name, value)}" for name, value in values.items() if value is not None)
-        return f"{self.name}:{settings}" if settings else self.name
-
-    def _text(self, name: str, value: object) -> str:
-        lengths = self.norm == "linf" and name in ("eps", "step_size") and isinstance(value, float)
-        return show_eps(value) if lengths else str(value)  # type: ignore[arg-type]
+    def _text(self, name: str, value: Any) -> str:
+        if name in ("eps", "step_size") and self.norm == "linf":
+            return show_eps(value)
+        return repr(float(value)) if name in ("eps", "step_size", "std", "decay") else str(value)
 
 
 @dataclass(frozen=True)
@@ -170,9 +164,9 @@ def attack_name(attack: Attack) -> str:
 
 
 def show_eps(eps: float) -> str:
-    """``8/255`` for 8/255, and a plain number for what is no multiple of a tenth of a grey level."""
-    levels = round(eps * _LEVELS, 1)
-    return f"{levels:g}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))
+    """``8/255`` for 8/255, and a plain number for what is no whole number of grey levels."""
+    levels = round(eps * _LEVELS)
+    return f"{levels}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))
 
 
 def check_eps(eps: float, *, largest: float = 1.0) -> None:

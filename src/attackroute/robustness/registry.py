@@ -53,9 +53,9 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
 
 
 def short_name(attack: str) -> str:
-    """A specification without what is the attack's own default; as it stands where the attack is not known here."""
+    """What this version calls an attack that another one may have written; as it stands where it is not known here."""
     perturbation = _parsed(attack)
-    return attack if perturbation is None else perturbation.short()
+    return attack if perturbation is None else str(perturbation)
 
 
 def by_radius(attack: str) -> tuple[str, float, str]:
