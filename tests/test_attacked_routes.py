@@ -52,9 +52,9 @@ def test_any_callable_will_do_and_is_checked() -> None:
     found = trace_routes(model, (images, labels), attack=darker, keep_scores=True)
     assert worst(found, trace_routes(model, (0.5 * images, labels), keep_scores=True)) == 0
     assert found.provenance.attack == "darker"
-    with pytest.raises(UserError, match=r"attack returns \(2, 3, 13, 13\) for images of shape \(3, 3, 13, 13\)"):
+    with pytest.raises(UserError, match=r"returns \(2, 3, 13, 13\) for images of shape \(3, 3, 13, 13\)"):
         trace_routes(model, (images, labels), attack=lambda _, x, y: x[:2])
-    with pytest.raises(UserError, match="attack returns NoneType"):
+    with pytest.raises(UserError, match="returns NoneType"):
         trace_routes(model, (images, labels), attack=lambda *_: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(UserError, match="NaN or inf"):
         trace_routes(model, (images, labels), attack=lambda _, x, y: x / 0)

@@ -200,8 +200,7 @@ DATA = images_and_labels(6)
         (small_model(), DATA, ["fgsm:eps=1.5"], "out of range"),
         (small_model(), DATA, ["pgd:steps=0"], "steps"),
         (small_model(), DATA, ["fog"], "32x32"),
-        (small_model(), DATA, "fgsm", "give a list"),
-        (small_model(), DATA, [3], "an attack is int"),
+        (small_model(), DATA, [3], "an attack is an object of type int"),
         (Returning(lambda x: x.softmax(1)), DATA, [], "returns probabilities"),
         (Returning(lambda x: x[:, :, None]), DATA, [], "not logits"),
         (Returning(lambda x: {"out": x}), DATA, [], "returns dict"),
@@ -295,7 +294,8 @@ def test_one_name_for_one_attack() -> None:
     for texts, name in (
         (("pgd:eps=4/255", "pgd:steps=10,seed=0,eps=4/255", "pgd:eps=0.01568627450980392"), "pgd:eps=4/255"),
         (("pgd:eps=0.1", "pgd:eps=25.5/255,step_size=none", "pgd:eps=1/10"), "pgd:eps=0.1"),
-        (("pgd:steps=50,seed=3",), "pgd:eps=8/255,steps=50,seed=3"), (("pgd-l2:eps=1", "pgd-l2:eps=1.0"), "pgd-l2:eps=1.0"),
+        (("pgd:steps=50,seed=3",), "pgd:eps=8/255,steps=50,seed=3"),
+        (("pgd-l2:eps=1", "pgd-l2:eps=1.0"), "pgd-l2:eps=1.0"),
         (("gaussian-noise", "gaussian-noise:severity=3"), "gaussian-noise:severity=3"),
     ):  # fmt: skip
         assert {str(parse_attack(text)) for text in texts} == {name}

@@ -88,7 +88,7 @@ def test_the_page_has_the_numbers_of_the_files(whole: tuple[Path, Result]) -> No
     page = (out / "reproduction.md").read_text()
     line = next(line for line in page.splitlines() if line.startswith("| digits-net | pgd |") and "| conv1 |" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    first = [row for row in content["rows"] if row["layers"] == "features.0" and row["attack"] == "pgd"]
+    first = [row for row in content["rows"] if row["layers"] == "features.0" and row["attack"] == "pgd:eps=8/255"]
     ours = next(row["accuracy"] for row in first if row["criterion"] == ROUTE)
     random = [row["accuracy"] for row in first if row["criterion"] == RANDOM]
     assert len(random) == 5

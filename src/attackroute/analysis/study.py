@@ -66,7 +66,9 @@ class Study:
 
     model: nn.Module
     images: ImageData
-    attacks: Mapping[str, Perturbation] = field(default_factory=lambda: {"pgd": parse_attack("pgd")})
+    attacks: Mapping[str, Perturbation] = field(
+        default_factory=lambda: {str(attack): attack for attack in [parse_attack("pgd")]}
+    )
     config: TraceConfig = field(default_factory=TraceConfig)
     layers: Sequence[str] | None = None
     share: float = 0.3

@@ -41,7 +41,7 @@ from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.hardening.training import Progress, TrainResult
 from attackroute.hardening.training import train as train_network
 from attackroute.hardening.weight_penalty import WeightPenalty
-from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.attack import Attack
 from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
@@ -131,7 +131,7 @@ def harden(
     *,
     penalty: str | tuple[str, ...] | None = GRADIENT,
     lam: Factor = 0.01,
-    attack: str | Perturbation | None = None,
+    attack: Attack | str | None = None,
     route: Route | str | os.PathLike[str] | None = None,
     settings: HardenSettings | None = None,
     train: TrainSettings = FINE_TUNING,
@@ -157,7 +157,8 @@ def harden(
         penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
             the paper's, see :class:`StabilisationPenalty`), a tuple of some, or None for training alone.
         lam: The factor lambda, or one for each penalty by name.
-        attack: What to train against, as :func:`attackroute.parse_attack` reads it; None for clean images.
+        attack: What to train against, as :func:`attackroute.parse_attack` reads it, or any callable
+            ``(model, images, labels) -> images``; None for clean images.
         route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model), as ``settings`` say.
         settings: Whose neurons are punished, how their route is traced, and how penalties are computed; None for the
             paper's way, ``HardenSettings()``.
@@ -213,7 +214,7 @@ class RouteObjective(Objective):
     def __init__(
         self,
         factors: Mapping[str, float],
-        attack: str | Perturbation | None = None,
+        attack: Attack | str | None = None,
         settings: HardenSettings | None = None,
         route: Route | None = None,
     ) -> None:

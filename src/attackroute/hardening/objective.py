@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from attackroute.core.batches import load
 from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.model_state import placement
-from attackroute.robustness.attack import Perturbation
-from attackroute.robustness.registry import parse_attack
+from attackroute.robustness.attack import Attack, Perturbation
+from attackroute.robustness.registry import as_attack
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ class Objective:
     random numbers that the step's generator decides.
     """
 
-    def __init__(self, attack: str | Perturbation | None = None) -> None:
-        self.attack = parse_attack(attack) if isinstance(attack, str) else attack
+    def __init__(self, attack: Attack | str | None = None) -> None:
+        self.attack: Perturbation | None = None if attack is None else as_attack(attack)
 
     @property
     def settings(self) -> dict[str, Any]:

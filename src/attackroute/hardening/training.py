@@ -33,7 +33,7 @@ from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch
 from attackroute.hardening.data_parallel import Replicas
 from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
-from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.attack import Attack, Perturbation
 
 Progress = Callable[[int, int, str], None]
 
@@ -72,7 +72,7 @@ def train(
     test_data: Dataset[Any] | None = None,
     settings: TrainSettings = _DEFAULTS,
     *,
-    attack: str | Perturbation | None = None,
+    attack: Attack | str | None = None,
     objective: Objective | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -94,7 +94,8 @@ def train(
         train_data: Gives pairs of a float image (C, H, W) and an integer label.
         test_data: The same; tested after every epoch.
         settings: See :class:`TrainSettings`.
-        attack: What to train against, as :func:`attackroute.parse_attack` reads it; None for clean images.
+        attack: What to train against, as :func:`attackroute.parse_attack` reads it, or any callable
+            ``(model, images, labels) -> images``; None for clean images.
         objective: What is minimised in place of the cross entropy; it has an attack of its own.
         folder: Where a checkpoint is kept from before the first step on, and replaced after every epoch; see
             :mod:`attackroute.hardening.checkpoint` for its files. None keeps nothing.

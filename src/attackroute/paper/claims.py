@@ -64,6 +64,11 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(cell or '' for cell in cells)} |" for cells in lines)
 
 
+def kind(attack: str) -> str:
+    """An attack's name without its settings, which the paper states once."""
+    return attack.partition(":")[0]
+
+
 def percent(share: float | None) -> str:
     """A share for a table; empty for none."""
     return "" if share is None else f"{100 * share:.1f}"

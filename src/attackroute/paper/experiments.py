@@ -78,8 +78,8 @@ class PaperResult(ExperimentResult):
 
 
 def paper_attacks() -> dict[str, Perturbation]:
-    """The attacks of section 4.1 by name, PGD first."""
-    return {attack.name: attack for attack in map(parse_attack, ATTACKS)}
+    """The attacks of section 4.1, PGD first."""
+    return {str(attack): attack for attack in map(parse_attack, ATTACKS)}
 
 
 def swept_layers(layers: Sequence[str]) -> list[str]:

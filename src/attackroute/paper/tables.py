@@ -16,7 +16,18 @@ from attackroute.analysis.intervention_table import UNTOUCHED
 from attackroute.core.layers import ACTIVATION
 from attackroute.core.statistics import AUROC
 from attackroute.core.table import Record
-from attackroute.paper.claims import Claim, Findings, NetworkResults, Row, by_count, judge, percent, table, verdict
+from attackroute.paper.claims import (
+    Claim,
+    Findings,
+    NetworkResults,
+    Row,
+    by_count,
+    judge,
+    kind,
+    percent,
+    table,
+    verdict,
+)
 from attackroute.paper.published import (
     GRADIENTS,
     OCCURRENCES,
@@ -120,7 +131,7 @@ def responses_table(network: NetworkResults, findings: Findings) -> Iterator[Row
     """Layers in which the mean over the route's neurons is above that of the other sets:"""
     for quantity, attack, factors, higher in _responses(findings):
         yield {
-            "quantity": f"{quantity} to {attack.partition(':')[0]}" if attack else quantity,
+            "quantity": f"{quantity} to {kind(attack)}" if attack else quantity,
             "route / others, first layer": f"{factors[0]:.2f}",
             "median of layers": f"{statistics.median(factors):.2f}",
             **{control: f"{count} of {len(factors)}" for control, count in higher.items()},
@@ -163,7 +174,7 @@ def transplant_layers_table(network: NetworkResults, findings: Findings) -> Iter
     for attack in findings.distinct("attack"):
         untouched = percent(findings.mean("accuracy", criterion=UNTOUCHED, attack=attack) or 0.0)
         for group in findings.distinct("layers", criterion=ROUTE, attack=attack):
-            head = {"attack": attack, "untouched": untouched, "layers": network.group_title(group)}
+            head = {"attack": kind(attack), "untouched": untouched, "layers": network.group_title(group)}
             yield {**head, **findings.accuracies(layers=group, attack=attack)}
 
 
@@ -224,7 +235,7 @@ def transplant_attack_claims(network: NetworkResults, findings: Findings) -> Ite
     for attack in findings.distinct("attack"):
         repair = _Repair(findings, attack, _singles(findings)[0])
         yield Claim(
-            text=f"the same under {attack}: the first layer's route repairs more than random neurons",
+            text=f"the same under {kind(attack)}: the first layer's route repairs more than random neurons",
             paper="yes",
             found=str(repair),
             verdict=verdict(repair.clear and repair.ours > repair.before, repair.clear or repair.ours > repair.random),

@@ -129,7 +129,7 @@ def checked_result(attack: Perturbation, images: object, clean: Tensor) -> Tenso
     Raises:
         UserError: Another shape, values that are NaN or outside [0, 1], or images outside the attack's ball.
     """
-    images = _like(clean, images, str(attack))
+    images = like(clean, images, str(attack))
     if out_of_range(images).any():
         raise UserError(f"{attack} returns images with NaN or values outside [0, 1]; its results cannot be trusted")
     ball = attack.ball
@@ -151,15 +151,14 @@ def attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor | 
         with torch.no_grad(), explained(images):
             labels = checked_logits(model(images.clone()), images.shape[0]).argmax(1)
     with frozen(model):
-        changed = attack(model, images.clone(), labels)
-    changed = _like(images, changed, "the attack")
+        changed = like(images, attack(model, images.clone(), labels), "the attack")
     if not torch.isfinite(changed).all():
         raise UserError("the attack returns NaN or inf")
     return changed, labels
 
 
 def attack_name(attack: Attack) -> str:
-    """What a route's provenance calls the attack."""
+    """What the attack is called everywhere: in tables, files and a route's provenance."""
     return str(attack) if isinstance(attack, Perturbation) else getattr(attack, "__name__", type(attack).__name__)
 
 
@@ -200,7 +199,7 @@ def kept_generators() -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def _like(clean: Tensor, images: object, attack: str) -> Tensor:
+def like(clean: Tensor, images: object, attack: str) -> Tensor:
     """What an attack returns, of the clean images' shape, dtype and device."""
     if not isinstance(images, Tensor) or images.shape != clean.shape:
         what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__

@@ -24,11 +24,11 @@ from attackroute.core.files import made_folder
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.random import derived_seed, seeded
-from attackroute.robustness.attack import Perturbation, checked_result
+from attackroute.robustness.attack import Attack, Perturbation, checked_result
 from attackroute.robustness.evaluation import CLEAN, EVALUATION, Evaluation
 from attackroute.robustness.examples import ExampleFolder, Examples
 from attackroute.robustness.masking import SIGNS, Candidates, Check, SampleChoice, masking_probes, probed
-from attackroute.robustness.registry import parse_attack
+from attackroute.robustness.registry import named_attacks
 
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 
@@ -42,7 +42,7 @@ Progress = Callable[[int, "int | None", str], None]
 def evaluate(
     model: nn.Module | Mapping[str, nn.Module],
     data: Data,
-    attacks: Iterable[str | Perturbation] = DEFAULT_ATTACKS,
+    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str = DEFAULT_ATTACKS,
     *,
     samples: Mapping[str, int] | None = None,
     batch_size: int = 128,
@@ -65,8 +65,9 @@ def evaluate(
     Args:
         model: Maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, classes)``; or several of them by name.
         data: A DataLoader (any iterable) of ``(images, labels)``, or one such pair of tensors.
-        attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, or attacks; clean images are
-            always measured first.
+        attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, attacks, callables
+            ``(model, images, labels) -> images``, or objects of torchattack, torchattacks and foolbox; one, several, or
+            several by name. Clean images are always measured first.
         samples: On how many of the images a costly attack is measured, by the attack's name or its specification, as in
             ``samples={"autoattack": 50}``; all others are measured on all. The images are drawn with the seed, whatever
             their order, the same ones for all models, and are attacked last, ``batch_size`` at a time.
@@ -346,19 +347,15 @@ def _named_models(model: object) -> dict[str, nn.Module]:
     return models
 
 
-def _chosen(attacks: Iterable[str | Perturbation], seed: int) -> tuple[Perturbation, ...]:
+def _chosen(
+    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str, seed: int
+) -> tuple[Perturbation, ...]:
     """The attacks, each once, in the order in which they were given."""
-    if isinstance(attacks, (str, Perturbation)):
-        raise UserError(f"attacks is {str(attacks)!r}; give a list, as in attacks=[{str(attacks)!r}]")
-    chosen: dict[str, Perturbation] = {}
-    for attack in attacks:
-        if attack == CLEAN:
-            continue
-        if not isinstance(attack, (str, Perturbation)):
-            raise UserError(f"an attack is {type(attack).__name__}; give a text such as 'pgd:steps=20', or an attack")
-        perturbation = parse_attack(attack, seed=seed) if isinstance(attack, str) else attack
-        chosen[str(perturbation)] = perturbation
-    return tuple(chosen.values())
+    if isinstance(attacks, Iterable) and not isinstance(attacks, (str, Mapping)):
+        attacks = [attack for attack in attacks if attack != CLEAN]
+        if not attacks:
+            return ()
+    return tuple(named_attacks(attacks, seed=seed).values())
 
 
 def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: int | None) -> dict[str, int]:

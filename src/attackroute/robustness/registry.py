@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.attack import Attack, Perturbation
 from attackroute.robustness.autoattack import AutoAttack, Square
 from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
 from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL
+from attackroute.robustness.own_attack import own_attack
 
 _CLASSES: dict[str, type[Perturbation]] = {
     **{cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, PGDL2, AutoAttack, Square, GaussianNoise)},
@@ -52,6 +53,37 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
     return cls(**fixed, **values)
 
 
+def as_attack(attack: Attack | str, **defaults: Any) -> Perturbation:
+    """An attack by its specification, an attack itself, or any callable ``(model, images, labels) -> images``.
+
+    Objects of torchattack, torchattacks and foolbox are attacks too, see :mod:`attackroute.robustness.own_attack`.
+    """
+    if isinstance(attack, str):
+        return parse_attack(attack, **defaults)
+    return attack if isinstance(attack, Perturbation) else own_attack(attack)
+
+
+def named_attacks(
+    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str, **defaults: Any
+) -> dict[str, Perturbation]:
+    """One attack or several, each once, by name; a mapping names those of the user's own.
+
+    Raises:
+        UserError: There is none, one is no attack, or two have one name.
+    """
+    if isinstance(attacks, Mapping):
+        several = [own_attack(each, name) if _is_own(each) else each for name, each in attacks.items()]
+    else:
+        several = [attacks] if isinstance(attacks, str) or not isinstance(attacks, Iterable) else list(attacks)
+    named: dict[str, Perturbation] = {}
+    for attack in (as_attack(each, **defaults) for each in several):
+        if named.setdefault(str(attack), attack) != attack:
+            raise UserError(f"two attacks are called {str(attack)!r}; give names, as in {{'one': ..., 'other': ...}}")
+    if not named:
+        raise UserError("no attack is given: pass one by name, such as pgd")
+    return named
+
+
 def short_name(attack: str) -> str:
     """What this version calls an attack that another one may have written; as it stands where it is not known here."""
     perturbation = _parsed(attack)
@@ -73,6 +105,10 @@ def radii(attacks: Sequence[str]) -> list[str] | None:
     if not balls or len(balls) != len(attacks) or any(settings != others[0] for settings in others):
         return None
     return [ball.radius for ball in balls]
+
+
+def _is_own(attack: object) -> bool:
+    return not isinstance(attack, (str, Perturbation))
 
 
 def _parsed(attack: str) -> Perturbation | None:
