@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -159,7 +160,8 @@ def _in_a_row(
             if not len(rows) or ball.eps == 0:
                 break
             clean = images[rows]
-            perturbed = attack(clean.to(torch.float32).contiguous(), labels[rows].clone())
+            with _default_dtype(torch.float32):  # which the package takes for granted
+                perturbed = attack(clean.to(torch.float32).contiguous(), labels[rows].clone())
             candidates = _projected(perturbed.detach().to(x.dtype), clean, ball)
             fooled = predicted(model, candidates) != labels[rows]
             images[rows[fooled]] = candidates[fooled]
@@ -188,13 +190,25 @@ def _makers(logits: Logits, classes: int, ball: Ball, seed: int, queries: int) -
 
 def _logits_of(model: nn.Module, dtype: torch.dtype) -> Logits:
     """The model as the package wants it: float32 in and out, nothing shared, and a gradient whatever the model does."""
+    usual = torch.get_default_dtype()
 
     def logits(images: Tensor) -> Tensor:
-        output = checked_logits(model(images.to(dtype, copy=True)), len(images)).to(torch.float32)
+        with _default_dtype(usual):
+            output = checked_logits(model(images.to(dtype, copy=True)), len(images)).to(torch.float32)
         # zeros join the graph to the images, for a model that cuts it
         return output + 0 * images.flatten(1).sum(1, keepdim=True)
 
     return logits
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _projected(perturbed: Tensor, clean: Tensor, ball: Ball) -> Tensor:
