@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
-from attackroute.core.batches import count_steps, in_order, load, shuffled
+from attackroute.core.batches import count_steps, drawn_over_classes, in_order, load, shuffled
 from attackroute.core.random import derived_seed
 
 
@@ -42,6 +42,18 @@ def test_derived_seeds_differ_and_fit_a_generator() -> None:
 
 def test_in_order() -> None:
     assert in_order(5, 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_samples_are_drawn_over_the_classes_by_the_seed_alone() -> None:
+    labels = torch.arange(4).repeat_interleave(50)  # in the order of class folders
+    data = Subset(TensorDataset(torch.zeros(250, 1), torch.cat([torch.full((50,), 9), labels])), range(50, 250))
+    chosen = drawn_over_classes(data, 10, seed=3)
+    assert chosen == sorted(set(chosen)) == drawn_over_classes(data, 10, seed=3) != drawn_over_classes(data, 10, seed=4)
+    assert sorted(labels[chosen].bincount().tolist()) == [2, 2, 3, 3]
+    assert drawn_over_classes(data, 500, seed=3) == list(range(200))
+    unlabelled = drawn_over_classes(TensorDataset(torch.zeros(200)), 10, seed=3)
+    assert len(set(unlabelled)) == 10
+    assert max(unlabelled) > 50
 
 
 def test_loading_leaves_the_global_generator_alone() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from operator import itemgetter
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
 
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
@@ -51,6 +53,38 @@ def shuffled(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[
 def in_order(samples: int, batch_size: int) -> list[list[int]]:
     """Every sample once, in the data set's own order."""
     return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
+
+
+def drawn_over_classes(data: Dataset[Any], count: int, seed: int) -> list[int]:
+    """Indices of at most ``count`` samples, as many of each class as there are, drawn by the seed alone; ascending.
+
+    For what is to be computed on a few samples: the first of a data set that lies in class folders are of one class.
+    Labels that are not known without reading every sample count as one class: then all samples are drawn alike.
+    """
+    samples = count_samples(data, "data")
+    labels = _known_labels(data) or [0] * samples
+    drawn: Counter[int] = Counter()
+    turns: list[tuple[int, int]] = []  # the k-th sample of every class comes before the k + 1st of any
+    for index in torch.randperm(samples, generator=derived_generator(seed, "classes", 0)).tolist():
+        turns.append((drawn[labels[index]], index))
+        drawn[labels[index]] += 1
+    return sorted(index for _, index in sorted(turns, key=itemgetter(0))[:count])
+
+
+def _known_labels(data: object) -> list[int] | None:
+    """A data set's labels, where it tells them without reading the samples."""
+    if isinstance(data, Subset):
+        labels = _known_labels(data.dataset)
+        return labels and [labels[index] for index in data.indices]
+    stored = data.tensors[1] if isinstance(data, TensorDataset) and len(data.tensors) > 1 else None
+    for name in ("targets", "labels"):
+        stored = getattr(data, name, None) if stored is None else stored
+    if not (isinstance(stored, Sized) and len(stored) == len(cast(Sized, data))):
+        return None
+    try:
+        return [int(label) for label in cast("Iterable[Any]", stored)]
+    except (TypeError, ValueError):  # several labels an image, or something else of that name
+        return None
 
 
 def load(

@@ -382,6 +382,7 @@ class _FileImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, samples: Sequence[Sample], size: tuple[int, int], shorter: int | None = None) -> None:
         self.samples, self.size, self.shorter = samples, size, shorter
+        self.labels = [label for _, label in samples]
 
     def __len__(self) -> int:
         return len(self.samples)
