@@ -267,6 +267,24 @@ def test_a_model_that_cuts_the_graph_is_attacked_from_random_starts(norm, eps, m
     assert found.isfinite().all() and size(found - x, norm).max() <= eps + 2e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_default_dtype_of_float64_changes_nothing(dtype, float64):
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = network().to(dtype), images(12)
+    attacks = [AutoAttack(BLACK, attacks=part) for part in ("apgd-ce", "apgd-t", "fab-t")] + [Square(BLACK, 20)]
+    expected = [attack(model, x.to(dtype), y) for attack in attacks]
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert torch.get_default_dtype() == torch.float64  # the model sees what it always sees
+            return model(x)
+
+    torch.set_default_dtype(torch.float64)
+    for attack, images_before in zip(attacks, expected, strict=True):
+        assert torch.equal(attack(Own(), x.to(dtype), y), images_before)
+    assert torch.get_default_dtype() == torch.float64
+
+
 @NORMS
 def test_projections(norm, eps):
     clean = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

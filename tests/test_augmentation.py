@@ -67,11 +67,6 @@ def test_every_view_is_a_crop_and_all_views_are_equally_likely(kind: str) -> Non
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-def test_samples_are_drawn_on_their_own() -> None:
-    views = augment(torch.rand(1, 3, 8, 8).expand(64, 3, 8, 8), "crop", generator(0))
-    assert len(views.flatten(1).unique(dim=0)) > 32
-
-
 def test_randomness_is_the_generators_alone() -> None:
     images = torch.rand(16, 3, 8, 8)
     before = torch.get_rng_state()

@@ -78,7 +78,7 @@ def test_differences_are_those_of_the_files(runs: Path) -> None:
     numbers = {row["number"]: row for row in data["differences"]["numbers"]}
     right = [float((routes.labels == routes.predictions).double().mean()) for routes in sides]
     assert numbers["accuracy on the 16 clean images traced"]["values"] == [right[0], right[2]]
-    assert numbers["accuracy on the 16 images after fgsm:eps=25.5/255 traced"]["values"] == [right[1], right[3]]
+    assert numbers["accuracy on the 16 images after fgsm:eps=0.1 traced"]["values"] == [right[1], right[3]]
     assert numbers["accuracy on the 16 clean images traced"]["change"] == pytest.approx(100 * (right[2] - right[0]))
     evaluations = [
         json.loads((runs / name / "evaluation" / "evaluation.json").read_text()) for name in ("before", "after")
@@ -101,7 +101,7 @@ def test_differences_are_those_of_the_files(runs: Path) -> None:
             assert found["gradient", "clean images", layer] == pytest.approx(float(values.mean()), rel=1e-5)
         for layer, values in moved.items():
             expected = pytest.approx(float(values.mean()), rel=1e-5)
-            assert found["sensitivity", "images after fgsm:eps=25.5/255", layer] == expected
+            assert found["sensitivity", "images after fgsm:eps=0.1", layer] == expected
         assert found["occurrence", "clean images", layer] == sides[2 * at].occurrence(0.2)[layer]
 
 

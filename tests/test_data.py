@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -399,3 +401,26 @@ class TestSpec:
         monkeypatch.setenv("USERPROFILE", str(tmp_path))
         write_image(tmp_path / "pictures" / "a" / "1.png")
         assert len(load_data("folder:~/pictures")) == 1
+
+
+@pytest.mark.parametrize("kind", ["png", "ppm"])
+@pytest.mark.parametrize("largest", [255, 1023, 65535])
+def test_colours_of_more_than_8_bits_are_not_cut(kind: str, largest: int, tmp_path: Path) -> None:
+    """Pillow reads them as 8-bit colours without a word."""
+    pixels = RANDOM.integers(0, largest + 1, (32, 32, 3)).astype(">u2" if largest > 255 else "u1")
+    content = f"P6 32 32 {largest}\n".encode() + pixels.tobytes()
+    if kind == "png":
+        rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+        head = struct.pack(">IIBBBBB", 32, 32, 8 * pixels.itemsize, 2, 0, 0, 0)
+        chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        content = b"\x89PNG\r\n\x1a\n"
+        for name, data in chunks:
+            content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / f"1.{kind}").write_bytes(content)
+    if largest == 255:
+        image, _ = load_data(f"folder:{tmp_path}").dataset[0]
+        assert torch.equal(image, torch.from_numpy(pixels / 255).permute(2, 0, 1).float())
+    else:
+        with pytest.raises(UserError, match="more than 8 bits"):
+            load_data(f"folder:{tmp_path}")

@@ -189,7 +189,7 @@ def test_examples_are_kept_and_verified(nets, pictures, tmp_path, monkeypatch):
     sound = run("--model", two, "--model", one, "--verify", folder)
     assert sound.exit_code == 0, sound.output
     assert "2 files checked: all is as it was recorded" in sound.stdout
-    assert "fgsm:eps=25.5/255" in sound.stdout and "seed=" not in sound.stdout  # attacks without their defaults
+    assert "fgsm:eps=0.1" in sound.stdout and "seed=" not in sound.stdout  # attacks without their defaults
     named = run(
         "--model", "vgg_small", "--model-width", 0.1, "--weights", one / "best.safetensors", "--verify", folder,
         "--json",

@@ -44,7 +44,7 @@ def both() -> list[nn.Module]:
 def test_files_hold_what_the_attack_made(saved: Path) -> None:
     files = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*.*") if path.is_file())
     assert len(files) == 1 + 2 * 3
-    assert "runs-net/fgsm-eps=25.5-255.safetensors" in files
+    assert "runs-net/fgsm-eps=0.1.safetensors" in files
     images, labels = data()
     model = small_model().eval()
     for attack in map(parse_attack, ATTACKS):
@@ -95,7 +95,7 @@ def test_sound_examples_pass(saved: Path) -> None:
 
 
 def file_of(folder: Path) -> Path:
-    return folder / "runs-net" / "fgsm-eps=25.5-255.safetensors"
+    return folder / "runs-net" / "fgsm-eps=0.1.safetensors"
 
 
 def only_fault(folder: Path) -> str:
@@ -137,7 +137,7 @@ def test_images_outside_the_ball_or_the_range_are_named(copied: Path) -> None:
     examples = Examples.load(file_of(copied))
     outside = examples.adversarial.clone()
     outside[4, 0, 0, 0] = (examples.clean[4, 0, 0, 0] + 0.3) % 1
-    assert "sample 4 is outside the ball linf 25.5/255" in rewritten(copied, adversarial=outside)
+    assert "sample 4 is outside the ball linf 0.1" in rewritten(copied, adversarial=outside)
     beyond = examples.adversarial.clone()
     beyond[[1, 2, 6, 8], 0, 3, 3] = 1.2
     assert "sample 1, 2, 6 and 1 more has values outside [0, 1]" in rewritten(copied, adversarial=beyond)

@@ -235,7 +235,7 @@ def test_resuming_after_sigkill(tmp_path: Path) -> None:
     assert timeless(evaluated(tmp_path / "run", attacks=SLOW, resume=True)) == wanted
 
 
-SLOW = ("fgsm:eps=0.1", "pgd:eps=0.1,steps=200", "gaussian-noise:severity=2")
+SLOW = ("fgsm:eps=0.1", "pgd:eps=0.1,steps=60", "gaussian-noise:severity=2")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -63,18 +63,6 @@ def flat(gradients: list[Tensor]) -> Tensor:
 # --- the exact method ---------------------------------------------------------------------------------------------
 
 
-def test_one_neuron_by_hand() -> None:
-    """z = w x, logits (z, 0), label 0: L = log(1 + exp(-z)), |dL/dz| = s(-z), d|dL/dz|/dw = -s(z) s(-z) x."""
-    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.ZeroPad1d((0, 1))).double()
-    model[0].weight.data.fill_(0.5)
-    route = Route({"0": [0]}, {"0": 1})
-    x = torch.tensor([3.0, -1.0], dtype=torch.float64).view(2, 1, 1, 1)
-    value, (gradient,) = penalised(GradientPenalty(model, route), model, x, torch.tensor([0, 0]))
-    z = 0.5 * x.flatten()
-    torch.testing.assert_close(value, (-z).sigmoid().mean())
-    torch.testing.assert_close(gradient.flatten()[0], -(z.sigmoid() * (-z).sigmoid() * x.flatten()).mean())
-
-
 def test_against_autograd_functional() -> None:
     """The same network written out, with a zero added at each layer's output; its Jacobian is dL/dZ."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 import time
@@ -345,6 +346,41 @@ def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoc
     assert without_time(result.training.history) == without_time(reference.training.history)
     assert (result.route, result.changes, result.strengths) == (reference.route, reference.changes, reference.strengths)
     assert result.overlap == reference.overlap
+
+
+def test_what_is_known_before_the_first_step_is_on_disk_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a run is broken off: in its first step, or between any two files that belong to an epoch's end."""
+    settings = replace(SETTINGS, epochs=1)
+    _, reference = hardened(train=settings, folder=tmp_path / "whole")
+    route = (tmp_path / "whole" / ROUTE_FILE).read_bytes()
+    countdown = iter(range(10**6))
+
+    def dying(*paths: Any) -> None:
+        if next(countdown) == 0:
+            raise Killed
+        replaced(*paths)
+
+    def stopped(*_: Any) -> None:
+        assert (tmp_path / "stopped" / ROUTE_FILE).read_bytes() == route
+        raise Killed
+
+    with pytest.raises(Killed):
+        hardened(train=settings, folder=tmp_path / "stopped", progress=stopped)
+    replaced = os.replace
+    monkeypatch.setattr(os, "replace", dying)
+    for writes in itertools.count():
+        folder = tmp_path / str(writes)
+        countdown = iter(range(writes, -1, -1))
+        try:
+            hardened(train=settings, folder=folder)
+            break
+        except Killed:
+            countdown = itertools.count(1)  # type: ignore[assignment]
+        _, result = hardened(train=settings, folder=folder, resume=True)
+        assert (folder / ROUTE_FILE).read_bytes() == route
+        assert (result.strengths, result.overlap) == (reference.strengths, reference.overlap)
+        assert result.route is not None and result.route.frequency is not None
+    assert writes > 8
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_each_base_may_have_its_own_judge() -> None:
     assert str(plan.judge_of("Vanilla")).startswith("fgsm")
     assert plan.judge_of("PAT") == plan.judge
     assert plan.judge.to_json()["step_size"] == pytest.approx(plan.eps / 10)
-    assert "fgsm:eps=25.5/255 (Vanilla) and pgd:eps=25.5/255" in plan.rule
+    assert "fgsm:eps=0.1 (Vanilla) and pgd:eps=0.1" in plan.rule
     assert "(Vanilla)" not in PLAN.rule
 
 

@@ -88,7 +88,7 @@ def test_hardness_along_the_noise(trained: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     origin = Route.load(tmp_path / "route.json").provenance
     assert origin is not None
-    assert (origin.criterion, origin.attack) == ("noise", "fgsm:eps=25.5/255")
+    assert (origin.criterion, origin.attack) == ("noise", "fgsm:eps=0.1")
     judged = json.loads((tmp_path / "hardness.json").read_text())["rows"]
     assert "V on the paper's route" in {item["predictor"] for item in judged}
     again = run("hardness", trained, "--route", tmp_path / "route.json", "--carrier", "noise", "--out", tmp_path)

@@ -59,8 +59,8 @@ def test_what_cannot_be_measured_is_refused(case: tuple[nn.Module, Tensor, Tenso
     model, images, labels = case
     attack = ar.parse_attack("fgsm:eps=0.3")
     with pytest.raises(UserError, match="none of the 14"):
-        per_image_transplant(model, (images, (model(images).argmax(1) + 1) % 4), attack, [["0"]])
+        per_image_transplant(model, (images, (model(images).argmax(1) + 1) % 4), attack, [["0"]], width=0.3)
     with pytest.raises(UserError, match="no labels"):
-        per_image_transplant(model, images, attack, [["0"]])
+        per_image_transplant(model, images, attack, [["0"]], width=0.3)
     with pytest.raises((UserError, KeyError)):
-        per_image_transplant(model, (images, labels), attack, [["conv1"]])
+        per_image_transplant(model, (images, labels), attack, [["conv1"]], width=0.3)

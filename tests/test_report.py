@@ -325,7 +325,7 @@ def test_traces_after_several_radii_stand_in_order(folder: Path, tmp_path: Path)
     data = data_of(changed / "report.html")
     (setup,), (view,) = data["route_views"], data["route_data"]
     assert setup["control"] == "eps"
-    assert [pair["label"] for pair in setup["pairs"]] == ["2/255", "8/255", "16/255", "25.5/255"]
+    assert [pair["label"] for pair in setup["pairs"]] == ["2/255", "8/255", "16/255", "0.1"]
     samples = [view["conditions"][pair["second"]]["trace"]["samples"] for pair in setup["pairs"]]
     assert samples == [16, 4, 16, 16]  # the one that was asked for was traced on the images of the page
 

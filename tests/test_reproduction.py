@@ -11,7 +11,7 @@ import torch
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
-from attackroute.paper import hardening_tables, hardness_tables, tables
+from attackroute.paper import hardening_tables, tables
 from attackroute.paper.claims import FAILS, HOLDS, PART, Findings, NetworkResults, by_count, markdown, verdict
 from attackroute.paper.experiments import sample_route
 from attackroute.paper.page import blocks, claims_of, fill, skeleton
@@ -254,14 +254,14 @@ def hardness_content(low: float = 0.6, lead: float = 0.1) -> dict[str, Any]:
 
 def test_hardness_by_hand() -> None:
     content = hardness_content()
-    (claim,) = made(hardness_tables.gradient_claims, content)
+    (claim,) = made(tables.gradient_claims, content)
     assert claim.verdict == PART and claim.found == "in 2 of 3 layers, 10 times in the median"
-    (claim,) = made(hardness_tables.prediction_claims, content)
+    (claim,) = made(tables.prediction_claims, content)
     assert claim.verdict == HOLDS and claim.equals == () and "fooled 1 of 10 hardest, 8 of 10 weakest" in claim.found
-    (claim,) = made(hardness_tables.prediction_claims, hardness_content(low=0.4, lead=-0.01))
+    (claim,) = made(tables.prediction_claims, hardness_content(low=0.4, lead=-0.01))
     assert claim.verdict == PART and claim.equals == ("loss", "margin", "input gradient", "V on all neurons")
-    assert "| conv1 | 0.0046 / 4.5565 | 1 / 10 | 1 / 2 |" in text(hardness_tables.gradients_table, content)
-    assert "| 10 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 8 |" in text(hardness_tables.bins_table, content)
+    assert "| conv1 | 0.0046 / 4.5565 | 1 / 10 | 1 / 2 |" in text(tables.gradients_table, content)
+    assert "| 10 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 8 |" in text(tables.bins_table, content)
 
 
 def study_content(gain: float, found: str) -> Findings:
@@ -375,9 +375,3 @@ def test_shared_neurons_are_those_of_both_routes() -> None:
             both, size = both + len(chosen[0] & chosen[1]), size + count
         assert (draw["shared"], draw["neurons"]) == (both, size)
     assert "100.0%" in found.reading()
-
-
-def test_sampling_refuses_what_makes_no_sense() -> None:
-    for options, message in (({"shares": (0.0,)}, "outside"), ({"seeds": ()}, "nothing to compare")):
-        with pytest.raises(UserError, match=message):
-            sample_route(instances(4), **options)  # type: ignore[arg-type]

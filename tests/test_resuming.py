@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import signal
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,19 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-import attackroute
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy, count_correct
 from attackroute.hardening import training
 from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE
-from attackroute.hardening.settings import TrainSettings
 from attackroute.hardening.training import train
 from attackroute.zoo.weights import BEST, LAST
 from toy_training import (
     SETTINGS_USED,
     Killed,
     identical,
-    killed_runs,
     raises,
     toy_data,
     toy_model,
@@ -267,63 +262,3 @@ def test_a_damaged_checkpoint_is_refused_and_weights_are_written_again_from_a_go
             assert identical(load_file(tmp_path / LAST), whole)
     with pytest.raises(UserError, match=STATE):
         trained(folder=tmp_path, resume=True)
-
-
-# --- kills of a real process ------------------------------------------------------------------------------------
-
-
-def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
-    settings = replace(SETTINGS_USED, epochs=epochs)
-    trained()  # the first optimiser step imports a lot
-    started = time.perf_counter()
-    whole, _ = trained(settings, folder=folder.with_name("whole"))
-    length = time.perf_counter() - started
-    command = [sys.executable, __file__, str(folder), str(epochs)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(attackroute.__file__).parents[1])}
-    assert killed_runs(command, environment, kills, length) >= kills / 4
-    weights, result = trained(settings, folder=folder, resume=True)
-    assert result.resumed_from > 0
-    assert identical(weights, whole)
-    assert identical(load_file(folder / LAST), whole)
-    assert identical(load_file(folder / BEST), load_file(folder.with_name("whole") / BEST))
-    assert len(result.history) == epochs
-
-
-def serve(folder: Path, settings: TrainSettings) -> None:
-    """Start a run for every line of input, in a child that has nothing left to import."""
-    import torch._dynamo  # the first optimiser step would import it
-
-    torch.set_num_threads(1)
-    while sys.stdin.readline():
-        child = os.fork()
-        if child == 0:
-            run_and_announce(folder, settings)
-            os._exit(0)
-        sys.stdin.readline()
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    os._exit(0)  # PyTorch takes a second to leave
-
-
-def run_and_announce(folder: Path, settings: TrainSettings) -> None:
-    """Give the process id after the first step, or at the end if there was none left."""
-    lines = iter([os.getpid()])
-
-    def announce(*_: object) -> None:
-        for line in lines:
-            print(line, flush=True)
-
-    trained(settings, folder=folder, resume=True, progress=announce)
-    announce()
-
-
-def test_resuming_after_sigkill(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=3, epochs=30)
-
-
-@pytest.mark.slow
-def test_resuming_after_many_sigkills(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=20, epochs=150)
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]), replace(SETTINGS_USED, epochs=int(sys.argv[2])))

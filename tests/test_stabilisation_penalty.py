@@ -34,17 +34,6 @@ def penalised(
     ]
 
 
-def test_one_neuron_by_hand() -> None:
-    """z = w x at two positions: |w| * (|x'_1 - x_1| + |x'_2 - x_2|) / 2, averaged over two images."""
-    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Flatten()).double()
-    model[0].weight.data.copy_(torch.tensor([-2.0, 7.0]).view(2, 1, 1, 1))
-    clean = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64).view(2, 1, 1, 2)
-    attacked = torch.tensor([[1.5, 1.0], [0.0, 4.0]], dtype=torch.float64).view(2, 1, 1, 2)
-    value, (gradient,) = penalised(StabilisationPenalty(model, Route({"0": [0]}, {"0": 2})), model, clean, attacked)
-    assert value.item() == pytest.approx(2 * ((0.5 + 1) / 2 + (0 + 4) / 2) / 2)
-    assert gradient.flatten().tolist() == pytest.approx([-((0.5 + 1) / 2 + (0 + 4) / 2) / 2, 0])
-
-
 def test_against_autograd_functional() -> None:
     """The same network written out."""
     torch.manual_seed(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,28 @@ def test_it_follows_the_model() -> None:
     torch.testing.assert_close(penalty(), by_hand(model, folded=True))
     model.float()
     torch.testing.assert_close(penalty(), by_hand(model, folded=True).float())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("between", [nn.ReLU, nn.ReLU6, lambda inplace: InPlace() if inplace else nn.ReLU()])
+def test_a_norm_behind_an_activation_is_not_folded(between: Callable[..., nn.Module], inplace: bool) -> None:
+    """However the activation works: in place, the norm reads the very tensor that the layer gave."""
+    model = small()
+    model[4] = nn.Sequential(between(inplace=inplace), model[4])
+    if between is nn.ReLU:
+        model[3].weight.data.abs_()  # it changes no value
+    model[0] = nn.Sequential(model[0])  # names change: 0.0, 3, 6
+    route = Route({"0.0": [0, 3], "3": [1, 2, 4]}, {"0.0": 4, "3": 6})
+    plain = WeightPenalty(model, route, IMAGES.abs(), folded=False)
+    torch.testing.assert_close(WeightPenalty(model, route, IMAGES.abs())(), plain())
+
+
+class InPlace(nn.Module):
+    """A ReLU past PyTorch's count of writes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.relu_()
+        return x
 
 
 def test_only_the_folded_penalty_is_blind_to_a_scale_that_batch_norm_undoes() -> None:

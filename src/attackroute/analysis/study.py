@@ -93,7 +93,7 @@ class Study:
         self.config.check_attack(self.attack)
 
     @cached_property
-    def named_attacks(self) -> dict[str, Attack]:
+    def named_attacks(self) -> Mapping[str, Attack]:
         """The attacks by name."""
         return named_attacks(self.attacks)
 

@@ -71,7 +71,7 @@ def analyze(options: AnalyzeOptions) -> None:
 
     chosen = chosen_experiments(options.only)
     check_site(options.at)
-    attacks = {text: parse_attack(text) for text in dict.fromkeys(options.attacks or ["pgd"])}
+    attacks = {str(attack): attack for attack in map(parse_attack, options.attacks or ["pgd"])}
     config = options.tracing.config(options.run.seed)
     config.check_attack(attacks)
     session = Session.open(options.network, options.images, options.run)

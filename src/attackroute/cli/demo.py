@@ -18,6 +18,7 @@ from attackroute.cli.options import FILES, RunOptions, count, out_option, refuse
 from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TRAINING, TrainOptions, train
+from attackroute.core.files import made_folder
 
 _DATA = "mnist-sample"
 _MODEL, _LONGER, _HARDENED, _RANDOM = "model", "longer", "hardened", "random"
@@ -39,7 +40,6 @@ _UNTUNED = (
     "One network, and one lambda for both penalties, chosen for neither; docs/hardening.md compares them with a\n"
     "lambda chosen for each, on several networks, on all neurons too, and with adversarial training."
 )
-from attackroute.core.files import made_folder
 
 
 @dataclass(frozen=True, kw_only=True)

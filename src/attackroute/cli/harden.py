@@ -188,8 +188,8 @@ def harden(options: HardenOptions) -> None:
     penalty.check()
     if penalty.sweep is None and options.out is None:
         raise UserError("name the folder of the hardened network with --out, or try lambdas with --sweep")
-    if penalty.sweep is not None and (options.out is not None or training.resume or training.tensorboard):
-        raise UserError("--sweep writes nothing; leave out --out, --resume and --tensorboard")
+    if penalty.sweep is not None and (options.out is not None or training.resume):
+        raise UserError("--sweep writes nothing; leave out --out and --resume")
     hardening = _Hardening.open(options)
     if penalty.sweep is not None:
         hardening.sweep(penalty.sweep)

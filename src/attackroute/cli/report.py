@@ -200,10 +200,11 @@ def _measured_or_not(
     """
     from attackroute.report.measuring import unmeasured
 
-    named, classes = options.network, ()
+    named = options.network
+    classes: tuple[str, ...] = ()
     try:
         network, images = _opened(options, run, images_of or run)
-        classes = images.classes
+        classes = tuple(images.classes)
         measured = _measured(options, run, network, images, _attacks(options, run) if attacks is None else attacks)
     except UserError as error:
         if otherwise is None or named.model or named.weights or options.measuring.data or options.measuring.attacks:

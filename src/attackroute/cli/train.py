@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,24 +137,13 @@ def divided(
 def epoch_lines(
     folder: Path | None, training: TrainingOptions, output: Output
 ) -> Iterator[Callable[[EpochRecord], None]]:
-    """What to call after every epoch: it says what the epoch did, and logs it for TensorBoard in a run's folder."""
-    from attackroute.core.distributed import leading
-    from attackroute.hardening.checkpoint import event_log
-
-    logs = folder is not None and training.tensorboard and leading()
-    with event_log(folder) if logs and folder is not None else nullcontext() as log:
-
-        def report(record: EpochRecord) -> None:
-            output.note(_epoch_line(record, training.epochs, training.chosen_on))
-            if log is not None:
-                log(record)
-
-        try:
-            yield report
-        except KeyboardInterrupt as error:
-            go_on = "; give the same command with --resume to go on" if folder is not None else ""
-            output.note(f"interrupted: {error or 'between two epochs'}{go_on}")
-            raise
+    """What to call after every epoch: it says what the epoch did."""
+    try:
+        yield lambda record: output.note(_epoch_line(record, training.epochs, training.chosen_on))
+    except KeyboardInterrupt as error:
+        go_on = "; give the same command with --resume to go on" if folder is not None else ""
+        output.note(f"interrupted: {error or 'between two epochs'}{go_on}")
+        raise
 
 
 def _epoch_line(record: EpochRecord, epochs: int, tested_on: str) -> str:

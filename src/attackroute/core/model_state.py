@@ -172,12 +172,13 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_channels_last(model: nn.Module) -> Iterator[None]:
-    """Hold the weights in the channels_last format meanwhile; the same parameter objects, the same values."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_contiguous()]
-    model.to(memory_format=torch.channels_last)
+def in_format(model: nn.Module, memory_format: torch.memory_format) -> Iterator[None]:
+    """Hold the weights in a memory format meanwhile; the same parameter objects, the same values."""
+    usual = {tensor: tensor.is_contiguous() for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4}
+    model.to(memory_format=memory_format)
     try:
         yield
     finally:
-        for tensor in tensors:
-            tensor.data = tensor.data.contiguous()
+        for tensor, contiguous in usual.items():
+            before = torch.contiguous_format if contiguous else torch.channels_last
+            tensor.data = tensor.data.contiguous(memory_format=before)

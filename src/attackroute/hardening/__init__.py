@@ -4,20 +4,11 @@ Read :mod:`attackroute.hardening.harden` first. The penalties (Eqs. (10) and (13
 any training loop; :mod:`attackroute.hardening.training` is the one here, which repeats bit for bit and can be resumed.
 """
 
-from attackroute.hardening.gradient_penalty import GradientPenalty
-from attackroute.hardening.harden import HardenResult, harden
-from attackroute.hardening.settings import HardenSettings, TrainSettings
-from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
-from attackroute.hardening.training import train
-from attackroute.hardening.weight_penalty import WeightPenalty
-
-__all__ = [
-    "GradientPenalty",
-    "HardenResult",
-    "HardenSettings",
-    "StabilisationPenalty",
-    "TrainSettings",
-    "WeightPenalty",
-    "harden",
-    "train",
-]
+from attackroute.hardening.gradient_penalty import GradientPenalty as GradientPenalty
+from attackroute.hardening.harden import HardenResult as HardenResult
+from attackroute.hardening.harden import harden as harden
+from attackroute.hardening.settings import HardenSettings as HardenSettings
+from attackroute.hardening.settings import TrainSettings as TrainSettings
+from attackroute.hardening.stabilisation_penalty import StabilisationPenalty as StabilisationPenalty
+from attackroute.hardening.training import train as train
+from attackroute.hardening.weight_penalty import WeightPenalty as WeightPenalty

@@ -15,16 +15,11 @@ CROP_PADDING = 4
 def augment(
     images: Tensor, kind: Augment, generator: torch.Generator, *, start: int = 0, whole: int | None = None
 ) -> Tensor:
-    """Draw a random view of every image.
+    """Draw a random view of every image ``(N, C, H, W)``; a state of the CPU generator gives the same on every device.
 
-    Args:
-        images: Float tensor (N, C, H, W) in [0, 1].
-        kind: ``"none"`` returns the images themselves; ``"crop"`` shifts each by up to 4 pixels in both directions
-            (black moves in); ``"crop-flip"`` mirrors half of them as well.
-        generator: A CPU generator. The same state draws the same views on every device.
-        start: Where the images are part of a batch, the first one's number in it: they get the views that they would
-            get among the others.
-        whole: How many images that batch has.
+    ``"none"`` returns the images themselves; ``"crop"`` shifts each by up to 4 pixels in both directions (black moves
+    in); ``"crop-flip"`` mirrors half of them as well. Images that are part of a ``whole`` batch of so many, from number
+    ``start`` on, get the views that they would get among the others.
     """
     if kind == "none":
         return images

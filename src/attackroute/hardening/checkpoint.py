@@ -5,7 +5,6 @@ Files:
         replaced as a whole.
     ``last.safetensors``, ``best.safetensors``: weights alone, for other commands.
     ``log.jsonl``, ``settings.json``: for readers.
-    ``tensorboard``: events, where they were asked for.
 
 The weights, log and settings are written after the checkpoint and from it, and written again when a run goes on, so
 that a kill between two of them does no harm.
@@ -15,9 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,13 +24,13 @@ from torch import Tensor
 
 from attackroute.core.errors import UserError
 from attackroute.core.files import made_folder, read_weights, replace_file, sealed_weights, write_json
+from attackroute.core.journal import require_same_settings
 from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
 
 STATE = "state.pt"
 LOG = "log.jsonl"
 SETTINGS = "settings.json"
-EVENTS = "tensorboard"
 
 _FORMAT = 3
 _LEFT_OVER = "." + "[0-9a-f]" * 16 + ".tmp"  # what a kill leaves of a file that was to be replaced
@@ -81,16 +78,6 @@ class EpochRecord:
         line |= {f"{name}_penalty": value for name, value in self.penalties.items()}
         return json.dumps({**line, "lr": self.lr, "seconds": round(self.seconds, 3)})
 
-    def scalars(self) -> dict[str, float]:
-        """The record's numbers by the names that TensorBoard groups by."""
-        accuracies = {"train": self.train, "test": self.test, "robust": self.robust}
-        return {
-            "loss/task": self.loss,
-            **{f"loss/{name} penalty": value for name, value in self.penalties.items()},
-            **{f"accuracy/{name}": accuracy.value for name, accuracy in accuracies.items() if accuracy is not None},
-            "learning rate": self.lr,
-        }
-
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
     """The first epoch of the highest robust accuracy, where that was measured, or else of the highest test accuracy.
@@ -104,23 +91,14 @@ def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a run needs in order to go on: on disk, what ``torch.load(weights_only=True)`` reads.
+    """What a run needs in order to go on: on disk, what ``torch.load(weights_only=True)`` reads."""
 
-    Attributes:
-        settings: All that must be the same for the run to go on, as plain values.
-        weights: The model's state dict, tensors only.
-        optimiser: Its state dict.
-        scaler: That of the scale of the loss; empty where it is not scaled.
-        history: The epochs so far.
-        objective: What the objective holds, as plain values.
-    """
-
-    settings: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
-    optimiser: Mapping[str, Any]
-    scaler: Mapping[str, Any]
-    history: Sequence[EpochRecord]
-    objective: Mapping[str, Any]
+    settings: Mapping[str, Any]  # all that must be the same for the run to go on, as plain values
+    weights: Mapping[str, Tensor]  # the model's state dict, tensors only
+    optimiser: Mapping[str, Any]  # its state dict
+    scaler: Mapping[str, Any]  # that of the scale of the loss; empty where it is not scaled
+    history: Sequence[EpochRecord]  # the epochs so far
+    objective: Mapping[str, Any]  # what the objective holds, as plain values
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -160,21 +138,15 @@ class Checkpoint:
 
     def require_fit(self, settings: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
         """Require that a run with these settings, of a model with such weights, is the one in the folder ``path``."""
-        for name in dict.fromkeys([*settings, *self.settings]):
-            stored, value = self.settings.get(name), settings.get(name)
-            if stored == value:
-                continue
-            if name == "processes":
-                raise UserError(
-                    f"the run in {path} is trained by {stored} processes and cannot go on with {value}, since batches "
-                    f"are divided among them: start {stored} (torchrun --nproc-per-node), or choose another folder"
-                )
-            if name == "trainable":
-                raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
+        stored, count = self.settings.get("processes"), settings.get("processes")
+        if stored != count:
             raise UserError(
-                f"the run in {path} has {name} {stored!r}, not {value!r}; give the same value to resume it, or choose "
-                "another folder"
+                f"the run in {path} is trained by {stored} processes and cannot go on with {count}, since batches are "
+                f"divided among them: start {stored} (torchrun --nproc-per-node), or choose another folder"
             )
+        if self.settings.get("trainable") != settings.get("trainable"):
+            raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
+        require_same_settings(f"the run in {path}", self.settings, settings)
         for name in [*weights, *self.weights]:
             there, here = (
                 f"{tuple(side[name].shape)} {side[name].dtype}" if name in side else "missing"
@@ -188,11 +160,7 @@ class Checkpoint:
 
 
 def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
-    """Make a run's folder ready, and read the checkpoint from which to go on; None where the run begins.
-
-    Raises:
-        UserError: The folder cannot be made, holds a run although ``resume`` is false, or holds a damaged checkpoint.
-    """
+    """Make a run's folder ready, and read the checkpoint from which to go on; None where the run begins."""
     made_folder(path)
     present = [name for name in (STATE, LAST, BEST, LOG, SETTINGS) if (path / name).exists()]
     if present and not resume:
@@ -204,30 +172,3 @@ def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
     for left_over in path.glob(_LEFT_OVER):
         left_over.unlink(missing_ok=True)
     return Checkpoint.load(path / STATE) if STATE in present else None
-
-
-@contextmanager
-def event_log(folder: str | os.PathLike[str]) -> Iterator[Callable[[EpochRecord], None]]:
-    """Context that gives an ``on_epoch`` which shows each epoch's numbers in TensorBoard.
-
-    Epochs that a resumed run repeats are replaced. Events go into the folder ``tensorboard`` in that of the run.
-
-    Raises:
-        UserError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('TensorBoard is not installed; pip install "attackroute[tensorboard]"') from error
-    with ExitStack() as stack:
-        writers: list[Any] = []
-
-        def write(record: EpochRecord) -> None:
-            if not writers:
-                writer = SummaryWriter(str(Path(folder) / EVENTS), purge_step=record.epoch)  # type: ignore[no-untyped-call]
-                writers.append(stack.enter_context(closing(writer)))
-            for name, value in record.scalars().items():
-                writers[0].add_scalar(name, value, record.epoch)
-            writers[0].flush()
-
-        yield write

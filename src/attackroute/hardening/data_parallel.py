@@ -23,16 +23,9 @@ from attackroute.core.errors import UserError
 
 
 class Replicas:
-    """A model's copies, seen from one process.
+    """A model's copies in the processes of a team, seen from one of them, whose copy it is.
 
-    Args:
-        model: This process's copy.
-        trainable: The parameters that are trained.
-        team: The processes.
-        least: Images in the smallest batch, of which each process is to have a part.
-
-    Raises:
-        UserError: There are more processes than images.
+    Each process is to have a part of every batch, the smallest of which has ``least`` images; an error if it cannot.
     """
 
     def __init__(self, model: nn.Module, trainable: Sequence[nn.Parameter], team: Processes, least: int) -> None:

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from attackroute.core.batches import count_samples, in_order, load
 from attackroute.core.checks import check_logits
-from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
 from attackroute.core.random import derived_generator, derived_seed
@@ -42,7 +41,7 @@ from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.hardening.training import Progress, TrainResult
 from attackroute.hardening.training import train as train_network
 from attackroute.hardening.weight_penalty import WeightPenalty
-from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.attack import Attack
 from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
@@ -65,17 +64,11 @@ _STRENGTH_SAMPLES = 128
 
 @dataclass(frozen=True)
 class RouteOverlap:
-    """How much of a route from some samples the route from all of them has too.
+    """How much of a route from some samples the route from all of them has too."""
 
-    Attributes:
-        shared: Neurons on both; the two are of one size.
-        size: Neurons of either.
-        least: The least share of neurons on both, over layers.
-    """
-
-    shared: int
-    size: int
-    least: float
+    shared: int  # neurons on both; the two are of one size
+    size: int  # neurons of either
+    least: float  # the least share of neurons on both, over layers
 
     @classmethod
     def between(cls, sampled: Route, full: Route) -> RouteOverlap:
@@ -97,19 +90,12 @@ class RouteOverlap:
 
 @dataclass(frozen=True)
 class RouteChange:
-    """What a new trace changed.
+    """What a new trace changed."""
 
-    Attributes:
-        epoch: Before which epoch it was made.
-        changed: Neurons of the new route that were not on the old one.
-        size: Neurons of the new route.
-        overlap: The least share of the old route, over layers, that is still on the new one.
-    """
-
-    epoch: int
-    changed: int
-    size: int
-    overlap: float
+    epoch: int  # before which it was made
+    changed: int  # neurons of the new route that were not on the old one
+    size: int  # neurons of the new route
+    overlap: float  # the least share of the old route, over layers, that is still on the new one
 
     @classmethod
     def between(cls, old: Route, new: Route, epoch: int) -> RouteChange:
@@ -145,7 +131,7 @@ def harden(
     *,
     penalty: str | tuple[str, ...] | None = GRADIENT,
     lam: Factor = 0.01,
-    attack: str | Perturbation | None = None,
+    attack: Attack | str | None = None,
     route: Route | str | os.PathLike[str] | None = None,
     settings: HardenSettings | None = None,
     train: TrainSettings = FINE_TUNING,
@@ -171,7 +157,8 @@ def harden(
         penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
             the paper's, see :class:`StabilisationPenalty`), a tuple of some, or None for training alone.
         lam: The factor lambda, or one for each penalty by name.
-        attack: What to train against, as :func:`attackroute.parse_attack` reads it; None for clean images.
+        attack: What to train against, as :func:`attackroute.parse_attack` reads it, or any callable
+            ``(model, images, labels) -> images``; None for clean images.
         route: A route or its file; None traces one (width 0.2 a sample, 0.3 for the model), as ``settings`` say.
         settings: Whose neurons are punished, how their route is traced, and how penalties are computed; None for the
             paper's way, ``HardenSettings()``.
@@ -200,17 +187,10 @@ def harden(
     data, tests = as_dataset(train_data), None if test_data is None else as_dataset(test_data)
     factors = {name: factor_of(name, lam) for name in names}
     hardening = RouteObjective(factors, attack, settings, route) if names else None
-
-    def finish_epoch(record: EpochRecord) -> None:
-        if folder is not None and leading() and hardening is not None and hardening.route is not None:
-            hardening.route.save(Path(folder) / ROUTE_FILE)
-        if on_epoch is not None:
-            on_epoch(record)
-
     result = train_network(
         model, data, tests, train,
         objective=hardening or Objective(attack),
-        folder=folder, resume=resume, on_epoch=finish_epoch, progress=progress,
+        folder=folder, resume=resume, on_epoch=on_epoch, progress=progress,
     )  # fmt: skip
     if hardening is None:
         return HardenResult(result)
@@ -223,19 +203,9 @@ class RouteObjective(Objective):
 
     The gradient penalty takes the images that the network learns from, and with an attack the clean ones too (Eq.
     (12)), in a pass of their own that leaves the batch norms' running statistics alone. So does stabilisation, which
-    compares the two and needs an attack.
-
-    Args:
-        factors: Lambda for each penalty, ``"gradient"``, ``"weight"`` or ``"stabilisation"``.
-        attack: What to train against.
-        settings: What is punished.
-        route: The route; None traces it from some of the training samples when the run starts.
-
-    Attributes:
-        route: The route, once it is known.
-        changes: What each new trace changed.
-        strengths: See :class:`HardenResult`; infinite where the task has no gradient left.
-        overlap: See :class:`HardenResult`; of the initial network's routes.
+    compares the two and needs an attack. Without a route, one is traced from some of the training samples when the run
+    starts. ``changes``, ``strengths`` (infinite where the task has no gradient left) and ``overlap`` are those of
+    :class:`HardenResult`.
 
     Raises:
         UserError: A penalty is unknown, a factor is not a number of at least 0, or these do not go together.
@@ -244,7 +214,7 @@ class RouteObjective(Objective):
     def __init__(
         self,
         factors: Mapping[str, float],
-        attack: str | Perturbation | None = None,
+        attack: Attack | str | None = None,
         settings: HardenSettings | None = None,
         route: Route | None = None,
     ) -> None:
@@ -328,6 +298,11 @@ class RouteObjective(Objective):
             "strengths": dict(self.strengths),
             "overlap": None if self.overlap is None else asdict(self.overlap),
         }
+
+    def save(self, folder: Path) -> None:
+        """Write the route."""
+        if self.route is not None:
+            self.route.save(folder / ROUTE_FILE)
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """Eq. (11), (12), (14) or (15), or the same with the noise on the route punished."""

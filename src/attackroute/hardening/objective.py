@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,44 +16,29 @@ from torch.utils.data import Dataset
 from attackroute.core.batches import load
 from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.model_state import placement
-from attackroute.robustness.attack import Perturbation
-from attackroute.robustness.registry import parse_attack
+from attackroute.robustness.attack import Attack, Perturbation
+from attackroute.robustness.registry import as_attack
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One step's images, and what comes with them.
+    """One step's images, and what comes with them."""
 
-    Attributes:
-        images: ``(N, C, H, W)`` on the model's device, augmented.
-        labels: ``(N,)`` on the CPU, so that checking them does not wait for the device.
-        targets: The labels on the model's device.
-        draws: For what is random in an attack; its own for every step.
-        autocast: The context in which the model runs.
-    """
-
-    images: Tensor
-    labels: Tensor
-    targets: Tensor
-    draws: torch.Generator
-    autocast: Callable[[], AbstractContextManager[Any]]
+    images: Tensor  # (N, C, H, W) on the model's device, augmented
+    labels: Tensor  # (N,) on the CPU, so that checking them does not wait for the device
+    targets: Tensor  # the labels on the model's device
+    draws: torch.Generator  # for what is random in an attack; its own for every step
+    autocast: Callable[[], AbstractContextManager[Any]]  # the context in which the model runs
 
 
 @dataclass(frozen=True, eq=False)
 class StepLosses:
-    """What a batch costs.
+    """What a batch costs; only the total has its graph."""
 
-    Attributes:
-        total: What is to be minimised, with its graph.
-        task: The cross entropy, detached.
-        logits: For the images that the step learnt from, detached.
-        penalties: By name, without their factors, detached.
-    """
-
-    total: Tensor
-    task: Tensor
-    logits: Tensor
-    penalties: Mapping[str, Tensor] = field(default_factory=dict)
+    total: Tensor  # what is to be minimised
+    task: Tensor  # the cross entropy
+    logits: Tensor  # for the images that the step learnt from
+    penalties: Mapping[str, Tensor] = field(default_factory=dict)  # by name, without their factors
 
 
 class Objective:
@@ -60,13 +46,10 @@ class Objective:
 
     With an attack, the network learns from the attacked images alone. They are made for the network in eval mode, from
     random numbers that the step's generator decides.
-
-    Args:
-        attack: An attack, its specification, or None.
     """
 
-    def __init__(self, attack: str | Perturbation | None = None) -> None:
-        self.attack = parse_attack(attack) if isinstance(attack, str) else attack
+    def __init__(self, attack: Attack | str | None = None) -> None:
+        self.attack: Perturbation | None = None if attack is None else as_attack(attack)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,6 +65,9 @@ class Objective:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs back, as plain values."""
         return {}
+
+    def save(self, folder: Path) -> None:
+        """Write what others read of it into the run's folder: before the first step, and with every checkpoint."""
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """The losses of one step; the model is in training mode."""
@@ -108,10 +94,7 @@ def backward_in_parts(
 
     The losses are means over samples, so that in a network whose samples do not meet (batch norms in eval mode, no
     dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included. Every loss is
-    scaled before its backward pass.
-
-    Returns:
-        The whole batch's losses; ``total`` is detached.
+    scaled before its backward pass. The losses that come back are the whole batch's, all detached.
     """
     count = len(batch.images)
     shares, pieces, start = [], [], batch.draws.get_state()

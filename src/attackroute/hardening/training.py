@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ from attackroute.core.batches import count_samples, count_steps, load, shuffled
 from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.distributed import current, take_from_first
 from attackroute.core.errors import UserError
-from attackroute.core.model_state import in_channels_last, kept_modes, placement
+from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.model_state import in_format, kept_modes, placement
 from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
@@ -33,12 +35,16 @@ from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch
 from attackroute.hardening.data_parallel import Replicas
 from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
-from attackroute.robustness.attack import Perturbation
+from attackroute.robustness.attack import Attack, Perturbation
 
 Progress = Callable[[int, int, str], None]
 
 _TRAIN, _TEST = "training data", "test data"
 _DEFAULTS = TrainSettings()
+_CONTIGUOUS = (
+    "training holds images and weights in the contiguous format: on a CPU, PyTorch crashes in channels_last with a "
+    "1x1 convolution of 2 to 15 channels and a stride"
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def train(
     test_data: Dataset[Any] | None = None,
     settings: TrainSettings = _DEFAULTS,
     *,
-    attack: str | Perturbation | None = None,
+    attack: Attack | str | None = None,
     objective: Objective | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -94,7 +100,8 @@ def train(
         train_data: Gives pairs of a float image (C, H, W) and an integer label.
         test_data: The same; tested after every epoch.
         settings: See :class:`TrainSettings`.
-        attack: What to train against, as :func:`attackroute.parse_attack` reads it; None for clean images.
+        attack: What to train against, as :func:`attackroute.parse_attack` reads it, or any callable
+            ``(model, images, labels) -> images``; None for clean images.
         objective: What is minimised in place of the cross entropy; it has an attack of its own.
         folder: Where a checkpoint is kept from before the first step on, and replaced after every epoch; see
             :mod:`attackroute.hardening.checkpoint` for its files. None keeps nothing.
@@ -119,11 +126,15 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
-        if settings.channels_last:
-            stack.enter_context(in_channels_last(model))
         for data, what in ((train_data, _TRAIN), (test_data, _TEST)):
             if data is not None:
                 _check_fit(model, data, what)
+        if _crashes_in_channels_last(model, samples_of(model, train_data, [0])[0]):
+            run.format = torch.contiguous_format
+            if settings.channels_last:
+                warnings.warn(_CONTIGUOUS, stacklevel=2)
+        if run.format is not None:
+            stack.enter_context(in_format(model, run.format))
         history = _begin(run, resume)
         _save(run, history)  # where the run goes on too, since a kill may have come between two files
         resumed_from = len(history)
@@ -164,6 +175,8 @@ class _Run:
         for name, value in model.state_dict().items():
             if not isinstance(value, Tensor):
                 raise UserError(f"the model's state {name} is not a tensor, so no checkpoint can hold it")
+        # of weights and images; None leaves them as they are
+        self.format = torch.channels_last if settings.channels_last else None
         self.replicas = Replicas(model, list(self.trainable.values()), current(), self.samples // self.steps)
         self.optimiser = torch.optim.SGD(
             self.trainable.values(),
@@ -219,6 +232,27 @@ def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> None:
     check_logits(logits, labels, what)
 
 
+def _crashes_in_channels_last(model: nn.Module, images: Tensor) -> bool:
+    """Whether a CPU's weight gradient of a layer writes past its end in that format (uxlfoundation/oneDNN#6035).
+
+    So do 1x1 convolutions with a stride from 2 to 15 channels.
+    """
+    found = False
+
+    def visit(call: LayerCall) -> Tensor:
+        nonlocal found
+        output = call.run()
+        if call.kind == "conv2d" and call.weight.shape[2:] == (1, 1) and 2 <= call.weight.shape[1] <= 15:
+            found = found or output.shape[2:] != call.input.shape[2:]
+        return output
+
+    if images.device.type == "cpu":
+        model.eval()
+        with torch.no_grad(), LayerCalls(model, visit):
+            model(images.clone())
+    return found
+
+
 def _begin(run: _Run, resume: bool) -> list[EpochRecord]:
     """Go on from the folder's checkpoint, or start; gives the epochs that are done."""
     model, folder, team = run.model, run.folder, current()
@@ -249,6 +283,7 @@ def _save(run: _Run, history: Sequence[EpochRecord]) -> None:
         objective=run.objective.state(),
     )
     checkpoint.save(run.folder)
+    run.objective.save(run.folder)
 
 
 def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
@@ -327,14 +362,13 @@ def _step(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Step ``number``, from 1 over the whole run, on this process's part of a batch of ``size`` images.
 
-    Returns:
-        The whole batch's losses and hits (images that are classified correctly), and the penalties' names.
+    Gives the whole batch's losses and hits (images that are classified correctly), and the penalties' names.
     """
     settings = run.settings
     images = images.to(run.device, run.dtype, non_blocking=True)
     images = augment(images, settings.augment, views, start=run.replicas.rows(size).start, whole=size)
-    if settings.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    if run.format is not None:
+        images = images.contiguous(memory_format=run.format)
     batch = Batch(
         images=images,
         labels=labels,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attackroute.core.batches import batches
 from attackroute.core.errors import UserError
-from attackroute.core.layers import FunctionCalls, LayerCall, LayerCalls
+from attackroute.core.layers import FunctionCalls, LayerCall, LayerCalls, write_count
 from attackroute.core.model_state import frozen
 from attackroute.hardening.objective import summed
 from attackroute.routes.route import Route
@@ -86,17 +86,11 @@ class WeightPenalty:
 
 @dataclass(eq=False)
 class _LayerSum:
-    """One layer's part of Eq. (13).
+    """One layer's part of Eq. (13)."""
 
-    Attributes:
-        weight: Gives the layer's kernel.
-        mask: Which of its entries count, ``(outputs, inputs)``.
-        norm: The batch norm to fold in.
-    """
-
-    weight: Callable[[], Tensor]
-    mask: Tensor
-    norm: FollowingNorm | None
+    weight: Callable[[], Tensor]  # gives the layer's kernel
+    mask: Tensor  # which of its entries count, (outputs, inputs)
+    norm: FollowingNorm | None  # the batch norm to fold in
     _placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def value(self, model: nn.Module) -> Tensor:
@@ -144,17 +138,11 @@ def _weights(model: nn.Module, images: Tensor, layers: Container[str]) -> dict[s
 
 @dataclass(frozen=True)
 class FollowingNorm:
-    """A batch norm that reads a layer's output and nothing else.
+    """A batch norm that reads a layer's output and nothing else."""
 
-    Attributes:
-        weight: Name of the parameter gamma; None for a gain of one.
-        variance: Name of the buffer of running variances.
-        eps: What is added to the variance.
-    """
-
-    weight: str | None
-    variance: str
-    eps: float
+    weight: str | None  # name of the parameter gamma; None for a gain of one
+    variance: str  # name of the buffer of running variances
+    eps: float  # what is added to the variance
 
     def gain(self, model: nn.Module) -> Tensor:
         """``|gamma / sigma|``, ``(C,)``, with sigma as in eval mode; gamma can be differentiated."""
@@ -168,22 +156,28 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, FollowingNorm
     Raises:
         UserError: A batch norm has running variances, or a gain, that are not the model's own.
     """
-    layers: dict[Tensor, str] = {}  # by output, held, so that no other tensor takes its identity
+    # by output, held, so that no other tensor takes its identity: a layer, and how its output was when it was made
+    layers: dict[Tensor, tuple[str, int, Tensor]] = {}
     norms: dict[str, FollowingNorm] = {}
     parameters = {value: name for name, value in model.named_parameters()}
     buffers = {value: name for name, value in model.named_buffers()}
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()
-        layers[output] = call.name
+        layers[output] = call.name, write_count(output), output.clone()
         return output
+
+    def layer_of(values: Tensor) -> str | None:
+        """The layer whose output these are, unless something, such as an activation, has worked on it in place."""
+        layer, writes, before = layers.get(values, (None, 0, values))
+        return layer if write_count(values) == writes and torch.equal(values, before) else None
 
     def see(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is nn.functional.batch_norm:
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.apply_defaults()
             gamma, variance = bound.arguments["weight"], bound.arguments["running_var"]
-            layer = layers.get(bound.arguments["input"])
+            layer = layer_of(bound.arguments["input"])
             if layer is not None and variance is not None:
                 if variance not in buffers or not (gamma is None or gamma in parameters):
                     raise UserError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any
 
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.intervention_table import UNTOUCHED
@@ -17,15 +18,9 @@ HOLDS, PART, FAILS = "holds", "holds in part", "does not hold"
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper on one network.
+    """One claim of the paper on one network: what it says, the paper's figure, if it gives one, and the one found here.
 
-    Attributes:
-        text: What the paper says.
-        paper: The paper's figure; empty where it gives none.
-        found: The figure that came out here.
-        verdict: :data:`HOLDS`, :data:`PART` or :data:`FAILS`.
-        equals: Controls that did as well as the route, or better.
-        network: On what it was tried.
+    Controls that did as well as the route, or better, are its ``equals``.
     """
 
     text: str
@@ -67,6 +62,11 @@ def markdown(rows: Iterable[Row]) -> str:
     table = Table.of(rows)
     lines = [table.columns, ["---"] * len(table.columns), *table.rows] if len(table) else []
     return "\n".join(f"| {' | '.join(cell or '' for cell in cells)} |" for cells in lines)
+
+
+def kind(attack: str) -> str:
+    """An attack's name without its settings, which the paper states once."""
+    return attack.partition(":")[0]
 
 
 def percent(share: float | None) -> str:
@@ -157,25 +157,24 @@ class NetworkResults:
 
 
 Results = Sequence[NetworkResults]
-Tabulate = Callable[[NetworkResults, Findings], Iterator[Row]]
-Judge = Callable[[NetworkResults, Findings], Iterator[Claim]]
-Made = TypeVar("Made")
+Make = Callable[[NetworkResults, Findings], Iterator[Any]]
+"""What an experiment on a network has for the page: rows of a table, or claims."""
 
 
 @dataclass(frozen=True)
-class Entry(Generic[Made]):
+class Entry:
     """An entry in a section of the page: what a function makes of some experiments on each network."""
 
     section: str
     experiments: tuple[str, ...]
-    make: Callable[[NetworkResults, Findings], Iterator[Made]]
+    make: Make
 
     @property
     def title(self) -> str:
         """What stands above it: the function's docstring."""
         return " ".join((self.make.__doc__ or "").split())
 
-    def of(self, results: Results) -> Iterator[tuple[str, Made]]:
+    def of(self, results: Results) -> Iterator[tuple[str, Any]]:
         """All that it makes, each with the network's name."""
         for experiment in self.experiments:
             for network in results:
@@ -184,25 +183,20 @@ class Entry(Generic[Made]):
                         yield network.name, each
 
 
-TABLES: list[Entry[Row]] = []
-JUDGES: list[Entry[Claim]] = []
+TABLES: list[Entry] = []
+JUDGES: list[Entry] = []
 
 
-def table(section: str, *experiments: str) -> Callable[[Tabulate], Tabulate]:
-    """Register a function whose rows are a table of the page, beneath the function's docstring."""
-
-    def register(tabulate: Tabulate) -> Tabulate:
-        TABLES.append(Entry(section, experiments, tabulate))
-        return tabulate
+def _registering(entries: list[Entry], section: str, *experiments: str) -> Callable[[Make], Make]:
+    def register(make: Make) -> Make:
+        entries.append(Entry(section, experiments, make))
+        return make
 
     return register
 
 
-def judge(section: str, *experiments: str) -> Callable[[Judge], Judge]:
-    """Register a function that judges claims of the paper."""
+table = partial(_registering, TABLES)
+"""Registers a function whose rows are a table of the page, beneath the function's docstring."""
 
-    def register(claims: Judge) -> Judge:
-        JUDGES.append(Entry(section, experiments, claims))
-        return claims
-
-    return register
+judge = partial(_registering, JUDGES)
+"""Registers a function that judges claims of the paper."""

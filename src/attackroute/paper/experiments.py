@@ -57,42 +57,34 @@ class PaperResult(ExperimentResult):
     sentence: str
     pictures: Mapping[str, Figure] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, result: ExperimentResult, figure: str, name: str | None = None) -> PaperResult:
+        """A result with one of its figures alone, under a name of its own."""
+        pictures = {name or figure: result.figures()[figure]}
+        return cls(result.kind, result.table, facts=result.about(), sentence=result.reading(), pictures=pictures)
+
     def about(self) -> dict[str, Any]:
-        """What the measurements have in common."""
         return dict(self.facts)
 
     def reading(self) -> str:
-        """One sentence that says what came out."""
         return self.sentence
 
     def summary(self) -> Table:
-        """Nothing."""
         return Table((), ())
 
     def figures(self) -> Mapping[str, Figure]:
-        """Pictures by file name."""
         return self.pictures
 
 
-def _with_figure(result: ExperimentResult, name: str, figure: str) -> PaperResult:
-    """A result with one of its figures alone, under a name."""
-    pictures = {name: result.figures()[figure]}
-    return PaperResult(
-        kind=result.kind, table=result.table, facts=result.about(), sentence=result.reading(), pictures=pictures
-    )
-
-
 def paper_attacks() -> dict[str, Perturbation]:
-    """The attacks of section 4.1 by name, PGD first."""
-    return {attack.name: attack for attack in map(parse_attack, ATTACKS)}
+    """The attacks of section 4.1, PGD first."""
+    return {str(attack): attack for attack in map(parse_attack, ATTACKS)}
 
 
 def swept_layers(layers: Sequence[str]) -> list[str]:
     """Five layers spread over the network, the first and the last among them: of VGG-16's, the paper's own five."""
-    if len(layers) <= _SWEPT:
-        return list(layers)
     last = len(layers) - 1
-    return [layers[round(place * last / (_SWEPT - 1))] for place in range(_SWEPT)]
+    return list(dict.fromkeys(layers[round(place * last / (_SWEPT - 1))] for place in range(_SWEPT)))
 
 
 def occurrence(study: Study, _: Progress) -> ExperimentResult:
@@ -109,35 +101,30 @@ def sampling(study: Study, _: Progress) -> ExperimentResult:
 def transplant_shares(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3a: growing shares of single layers, under PGD."""
     layers = swept_layers(study.route.layers)
-    result = transplant_accuracy(study.comparison(progress), _attacks(study)[0], layers=layers, together=())
-    return _with_figure(result, "transplant-shares", "transplant-shares")
+    first = dict([next(iter(study.named_attacks.items()))])
+    result = transplant_accuracy(study.comparison(progress), first, layers=layers, together=())
+    return PaperResult.of(result, "transplant-shares")
 
 
 def transplant_layers(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3b: every layer alone and several together, at one share, under PGD."""
-    return _transplanted(study, progress, _attacks(study)[0], study.route.layers, "transplant-layers")
+    return _transplanted(study, progress, slice(1), study.route.layers, "transplant-layers")
 
 
 def transplant_attacks(study: Study, progress: Progress) -> ExperimentResult:
     """Fig. 3b under the other attacks and noise: the first layer, and several together."""
-    return _transplanted(study, progress, _attacks(study)[1], study.route.layers[:1], "transplant-attacks")
+    return _transplanted(study, progress, slice(1, None), study.route.layers[:1], "transplant-attacks")
 
 
-def _attacks(study: Study) -> tuple[dict[str, Attack], dict[str, Attack]]:
-    """The first attack by name, and the others."""
-    (name, first), *others = study.named_attacks.items()
-    return {name: first}, dict(others)
-
-
-def _transplanted(
-    study: Study, progress: Progress, attacks: Mapping[str, Attack], layers: Sequence[str], name: str
-) -> ExperimentResult:
+def _transplanted(study: Study, progress: Progress, tried: slice, layers: Sequence[str], name: str) -> ExperimentResult:
+    """Of single layers, and of several together, under some of the attacks."""
+    attacks = dict(list(study.named_attacks.items())[tried])
     compared = study.comparison(progress)
     compared = replace(compared, baselines={**compared.baselines, ATTACKED: study.attacked_route})
     result = transplant_accuracy(
         compared, attacks, layers=layers, shares=[study.share], together=leading_groups(study.route.layers)
     )
-    return _with_figure(result, name, "transplant-layers")
+    return PaperResult.of(result, "transplant-layers", name)
 
 
 def transplant_own(study: Study, progress: Progress) -> ExperimentResult:
@@ -163,7 +150,7 @@ def _deactivated(study: Study, progress: Progress, layers: Sequence[str], at: st
     """The first of the layers, the last one, and all together."""
     compared = replace(study.comparison(progress), at=at)
     result = deactivate_accuracy(compared, layers=[layers[0], layers[-1]], together=[layers])
-    return _with_figure(result, name, "deactivate")
+    return PaperResult.of(result, "deactivate", name)
 
 
 def _activated(study: Study) -> list[str]:
@@ -204,22 +191,9 @@ PARTS: Mapping[str, Mapping[str, Experiment]] = {
 
 
 def sample_route(
-    routes: InstanceRoutes,
-    shares: Sequence[float] = SAMPLED_SHARES,
-    *,
-    width: float = 0.3,
-    seeds: Sequence[int] = range(5),
+    routes: InstanceRoutes, shares: Sequence[float] = SAMPLED_SHARES, *, width: float, seeds: Sequence[int]
 ) -> PaperResult:
-    """How few samples give a model's route: routes of random shares of the samples, one a seed, beside that of all.
-
-    Raises:
-        UserError: There are no routes or seeds, or a share is out of range.
-    """
-    if not len(routes) or not seeds:
-        raise UserError("no routes, or no seeds, so there is nothing to compare")
-    for share in shares:
-        if not 0 < share <= 1:
-            raise UserError(f"a share of {share} of the samples is outside (0, 1]")
+    """How few samples give a model's route: routes of random shares of the samples, one a seed, beside that of all."""
     full = routes.aggregate(width)
     rows = []
     for share in shares:
@@ -234,9 +208,8 @@ def sample_route(
                 }
             )  # fmt: skip
     table = Table.of(rows)
-    means = ", ".join(
-        f"{share:.0%} of them {table.select(share=share).mean('share_of_neurons'):.1%}" for share in shares
-    )
+    shared = {share: table.select(share=share).mean("share_of_neurons") for share in shares}
+    means = ", ".join(f"{share:.0%} of them {mean:.1%}" for share, mean in shared.items())
     sentence = f"Of the route of {len(routes)} samples, the route of {means} has the same neurons."
     return PaperResult("route sampling", table, {"width": width, "samples": len(routes)}, sentence)
 
@@ -248,8 +221,7 @@ def per_image_transplant(
     groups: Sequence[Sequence[str]],
     *,
     name: str = "attack",
-    width: float = 0.3,
-    seed: int = 0,
+    width: float,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> PaperResult:
@@ -257,11 +229,8 @@ def per_image_transplant(
 
     Only images that the network gets right when clean count. They are traced clean, and have the chosen share ``width``
     of the channels of a group's layers changed together; groups are in forward order.
-
-    Raises:
-        UserError: The data have no labels, a layer is not among the traced ones, or no sample is classified correctly.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     right = {("+".join(group), criterion): 0 for group in groups for criterion in (OWN, OWN_RANDOM)}
     samples = counted = 0
     layers = list(dict.fromkeys(layer for group in groups for layer in group))

@@ -15,14 +15,8 @@ STUDY = "study"
 
 _SAME = 0.005
 _LETTERS = {"g": "gradients", "w": "weights"}
-_TITLES = {
-    "clean": "clean",
-    "fgsm": "FGSM",
-    "mi-fgsm": "MI-FGSM",
-    "pgd": "PGD",
-    "gaussian-noise": "Gaussian",
-    "autoattack": "AutoAttack",
-}
+_TITLES = {name: name.upper() for name in ("fgsm", "mi-fgsm", "pgd")}
+_TITLES |= {"gaussian-noise": "Gaussian", "autoattack": "AutoAttack"}
 
 
 def accuracies_table(study: Findings, data: str) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attackroute.core.errors import UserError
-from attackroute.paper import hardness_tables, tables  # noqa: F401  (they register what sections are made of)
+from attackroute.paper import tables  # noqa: F401  (registers what sections are made of)
 from attackroute.paper.claims import JUDGES, TABLES, Claim, Findings, NetworkResults, Results, Row, markdown, percent
 from attackroute.paper.hardening_tables import accuracies_table, differences_table, hardening_claims, study_terms
 
@@ -31,16 +31,9 @@ HEADINGS = {
 
 
 def blocks(results: Results, studies: Mapping[str, Findings]) -> dict[str, str]:
-    """The Markdown of every section for which there are results, by its name.
-
-    Args:
-        results: What was measured on networks.
-        studies: Hardening studies, by the table that they are for.
-    """
-    texts = {_NETWORKS: [markdown(map(_network, results))]}
-    for name in HEADINGS:
-        if name != _NETWORKS:
-            texts[name] = [markdown(claim.cells for claim in claims_of(name, results, studies))]
+    """The Markdown of every section for which there are results, by its name; hardening studies are by their table."""
+    texts = {name: [markdown(claim.cells for claim in claims_of(name, results, studies))] for name in HEADINGS}
+    texts[_NETWORKS] = [markdown(map(_network, results))]
     for entry in TABLES:
         if text := markdown({"network": network, **row} for network, row in entry.of(results)):
             texts[entry.section].append(f"{entry.title}\n\n{text}")
@@ -87,9 +80,7 @@ def fill(page: str, texts: Mapping[str, str]) -> str:
 
 
 def _mark(name: str, text: str) -> str:
-    return (
-        f"<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->" if text else f"<!-- {name} -->\n<!-- end of {name} -->"
-    )
+    return "\n".join([f"<!-- {name} -->", *(["", text, ""] if text else []), f"<!-- end of {name} -->"])
 
 
 def _study(study: Findings, data: str) -> list[str]:

@@ -6,7 +6,7 @@ Tables 2 and 3 come from hardening studies, which train networks for hours: ``py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,32 +43,20 @@ _TABLE1 = "table1"
 class ReproductionSettings:
     """What is reproduced, on what, and where it goes.
 
-    Attributes:
-        targets: Names of :data:`TARGETS`, or ``"all"``: all of them, of tables 2 and 3 those whose study is there.
-        folder: Where everything goes; it exists.
-        data: As :func:`attackroute.load_data` takes it; None where only tables 2 and 3 are wanted.
-        models: Trained networks, ``preset:NAME`` or train folders; none means every preset for the data.
-        samples: Test images; half decide on routes and ranks, half are measured. Table 1 takes all there are.
-        page: The Markdown file whose marks are filled; None writes :data:`PAGE` into the folder.
-        batch_size: Images at a time.
-        seed: Of the images that are drawn, and of their halves.
-        device: Where networks run.
-        resume: Whether what the folder holds on the same terms is left as it is.
-
     Raises:
         UserError: A target is unknown, a study is not there or about other data, or the data are not named.
     """
 
-    targets: Sequence[str]
-    folder: Path
-    data: str | None = None
-    models: Sequence[str] = ()
-    samples: int = 2500
-    page: Path | None = None
+    targets: Sequence[str]  # of :data:`TARGETS`, or "all": all of them, of tables 2 and 3 those whose study is there
+    folder: Path  # exists
+    data: str | None = None  # as :func:`attackroute.load_data` takes it; None where only tables 2 and 3 are wanted
+    models: Sequence[str] = ()  # preset:NAME or train folders; none means every preset for the data
+    samples: int = 2500  # half decide on routes and ranks, half are measured; Table 1 takes all images there are
+    page: Path | None = None  # the Markdown file whose marks are filled; None writes :data:`PAGE` into the folder
     batch_size: int = 128
-    seed: int = 0
+    seed: int = 0  # of the images that are drawn, and of their halves
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    resume: bool = False
+    resume: bool = False  # whether what the folder holds on the same terms is left as it is
 
     def __post_init__(self) -> None:
         names = [*TARGETS, ALL]
@@ -126,14 +114,8 @@ def reproduce(
 ) -> dict[str, list[Claim]]:
     """Reproduce tables and figures, fill the page from all that the folder holds, and judge the targets' claims.
 
-    Args:
-        settings: What is reproduced.
-        line: Called with what is done, but not with the claims.
-        note: Called with what there is to say in passing.
-        progress: As :class:`attackroute.analysis.study.Study` takes it.
-
-    Returns:
-        What became of the paper's claims, by target.
+    Called are ``line`` with what is done, ``note`` with what there is to say in passing, and ``progress`` as
+    :class:`attackroute.analysis.study.Study` does. What comes back are the paper's claims by target.
 
     Raises:
         UserError: The page, the data or a network cannot be used, or the folder holds results of other weights.
@@ -190,10 +172,11 @@ def _describe(settings: ReproductionSettings, network: nn.Module, model: str, im
     """Write what the page says about the network."""
     digest = weights_digest(network)
     earlier = _read(folder / _NETWORK)
-    if earlier is not None and earlier["weights"] != digest:  # else the page would show them under one name
-        raise UserError(f"{folder} holds results of other weights ({earlier['model']}); choose another --out")
-    if earlier is not None and (earlier["images"], earlier["data"]) == (len(images), settings.data):
-        return
+    if earlier is not None:
+        if earlier["weights"] != digest:  # else the page would show them under one name
+            raise UserError(f"{folder} holds results of other weights ({earlier['model']}); choose another --out")
+        if (earlier["images"], earlier["data"]) == (len(images), settings.data):
+            return
     image, label = images.dataset[0]
     routes = trace_routes(network, (image[None], torch.tensor([label])))
     accuracy = count_correct(network, images.dataset, batch_size=settings.batch_size)
@@ -219,20 +202,17 @@ def _results(folder: Path) -> list[NetworkResults]:
         if about is not None:
             experiments = {}
             for name in names:
-                try:
+                with suppress(UserError):
                     experiments[name] = Findings.of(Document.load(file.parent / f"{name}.json"))
-                except UserError:
-                    continue
             networks.append(NetworkResults(file.parent.name, about, experiments))
     return networks
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     """What a file says about a network, if there is a whole one."""
-    try:
+    with suppress(UserError):
         return read_object(file)
-    except UserError:
-        return None
+    return None
 
 
 def _text(page: Path) -> str:

@@ -1,19 +1,41 @@
-"""Table 1 and Figs. 2 to 5: for each, a table in Markdown and the claims that the paper reads from it."""
+"""Tables 1 and 4, and Figs. 2 to 6: for each, a table in Markdown and the claims that the paper reads from it."""
 
 from __future__ import annotations
 
+import operator
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT
 from attackroute.analysis.experiments.occurrence import OCCURRENCE, RANDOM_ROUTES
+from attackroute.analysis.hardness_experiment import BASELINES, OURS
+from attackroute.analysis.hardness_experiment import RANDOM as RANDOM_NEURONS
 from attackroute.analysis.intervention_table import UNTOUCHED
 from attackroute.core.layers import ACTIVATION
-from attackroute.paper.claims import Claim, Findings, NetworkResults, Row, by_count, judge, percent, table, verdict
-from attackroute.paper.published import OCCURRENCES, SHARED_BY_A_TENTH, TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
+from attackroute.core.statistics import AUROC
+from attackroute.core.table import Record
+from attackroute.paper.claims import (
+    Claim,
+    Findings,
+    NetworkResults,
+    Row,
+    by_count,
+    judge,
+    kind,
+    percent,
+    table,
+    verdict,
+)
+from attackroute.paper.published import (
+    GRADIENTS,
+    OCCURRENCES,
+    SHARED_BY_A_TENTH,
+    TRANSPLANTED_FIRST,
+    TRANSPLANTED_RANDOM,
+)
+from attackroute.robustness.registry import short_name
 
 # --- Table 1: occurrence of the most frequent neurons; and how few images give the model's route (section 5.1.3)
 
@@ -24,27 +46,18 @@ _TENTH = 0.1
 def occurrence_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
     """Occurrence in percent: mean frequency of the most frequent fifth of a layer's channels."""
     paper = OCCURRENCES.get(network.family, {})
-    for layer in findings.distinct("layer"):
+    for layer, *values in zip(findings.distinct("layer"), *_occurrences(findings).values(), strict=True):
         name = network.title(layer)
-        yield {
-            "layer": name,
-            "paper": f"{paper[name]:.0f}" if name in paper else "",
-            "route": percent(_occurrence(findings, layer, "clean")),
-            "by activation": percent(_occurrence(findings, layer, "activation")),
-            "by gradient": percent(_occurrence(findings, layer, "gradient")),
-            "random routes": percent(_occurrence(findings, layer, RANDOM_ROUTES)),
-        }
+        cells = dict(zip(("route", "by activation", "by gradient", RANDOM_ROUTES), map(percent, values), strict=True))
+        yield {"layer": name, "paper": f"{paper[name]:.0f}" if name in paper else "", **cells}
 
 
 @judge("table1", "occurrence")
 def occurrence_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
     """What the paper reads from Table 1."""
-    layers = findings.distinct("layer")
-    ours, chance, *others = (
-        [_occurrence(findings, layer, of) for layer in layers]
-        for of in ("clean", RANDOM_ROUTES, "activation", "gradient")
-    )
-    falls, above = ours[0] > ours[-1], all(value > low for value, low in zip(ours, chance, strict=True))
+    occurrences = _occurrences(findings)
+    ours, chance = occurrences.pop("clean"), occurrences.pop(RANDOM_ROUTES)
+    falls, above = ours[0] > ours[-1], all(map(operator.gt, ours, chance))
     paper = list(OCCURRENCES.get(network.family, {}).values())
     yield Claim(
         text="images' routes share neurons, more so at the bottom than at the top",
@@ -52,11 +65,7 @@ def occurrence_claims(network: NetworkResults, findings: Findings) -> Iterator[C
         found=f"{percent(ours[0])} to {percent(ours[-1])} %, lowest {percent(min(ours))} % "
         f"(random routes {percent(statistics.fmean(chance))} %)",
         verdict=verdict(falls and above, falls or above),
-        equals=tuple(
-            of
-            for of, values in zip(("activation", "gradient"), others, strict=True)
-            if all(value >= route for value, route in zip(values, ours, strict=True))
-        ),
+        equals=tuple(of for of, values in occurrences.items() if all(map(operator.ge, values, ours))),
     )
 
 
@@ -74,8 +83,13 @@ def sampling_claims(network: NetworkResults, findings: Findings) -> Iterator[Cla
     )
 
 
-def _occurrence(findings: Findings, layer: str, of: str) -> float:
-    return findings.mean("value", layer=layer, measure=OCCURRENCE, of=of) or 0.0
+def _occurrences(findings: Findings) -> dict[str, list[float]]:
+    """By whose routes they are, the occurrence in each layer."""
+    layers = findings.distinct("layer")
+    return {
+        of: [findings.mean("value", layer=layer, measure=OCCURRENCE, of=of) or 0.0 for layer in layers]
+        for of in ("clean", "activation", "gradient", RANDOM_ROUTES)
+    }
 
 
 # --- Fig. 2: are the route's neurons more sensitive, and do they have larger gradients, than the others?
@@ -86,19 +100,13 @@ _RESPONSE_CLAIMS = {
 }
 
 
-@dataclass(frozen=True)
-class _Response:
-    """The sensitivity or the gradient on one network, under an attack or none.
-
-    Attributes:
-        factors: By layer, the mean over the route / over all other neurons.
-        higher: By control, the number of layers in which the route's mean is above that of every set of it.
-    """
+class _Response(NamedTuple):
+    """The sensitivity or the gradient on one network, under an attack or none."""
 
     quantity: str
     attack: str | None
-    factors: list[float]
-    higher: dict[str, int]
+    factors: list[float]  # by layer, the mean over the route / over all other neurons
+    higher: dict[str, int]  # by control, in how many layers the route's mean is above that of every set of it
 
 
 def _responses(findings: Findings) -> Iterator[_Response]:
@@ -110,46 +118,40 @@ def _responses(findings: Findings) -> Iterator[_Response]:
                 for criterion in (ROUTE, OFF_ROUTE)
             )
             factors.append(ours / theirs if theirs else float("inf"))
-        higher = {}
-        for control in (OFF_ROUTE, RANDOM, *findings.rivals):
-            verdicts = findings.entries("verdicts", quantity=quantity, attack=attack, control=control)
-            higher[control] = sum(each["beats"] for each in verdicts)
+        verdicts = findings.entries("verdicts", quantity=quantity, attack=attack)
+        higher = {
+            control: sum(each["beats"] for each in verdicts if each["control"] == control)
+            for control in (OFF_ROUTE, RANDOM, *findings.rivals)
+        }
         yield _Response(quantity, attack, factors, higher)
 
 
 @table("fig2", "sensitivity")
 def responses_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
     """Layers in which the mean over the route's neurons is above that of the other sets:"""
-    for response in _responses(findings):
-        factors, attack = response.factors, response.attack
-        what = f"{response.quantity} to {attack.partition(':')[0]}" if attack else response.quantity
+    for quantity, attack, factors, higher in _responses(findings):
         yield {
-            "quantity": what,
+            "quantity": f"{quantity} to {kind(attack)}" if attack else quantity,
             "route / others, first layer": f"{factors[0]:.2f}",
             "median of layers": f"{statistics.median(factors):.2f}",
-            **{control: f"{count} of {len(factors)}" for control, count in response.higher.items()},
+            **{control: f"{count} of {len(factors)}" for control, count in higher.items()},
         }
 
 
 @judge("fig2", "sensitivity")
 def response_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
     """What the paper reads from Fig. 2."""
-    for response in _responses(findings):
-        quantity, factors = response.quantity, response.factors
-        if response.attack not in (None, findings.distinct("attack", quantity=quantity)[0]):
+    for quantity, attack, factors, higher in _responses(findings):
+        if attack not in (None, findings.distinct("attack", quantity=quantity)[0]):
             continue  # the claim is about the first attack
-        good = response.higher[OFF_ROUTE]
+        good = higher[OFF_ROUTE]
         yield Claim(
             text=_RESPONSE_CLAIMS[quantity],
             paper="all layers",
             found=f"in {good} of {len(factors)} layers, {factors[0]:.2f} times in the first, "
             f"{statistics.median(factors):.2f} in the median",
             verdict=by_count(good, len(factors)),
-            equals=tuple(
-                control
-                for control, count in response.higher.items()
-                if control != OFF_ROUTE and 2 * count <= len(factors)
-            ),
+            equals=tuple(name for name, count in higher.items() if name != OFF_ROUTE and 2 * count <= len(factors)),
         )
 
 
@@ -172,7 +174,7 @@ def transplant_layers_table(network: NetworkResults, findings: Findings) -> Iter
     for attack in findings.distinct("attack"):
         untouched = percent(findings.mean("accuracy", criterion=UNTOUCHED, attack=attack) or 0.0)
         for group in findings.distinct("layers", criterion=ROUTE, attack=attack):
-            head = {"attack": attack, "untouched": untouched, "layers": network.group_title(group)}
+            head = {"attack": kind(attack), "untouched": untouched, "layers": network.group_title(group)}
             yield {**head, **findings.accuracies(layers=group, attack=attack)}
 
 
@@ -185,29 +187,19 @@ def per_image_transplant_table(network: NetworkResults, findings: Findings) -> I
         yield {"layers": network.group_title(group), **accuracies}
 
 
-@dataclass(frozen=True)
 class _Repair:
-    """Accuracies under one attack: untouched, and with clean values in the route's channels or in random ones."""
+    """Accuracies under one attack: untouched, and with clean values in a group of layers, in the route's channels or
+    in random ones.
+    """
 
-    before: float
-    ours: float
-    random: float
-    equals: tuple[str, ...]
+    def __init__(self, findings: Findings, attack: str, group: str) -> None:
+        def accuracy(**cells: Any) -> float:
+            return findings.mean("accuracy", attack=attack, **cells) or 0.0
 
-    @classmethod
-    def of(cls, findings: Findings, attack: str, group: str) -> _Repair:
-        """Of some layers that are changed together."""
-        before = findings.mean("accuracy", criterion=UNTOUCHED, attack=attack) or 0.0
-        ours, random = (
-            findings.mean("accuracy", criterion=criterion, layers=group, attack=attack) or 0.0
-            for criterion in (ROUTE, RANDOM)
-        )
-        return cls(before, ours, random, findings.unbeaten(layers=group, attack=attack))
-
-    @property
-    def clear(self) -> bool:
-        """Whether the route clearly repairs more than random channels."""
-        return RANDOM not in self.equals
+        self.before = accuracy(criterion=UNTOUCHED)
+        self.ours, self.random = (accuracy(criterion=criterion, layers=group) for criterion in (ROUTE, RANDOM))
+        self.equals = findings.unbeaten(layers=group, attack=attack)
+        self.clear = RANDOM not in self.equals
 
     def __str__(self) -> str:
         return f"{percent(self.before)} to {percent(self.ours)} %; random {percent(self.random)} %"
@@ -217,7 +209,7 @@ class _Repair:
 def transplant_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
     """What the paper reads from Fig. 3."""
     (attack,) = findings.distinct("attack")
-    first = _Repair.of(findings, attack, _singles(findings)[0])
+    first = _Repair(findings, attack, _singles(findings)[0])
     yield Claim(
         text="30 % of the first layer's route neurons, transplanted, repair most PGD examples; random ones do not",
         paper=f"0 to {percent(TRANSPLANTED_FIRST)} %; random at most {percent(TRANSPLANTED_RANDOM)} %",
@@ -227,7 +219,7 @@ def transplant_claims(network: NetworkResults, findings: Findings) -> Iterator[C
     )
     groups = findings.distinct("layers", criterion=ROUTE, attack=attack)
     for group in [group for group in groups if len(group.split("+")) == 3][:1]:
-        three = _Repair.of(findings, attack, group)
+        three = _Repair(findings, attack, group)
         yield Claim(
             text="30 % of the first three layers' route neurons repair nearly all",
             paper="basically all",
@@ -241,9 +233,9 @@ def transplant_claims(network: NetworkResults, findings: Findings) -> Iterator[C
 def transplant_attack_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
     """The same under other attacks."""
     for attack in findings.distinct("attack"):
-        repair = _Repair.of(findings, attack, _singles(findings)[0])
+        repair = _Repair(findings, attack, _singles(findings)[0])
         yield Claim(
-            text=f"the same under {attack}: the first layer's route repairs more than random neurons",
+            text=f"the same under {kind(attack)}: the first layer's route repairs more than random neurons",
             paper="yes",
             found=str(repair),
             verdict=verdict(repair.clear and repair.ours > repair.before, repair.clear or repair.ours > repair.random),
@@ -370,3 +362,106 @@ def _clearly_more(findings: Findings, images: str, measure: str, control: str) -
     """Whether the route has clearly more than every set of a control, by the paired 95 % interval."""
     sets = findings.table.select(images=images, measure=measure, criterion=control)
     return all(low > 0 for low in sets.column("route_minus_this_low"))
+
+
+# --- Table 4 and Fig. 6: do weak images have larger gradients on the route, and does V tell who is fooled?
+
+_LAYERS = 5  # of a network that has not the paper's
+
+
+@table("table4", "hardness")
+def gradients_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
+    """Gradients towards the loss, summed over the layer's route neurons; hard images withstand `fgsm:eps=1/255`, weak
+    ones do not.
+    """
+    for row in _table4_layers(network, findings):
+        paper = GRADIENTS.get(network.title(row["layer"])) if network.family == "vgg16" else None
+        yield {
+            "layer": network.title(row["layer"]),
+            "paper: hard / weak": "" if paper is None else f"{paper[0]:g} / {paper[1]:g}",
+            "mean: hard / weak": f"{_number(row['hard_mean'])} / {_number(row['weak_mean'])}",
+            "median: hard / weak": f"{_number(row['hard_median'])} / {_number(row['weak_median'])}",
+        }
+
+
+@judge("table4", "hardness")
+def gradient_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
+    """What the paper reads from Table 4."""
+    first, about = next(iter(findings["attacks"].items()))
+    layers = [row for row in about["gradients"] if row["weak_mean"] is not None and row["hard_mean"]]
+    if layers:
+        good = sum(row["weak_mean"] > row["hard_mean"] for row in layers)
+        ratio = statistics.median(row["weak_mean"] / row["hard_mean"] for row in layers)
+        yield Claim(
+            text=f"images that {short_name(first)} fools have larger gradients on the route",
+            paper="990 to 4,338 times",
+            found=f"in {good} of {len(layers)} layers, {ratio:.3g} times in the median",
+            verdict=by_count(good, len(layers)),
+        )
+
+
+@table("fig6", "hardness")
+def bins_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
+    """Images fooled in each tenth by V, hardest first:"""
+    for attack, about in findings["attacks"].items():
+        bins = about["bins_hardest_first"]
+        tenths = {str(place): str(fooled) for place, (_, fooled) in enumerate(bins, start=1)}
+        yield {"attack": short_name(attack), "images in a tenth": str(bins[0][0]), **tenths}
+
+
+@table("fig6", "hardness")
+def predictors_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
+    """AUROC for being fooled (0.5: chance), with 95 % bootstrap intervals:"""
+    for attack in findings["attacks"]:
+        cells = {name: _auroc_cell(findings, attack, name) for name in (OURS, *BASELINES)}
+        draws = [
+            row["value"]
+            for row in findings.table.select(target=attack, statistic=AUROC)
+            if row["predictor"].startswith(RANDOM_NEURONS) and row["value"] is not None
+        ]
+        chance = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
+        yield {"attack": short_name(attack), **cells, RANDOM_NEURONS: chance}
+
+
+@judge("fig6", "hardness")
+def prediction_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
+    """What the paper reads from Fig. 6."""
+    for attack, about in findings["attacks"].items():
+        ours = _auroc(findings, attack, OURS)
+        if ours is None:
+            continue
+        hardest, weakest = about["bins_hardest_first"][0], about["bins_hardest_first"][-1]
+        rivals = {name: _auroc(findings, attack, name) for name in BASELINES}
+        yield Claim(
+            text=f"V predicts whom {short_name(attack)} fools",
+            paper="yes",
+            found=f"AUROC {_auroc_cell(findings, attack, OURS)}; fooled {hardest[1]} of {hardest[0]} hardest, "
+            f"{weakest[1]} of {weakest[0]} weakest",
+            verdict=verdict(ours["low"] > 0.5, ours["value"] > 0.5),
+            equals=tuple(  # those that V is not clearly ahead of, by the bootstrap interval of its lead
+                name for name, rival in rivals.items() if rival is not None and not rival["lead_low"] > 0
+            ),
+        )
+
+
+def _table4_layers(network: NetworkResults, findings: Findings) -> list[Record]:
+    """The paper's layers where the network has them, else spread ones."""
+    rows: list[Record] = next(iter(findings["attacks"].values()))["gradients"]
+    named = [row for row in rows if network.title(row["layer"]) in GRADIENTS] if network.family == "vgg16" else []
+    return named or rows[:: max(1, len(rows) // (_LAYERS - 1))]
+
+
+def _auroc(findings: Findings, attack: str, predictor: str) -> Record | None:
+    rows = findings.table.select(target=attack, predictor=predictor, statistic=AUROC)
+    return rows[0] if len(rows) and rows[0]["value"] is not None else None
+
+
+def _auroc_cell(findings: Findings, attack: str, predictor: str) -> str:
+    estimate = _auroc(findings, attack, predictor)
+    if estimate is None:
+        return ""
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -35,19 +35,20 @@ class Perturbation:
     image and on ``seed`` alone, so that batch size and order do not matter (save for AutoAttack and Square, which are
     another package's and draw for a whole batch); with a ``generator`` every call draws anew, as training wants it.
 
-    ``str()`` gives a specification that :func:`attackroute.robustness.parse_attack` reads back.
+    ``str()`` gives the specification that names the attack everywhere, and that
+    :func:`attackroute.robustness.parse_attack` reads back.
     """
 
     name: ClassVar[str]
     uses_model: ClassVar[bool] = True
     """Whether the result depends on the model; a corruption's does not."""
-    in_levels: ClassVar[bool] = True
-    """Whether ``eps`` and ``step_size`` are per value of the image, so that they print as n/255."""
+    norm = "linf"
+    """Of the ball of radius ``eps``, where the attack has one: ``"linf"``, whose radii print as n/255, or ``"l2"``."""
 
     def __post_init__(self) -> None:
         """Check those settings that many attacks have; others are the class's own to check."""
         if hasattr(self, "eps"):
-            check_eps(self.eps, largest=1.0 if self.in_levels else math.inf)
+            check_eps(self.eps, largest=1.0 if self.norm == "linf" else math.inf)
         for name in ("steps", "restarts", "queries"):
             if hasattr(self, name):
                 check_count(name, getattr(self, name))
@@ -63,15 +64,12 @@ class Perturbation:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return self._specified(item.name for item in fields(self))
-
-    def short(self) -> str:
-        """The specification without what is the attack's own default, but for radius and level."""
-        return self._specified(
-            item.name
-            for item in fields(self)
-            if item.name in ("eps", "severity") or getattr(self, item.name) != item.default
-        )
+        """Radius or level, and what is not the attack's own default: one name for one attack, wherever it stands."""
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
+        usual = {item.name: item.default for item in fields(self) if item.name not in ("eps", "severity")}
+        named = [name for name, value in given.items() if value is not None and value != usual.get(name)]
+        settings = ",".join(f"{name}={self._text(name, given[name])}" for name in named)
+        return f"{self.name}:{settings}" if settings else self.name
 
     def to_json(self) -> dict[str, Any]:
         """Name and parameters as plain values."""
@@ -80,33 +78,20 @@ class Perturbation:
     @property
     def ball(self) -> Ball | None:
         """The ball that the attack keeps to; None for what keeps to none, as corruptions."""
-        eps = getattr(self, "eps", None)
-        if not self.uses_model or eps is None:
-            return None
-        return Ball(getattr(self, "norm", "linf" if self.in_levels else "l2"), float(eps))
+        return Ball(self.norm, float(self.eps)) if hasattr(self, "eps") else None
 
-    def _specified(self, names: Iterable[str]) -> str:
-        values = {name: getattr(self, name) for name in names}
-        settings = ",".join(f"{name}={self._text(name, value)}" for name, value in values.items() if value is not None)
-        return f"{self.name}:{settings}" if settings else self.name
-
-    def _text(self, name: str, value: object) -> str:
-        if self.in_levels and name in ("eps", "step_size") and isinstance(value, float):
+    def _text(self, name: str, value: Any) -> str:
+        if name in ("eps", "step_size") and self.norm == "linf":
             return show_eps(value)
-        return str(value)
+        return repr(float(value)) if name in ("eps", "step_size", "std", "decay") else str(value)
 
 
 @dataclass(frozen=True)
 class Ball:
-    """The images that an attack may choose from: within a distance of the clean image, and within [0, 1].
+    """The images that an attack may choose from: within a distance of the clean image, and within [0, 1]."""
 
-    Attributes:
-        norm: ``"linf"`` or ``"l2"``.
-        eps: The radius, for values in [0, 1].
-    """
-
-    norm: str
-    eps: float
+    norm: str  # "linf" or "l2"
+    eps: float  # the radius, for values in [0, 1]
 
     def __post_init__(self) -> None:
         if self.norm not in _ORDERS or not (isinstance(self.eps, (int, float)) and self.eps >= 0):
@@ -144,7 +129,7 @@ def checked_result(attack: Perturbation, images: object, clean: Tensor) -> Tenso
     Raises:
         UserError: Another shape, values that are NaN or outside [0, 1], or images outside the attack's ball.
     """
-    images = _like(clean, images, str(attack))
+    images = like(clean, images, str(attack))
     if out_of_range(images).any():
         raise UserError(f"{attack} returns images with NaN or values outside [0, 1]; its results cannot be trusted")
     ball = attack.ball
@@ -166,22 +151,21 @@ def attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor | 
         with torch.no_grad(), explained(images):
             labels = checked_logits(model(images.clone()), images.shape[0]).argmax(1)
     with frozen(model):
-        changed = attack(model, images.clone(), labels)
-    changed = _like(images, changed, "the attack")
+        changed = like(images, attack(model, images.clone(), labels), "the attack")
     if not torch.isfinite(changed).all():
         raise UserError("the attack returns NaN or inf")
     return changed, labels
 
 
 def attack_name(attack: Attack) -> str:
-    """What a route's provenance calls the attack."""
+    """What the attack is called everywhere: in tables, files and a route's provenance."""
     return str(attack) if isinstance(attack, Perturbation) else getattr(attack, "__name__", type(attack).__name__)
 
 
 def show_eps(eps: float) -> str:
-    """``8/255`` for 8/255, and a plain number for what is no multiple of a tenth of a grey level."""
-    levels = round(eps * _LEVELS, 1)
-    return f"{levels:g}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))
+    """``8/255`` for 8/255, and a plain number for what is no whole number of grey levels."""
+    levels = round(eps * _LEVELS)
+    return f"{levels}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))
 
 
 def check_eps(eps: float, *, largest: float = 1.0) -> None:
@@ -215,7 +199,7 @@ def kept_generators() -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def _like(clean: Tensor, images: object, attack: str) -> Tensor:
+def like(clean: Tensor, images: object, attack: str) -> Tensor:
     """What an attack returns, of the clean images' shape, dtype and device."""
     if not isinstance(images, Tensor) or images.shape != clean.shape:
         what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__

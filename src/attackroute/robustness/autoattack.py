@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.random import drawn_number
-from attackroute.robustness.attack import Ball, Perturbation, check_eps, kept_generators, require_extra
+from attackroute.robustness.attack import Ball, Perturbation, kept_generators, require_extra
 from attackroute.robustness.gradient_attacks import attacking, predicted
 
 Logits = Callable[[Tensor], Tensor]
@@ -32,7 +33,6 @@ Part = Callable[[Tensor, Tensor], Tensor]
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 PARTS = (*STANDARD, "apgd-dlr", "fab")
 
-_NORMS = {"linf": "Linf", "l2": "L2"}
 _EPS = {"linf": 8 / 255, "l2": 0.5}
 _ITERATIONS, _QUERIES, _MOST_TARGETS = 100, 5000, 9  # of the standard version
 _FEWEST_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # the loss is scaled by the difference of logits of lower ranks
@@ -63,11 +63,11 @@ class AutoAttack(Perturbation):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.norm not in _NORMS:
-            raise UserError(f"unknown norm {self.norm!r}{did_you_mean(self.norm.lower(), _NORMS)}; give linf or l2")
+        if self.norm not in _EPS:
+            raise UserError(f"unknown norm {self.norm!r}{did_you_mean(self.norm.lower(), _EPS)}; give linf or l2")
         if self.eps is None:
             object.__setattr__(self, "eps", _EPS[self.norm])
-        check_eps(self.radius, largest=1.0 if self.norm == "linf" else float("inf"))
+        super().__post_init__()
         for name in self._names():
             if name not in PARTS:
                 raise UserError(
@@ -91,13 +91,8 @@ class AutoAttack(Perturbation):
                 warnings.warn(message, stacklevel=4)
             return names
 
-        seed = self.seed + drawn_number(generator)
-        return _in_a_row(model, x, y, parts, Ball(self.norm, self.radius), seed=seed, queries=_QUERIES)
-
-    @property
-    def radius(self) -> float:
-        """Of the ball."""
-        return _EPS[self.norm] if self.eps is None else self.eps
+        seed, ball = self.seed + drawn_number(generator), cast("Ball", self.ball)
+        return _in_a_row(model, x, y, parts, ball, seed=seed, queries=_QUERIES)
 
     def parts_for(self, classes: int) -> tuple[str, ...]:
         """Which attacks are run on a model with so many classes, in order; at least one, or an error."""
@@ -110,9 +105,6 @@ class AutoAttack(Perturbation):
 
     def _names(self) -> tuple[str, ...]:
         return STANDARD if self.attacks == "standard" else tuple(self.attacks.split("+"))
-
-    def _text(self, name: str, value: object) -> str:
-        return str(value) if name == "eps" and self.norm != "linf" else super()._text(name, value)
 
 
 @dataclass(frozen=True)
@@ -138,8 +130,8 @@ class Square(Perturbation):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; images that the model gets wrong are not changed."""
-        seed = self.seed + drawn_number(generator)
-        return _in_a_row(model, x, y, lambda _: ("square",), Ball("linf", self.eps), seed=seed, queries=self.queries)
+        seed, ball = self.seed + drawn_number(generator), Ball(self.norm, self.eps)
+        return _in_a_row(model, x, y, lambda _: ("square",), ball, seed=seed, queries=self.queries)
 
 
 def _in_a_row(
@@ -168,7 +160,8 @@ def _in_a_row(
             if not len(rows) or ball.eps == 0:
                 break
             clean = images[rows]
-            perturbed = attack(clean.to(torch.float32).contiguous(), labels[rows].clone())
+            with _default_dtype(torch.float32):  # which the package takes for granted
+                perturbed = attack(clean.to(torch.float32).contiguous(), labels[rows].clone())
             candidates = _projected(perturbed.detach().to(x.dtype), clean, ball)
             fooled = predicted(model, candidates) != labels[rows]
             images[rows[fooled]] = candidates[fooled]
@@ -182,7 +175,7 @@ def _makers(logits: Logits, classes: int, ball: Ball, seed: int, queries: int) -
     from pyautoattack.fab_pt import FABAttack_PT
     from pyautoattack.square import SquareAttack
 
-    common = {"norm": _NORMS[ball.norm], "eps": ball.eps, "seed": seed, "verbose": False, "n_restarts": 1}
+    common = {"norm": ball.norm.capitalize(), "eps": ball.eps, "seed": seed, "verbose": False, "n_restarts": 1}
     targets = min(_MOST_TARGETS, classes - 1)
     steps = {**common, "n_iter": _ITERATIONS}
     return {
@@ -197,13 +190,25 @@ def _makers(logits: Logits, classes: int, ball: Ball, seed: int, queries: int) -
 
 def _logits_of(model: nn.Module, dtype: torch.dtype) -> Logits:
     """The model as the package wants it: float32 in and out, nothing shared, and a gradient whatever the model does."""
+    usual = torch.get_default_dtype()
 
     def logits(images: Tensor) -> Tensor:
-        output = checked_logits(model(images.to(dtype, copy=True)), len(images)).to(torch.float32)
+        with _default_dtype(usual):
+            output = checked_logits(model(images.to(dtype, copy=True)), len(images)).to(torch.float32)
         # zeros join the graph to the images, for a model that cuts it
         return output + 0 * images.flatten(1).sum(1, keepdim=True)
 
     return logits
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _projected(perturbed: Tensor, clean: Tensor, ball: Ball) -> Tensor:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -88,35 +87,23 @@ class Corruption(Perturbation):
     turns a small image black if no drop falls on it; here such an image stays as it is.
 
     Attributes:
-        kind: One of :data:`KINDS`.
+        name: One of :data:`KINDS`.
         severity: 1 to 5, ImageNet-C's.
         seed: Of what is random, where anything is.
     """
 
     uses_model: ClassVar[bool] = False
-    kind: str
+    name: str  # type: ignore[misc]  # of the corruption, not of the class
     severity: int = _SEVERITY
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if self.name not in KINDS:
             raise UserError(
-                f"unknown corruption {self.kind!r}{did_you_mean(self.kind, KINDS)}; choose from {', '.join(KINDS)}"
+                f"unknown corruption {self.name!r}{did_you_mean(self.name, KINDS)}; choose from {', '.join(KINDS)}"
             )
         _check_severity(self.severity)
-        require_extra("imagecorruptions", "corruptions", self.kind)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The kind, which is what the registry knows it by."""
-        return self.kind
-
-    def _specified(self, names: Iterable[str]) -> str:
-        return super()._specified(name for name in names if name != "kind")
-
-    def to_json(self) -> dict[str, Any]:
-        """Name and parameters as plain values."""
-        return {"name": self.kind, "severity": self.severity, "seed": self.seed}
+        require_extra("imagecorruptions", "corruptions", self.name)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; the model is not used.
@@ -125,10 +112,14 @@ class Corruption(Perturbation):
             UserError: The images are smaller than 32x32, or have neither one nor three channels.
         """
         check_attackable(x, y)
-        _check_size(self.kind, x)
+        if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < _SMALLEST:
+            raise UserError(
+                f"{self.name} is for images (N, 3, H, W) or (N, 1, H, W) of {_SMALLEST}x{_SMALLEST} or larger, and "
+                f"these are {tuple(x.shape)}; gaussian-noise takes any"
+            )
         library = _library()
         with torch.inference_mode(False), torch.no_grad():
-            keys = image_keys(x, self.seed, self.kind, generator).tolist()
+            keys = image_keys(x, self.seed, self.name, generator).tolist()
             values = x.detach().to(torch.float32).clamp(0, 1).mul_(255).round_().to("cpu", torch.uint8)
             pixels: Pixels = values.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()
             with kept_generators(), redirect_stdout(io.StringIO()):  # it prints where sizes do not match
@@ -141,10 +132,10 @@ class Corruption(Perturbation):
             return torch.empty_like(x).copy_(changed).div_(255)
 
     def _corrupted(self, library: ModuleType, image: Pixels, seed: int) -> Pixels:
-        seeding = {"seed": seed} if self.kind in _OWN_GENERATOR else {}
-        with np.errstate(invalid="raise" if self.kind == "spatter" else "warn"):
+        seeding = {"seed": seed} if self.name in _OWN_GENERATOR else {}
+        with np.errstate(invalid="raise" if self.name == "spatter" else "warn"):
             try:
-                changed: Pixels = library.corrupt(image, self.severity, self.kind.replace("-", "_"), **seeding)
+                changed: Pixels = library.corrupt(image, self.severity, self.name.replace("-", "_"), **seeding)
             except FloatingPointError:  # it divides by the largest drop, and there is none
                 return image
         return changed
@@ -153,14 +144,6 @@ class Corruption(Perturbation):
 def _check_severity(severity: int) -> None:
     if isinstance(severity, bool) or not isinstance(severity, int) or not 1 <= severity <= len(_STDS):
         raise UserError(f"severity {severity!r} is not a level of ImageNet-C; give 1, 2, 3, 4 or 5")
-
-
-def _check_size(kind: str, x: Tensor) -> None:
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < _SMALLEST:
-        raise UserError(
-            f"{kind} is for images (N, 3, H, W) or (N, 1, H, W) of {_SMALLEST}x{_SMALLEST} or larger, and these are "
-            f"{tuple(x.shape)}; gaussian-noise takes any"
-        )
 
 
 def _library() -> ModuleType:

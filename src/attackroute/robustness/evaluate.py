@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import made_folder
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.core.model_state import frozen, placement, weights_digest
-from attackroute.core.random import derived_seed, drawn_indices, seeded
-from attackroute.robustness.attack import Perturbation, checked_result
+from attackroute.core.random import derived_seed, seeded
+from attackroute.robustness.attack import Attack, Perturbation, checked_result
 from attackroute.robustness.evaluation import CLEAN, EVALUATION, Evaluation
 from attackroute.robustness.examples import ExampleFolder, Examples
 from attackroute.robustness.masking import SIGNS, Candidates, Check, SampleChoice, masking_probes, probed
-from attackroute.robustness.registry import parse_attack
+from attackroute.robustness.registry import named_attacks
 
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 
@@ -42,7 +42,7 @@ Progress = Callable[[int, "int | None", str], None]
 def evaluate(
     model: nn.Module | Mapping[str, nn.Module],
     data: Data,
-    attacks: Iterable[str | Perturbation] = DEFAULT_ATTACKS,
+    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str = DEFAULT_ATTACKS,
     *,
     samples: Mapping[str, int] | None = None,
     batch_size: int = 128,
@@ -65,11 +65,12 @@ def evaluate(
     Args:
         model: Maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, classes)``; or several of them by name.
         data: A DataLoader (any iterable) of ``(images, labels)``, or one such pair of tensors.
-        attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, or attacks; clean images are
-            always measured first.
+        attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, attacks, callables
+            ``(model, images, labels) -> images``, or objects of torchattack, torchattacks and foolbox; one, several, or
+            several by name. Clean images are always measured first.
         samples: On how many of the images a costly attack is measured, by the attack's name or its specification, as in
-            ``samples={"autoattack": 50}``; all others are measured on all. The images are drawn with the seed, the same
-            ones for all models, and are attacked last, ``batch_size`` at a time.
+            ``samples={"autoattack": 50}``; all others are measured on all. The images are drawn with the seed, whatever
+            their order, the same ones for all models, and are attacked last, ``batch_size`` at a time.
         batch_size: Rows at a time when ``data`` is tensors, and in the checks; a DataLoader brings its own.
         seed: Of attacks that are given as text without a seed of their own, of the choice of images for the checks, and
             of PyTorch's global generators, which random models draw from; those come back as they were.
@@ -129,10 +130,10 @@ def evaluate(
         reader = max(models.values(), key=lambda network: torch.finfo(placement(network)[1]).bits)
         stream = BatchStream(reader, data, batch_size)
         run.probe_corruptions(chosen, *stream.first)
-        choice = SampleChoice.by_hash(checks, seed)
-        subsets = {count: SampleChoice.at(drawn_indices(total or 0, count, seed)) for count in limits.values()}
+        choice = SampleChoice(checks, seed)
+        subsets = {count: SampleChoice(count, seed) for count in limits.values()}
         everywhere = [attack for attack in chosen if str(attack) not in limits]
-        run.measure(stream, (None, *everywhere), [choice, *subsets.values()], by_place=bool(subsets))
+        run.measure(stream, (None, *everywhere), [choice, *subsets.values()])
         for count, subset in subsets.items():
             costly = [attack for attack in chosen if limits.get(str(attack)) == count]
             run.measure(BatchStream(reader, subset.samples(), batch_size), costly)
@@ -163,31 +164,13 @@ class _Batch:
     digest: str
 
 
-@dataclass(frozen=True, eq=False)
-class _Measurement:
-    """One model under one attack on one batch.
+class _Measurement(NamedTuple):
+    """One model under one attack on one batch: where it is written down, and images that are to be kept."""
 
-    Attributes:
-        key: Where it is written down: ``("samples", batch, model, attack)``.
-        digest: Of the batch.
-        record: Labels, predictions and seconds.
-        examples: The attacked images, if they are to be kept and are not yet.
-    """
-
-    key: tuple[str, int, str, str]
-    digest: str
-    record: Mapping[str, Any]
+    key: tuple[str, int, str, str]  # "samples", number of the batch, model, attack
+    digest: str  # of the batch
+    record: Mapping[str, Any]  # labels, predictions and seconds
     examples: Examples | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Turn:
-    """What is done of one batch: its place in the data, its size, measurements, and candidates for each choice."""
-
-    start: int
-    samples: int
-    measurements: Iterable[_Measurement]
-    candidates: Sequence[Candidates | None]
 
 
 @dataclass
@@ -215,44 +198,25 @@ class _Run:
                     attack(next(iter(self.models.values())), images[:1], labels[:1])
 
     def measure(
-        self,
-        stream: BatchStream,
-        attacks: Sequence[Perturbation | None],
-        choices: Sequence[SampleChoice] = (),
-        *,
-        by_place: bool = False,
+        self, stream: BatchStream, attacks: Sequence[Perturbation | None], choices: Sequence[SampleChoice] = ()
     ) -> None:
-        """Measure all models under attacks (None: on clean images), batch by batch, while images are chosen for later.
+        """Measure all models under attacks (None: on clean images) by batches, while images are chosen for later."""
+        alone = current().count == 1
 
-        Some are chosen ``by_place``, which each process then has to know of its batches.
-        """
-        team = current()
-        start = 0
-        size = len(stream.first[0]) if by_place and team.count > 1 else 0
-
-        def once(images: Tensor, given: Tensor | None) -> _Turn:
+        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], list[Candidates | None]]:
             labels = _required(given)
             check_attackable(images, labels)
-            batch = _Batch(stream.number, images, labels, _digest(images, labels))
-            # what other processes read meanwhile is not seen here, but batches are of one size as a rule
-            place = start if team.count == 1 else batch.number * size
-            measurements = self._measured(batch, attacks)
-            return _Turn(
-                place,
-                len(images),
-                # alone, each measurement is written down before the next one is made
-                measurements if team.count == 1 else list(measurements),
-                [choice.candidates(images, labels, place) for choice in choices],
-            )
+            measurements = self._measured(_Batch(stream.number, images, labels, _digest(images, labels)), attacks)
+            # alone, each measurement is written down before the next one is made
+            return measurements if alone else list(measurements), [
+                choice.candidates(images, labels) for choice in choices
+            ]
 
-        for turn in stream.map(once):
-            if by_place and turn.start != start:
-                raise UserError("several processes can attack a part of the data only where batches are of one size")
-            for measurement in turn.measurements:
+        for measurements, candidates in stream.map(once):
+            for measurement in measurements:
                 self._take(measurement)
-            for choice, candidates in zip(choices, turn.candidates, strict=True):
-                choice.take(candidates)
-            start += turn.samples
+            for choice, few in zip(choices, candidates, strict=True):
+                choice.take(few)
 
     def check_masking(
         self, choice: SampleChoice, eps: float, batch_size: int, twin: nn.Module | None
@@ -381,25 +345,19 @@ def _named_models(model: object) -> dict[str, nn.Module]:
     return models
 
 
-def _chosen(attacks: Iterable[str | Perturbation], seed: int) -> tuple[Perturbation, ...]:
+def _chosen(
+    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str, seed: int
+) -> tuple[Perturbation, ...]:
     """The attacks, each once, in the order in which they were given."""
-    if isinstance(attacks, (str, Perturbation)):
-        raise UserError(f"attacks is {str(attacks)!r}; give a list, as in attacks=[{str(attacks)!r}]")
-    chosen: dict[str, Perturbation] = {}
-    for attack in attacks:
-        if attack == CLEAN:
-            continue
-        if not isinstance(attack, (str, Perturbation)):
-            raise UserError(f"an attack is {type(attack).__name__}; give a text such as 'pgd:steps=20', or an attack")
-        perturbation = parse_attack(attack, seed=seed) if isinstance(attack, str) else attack
-        chosen[str(perturbation)] = perturbation
-    return tuple(chosen.values())
+    if isinstance(attacks, Iterable) and not isinstance(attacks, (str, Mapping)):
+        attacks = [attack for attack in attacks if attack != CLEAN]
+        if not attacks:
+            return ()
+    return tuple(named_attacks(attacks, seed=seed).values())
 
 
 def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: int | None) -> dict[str, int]:
     """How many images each attack is measured on that is not measured on all, by specification."""
-    if samples and total is None:
-        raise UserError("samples are drawn from all images, and the data do not say how many there are")
     limits: dict[str, int] = {}
     for name, count in samples.items():
         named = [str(attack) for attack in attacks if name in (attack.name, str(attack))]
@@ -408,7 +366,7 @@ def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: 
             raise UserError(f"samples names {name!r}, which is none of the attacks{near}")
         if count < 1:
             raise UserError(f"samples of {name} must be at least 1, not {count}")
-        limits.update(dict.fromkeys(named, min(count, total or 0)))
+        limits.update(dict.fromkeys(named, count if total is None else min(count, total)))
     return limits
 
 

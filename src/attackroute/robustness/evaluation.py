@@ -12,6 +12,7 @@ from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table, aligned, plural
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.masking import SUSPICIOUS, Check
+from attackroute.robustness.registry import short_name
 
 CLEAN = "clean"
 EVALUATION = "evaluation"
@@ -28,7 +29,6 @@ class Evaluation:
             before an interruption included. A corruption's images are made once, in the time of the first model.
         checks: Signs of masked gradients, by model; none where they were not asked for.
         settings: On what all the rows depend, and versions of the libraries, as plain values.
-        labels: Each attack of the table without what is its own default.
         right: By model and attack, whether the model is right on each image, in the data's order, for paired
             comparisons.
     """
@@ -36,7 +36,6 @@ class Evaluation:
     table: Table
     checks: tuple[Check, ...]
     settings: Mapping[str, Any]
-    labels: Mapping[str, str]
     right: Mapping[tuple[str, str], tuple[bool, ...]]
 
     @classmethod
@@ -69,18 +68,14 @@ class Evaluation:
                     "seconds": round(seconds[model, attack], 3),
                 }
             )
-        labels = {CLEAN: CLEAN, **{str(attack): attack.short() for attack in attacks}}
-        return cls(Table.of(rows), checks, settings, labels, right=right)
+        return cls(Table.of(rows), checks, settings, right)
 
     def accuracy(self, attack: str, model: str | None = None) -> Accuracy:
-        """The accuracy in one row.
+        """The accuracy in one row; there must be exactly one.
 
         Args:
             attack: As the row has it, or its name alone where no other row of the model has it, such as ``"pgd"``.
             model: Its name; None where there is only one.
-
-        Raises:
-            UserError: There is no such row, or more than one.
         """
         models = self.table.distinct("model")
         if model is None and len(models) > 1:
@@ -101,7 +96,7 @@ class Evaluation:
         return [
             [
                 row["model"],
-                self.labels[row["attack"]],
+                short_name(row["attack"]),
                 f"{row['accuracy']:.2%}",
                 f"{row['accuracy_low']:.1%} to {row['accuracy_high']:.1%}",
                 str(row["samples"]),
@@ -124,7 +119,7 @@ class Evaluation:
         for model in self.table.distinct("model"):
             clean, *attacked = self.table.select(model=model)
             worst = min(attacked, key=lambda row: row["accuracy"], default=None)
-            left = "" if worst is None else f" and on {worst['accuracy']:.1%} under {self.labels[worst['attack']]}"
+            left = "" if worst is None else f" and on {worst['accuracy']:.1%} under {short_name(worst['attack'])}"
             right = f"{model} is right on {clean['accuracy']:.1%} of {plural(clean['samples'], 'clean image')}"
             sentences.append(f"{right}{left}{self._trust(model)}")
         return "; ".join(sentences) + "."
@@ -132,7 +127,6 @@ class Evaluation:
     def _trust(self, model: str) -> str:
         if not any(check.model == model for check in self.checks):
             return " (no check for masked gradients)"
-        names = ", ".join(check.name for check in self.suspicious(model))
-        return (
-            f" (not to be trusted; signs of masked gradients: {names})" if names else " (no sign of masked gradients)"
-        )
+        if names := ", ".join(check.name for check in self.suspicious(model)):
+            return f" (not to be trusted; signs of masked gradients: {names})"
+        return " (no sign of masked gradients)"

@@ -53,29 +53,17 @@ _COLUMNS = ("file", "model", "attack", "samples", "recorded_accuracy", "accuracy
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The adversarial examples of one model under one attack.
-
-    Attributes:
-        model: Name of the attacked model.
-        weights: Digest of its weights.
-        attack: The attack's specification.
-        ball: The ball that it kept to; None for a corruption.
-        classes: Number of logits.
-        clean: Clean images ``(N, ...)``, in the data's order.
-        adversarial: What the attack made of them, of the same shape and dtype.
-        labels: int64 ``(N,)``.
-        predictions: The model's classes for the adversarial images, int64 ``(N,)``.
-    """
+    """The adversarial examples of one model under one attack."""
 
     model: str
-    weights: str
+    weights: str  # their digest
     attack: str
-    ball: Ball | None
-    classes: int
-    clean: Tensor
-    adversarial: Tensor
-    labels: Tensor
-    predictions: Tensor
+    ball: Ball | None  # that the attack kept to; None for a corruption
+    classes: int  # number of logits
+    clean: Tensor  # (N, ...), in the data's order
+    adversarial: Tensor  # of the same shape and dtype
+    labels: Tensor  # int64 (N,)
+    predictions: Tensor  # the model's classes for the adversarial images, int64 (N,)
 
     @classmethod
     def concatenate(cls, batches: Sequence[Examples]) -> Examples:
@@ -196,15 +184,13 @@ def example_shape(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], i
 def verify_examples(path: str | os.PathLike[str], models: Sequence[nn.Module]) -> Table:
     """Check saved examples with the models that were attacked: whole files, images in ball and range, same answers.
 
-    Args:
-        path: A file, or a folder with all that lies below it. Beside ``examples.json``, files that it lists must exist.
-        models: The attacked models, in any order; each is recognised by its weights.
+    The path is a file, or a folder with all that lies below it; files that an ``examples.json`` lists must exist. Each
+    of the attacked models is recognised by its weights.
 
-    Returns:
-        A row for each file, missing ones included: the attacked ``model`` and ``attack`` (None where the file cannot be
-        read), ``samples``, the ``recorded_accuracy``, the ``accuracy`` now (None where images are not finite), the
-        ``largest_distance`` of an image from its clean one in the attack's norm (None without a ball), and ``faults``,
-        in one line each.
+    There is a row for each file, missing ones included: the attacked ``model`` and ``attack`` (None where the file
+    cannot be read), ``samples``, the ``recorded_accuracy``, the ``accuracy`` now (None where images are not finite),
+    the ``largest_distance`` of an image from its clean one in the attack's norm (None without a ball), and ``faults``,
+    in one line each.
 
     Raises:
         UserError: There is no file, or one was made with none of these models.

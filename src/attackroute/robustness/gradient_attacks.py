@@ -40,7 +40,6 @@ class FGSM(Perturbation):
     eps: float = _EPS
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """See :class:`Perturbation`; nothing here is random."""
         with attacking(model, x, y) as (images, labels):
             gradient = input_gradient(model, images, labels)
             return torch.add(images, gradient.sign(), alpha=self.eps).clamp_(0, 1)
@@ -58,7 +57,6 @@ class StepLL(Perturbation):
     eps: float = _EPS
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """See :class:`Perturbation`; nothing here is random."""
         with attacking(model, x, y) as (images, _):
             gradient = input_gradient(model, images, None)
             return torch.sub(images, gradient.sign(), alpha=self.eps).clamp_(0, 1)
@@ -87,7 +85,6 @@ class MIFGSM(Perturbation):
             raise UserError(f"decay {self.decay} is not a factor; the usual one is 1")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """See :class:`Perturbation`; nothing here is random."""
         size = self.eps / _PAPER_STEPS if self.step_size is None else self.step_size
         with attacking(model, x, y) as (images, labels):
             low, high = _box(images, self.eps)
@@ -128,7 +125,6 @@ class PGD(Perturbation):
             raise UserError(f"{self.restarts} restarts from the same point are one: set random_start, or restarts=1")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """See :class:`Perturbation`."""
         with attacking(model, x, y) as (images, labels):
             result = self._descend(model, images, labels, 0, generator)
             for restart in range(1, self.restarts):
@@ -165,7 +161,7 @@ class PGDL2(PGD):
     """
 
     name: ClassVar[str] = "pgd-l2"
-    in_levels: ClassVar[bool] = False
+    norm = "l2"
     eps: float = 0.5
 
     def _descend(

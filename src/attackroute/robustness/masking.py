@@ -8,7 +8,7 @@ corrected for the number of checks. A silent check is no proof of robustness.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ _CLEAR = 0.01  # below this probability a check is suspicious
 _FEW_STEPS, _MANY_STEPS = 10, 50
 _QUERIES = 500
 _RARE = 0.01  # share of images that may have a gradient of zero
-_NEVER = torch.iinfo(torch.int64).max  # the key of what is not to be chosen
 _REPEATS = 1e-3  # of the largest logit: far above rounding, far below what a draw changes
 
 Candidates = tuple[Tensor, Tensor, Tensor]
@@ -42,25 +41,15 @@ Probe = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """What one check of one model found.
-
-    Attributes:
-        model: Name of the model.
-        name: What is checked.
-        verdict: ``"silent"``, ``"suspicious"`` or ``"skipped"``.
-        samples: Images that it was made on.
-        numbers: What was counted, by name.
-        p: Probability of counts as suspicious as these if nothing were masked; None where nothing is left to chance.
-        sentence: What that suggests.
-    """
+    """What one check of one model found."""
 
     model: str
     name: str
-    verdict: str
-    samples: int
-    numbers: Mapping[str, int | float]
-    p: float | None
-    sentence: str
+    verdict: str  # "silent", "suspicious" or "skipped"
+    samples: int  # images that it was made on
+    numbers: Mapping[str, int | float]  # what was counted, by name
+    p: float | None  # probability of such counts, or worse, if nothing were masked; None where nothing is up to chance
+    sentence: str  # what that suggests
 
     def to_json(self) -> dict[str, Any]:
         """The check as plain values."""
@@ -199,10 +188,7 @@ SIGNS = (
 def masking_probes(eps: float, seed: int, twin: nn.Module | None) -> dict[str, Probe | str]:
     """What is counted on each image, by title; for what cannot be counted, a sentence that says why.
 
-    Args:
-        eps: Radius of the L-infinity ball in which attacks are compared.
-        seed: Of the attacks' random numbers.
-        twin: A network of the same task that was not defended, for the transfer check.
+    Attacks are compared in the L-infinity ball of radius ``eps``; those by transfer are made for the ``twin``.
     """
     many_steps = PGD(eps, _MANY_STEPS, seed=seed)
     probes: dict[str, Probe | str] = {
@@ -283,41 +269,23 @@ def _all_zero(gradient: Tensor) -> Tensor:
 
 
 class SampleChoice:
-    """The samples with the smallest keys, at most ``count``, of batches that pass one by one; they alone are held.
+    """A random choice of at most ``count`` samples that belongs to the images and the seed, whatever their order.
 
-    Args:
-        count: How many to choose.
-        keys: Gives int64 keys ``(N,)`` for images ``(N, ...)``, the first of which has a place in the data.
+    Batches pass one by one; of all that have passed, those with the smallest hashes are held, and no others.
     """
 
-    def __init__(self, count: int, keys: Callable[[Tensor, int], Tensor]) -> None:
-        self._count = count
-        self._keys = keys
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
         self._chosen: list[Candidates] = []
 
-    @classmethod
-    def by_hash(cls, count: int, seed: int) -> SampleChoice:
-        """A random choice that belongs to the images and the seed, whatever their order."""
-        return cls(count, lambda images, _: image_keys(images, seed, "sample choice"))
-
-    @classmethod
-    def at(cls, places: Sequence[int]) -> SampleChoice:
-        """The samples at these places of the data."""
-
-        def keys(images: Tensor, start: int) -> Tensor:
-            passing = torch.arange(start, start + len(images))
-            return passing.where(torch.isin(passing, torch.tensor(places)), _NEVER)
-
-        return cls(len(places), keys)
-
-    def candidates(self, images: Tensor, labels: Tensor, start: int) -> Candidates | None:
-        """What of a batch ``(N, ...)``, ``(N,)`` from a place on can still be chosen, on the CPU."""
+    def candidates(self, images: Tensor, labels: Tensor) -> Candidates | None:
+        """What of a batch ``(N, ...)``, ``(N,)`` can still be chosen, on the CPU."""
         if not self._count:
             return None
-        limit = max(int(keys[-1]) for keys, *_ in self._chosen) if len(self) == self._count else _NEVER
-        keys = self._keys(images, start).cpu()
+        keys = image_keys(images, self._seed, "sample choice").cpu()
         rows = keys.argsort(stable=True)[: self._count]
-        rows = rows[keys[rows] < limit]
+        if len(self) == self._count:
+            rows = rows[keys[rows] < max(int(chosen[-1]) for chosen, *_ in self._chosen)]
         return (keys[rows], images[rows.to(images.device)].cpu(), labels.cpu()[rows]) if len(rows) else None
 
     def __len__(self) -> int:
@@ -331,9 +299,8 @@ class SampleChoice:
             self._chosen = [self._merged()]
 
     def samples(self) -> tuple[Tensor, Tensor]:
-        """The chosen images and labels on the CPU, by key."""
-        _, images, labels = self._merged()
-        return images, labels
+        """The chosen images and labels on the CPU, by hash."""
+        return self._merged()[1:]
 
     def _merged(self) -> Candidates:
         keys, images, labels = (torch.cat(pieces) for pieces in zip(*self._chosen, strict=True))

@@ -7,10 +7,11 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.robustness.attack import Attack, Perturbation, attack_name
+from attackroute.robustness.attack import Attack, Perturbation
 from attackroute.robustness.autoattack import AutoAttack, Square
 from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
 from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL
+from attackroute.robustness.own_attack import own_attack
 
 _CLASSES: dict[str, type[Perturbation]] = {
     **{cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, PGDL2, AutoAttack, Square, GaussianNoise)},
@@ -38,7 +39,7 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
         near = did_you_mean(name.lower(), attack_names())
         raise UserError(f"unknown attack {name!r}{near}; choose from {', '.join(attack_names())}")
     cls = _CLASSES[name]
-    fixed = {"kind": name} if cls is Corruption else {}
+    fixed = {"name": name} if cls is Corruption else {}
     parameters = {item.name: item for item in fields(cls) if item.name not in fixed}
     values = {key: value for key, value in defaults.items() if key in parameters}
     for setting in filter(None, settings.split(",")):
@@ -52,27 +53,41 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
     return cls(**fixed, **values)
 
 
-def as_attack(attack: Attack | str) -> Attack:
-    """An attack by its specification; any other callable ``(model, images, labels) -> images`` as it is."""
-    return parse_attack(attack) if isinstance(attack, str) else attack
+def as_attack(attack: Attack | str, **defaults: Any) -> Perturbation:
+    """An attack by its specification, an attack itself, or any callable ``(model, images, labels) -> images``.
+
+    Objects of torchattack, torchattacks and foolbox are attacks too, see :mod:`attackroute.robustness.own_attack`.
+    """
+    if isinstance(attack, str):
+        return parse_attack(attack, **defaults)
+    return attack if isinstance(attack, Perturbation) else own_attack(attack)
 
 
-def named_attacks(attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str) -> dict[str, Attack]:
-    """One attack or several, at least one, by the names that they come with, or else by their specifications."""
+def named_attacks(
+    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str, **defaults: Any
+) -> dict[str, Perturbation]:
+    """One attack or several, each once, by name; a mapping names those of the user's own.
+
+    Raises:
+        UserError: There is none, one is no attack, or two have one name.
+    """
     if isinstance(attacks, Mapping):
-        named = {name: as_attack(attack) for name, attack in attacks.items()}
+        several = [own_attack(each, name) if _is_own(each) else each for name, each in attacks.items()]
     else:
-        several = [attacks] if isinstance(attacks, str) or not isinstance(attacks, Iterable) else attacks
-        named = {attack_name(attack): attack for attack in map(as_attack, several)}
+        several = [attacks] if isinstance(attacks, str) or not isinstance(attacks, Iterable) else list(attacks)
+    named: dict[str, Perturbation] = {}
+    for attack in (as_attack(each, **defaults) for each in several):
+        if named.setdefault(str(attack), attack) != attack:
+            raise UserError(f"two attacks are called {str(attack)!r}; give names, as in {{'one': ..., 'other': ...}}")
     if not named:
         raise UserError("no attack is given: pass one by name, such as pgd")
     return named
 
 
 def short_name(attack: str) -> str:
-    """A specification without what is the attack's own default; as it stands where the attack is not known here."""
+    """What this version calls an attack that another one may have written; as it stands where it is not known here."""
     perturbation = _parsed(attack)
-    return attack if perturbation is None else perturbation.short()
+    return attack if perturbation is None else str(perturbation)
 
 
 def by_radius(attack: str) -> tuple[str, float, str]:
@@ -90,6 +105,10 @@ def radii(attacks: Sequence[str]) -> list[str] | None:
     if not balls or len(balls) != len(attacks) or any(settings != others[0] for settings in others):
         return None
     return [ball.radius for ball in balls]
+
+
+def _is_own(attack: object) -> bool:
+    return not isinstance(attack, (str, Perturbation))
 
 
 def _parsed(attack: str) -> Perturbation | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attackroute.robustness.attack import Attack
+from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.registry import as_attack
 from attackroute.tracing import oracle
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
@@ -44,7 +45,7 @@ def verify(
     labels: Tensor,
     width: float = 0.2,
     *,
-    attack: Attack | None = None,
+    attack: Attack | str | None = None,
     config: TraceConfig = TraceConfig(),
     autocast: torch.dtype | None = None,
 ) -> OracleCheck:
@@ -56,7 +57,7 @@ def verify(
     ``images`` and ``labels`` are on the model's device, in its dtype, in which the oracle runs also where the engine
     does not (``autocast``). The oracle sketches and freezes nothing. Other arguments as of ``ar.trace_routes``.
     """
-    traced = images if attack is None else attack(model, images, labels)
+    traced = images if attack is None else attacked(model, as_attack(attack), images, labels)[0]
     noise = config.follows_noise
     routes = trace_routes(
         model, (images if noise else traced, labels), width, batch_size=len(images),

@@ -21,6 +21,7 @@ from attackroute.core.layers import CHANNEL_DIM
 from attackroute.core.loss import Loss, seed_gradients
 from attackroute.core.model_state import autocast_of, explained, frozen, placement, weights_digest
 from attackroute.robustness.attack import Attack, attack_name, attacked
+from attackroute.robustness.registry import as_attack
 from attackroute.routes.folder import RouteFolder, RouteWriter
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import check_ranked, check_width, pack
@@ -62,14 +63,14 @@ Note = Callable[[str], object]
 # fmt: off
 @overload
 def trace_routes(
-    model: nn.Module, data: Data, width: float = ..., *, attack: Attack | None = ..., config: TraceConfig = ...,
+    model: nn.Module, data: Data, width: float = ..., *, attack: Attack | str | None = ..., config: TraceConfig = ...,
     loss: Loss | None = ..., keep_scores: bool = ..., batch_size: int = ..., autocast: torch.dtype | None = ...,
     folder: None = ..., resume: bool = ..., settings: Mapping[str, Any] | None = ..., note: Note | None = ...,
     progress: Progress | None = ...
 ) -> InstanceRoutes: ...
 @overload
 def trace_routes(
-    model: nn.Module, data: Data, width: float = ..., *, attack: Attack | None = ..., config: TraceConfig = ...,
+    model: nn.Module, data: Data, width: float = ..., *, attack: Attack | str | None = ..., config: TraceConfig = ...,
     loss: Loss | None = ..., keep_scores: bool = ..., batch_size: int = ..., autocast: torch.dtype | None = ...,
     folder: str | os.PathLike[str], resume: bool = ..., settings: Mapping[str, Any] | None = ...,
     note: Note | None = ..., progress: Progress | None = ...
@@ -80,7 +81,7 @@ def trace_routes(
     data: Data,
     width: float = 0.2,
     *,
-    attack: Attack | None = None,
+    attack: Attack | str | None = None,
     config: TraceConfig = TraceConfig(),
     loss: Loss | None = None,
     keep_scores: bool = False,
@@ -101,8 +102,8 @@ def trace_routes(
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
             Samples without labels are traced for the model's own prediction.
         width: Share of each layer's channels that a sample's route keeps, in (0, 1].
-        attack: Trace what this makes of the images, as in ``ar.parse_attack("pgd")``; a sample without a label is
-            attacked, and then traced, for the model's prediction on its clean image.
+        attack: Trace what this makes of the images, such as ``"pgd"`` or any callable that takes model, images and
+            labels; a sample without a label is attacked, and then traced, for the prediction on its clean image.
         config: Which layers are route layers, what is followed between them, and whether exactly; see
             :class:`attackroute.TraceConfig`.
         loss: ``(logits, labels) -> losses (N,)``; None is cross entropy, whose gradient is exact at any confidence.
@@ -127,6 +128,7 @@ def trace_routes(
             an attack, or the folder cannot be used.
     """
     check_width(width)
+    attack = None if attack is None else as_attack(attack)
     config.check_attack(attack)
     if folder is None and resume:
         raise UserError("resume=True goes on with the trace in a folder: give folder=...")
