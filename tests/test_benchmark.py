@@ -312,7 +312,7 @@ def test_bad_plans(settings: dict[str, object], part: str) -> None:
 
 def test_plans() -> None:
     assert [case.name for case in Plan().speed_cases] == [case.name for case in SPEED_CASES]
-    assert [name for name in CASE_NAMES if not Plan().includes(name)] == ["architectures", "processes"]
+    assert [name for name in CASE_NAMES if not Plan().includes(name)] == ["architectures", "processes", "gpu"]
     assert [name for name in CASE_NAMES if Plan(quick=True).includes(name)] == ["vgg16", "naive", "memory"]
     assert [name for name in CASE_NAMES if Plan(cases=("resnet50",), quick=True).includes(name)] == ["resnet50"]
     assert (Plan().turns, Plan(quick=True).turns, Plan(quick=True, repeats=9).turns) == (7, 2, 9)

@@ -352,7 +352,7 @@ class TestBadInput:
         )  # fmt: skip
         assert_bad_input(result, "label 2")
 
-    @pytest.mark.parametrize("value", [1.5, -0.5, float("nan"), float("inf")])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_values_of_pixels(self, trained, pictures, monkeypatch, value):
         load_data = attackroute.zoo.load_data
 
@@ -362,7 +362,7 @@ class TestBadInput:
             return replace(data, dataset=TensorDataset(torch.full((len(labels), 3, SIZE, SIZE), value), labels))
 
         monkeypatch.setattr("attackroute.zoo.data.load_data", spoilt)
-        assert_bad_input(traced(trained, pictures), "images")
+        assert_bad_input(traced(trained, pictures), "image 0", "NaN or inf")
 
     def test_factories(self, factories, pictures):
         data = ("--data", f"folder:{pictures}")

@@ -109,6 +109,7 @@ def test_gradients_of_saturated_samples_keep_their_magnitude(dtype: torch.dtype,
     torch.testing.assert_close(found["parts.b"], torch.tensor([doubt, doubt]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:the images lie far outside")
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_gradients_that_no_number_can_hold_still_rank(order: list[int]) -> None:
     model, x = confident(900.0)  # exp(-900) is zero in float64
@@ -336,6 +337,7 @@ def test_batches_and_order_do_not_matter(by: str) -> None:
             same(values, expected[layer])
 
 
+@pytest.mark.filterwarnings("ignore:the images lie far outside")
 @pytest.mark.parametrize("by", ["activation", "gradient"])
 def test_sums_do_not_lose_small_samples(by: str) -> None:
     model, x = randomised(chain()).eval().float(), torch.rand(257, 3, 16, 16).float()

@@ -247,7 +247,8 @@ def _prepared(model: nn.Module, number: int, batch: Any) -> Batch | None:
     if device.type == "meta":
         raise UserError("the model is on the meta device, without values: load its weights first")
     for module in model.modules():  # reading the data may have switched it, as some attacks do
-        module.training = False
+        if module.training:  # to set what is set takes longer than a small batch
+            module.training = False
     images, labels = _split(batch, number)
     if images.shape[0] == 0:
         return None

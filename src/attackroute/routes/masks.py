@@ -30,7 +30,8 @@ def pack_all(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """:func:`pack` of many masks (N, C); they leave an accelerator together, and packed."""
     if not masks or all(mask.device.type == "cpu" for mask in masks.values()):
         return {layer: pack(mask) for layer, mask in masks.items()}
-    whole = torch.cat([functional.pad(mask, (0, -mask.shape[1] % 8)) for mask in masks.values()], dim=1)
+    padded = (functional.pad(mask, (0, -mask.shape[1] % 8)) if mask.shape[1] % 8 else mask for mask in masks.values())
+    whole = torch.cat(list(padded), dim=1)
     places = torch.arange(8, device=whole.device)
     rows = (whole.unflatten(1, (-1, 8)) << places).sum(2).to(torch.uint8).to("cpu")
     parts = rows.split([packed_width(mask.shape[1]) for mask in masks.values()], dim=1)
@@ -100,7 +101,7 @@ def top_k(scores: Tensor, width: float) -> Tensor:
 
 def check_ranked(scores: Iterable[Tensor]) -> None:
     """Raise a `UserError` if any score is NaN; the device is read once."""
-    if bool(torch.stack([values.isnan().any() for values in scores]).any()):
+    if bool(torch.cat([values.flatten() for values in scores]).isnan().any()):
         raise UserError("scores contain NaN, which cannot be ranked: look for inf or NaN in the images and the weights")
 
 
