@@ -97,7 +97,7 @@ def mask_sums(mask: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of ``|mask|``, a bool or float map ``(n, C, H, W)``; returns ``(n, C, kh, kw)`` in float."""
     if mask.dtype == torch.bool:
         return _count_sums(mask, rows, columns)
-    return _sums(mask.abs(), rows, columns) if mask.device.type == "cpu" else _product_sums(mask.abs(), rows, columns)
+    return _sums(mask.abs(), rows, columns)
 
 
 def alive_sums(values: Tensor, alive: Alive, rows: Axis, columns: Axis) -> Tensor:
@@ -113,8 +113,11 @@ def alive_sums(values: Tensor, alive: Alive, rows: Axis, columns: Axis) -> Tenso
 
 
 def _product_sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Window sums as one matrix product, for accelerators: there, every further operation costs its launch."""
+    """Window sums as one matrix product: quickest in channels_last, and on accelerators, where each operation costs."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    if len(rows.starts) * len(columns.starts) > _SEGMENTS:  # the matrix of both axes at once would be large
+        left, right = (_indicator(axis, dtype, values.device) for axis in (rows, columns))
+        return left @ values.to(dtype) @ right.T
     members = _members(rows, columns, by_segment=False, dtype=dtype, device=values.device)
     if values.is_contiguous(memory_format=torch.channels_last):
         sums = (members @ values.permute(0, 2, 3, 1).flatten(1, 2).to(dtype)).transpose(1, 2)
@@ -186,6 +189,8 @@ def _column_totals(mask: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor
 
 def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of a map of floats that are not negative."""
+    if values.device.type != "cpu" or not values.is_contiguous():
+        return _product_sums(values, rows, columns)
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     device = values.device
     if rows.size * columns.size <= _SMALL:
