@@ -39,10 +39,12 @@ class Case:
 
 
 SPEED_CASES = (
-    Case("vgg16", "vgg16", limit=1.30, image_size=32, classes=10, batch_size=128),
-    Case("resnet18", "resnet18", limit=1.40),
-    Case("resnet50", "torchvision:resnet50", limit=1.40),
-    Case("mobilenet_v2", "torchvision:mobilenet_v2", limit=1.60),
+    Case("vgg16", "vgg16", limit=1.20, image_size=32, classes=10, batch_size=128),
+    Case("resnet18", "resnet18", limit=1.30),
+    Case("resnet50", "torchvision:resnet50", limit=1.30),
+    Case("mobilenet_v2", "torchvision:mobilenet_v2", limit=1.40),
+    Case("efficientnet_b0", "torchvision:efficientnet_b0", limit=1.80),
+    Case("densenet121", "torchvision:densenet121", limit=1.80),
 )
 
 HARDNESS, NAIVE, MEMORY, ATTACK, HARDENING = "hardness", "naive", "memory", "pgd", "hardening"
@@ -66,7 +68,6 @@ class Plan:
         repeats: Turns of interleaved runs; None is 7, or 2 if quick.
         batch_size: Images at a time; None is each case's own.
         threads: Number of PyTorch's threads; None leaves it as it is.
-        channels_last: Measure the speed cases in this memory format too.
         quick: Less of everything, for a look within a minute.
         seed: For weights, images and the choice of products.
         device: Where the networks run.
@@ -79,7 +80,6 @@ class Plan:
     repeats: int | None = None
     batch_size: int | None = None
     threads: int | None = None
-    channels_last: bool = False
     quick: bool = False
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

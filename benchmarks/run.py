@@ -58,20 +58,20 @@ examples:
   A look within a minute: VGG-16, the naive way, memory
   $ python -m benchmarks --quick
 
-  One network on one thread, in both memory formats
-  $ python -m benchmarks resnet50 --threads 1 --channels-last
+  One network on one thread
+  $ python -m benchmarks resnet50 --threads 1
 
   Well-known architectures, and their table as Markdown
   $ python -m benchmarks architectures --repeats 3 --threads 1 --table architectures.md
 
   Every repeat, for another program
-  $ python -m benchmarks vgg16 --json | jq '.rows[] | select(.quantity == "trace / forward").values'
+  $ python -m benchmarks vgg16 --json | jq '.rows[] | select(.quantity == "trace, channels_last / forward").values'
 
 the cases:
 
-  vgg16          32x32, 128 images at a time: time of a trace / of plain inference, and / of a training step; of a
-                 trace that follows noise / of two plain inferences
-  resnet18, resnet50, mobilenet_v2
+  vgg16          32x32, 128 images at a time: time of a trace, contiguous and in channels_last, / of plain inference in
+                 the faster format; / of a training step; of a trace that follows noise / of two plain inferences
+  resnet18, resnet50, mobilenet_v2, efficientnet_b0, densenet121
                  the same at 224x224, 16 images at a time
   hardness       the hardness metric / a forward and a backward pass, of VGG-16
   naive          the same scores by torch.autograd.grad, channel by channel and position by position, and by
@@ -123,14 +123,7 @@ class Step:
 def steps_of(plan: Plan) -> list[Step]:
     """All that a plan asks for."""
     turns, repeats = plan.turns + 1, plan.memory_repeats
-    steps = [
-        Step(
-            f"{case.name}{', channels_last' * form}", turns,
-            partial(measure_speed, case, plan, form),
-        )
-        for case in plan.speed_cases
-        for form in ((False, True) if plan.channels_last else (False,))
-    ]  # fmt: skip
+    steps = [Step(case.name, turns, partial(measure_speed, case, plan)) for case in plan.speed_cases]
     others = [
         (HARDNESS, Step("hardness", turns, partial(measure_hardness, SPEED_CASES[0], plan))),
         (NAIVE, Step("the naive way, in part", turns, partial(measure_naive, plan))),
@@ -217,7 +210,6 @@ def _parser() -> Parser:
         metavar="N",
         help="Images at a time; the limits to be kept are for each case's own. [each case's own]",
     )
-    add("--channels-last", action="store_true", help="Measure speed in the channels_last memory format too.")
     add("--quick", action="store_true", help="Less of everything; without a case only vgg16, naive and memory.")
     add("--table", type=Path, metavar="FILE", help="Write the table of the architectures here, as Markdown.")
     add("--threads", type=at_least(1), metavar="N", help="PyTorch's threads. [its own choice]")
@@ -236,7 +228,6 @@ def benchmark(arguments: Sequence[str] | None) -> None:
         repeats=options.repeats,
         batch_size=options.batch_size,
         threads=options.threads,
-        channels_last=options.channels_last,
         quick=options.quick,
         seed=options.seed,
         device=resolve_device(options.device),

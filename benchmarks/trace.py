@@ -19,24 +19,33 @@ HARDNESS_LIMIT = 1.15
 """Ratio of the hardness metric's time to that of a forward and a backward pass which is to be kept."""
 
 
-def measure_speed(
-    case: Case, plan: Plan, channels_last: bool = False, advance: Callable[[], None] = lambda: None
-) -> list[Measurement]:
-    """Measure one case in one memory format: traces, the probe of the structure included, and plain inference.
+FORMATS = {"contiguous": False, "channels_last": True}
+"""Memory formats, and whether each is channels_last."""
 
-    A trace that follows noise runs two passes; the attack whose noise it is costs next to nothing.
+
+def measure_speed(case: Case, plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Measurement]:
+    """Measure one case: traces in both memory formats, the probe of the structure included, and plain inference.
+
+    Ratios are to the faster of the two plain passes of the same turn. A trace that follows noise runs two passes; the
+    attack whose noise it is costs next to nothing.
 
     Args:
         case: The network and its images.
         plan: Repeats, sizes, device, seed.
-        channels_last: The memory format.
         advance: Called after every turn.
     """
     batch_size = plan.batch_size or case.batch_size
-    load = workload(case, batch_size, plan.batches, seed=plan.seed, device=plan.device, channels_last=channels_last)
+    loads = {
+        name: workload(case, batch_size, plan.batches, seed=plan.seed, device=plan.device, channels_last=form)
+        for name, form in FORMATS.items()
+    }
+    load = loads["contiguous"]
     actions: dict[str, Callable[[], object]] = {
-        "forward": load.forward,
-        "trace": lambda: trace_routes(load.model, load.batches),
+        **{f"forward, {name}": each.forward for name, each in loads.items()},
+        **{
+            f"trace, {name}": lambda each=each: trace_routes(each.model, each.batches)  # type: ignore[misc]
+            for name, each in loads.items()
+        },
         "training step": training_step(load),
         "noise trace": lambda: trace_routes(
             load.model, load.batches, attack=_brighter, config=TraceConfig(carrier=NOISE)
@@ -44,8 +53,7 @@ def measure_speed(
     }
     runs = Stopclock.of(plan.device).interleaved(actions, plan.turns, advance)
     limit = case.limit if batch_size == case.batch_size else None  # it was stated for this size of batches
-    name = f"{case.name}, channels_last" if channels_last else case.name
-    return speed_measurements(f"{name}, {plan.batches} x {batch_size}", runs, plan.batches, limit)
+    return speed_measurements(f"{case.name}, {plan.batches} x {batch_size}", runs, plan.batches, limit)
 
 
 def speed_measurements(
@@ -55,16 +63,22 @@ def speed_measurements(
 
     Args:
         name: Of the case.
-        runs: Seconds by what ran: ``"forward"``, ``"trace"`` and ``"noise trace"`` of all batches, ``"training step"``
-            of one.
+        runs: Seconds by what ran: for each format ``"forward, FORMAT"`` and ``"trace, FORMAT"`` of all batches, beside
+            them ``"noise trace"`` of all batches and ``"training step"`` of one.
         batches: How many there are.
         limit: On the ratio of a trace to a forward pass.
     """
     bound = "" if limit is None else f"at most {limit:.2f}"
+    plain = [runs[f"forward, {form}"].values for form in FORMATS]
+    forward = Spread(tuple(map(min, zip(*plain, strict=True))))
+    contiguous = runs["trace, contiguous"]
     return [
-        Measurement(name, "trace / forward", runs["trace"] / runs["forward"], bound=bound),
-        Measurement(name, "trace / training step", runs["trace"].times(1 / batches) / runs["training step"]),
-        Measurement(name, "noise trace / two forwards", runs["noise trace"] / runs["forward"].times(2)),
+        *(
+            Measurement(name, f"trace, {form} / forward", runs[f"trace, {form}"] / forward, bound=bound)
+            for form in FORMATS
+        ),
+        Measurement(name, "trace, contiguous / training step", contiguous.times(1 / batches) / runs["training step"]),
+        Measurement(name, "noise trace / two forwards", runs["noise trace"] / runs["forward, contiguous"].times(2)),
         *(Measurement(name, run, seconds, SECONDS) for run, seconds in runs.items()),
     ]
 
