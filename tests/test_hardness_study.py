@@ -187,7 +187,7 @@ def test_table_of_gradients(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) ->
     sizes = found.hardness.log_gradients[found.hardness.correct].exp().numpy()
     weak = found.fooled[attack]
     for at, row in enumerate(found.gradients(attack)):
-        assert row["layer"] == found.hardness.layers[at]
+        assert row["layer"] == found.hardness.route.layers[at]
         assert row["hard_mean"] == pytest.approx(sizes[~weak, at].mean())
         assert row["weak_mean"] == pytest.approx(sizes[weak, at].mean())
         assert row["hard_median"] == pytest.approx(np.median(sizes[~weak, at]))

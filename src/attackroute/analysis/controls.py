@@ -93,7 +93,8 @@ class Comparison:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        check_shares([self.share])
+        if not 0 <= self.share <= 1:  # false for NaN too
+            raise UserError(f"share {self.share} is outside [0, 1]: give the share of a layer's channels, such as 0.3")
 
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
         """The route's ranking first, then random ones off it, then the baselines'; on some of the route's layers."""
@@ -135,17 +136,6 @@ def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tu
     masks = {label: route.mask(layer) for label, route in routes.items() if route is not None}
     on_route = masks.pop((ROUTE, None))
     return {(ROUTE, None): on_route, (OFF_ROUTE, None): ~on_route, **masks}
-
-
-def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
-    """The shares in ascending order, each once; there must be one, and all in [0, 1]."""
-    ascending = sorted(set(shares))
-    if not ascending:
-        raise UserError("no share is given: give some in [0, 1], such as 0.3")
-    for share in ascending:
-        if not 0 <= share <= 1:  # false for NaN too
-            raise UserError(f"share {share} is outside [0, 1]: give the share of a layer's channels, such as 0.3")
-    return tuple(ascending)
 
 
 def _frequencies(route: Route) -> Mapping[str, Tensor]:

@@ -96,11 +96,6 @@ class Hardness:
         return self.votes.sum(1)
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers that vote, in forward order."""
-        return self.route.layers
-
-    @property
     def correct(self) -> Tensor:
         """Whether the model classifies each sample correctly, bool ``(N,)``."""
         return self.labels == self.predictions
@@ -110,7 +105,7 @@ class Hardness:
 
     def __repr__(self) -> str:
         low, high = (float(value) for value in self.values.aminmax())
-        sizes = f"{plural(len(self), 'sample')}, {plural(len(self.layers), 'layer')}"
+        sizes = f"{plural(len(self), 'sample')}, {plural(len(self.route.layers), 'layer')}"
         return f"Hardness({sizes}, V from {low:g} to {high:g})"
 
     def hardest(self, count: int, among: Tensor | None = None) -> Tensor:
@@ -147,7 +142,7 @@ class Hardness:
         """One row a sample: index, label, prediction, V, and ``votes:LAYER`` for each layer in forward order."""
         columns = (each.tolist() for each in (self.labels, self.predictions, self.values, *self.votes.T))
         return Table(
-            ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.layers)),
+            ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.route.layers)),
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
 

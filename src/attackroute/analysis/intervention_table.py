@@ -47,15 +47,6 @@ class Setting:
         return {"attack": self.attack, "layers": "+".join(self.layers), "share": self.share, "beta": self.beta}
 
 
-@dataclass(frozen=True)
-class Counts:
-    """How many samples a measurement took."""
-
-    samples: int
-    counted: int  # those that the untouched network gets right when clean
-    batches: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class InterventionTable(ExperimentResult):
     """Accuracies under one kind of intervention.
@@ -73,7 +64,9 @@ class InterventionTable(ExperimentResult):
     main_share: float  # of a layer's channels, on which the reading is based
     main_beta: float | None = None  # factor on which the reading is based, where connections are weakened
     at: str  # where channels are changed: the layers' output, before batch norm, or after their activation
-    counts: Counts
+    samples: int
+    counted: int  # of these, right when clean
+    batches: int
     targets: Sequence[str] | None = None  # layers whose kernels are weakened, where they are not all
 
     helps: ClassVar[bool] = False
@@ -172,10 +165,10 @@ class InterventionTable(ExperimentResult):
         """What the measurements have in common, and the verdicts."""
         return {
             "at": self.at,
-            "samples": self.counts.samples,
-            "counted": self.counts.counted,
+            "samples": self.samples,
+            "counted": self.counted,
             "counted_are": "samples that the untouched network classifies correctly when clean",
-            "batches": self.counts.batches,
+            "batches": self.batches,
             "main_share": self.main_share,
             "main_beta": self.main_beta,
             "weakened_layers": None if self.targets is None else list(self.targets),
@@ -330,7 +323,7 @@ def measure(
     ]
     return result(
         table=Table.of(rows), settings=tuple(route), main_share=compared.share, at=compared.at,
-        counts=Counts(samples, counted, batches),
+        samples=samples, counted=counted, batches=batches,
     )  # fmt: skip
 
 
