@@ -201,7 +201,7 @@ class TestGradCam:
             ours = torch.tensor(expected[row["images"], ROUTE, row["measure"]]).double()
             assert row["route_minus_this"] == pytest.approx(float((ours - every).nanmean()), rel=1e-3, abs=1e-6)
         assert "shifts by" in found.reading() and saved(found, tmp_path).about["map_size"] == [13, 13]
-        assert len(found.figures()["gradcam-measures"].axes) == 4 and list(found.figures()) == ["gradcam-measures"]
+        assert not found.figures()  # without images to look at
 
     def test_the_panels_share_one_scale_an_image(self, case: Case) -> None:
         panels = map_panels(case.model, *[part[:3] for part in case.data], case.route.mask("3"), "3", shifted)

@@ -26,9 +26,6 @@ from attackroute.tracing.trace import Progress, Tracer
 
 ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
 
-Baselines = Mapping[str, "Route | ChannelScores"]
-"""Controls by name: routes by other criteria, or scores of channels that give routes of any size."""
-
 Router = Callable[[Tensor, "Tensor | None"], dict[str, InstanceRoutes]]
 """``(images, labels) -> routes`` by criterion, on the CPU."""
 
@@ -85,7 +82,7 @@ class Comparison:
     model: nn.Module
     data: Data  # labelled images in [0, 1] to measure on, other ones than those that decided on the route and baselines
     route: Route  # its frequencies rank the channels
-    baselines: Baselines = field(default_factory=dict)
+    baselines: Mapping[str, Route | ChannelScores] = field(default_factory=dict)  # what else ranks channels, by name
     share: float = 0.3  # of each layer's channels, in [0, 1], for the route and for every control
     seeds: Sequence[int] = range(5)  # one random ranking of the channels off the route for each
     at: str = OUTPUT  # where channels are changed and maps taken: the layers' output, or after their activation

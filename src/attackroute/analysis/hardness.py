@@ -21,7 +21,7 @@ from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import explained, frozen
 from attackroute.core.table import Table, plural
-from attackroute.routes.layer_map import require_channels, require_model, require_same
+from attackroute.routes.layer_map import require_model, require_same
 from attackroute.routes.route import Route
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
@@ -204,7 +204,13 @@ class GradientReader:
                 require_rows_apart(self._model, images, self._channels)
         self._apart = True
         assert measured.logits is not None and measured.at_images is not None
-        sums = torch.stack([self._sums(measured.values, layer) for layer in self._channels], dim=2)
+        wide = {layer: sizes.cpu().double() for layer, sizes in measured.on(self._channels).values.items()}
+        # each row alone, where a product of matrices might round equal rows in different ways
+        by_layer = [
+            torch.stack([wide[layer][:, on_route].sum(1) for on_route in neurons], dim=1)
+            for layer, neurons in self._neurons.items()
+        ]
+        sums = torch.stack(by_layer, dim=2)  # Eq. (16), (n, R, L), up to the sample's factor
         # summed in float64, away from the device, which may not have it
         at_images = measured.at_images.flatten(1).abs().sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
         inputs = at_images.cpu().double()
@@ -215,26 +221,10 @@ class GradientReader:
         logits, answers = measured.logits.cpu().double(), labels.cpu().long()
         log_losses, margins = log_loss_and_margin(logits, answers)
         return SampleGradients(
-            log_gradients=sums.log() + measured.log_factor[:, None, None],
-            labels=answers,
-            predictions=logits.argmax(1),
-            log_losses=log_losses,
-            margins=margins,
+            log_gradients=sums.log() + measured.log_factor[:, None, None], labels=answers,
+            predictions=logits.argmax(1), log_losses=log_losses, margins=margins,
             log_input_gradients=inputs.log() + measured.log_factor,
-        )
-
-    def _sums(self, values: Mapping[str, Tensor], layer: str) -> Tensor:
-        """Eq. (16) for one layer and every route, ``(n, R)``, up to the sample's factor."""
-        sizes = values.get(layer)
-        if sizes is None:
-            raise UserError(
-                f"layer {layer!r} of the route did not run in the model's forward pass: "
-                "use the model that the route was made for, uncompiled"
-            )
-        require_channels(layer, self._channels[layer], sizes.shape[1])
-        sizes = sizes.cpu().double()
-        # each row alone, where a product of matrices might round equal rows in different ways
-        return torch.stack([sizes[:, neurons].sum(1) for neurons in self._neurons[layer]], dim=1)
+        )  # fmt: skip
 
 
 def log_loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

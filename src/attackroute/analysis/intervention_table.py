@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -261,13 +262,19 @@ def measure(
 ) -> T:
     """Measure in every setting each ranking that has as many channels, on samples that the model gets right when clean.
 
-    Batches are outermost: each is attacked once per attack and then forgotten. Trials that come to the same
-    intervention share one forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in
-    images times interventions. The route's ranking comes first; ``attacks`` bear the names that the settings use, and
-    ``record`` names the layers whose clean outputs ``intervene`` needs.
+    The untouched network comes first, under every attack, and the route's ranking before the others. Batches are
+    outermost: each is attacked once per attack and then forgotten. Trials that come to the same intervention share one
+    forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in images times
+    interventions. ``attacks`` bear the names that the settings use, ``record`` names the layers whose clean outputs
+    ``intervene`` needs.
     """
     model, progress = compared.model, compared.progress
-    trials = _planned(rankings, settings)
+    settings = list(dict.fromkeys(settings))
+    attacked_by = dict.fromkeys(setting.attack for setting in settings)
+    trials = [Trial(Setting((), 0.0, attack), UNTOUCHED, None, None) for attack in attacked_by]
+    for setting, ranking in product(settings, rankings):
+        if (channels := ranking.route(setting.share, setting.layers)) is not None:
+            trials.append(Trial(setting, ranking.criterion, ranking.draw, channels))
     changes = list(dict.fromkeys(trial.change for trial in trials))
     position = {change: index for index, change in enumerate(changes)}
     columns = torch.tensor([position[trial.change] for trial in trials])
@@ -285,7 +292,7 @@ def measure(
         clean = correct_when_clean(model, images, labels, record, compared.at)
         correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
         done = 0
-        for name in dict.fromkeys(attack for _, attack, _ in changes) if len(clean.images) else ():
+        for name in attacked_by if len(clean.images) else ():
             inputs = clean.images
             if name is not None and attacks is not None:
                 inputs, _ = attacked(model, attacks[name], clean.images, clean.labels)
@@ -325,19 +332,6 @@ def measure(
         table=Table.of(rows), settings=tuple(route), main_share=compared.share, at=compared.at,
         samples=samples, counted=counted, batches=batches,
     )  # fmt: skip
-
-
-def _planned(rankings: Sequence[Ranking], settings: Iterable[Setting]) -> list[Trial]:
-    """The untouched network first, under every attack."""
-    settings = list(dict.fromkeys(settings))
-    attacks = dict.fromkeys(setting.attack for setting in settings)
-    trials = [Trial(Setting((), 0.0, attack), UNTOUCHED, None, None) for attack in attacks]
-    for setting in settings:
-        for ranking in rankings:
-            channels = ranking.route(setting.share, setting.layers)
-            if channels is not None:
-                trials.append(Trial(setting, ranking.criterion, ranking.draw, channels))
-    return trials
 
 
 def correct_when_clean(
