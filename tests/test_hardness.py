@@ -145,6 +145,7 @@ def saturated(scales: list[float]) -> tuple[nn.Module, Tensor]:
     return model, torch.tensor(scales).reshape(-1, 1, 1, 1)
 
 
+@pytest.mark.filterwarnings("ignore:the images lie far outside")
 def test_confident_samples_keep_their_place_in_float32() -> None:
     # dL/dZ_a is 2 s (1 - p); in float32 p is 1.0 from s = 4.1 on, and 1 - p underflows from s = 10.2 on.
     scales = [12.0, 4.5, 2.0, 30.0, 0.5]
