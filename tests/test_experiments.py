@@ -64,11 +64,9 @@ class TestOccurrence:
     def test_is_a_mean_frequency_and_a_jaccard_index(self, tmp_path: Path) -> None:
         clean, other = instances(20, seed=1), instances(20, seed=2)
         rival = instances(20, seed=3).aggregate(0.3)
-        found = measure_occurrence(
-            {"clean": clean, "pgd": other}, {"weight": rival}, share=0.3, width=0.3, seeds=(0, 1)
-        )
+        found = measure_occurrence({"clean": clean, "pgd": other}, {"weight": rival}, seeds=(0, 1))
         for layer, count in clean.channels.items():
-            size = max(1, round(0.3 * count))
+            size = max(1, round(clean.width * count))
             for name, routes in (("clean", clean), ("pgd", other)):
                 shares = sorted((sum(map(bool, column)) / 20 for column in routes.masks[layer].T), reverse=True)
                 assert found.values(layer, OCCURRENCE, name) == pytest.approx([sum(shares[:size]) / size])
@@ -94,7 +92,7 @@ class TestOccurrence:
 
     def test_random_routes_occur_as_often_as_their_width_in_the_long_run(self) -> None:
         many = instances(4000, {"a": 10})
-        found = measure_occurrence({"clean": many}, width=0.3, share=0.5, seeds=(0,))
+        found = measure_occurrence({"clean": many}, seeds=(0,))
         assert found.values("a", OCCURRENCE, RANDOM_ROUTES)[0] == pytest.approx(0.4, abs=0.02)
 
     def test_routes_of_different_networks_are_refused(self) -> None:

@@ -241,7 +241,8 @@ class Study:
     @cached_property
     def sets(self) -> int:
         """About how many sets of channels an intervention tries: of each layer, the route's and the controls'."""
-        layers = self.layers or layer_channels(self.model, self.pair, linear=self.config.linear)
+        with frozen(self.model):
+            layers = self.layers or layer_channels(self.model, self.pair, linear=self.config.linear)
         return len(layers) * (1 + self.draws + len(BASELINES))
 
     @cached_property
