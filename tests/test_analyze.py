@@ -49,7 +49,7 @@ def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Pa
         assert content["about"]["seconds"] > 0
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {path.with_suffix(".png").name for path in tmp_path.glob("*.svg")}
-    assert {"transplant-shares.png", "transplant-layers.png", "gradcam.png", "gradcam-measures.png"} <= figures
+    assert {"transplant-shares.png", "transplant-layers.png", "gradcam.png"} <= figures
     assert (tmp_path / "deactivate-route.png").stat().st_size > 10_000
 
     # the numbers are those of the library on the half of the images that did not decide on the route

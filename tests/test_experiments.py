@@ -64,11 +64,9 @@ class TestOccurrence:
     def test_is_a_mean_frequency_and_a_jaccard_index(self, tmp_path: Path) -> None:
         clean, other = instances(20, seed=1), instances(20, seed=2)
         rival = instances(20, seed=3).aggregate(0.3)
-        found = measure_occurrence(
-            {"clean": clean, "pgd": other}, {"weight": rival}, share=0.3, width=0.3, seeds=(0, 1)
-        )
+        found = measure_occurrence({"clean": clean, "pgd": other}, {"weight": rival}, seeds=(0, 1))
         for layer, count in clean.channels.items():
-            size = max(1, round(0.3 * count))
+            size = max(1, round(clean.width * count))
             for name, routes in (("clean", clean), ("pgd", other)):
                 shares = sorted((sum(map(bool, column)) / 20 for column in routes.masks[layer].T), reverse=True)
                 assert found.values(layer, OCCURRENCE, name) == pytest.approx([sum(shares[:size]) / size])
@@ -94,7 +92,7 @@ class TestOccurrence:
 
     def test_random_routes_occur_as_often_as_their_width_in_the_long_run(self) -> None:
         many = instances(4000, {"a": 10})
-        found = measure_occurrence({"clean": many}, width=0.3, share=0.5, seeds=(0,))
+        found = measure_occurrence({"clean": many}, seeds=(0,))
         assert found.values("a", OCCURRENCE, RANDOM_ROUTES)[0] == pytest.approx(0.4, abs=0.02)
 
     def test_routes_of_different_networks_are_refused(self) -> None:
@@ -201,7 +199,7 @@ class TestGradCam:
             ours = torch.tensor(expected[row["images"], ROUTE, row["measure"]]).double()
             assert row["route_minus_this"] == pytest.approx(float((ours - every).nanmean()), rel=1e-3, abs=1e-6)
         assert "shifts by" in found.reading() and saved(found, tmp_path).about["map_size"] == [13, 13]
-        assert len(found.figures()["gradcam-measures"].axes) == 4 and list(found.figures()) == ["gradcam-measures"]
+        assert not found.figures()  # without images to look at
 
     def test_the_panels_share_one_scale_an_image(self, case: Case) -> None:
         panels = map_panels(case.model, *[part[:3] for part in case.data], case.route.mask("3"), "3", shifted)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.analysis.experiments.interventions import Deactivation, Transplantation, deactivate_accuracy
-from attackroute.analysis.intervention_table import UNTOUCHED, Counts, InterventionTable, Setting, Trial, accuracy_row
+from attackroute.analysis.intervention_table import UNTOUCHED, InterventionTable, Setting, Trial, accuracy_row
 from attackroute.analysis.interventions import deactivate
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
@@ -45,7 +46,7 @@ def test_every_number_is_that_of_one_sample_at_a_time(case: Case, at: str) -> No
     result = deactivate_accuracy(compared, shares=(0, 0.3, 0.8, 1.0))
     right = case.right()
     assert 0 < len(right) < len(case.images)
-    assert result.counts == Counts(30, len(right), 5)
+    assert (result.samples, result.counted, result.batches) == (30, len(right), 5)
     ours: dict[tuple[str, float], list[bool]] = {}
     for row in result.table:
         if row["criterion"] == UNTOUCHED or row["share"] == 0:
@@ -121,7 +122,8 @@ def table_of(
         controls = [(RANDOM, draw, value) for draw, value in enumerate(draws[number])]
         for criterion, draw, value in [(ROUTE, None, ours), *controls, ("weight", None, other[number])]:
             rows.append(row(setting, criterion, draw, value, ours))
-    return kind(table=Table.of(rows), settings=settings, main_share=0.3, at="output", counts=Counts(50, 40, 1))
+    about: dict[str, Any] = {"main_share": 0.3, "at": "output", "samples": 50, "counted": 40, "batches": 1}
+    return kind(table=Table.of(rows), settings=settings, **about)
 
 
 def test_verdicts_are_clear_only_against_every_draw() -> None:
@@ -163,7 +165,6 @@ def test_bad_input_is_one_line(case: Case) -> None:
         ({"data": (case.images, wrong)}, {}, "none of the 30 samples right"),
         ({"data": case.images}, {}, "no labels"),
         ({}, {"layers": ["99"]}, "no layer '99'"),
-        ({}, {"shares": (1.2,)}, "share 1.2 is outside"),
         ({"share": -1.0}, {}, "share -1.0 is outside"),
         ({"at": "outputs"}, {}, "did you mean output"),
         ({"data": (case.images, case.labels + 7)}, {}, "outside the model's 5 logits"),

@@ -61,7 +61,7 @@ def test_every_transplant_is_that_of_one_sample_at_a_time(case: Case) -> None:
         name: {int(i): attack(case.model, case.images[i : i + 1], case.labels[i : i + 1])[0] for i in right}
         for name, attack in attacks.items()
     }
-    assert result.counts.counted == len(right) < result.counts.samples == 16
+    assert result.counted == len(right) < result.samples == 16
     seen = set()
     for row in result.table:
         name, layers = row["attack"], tuple(row["layers"].split("+")) if row["layers"] else ()
@@ -99,7 +99,7 @@ def test_an_attack_is_made_once_a_batch_and_a_pass_is_never_repeated(case: Case)
     with counting(case.model) as sizes:
         compared = case.compared(seeds=(0, 1), batch_size=8)
         table = transplant_accuracy(compared, {"noisy": attack}, shares=(0, 1.0), together=[])
-    assert len(made) == 2 and sum(made) == table.counts.counted
+    assert len(made) == 2 and sum(made) == table.counted
     random = [{case.route.random_like(seed).restrict([layer]) for seed in (0, 1)} for layer in case.route]
     # a clean pass; the attacked one, which is also that of share 0; each layer's route at 0.3, its draws, and share 1
     expected = 1 + 1 + sum(1 + len(draws) + 1 for draws in random)

@@ -10,7 +10,7 @@ from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.analysis.experiments.interventions import Deactivation
 from attackroute.analysis.figures.accuracy import route_figure
 from attackroute.analysis.figures.style import save_figure
-from attackroute.analysis.intervention_table import UNTOUCHED, Counts, Setting
+from attackroute.analysis.intervention_table import UNTOUCHED, Setting
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
 from attackroute.routes.route import Route
@@ -28,7 +28,7 @@ def measured() -> Deactivation:
         for criterion, draw, values in accuracies
     ]
     return Deactivation(
-        table=Table.of(rows), settings=settings, main_share=0.3, at="activation", counts=Counts(120, 100, 1)
+        table=Table.of(rows), settings=settings, main_share=0.3, at="activation", samples=120, counted=100, batches=1
     )
 
 

@@ -8,8 +8,8 @@ the data in constant memory, so that batch size and order do not matter. Section
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from typing import TypeVar
@@ -25,6 +25,7 @@ from attackroute.core.loss import log_doubt, seed_gradients
 from attackroute.core.model_state import explained, frozen
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import as_attack
+from attackroute.routes.layer_map import require_channels
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
@@ -106,6 +107,17 @@ class ChannelMeans:
     logits: Tensor | None = None  # (n, K), detached
     at_images: Tensor | None = None  # the gradient at the images, in their shape and up to the factor
     tokens: frozenset[str] = frozenset()  # layers whose outputs have positions between samples and channels
+
+    def on(self, channels: Mapping[str, int]) -> ChannelMeans:
+        """Those of a route's layers, which must have run and have so many channels."""
+        for layer, count in channels.items():
+            if layer not in self.values:
+                raise UserError(
+                    f"layer {layer!r} of the route did not run in the model's forward pass: "
+                    "use the model that the route was made for, uncompiled"
+                )
+            require_channels(layer, count, self.values[layer].shape[1])
+        return replace(self, values={layer: self.values[layer] for layer in channels})
 
 
 Measure = Callable[..., ChannelMeans]

@@ -26,9 +26,6 @@ from attackroute.tracing.trace import Progress, Tracer
 
 ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
 
-Baselines = Mapping[str, "Route | ChannelScores"]
-"""Controls by name: routes by other criteria, or scores of channels that give routes of any size."""
-
 Router = Callable[[Tensor, "Tensor | None"], dict[str, InstanceRoutes]]
 """``(images, labels) -> routes`` by criterion, on the CPU."""
 
@@ -85,7 +82,7 @@ class Comparison:
     model: nn.Module
     data: Data  # labelled images in [0, 1] to measure on, other ones than those that decided on the route and baselines
     route: Route  # its frequencies rank the channels
-    baselines: Baselines = field(default_factory=dict)
+    baselines: Mapping[str, Route | ChannelScores] = field(default_factory=dict)  # what else ranks channels, by name
     share: float = 0.3  # of each layer's channels, in [0, 1], for the route and for every control
     seeds: Sequence[int] = range(5)  # one random ranking of the channels off the route for each
     at: str = OUTPUT  # where channels are changed and maps taken: the layers' output, or after their activation
@@ -93,7 +90,8 @@ class Comparison:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        check_shares([self.share])
+        if not 0 <= self.share <= 1:  # false for NaN too
+            raise UserError(f"share {self.share} is outside [0, 1]: give the share of a layer's channels, such as 0.3")
 
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
         """The route's ranking first, then random ones off it, then the baselines'; on some of the route's layers."""
@@ -135,17 +133,6 @@ def layer_sets(rankings: Sequence[Ranking], layer: str, share: float) -> dict[tu
     masks = {label: route.mask(layer) for label, route in routes.items() if route is not None}
     on_route = masks.pop((ROUTE, None))
     return {(ROUTE, None): on_route, (OFF_ROUTE, None): ~on_route, **masks}
-
-
-def check_shares(shares: Iterable[float]) -> tuple[float, ...]:
-    """The shares in ascending order, each once; there must be one, and all in [0, 1]."""
-    ascending = sorted(set(shares))
-    if not ascending:
-        raise UserError("no share is given: give some in [0, 1], such as 0.3")
-    for share in ascending:
-        if not 0 <= share <= 1:  # false for NaN too
-            raise UserError(f"share {share} is outside [0, 1]: give the share of a layer's channels, such as 0.3")
-    return tuple(ascending)
 
 
 def _frequencies(route: Route) -> Mapping[str, Tensor]:

@@ -1,12 +1,7 @@
 """What an experiment is, how it is found and run; each is one file in `analysis/experiments`, which nothing else names.
 
-The command's help, the files, the figures and the report's sections all follow from what the file declares::
-
-    @experiment("mine", order=8, title="My section of the report")
-    def run(study: Study, progress: Progress) -> Mine:
-        'What it measures, in half a line, for the command's help.'
-
-where ``Mine`` is an :class:`ExperimentResult`.
+The command's help, the files, the figures and the report's sections all follow from what the file declares with
+:func:`experiment` and gives as an :class:`ExperimentResult`; docs/architecture.md has an example.
 """
 
 from __future__ import annotations

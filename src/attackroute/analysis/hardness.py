@@ -21,7 +21,7 @@ from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import explained, frozen
 from attackroute.core.table import Table, plural
-from attackroute.routes.layer_map import require_channels, require_model, require_same
+from attackroute.routes.layer_map import require_model, require_same
 from attackroute.routes.route import Route
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
@@ -96,11 +96,6 @@ class Hardness:
         return self.votes.sum(1)
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers that vote, in forward order."""
-        return self.route.layers
-
-    @property
     def correct(self) -> Tensor:
         """Whether the model classifies each sample correctly, bool ``(N,)``."""
         return self.labels == self.predictions
@@ -110,7 +105,7 @@ class Hardness:
 
     def __repr__(self) -> str:
         low, high = (float(value) for value in self.values.aminmax())
-        sizes = f"{plural(len(self), 'sample')}, {plural(len(self.layers), 'layer')}"
+        sizes = f"{plural(len(self), 'sample')}, {plural(len(self.route.layers), 'layer')}"
         return f"Hardness({sizes}, V from {low:g} to {high:g})"
 
     def hardest(self, count: int, among: Tensor | None = None) -> Tensor:
@@ -147,7 +142,7 @@ class Hardness:
         """One row a sample: index, label, prediction, V, and ``votes:LAYER`` for each layer in forward order."""
         columns = (each.tolist() for each in (self.labels, self.predictions, self.values, *self.votes.T))
         return Table(
-            ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.layers)),
+            ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.route.layers)),
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
 
@@ -209,7 +204,13 @@ class GradientReader:
                 require_rows_apart(self._model, images, self._channels)
         self._apart = True
         assert measured.logits is not None and measured.at_images is not None
-        sums = torch.stack([self._sums(measured.values, layer) for layer in self._channels], dim=2)
+        wide = {layer: sizes.cpu().double() for layer, sizes in measured.on(self._channels).values.items()}
+        # each row alone, where a product of matrices might round equal rows in different ways
+        by_layer = [
+            torch.stack([wide[layer][:, on_route].sum(1) for on_route in neurons], dim=1)
+            for layer, neurons in self._neurons.items()
+        ]
+        sums = torch.stack(by_layer, dim=2)  # Eq. (16), (n, R, L), up to the sample's factor
         # summed in float64, away from the device, which may not have it
         at_images = measured.at_images.flatten(1).abs().sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
         inputs = at_images.cpu().double()
@@ -220,26 +221,10 @@ class GradientReader:
         logits, answers = measured.logits.cpu().double(), labels.cpu().long()
         log_losses, margins = log_loss_and_margin(logits, answers)
         return SampleGradients(
-            log_gradients=sums.log() + measured.log_factor[:, None, None],
-            labels=answers,
-            predictions=logits.argmax(1),
-            log_losses=log_losses,
-            margins=margins,
+            log_gradients=sums.log() + measured.log_factor[:, None, None], labels=answers,
+            predictions=logits.argmax(1), log_losses=log_losses, margins=margins,
             log_input_gradients=inputs.log() + measured.log_factor,
-        )
-
-    def _sums(self, values: Mapping[str, Tensor], layer: str) -> Tensor:
-        """Eq. (16) for one layer and every route, ``(n, R)``, up to the sample's factor."""
-        sizes = values.get(layer)
-        if sizes is None:
-            raise UserError(
-                f"layer {layer!r} of the route did not run in the model's forward pass: "
-                "use the model that the route was made for, uncompiled"
-            )
-        require_channels(layer, self._channels[layer], sizes.shape[1])
-        sizes = sizes.cpu().double()
-        # each row alone, where a product of matrices might round equal rows in different ways
-        return torch.stack([sizes[:, neurons].sum(1) for neurons in self._neurons[layer]], dim=1)
+        )  # fmt: skip
 
 
 def log_loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

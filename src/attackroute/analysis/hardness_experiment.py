@@ -113,7 +113,7 @@ class HardnessStudy(ExperimentResult):
         logs = self.hardness.log_gradients[self.hardness.correct]
         weak = torch.from_numpy(self.fooled[attack])
         rows = []
-        for layer, of_layer in zip(self.hardness.layers, logs.T, strict=True):
+        for layer, of_layer in zip(self.hardness.route.layers, logs.T, strict=True):
             means, medians = zip(_mean_and_median(of_layer[~weak]), _mean_and_median(of_layer[weak]), strict=True)
             rows.append((layer, *means, *medians))
         return Table(("layer", "hard_mean", "weak_mean", "hard_median", "weak_median"), tuple(rows))
@@ -248,7 +248,7 @@ def _predictors(samples: SampleGradients, routes: Mapping[str, Route], hardness:
     for index, (name, route) in enumerate(routes.items()):
         if name != _ROUTE:
             values[name] = -Hardness.from_gradients(samples, route, index).values
-    values |= {f"{LAYER} {layer}": -hardness.votes[:, at] for at, layer in enumerate(hardness.layers)}
+    values |= {f"{LAYER} {layer}": -hardness.votes[:, at] for at, layer in enumerate(hardness.route.layers)}
     return {name: numbers[hardness.correct].numpy() for name, numbers in values.items()}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -47,15 +48,6 @@ class Setting:
         return {"attack": self.attack, "layers": "+".join(self.layers), "share": self.share, "beta": self.beta}
 
 
-@dataclass(frozen=True)
-class Counts:
-    """How many samples a measurement took."""
-
-    samples: int
-    counted: int  # those that the untouched network gets right when clean
-    batches: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class InterventionTable(ExperimentResult):
     """Accuracies under one kind of intervention.
@@ -73,7 +65,9 @@ class InterventionTable(ExperimentResult):
     main_share: float  # of a layer's channels, on which the reading is based
     main_beta: float | None = None  # factor on which the reading is based, where connections are weakened
     at: str  # where channels are changed: the layers' output, before batch norm, or after their activation
-    counts: Counts
+    samples: int
+    counted: int  # of these, right when clean
+    batches: int
     targets: Sequence[str] | None = None  # layers whose kernels are weakened, where they are not all
 
     helps: ClassVar[bool] = False
@@ -172,10 +166,10 @@ class InterventionTable(ExperimentResult):
         """What the measurements have in common, and the verdicts."""
         return {
             "at": self.at,
-            "samples": self.counts.samples,
-            "counted": self.counts.counted,
+            "samples": self.samples,
+            "counted": self.counted,
             "counted_are": "samples that the untouched network classifies correctly when clean",
-            "batches": self.counts.batches,
+            "batches": self.batches,
             "main_share": self.main_share,
             "main_beta": self.main_beta,
             "weakened_layers": None if self.targets is None else list(self.targets),
@@ -268,13 +262,19 @@ def measure(
 ) -> T:
     """Measure in every setting each ranking that has as many channels, on samples that the model gets right when clean.
 
-    Batches are outermost: each is attacked once per attack and then forgotten. Trials that come to the same
-    intervention share one forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in
-    images times interventions. The route's ranking comes first; ``attacks`` bear the names that the settings use, and
-    ``record`` names the layers whose clean outputs ``intervene`` needs.
+    The untouched network comes first, under every attack, and the route's ranking before the others. Batches are
+    outermost: each is attacked once per attack and then forgotten. Trials that come to the same intervention share one
+    forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in images times
+    interventions. ``attacks`` bear the names that the settings use, ``record`` names the layers whose clean outputs
+    ``intervene`` needs.
     """
     model, progress = compared.model, compared.progress
-    trials = _planned(rankings, settings)
+    settings = list(dict.fromkeys(settings))
+    attacked_by = dict.fromkeys(setting.attack for setting in settings)
+    trials = [Trial(Setting((), 0.0, attack), UNTOUCHED, None, None) for attack in attacked_by]
+    for setting, ranking in product(settings, rankings):
+        if (channels := ranking.route(setting.share, setting.layers)) is not None:
+            trials.append(Trial(setting, ranking.criterion, ranking.draw, channels))
     changes = list(dict.fromkeys(trial.change for trial in trials))
     position = {change: index for index, change in enumerate(changes)}
     columns = torch.tensor([position[trial.change] for trial in trials])
@@ -292,7 +292,7 @@ def measure(
         clean = correct_when_clean(model, images, labels, record, compared.at)
         correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
         done = 0
-        for name in dict.fromkeys(attack for _, attack, _ in changes) if len(clean.images) else ():
+        for name in attacked_by if len(clean.images) else ():
             inputs = clean.images
             if name is not None and attacks is not None:
                 inputs, _ = attacked(model, attacks[name], clean.images, clean.labels)
@@ -330,21 +330,8 @@ def measure(
     ]
     return result(
         table=Table.of(rows), settings=tuple(route), main_share=compared.share, at=compared.at,
-        counts=Counts(samples, counted, batches),
+        samples=samples, counted=counted, batches=batches,
     )  # fmt: skip
-
-
-def _planned(rankings: Sequence[Ranking], settings: Iterable[Setting]) -> list[Trial]:
-    """The untouched network first, under every attack."""
-    settings = list(dict.fromkeys(settings))
-    attacks = dict.fromkeys(setting.attack for setting in settings)
-    trials = [Trial(Setting((), 0.0, attack), UNTOUCHED, None, None) for attack in attacks]
-    for setting in settings:
-        for ranking in rankings:
-            channels = ranking.route(setting.share, setting.layers)
-            if channels is not None:
-                trials.append(Trial(setting, ranking.criterion, ranking.draw, channels))
-    return trials
 
 
 def correct_when_clean(

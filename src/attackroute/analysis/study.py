@@ -133,6 +133,12 @@ class Study:
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         return ImageBatches(self.images, size, batches=batches, workers=self.workers)
 
+    def _some(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The first batch of some images and their labels, on the network's device."""
+        images, labels = next(iter(self._batches(indices)))
+        device, dtype = placement(self.model)
+        return images.to(device, dtype), labels.to(device)
+
     @cached_property
     def routes(self) -> dict[str, InstanceRoutes]:
         """Routes of the reference images by criterion; where routes follow noise, that of the first attack."""
@@ -202,9 +208,7 @@ class Study:
     def examples(self) -> tuple[Tensor, Tensor]:
         """A few images to measure that the network gets right, drawn by the seed, of other classes if that can be."""
         order = torch.randperm(len(self.halves[1]), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        images, labels = next(iter(self._batches([self.halves[1][at] for at in order])))
-        device, dtype = placement(self.model)
-        images, labels = images.to(device, dtype), labels.to(device)
+        images, labels = self._some([self.halves[1][at] for at in order])
         with frozen(self.model), torch.no_grad():
             right = checked_logits(self.model(images), len(images)).argmax(1) == labels
         # the k-th image of every class comes before the k + 1st of any; without any it is the experiment that says so
@@ -216,20 +220,17 @@ class Study:
     @cached_property
     def pair(self) -> Tensor:
         """Two images on the network's device, the first, since nothing but its shapes is learnt from them."""
-        images, _ = next(iter(self.reference))
-        return images[:2].to(*placement(self.model))
+        return self._some(self.halves[0][:2])[0]
 
     @cached_property
     def price(self) -> Price:
         """What each step costs, by a try on a few of the images."""
-        images, labels = next(iter(self._batches(self.halves[0][:_TRIED])))
-        device, dtype = placement(self.model)
-        images, labels = images.to(device, dtype), labels.to(device)
+        images, labels = self._some(self.halves[0][:_TRIED])
         seconds = []
         with frozen(self.model), torch.inference_mode(False):
             tracer = Tracer.probe(self.model, images, SAMPLE_WIDTH, config=self.plain_config)
             for step in (
-                lambda: predicted(self.model, images),
+                lambda: predicted(self.model, images).cpu(),
                 lambda: [attacked(self.model, attack, images, labels) for attack in self.named_attacks.values()],
                 lambda: tracer.trace(images, labels),
             ):
@@ -241,7 +242,8 @@ class Study:
     @cached_property
     def sets(self) -> int:
         """About how many sets of channels an intervention tries: of each layer, the route's and the controls'."""
-        layers = self.layers or layer_channels(self.model, self.pair, linear=self.config.linear)
+        with frozen(self.model):
+            layers = self.layers or layer_channels(self.model, self.pair, linear=self.config.linear)
         return len(layers) * (1 + self.draws + len(BASELINES))
 
     @cached_property

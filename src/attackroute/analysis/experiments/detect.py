@@ -59,8 +59,7 @@ class Detection(ExperimentResult):
     samples: int  # read beside them
     counted: int  # of these, right when clean
     unknown: int  # images left out, because no reference sample bears the class which the network sees in them
-    width: float  # share of each layer's channels on a sample's route
-    route_width: float  # and on a class's
+    route_width: float  # share of each layer's channels on a class's route
 
     @property
     def attacks(self) -> list[str]:
@@ -106,7 +105,7 @@ class Detection(ExperimentResult):
             "samples": self.samples,
             "counted": self.counted,
             "left_out_for_want_of_a_class_route": self.unknown,
-            "width": self.width,
+            "width": SAMPLE_WIDTH,
             "route_width": self.route_width,
             "clear": "95 % bootstrap interval of the paired difference, not corrected for the number of tests",
         }
@@ -128,7 +127,7 @@ def run(study: Study, progress: Progress) -> Detection:
     if study.config.follows_noise:
         study.note("note: detect goes by influence, since an image to judge has no clean partner")
     return detect(
-        study.model, study.measured, study.reference, study.named_attacks, width=SAMPLE_WIDTH, route_width=study.share,
+        study.model, study.measured, study.reference, study.named_attacks, route_width=study.share,
         seeds=study.seeds, config=study.plain_config, progress=progress,
     )  # fmt: skip
 
@@ -139,7 +138,6 @@ def detect(
     reference: Data,
     attacks: Mapping[str, Attack | str],
     *,
-    width: float = 0.2,
     route_width: float = 0.3,
     seeds: Sequence[int] = range(5),
     config: TraceConfig | None = None,
@@ -154,19 +152,19 @@ def detect(
     and classes by activation and by gradient, random routes of the classes' size, the largest softmax probability
     (as ``log(1 - p)``, which never saturates), and the margin of the two largest logits.
 
-    Data are labelled images in [0, 1]; the classes' routes come from the ``reference``. ``width`` is the share of each
-    layer's channels on a sample's route, ``route_width`` on a class's; random routes are drawn once for each seed.
+    Data are labelled images in [0, 1]; the classes' routes come from the ``reference``. ``route_width`` is the
+    share of each layer's channels on a class's route; random routes are drawn once for each seed.
     """
     named = named_attacks(attacks)
     config = config or TraceConfig()
     if config.follows_noise:
         raise UserError("an image to judge has no clean partner, so no noise to follow: detect by influence")
     with frozen(model), torch.inference_mode(False):
-        reference_routes = sample_routes(model, reference, width, config=config, batch_size=batch_size)
+        reference_routes = sample_routes(model, reference, SAMPLE_WIDTH, config=config, batch_size=batch_size)
         if reference_routes[ROUTE].labels is None:
             raise UserError("the reference data have no labels: give (images, labels)")
         stream = BatchStream(model, data, batch_size)
-        judge = partial(_judge, model, named, batch_router(model, stream.first[0], width, config=config))
+        judge = partial(_judge, model, named, batch_router(model, stream.first[0], SAMPLE_WIDTH, config=config))
         judged = list(worked_on(stream, judge, progress))
     samples, counted = sum(number for number, _ in judged), sum(right for _, (right, _) in judged)
     require_right(counted, samples)
@@ -200,7 +198,7 @@ def detect(
         rows += _rows(attack, scores, clean, fooled)
     return Detection(
         table=Table.of(rows), reference=len(reference_routes[ROUTE]), samples=samples, counted=counted,
-        unknown=int((~has_route).sum()), width=width, route_width=route_width,
+        unknown=int((~has_route).sum()), route_width=route_width,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import grid_of, label, look, new_figure, shared_legend, tidy
+from attackroute.analysis.figures.style import grid_of, new_figure
 from attackroute.analysis.gradcam import enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
@@ -34,12 +33,6 @@ if TYPE_CHECKING:
 
 CLEAN = "clean"
 INSIDE, ENTROPY, PART, SHIFT = "energy inside", "entropy", "part of all energy", "shift"
-_MEASURES = {
-    INSIDE: "share of the map's energy inside the middle",
-    ENTROPY: "entropy of the map (1: even)",
-    PART: "share of the set's and its complement's energy",
-    SHIFT: "shift from the clean image's map",
-}
 _Batch = tuple[int, tuple[int, int], dict[tuple[str, str], Moments]]
 """How many samples of a batch count, the size of the maps, and each measure by images and name."""
 _SMALLEST_MAP = 4  # positions each way; maps of fewer show nothing
@@ -133,9 +126,8 @@ class GradCam(ExperimentResult):
         return Table(("set", *(f"{measure}, {images}" for images, measure in cases)), rows)
 
     def figures(self) -> dict[str, Figure]:
-        """``gradcam``, the maps of a few images where there are some, and ``gradcam-measures``."""
-        maps = {} if self.panels is None else {"gradcam": _maps_figure(self, self.panels)}
-        return {**maps, "gradcam-measures": _measures_figure(self)}
+        """``gradcam``, the maps of a few images where there are some."""
+        return {} if self.panels is None else {"gradcam": _maps_figure(self, self.panels)}
 
 
 @experiment("gradcam", order=6, title="Grad-CAM: where the channels look", work=Work(1))
@@ -272,34 +264,3 @@ def _maps_figure(result: GradCam, panels: MapPanels) -> Figure:
         fontsize=9,
     )
     return figure
-
-
-def _measures_figure(result: GradCam) -> Figure:
-    """The measures of all sets of channels: one panel each, means with 95 % intervals."""
-    cases = (CLEAN, *result.attacks)
-    figure = new_figure(7.2, 1.9 + 0.42 * len(result.criteria))
-    panels = figure.subplots(1, 4, sharey=True)
-    for axes, (measure, text) in zip(panels, _MEASURES.items(), strict=True):
-        for (row, criterion), (index, images) in product(enumerate(result.criteria), enumerate(cases)):
-            style = _mark(index, look(criterion)["color"])
-            for each in result.rows(images, criterion, measure):
-                error = each["mean"] - each["low"]
-                at, alpha = row + (index - (len(cases) - 1) / 2) * 0.2, 1 if each["draw"] is None else 0.6
-                axes.errorbar(each["mean"], at, xerr=error, elinewidth=1, alpha=alpha, **style)
-        axes.set_xlabel("\n".join(wrap(text, 20)), fontsize=7.5)
-        tidy(axes, "x")
-    panels[-1].set_xlim(left=0)
-    panels[0].set_yticks(range(len(result.criteria)), [label(name) for name in result.criteria])
-    panels[0].set_ylim(len(result.criteria) - 0.4, -0.6)
-    handles = {name: panels[0].plot([], [], **_mark(index, "#222222"))[0] for index, name in enumerate(cases)}
-    title = f"Grad-CAM of {result.layer} at its {result.at},\n{result.counted} images that the network gets right"
-    figure.suptitle(title, fontsize=9)
-    shared_legend(figure, handles)
-    return figure
-
-
-def _mark(index: int, colour: str) -> dict[str, Any]:
-    """How the images of one attack are drawn; clean ones, the first, are hollow."""
-    face = "white" if index == 0 else colour
-    shape = "os^Dv"[index % 5]
-    return {"marker": shape, "linestyle": "none", "color": colour, "markersize": 4, "markerfacecolor": face}

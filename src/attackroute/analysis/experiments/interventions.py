@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from attackroute.analysis.controls import Comparison, check_shares, repeated_layers
+from attackroute.analysis.controls import Comparison, repeated_layers
 from attackroute.analysis.experiment import Work, experiment
-from attackroute.analysis.figures.accuracy import factors_figure, layers_figure, route_figure, shares_figure
+from attackroute.analysis.figures.accuracy import curves_figure, layers_figure, route_figure
 from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, measure
 from attackroute.analysis.interventions import deactivate, transplant, weaken
 from attackroute.analysis.study import Study
@@ -45,7 +45,7 @@ class Transplantation(InterventionTable):
 
     def figures(self) -> dict[str, Figure]:
         """``transplant-shares`` (Fig. 3a) and ``transplant-layers`` (Fig. 3b)."""
-        return {"transplant-shares": shares_figure(self, self.attacks[0]), "transplant-layers": layers_figure(self)}
+        return {"transplant-shares": curves_figure(self, self.attacks[0]), "transplant-layers": layers_figure(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Deactivation(InterventionTable):
     def figures(self) -> dict[str, Figure]:
         """``deactivate`` (Fig. 4a), and with a route also ``deactivate-route``."""
         picture = {} if self.route is None else {"deactivate-route": route_figure(self.route, self, self.title)}
-        return {"deactivate": shares_figure(self, None), **picture}
+        return {"deactivate": curves_figure(self), **picture}
 
 
 class Weakening(InterventionTable):
@@ -75,7 +75,7 @@ class Weakening(InterventionTable):
 
     def figures(self) -> dict[str, Figure]:
         """``weaken`` (Fig. 4b)."""
-        return {"weaken": factors_figure(self)}
+        return {"weaken": curves_figure(self)}
 
 
 @experiment("transplant", order=3, title="Transplant: clean values in attacked images' channels", work=Work(1, 6))
@@ -103,7 +103,7 @@ def transplant_accuracy(
     attacks: Mapping[str, Attack | str],
     *,
     layers: Iterable[str] | None = None,
-    shares: Iterable[float] = TRANSPLANTED,
+    shares: Sequence[float] = TRANSPLANTED,
     together: Iterable[Sequence[str]] | None = None,
 ) -> Transplantation:
     """Accuracy on attacked images with clean values in some channels: the route's, and controls of the same size.
@@ -113,7 +113,7 @@ def transplant_accuracy(
     of the route's; together the groups in ``together``, or the first two, three, ... half, and all of ``layers``.
     """
     named = named_attacks(attacks)
-    levels, share, route = check_shares(shares), compared.share, compared.route
+    share, route = compared.share, compared.route
     single = tuple(route if layers is None else route.restrict(layers))
     groups = leading_groups(single, repeated_layers(compared.model, route))
     if together is not None:
@@ -121,7 +121,7 @@ def transplant_accuracy(
     first, *_ = named
     settings = []
     for attack in named:
-        used = sorted({*levels, share}) if attack == first else [share]
+        used = sorted({*shares, share}) if attack == first else [share]
         settings += [Setting((layer,), level, attack) for layer in single for level in used]
         settings += [Setting(group, share, attack) for group in groups]
 
@@ -148,7 +148,7 @@ def deactivate_accuracy(
     compared: Comparison,
     *,
     layers: Iterable[str] | None = None,
-    shares: Iterable[float] = DEACTIVATED,
+    shares: Sequence[float] = DEACTIVATED,
     together: Iterable[Sequence[str]] | None = None,
 ) -> Deactivation:
     """Accuracy on clean images with channels set to zero: a growing share of each layer alone, and of several together.
@@ -157,7 +157,7 @@ def deactivate_accuracy(
     groups in ``together``, or all of ``layers``.
     """
     route = compared.route
-    levels = check_shares([*shares, compared.share])
+    levels = sorted({*shares, compared.share})
     single = tuple(route if layers is None else route.restrict(layers))
     whole = [single] if together is None else [tuple(route.restrict(group)) for group in together]
     groups = list(dict.fromkeys([*((layer,) for layer in single), *whole]))

@@ -44,8 +44,7 @@ class Occurrence(ExperimentResult):
 
     kind = "occurrence"
     table: Table
-    share: float  # of a layer's channels, that an occurrence is the mean over
-    width: float  # share of a layer's channels on each sample's route
+    width: float  # share of a layer's channels on each sample's route, and of those that an occurrence is the mean over
     route_width: float  # and on a model route
     samples: int
 
@@ -71,7 +70,7 @@ class Occurrence(ExperimentResult):
             for of, beside in self.names(OVERLAP)
         ]
         clauses = [
-            f"The most frequent {self.share:.0%} of channels are on {occurrence[low]:.0%} ({low}) to "
+            f"The most frequent {self.width:.0%} of channels are on {occurrence[low]:.0%} ({low}) to "
             f"{occurrence[high]:.0%} ({high}) of {first} samples' routes"
         ]
         if exceeded:
@@ -83,7 +82,7 @@ class Occurrence(ExperimentResult):
 
     def about(self) -> dict[str, Any]:
         """What the numbers have in common."""
-        return {name: getattr(self, name) for name in ("share", "width", "route_width", "samples")}
+        return {"share": self.width, "width": self.width, "route_width": self.route_width, "samples": self.samples}
 
     def summary(self) -> Table:
         """Occurrence of the route, of random routes, and overlaps with routes of attacked images and of controls."""
@@ -124,7 +123,6 @@ def measure_occurrence(
     routes: Mapping[str, InstanceRoutes],
     baselines: Mapping[str, Route] | None = None,
     *,
-    share: float | None = None,
     width: float = 0.3,
     seeds: Sequence[int] = range(5),
 ) -> Occurrence:
@@ -132,15 +130,14 @@ def measure_occurrence(
 
     ``routes`` are instance routes by name, of the same width and layers: those of clean samples first, then, say, of
     attacked ones, or by another criterion. The first one's model route of ``width`` is compared with the others', and
-    with ``baselines``. An occurrence is the mean over a ``share`` of a layer's channels, the routes' own width if None.
-    What it is by chance, random routes say, as many as the first has samples, drawn once for each seed.
+    with ``baselines``. An occurrence is the mean over the most frequent channels, as many as are on each route. What it
+    is by chance, random routes say, as many as the first has samples, drawn once for each seed.
     """
     if not routes:
         raise UserError("no instance routes are given")
     first_name, first = next(iter(routes.items()))
     for name, other in routes.items():
         require_same(first.channels, other.channels, f"the routes {name!r}")
-    share = first.width if share is None else share
     rows: list[Record] = []
 
     def add(
@@ -157,9 +154,9 @@ def measure_occurrence(
             rows.append({"layer": layer, "channels": first.channels[layer], **label, "chance": by_chance})
 
     for name, each in routes.items():
-        add(OCCURRENCE, each.occurrence(share), name)
+        add(OCCURRENCE, each.occurrence(first.width), name)
     for seed in seeds:
-        add(OCCURRENCE, _random_occurrence(first, share, seed), RANDOM_ROUTES, draw=seed)
+        add(OCCURRENCE, _random_occurrence(first, seed), RANDOM_ROUTES, draw=seed)
     model_routes = {name: each.aggregate(width) for name, each in routes.items()}
     route = model_routes.pop(first_name)
     for name, beside in {**model_routes, **(baselines or {})}.items():
@@ -169,7 +166,7 @@ def measure_occurrence(
         overlaps = [left.jaccard(right) for left, right in pairs]
         means = {layer: statistics.fmean(values[layer] for values in overlaps) for layer in first.layers}
         add(CLASSES, means, first_name, chance=_chance(*pairs[0]))
-    return Occurrence(table=Table.of(rows), share=share, width=first.width, route_width=width, samples=len(first))
+    return Occurrence(table=Table.of(rows), width=first.width, route_width=width, samples=len(first))
 
 
 def chance_jaccard(left: int, right: int, channels: int) -> float:
@@ -190,7 +187,7 @@ def _chance(left: Route, right: Route) -> dict[str, float]:
     }
 
 
-def _random_occurrence(routes: InstanceRoutes, share: float, seed: int) -> dict[str, float]:
+def _random_occurrence(routes: InstanceRoutes, seed: int) -> dict[str, float]:
     """Occurrence of as many random routes of the same width."""
     generator = torch.Generator().manual_seed(seed)
     occurrence = {}
@@ -200,7 +197,7 @@ def _random_occurrence(routes: InstanceRoutes, share: float, seed: int) -> dict[
             block = min(4096, len(routes) - start)
             chosen = torch.rand(block, count, generator=generator).topk(kept(routes.width, count), dim=1).indices
             frequency += torch.bincount(chosen.flatten(), minlength=count)
-        occurrence[layer] = float(frequency.topk(kept(share, count)).values.mean()) / len(routes)
+        occurrence[layer] = float(frequency.topk(kept(routes.width, count)).values.mean()) / len(routes)
     return occurrence
 
 
@@ -213,11 +210,11 @@ def _figure(result: Occurrence) -> Figure:
     for name, _ in result.names(OCCURRENCE):
         values = [[100 * value for value in result.values(layer, OCCURRENCE, name)] for layer in layers]
         draws = f" (mean, range of {len(values[0])})" if len(values[0]) > 1 else ""
-        line = draw_spread(upper, range(len(layers)), values, name, alpha=0.3)
+        line = draw_spread(upper, range(len(layers)), values, name)
         handles[f"{name}{' images' if not handles else ''}{draws}"] = line
     upper.set_ylim(0, 104)
     upper.set_ylabel("occurrence in %", fontsize=9)
-    title = f"Mean frequency of the most frequent {result.share:.0%} of channels on {result.samples} images' routes"
+    title = f"Mean frequency of the most frequent {result.width:.0%} of channels on {result.samples} images' routes"
     upper.set_title(title, fontsize=9)
     classes: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": "--"}
     overlaps = [(OVERLAP, of, beside, beside, look(str(beside))) for of, beside in result.names(OVERLAP)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -137,7 +137,7 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str
         for name, attack in named.items():
             moved, _ = attacked(model, attack, images, labels)
             measured[SENSITIVITY, name] = changes(model, images, moved, linear=True)
-        return {key: RunningMean.of(_of_layers(each, names)) for key, each in measured.items()}
+        return {key: RunningMean.of(each.on(rankings[0].channels)) for key, each in measured.items()}
 
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, compared.data, compared.batch_size)
@@ -157,13 +157,6 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str
                     label = {"quantity": quantity, "attack": under, "criterion": criterion, "draw": draw}
                     rows.append({"layer": layer, **label, **_distribution(numbers)})
     return Sensitivity(table=Table.of(rows), share=share, samples=samples)
-
-
-def _of_layers(measured: ChannelMeans, layers: Sequence[str]) -> ChannelMeans:
-    for layer in layers:
-        if layer not in measured.values:
-            raise UserError(f"layer {layer!r} of the route did not run: use the model that the route was made for")
-    return ChannelMeans({layer: measured.values[layer] for layer in layers}, measured.log_factor)
 
 
 def _distribution(numbers: Tensor) -> Record:

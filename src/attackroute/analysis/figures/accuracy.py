@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,36 +29,40 @@ if TYPE_CHECKING:
 _PLACES = {
     "output": "at the layer's output, before batch norm",
     "activation": "after the layer's activation",
-    "weights": "Kernel slices between chosen channels",
+    "weights": "kernel slices between them multiplied by a factor",
 }
 
 
-def shares_figure(table: InterventionTable, attack: str | None) -> Figure:
-    """One panel for each group of layers: accuracy over the share of channels."""
-    groups: dict[tuple[str, ...], list[float]] = {}
+def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure:
+    """One panel for each group of layers: accuracy over the share of channels, or over the factor on connections."""
+    weakened = table.main_beta is not None
+    groups: dict[tuple[str, ...], list[tuple[float, Setting]]] = {}
     for setting in table.settings:
         if setting.attack == attack:
-            groups.setdefault(setting.layers, []).append(setting.share)
-    swept = {layers: sorted(levels) for layers, levels in groups.items() if len(levels) > 1}
-    swept = swept or {layers: levels for layers, levels in groups.items() if len(layers) == 1}
+            at = 100 * setting.share if setting.beta is None else setting.beta
+            groups.setdefault(setting.layers, []).append((at, setting))
+    swept = {layers: sorted(cases, key=itemgetter(0)) for layers, cases in groups.items() if len(cases) > 1}
+    swept = swept or {layers: cases for layers, cases in groups.items() if len(layers) == 1}
     rows, columns = grid_of(len(swept), 5)
-    figure = new_figure(1.45 * columns + 0.6, 1.4 * rows + 1.3)
+    figure = new_figure(max(4.5, 1.45 * columns + 0.6), 2.6 * rows + 1.4 if rows == 1 else 1.4 * rows + 1.3)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     untouched = table.untouched(attack).value
     handles: dict[str, Any] = {}
-    for axes, (layers, levels) in zip(panels, swept.items(), strict=False):
-        cases = [(100 * level, Setting(layers, level, attack)) for level in levels]
-        handles = _curves(axes, table, cases, untouched) | handles
+    for axes, (layers, cases) in zip(panels, swept.items(), strict=False):
+        handles = _curves(axes, table, cases, None if weakened else untouched) | handles
         axes.axhline(100 * untouched, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(table.group_name(layers), fontsize=8, pad=3)
         tidy(axes)
+    if weakened:
+        panels[0].invert_xaxis()
     for axes in panels[len(swept) :]:
         axes.set_visible(False)
     for axes in panels[max(0, len(swept) - columns) : len(swept)]:
         axes.tick_params(labelbottom=True)
-        axes.set_xlabel("share in %", fontsize=8)
+        axes.set_xlabel(r"factor $\beta$" if weakened else "share in %", fontsize=8)
     figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
     title = f"A share of the channels transplanted, {attack}" if attack else "A share of the channels set to zero"
+    title = f"{table.main_share:.0%} of the channels" if weakened else title
     dotted = "attacked, nothing transplanted" if attack else "untouched network"
     figure.suptitle(f"{title}\n{_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
     shared_legend(figure, handles, min(3, len(handles)))
@@ -82,23 +87,6 @@ def layers_figure(table: InterventionTable) -> Figure:
     figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
     title = f"{table.main_share:.0%} of the channels transplanted, {_PLACES[table.at]}"
     figure.suptitle(f"{title}\ndotted: attacked, nothing transplanted", fontsize=9.5)
-    shared_legend(figure, handles, 3)
-    return figure
-
-
-def factors_figure(table: InterventionTable) -> Figure:
-    """Accuracy over the factor, which falls to the right."""
-    settings = table.settings
-    figure = new_figure(5.2, 4.0)
-    axes = figure.subplots()
-    handles = _curves(axes, table, [(setting.beta or 0.0, setting) for setting in settings])
-    axes.axhline(100 * table.untouched().value, color="black", linewidth=0.8, linestyle=":")
-    axes.invert_xaxis()
-    axes.set_xlabel(r"factor $\beta$ on the connections", fontsize=9)
-    tidy(axes)
-    axes.set_ylabel(_accuracy_title(table), fontsize=9)
-    title = f"{table.main_share:.0%} of the channels, {len(settings[0].layers)} layers together; dotted: untouched"
-    figure.suptitle(f"{_PLACES[table.at]} multiplied by a factor\n{title}", fontsize=9)
     shared_legend(figure, handles, 3)
     return figure
 
@@ -194,4 +182,4 @@ def _draws(table: InterventionTable, criterion: str) -> int:
 
 
 def _accuracy_title(table: InterventionTable) -> str:
-    return f"accuracy in %\n({table.counts.counted} images right when clean)"
+    return f"accuracy in %\n({table.counted} images right when clean)"

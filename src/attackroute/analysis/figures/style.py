@@ -65,14 +65,12 @@ def tidy(axes: Axes, grid: str = "y") -> None:
     axes.tick_params(which="both", labelsize=7.5)
 
 
-def draw_spread(
-    axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], criterion: str, alpha: float = 0.25
-) -> Any:
+def draw_spread(axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], criterion: str) -> Any:
     """A line of the means at several places, above the range of the values there; gives the line."""
     style = look(criterion)
     if any(len(each) > 1 for each in values):
         low, high = [min(each) for each in values], [max(each) for each in values]
-        axes.fill_between(places, low, high, color=style["color"], alpha=alpha, linewidth=0)
+        axes.fill_between(places, low, high, color=style["color"], alpha=0.25, linewidth=0)
     (line,) = axes.plot(places, [sum(each) / len(each) for each in values], **style)
     return line
 
