@@ -150,6 +150,17 @@ def test_repr_is_a_short_table() -> None:
     assert aggregated == "Route(4 layers, 11 of 33 channels, influence, width 0.3, 12 samples)"
 
 
+def test_a_route_is_a_frame_of_channels() -> None:
+    pytest.importorskip("pandas")
+    frame = Route({"a": [1]}, {"a": 2}, {"a": torch.tensor([0.25, 1.0])}).to_frame()
+    assert frame.to_dict("list") == {
+        "layer": ["a"] * 2,
+        "channel": [0, 1],
+        "on_route": [False, True],
+        "frequency": [0.25, 1],
+    }
+
+
 # -- equality ----------------------------------------------------------------------------------------------------------
 
 
