@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attackroute.cli.console import Output
-from attackroute.cli.options import open_folder, resolve_device
+from attackroute.cli.options import resolve_device
+from attackroute.core.files import made_folder
 from attackroute.hardening.settings import PENALTIES, STABILISATION
 from attackroute.paper.hardening_tables import STUDY
 from attackroute.tracing.config import CARRIERS
@@ -143,7 +144,7 @@ def carry_out(arguments: Sequence[str] | None) -> None:
     tests = given.get("test_samples", preset.test_samples)
     train = load_data(options.data, split="train", image_size=options.image_size, samples=options.train_samples)
     test = load_data(options.data, split="test", image_size=options.image_size, samples=tests)
-    folder = open_folder(options.out)
+    folder = made_folder(options.out)
     with output.progress("networks") as progress:
         study = study_networks(
             plan, given.get("model", preset.model), given.get("width", preset.width), options.data, train, test, folder,

@@ -7,8 +7,9 @@ from itertools import combinations
 from pathlib import Path
 
 from attackroute.cli.console import Output
-from attackroute.cli.options import open_folder, resolve_device
+from attackroute.cli.options import resolve_device
 from attackroute.core.errors import UserError
+from attackroute.core.files import made_folder
 from attackroute.core.model_state import weights_digest
 from attackroute.robustness.registry import parse_attack
 from attackroute.zoo.data import load_data
@@ -111,7 +112,7 @@ def repair(arguments: Sequence[str] | None) -> None:
     for name, other in combinations(models, 2):
         if digests[name] == digests[other]:
             raise UserError(f"{name} and {other} are the same network: give each once")
-    folder = open_folder(options.out)
+    folder = made_folder(options.out)
     # without the option, the networks' own size counts, which goes with their weights
     origin = {"weights": digests, "data": options.data, "split": images.split, "image_size": options.image_size}
     with output.progress("steps") as progress:

@@ -321,7 +321,7 @@ def opened(data: Any, batch_size: int) -> Data:
 def as_dataset(data: Any) -> Dataset[Any]:
     """The data set behind what a user has to train on, which must be in reach sample by sample."""
     if isinstance(data := opened(data, 1), DataLoader):
-        return cast("Dataset[Any]", data.dataset)
+        return data.dataset
     if _is_pair(data):
         images, labels = cast("tuple[Tensor, Tensor]", data)
         if len(images) != len(labels):

@@ -23,7 +23,8 @@ def images_and_labels(batch: Any) -> tuple[Any, Any]:
     else:
         items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         images, labels = (*items, None, None)[:2]
-    return tuple(torch.as_tensor(item) if isinstance(item, np.ndarray) else item for item in (images, labels))
+    images, labels = (torch.as_tensor(item) if isinstance(item, np.ndarray) else item for item in (images, labels))
+    return images, labels
 
 
 def checked_batch(batch: Any, what: str) -> tuple[Tensor, Tensor]:

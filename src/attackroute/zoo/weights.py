@@ -80,7 +80,9 @@ class ModelCard:
                 raise UserError(f"a network has no {unknown[0]!r}; train again")
             if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
                 raise UserError("'classes' must be a list of names")
-            spec = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items()}
+            spec: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in model.items()
+            }
             return cls(ModelSpec(**spec), tuple(classes))
 
 
