@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Subset
 
 from attackroute.core.batches import count_samples, in_order, load
 from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.files import regular_file
 from attackroute.core.random import derived_generator, drawn_indices
 
 Split = Literal["train", "test"]
@@ -400,7 +401,7 @@ def _readable(samples: Sequence[Sample], request: _Request) -> tuple[list[Sample
 def _read_image(path: str | Path) -> Image.Image:
     """A file decoded as RGB; more than 8 bits a channel are refused, since they would be cut off."""
     try:
-        with Image.open(path) as image:
+        with Image.open(regular_file(path)) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"{image.mode} pixels of more than 8 bits")
             return image.convert("RGB")
