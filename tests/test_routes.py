@@ -215,13 +215,6 @@ def test_overlap_and_jaccard_against_sets(pair: tuple[Route, Route]) -> None:
         assert left.jaccard(left)[layer] == left.overlap(left)[layer] == 1
 
 
-def test_hand_worked_overlap() -> None:
-    other = Route({"conv1": [2, 3], "conv2": [1, 3, 5], "fc": [1]}, ROUTE.channels)
-    assert ROUTE.overlap(other) == {"conv1": 1 / 2, "conv2": 1.0, "fc": 1.0}
-    assert other.overlap(ROUTE) == {"conv1": 1 / 2, "conv2": 1 / 3, "fc": 0.0}
-    assert ROUTE.jaccard(other) == {"conv1": 1 / 3, "conv2": 1 / 3, "fc": 0.0}
-
-
 @pytest.mark.parametrize("operation", ["__or__", "__and__", "__sub__", "overlap", "jaccard"])
 @pytest.mark.parametrize(
     ("channels", "message"),

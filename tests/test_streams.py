@@ -117,14 +117,10 @@ def test_a_list_of_two_batches_of_images_is_no_pair() -> None:
     assert labels is None
 
 
-def test_tensors_are_cut_into_batches() -> None:
-    assert [len(images) for images, _ in read((IMAGES, LABELS), size=3)] == [3, 3, 1]
-    assert [len(images) for images, _ in read(IMAGES, size=100)] == [7]
-
-
-def test_a_loader_brings_its_own_batches() -> None:
+def test_tensors_are_cut_into_batches_and_a_loader_brings_its_own() -> None:
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
-    assert [len(images) for images, _ in read(loader, size=1)] == [4, 3]
+    for data, size, expected in (((IMAGES, LABELS), 3, [3, 3, 1]), (IMAGES, 100, [7]), (loader, 1, [4, 3])):
+        assert [len(images) for images, _ in read(data, size=size)] == expected
 
 
 def test_empty_batches_are_passed_over() -> None:

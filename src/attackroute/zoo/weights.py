@@ -258,8 +258,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _read(path: Path) -> object:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")  # remarks on odd pickles; what is wrong with one is said below
+        with torch.serialization.safe_globals(_HARMLESS):
             return read_weights(path)
     except pickle.UnpicklingError as error:
         kinds = re.findall(r"GLOBAL ([\w.]+)", str(error))
