@@ -40,7 +40,6 @@ def test_public_names() -> None:
     assert routes.masks["features.0"].dtype == torch.bool
     assert routes.scores["features.0"].shape == (12, 5)
     assert routes.methods[("features.0", "features.3")] == "closed-form"
-    assert routes.edges[0] == ("features.0", "features.3")
     assert isinstance(routes.aggregate(width=0.3), Route)
     assert list(routes.masks) == list(routes.layers)
     assert "features.0" in routes.masks

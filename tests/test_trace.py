@@ -259,7 +259,7 @@ def test_a_layer_without_scores_is_named_and_marked(tmp_path: Path) -> None:
         routes = trace_routes(model, (images, labels))
     expected = [[False] * 3, [False, True, False], [False, True, False]]
     assert routes.unranked is not None and routes.unranked.tolist() == expected
-    assert "1 layer without scores" in repr(routes)
+    assert routes.unranked_layers == ("2",) and "1 layer without scores" in repr(routes)
     assert routes.select([0, 1]).totals["unranked"].tolist() == [0, 1, 0]
     notes: list[str] = []
     stored = trace_routes(model, (images, labels), batch_size=1, folder=tmp_path, note=notes.append)

@@ -6,7 +6,7 @@ import os
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import compress, product
 from typing import Any
 
 import torch
@@ -183,9 +183,9 @@ class InstanceRoutes(SampleRoutes):
         )
 
     @property
-    def edges(self) -> tuple[Edge, ...]:
-        """Adjacent layers, as (source, target)."""
-        return tuple(self.methods)
+    def unranked_layers(self) -> tuple[str, ...]:
+        """Layers in which some sample has no score but zero."""
+        return () if self.unranked is None else tuple(compress(self.layers, self.unranked.any(0).tolist()))
 
     @property
     def masks(self) -> PackedMasks:
@@ -219,7 +219,7 @@ class InstanceRoutes(SampleRoutes):
         sizes = [plural(len(self), "sample"), plural(len(self.channels), "layer")]
         title = ", ".join([*sizes, plural(sum(self.channels.values()), "channel"), f"width {self.width:g}"])
         title += "" if self.sketched is None else f", {self.provenance.criterion}"
-        title += "" if self.unranked is None else f", {plural(int(self.unranked.any(0).sum()), 'layer')} without scores"
+        title += f", {plural(len(unranked), 'layer')} without scores" if (unranked := self.unranked_layers) else ""
         targets: dict[str, list[str]] = {layer: [] for layer in self.channels}
         for (source, target), method in self.methods.items():
             targets[source].append(f"{target} ({method})")
