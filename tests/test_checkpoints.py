@@ -157,13 +157,11 @@ def test_a_kill_at_any_operation_leaves_one_whole_checkpoint(
 
 
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
     started(tmp_path)
     (tmp_path / ".0123456789abcdef.tmp").write_text("half a file")
     (tmp_path / ".notes.tmp").write_text("mine")
-    assert same(reopened(tmp_path), 2)
+    reopened(tmp_path)
     assert [path.name for path in tmp_path.glob(".*")] == [".notes.tmp"]
-    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
@@ -252,3 +250,17 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path, name: str
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=r"--resume.*another folder"):
         open_run(tmp_path, resume=False)
+
+
+def test_a_folder_with_other_files_is_used_and_they_stay(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    started(tmp_path)
+    assert same(reopened(tmp_path), 2)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="another folder"):
+            open_run(path, resume=False)

@@ -23,7 +23,6 @@ from torch.utils.data import Dataset, Subset
 
 from attackroute.core.batches import count_samples, in_order, load
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import regular_file
 from attackroute.core.random import derived_generator, drawn_indices
 
 Split = Literal["train", "test"]
@@ -400,6 +399,8 @@ def _readable(samples: Sequence[Sample], request: _Request) -> tuple[list[Sample
 
 def _read_image(path: str | Path) -> Image.Image:
     """A file decoded as RGB; more than 8 bits a channel are refused, since they would be cut off."""
+    from attackroute.core.files import regular_file
+
     try:
         with Image.open(regular_file(path)) as image:
             if image.mode[0] in "IF":
