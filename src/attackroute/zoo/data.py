@@ -402,7 +402,8 @@ def _read_image(path: str | Path) -> Image.Image:
     from attackroute.core.files import regular_file
 
     try:
-        with Image.open(regular_file(path)) as image:
+        regular_file(path)
+        with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"{image.mode} pixels of more than 8 bits")
             return image.convert("RGB")
