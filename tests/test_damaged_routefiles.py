@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def test_missing_files_and_folders(saved: tuple[Any, Any, Path], tmp_path: Path)
     refused(kind, tmp_path / "nothing", "No such file")
     refused(kind, tmp_path, "cannot be read")
     refused(kind, path / "below", "cannot be read")
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", "/dev/zero"):
+        refused(kind, endless, "it is a pipe or a device, not a file")
 
 
 def test_truncation_at_any_length(saved: tuple[Any, Any, Path]) -> None:

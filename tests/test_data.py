@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import struct
@@ -238,7 +239,7 @@ class TestUnreadable:
         content = (tmp_path / "a" / "2.png").read_bytes()
         (tmp_path / "a" / "2.png").write_bytes(content[: len(content) // 2])
         (tmp_path / "a" / "3.png").write_bytes(b"")
-        (tmp_path / "a" / "5.jpg").write_text("not an image")
+        os.mkfifo(tmp_path / "a" / "5.jpg")
         Image.fromarray(RANDOM.integers(0, 2**16, (32, 32), dtype=np.uint16)).save(tmp_path / "a" / "6.png")
         return tmp_path
 

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from architectures import Head, dynamic, randomised
 from attackroute.core.errors import UserError
+from attackroute.core.model_state import weights_digest
+from attackroute.routes.layer_map import require_model
 from attackroute.tracing.trace import trace_routes
 from hard_models import HARD, HARD_LINEAR, two, using
 from tracing import check, ready, same_routes, small, worst
@@ -249,17 +251,21 @@ def test_compiled_networks_are_traced_as_eager_ones(part: str) -> None:
         model.run = torch.compile(model.run, backend="eager")
     found = trace_routes(model, (images, labels), keep_scores=True)
     for ours, theirs in zip(found.layers, expected.layers, strict=True):
-        assert ours.removeprefix("_orig_mod.") == theirs
+        assert ours == theirs
         assert torch.equal(found.scores[ours], expected.scores[theirs])
+    found.aggregate().check(expected.channels)
+    require_model(found.channels, model)
+    assert weights_digest(model) == weights_digest(getattr(model, "_orig_mod", model))
 
 
 def test_fx_and_data_parallel_wrappers() -> None:
     model, images, labels = ready(small)
     expected = trace_routes(model, (images, labels), keep_scores=True)
-    for wrapped, prefix in ((torch.fx.symbolic_trace(model), ""), (nn.DataParallel(model), "module.")):
+    for wrapped in (torch.fx.symbolic_trace(model), nn.DataParallel(model)):
         found = trace_routes(wrapped, (images, labels), keep_scores=True)
-        assert found.layers == tuple(prefix + layer for layer in expected.layers)
-        assert all(torch.equal(found.scores[prefix + layer], expected.scores[layer]) for layer in expected.layers)
+        assert found == expected
+        assert all(torch.equal(found.scores[layer], expected.scores[layer]) for layer in expected.layers)
+        require_model(expected.channels, wrapped)
 
 
 # Modes inside the model

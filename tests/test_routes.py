@@ -150,6 +150,17 @@ def test_repr_is_a_short_table() -> None:
     assert aggregated == "Route(4 layers, 11 of 33 channels, influence, width 0.3, 12 samples)"
 
 
+def test_a_route_is_a_frame_of_channels() -> None:
+    pytest.importorskip("pandas")
+    frame = Route({"a": [1]}, {"a": 2}, {"a": torch.tensor([0.25, 1.0])}).to_frame()
+    assert frame.to_dict("list") == {
+        "layer": ["a"] * 2,
+        "channel": [0, 1],
+        "on_route": [False, True],
+        "frequency": [0.25, 1],
+    }
+
+
 # -- equality ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,13 +213,6 @@ def test_overlap_and_jaccard_against_sets(pair: tuple[Route, Route]) -> None:
         assert left.jaccard(right)[layer] == (len(ours & theirs) / len(ours | theirs) if ours | theirs else 1)
         assert left.jaccard(right)[layer] == right.jaccard(left)[layer]
         assert left.jaccard(left)[layer] == left.overlap(left)[layer] == 1
-
-
-def test_hand_worked_overlap() -> None:
-    other = Route({"conv1": [2, 3], "conv2": [1, 3, 5], "fc": [1]}, ROUTE.channels)
-    assert ROUTE.overlap(other) == {"conv1": 1 / 2, "conv2": 1.0, "fc": 1.0}
-    assert other.overlap(ROUTE) == {"conv1": 1 / 2, "conv2": 1 / 3, "fc": 0.0}
-    assert ROUTE.jaccard(other) == {"conv1": 1 / 3, "conv2": 1 / 3, "fc": 0.0}
 
 
 @pytest.mark.parametrize("operation", ["__or__", "__and__", "__sub__", "overlap", "jaccard"])

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from attackroute.core.batches import BatchStream, batches, samples_in
+from attackroute.core.batches import BatchStream, as_dataset, batches, samples_in
 from attackroute.core.errors import UserError
 from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.data import ImageData
 from tracing import ready, small, worst
 
 MODEL = nn.Conv2d(3, 4, 3)
@@ -45,6 +46,12 @@ SOURCES: dict[str, Any] = {
     "list of batches": lambda: [(IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])],
     "batches of three": lambda: [(IMAGES, LABELS, torch.rand(7)), [IMAGES[:0], LABELS[:0], torch.rand(0)]],
     "labels of another type": lambda: (IMAGES, LABELS.to(torch.uint8)),
+    "data set": lambda: TensorDataset(IMAGES, LABELS),
+    "part of a data set": lambda: Subset(TensorDataset(IMAGES.repeat(2, 1, 1, 1), LABELS.repeat(2)), range(7)),
+    "images with names": lambda: ImageData(TensorDataset(IMAGES, LABELS), tuple("abcdefg"), (3, 5, 5), "own", "test"),
+    "arrays": lambda: (IMAGES.numpy(), LABELS.numpy()),
+    "batches of arrays": lambda: [(IMAGES.numpy(), LABELS.numpy())],
+    "mappings": lambda: [{"pixel_values": IMAGES, "labels": LABELS}, {"x": IMAGES[:0], "y": LABELS[:0]}],
 }
 
 
@@ -54,6 +61,13 @@ def test_every_source_gives_every_sample_once(name: str) -> None:
     assert torch.equal(images, IMAGES)
     assert labels is not None
     assert torch.equal(labels, LABELS)
+    assert samples_in(SOURCES[name]()) in (7, None)
+
+
+@pytest.mark.parametrize("name", ["loader", "pair", "data set", "part of a data set", "images with names", "arrays"])
+def test_training_takes_what_everything_else_takes(name: str) -> None:
+    data = as_dataset(SOURCES[name]())
+    assert torch.equal(torch.stack([image for image, _ in data]), IMAGES)  # type: ignore[attr-defined]
 
 
 class Numbered:
@@ -103,14 +117,10 @@ def test_a_list_of_two_batches_of_images_is_no_pair() -> None:
     assert labels is None
 
 
-def test_tensors_are_cut_into_batches() -> None:
-    assert [len(images) for images, _ in read((IMAGES, LABELS), size=3)] == [3, 3, 1]
-    assert [len(images) for images, _ in read(IMAGES, size=100)] == [7]
-
-
-def test_a_loader_brings_its_own_batches() -> None:
+def test_tensors_are_cut_into_batches_and_a_loader_brings_its_own() -> None:
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
-    assert [len(images) for images, _ in read(loader, size=1)] == [4, 3]
+    for data, size, expected in (((IMAGES, LABELS), 3, [3, 3, 1]), (IMAGES, 100, [7]), (loader, 1, [4, 3])):
+        assert [len(images) for images, _ in read(data, size=size)] == expected
 
 
 def test_empty_batches_are_passed_over() -> None:
@@ -202,14 +212,12 @@ def test_batches_of_several_sizes() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (5, r"data is int: pass a DataLoader, or tensors"),
+        (5, r"data is int: pass a data set of known length, a DataLoader, or tensors"),
         (None, r"data is NoneType"),
-        (TensorDataset(IMAGES, LABELS), r"data is TensorDataset: pass a DataLoader"),
         (["abc"], r"batch 0 holds str where tensors were expected"),
-        ([{"image": IMAGES}], r"batch 0 holds dict"),
+        ([{"picture": IMAGES}], r"batch 0 holds NoneType .* a mapping with 'image' and 'label' \(it has picture\)"),
         ([IMAGES, LABELS, "x"], r"batch 1 has shape \(7,\)"),
         ([()], r"batch 0 holds NoneType"),
-        ((IMAGES.numpy(), LABELS.numpy()), r"batch 0 holds ndarray"),
         ([(IMAGES, LABELS.tolist())], r"batch 0 holds list"),
         ((IMAGES, LABELS[:5]), r"batch 0 has 7 images but labels of shape \(5,\)"),
         ([(IMAGES, LABELS), (IMAGES, LABELS[:1])], r"batch 1 has 7 images but labels of shape \(1,\)"),

@@ -34,6 +34,12 @@ def test_a_table_selects_lists_and_averages_by_column() -> None:
     assert TABLE.one(criterion="random")["draw"] == 1
 
 
+def test_a_table_reads_well_in_a_notebook() -> None:
+    assert repr(TABLE) == "<Table of 3 rows: criterion, layer, accuracy, draw>"
+    html = Table.of([{"a<": "x&", "b": 0.25}])._repr_html_()
+    assert html == "<table><tr><th>a&lt;</th><th>b</th></tr><tr><td>x&amp;</td><td>0.25</td></tr></table>"
+
+
 @pytest.mark.parametrize(
     ("ask", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, tokens
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.tracing import oracle, windows
@@ -135,9 +137,11 @@ def test_a_chain_by_hand() -> None:
 def test_ties_go_to_the_lower_index() -> None:
     model, images, labels = ready(small)
     with torch.no_grad():
-        for layer in (model[0], model[2], model[6]):  # every channel is the same
+        for layer in (model[0], model[2]):  # every channel is the same
             layer.weight.copy_(layer.weight[:1, :1].expand_as(layer.weight).clone())
             layer.bias.zero_()
+        head = model[6].weight.unflatten(1, (model[2].out_channels, -1))
+        head.copy_(head[:, :1].expand_as(head).clone())
     for found in (trace_routes(model, (images, labels), 0.5), oracle.trace(model, images, labels, width=0.5)):
         for layer in found.layers:
             assert found.masks[layer].tolist() == [[True, True, False, False]] * 3
@@ -241,3 +245,27 @@ def test_the_oracle_and_the_tracer_can_disagree() -> None:
         model[3].weight *= 1 + 1e-6
     found = trace_routes(model, (images, labels), keep_scores=True)
     assert deviation(found.scores["0"], expected.scores["0"]) > 1e-7
+
+
+def test_a_layer_without_scores_is_named_and_marked(tmp_path: Path) -> None:
+    """A layer whose activations are dead for two of three samples: there is nothing to rank."""
+    middle, head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), middle, nn.ReLU(), head, nn.AvgPool2d(2), nn.Flatten())
+    for parameter in (model[0].weight, middle.weight):
+        nn.init.ones_(parameter)  # type: ignore[arg-type]
+    nn.init.constant_(middle.bias, -10.0)  # type: ignore[arg-type]
+    images, labels = torch.tensor([9.0, 0.5, 1.0])[:, None, None, None].expand(3, 1, 2, 2), torch.arange(3)
+    with pytest.warns(UserWarning, match=r"scores of layer '2' are zero for 2 of 3 samples.*first channels by index"):
+        routes = trace_routes(model, (images, labels))
+    expected = [[False] * 3, [False, True, False], [False, True, False]]
+    assert routes.unranked is not None and routes.unranked.tolist() == expected
+    assert routes.unranked_layers == ("2",) and "1 layer without scores" in repr(routes)
+    assert routes.select([0, 1]).totals["unranked"].tolist() == [0, 1, 0]
+    notes: list[str] = []
+    stored = trace_routes(model, (images, labels), batch_size=1, folder=tmp_path, note=notes.append)
+    assert any("layer '2'" in note for note in notes)
+    assert stored.totals["unranked"].tolist() == [0, 2, 0]
+    layers = Document.load(tmp_path / "summary.json").about["layers"]
+    assert [layer.get("unranked") for layer in layers] == [None, 2, None]
+    with pytest.raises(UserError, match=r"all scores of the last layers \(4\) are zero"):
+        trace_routes(model, (images, labels), loss=lambda z, _: z.sum(1) * 0)

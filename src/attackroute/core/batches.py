@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, islice
 from operator import itemgetter
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
 
+from attackroute.core.checks import images_and_labels
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import placement
 from attackroute.core.random import derived_generator
 
 T = TypeVar("T")
-Data = Iterable[Any] | Tensor | tuple[Tensor, Tensor]
-"""A DataLoader or other iterable of ``(images, labels)`` or images; or one such pair or batch of tensors."""
+Data = Iterable[Any] | Dataset[Any] | Tensor | tuple[Tensor, Tensor]
+"""What users have: a data set, such as :func:`attackroute.load_data` gives; a DataLoader or other iterable of batches;
+or one batch. Batches are images, ``(images, labels)`` and anything after them, or mappings that name the two."""
 
 Batch = tuple[Tensor, Tensor | None]
 """Images and their labels, None where there are none; on the model's device, the images in its dtype."""
@@ -122,6 +125,7 @@ class BatchStream:
     """
 
     def __init__(self, model: nn.Module, data: Data, batch_size: int, numbers: Sequence[int] | None = None) -> None:
+        data = opened(data, batch_size)
         self._model, self._data, self._batch_size, self._numbers = model, data, batch_size, numbers
         self._team = current()
         self.number, self.total = 0, samples_in(data)
@@ -206,7 +210,7 @@ class BatchStream:
 
 def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[Batch]:
     """Images and labels, batch by batch, checked, on the frozen model's device and in its dtype."""
-    for number, batch in enumerate(_raw(data, batch_size)):
+    for number, batch in enumerate(_raw(opened(data, batch_size), batch_size)):
         ready = _prepared(model, number, batch)
         if ready is not None:
             yield ready
@@ -214,6 +218,7 @@ def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[Batch]:
 
 def samples_in(data: Data) -> int | None:
     """How many samples ``data`` holds, where that is known without reading it."""
+    data = opened(data, 1)
     if isinstance(data, Tensor):
         return data.shape[0] if data.ndim else None
     if _is_pair(data):
@@ -227,6 +232,7 @@ def samples_in(data: Data) -> int | None:
 
 def batches_in_order(data: Data, batch_size: int) -> tuple[int, int]:
     """How many samples the data hold, and how many are in a batch; a `UserError` if their order or these may change."""
+    data = opened(data, batch_size)
     samples = samples_in(data)
     if _is_shuffled(_sampled(data)):
         raise UserError("the loader shuffles the data, or draws from them: results in a folder need a fixed order")
@@ -298,6 +304,33 @@ def _reader(loader: DataLoader[Any], batches: list[Any], workers: int) -> Iterat
     return iter(DataLoader(loader.dataset, batch_sampler=batches, num_workers=workers, **options))
 
 
+def opened(data: Any, batch_size: int) -> Data:
+    """What users have as tensors or an iterable of batches: a data set gets a loader, arrays become tensors."""
+    if isinstance(data, np.ndarray):
+        return torch.from_numpy(data)
+    if isinstance(data, tuple) and len(data) == 2 and any(isinstance(item, np.ndarray) for item in data):
+        return torch.as_tensor(data[0]), torch.as_tensor(data[1])
+    if not isinstance(data, Iterable):
+        if not isinstance(data, Dataset):
+            data = getattr(data, "dataset", data)  # images with their classes' names
+        if isinstance(data, Dataset) and isinstance(data, Sized):
+            # a generator of its own, since loaders draw from the global one even where nothing is shuffled
+            return DataLoader(data, max(1, batch_size), generator=torch.Generator())
+    return cast("Data", data)
+
+
+def as_dataset(data: Any) -> Dataset[Any]:
+    """The data set behind what a user has to train on, which must be in reach sample by sample."""
+    if isinstance(data := opened(data, 1), DataLoader):
+        return data.dataset
+    if _is_pair(data):
+        images, labels = cast("tuple[Tensor, Tensor]", data)
+        if len(images) != len(labels):
+            raise UserError(f"there are {len(images)} images but {len(labels)} labels; give one for each")
+        return TensorDataset(images, labels)
+    raise UserError(f"data to train on is {type(data).__name__}; give a data set, a DataLoader or (images, labels)")
+
+
 def _is_pair(data: object) -> bool:
     if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(tensor, Tensor) for tensor in data)):
         return False
@@ -317,17 +350,22 @@ def _raw(data: Data, batch_size: int) -> Iterable[Any]:
         _check_counts(images, labels, 0)
         return zip(images.split(batch_size), labels.split(batch_size), strict=True)
     if not isinstance(data, Iterable):
-        raise UserError(f"data is {type(data).__name__}: pass a DataLoader, or tensors (images, labels)")
+        raise UserError(
+            f"data is {type(data).__name__}: pass a data set of known length, a DataLoader, or tensors (images, labels)"
+        )
     return data
 
 
 def _split(batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
     """The images and labels of a batch, whatever else is in it."""
-    items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    images, labels = (*items, None, None)[:2]
+    images, labels = images_and_labels(batch)
     if not isinstance(images, Tensor) or not (labels is None or isinstance(labels, Tensor)):
         kind = type(images if not isinstance(images, Tensor) else labels).__name__
-        raise UserError(f"batch {number} holds {kind} where tensors were expected: (images, labels) or images")
+        named = f" (it has {', '.join(map(str, batch))})" if isinstance(batch, Mapping) else ""
+        raise UserError(
+            f"batch {number} holds {kind} where tensors were expected: (images, labels), images, or a mapping with "
+            f"'image' and 'label'{named}"
+        )
     _check_images(images, number)
     if labels is not None:
         _check_counts(images, labels, number)

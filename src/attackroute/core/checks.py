@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
 
+_NAMES = (("image", "images", "pixel_values", "x", "input", "inputs"), ("label", "labels", "target", "targets", "y"))
+"""What mappings call images and labels."""
 _TOLERANCE = 1e-4  # of a value in [0, 1]
+
+
+def images_and_labels(batch: Any) -> tuple[Any, Any]:
+    """The first two things in a batch, or those that a mapping names so; None for what is not there."""
+    if isinstance(batch, Mapping):
+        images, labels = (next((batch[name] for name in names if name in batch), None) for names in _NAMES)
+    else:
+        items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        images, labels = (*items, None, None)[:2]
+    images, labels = (torch.as_tensor(item) if isinstance(item, np.ndarray) else item for item in (images, labels))
+    return images, labels
 
 
 def checked_batch(batch: Any, what: str) -> tuple[Tensor, Tensor]:
     """The images and labels of a batch, which must be floating (N, C, H, W) and integers (N,)."""
-    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)):
+    images, labels = images_and_labels(batch)
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
         raise UserError(f"the {what} must give pairs of an image tensor and an integer label")
-    images, labels = batch
     if images.ndim != 4 or not images.is_floating_point():
         raise UserError(
             f"the {what} gives images of shape {tuple(images.shape[1:])} and type {images.dtype}; "

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -111,7 +112,9 @@ def read_weights(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if (broken := archive.testzip()) is not None:
                 raise UserError(f"{broken} does not match its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on odd pickles; what is wrong with one is said in an error
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
-from attackroute.core.files import file_errors, printable, replace_file
+from attackroute.core.files import file_errors, printable, regular_file, replace_file
 
 MEASUREMENTS = "measurements.jsonl"
 
@@ -45,7 +45,7 @@ class Journal:
         if self._path is None or not self._path.exists():
             return
         with file_errors(self._path):
-            content = self._path.read_bytes()
+            content = regular_file(self._path).read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
         if lines:

@@ -2,13 +2,14 @@
 
 A route layer is a *call* of a 2-D convolution (or of a linear map, when asked), not a module: functional calls,
 lambdas and reused modules all count. A call bears the name of the innermost module whose forward is running, as in
-``model.named_modules()``; the k-th call under one name, k >= 2, is ``name#k``. Calls made by the root module itself
-are named ``model``.
+``model.named_modules()``, without what ``torch.compile`` and ``DataParallel`` put before it; the k-th call under one
+name, k >= 2, is ``name#k``. Calls made by the root module itself are named ``model``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ _OPENED = FunctionType(  # the same function, except that it does not hand itsel
 )
 _OPENED.__kwdefaults__ = _ATTENTION.__kwdefaults__
 
+_COMPILED, _PARALLEL = re.compile(r"\._orig_mod(?=\.|$)"), re.compile(r"^\.module(?=\.|$)")
 _LEVEL: ContextVar[int] = ContextVar("pass_level", default=0)
 _ATTENDED: ContextVar[int | None] = ContextVar("attended", default=None)
 """Size of the batch of the multi-head attention under way, where positions come first; shared by nested contexts."""
@@ -79,6 +81,15 @@ def two_of(images: Tensor) -> Tensor:
     Two even of one: in a batch of one a gate looks like a constant factor.
     """
     return torch.cat([images[:1], images[-1:]])
+
+
+def unwrapped(model: nn.Module, name: str) -> str:
+    """The name of a module, parameter or buffer without what ``torch.compile`` and ``DataParallel`` put before it."""
+    name = _COMPILED.sub("", f".{name}")
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        name = _PARALLEL.sub("", name)
+    return name[1:]
 
 
 @contextmanager
@@ -154,7 +165,7 @@ class LayerCalls(TorchFunctionMode):
 
     def __enter__(self) -> LayerCalls:
         # two global hooks, since two for every module would take longer to set than a small network to run
-        self._names = {module: name or "model" for name, module in self._model.named_modules()}
+        self._names = {module: unwrapped(self._model, name) or "model" for name, module in self._model.named_modules()}
         self._handles.append(register_module_forward_pre_hook(self._enter_module))
         self._handles.append(register_module_forward_hook(self._leave_module, always_call=True))
         self._eager = _without_compilation()

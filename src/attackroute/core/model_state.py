@@ -13,14 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from attackroute.core.errors import UserError
 from attackroute.core.files import update_digest
-from attackroute.core.layers import write_count
+from attackroute.core.layers import unwrapped, write_count
 
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of the model's parameters and buffers, those of its normalisation included."""
     digest = hashlib.sha256()
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        update_digest(digest, name, value)
+        update_digest(digest, unwrapped(model, name), value)
     return digest.hexdigest()
 
 

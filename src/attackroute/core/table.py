@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from attackroute.core.errors import UserError
@@ -52,6 +53,9 @@ class Table:
 
     def __getitem__(self, index: int) -> Record:
         return dict(zip(self.columns, self.rows[index], strict=True))
+
+    def __repr__(self) -> str:
+        return f"<Table of {plural(len(self), 'row')}: {', '.join(self.columns)}>"
 
     def __str__(self) -> str:
         return aligned(self.columns, [[_text(cell) for cell in row] for row in self.rows])
@@ -99,6 +103,12 @@ class Table:
         except ImportError:
             raise UserError("to_frame() needs pandas: pip install pandas, or take to_csv()") from None
         return pandas.DataFrame.from_records(list(self.rows), columns=list(self.columns))
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        lines = [f"<tr><th>{'</th><th>'.join(map(escape, self.columns))}</th></tr>"]
+        lines += [f"<tr><td>{'</td><td>'.join(escape(_text(cell)) for cell in row)}</td></tr>" for row in self.rows]
+        return f"<table>{''.join(lines)}</table>"
 
     def _index(self, name: str) -> int:
         try:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from attackroute.core.batches import count_samples, in_order, load
+from attackroute.core.batches import as_dataset, count_samples, in_order, load
 from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
@@ -412,19 +412,6 @@ class RouteObjective(Objective):
                 norms[STABILISATION] = norm(self._stabilisation(clean))
             task = norm(task_loss(model(images), targets))
         return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
-
-
-def as_dataset(data: Samples) -> Dataset[Any]:
-    """The data set behind what a user has."""
-    if isinstance(data, (ImageData, DataLoader)):
-        return data.dataset
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(values, Tensor) for values in data):
-        if len(data[0]) != len(data[1]):
-            raise UserError(f"there are {len(data[0])} images but {len(data[1])} labels; give one for each")
-        return TensorDataset(*data)
-    if isinstance(data, Dataset):
-        return data
-    raise UserError(f"data to train on is {type(data).__name__}; give a data set, a DataLoader or (images, labels)")
 
 
 def factor_of(name: str, lam: Factor) -> float:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from attackroute.core.batches import count_samples, count_steps, load, shuffled
+from attackroute.core.batches import Data, as_dataset, count_samples, count_steps, load, shuffled
 from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.distributed import current, take_from_first
 from attackroute.core.errors import UserError
@@ -74,8 +74,8 @@ class TrainResult:
 
 def train(
     model: nn.Module,
-    train_data: Dataset[Any],
-    test_data: Dataset[Any] | None = None,
+    train_data: Data,
+    test_data: Data | None = None,
     settings: TrainSettings = _DEFAULTS,
     *,
     attack: Attack | str | None = None,
@@ -97,7 +97,7 @@ def train(
     Args:
         model: Maps float images (N, C, H, W) in [0, 1] to logits (N, classes). It is trained where it is, in all
             parameters that require a gradient, and holds the last epoch's weights at the end.
-        train_data: Gives pairs of a float image (C, H, W) and an integer label.
+        train_data: Float images (C, H, W) with integer labels: a data set, that of a DataLoader, or two tensors.
         test_data: The same; tested after every epoch.
         settings: See :class:`TrainSettings`.
         attack: What to train against, as :func:`attackroute.parse_attack` reads it, or any callable
@@ -122,6 +122,7 @@ def train(
     if resume and folder is None:
         raise UserError("resume needs the folder of the run; give the folder too")
     path = None if folder is None else Path(folder)
+    train_data, test_data = as_dataset(train_data), None if test_data is None else as_dataset(test_data)
     run = _Run(model, train_data, test_data, settings=settings, objective=objective or Objective(attack), folder=path)
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))

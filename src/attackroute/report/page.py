@@ -110,6 +110,8 @@ class Content:
         if route is not None:
             numbers.append(("layers", len(route)))
             numbers.append(("channels on the model's route", f"{route.size} of {sum(route.channels.values())}"))
+        if measured.traced is not None and (unranked := measured.traced.unranked_layers):
+            numbers.append(("layers where all scores of some samples are zero", ", ".join(unranked)))
         if self.overlap is not None:
             what = "of clean and attacked route shared (Jaccard index, mean over layers)"
             numbers.append((what, percent(self.overlap)))

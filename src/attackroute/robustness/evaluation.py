@@ -19,7 +19,7 @@ EVALUATION = "evaluation"
 COLUMNS = ("model", "attack", "accuracy", "95 % interval", "samples", "seconds")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Accuracies of one or several models.
 
@@ -107,6 +107,12 @@ class Evaluation:
 
     def __str__(self) -> str:
         return f"{aligned(COLUMNS, self.cells(), words=2)}\n{self.reading()}"
+
+    __repr__ = __str__
+
+    def to_frame(self) -> Any:
+        """The table as a ``pandas.DataFrame``."""
+        return self.table.to_frame()
 
     def document(self) -> Document:
         """The result as ``evaluation.json`` and ``evaluation.csv`` hold it."""

@@ -61,7 +61,7 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
     occurrence = routes.occurrence(origin.width)
     accuracy = None if "correct" not in totals else int(totals["correct"]) / origin.samples
     layers: list[dict[str, Any]] = []
-    for layer, count in routes.channels.items():
+    for (layer, count), unranked in zip(routes.channels.items(), totals["unranked"].tolist(), strict=True):
         layers.append(
             {
                 "layer": layer,
@@ -71,6 +71,8 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
                 "incoming": {source: how for (source, target), how in routes.methods.items() if target == layer},
             }
         )
+        if unranked:  # so many samples have no score but zero, and the first channels for a route
+            layers[-1]["unranked"] = unranked
         if (sums := totals.get(f"sketches/{layer}")) is not None:  # how far the layer's routes can be trusted
             means = (sums / origin.samples).tolist()
             layers[-1] |= zip(("sketches", "expected_overlap", "undecided"), means, strict=True)

@@ -6,7 +6,7 @@ import os
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import compress, product
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from attackroute.routes.sketch_errors import SketchErrors
 Edge = tuple[str, str]
 
 _MASKS, _SCORES, _SKETCHED = "masks/", "scores/", "sketched/"
-_ANSWERS = ("labels", "predictions")
+_ANSWERS, _UNRANKED = ("labels", "predictions"), "unranked"
 
 
 class SampleRoutes(ABC):
@@ -43,8 +43,9 @@ class SampleRoutes(ABC):
         provenance: where the routes come from, with N as ``samples`` and the width of each sample's route.
         methods: for each edge (source layer, target layer), how its influence was computed.
         totals: sums over the samples, by name: ``usage/LAYER``, how many routes use each channel, int64 (C,);
-            ``correct``, how many predictions are the label, where there are labels; and for a layer with sketched edges
-            ``sketches/LAYER``, the draws, the expected overlap and the share of channels undecided, float64 (3,).
+            ``unranked``, how many have no score but zero, int64 (L,); ``correct``, how many predictions are the label,
+            where there are labels; and for a layer with sketched edges ``sketches/LAYER``, the draws, the expected
+            overlap and the share of channels undecided, float64 (3,).
     """
 
     channels: Mapping[str, int]
@@ -107,6 +108,8 @@ class InstanceRoutes(SampleRoutes):
         methods: for each edge (source layer, target layer), how its influence was computed.
         kept_scores: for each layer the scores that were ranked, float (N, C); None when they were not kept.
         sketched: where edges were sketched, how far the routes can be trusted; None for exact routes.
+        unranked: for each layer, the samples all of whose scores there are zero, so that its channels are no more than
+            the first by index: bool (N, L); None where there is no such sample.
 
     Raises:
         UserError: tensors, channel counts and sample count do not agree.
@@ -120,6 +123,7 @@ class InstanceRoutes(SampleRoutes):
     methods: Mapping[Edge, str] = field(default_factory=dict)
     kept_scores: Mapping[str, Tensor] | None = None
     sketched: SketchErrors | None = None
+    unranked: Tensor | None = None
 
     def __post_init__(self) -> None:
         channels = channel_counts(self.channels)
@@ -147,6 +151,9 @@ class InstanceRoutes(SampleRoutes):
                 scores, what = self.kept_scores[layer], f"the scores of layer {layer!r}"
                 _check_tensor(what, scores, (len(self), size), "floating point", torch.is_floating_point)
             object.__setattr__(self, "kept_scores", LayerMap({layer: self.kept_scores[layer] for layer in channels}))
+        if self.unranked is not None:
+            shape = (len(self), len(channels))
+            _check_tensor(_UNRANKED, self.unranked, shape, "bool", lambda tensor: tensor.dtype == torch.bool)
         if self.sketched is not None and len(self.sketched) != len(self):
             raise UserError(f"there are notes on {len(self.sketched)} sketched samples, and {len(self)} samples")
 
@@ -161,6 +168,7 @@ class InstanceRoutes(SampleRoutes):
         methods: Mapping[Edge, str] | None = None,
         scores: Mapping[str, Tensor] | None = None,
         sketched: SketchErrors | None = None,
+        unranked: Tensor | None = None,
     ) -> InstanceRoutes:
         """Routes from the masks of one batch, on any device; nothing is shared with what is given.
 
@@ -181,12 +189,13 @@ class InstanceRoutes(SampleRoutes):
             methods=methods or {},
             kept_scores=scores and _moved(scores),
             sketched=sketched,
+            unranked=None if unranked is None or not unranked.any() else unranked.detach().cpu(),
         )
 
     @property
-    def edges(self) -> tuple[Edge, ...]:
-        """Adjacent layers, as (source, target)."""
-        return tuple(self.methods)
+    def unranked_layers(self) -> tuple[str, ...]:
+        """Layers in which some sample has no score but zero."""
+        return () if self.unranked is None else tuple(compress(self.layers, self.unranked.any(0).tolist()))
 
     @property
     def masks(self) -> PackedMasks:
@@ -220,6 +229,7 @@ class InstanceRoutes(SampleRoutes):
         sizes = [plural(len(self), "sample"), plural(len(self.channels), "layer")]
         title = ", ".join([*sizes, plural(sum(self.channels.values()), "channel"), f"width {self.width:g}"])
         title += "" if self.sketched is None else f", {self.provenance.criterion}"
+        title += f", {plural(len(unranked), 'layer')} without scores" if (unranked := self.unranked_layers) else ""
         targets: dict[str, list[str]] = {layer: [] for layer in self.channels}
         for (source, target), method in self.methods.items():
             targets[source].append(f"{target} ({method})")
@@ -233,6 +243,7 @@ class InstanceRoutes(SampleRoutes):
     def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Sums over the samples, see :class:`SampleRoutes`."""
         totals = {f"usage/{layer}": usage_counts(self.packed[layer], count) for layer, count in self.channels.items()}
+        totals[_UNRANKED] = torch.zeros(len(self.channels)).long() if self.unranked is None else self.unranked.sum(0)
         if self.labels is not None and self.predictions is not None:
             totals["correct"] = (self.labels == self.predictions).sum()
         if (errors := self.sketched) is not None:
@@ -292,6 +303,9 @@ class InstanceRoutes(SampleRoutes):
                     f"has {first.width}: trace both at one width"
                 )
         tensors = [routes._tensors() for routes in parts]
+        if any(_UNRANKED in part for part in tensors):
+            blank = (torch.zeros(len(routes), len(first.channels), dtype=torch.bool) for routes in parts)
+            tensors = [{_UNRANKED: none, **part} for none, part in zip(blank, tensors, strict=True)]
         names = dict.fromkeys(name for part in tensors for name in part)
         for name, (number, part) in product(names, enumerate(tensors, start=1)):
             if name not in part:
@@ -345,7 +359,8 @@ class InstanceRoutes(SampleRoutes):
         tensors = {_MASKS + layer: packed for layer, packed in self.packed.items()}
         tensors |= {_SCORES + layer: values for layer, values in (self.kept_scores or {}).items()}
         tensors |= {} if self.sketched is None else self.sketched.tensors(_SKETCHED)
-        return tensors | {name: values for name in _ANSWERS if (values := getattr(self, name)) is not None}
+        optional = (*_ANSWERS, _UNRANKED)
+        return tensors | {name: values for name in optional if (values := getattr(self, name)) is not None}
 
     @classmethod
     def _of_tensors(
@@ -357,7 +372,7 @@ class InstanceRoutes(SampleRoutes):
     ) -> InstanceRoutes:
         """Undo :meth:`_tensors`."""
         packed, scores, sketched = (_with_prefix(tensors, prefix) for prefix in (_MASKS, _SCORES, _SKETCHED))
-        answers = {name: tensors[name] for name in _ANSWERS if name in tensors}
+        answers = {name: tensors[name] for name in (*_ANSWERS, _UNRANKED) if name in tensors}
         if len(packed) + len(scores) + len(sketched) + len(answers) != len(tensors):
             raise UserError("has tensors that are no part of instance routes")
         notes = SketchErrors.from_tensors(sketched, channels)
@@ -388,7 +403,8 @@ def _preview(targets: Sequence[str]) -> str:
 
 def _compared(routes: InstanceRoutes) -> dict[str, Tensor]:
     """What makes routes equal: masks, labels and predictions."""
-    return {name: values for name, values in routes._tensors().items() if not name.startswith((_SCORES, _SKETCHED))}
+    notes = (_SCORES, _SKETCHED, _UNRANKED)
+    return {name: values for name, values in routes._tensors().items() if not name.startswith(notes)}
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from attackroute.core.errors import UserError
+from attackroute.core.layers import unwrapped
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ def require_model(channels: Mapping[str, int], model: nn.Module) -> None:
     the root module itself. Only a leaf that states ``out_channels`` or ``out_features`` has its count compared: a
     module with children may contain several calls, of other sizes than the one that it states.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {unwrapped(model, name): module for name, module in model.named_modules(remove_duplicate=False)}
     modules.setdefault("model", model)
     counts: dict[str, int] = {}
     for layer, count in channels.items():

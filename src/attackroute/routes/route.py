@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 from attackroute.core.files import ROUTE_KIND, expect_mapping, file_errors, read_sealed_json, write_sealed_json
 from attackroute.core.random import random_order
-from attackroute.core.table import layer_table, plural
+from attackroute.core.table import Table, layer_table, plural
 from attackroute.routes.layer_map import (
     LayerMap,
     channel_counts,
@@ -139,6 +139,16 @@ class Route:
             for layer, chosen in self.indices.items()
         ]
         return f"Route({', '.join(title)})\n{layer_table(header, rows)}"
+
+    def to_frame(self) -> Any:
+        """A ``pandas.DataFrame`` with a row for each channel: ``layer``, ``channel``, ``on_route``, ``frequency``."""
+        records = (
+            {"layer": layer, "channel": channel, "on_route": on_route}
+            | ({} if self.frequency is None else {"frequency": float(self.frequency[layer][channel])})
+            for layer in self
+            for channel, on_route in enumerate(self.mask(layer).tolist())
+        )
+        return Table.of(records).to_frame()
 
     def mask(self, layer: str) -> Tensor:
         """The layer's channels on the route as a bool mask (C,)."""

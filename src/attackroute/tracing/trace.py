@@ -143,7 +143,9 @@ def trace_routes(
         settings = {} if folder is None else tracer.file_settings(images, samples, rows, autocast)
         del images  # else it would be held while all others are traced
         if folder is None:
-            return InstanceRoutes.concatenate(_traced(tracer, stream, progress))
+            routes = InstanceRoutes.concatenate(_traced(tracer, stream, progress))
+            _remark_unranked(routes, note)
+            return routes
         writer = RouteWriter(folder, settings, samples, rows)
         gaps = current().first(lambda: writer.begin(model, resume=resume))
         for fault in (fault for gap in gaps for fault in gap.faults):
@@ -156,7 +158,26 @@ def trace_routes(
         numbers = [number for gap in gaps for number in range(gap.start // rows, -(-gap.stop // rows))]
         if numbers:
             _write(_traced(tracer, BatchStream(model, data, batch_size, numbers), progress, done), writer)
-        return current().first(writer.finish)
+        stored = current().first(writer.finish)
+        _remark_unranked(stored, note)
+        return stored
+
+
+def _remark_unranked(routes: InstanceRoutes | RouteFolder, note: Note | None) -> None:
+    """Name each layer without a score but zero; a `UserError` if those from which routes start have none at all."""
+    counts = dict(zip(routes.layers, routes.totals["unranked"].tolist(), strict=True))
+    sinks = counts.keys() - {source for source, _ in routes.methods}
+    if all(counts[sink] == len(routes) for sink in sinks):
+        raise UserError(
+            f"all scores of the last layers ({', '.join(sorted(sinks))}) are zero, so nothing is left to start from: "
+            "is the network dead, or the loss without a gradient?"
+        )
+    for layer, count in counts.items():
+        text = f"all scores of layer {layer!r} are zero for {count} of {len(routes)} samples: there, their routes are "
+        if count and note is not None:
+            note(f"note: {text}the first channels by index")
+        elif count and current().leads:
+            warnings.warn(f"{text}the first channels by index", stacklevel=3)
 
 
 def _write(batches_of_routes: Iterator[InstanceRoutes], writer: RouteWriter) -> None:
@@ -267,6 +288,7 @@ class Tracer:
             methods=self.structure.methods,
             scores={name: layer.scores for name, layer in ranked.items()} if self.keep_scores else None,
             sketched=self._sketch_errors(ranked),
+            unranked=torch.stack([~layer.scores.any(1) for layer in ranked.values()], 1),
         )
 
     def _ranked(self, images: Tensor, labels: Tensor | None, clean: Tensor | None = None) -> RankedBatch:

@@ -400,7 +400,10 @@ def _readable(samples: Sequence[Sample], request: _Request) -> tuple[list[Sample
 
 def _read_image(path: str | Path) -> Image.Image:
     """A file decoded as RGB; more than 8 bits a channel are refused, since they would be cut off."""
+    from attackroute.core.files import regular_file
+
     try:
+        regular_file(path)
         with Image.open(path) as image:
             # the mode tells it of grey pixels alone; of colours, how the decoder is told to read them
             decoders = [(codec, args) for codec, _, _, args in getattr(image, "tile", ())]

@@ -182,12 +182,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"weights {path} hold several networks that fit ({', '.join(fitting)}); save the one that you mean: "
             f"torch.save(torch.load(file)[{next(iter(fitting))!r}], new_file)"
         )
-    weights = next(iter(fitting.values() or sets.values()))
     if not fitting:
-        _refuse(weights, expected, path)
+        _refuse(next(iter(sets.values())), expected, path)
+    ((key, weights),) = fitting.items()
     _check_kinds(weights, expected, path)
-    beside = next(values for key, values in sets.items() if key in fitting)
-    _check_normaliser(model, beside, path)
+    _check_normaliser(model, sets[key], path)
     model.load_state_dict(weights, strict=False)
 
 
@@ -205,14 +204,7 @@ def preset_folder(name: str) -> Path:
 
 
 def load_preset(name: str) -> nn.Module:
-    """A trained network for images in [0, 1], in float32 and eval mode.
-
-    Args:
-        name: Such as ``"vgg16-cifar10"``; see :func:`preset_names`.
-
-    Raises:
-        UserError: There is none of that name.
-    """
+    """A trained network for images in [0, 1], such as ``"vgg16-cifar10"``, in float32 and eval mode."""
     folder = preset_folder(name)
     model = build(ModelCard.load(folder).spec)
     load_weights(model, folder / BEST)
@@ -264,8 +256,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _read(path: Path) -> object:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")  # remarks on odd pickles; what is wrong with one is said below
+        with torch.serialization.safe_globals(_HARMLESS):
             return read_weights(path)
     except pickle.UnpicklingError as error:
         kinds = re.findall(r"GLOBAL ([\w.]+)", str(error))
@@ -349,12 +340,8 @@ def _check_kinds(weights: Mapping[str, Tensor], expected: Mapping[str, Any], pat
     cast = []
     for name, value in weights.items():
         ours = expected[name]
-        if (
-            value.is_quantized
-            or value.is_meta
-            or value.layout != torch.strided
-            or value.is_complex() > ours.is_complex()
-        ):
+        is_plain = value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+        if not is_plain or (value.is_complex() and not ours.is_complex()):
             kind = "without values (meta)" if value.is_meta else f"{value.dtype}, {value.layout}"
             raise UserError(f"weights {path}: {name} is {kind}; save plain tensors of real numbers")
         if ours.is_floating_point() and not value.is_floating_point():
@@ -365,21 +352,15 @@ def _check_kinds(weights: Mapping[str, Tensor], expected: Mapping[str, Any], pat
 
 def _check_normaliser(model: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
     """Refuse weights that were trained behind a normaliser with other statistics than the model's."""
-    pairs = [("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std")]
+    ours = getattr(model, "normalise", None)
+    own = (*ours.statistics.mean, *ours.statistics.std) if isinstance(ours, Normalise) else ()
     ends = {name.rpartition(".")[2]: name for name in stored if name not in model.state_dict()}
-    for low, high in pairs:
-        if low not in ends or high not in ends:
+    for names in (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std")):
+        if not ends.keys() >= set(names):
             continue
-        mean, std = (stored[ends[end]].flatten().tolist() for end in (low, high))
-        ours = getattr(model, "normalise", None)
-        same = isinstance(ours, Normalise) and all(
-            torch.allclose(torch.tensor(given), torch.tensor(own), atol=1e-3)
-            for given, own in ((mean, ours.statistics.mean), (std, ours.statistics.std))
-            if len(given) == len(own)
-        )
-        if not same:
+        mean, std = ([round(value, 4) for value in stored[ends[name]].flatten().tolist()] for name in names)
+        if len(own) != len(mean + std) or not np.allclose(own, mean + std, atol=1e-3):
             raise UserError(
-                f"weights {path} were trained behind a normaliser ({ends[low]}, {ends[high]}): give the model mean "
-                f"{[round(value, 4) for value in mean]} and std {[round(value, 4) for value in std]}, by "
-                "build_model(..., mean=, std=) or attackroute.normalised(model, mean, std)"
+                f"weights {path} were trained behind a normaliser ({ends[names[0]]}, {ends[names[1]]}): give the model "
+                f"mean {mean} and std {std}, by build_model(..., mean=, std=) or attackroute.normalised(...)"
             )
