@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from attackroute.cli import app
+from attackroute.zoo.data import ImageData, load_data
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def done(*words: object) -> Result:
     result = run(*words)
     assert result.exit_code == 0, result.output
     return result
+
+
+def load_few(spec: str, count: int, **options: Any) -> ImageData:
+    """What ``load_data`` gives, but at most so many images."""
+    return load_data(spec, **{**options, "samples": min(options.get("samples") or count, count)})
 
 
 @contextmanager

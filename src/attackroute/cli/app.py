@@ -29,7 +29,6 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _PROGRAM = "attackroute"
 _EXPERIMENTS = "{experiments}"  # their place in the help of analyze
-
 _ABOUT = """Find the channels that carry an attack through a convolutional network.
 
 A critical attacking route is the chain of channels, layer by layer, that pass on the most of what changes the loss.
@@ -38,19 +37,12 @@ attackroute trace finds it exactly, for every image, at about the cost of runnin
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand.
+    """A subcommand."""
 
-    Attributes:
-        options: The dataclass of its options; the docstring is its help.
-        run: Does it, and returns an exit code other than 0 if there is one.
-        shared: Whether processes that ``torchrun`` started can share the work.
-        resumable: Whether ``--resume`` goes on with what is in ``--out``.
-    """
-
-    options: type
-    run: Callable[[Any], int | None]
-    shared: bool = False
-    resumable: bool = False
+    options: type  # a dataclass, whose docstring is the help
+    run: Callable[[Any], int | None]  # returns an exit code other than 0 if there is one
+    shared: bool = False  # processes that torchrun started can share the work
+    resumable: bool = False  # --resume goes on with what is in --out
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -73,22 +65,15 @@ def main() -> None:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run a command line; what users can mend becomes one line on stderr.
-
-    Returns:
-        The exit code.
-    """
+    """Run a command line, and return the exit code; what users can mend becomes one line on stderr."""
     try:
         with terminated_as_interrupted():
             return _run(words)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except UserError as error:
+    except (UserError, LostProcessError) as error:
         print_error(str(error))
-        return BAD_INPUT
-    except LostProcessError as error:
-        print_error(str(error))
-        return FAILED
+        return BAD_INPUT if isinstance(error, UserError) else FAILED
 
 
 def _run(words: Sequence[str]) -> int:
@@ -122,13 +107,8 @@ def _help() -> str:
     for name, command in COMMANDS.items():
         summary, *_ = (inspect.getdoc(command.options) or "").split("\n\n")
         lines.append(filled(summary, width, f"  {name:<12}"))
-    lines += [
-        "",
-        "Options:",
-        "  -h, --help  Show this; with a command, its options.",
-        "  --version   Print the version.",
-    ]
-    return "\n".join(lines) + "\n" + _examples(_PROGRAM)
+    options = "Options:\n  -h, --help  Show this; with a command, its options.\n  --version   Print the version."
+    return "\n".join([*lines, "", options]) + "\n" + _examples(_PROGRAM)
 
 
 def _examples(name: str) -> str:
