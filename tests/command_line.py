@@ -44,6 +44,16 @@ def done(*words: object) -> Result:
     return result
 
 
+def refused(result: Result, *parts: object) -> None:
+    """Exit code 2, nothing on stdout, and on stderr behind notes one line that says what was wrong."""
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    *notes, line = result.stderr.splitlines()
+    assert all(note.startswith(("note: ", "epoch ")) for note in notes), result.stderr
+    assert line.startswith("error: ")
+    for part in parts:
+        assert str(part) in line
+
+
 def load_few(spec: str, count: int, **options: Any) -> ImageData:
     """What ``load_data`` gives, but at most so many images."""
     return load_data(spec, **{**options, "samples": min(options.get("samples") or count, count)})

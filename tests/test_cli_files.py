@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from attackroute.core.document import Document
 from attackroute.routes.instance_routes import InstanceRoutes
-from command_line import Result, done, empty_figures, run
+from command_line import done, empty_figures, refused, run
 from report_runs import data_of, make_network, make_pictures, save_traces
 
 PAYLOAD = """
@@ -25,14 +25,6 @@ def make():
     from attackroute.zoo import build_model
     return build_model("vgg_small", width=0.25, num_classes=2)
 """
-
-
-def refused(result: Result, *parts: object) -> None:
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    *notes, line = result.stderr.splitlines()
-    assert line.startswith("error: ") and all(note.startswith("note: ") for note in notes)
-    for part in parts:
-        assert str(part) in line
 
 
 @pytest.fixture
