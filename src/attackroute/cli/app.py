@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,13 @@ from attackroute.cli.reproduce import ReproduceOptions, reproduce
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TrainOptions, train
 from attackroute.core import __version__
-from attackroute.core.distributed import LostProcessError, joined, started_by_torchrun, terminated_as_interrupted
+from attackroute.core.distributed import (
+    LostProcessError,
+    interrupted_at_once,
+    joined,
+    started_by_torchrun,
+    terminated_as_interrupted,
+)
 from attackroute.core.errors import UserError, did_you_mean
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -59,21 +66,26 @@ COMMANDS: Mapping[str, Command] = {
 }
 
 
-def main() -> None:
-    """Run the command line; the entry point of the ``attackroute`` script."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(words: Sequence[str]) -> int:
     """Run a command line, and return the exit code; what users can mend becomes one line on stderr."""
     try:
         with terminated_as_interrupted():
-            return _run(words)
+            code = _run(words)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except (UserError, LostProcessError) as error:
         print_error(str(error))
         return BAD_INPUT if isinstance(error, UserError) else FAILED
+    except OSError as error:  # a full disk, a pipe that nobody reads, a file system that cannot be written to
+        if sys.stdout is sys.__stdout__:  # what is left of the output goes nowhere, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print_error(
+                f"{error.filename or 'the output'}: {error.strerror or error}; free some space, or choose another"
+            )
+        return BAD_INPUT
 
 
 def _run(words: Sequence[str]) -> int:
@@ -93,6 +105,8 @@ def _run(words: Sequence[str]) -> int:
         options: Any = parse(command.options, f"{_PROGRAM} {name}", given, epilog)
     except SystemExit:  # help was asked for
         return 0
+    with interrupted_at_once():
+        import torch  # noqa: F401  # takes seconds
     resumable = command.resumable and options.out is not None
     hint = "; what is finished is kept, so give the same command with --resume to go on" if resumable else ""
     with joined(hint=hint):

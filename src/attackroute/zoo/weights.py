@@ -169,7 +169,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserError: No such file, one that is damaged or is no state dict, or names or shapes that are not the model's.
             The model is then as it was.
     """
-    path = user_path(os.fspath(path))
+    path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"weights {path} do not exist; check the path")
     if path.is_dir():
