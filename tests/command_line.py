@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from attackroute.cli import app
+from attackroute.zoo.data import ImageData, load_data
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ def done(*words: object) -> Result:
     result = run(*words)
     assert result.exit_code == 0, result.output
     return result
+
+
+def refused(result: Result, *parts: object) -> None:
+    """Exit code 2, nothing on stdout, and on stderr behind notes one line that says what was wrong."""
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    *notes, line = result.stderr.splitlines()
+    assert all(note.startswith(("note: ", "epoch ")) for note in notes), result.stderr
+    assert line.startswith("error: ")
+    for part in parts:
+        assert str(part) in line
+
+
+def load_few(spec: str, count: int, **options: Any) -> ImageData:
+    """What ``load_data`` gives, but at most so many images."""
+    return load_data(spec, **{**options, "samples": min(options.get("samples") or count, count)})
 
 
 @contextmanager

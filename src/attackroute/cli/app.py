@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +23,19 @@ from attackroute.cli.reproduce import ReproduceOptions, reproduce
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TrainOptions, train
 from attackroute.core import __version__
-from attackroute.core.distributed import LostProcessError, joined, started_by_torchrun, terminated_as_interrupted
+from attackroute.core.distributed import (
+    LostProcessError,
+    interrupted_at_once,
+    joined,
+    started_by_torchrun,
+    terminated_as_interrupted,
+)
 from attackroute.core.errors import UserError, did_you_mean
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _PROGRAM = "attackroute"
 _EXPERIMENTS = "{experiments}"  # their place in the help of analyze
-
 _ABOUT = """Find the channels that carry an attack through a convolutional network.
 
 A critical attacking route is the chain of channels, layer by layer, that pass on the most of what changes the loss.
@@ -38,19 +44,12 @@ attackroute trace finds it exactly, for every image, at about the cost of runnin
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand.
+    """A subcommand."""
 
-    Attributes:
-        options: The dataclass of its options; the docstring is its help.
-        run: Does it, and returns an exit code other than 0 if there is one.
-        shared: Whether processes that ``torchrun`` started can share the work.
-        resumable: Whether ``--resume`` goes on with what is in ``--out``.
-    """
-
-    options: type
-    run: Callable[[Any], int | None]
-    shared: bool = False
-    resumable: bool = False
+    options: type  # a dataclass, whose docstring is the help
+    run: Callable[[Any], int | None]  # returns an exit code other than 0 if there is one
+    shared: bool = False  # processes that torchrun started can share the work
+    resumable: bool = False  # --resume goes on with what is in --out
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -67,28 +66,28 @@ COMMANDS: Mapping[str, Command] = {
 }
 
 
-def main() -> None:
-    """Run the command line; the entry point of the ``attackroute`` script."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(words: Sequence[str]) -> int:
-    """Run a command line; what users can mend becomes one line on stderr.
-
-    Returns:
-        The exit code.
-    """
+    """Run a command line, and return the exit code; what users can mend becomes one line on stderr."""
     try:
         with terminated_as_interrupted():
-            return _run(words)
+            code = _run(words)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except UserError as error:
+    except (UserError, LostProcessError) as error:
         print_error(str(error))
+        return BAD_INPUT if isinstance(error, UserError) else FAILED
+    except OSError as error:  # a full disk, a pipe that nobody reads, a file system that cannot be written to
+        if (
+            sys.stdout is not None and sys.stdout is sys.__stdout__
+        ):  # what is left of the output goes nowhere, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print_error(
+                f"{error.filename or 'the output'}: {error.strerror or error}; free some space, or choose another"
+            )
         return BAD_INPUT
-    except LostProcessError as error:
-        print_error(str(error))
-        return FAILED
 
 
 def _run(words: Sequence[str]) -> int:
@@ -108,6 +107,8 @@ def _run(words: Sequence[str]) -> int:
         options: Any = parse(command.options, f"{_PROGRAM} {name}", given, epilog)
     except SystemExit:  # help was asked for
         return 0
+    with interrupted_at_once():
+        import torch  # noqa: F401  # takes seconds
     resumable = command.resumable and options.out is not None
     hint = "; what is finished is kept, so give the same command with --resume to go on" if resumable else ""
     with joined(hint=hint):
@@ -122,13 +123,8 @@ def _help() -> str:
     for name, command in COMMANDS.items():
         summary, *_ = (inspect.getdoc(command.options) or "").split("\n\n")
         lines.append(filled(summary, width, f"  {name:<12}"))
-    lines += [
-        "",
-        "Options:",
-        "  -h, --help  Show this; with a command, its options.",
-        "  --version   Print the version.",
-    ]
-    return "\n".join(lines) + "\n" + _examples(_PROGRAM)
+    options = "Options:\n  -h, --help  Show this; with a command, its options.\n  --version   Print the version."
+    return "\n".join([*lines, "", options]) + "\n" + _examples(_PROGRAM)
 
 
 def _examples(name: str) -> str:

@@ -15,10 +15,9 @@ from attackroute.core.distributed import leading
 
 
 class Progress(Protocol):
-    """Moves a progress bar."""
+    """Moves a progress bar: how much is done, of how much where that is known, and a message beside it."""
 
-    def __call__(self, done: int, total: int | None, message: str = "") -> None:
-        """Show how much is done, of how much where that is known, and a message beside it."""
+    def __call__(self, done: int, total: int | None, message: str = "") -> None: ...
 
 
 def command_line() -> str | None:
@@ -36,15 +35,10 @@ def print_error(message: str) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command's words go; of several processes, the first one speaks.
+    """Where a command's words go; of several processes, the first one speaks."""
 
-    Args:
-        as_json: print the result as one JSON object on stdout, and no table.
-        quiet: no tables, progress or notes; errors and JSON are still printed.
-    """
-
-    as_json: bool = False
-    quiet: bool = False
+    as_json: bool = False  # print the result as one JSON object on stdout, and no table
+    quiet: bool = False  # no tables, progress or notes; errors and JSON are still printed
 
     def note(self, text: str) -> None:
         """Say something in passing, on stderr."""
@@ -87,18 +81,10 @@ class Output:
         from rich.progress import Progress as Bar
 
         console = Console(stderr=True)
-        bar = Bar(
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            transient=True,
-            disable=self.quiet or not leading() or not console.is_terminal,
-        )
+        columns = MofNCompleteColumn(), TextColumn(unit), BarColumn(), TimeElapsedColumn(), TextColumn("left:")
+        words = TextColumn("{task.description}", markup=False)
+        silent = self.quiet or not leading() or not console.is_terminal
+        bar = Bar(*columns, TimeRemainingColumn(), words, console=console, transient=True, disable=silent)
         task = bar.add_task("", total=None)
 
         def move(done: int, total: int | None, message: str = "") -> None:

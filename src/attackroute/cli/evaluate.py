@@ -130,13 +130,9 @@ def evaluate(options: EvaluateOptions) -> int:
     images = options.images.open(options.run, options.networks.models)
     networks = {name: network.open(images).to(device) for name, network in named.items()}
     twin = None if options.twin is None else options.networks.one(options.twin).open(images).to(device)
-    origin = {
-        "model_names": dict(zip(networks, options.networks.models, strict=True)),
-        "data": options.images.data,
-        "split": images.split,
-        "samples": options.images.samples,
-        "images": [len(images), *images.shape],
-    }
+    origin: dict[str, Any] = {"model_names": dict(zip(networks, options.networks.models, strict=True))}
+    origin |= {"data": options.images.data, "split": images.split, "samples": options.images.samples}
+    origin["images"] = [len(images), *images.shape]
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
     kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
     with ExitStack() as stack:

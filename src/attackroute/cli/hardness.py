@@ -78,13 +78,8 @@ def hardness(options: HardnessOptions) -> None:
                 session.network, route, batches, attacks, paper=paper, seed=options.run.seed,
                     progress=progress,
             )  # fmt: skip
-        settings = {
-            **session.settings,
-            **given(options.tracing),
-            "attacks": [str(attack) for attack in attacks],
-            "route": None if options.route is None else str(options.route),
-        }
-        document = study.document(settings)
+        settings = {**session.settings, **given(options.tracing), "attacks": list(map(str, attacks))}
+        document = study.document({**settings, "route": options.route and str(options.route)})
         if leading():
             if options.route is None:
                 route.save(folder / "route.json")

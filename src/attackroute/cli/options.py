@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from attackroute.hardening.settings import TrainSettings
     from attackroute.zoo.data import ImageBatches, ImageData
 
-ROUTE, RUN, FILES = "The route", "The run", "The files"
-"""Headings in the help."""
+ROUTE, RUN, FILES = "The route", "The run", "The files"  # headings in the help
 _BESIDE = ".new"  # folder of what is to replace the files above it
 
 SPLITS = ("train", "test")
@@ -83,7 +82,6 @@ class RunOptions:
 
     @property
     def output(self) -> Output:
-        """Where the command's words go."""
         return Output(self.as_json, self.quiet)
 
 
@@ -227,15 +225,9 @@ class Session:
         """Open what the options name."""
         device = resolve_device(run.device)
         data = images.open(run, [network.model])
-        settings = {
-            "model": network.model,
-            "data": images.data,
-            "split": data.split,
-            "samples": images.samples,
-            "seed": run.seed,
-            "images": [len(data), *data.shape],
-            "device": device.type,
-        }
+        settings: dict[str, Any] = {"model": network.model, "data": images.data, "split": data.split}
+        settings |= {"samples": images.samples, "seed": run.seed, "images": [len(data), *data.shape]}
+        settings["device"] = device.type
         return cls(network.open(data).to(device), data, settings, run)
 
     @contextmanager

@@ -331,7 +331,7 @@ def _comparison(*options: ReportOptions) -> RunComparison:
     from attackroute.report.measuring import same_samples
     from attackroute.report.page import Content
     from attackroute.report.run_folder import RunFolder
-    from attackroute.report.two_runs import RunComparison, comparable_notes, told_apart
+    from attackroute.report.two_runs import RunComparison, comparable_note
 
     runs = [RunFolder.open(each.folder) for each in options]
     ours, theirs = (run.routes for run in runs)
@@ -357,9 +357,7 @@ def _comparison(*options: ReportOptions) -> RunComparison:
             raise UserError(f"{run.path}: {error} (the runs hold no traces of the same images to compare)") from None
         contents.append(Content(run, measured, classes, command=command_line()))
         notes += missing
-    classes, seconds = contents[0].classes or contents[1].classes, time.perf_counter() - started
-    one, other = (replace(content, classes=classes, seconds=seconds) for content in contents)
-    clean = one.measured.clean.routes
-    compared = [item.attack for item in one.measured.attacked if item.attack is not None]
-    notes = [*comparable_notes(0 if clean is None else len(clean), compared, traced=not comparable), *notes]
-    return RunComparison(one, other, told_apart(one.name, other.name), notes)
+    named, seconds = contents[0].classes or contents[1].classes, time.perf_counter() - started
+    one, other = (replace(content, classes=named, seconds=seconds) for content in contents)
+    names = (one.name, other.name) if one.name != other.name else (f"{one.name} (1)", f"{other.name} (2)")
+    return RunComparison(one, other, names, [comparable_note(one.measured, traced=not comparable), *notes])

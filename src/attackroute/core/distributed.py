@@ -201,12 +201,32 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextmanager
+def interrupted_at_once() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the process without a word, while nothing but modules is loaded."""
+    handled = (
+        {} if not _in_main_thread() else {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    )
+    for each, before in handled.items():
+        if callable(before):
+            signal.signal(each, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        for each, before in handled.items():
+            signal.signal(each, before)
+
+
 def _connect(timeout: timedelta) -> Processes:
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    numbers = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise UserError(f"{name} is {value!r} and no number; leave it to torchrun to set it")
+    rank, count = int(numbers["RANK"]), int(numbers["WORLD_SIZE"])
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)

@@ -115,9 +115,14 @@ class Checkpoint:
         version = stored.pop("format")
         if version != _FORMAT:
             raise UserError(f"{path} has format {version}, not {_FORMAT}; use the version that wrote it")
-        if stored.keys() != {item.name for item in fields(cls)}:
+        kinds = {item.name: list if item.name == "history" else dict for item in fields(cls)}
+        if stored.keys() != kinds.keys() or not all(isinstance(stored[name], kind) for name, kind in kinds.items()):
             raise damaged
-        return cls(**{**stored, "history": [EpochRecord.from_plain(record) for record in stored["history"]]})
+        try:
+            history = [EpochRecord.from_plain(record) for record in stored["history"]]
+        except (TypeError, KeyError, AttributeError):
+            raise damaged from None
+        return cls(**{**stored, "history": history})
 
     def save(self, folder: Path) -> None:
         """Replace the checkpoint in a folder, and then what is made from it.

@@ -263,10 +263,15 @@ def _begin(run: _Run, resume: bool) -> list[EpochRecord]:
         run.objective.start(model, run.train_data, run.settings.seed)
         return []
     checkpoint.require_fit(run.identity, model.state_dict(), folder)
-    model.load_state_dict(dict(checkpoint.weights))
-    run.optimiser.load_state_dict(dict(checkpoint.optimiser))
-    if checkpoint.scaler:
-        run.scaler.load_state_dict(dict(checkpoint.scaler))
+    try:
+        model.load_state_dict(dict(checkpoint.weights))
+        run.optimiser.load_state_dict(dict(checkpoint.optimiser))
+        if checkpoint.scaler:
+            run.scaler.load_state_dict(dict(checkpoint.scaler))
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"the state in {folder} is of another run or damaged ({error}); choose another folder"
+        ) from None
     run.objective.start(model, run.train_data, run.settings.seed, checkpoint.objective)
     return list(checkpoint.history)
 

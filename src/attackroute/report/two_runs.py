@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from attackroute.core.table import Table, plural
-from attackroute.report.measuring import Condition
+from attackroute.report.measuring import Condition, Measured
 from attackroute.report.page import MOST_BYTES, SECTIONS, Budget, Content, Page, fitting, interval, percent, render
 from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
 from attackroute.robustness.registry import short_name
@@ -102,17 +102,13 @@ def build_comparison(comparison: RunComparison, most_bytes: int = MOST_BYTES) ->
     return fitting(lambda budget, pruned: _filled(comparison, budget, pruned=pruned), most_bytes)
 
 
-def told_apart(first: str, second: str) -> tuple[str, str]:
-    """Two names of runs, with a number where they are the same."""
-    return (first, second) if first != second else (f"{first} (1)", f"{second} (2)")
-
-
-def comparable_notes(samples: int, attacks: Sequence[str], *, traced: bool) -> list[str]:
+def comparable_note(first: Measured, *, traced: bool) -> str:
     """How two runs were made comparable: by traces, the page's or their own, of as many images and the same attacks."""
-    names = ", ".join(short_name(attack) for attack in attacks)
-    after = f", as they are and after {names} made for each network by itself" if attacks else ""
+    names = ", ".join(short_name(item.attack) for item in first.attacked if item.attack is not None)
+    after = f", as they are and after {names} made for each network by itself" if names else ""
     how = "were traced for this page" if traced else "are the runs' own traces"
-    return [f"Both routes {how}, on the same {plural(samples, 'image')}{after}."]
+    count = 0 if first.clean.routes is None else len(first.clean.routes)
+    return f"Both routes {how}, on the same {plural(count, 'image')}{after}."
 
 
 def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
