@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute
 from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
 from attackroute.core.random import derived_generator
-from attackroute.hardening.harden import ROUTE_FILE, HardenResult, harden
+from attackroute.hardening.harden import ROUTE_FILE, HardenResult, RouteObjective, harden
 from attackroute.hardening.settings import APPROXIMATE, HardenSettings, TrainSettings
 from attackroute.hardening.training import train
 from attackroute.robustness.gradient_attacks import PGD
@@ -311,6 +311,28 @@ def test_strengths_are_ratios_of_gradient_norms() -> None:
         },
         rel=1e-4,
     )
+
+
+def test_strengths_are_measured_over_all_classes_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data in class folders begin with one class, whose gradients are other ones."""
+    module = sys.modules["attackroute.hardening.harden"]
+    images, labels = toy_data(600).tensors
+    sorted_data = TensorDataset(*(values[labels.argsort(stable=True)] for values in (images, labels)))
+    drawn = []
+    real = module.samples_of
+
+    def spied(model: nn.Module, data: Any, numbers: Any) -> Any:
+        drawn.append(real(model, data, numbers)[1].bincount().tolist())
+        return real(model, data, numbers)
+
+    monkeypatch.setattr(module, "samples_of", spied)
+    strengths = []
+    for data in (sorted_data, toy_data(600)):
+        objective = RouteObjective({"gradient": 1.0}, route=HALF)
+        objective.start(toy_network(dropout=0.0), data, 3)
+        strengths.append(objective.strengths["gradient"])
+    assert drawn == [[32] * 4] * 2
+    assert strengths[0] == pytest.approx(strengths[1], rel=0.1)
 
 
 def test_data_in_every_form() -> None:

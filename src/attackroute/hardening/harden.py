@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from attackroute.core.batches import count_samples, in_order, load
+from attackroute.core.batches import count_samples, drawn_over_classes, in_order, load
 from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
@@ -379,7 +379,7 @@ class RouteObjective(Objective):
 
     def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
         """For each penalty, the norm of its gradient over that of the task's; the model and the generators stay."""
-        clean, labels = samples_of(model, data, range(min(_STRENGTH_SAMPLES, count_samples(data, _TRAIN))))
+        clean, labels = samples_of(model, data, drawn_over_classes(data, _STRENGTH_SAMPLES, self._seed))
         targets = labels.to(clean.device)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
