@@ -26,7 +26,6 @@ from attackroute.hardening.gradient_penalty import GradientPenalty
 from attackroute.hardening.objective import Batch, Objective, StepLosses, samples_of, task_loss
 from attackroute.hardening.settings import (
     ALL,
-    APPROXIMATE,
     FINE_TUNING,
     GRADIENT,
     PENALTIES,
@@ -397,15 +396,7 @@ class RouteObjective(Objective):
             if self._gradient is not None:
                 with self._gradient.watch():
                     logits = model(images)
-                try:
-                    norms[GRADIENT] = norm(self._gradient(logits, targets))
-                except RuntimeError as error:
-                    if "is not implemented" not in str(error):
-                        raise
-                    raise UserError(
-                        f"the network has an operation without a second derivative ({str(error).splitlines()[0]}); "
-                        f"take the method {APPROXIMATE!r} (--approximate)"
-                    ) from error
+                norms[GRADIENT] = norm(self._gradient(logits, targets))
             if self._stabilisation is not None:
                 with self._stabilisation.watch():
                     model(images)
