@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from attackroute.core.batches import count_samples, count_steps, load, shuffled
-from attackroute.core.checks import check_logits, checked_batch
+from attackroute.core.checks import check_logits, checked_batch, require_no_probabilities
 from attackroute.core.distributed import current, take_from_first
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
@@ -230,6 +230,7 @@ def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> None:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the model does not take the {what}'s {tuple(images.shape[1:])}: {reason}") from error
     check_logits(logits, labels, what)
+    require_no_probabilities(logits)
 
 
 def _crashes_in_channels_last(model: nn.Module, images: Tensor) -> bool:
