@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
 from attackroute.core.random import derived_generator
 from attackroute.hardening.harden import ROUTE_FILE, HardenResult, RouteObjective, harden
-from attackroute.hardening.settings import APPROXIMATE, HardenSettings, TrainSettings
+from attackroute.hardening.settings import APPROXIMATE, EXACT, HardenSettings, TrainSettings
 from attackroute.hardening.training import train
 from attackroute.robustness.gradient_attacks import PGD
 from attackroute.routes.route import Route
@@ -148,6 +149,26 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     names = (penalty,) if isinstance(penalty, str) else penalty
     assert result.training.last.penalties == pytest.approx({name: sums[name] / 24 for name in names}, rel=1e-4)
+
+
+class Answer(nn.Module):
+    """Gives its logits in an object, as the networks of Hugging Face do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(logits=self.model(x), loss=None)
+
+
+@pytest.mark.parametrize("options", [{"method": EXACT}, {"method": APPROXIMATE}, {"attack": ATTACK}, {"penalty": None}])
+def test_logits_in_an_object_are_trained_as_others(options: dict[str, Any]) -> None:
+    every = ("gradient", "weight", "stabilisation") if "attack" in options else ("gradient", "weight")
+    plain, expected = hardened(**{"penalty": every, **options})
+    wrapped, result = hardened(Answer(toy_network()), **{"penalty": every, **options})
+    assert identical({f"model.{name}": value for name, value in plain.items()}, wrapped)
+    assert without_time(result.training.history) == without_time(expected.training.history)
 
 
 @pytest.mark.parametrize("attack", [None, ATTACK])

@@ -50,8 +50,11 @@ def check_attackable(x: Tensor, y: Tensor) -> None:
             )
 
 
-def checked_logits(output: object, samples: int) -> Tensor:
-    """The model's output as logits ``(n, K)``, or an error that says what it is instead."""
+def checked_logits(output: object, samples: int, *, finite: bool = True) -> Tensor:
+    """The model's output as logits ``(n, K)``, or an error that says what it is instead.
+
+    Whether they are ``finite`` cannot be told without waiting for the device.
+    """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise UserError(f"the model returns {type(output).__name__}, not logits of shape (N, classes)")
@@ -59,7 +62,7 @@ def checked_logits(output: object, samples: int) -> Tensor:
         raise UserError(
             f"the model returns a tensor of shape {tuple(logits.shape)} for {samples} images, not logits (N, classes)"
         )
-    if not torch.isfinite(logits).all():
+    if finite and not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: check its weights and the range of its inputs")
     return logits
 
@@ -76,29 +79,21 @@ def require_no_probabilities(logits: Tensor, what: str = "the model") -> None:
         raise UserError(f"{what} returns probabilities, which add up to 1, and not logits: leave out its softmax")
 
 
-def checked_labels(labels: Tensor, classes: int, samples: int) -> Tensor:
+def checked_labels(labels: Tensor, classes: int, samples: int, where: str = "") -> Tensor:
     """Labels as int64 ``(n,)`` within ``0 .. classes - 1``."""
     if labels.shape != (samples,) or labels.is_floating_point():
         raise UserError(f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected {samples} integers")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
-        raise UserError(f"label {int(wrong[0])} is outside the model's {classes} logits (0 .. {classes - 1})")
+        raise UserError(f"label {int(wrong[0])}{where} is outside the model's {classes} logits (0 .. {classes - 1})")
     return labels.long()
 
 
-def check_logits(logits: Tensor, labels: Tensor, what: str) -> None:
-    """Check that a model's output can be compared with labels, without waiting for its device.
+def check_logits(output: object, labels: Tensor, what: str) -> Tensor:
+    """The model's output as logits that can be compared with the labels of the data set ``what``.
 
-    Unlike :func:`checked_logits` it does not look at the values, so that NaN passes. The labels of the data set
-    ``what`` are best on the CPU: reading them elsewhere would wait for the device.
+    NaN passes, so that nothing waits for the model's device where the labels are on the CPU.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"the model returns {shape} for {len(labels)} images; one row of logits an image is needed")
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= logits.shape[1]:
-        wrong = low if low < 0 else high
-        raise UserError(
-            f"label {wrong} in the {what} is outside the model's {logits.shape[1]} logits "
-            f"(0 to {logits.shape[1] - 1}); give the model more classes or other data"
-        )
+    logits = checked_logits(output, len(labels), finite=False)
+    checked_labels(labels, logits.shape[1], len(labels), f" in the {what}")
+    return logits

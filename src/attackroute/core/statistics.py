@@ -29,6 +29,9 @@ Floats = NDArray[np.float64]
 CLEAR = 0.05
 """Below this probability a difference is called clear; nothing is corrected for the number of comparisons."""
 
+LEVEL = 0.01
+"""Two shares, or two AUROCs, that differ by less are called level, however sure the difference is."""
+
 AUROC, SPEARMAN = "AUROC", "Spearman"
 
 Z95 = 1.959963984540054
@@ -79,21 +82,9 @@ def count_correct(
     workers: int = 0,
     attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
 ) -> Accuracy:
-    """Classify every sample of a data set in eval mode, without gradients.
+    """Classify every sample of a data set, or what an attack makes of it, in eval mode and without gradients.
 
-    Args:
-        model: Maps images (N, C, H, W) to logits (N, classes). Its ``training`` flags come back as they were.
-        data: Gives pairs of a float image (C, H, W) and an integer label.
-        batch_size: Images in one forward pass.
-        workers: Processes that read the data; 0 reads in this one.
-        attack: Classify what this makes of the images, as :mod:`attackroute.robustness` has them.
-
-    Returns:
-        The counts.
-
-    Raises:
-        UserError: Empty or malformed data, or a label outside the logits.
-        BrokenLogits: The logits are NaN for some image.
+    The data give pairs of a float image (C, H, W) and an integer label. The model's flags come back as they were.
     """
     samples = count_samples(data, "data set")
     if batch_size < 1:
@@ -112,8 +103,7 @@ def count_correct(
             images = images.to(device, dtype, non_blocking=True)
             if attack is not None:
                 images = attack(model, images, labels.to(device))
-            logits = model(images)
-            check_logits(logits, labels, "data set")
+            logits = check_logits(model(images), labels, "data set")
             correct += (logits.argmax(1) == labels.to(device, non_blocking=True)).sum()
             broken |= logits.isnan().any()
         if broken:
@@ -176,9 +166,7 @@ class Moments:
     def means(self) -> list[Mean]:
         """One mean for each quantity."""
         means = []
-        for samples, mean, squares in zip(
-            self._samples.tolist(), self._mean.tolist(), self._squares.tolist(), strict=True
-        ):
+        for samples, mean, squares in torch.stack([self._samples, self._mean, self._squares], 1).tolist():
             half = Z95 * math.sqrt(squares / (samples - 1) / samples) if samples > 1 else math.nan
             means.append(Mean(mean if samples else math.nan, mean - half, mean + half, int(samples)))
         return means
@@ -189,18 +177,11 @@ def associations(
 ) -> Table:
     """How well each predictor ranks a target, and how far it is behind the first.
 
-    Args:
-        predictors: Values ``(N,)`` by name, without NaN; infinities are allowed.
-        target: ``(N,)``, bool for the AUROC; real, without NaN, for Spearman's correlation.
-        statistic: ``"AUROC"`` or ``"Spearman"``.
-        resamples: Number of bootstrap resamples.
-        seed: Of the resamples; every predictor and statistic sees the same ones.
-
-    Returns:
-        A row for each ``predictor`` with the ``statistic``, its ``value`` and its 95 % bootstrap interval (percentiles)
-        ``low`` to ``high``; and ``lead``, ``lead_low``, ``lead_high``, the first predictor's statistic less this one's
-        on the same resamples. They are None where the statistic is not defined, for want of samples on one side or
-        because all values are equal.
+    Predictors are ``(N,)``, without NaN; the target is ``(N,)``, bool for the ``"AUROC"``, and real for ``"Spearman"``.
+    There is a row for each ``predictor`` with the ``statistic``, its ``value`` and its 95 % bootstrap interval
+    (percentiles) ``low`` to ``high``; and ``lead``, ``lead_low``, ``lead_high``, the first predictor's statistic less
+    this one's on the same resamples. They are None where the statistic is not defined, for want of samples on one side
+    or because all values are equal.
     """
     compute: Callable[[Floats, NDArray[Any], Floats], Floats]
     compute = auroc if statistic == AUROC else spearman
@@ -224,10 +205,9 @@ def associations(
 
 
 def auroc(scores: Floats, events: NDArray[np.bool_], weights: Floats) -> Floats:
-    """Probability that a sample with the event has the higher score, ties counting half.
+    """Probability ``(B,)`` that a sample with the event has the higher score, ties counting half.
 
-    For scores and events ``(N,)`` and weights ``(B, N)``, how often each sample counts, it is ``(B,)``; NaN where no
-    sample, or every one, has the event.
+    Scores and events are ``(N,)``, weights ``(B, N)``: how often each sample counts.
     """
     positive = (weights * events).sum(1)
     negative = weights.sum(1) - positive

@@ -107,11 +107,11 @@ class GradientPenalty:
         finally:
             handle.remove()
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Any, labels: Tensor) -> Tensor:
         """``L_g`` of the pass that was watched, a scalar that can be differentiated.
 
         Args:
-            logits: The pass's output ``(N, classes)``, with its graph.
+            logits: The pass's output ``(N, classes)``, or an object whose ``logits`` these are, with its graph.
             labels: ``(N,)``.
 
         Raises:
@@ -132,7 +132,7 @@ class GradientPenalty:
         quotient = (moved - task) / eps
         return quotient + (value - quotient).detach()  # the value is known exactly, only the gradient is not
 
-    def with_task(self, logits: Tensor, labels: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    def with_task(self, logits: Any, labels: Tensor, lam: float) -> tuple[Tensor, Tensor]:
         """The cross entropy plus ``lam * L_g`` (Eq. (11)) in one: two ordinary steps' work with the approximation.
 
         The approximation reads the gradients at the neurons off the very pass that gives the parameters theirs. Its
@@ -320,9 +320,9 @@ class _GivenGradients(torch.autograd.Function):
         return (None, None, None, *(None if given is None else given * factor for given in ctx.gradients))
 
 
-def _task(logits: Tensor, labels: Tensor) -> Tensor:
+def _task(output: object, labels: Tensor) -> Tensor:
     """The cross entropy, averaged over the batch."""
-    check_logits(logits, labels, "batch")
+    logits = check_logits(output, labels, "batch")
     return task_loss(logits, labels.to(logits.device))
 
 

@@ -311,8 +311,8 @@ class RouteObjective(Objective):
                 if penalty is not None:
                     stack.enter_context(penalty.watch())
             stack.enter_context(batch.autocast())
-            logits = model(images)
-        check_logits(logits, batch.labels, _TRAIN)
+            output = model(images)
+        logits = check_logits(output, batch.labels, _TRAIN)
         factors, values = self._factors, dict[str, Tensor]()
         task = total = task_loss(logits, batch.targets)
 
@@ -339,8 +339,8 @@ class RouteObjective(Objective):
         devices = [batch.images.device] if batch.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), spared_buffers(model):
             with penalty.watch(), batch.autocast():
-                logits = model(batch.images)
-            return penalty(logits, batch.targets)
+                output = model(batch.images)
+            return penalty(output, batch.targets)
 
     def _traced(self, model: nn.Module, data: Dataset[Any], share: float) -> Route:
         """The model route of a share of the samples, drawn with the seed (Eqs. (1)-(8))."""
@@ -395,13 +395,13 @@ class RouteObjective(Objective):
             images = self.attacked(model, Batch(clean, labels, targets, draws=draws, autocast=nullcontext))
             if self._gradient is not None:
                 with self._gradient.watch():
-                    logits = model(images)
-                norms[GRADIENT] = norm(self._gradient(logits, targets))
+                    output = model(images)
+                norms[GRADIENT] = norm(self._gradient(output, targets))
             if self._stabilisation is not None:
                 with self._stabilisation.watch():
                     model(images)
                 norms[STABILISATION] = norm(self._stabilisation(clean))
-            task = norm(task_loss(model(images), targets))
+            task = norm(task_loss(check_logits(model(images), labels, _TRAIN), targets))
         return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
 
 

@@ -225,12 +225,11 @@ def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(images)
+            output = model(images)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the model does not take the {what}'s {tuple(images.shape[1:])}: {reason}") from error
-    check_logits(logits, labels, what)
-    require_no_probabilities(logits)
+    require_no_probabilities(check_logits(output, labels, what))
 
 
 def _crashes_in_channels_last(model: nn.Module, images: Tensor) -> bool:
