@@ -15,7 +15,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import made_folder, replace_file, write_json
+from attackroute.core.files import made_folder, printable, replace_file, write_json
 from attackroute.core.journal import require_same_settings
 from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
@@ -35,6 +36,7 @@ LOG = "log.jsonl"
 SETTINGS = "settings.json"
 
 _FORMAT = 3
+_LOCK = ".lock"
 _LEFT_OVER = "." + "[0-9a-f]" * 16 + ".tmp"  # what a kill leaves of a file that was to be replaced
 
 
@@ -164,6 +166,37 @@ class Checkpoint:
                     f"the run in {path} is of another model: {name} is {there} there and {here} here; "
                     "give the same model or choose another folder"
                 )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be, for this process: to two at once neither's files would belong.
+
+    The lock goes with the process, however it ends, and is not its children's, such as workers that outlive it a while.
+    """
+    path = made_folder(folder) / _LOCK
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be written: {error.strerror}; choose another folder") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another process trains in {printable(folder)}: wait until it is done, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def open_run(path: Path, *, resume: bool) -> Checkpoint | None:

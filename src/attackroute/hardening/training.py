@@ -31,7 +31,7 @@ from attackroute.core.model_state import in_format, kept_modes, placement
 from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
-from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, open_run
+from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, locked, open_run
 from attackroute.hardening.data_parallel import Replicas
 from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
@@ -135,6 +135,8 @@ def train(
                 warnings.warn(_CONTIGUOUS, stacklevel=2)
         if run.format is not None:
             stack.enter_context(in_format(model, run.format))
+        if run.folder is not None and current().leads:
+            stack.enter_context(locked(run.folder))
         history = _begin(run, resume)
         _save(run, history)  # where the run goes on too, since a kill may have come between two files
         resumed_from = len(history)
