@@ -16,7 +16,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -175,28 +175,20 @@ def locked(folder: Path) -> Iterator[None]:
     The lock goes with the process, however it ends, and is not its children's, such as workers that outlive it a while.
     """
     path = made_folder(folder) / _LOCK
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    try:
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be written: {error.strerror}; choose another folder") from None
-    with file:
+    with ExitStack() as stack:
         try:
+            import fcntl
+
+            file = stack.enter_context(path.open("w"))
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            stack.callback(path.unlink, missing_ok=True)
+        except BlockingIOError:
             raise UserError(
                 f"another process trains in {printable(folder)}: wait until it is done, or choose another folder"
             ) from None
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # neither on Windows nor on every file system
             pass
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
 
 
 def open_run(path: Path, *, resume: bool) -> Checkpoint | None:
