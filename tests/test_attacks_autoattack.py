@@ -13,7 +13,6 @@ from attack_samples import images, network, right, untrained
 from attackroute.core.errors import UserError
 from attackroute.robustness.attack import Ball
 from attackroute.robustness.autoattack import AutoAttack, Square, _projected
-from attackroute.robustness.gradient_attacks import PGD
 
 pyautoattack = pytest.importorskip("pyautoattack")
 np = pytest.importorskip("numpy")
@@ -57,13 +56,6 @@ def test_parts_are_the_librarys(names, norm, eps):
     assert fooled.sum() >= 4
     assert torch.equal(found[~fooled], x[~fooled])  # wrong from the start, or never fooled
     assert size(found - x, norm).max() <= eps + 2e-7 and found.min() >= 0 and found.max() <= 1
-
-
-def test_apgd_finds_what_pgd_finds_and_more():
-    model, (x, y) = network(), images(200)
-    pgd = right(model, PGD(EPS, steps=10, step_size=EPS / 4)(model, x, y), y)
-    apgd = right(model, QUICK(model, x, y), y)
-    assert (apgd & ~pgd).sum() <= 2 and (pgd & ~apgd).sum() >= (apgd & ~pgd).sum()
 
 
 class NaiveSquare:

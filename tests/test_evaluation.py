@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
+from attackroute.core.checks import require_no_probabilities
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy
 from attackroute.robustness.attack import Ball, Perturbation
@@ -217,6 +219,26 @@ def test_what_is_refused(model: Any, data: Any, attacks: Any, message: str, tmp_
         ar.evaluate(model, data, attacks, checks=0, folder=tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())  # and nothing is left behind that would look unfinished
+
+
+@pytest.mark.parametrize("sharpness", [0.01, 1.0, 1000.0])
+def test_probabilities_are_no_logits_anywhere(sharpness: float) -> None:
+    model = Returning(lambda x: (sharpness * x).softmax(1)).eval()
+    logits = Returning(lambda x: x).eval()
+    route = ar.trace_routes(logits, DATA).aggregate(0.5)
+    uses: list[Callable[[nn.Module], object]] = [
+        lambda model: ar.evaluate(model, DATA, [], checks=0), lambda model: ar.trace_routes(model, DATA),
+        lambda model: ar.hardness(model, route, DATA), lambda model: ar.rank_channels(model, DATA, "gradient", 0.5),
+    ]  # fmt: skip
+    for use in uses:
+        use(logits)
+        with pytest.raises(UserError, match="returns probabilities, which add up to 1, and not logits"):
+            use(model)
+    ar.trace_routes(model, DATA, loss=lambda shares, labels: -shares.gather(1, labels[:, None])[:, 0])
+    for values in ([[1.5, -0.5]], [[0.5, 0.5], [0.5, 0.6]], [[0.0, 0.0]], [[1.0]]):  # some that happen to
+        require_no_probabilities(torch.tensor(values))
+    with pytest.raises(UserError, match="probabilities"):
+        require_no_probabilities((10 * torch.rand(4, 100)).softmax(1).bfloat16())
 
 
 def test_attacks_that_break_their_own_rules_are_found_out() -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import attackroute as ar
@@ -212,31 +209,3 @@ def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
         again.recall(("x", 1), "another")
     with pytest.raises(UserError, match="cannot be written"):
         Journal(tmp_path / "none" / "journal", {}).keep(("x",), "digest")
-
-
-# --- kills of a real process ------------------------------------------------------------------------------------
-
-
-def test_resuming_after_sigkill(tmp_path: Path) -> None:
-    wanted = timeless(evaluated(attacks=SLOW))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(ar.__file__).parents[1]), str(Path(__file__).parent)]),
-    }
-    command = [sys.executable, __file__, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stdout is not None
-        for _ in range(13):  # somewhere in the second batch
-            child.stdout.readline()
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-    lines = (tmp_path / "run" / MEASUREMENTS).read_bytes().splitlines()
-    assert 5 < len(lines) < LINES
-    assert timeless(evaluated(tmp_path / "run", attacks=SLOW, resume=True)) == wanted
-
-
-SLOW = ("fgsm:eps=0.1", "pgd:eps=0.1,steps=60", "gaussian-noise:severity=2")
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    evaluated(Path(sys.argv[1]), attacks=SLOW, progress=lambda *call: print(call, flush=True))

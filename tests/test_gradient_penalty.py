@@ -123,6 +123,33 @@ def test_writing_in_place_changes_nothing(method: str) -> None:
     torch.testing.assert_close(slopes[1], slopes[0])
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        nn.Hardsigmoid(), nn.Hardsigmoid(inplace=True), functional.hardsigmoid, torch.ops.aten.hardsigmoid,
+        torch._C._nn.hardsigmoid, lambda x: torch.ops.aten.hardsigmoid_(x + 0),
+    ],
+)  # fmt: skip
+def test_hard_sigmoids_have_a_second_derivative(gate: Callable[[Tensor], Tensor]) -> None:
+    """PyTorch's own has none, however it is called; the same gate of clamps tells what it is."""
+
+    class Gated(nn.Module):
+        def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.LazyLinear(5)
+            self.gate = gate
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).tanh()
+            return self.head(torch.flatten(self.b(x) * self.gate(5 * self.b(x).mean((2, 3), keepdim=True)), 1))
+
+    found = []
+    for function in (gate, lambda x: (x + 3).clamp(0, 6) / 6):
+        model, images, labels = ready(lambda function=function: Gated(function))
+        found.append(penalised(GradientPenalty(model, some_of(model, images)), model, images, labels))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_reused_modules_and_functional_calls_count_each_by_its_name() -> None:
     model, images, labels = ready(Reused)
     route = some_of(model, images)

@@ -74,6 +74,8 @@ def test_a_callable_may_differentiate_and_leaves_nothing_behind() -> None:
     with torch.inference_mode():
         changed = as_attack(own)(model, x, y)
     assert str(as_attack(own)) == "own"
+    own.__name__ = "fgsm"  # which is another attack's name
+    assert str(as_attack(own)) == "own fgsm" and list(named_attacks({"pgd:eps=0.1": own})) == ["own pgd:eps=0.1"]
     assert not changed.requires_grad and not changed.is_inference() and (changed - x).abs().max() <= 0.011
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     generator = torch.Generator().manual_seed(1)

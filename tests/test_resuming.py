@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -262,3 +263,26 @@ def test_a_damaged_checkpoint_is_refused_and_weights_are_written_again_from_a_go
             assert identical(load_file(tmp_path / LAST), whole)
     with pytest.raises(UserError, match=STATE):
         trained(folder=tmp_path, resume=True)
+
+
+def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
+    """The second is refused while the first is under way, and goes on once that is gone, however it ended."""
+    waiting, holding = os.pipe()
+    child = os.fork()
+    if child == 0:
+        trained(folder=tmp_path, progress=at_step(2, lambda: (os.write(holding, b"."), time.sleep(600))))
+        os._exit(0)
+    try:
+        os.read(waiting, 1)
+        kept = (tmp_path / STATE).read_bytes()
+        for resume in (False, True):
+            with pytest.raises(UserError, match=r"another process trains in .*: wait") as caught:
+                trained(folder=tmp_path, resume=resume)
+            assert "\n" not in str(caught.value)
+        assert (tmp_path / STATE).read_bytes() == kept
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    weights, result = trained(folder=tmp_path, resume=True)
+    assert identical(weights, trained()[0]) and result.last.epoch == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([BEST, LAST, LOG, SETTINGS, STATE])

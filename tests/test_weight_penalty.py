@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from architectures import Inverted, Perceptron, Residual, Reused, Shuffled, randomised
 from attackroute.core.errors import UserError
@@ -140,6 +141,30 @@ def test_parametrised_weights() -> None:
     torch.testing.assert_close(penalty(), by_hand(model, folded=True))
     penalty().backward()
     assert model[6].parametrizations.weight.original1.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of older norms
+@pytest.mark.parametrize(
+    ("compute", "original"),
+    [
+        (lambda layer: prune.random_unstructured(layer, "weight", 0.3), "weight_orig"),
+        (lambda layer: [prune.l1_unstructured(layer, "weight", share) for share in (0.3, 0.4)], "weight_orig"),
+        (nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig"),
+    ],
+)  # fmt: skip
+def test_weights_that_a_hook_computes_before_every_pass(compute: Callable[[nn.Module], object], original: str) -> None:
+    model = small()
+    compute(model[3])
+    compute(model[6])
+    penalty = WeightPenalty(model, ROUTE, IMAGES)
+    for layer in (model[3], model[6]):
+        layer.get_parameter(original).data.add_(0.1)  # as an optimiser's step does
+    value = penalty()
+    model(IMAGES)  # now the layers have their new weights
+    torch.testing.assert_close(value, by_hand(model, folded=True))
+    value.backward()
+    assert all(layer.get_parameter(original).grad.abs().sum() > 0 for layer in (model[3], model[6]))
+    torch.testing.assert_close(penalty(), value)
 
 
 def test_the_model_comes_back_as_it_was() -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from attackroute.core.batches import count_samples
+from attackroute.core.batches import count_samples, drawn_over_classes
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.core.statistics import Accuracy
@@ -289,7 +289,9 @@ class _Study:
             )
         ]  # fmt: skip
         if self.plan.autoattack_samples:
-            some = Subset(self.test, range(min(self.plan.autoattack_samples, count_samples(self.test, "test data"))))
+            # the same for every seed and variant, which are compared image by image
+            drawn = drawn_over_classes(self.test, self.plan.autoattack_samples, self.plan.tuning_seed)
+            some = Subset(self.test, drawn)
             attack = parse_attack("autoattack", eps=self.plan.eps, seed=seed)
             evaluations.append(
                 evaluate(model, DataLoader(some, _BATCH), [attack], checks=0, folder=folder / "autoattack", resume=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.batches import BatchStream, Data, batches, samples_in
-from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.checks import checked_labels, checked_logits, require_no_probabilities
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls, two_of
 from attackroute.core.loss import log_doubt, seed_gradients
@@ -195,6 +195,7 @@ def _differentiated(
 
     with torch.enable_grad(), LayerCalls(model, visit, linear=linear):
         logits = checked_logits(model(start.clone()), images.shape[0])
+        require_no_probabilities(logits)
     answers = logits.detach().argmax(1) if labels is None else checked_labels(labels, logits.shape[1], images.shape[0])
     ends = seed_gradients(logits, answers, leaves, None)
     logits = logits.detach()

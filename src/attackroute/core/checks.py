@@ -14,6 +14,7 @@ from attackroute.core.errors import UserError
 _NAMES = (("image", "images", "pixel_values", "x", "input", "inputs"), ("label", "labels", "target", "targets", "y"))
 """What mappings call images and labels."""
 _TOLERANCE = 1e-4  # of a value in [0, 1]
+_SUMS = 1e-5  # how far rounding may take a sum of float32 probabilities from 1
 
 
 def images_and_labels(batch: Any) -> tuple[Any, Any]:
@@ -79,6 +80,18 @@ def checked_logits(output: object, samples: int, *, finite: bool = True) -> Tens
     if finite and not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: check its weights and the range of its inputs")
     return logits
+
+
+def require_no_probabilities(logits: Tensor, what: str = "the model") -> None:
+    """Refuse a model's output ``(n, K)`` that is positive and adds up to 1 in every row.
+
+    Probabilities look like logits, but the gradient of a cross entropy that takes a second softmax is another one, and
+    vanishes where the first is sure of itself.
+    """
+    tolerance = max(_SUMS, 4 * torch.finfo(logits.dtype).eps)
+    wide = logits.detach().to(torch.float32)
+    if logits.shape[1] > 1 and bool(((wide >= 0).all(1) & ((wide.sum(1) - 1).abs() < tolerance)).all()):
+        raise UserError(f"{what} returns probabilities, which add up to 1, and not logits: leave out its softmax")
 
 
 def checked_labels(labels: Tensor, classes: int, samples: int, where: str = "") -> Tensor:

@@ -33,6 +33,10 @@ from attackroute.routes.route import Route
 _RELU = frozenset({functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
 _LEAKY = frozenset({functional.leaky_relu, functional.leaky_relu_})
 _POOL = frozenset({functional.max_pool2d, torch.max_pool2d})
+_aten, _nn = torch.ops.aten, torch._C._nn
+_HARD_SIGMOID = frozenset({functional.hardsigmoid, _nn.hardsigmoid, _aten.hardsigmoid, _aten.hardsigmoid.default})
+_HARD_SIGMOID_ = frozenset({_nn.hardsigmoid_, _aten.hardsigmoid_, _aten.hardsigmoid_.default})
+_WITHOUT_DERIVATIVE = ("torch::autograd::NotImplemented", "torch::autograd::Error")
 _KINKED = _RELU | _LEAKY | _POOL | {functional.relu6}
 
 
@@ -77,6 +81,7 @@ class GradientPenalty:
         self._on_route = cache(lambda layer, device: route[layer].to(device))
         self._off_route = cache(lambda layer, device: (~route.mask(layer)).nonzero().flatten().to(device))
         self._watched: _Watched | None = None
+        self._is_checked = False
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -102,15 +107,16 @@ class GradientPenalty:
         finally:
             handle.remove()
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Any, labels: Tensor) -> Tensor:
         """``L_g`` of the pass that was watched, a scalar that can be differentiated.
 
         Args:
-            logits: The pass's output ``(N, classes)``, with its graph.
+            logits: The pass's output ``(N, classes)``, or an object whose ``logits`` these are, with its graph.
             labels: ``(N,)``.
 
         Raises:
-            UserError: No pass was watched, it had no gradient, or a layer of the route did not run in it.
+            UserError: No pass was watched, it had no gradient, a layer of the route did not run in it, or, with the
+                exact method, an operation of the model has no second derivative.
         """
         watched = self._taken()
         task = _task(logits, labels)
@@ -118,12 +124,15 @@ class GradientPenalty:
         gradients, _ = watched.gradients(task, keep_graph=True, create_graph=exact)
         value = self._sum(watched, gradients)
         if exact:
+            if not self._is_checked:
+                _require_second_derivatives(value)
+                self._is_checked = True
             return value
         moved, eps = self._moved(watched, gradients, labels)
         quotient = (moved - task) / eps
         return quotient + (value - quotient).detach()  # the value is known exactly, only the gradient is not
 
-    def with_task(self, logits: Tensor, labels: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    def with_task(self, logits: Any, labels: Tensor, lam: float) -> tuple[Tensor, Tensor]:
         """The cross entropy plus ``lam * L_g`` (Eq. (11)) in one: two ordinary steps' work with the approximation.
 
         The approximation reads the gradients at the neurons off the very pass that gives the parameters theirs. Its
@@ -311,9 +320,9 @@ class _GivenGradients(torch.autograd.Function):
         return (None, None, None, *(None if given is None else given * factor for given in ctx.gradients))
 
 
-def _task(logits: Tensor, labels: Tensor) -> Tensor:
+def _task(output: object, labels: Tensor) -> Tensor:
     """The cross entropy, averaged over the batch."""
-    check_logits(logits, labels, "batch")
+    logits = check_logits(output, labels, "batch")
     return task_loss(logits, labels.to(logits.device))
 
 
@@ -326,12 +335,31 @@ def _twice_differentiable(func: Callable[..., Any], args: tuple[Any, ...], kwarg
     if func is functional.scaled_dot_product_attention:  # the fused kernels' backward has no derivative
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **kwargs)
-    return _hard_sigmoid(*args, **kwargs) if func is functional.hardsigmoid else func(*args, **kwargs)
+    if func in _HARD_SIGMOID_:
+        return _hard_sigmoid(*args, **{**kwargs, "inplace": True})
+    return _hard_sigmoid(*args, **kwargs) if func in _HARD_SIGMOID else func(*args, **kwargs)
 
 
 def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     values = functional.relu6(input + 3) / 6
     return input.copy_(values) if inplace else values
+
+
+def _require_second_derivatives(value: Tensor) -> None:
+    """Look in a gradient's graph for what raises an error only when it is differentiated."""
+    nodes = [value.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            if node.name() in _WITHOUT_DERIVATIVE:
+                raise UserError(
+                    "the network has an operation without a second derivative (in PyTorch, or in a function of its "
+                    f"own); take the method {APPROXIMATE!r} (--approximate)"
+                )
+            further = {parent for parent, _ in node.next_functions} - seen
+            seen |= further
+            nodes += further
 
 
 def require_ran(layers: Iterable[str], ran: Container[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from attackroute.core.batches import as_dataset, count_samples, in_order, load
+from attackroute.core.batches import as_dataset, count_samples, drawn_over_classes, in_order, load
 from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
@@ -26,7 +26,6 @@ from attackroute.hardening.gradient_penalty import GradientPenalty
 from attackroute.hardening.objective import Batch, Objective, StepLosses, samples_of, task_loss
 from attackroute.hardening.settings import (
     ALL,
-    APPROXIMATE,
     FINE_TUNING,
     GRADIENT,
     PENALTIES,
@@ -312,8 +311,8 @@ class RouteObjective(Objective):
                 if penalty is not None:
                     stack.enter_context(penalty.watch())
             stack.enter_context(batch.autocast())
-            logits = model(images)
-        check_logits(logits, batch.labels, _TRAIN)
+            output = model(images)
+        logits = check_logits(output, batch.labels, _TRAIN)
         factors, values = self._factors, dict[str, Tensor]()
         task = total = task_loss(logits, batch.targets)
 
@@ -340,8 +339,8 @@ class RouteObjective(Objective):
         devices = [batch.images.device] if batch.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), spared_buffers(model):
             with penalty.watch(), batch.autocast():
-                logits = model(batch.images)
-            return penalty(logits, batch.targets)
+                output = model(batch.images)
+            return penalty(output, batch.targets)
 
     def _traced(self, model: nn.Module, data: Dataset[Any], share: float) -> Route:
         """The model route of a share of the samples, drawn with the seed (Eqs. (1)-(8))."""
@@ -379,7 +378,7 @@ class RouteObjective(Objective):
 
     def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
         """For each penalty, the norm of its gradient over that of the task's; the model and the generators stay."""
-        clean, labels = samples_of(model, data, range(min(_STRENGTH_SAMPLES, count_samples(data, _TRAIN))))
+        clean, labels = samples_of(model, data, drawn_over_classes(data, _STRENGTH_SAMPLES, self._seed))
         targets = labels.to(clean.device)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -396,21 +395,13 @@ class RouteObjective(Objective):
             images = self.attacked(model, Batch(clean, labels, targets, draws=draws, autocast=nullcontext))
             if self._gradient is not None:
                 with self._gradient.watch():
-                    logits = model(images)
-                try:
-                    norms[GRADIENT] = norm(self._gradient(logits, targets))
-                except RuntimeError as error:
-                    if "is not implemented" not in str(error):
-                        raise
-                    raise UserError(
-                        f"the network has an operation without a second derivative ({str(error).splitlines()[0]}); "
-                        f"take the method {APPROXIMATE!r} (--approximate)"
-                    ) from error
+                    output = model(images)
+                norms[GRADIENT] = norm(self._gradient(output, targets))
             if self._stabilisation is not None:
                 with self._stabilisation.watch():
                     model(images)
                 norms[STABILISATION] = norm(self._stabilisation(clean))
-            task = norm(task_loss(model(images), targets))
+            task = norm(task_loss(check_logits(model(images), labels, _TRAIN), targets))
         return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
 
 

@@ -73,8 +73,8 @@ class Objective:
         """The losses of one step; the model is in training mode."""
         images = self.attacked(model, batch)
         with batch.autocast():
-            logits = model(images)
-        check_logits(logits, batch.labels, "training data")
+            output = model(images)
+        logits = check_logits(output, batch.labels, "training data")
         task = task_loss(logits, batch.targets)
         return StepLosses(task, task.detach(), logits.detach())
 

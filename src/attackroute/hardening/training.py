@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from attackroute.core.batches import Data, as_dataset, count_samples, count_steps, load, shuffled
-from attackroute.core.checks import check_logits, checked_batch
+from attackroute.core.checks import check_logits, checked_batch, require_no_probabilities
 from attackroute.core.distributed import current, take_from_first
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
@@ -31,7 +31,7 @@ from attackroute.core.model_state import in_format, kept_modes, placement
 from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
-from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, open_run
+from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, locked, open_run
 from attackroute.hardening.data_parallel import Replicas
 from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
@@ -127,15 +127,15 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
-        for data, what in ((train_data, _TRAIN), (test_data, _TEST)):
-            if data is not None:
-                _check_fit(model, data, what)
-        if _crashes_in_channels_last(model, samples_of(model, train_data, [0])[0]):
+        parts = ((train_data, _TRAIN), (test_data, _TEST))
+        if any([_check_fit(model, data, what) for data, what in parts if data is not None]):
             run.format = torch.contiguous_format
             if settings.channels_last:
                 warnings.warn(_CONTIGUOUS, stacklevel=2)
         if run.format is not None:
             stack.enter_context(in_format(model, run.format))
+        if run.folder is not None and current().leads:
+            stack.enter_context(locked(run.folder))
         history = _begin(run, resume)
         _save(run, history)  # where the run goes on too, since a kill may have come between two files
         resumed_from = len(history)
@@ -219,39 +219,31 @@ class _Run:
         )
 
 
-def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> None:
-    """Try the first sample, so that most misfits show before anything is written."""
+def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> bool:
+    """Try the first sample, so that most misfits show before anything is written; does channels_last crash on it?
+
+    A CPU's weight gradient of a 1x1 convolution with a stride and 2 to 15 channels writes past its end in that format
+    (uxlfoundation/oneDNN#6035).
+    """
     count_samples(data, what)
     images, labels = samples_of(model, data, [0], what)
+    crashing: list[str] = []
+
+    def visit(call: LayerCall) -> Tensor:
+        output, (channels, *size) = call.run(), call.weight.shape[1:]
+        if size == [1, 1] and 2 <= channels <= 15 and output.shape[2:] != call.input.shape[2:]:
+            crashing.append(call.name)
+        return output
+
     model.eval()
     try:
-        with torch.no_grad():
-            logits = model(images)
+        with torch.no_grad(), LayerCalls(model, visit):
+            output = model(images)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the model does not take the {what}'s {tuple(images.shape[1:])}: {reason}") from error
-    check_logits(logits, labels, what)
-
-
-def _crashes_in_channels_last(model: nn.Module, images: Tensor) -> bool:
-    """Whether a CPU's weight gradient of a layer writes past its end in that format (uxlfoundation/oneDNN#6035).
-
-    So do 1x1 convolutions with a stride from 2 to 15 channels.
-    """
-    found = False
-
-    def visit(call: LayerCall) -> Tensor:
-        nonlocal found
-        output = call.run()
-        if call.kind == "conv2d" and call.weight.shape[2:] == (1, 1) and 2 <= call.weight.shape[1] <= 15:
-            found = found or output.shape[2:] != call.input.shape[2:]
-        return output
-
-    if images.device.type == "cpu":
-        model.eval()
-        with torch.no_grad(), LayerCalls(model, visit):
-            model(images.clone())
-    return found
+    require_no_probabilities(check_logits(output, labels, what))
+    return bool(crashing) and images.device.type == "cpu"
 
 
 def _begin(run: _Run, resume: bool) -> list[EpochRecord]:

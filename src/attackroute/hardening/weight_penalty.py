@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from attackroute.core.batches import batches
 from attackroute.core.errors import UserError
@@ -20,6 +23,7 @@ from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
 
 _PROBE = 2
+_WEIGHT = "weight"
 
 
 class WeightPenalty:
@@ -120,9 +124,9 @@ def _weights(model: nn.Module, images: Tensor, layers: Container[str]) -> dict[s
             name = parameters.get(call.weight)  # type: ignore[call-overload]
             if name is not None:
                 weights[call.name] = partial(model.get_parameter, name)
-            else:  # its module computes it from parameters, as a parametrisation does
+            else:  # its module computes it from parameters
                 module = modules.get(call.name.partition("#")[0], model)
-                weights[call.name] = partial(getattr, module, "weight", None)
+                weights[call.name] = partial(_computed, module)
                 value = weights[call.name]()
                 if not (isinstance(value, Tensor) and torch.equal(value, call.weight)):
                     raise UserError(
@@ -134,6 +138,18 @@ def _weights(model: nn.Module, images: Tensor, layers: Container[str]) -> dict[s
     with torch.no_grad(), LayerCalls(model, visit, linear=True):
         model(images.clone())
     return weights
+
+
+def _computed(module: nn.Module) -> Any:
+    """A module's weight as its next pass will have it, by a parametrisation or by a hook of pruning or older norms."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == _WEIGHT:
+            return hook.apply_mask(module)
+        if isinstance(hook, WeightNorm) and hook.name == _WEIGHT:
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == _WEIGHT:
+            return hook.compute_weight(module, do_power_iteration=False)
+    return getattr(module, _WEIGHT, None)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ def occurrence_table(network: NetworkResults, findings: Findings) -> Iterator[Ro
 
 @judge("table1", "occurrence")
 def occurrence_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Table 1."""
     occurrences = _occurrences(findings)
     ours, chance = occurrences.pop("clean"), occurrences.pop(RANDOM_ROUTES)
     falls, above = ours[0] > ours[-1], all(map(operator.gt, ours, chance))
@@ -71,7 +70,6 @@ def occurrence_claims(network: NetworkResults, findings: Findings) -> Iterator[C
 
 @judge("table1", "sampling")
 def sampling_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """Section 5.1.3: how few images give the route."""
     shares = findings.table.select(share=_TENTH).column("share_of_neurons")
     yield Claim(
         text="a tenth of the images gives the same route",
@@ -140,7 +138,6 @@ def responses_table(network: NetworkResults, findings: Findings) -> Iterator[Row
 
 @judge("fig2", "sensitivity")
 def response_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Fig. 2."""
     for quantity, attack, factors, higher in _responses(findings):
         if attack not in (None, findings.distinct("attack", quantity=quantity)[0]):
             continue  # the claim is about the first attack
@@ -207,7 +204,6 @@ class _Repair:
 
 @judge("fig3", "transplant-layers")
 def transplant_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Fig. 3."""
     (attack,) = findings.distinct("attack")
     first = _Repair(findings, attack, _singles(findings)[0])
     yield Claim(
@@ -231,7 +227,6 @@ def transplant_claims(network: NetworkResults, findings: Findings) -> Iterator[C
 
 @judge("fig3", "transplant-attacks")
 def transplant_attack_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """The same under other attacks."""
     for attack in findings.distinct("attack"):
         repair = _Repair(findings, attack, _singles(findings)[0])
         yield Claim(
@@ -274,7 +269,6 @@ def weakening_table(network: NetworkResults, findings: Findings) -> Iterator[Row
 
 @judge("fig4", "deactivate", "deactivate-activation")
 def deactivation_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Fig. 4a."""
     after = " after the activation" if findings["at"] == ACTIVATION else ""
     for group in findings.distinct("layers", criterion=ROUTE):
         name = network.group_title(group)
@@ -284,7 +278,6 @@ def deactivation_claims(network: NetworkResults, findings: Findings) -> Iterator
 
 @judge("fig4", "weaken")
 def weakening_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Fig. 4b."""
     beta = findings["main_beta"]
     text = f"connections of the route weakened to {beta:g} destroy accuracy; of random neurons, hardly"
     yield _silence_claim(text, findings, beta=beta)
@@ -330,7 +323,6 @@ def attention_table(network: NetworkResults, findings: Findings) -> Iterator[Row
 
 @judge("fig5", "gradcam")
 def attention_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Fig. 5."""
     texts = {
         (CLEAN, INSIDE): "on clean images the route's Grad-CAM is on the object, more than the other channels'",
         (_attack(findings), SHIFT): "an attack moves the route's Grad-CAM more than that of the other channels",
@@ -386,7 +378,6 @@ def gradients_table(network: NetworkResults, findings: Findings) -> Iterator[Row
 
 @judge("table4", "hardness")
 def gradient_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Table 4."""
     first, about = next(iter(findings["attacks"].items()))
     layers = [row for row in about["gradients"] if row["weak_mean"] is not None and row["hard_mean"]]
     if layers:
@@ -425,7 +416,6 @@ def predictors_table(network: NetworkResults, findings: Findings) -> Iterator[Ro
 
 @judge("fig6", "hardness")
 def prediction_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    """What the paper reads from Fig. 6."""
     for attack, about in findings["attacks"].items():
         ours = _auroc(findings, attack, OURS)
         if ours is None:

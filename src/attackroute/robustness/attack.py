@@ -129,7 +129,7 @@ def checked_result(attack: Perturbation, images: object, clean: Tensor) -> Tenso
     Raises:
         UserError: Another shape, values that are NaN or outside [0, 1], or images outside the attack's ball.
     """
-    images = like(clean, images, str(attack))
+    images = shaped_like(clean, images, str(attack))
     if out_of_range(images).any():
         raise UserError(f"{attack} returns images with NaN or values outside [0, 1]; its results cannot be trusted")
     ball = attack.ball
@@ -151,7 +151,7 @@ def attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor | 
         with torch.no_grad(), explained(images):
             labels = checked_logits(model(images.clone()), images.shape[0]).argmax(1)
     with frozen(model):
-        changed = like(images, attack(model, images.clone(), labels), "the attack")
+        changed = shaped_like(images, attack(model, images.clone(), labels), "the attack")
     if not torch.isfinite(changed).all():
         raise UserError("the attack returns NaN or inf")
     return changed, labels
@@ -199,7 +199,7 @@ def kept_generators() -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def like(clean: Tensor, images: object, attack: str) -> Tensor:
+def shaped_like(clean: Tensor, images: object, attack: str) -> Tensor:
     """What an attack returns, of the clean images' shape, dtype and device."""
     if not isinstance(images, Tensor) or images.shape != clean.shape:
         what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__

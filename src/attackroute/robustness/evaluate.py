@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.batches import BatchStream, Data, samples_in
-from attackroute.core.checks import check_attackable, checked_labels, checked_logits
+from attackroute.core.checks import check_attackable, checked_labels, checked_logits, require_no_probabilities
 from attackroute.core.distributed import current
 from attackroute.core.document import library_versions
 from attackroute.core.errors import UserError, did_you_mean
@@ -33,7 +33,6 @@ from attackroute.robustness.registry import named_attacks
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
 
 _DEFAULT_EPS = 8 / 255  # of the checks, where no attack states a radius
-_SUM_TOLERANCE = 1e-3
 
 Progress = Callable[[int, "int | None", str], None]
 """Called with the images that were attacked so far, how many there will be, and what is under way."""
@@ -282,7 +281,7 @@ class _Run:
             logits = checked_logits(model(attacked.clone()), len(attacked))
         checked_labels(y, logits.shape[1], len(y))
         if attack is None:
-            _require_logits(name, logits)
+            require_no_probabilities(logits, f"the model {name!r}")
         predictions = logits.argmax(1)
         examples = None
         if attack is not None and self.examples is not None:
@@ -384,13 +383,6 @@ def _required(labels: Tensor | None) -> Tensor:
     if labels is None:
         raise UserError("the data have no labels, and accuracy needs them: give (images, labels)")
     return labels
-
-
-def _require_logits(name: str, logits: Tensor) -> None:
-    """Probabilities look like logits, but attacks on them follow a gradient that vanishes."""
-    wide = logits.double()
-    if logits.shape[1] > 1 and bool((wide >= 0).all()) and bool(((wide.sum(1) - 1).abs() < _SUM_TOLERANCE).all()):
-        raise UserError(f"the model {name!r} returns probabilities, which add up to 1: leave out its softmax")
 
 
 def _digest(images: Tensor, labels: Tensor) -> str:

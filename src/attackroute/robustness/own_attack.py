@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.core.random import drawn_number, seeded
-from attackroute.robustness.attack import Attack, Perturbation, like
+from attackroute.robustness.attack import Attack, Perturbation, shaped_like
 
 _BOUND = ("torchattack", "torchattacks")  # libraries whose attacks hold the model, and take images and labels
 
@@ -32,7 +32,7 @@ class OwnAttack(Perturbation):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         drawing = nullcontext() if generator is None else seeded(drawn_number(generator))
         with frozen(model), torch.inference_mode(False), torch.enable_grad(), drawing:
-            return like(x, self.function(model, x.detach().clone(), y.clone()), str(self))
+            return shaped_like(x, self.function(model, x.detach().clone(), y.clone()), str(self))
 
     def __str__(self) -> str:
         return self.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from attackroute.core.errors import UserError, did_you_mean
@@ -60,7 +60,7 @@ def as_attack(attack: Attack | str, **defaults: Any) -> Perturbation:
     """
     if isinstance(attack, str):
         return parse_attack(attack, **defaults)
-    return attack if isinstance(attack, Perturbation) else own_attack(attack)
+    return attack if isinstance(attack, Perturbation) else _own(attack)
 
 
 def named_attacks(
@@ -71,10 +71,12 @@ def named_attacks(
     Raises:
         UserError: There is none, one is no attack, or two have one name.
     """
+    several: Iterable[Attack | str]
     if isinstance(attacks, Mapping):
-        several = [own_attack(each, name) if _is_own(each) else each for name, each in attacks.items()]
+        known = (str, Perturbation)
+        several = [each if isinstance(each, known) else _own(each, name) for name, each in attacks.items()]
     else:
-        several = [attacks] if isinstance(attacks, str) or not isinstance(attacks, Iterable) else list(attacks)
+        several = [attacks] if isinstance(attacks, str) or not isinstance(attacks, Iterable) else attacks
     named: dict[str, Perturbation] = {}
     for attack in (as_attack(each, **defaults) for each in several):
         if named.setdefault(str(attack), attack) != attack:
@@ -107,8 +109,10 @@ def radii(attacks: Sequence[str]) -> list[str] | None:
     return [ball.radius for ball in balls]
 
 
-def _is_own(attack: object) -> bool:
-    return not isinstance(attack, (str, Perturbation))
+def _own(attack: object, name: str | None = None) -> Perturbation:
+    """An attack of the user's own, under a name that is none of those here: a function may be called pgd."""
+    own = own_attack(attack, name)
+    return own if _parsed(own.name) is None else replace(own, name=f"own {own.name}")
 
 
 def _parsed(attack: str) -> Perturbation | None:

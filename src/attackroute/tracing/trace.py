@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.core.batches import BatchStream, Data, batches_in_order
-from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.checks import checked_labels, checked_logits, require_no_probabilities
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM
@@ -260,7 +260,10 @@ class Tracer:
         follow = NoiseTracker if config.follows_noise else None
         with _gates(config):
             structure, output = Structure.probe(model, images, linear=config.linear, elsewhere=elsewhere, follow=follow)
-        classes = checked_logits(output, 2).shape[1]
+        logits = checked_logits(output, 2)
+        if loss is None:
+            require_no_probabilities(logits)
+        classes = logits.shape[1]
         return cls(
             model, structure, classes, config=config, width=width, attack=attack, loss=loss, keep_scores=keep_scores,
             settings=settings or {}
