@@ -269,3 +269,56 @@ def test_a_layer_without_scores_is_named_and_marked(tmp_path: Path) -> None:
     assert [layer.get("unranked") for layer in layers] == [None, 2, None]
     with pytest.raises(UserError, match=r"all scores of the last layers \(4\) are zero"):
         trace_routes(model, (images, labels), loss=lambda z, _: z.sum(1) * 0)
+
+
+class Dropped(nn.Module):
+    """A trunk with a head of its own whose answer is dropped, as auxiliary classifiers' is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.trunk = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3)
+        self.aside, self.unused, self.head = nn.Conv2d(6, 40, 1), nn.Conv2d(40, 4, 1), Head(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        self.unused(F.relu(self.aside(x)))
+        return self.head(F.relu(self.trunk(x)))
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_head_that_is_dropped_is_not_on_the_route(noise: bool) -> None:
+    model, images, labels = ready(Dropped)
+    found = check(model, images, labels, noise=noise)
+    assert found.layers == ("first", "trunk") and list(found.methods) == [("first", "trunk")]
+    del model.unused, model.aside
+    model.unused = model.aside = nn.Identity()
+    assert worst(found, check(model, images, labels, noise=noise)) == 0
+
+
+def test_one_image_alone_has_the_products_of_a_batch() -> None:
+    """PyTorch's batched products through batch norm are wrong for one row whose gradient comes permuted."""
+
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last, self.head = (
+                nn.Conv2d(3, 8, 3),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 6, 3),
+                Head(6),
+            )
+            self.mix = nn.Bilinear(8, 8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.gelu(self.norm(self.first(x))).permute(0, 2, 3, 1)
+            return self.head(self.last(self.mix(x, x).permute(0, 3, 1, 2)))
+
+    model, images, labels = ready(Permuted)
+    found = check(model, images[:1], labels[:1])
+    assert set(found.methods.values()) == {"autograd"}
+    assert (
+        deviation(
+            found.scores["first"], trace_routes(model, (images, labels), 0.3, keep_scores=True).scores["first"][:1]
+        )
+        < 1e-12
+    )

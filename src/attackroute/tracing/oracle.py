@@ -84,8 +84,9 @@ def trace(
     """
     if not 0 < width <= 1:
         raise UserError(f"width is {width}: give a share of the channels above 0 and at most 1")
-    calls, logits = _run(model, x, linear)
+    every_call, logits = _run(model, x, linear)
     objective, cotangent = _objective(logits, _labels(logits, y, x.shape[0]), loss)
+    calls = _needed(every_call, objective, cotangent)
     edges = [(source, target) for target in calls for source in _sources(calls, target)]
     before: dict[str, Tensor] = {}
     influences: dict[tuple[str, str], Tensor] = {}
@@ -94,7 +95,7 @@ def trace(
             influences |= _influences(calls, [source for source, end in edges if end == target], target)
     else:
         before = {name: call.leaf.detach() for name, call in _run(model, clean, linear)[0].items()}
-        influences = _noise_influences(model, x, calls, before, edges, linear)
+        influences = _noise_influences(model, x, every_call, before, edges, linear)
     scores: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for name in reversed(calls):
@@ -116,6 +117,16 @@ def trace(
         scores={name: scores[name] for name in calls},
         masks={name: masks[name] for name in calls},
     )
+
+
+def _needed(calls: dict[str, _Call], objective: Tensor, cotangent: Tensor) -> dict[str, _Call]:
+    """Without the layers on which the loss does not depend, directly or through others: they are not on the route."""
+    gradients = _gradients(objective, [call.leaf for call in calls.values()], cotangent)
+    needed = {name for name, gradient in zip(calls, gradients, strict=True) if gradient is not None}
+    for target in reversed(calls):
+        if target in needed:
+            needed.update(_sources(calls, target))
+    return {name: call for name, call in calls.items() if name in needed}
 
 
 def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:

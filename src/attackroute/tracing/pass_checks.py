@@ -43,6 +43,11 @@ class GraphWalk:
         self._outputs[output.grad_fn] = name
         return output
 
+    def reached_from(self, output: object) -> frozenset[str]:
+        """Layers on which an output of the model depends directly."""
+        logits = getattr(output, "logits", output)
+        return self._walk([logits.grad_fn])[0] if isinstance(logits, Tensor) else frozenset()
+
     def _walk(self, start: Iterable[Any]) -> tuple[frozenset[str], list[Any]]:
         """Names of the outputs below some nodes of the graph, and the custom functions on the way."""
         seen, reached, custom = set[Any](), set[str](), list[Any]()

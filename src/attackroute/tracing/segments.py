@@ -44,6 +44,9 @@ class Segments:
         linear: bool = False,
         fused: bool = False,
     ) -> None:
+        # PyTorch's batched products through batch norm are wrong for one row whose gradient comes permuted (torch 2.14)
+        self._samples = len(images)
+        images = images.repeat(2, *(1,) * (images.ndim - 1)) if len(images) == 1 else images
         self._sources = {target: tuple(sources) for target, sources in edges.items()}
         cut_layers = frozenset(source for sources in self._sources.values() for source in sources)
         self._leaves: dict[str, Tensor] = {}
@@ -70,7 +73,7 @@ class Segments:
     def influence(self, target: str) -> dict[str, Tensor]:
         """Eqs. (1)-(2) for every source of ``target``: ``(n, C_target, C_source)``."""
         output = self._outputs[target]
-        samples, channels = output.shape[0], self._channels_last(target, output).shape[-1]
+        samples, channels = self._samples, self._channels_last(target, output).shape[-1]
         rows: dict[str, list[Tensor]] = {source: [] for source in self._sources[target]}
         for channel in range(channels):
             only = output.new_zeros(samples, channels, dtype=torch.bool)
@@ -91,10 +94,10 @@ class Segments:
         """
         output = self._outputs[target]
         leaves = {source: self._leaves[source] for source in self._sources[target]}
-        ranked = _ranked(critical)
+        ranked = _ranked(critical).expand(len(output), -1)
         dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
         totals = {
-            source: leaf.new_zeros(leaf.shape[0], self._channels_last(source, leaf).shape[-1], dtype=dtype)
+            source: leaf.new_zeros(self._samples, self._channels_last(source, leaf).shape[-1], dtype=dtype)
             for source, leaf in leaves.items()
         }
         if not output.requires_grad:
@@ -108,7 +111,7 @@ class Segments:
             for source, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     sized = self._channels_last(source, gradient.abs())
-                    totals[source] += sized.flatten(2, -2).sum((0, 2), dtype=dtype)
+                    totals[source] += sized[:, : self._samples].flatten(2, -2).sum((0, 2), dtype=dtype)
         return totals
 
     def sketched(
@@ -126,7 +129,7 @@ class Segments:
             raise UserError(
                 f"layer {target!r} runs in float16, whose range is too small for sketches: use float32 or bfloat16"
             )
-        ranked = _ranked(critical)
+        ranked, keys = _ranked(critical).expand(len(output), -1), keys.expand(len(output))
         widest = max(output.numel(), *(leaf.numel() for leaf in leaves))
         sums: dict[str, ScaleSums] = {}
         alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
@@ -172,7 +175,7 @@ class Segments:
 
     def _per_channel(self, name: str, values: Tensor) -> Tensor:
         """Sum over positions of values shaped like a layer's output: ``(n, C)``."""
-        values = self._channels_last(name, values)
+        values = self._channels_last(name, values[: self._samples])
         return values.flatten(1, -2).sum(1) if values.ndim > 2 else values
 
     def _cotangents(self, target: str, ranked: Tensor, pairs: int, chunk: int) -> Iterator[Tensor]:

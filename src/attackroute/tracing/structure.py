@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Structure:
         closed: For each layer, the sources whose influence has a closed form.
         jacobian: For each layer, the sources whose edge has no closed form.
         recorded: For each layer, all sources that the recording found, also those that autograd denies.
+        ends: Layers on which the model's output depends directly.
+        idle: Layers that no longer count, since the output does not depend on them at all; see :meth:`of_the_output`.
         elsewhere: How these are computed, ``"autograd"`` (exact), ``"sketch"``, or for noise ``"replay"`` (exact).
     """
 
@@ -34,6 +36,8 @@ class Structure:
     closed: tuple[frozenset[int], ...]
     jacobian: tuple[frozenset[int], ...]
     recorded: tuple[frozenset[int], ...]
+    ends: frozenset[int]
+    idle: frozenset[int] = frozenset()
     elsewhere: str = AUTOGRAD
 
     @classmethod
@@ -77,13 +81,42 @@ class Structure:
             closed=tuple(closed),
             jacobian=tuple(jacobian),
             recorded=tuple(layer.sources for layer in layers),
+            ends=frozenset(map(names.index, graph.reached_from(recording.output))),
             elsewhere=elsewhere,
         ), recording.output
+
+    def of_the_output(self) -> Structure:
+        """The structure without the layers on which the output does not depend, such as heads that are dropped.
+
+        Raises:
+            UserError: It depends on none.
+        """
+        needed = set(self.ends)
+        for index in reversed(range(len(self.names))):
+            if index in needed:
+                needed |= self.closed[index] | self.jacobian[index]
+        if not needed:
+            raise UserError(
+                "the logits do not depend on any route layer: does the model's forward detach, use no_grad, or leave "
+                "out what the layers give?"
+            )
+        idle = frozenset(range(len(self.names))) - needed
+        closed, jacobian = (
+            tuple(frozenset() if index in idle else each for index, each in enumerate(edges))
+            for edges in (self.closed, self.jacobian)
+        )
+        return replace(self, closed=closed, jacobian=jacobian, idle=idle)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that count, in forward order."""
+        return tuple(name for index, name in enumerate(self.names) if index not in self.idle)
 
     @property
     def channels(self) -> dict[str, int]:
         """Channels of each layer, by name."""
-        return dict(zip(self.names, self.counts, strict=True))
+        counts = dict(zip(self.names, self.counts, strict=True))
+        return {name: counts[name] for name in self.layers}
 
     @property
     def methods(self) -> dict[tuple[str, str], str]:
@@ -97,7 +130,7 @@ class Structure:
     @property
     def sinks(self) -> frozenset[str]:
         """Layers without a successor."""
-        followed = frozenset[int]().union(*self.closed, *self.jacobian)
+        followed = self.idle.union(*self.closed, *self.jacobian)
         return frozenset(name for index, name in enumerate(self.names) if index not in followed)
 
     @property

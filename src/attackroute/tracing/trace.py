@@ -263,10 +263,9 @@ class Tracer:
         logits = checked_logits(output, 2)
         if loss is None:
             require_no_probabilities(logits)
-        classes = logits.shape[1]
         return cls(
-            model, structure, classes, config=config, width=width, attack=attack, loss=loss, keep_scores=keep_scores,
-            settings=settings or {}
+            model, structure.of_the_output(), logits.shape[1], config=config, width=width, attack=attack, loss=loss,
+            keep_scores=keep_scores, settings=settings or {},
         )  # fmt: skip
 
     def trace(self, images: Tensor, labels: Tensor | None) -> InstanceRoutes:
@@ -322,13 +321,15 @@ class Tracer:
         ranked: dict[str, Ranked] = {}
         for index in reversed(range(len(layers))):  # every successor of a layer comes after it
             layer = layers[index]
+            if index in self.structure.idle:
+                continue
             ranked[layer.name] = open_edges.rank(layer.name, scores[index])
             critical = ranked[layer.name].mask
             critical_sums(layer, critical, scores)  # Eq. (5)
             if layer.jacobian:
                 check_ranked([ranked[layer.name].scores])
                 open_edges.follow(layer.name, critical)
-        return RankedBatch({name: ranked[name] for name in names}, logits.detach(), predictions)
+        return RankedBatch({name: ranked[name] for name in self.structure.layers}, logits.detach(), predictions)
 
     def _open_edges(self, passed: Tensor, images: Tensor, layers: Sequence[RecordedLayer]) -> OpenEdges:
         """What computes the edges without a closed form."""
