@@ -322,3 +322,20 @@ def test_one_image_alone_has_the_products_of_a_batch() -> None:
         )
         < 1e-12
     )
+
+
+def squeezed() -> nn.Module:
+    """Squeeze and excite by linear maps, whose outputs have no positions."""
+    parts = {"stem": nn.Conv2d(3, 6, 3), "squeeze": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "excite": nn.Linear(4, 6)}
+
+    def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = m["stem"](x)
+        gate = m["excite"](F.gelu(F.softmax(m["norm"](m["squeeze"](x.mean((2, 3)))), 1)))
+        return m["head"](x * torch.sigmoid(gate)[:, :, None, None])
+
+    return Function(forward, **parts, head=Head(6))
+
+
+def test_products_from_layers_without_positions() -> None:
+    found = check(*ready(squeezed), linear=True, influences=True)
+    assert found.methods["parts.squeeze", "parts.excite"] == "autograd"

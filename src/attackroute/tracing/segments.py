@@ -110,8 +110,9 @@ class Segments:
             gradients = _products(output, list(leaves.values()), cotangents)
             for source, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    sized = self._channels_last(source, gradient.abs())
-                    totals[source] += sized[:, : self._samples].flatten(2, -2).sum((0, 2), dtype=dtype)
+                    sized = self._channels_last(source, gradient.abs())[:, : self._samples]
+                    sized = sized.flatten(2, -2) if sized.ndim > 3 else sized.unsqueeze(2)  # (products, n, positions, C)
+                    totals[source] += sized.sum((0, 2), dtype=dtype)
         return totals
 
     def sketched(
