@@ -110,8 +110,8 @@ class Segments:
             gradients = _products(output, list(leaves.values()), cotangents)
             for source, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    sized = self._channels_last(source, gradient.abs())[:, : self._samples]
-                    sized = sized.flatten(2, -2) if sized.ndim > 3 else sized.unsqueeze(2)  # (products, n, positions, C)
+                    sized = self._channels_last(source, gradient.abs())[:, : self._samples]  # (products, n, ..., C)
+                    sized = sized.flatten(2, -2) if sized.ndim > 3 else sized.unsqueeze(2)
                     totals[source] += sized.sum((0, 2), dtype=dtype)
         return totals
 
