@@ -36,9 +36,10 @@ def test_counts(batch_size: int) -> None:
 
 
 def test_wilson_interval_against_published_and_defining_values() -> None:
-    # Newcombe (1998), Statistics in Medicine 17, table I: 81/263, 15/148, 0/20, 1/29
+    # Newcombe (1998), Statistics in Medicine 17, table I: 81/263, 15/148, 0/20, 1/29; and the mirror image of 0/20
     for correct, total, low, high in [
         (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
     ]:  # fmt: skip
         assert Accuracy(correct, total).interval == pytest.approx((low, high), abs=5e-5)
     result = Accuracy(37, 50)

@@ -371,15 +371,6 @@ def test_the_model_is_left_as_it_was(by: str) -> None:
     assert all(p.grad is None for p in model.parameters()) and x.grad is None and torch.equal(x, before)
 
 
-@pytest.mark.parametrize("by", ["activation", "gradient"])
-def test_progress(by: str) -> None:
-    calls: list[tuple[int, int | None]] = []
-    rank_channels(
-        randomised(chain()), batch(5), by, batch_size=2, progress=lambda done, total: calls.append((done, total))
-    )
-    assert calls == [(2, 5), (4, 5), (5, 5)]
-
-
 def test_criteria_without_data_read_one_batch() -> None:
     def data() -> Iterator[Tensor]:
         yield torch.rand(64, 3, 16, 16)

@@ -37,6 +37,8 @@ def test_the_example_of_the_page_is_run_written_and_reported(tmp_path: Path) -> 
     assert "How many of the route's neurons criteria choose too" in done("analyze", "--help").output
     done("analyze", *common, "--only", "agreement", "--out", tmp_path / "run")
     document = json.loads((tmp_path / "run" / "agreement.json").read_text())
+    assert (document["about"]["title"], document["about"]["order"]) == ("Agreement with simple criteria", 90)
+    assert list(experiment.all_experiments())[-1] == "agreement"
     assert document["kind"] == "agreement" and document["reading"].startswith("Of the route's neurons, activation")
     with (tmp_path / "run" / "agreement.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(document["rows"]) > 0

@@ -302,14 +302,6 @@ def test_the_model_is_left_as_it_was() -> None:
     assert state(model) == before
 
 
-def test_a_copy_made_inside_is_a_model_of_its_own() -> None:
-    model, x = randomised(chain()).eval(), images()
-    before = model(x)
-    with weaken(model, some(model), 0.1):
-        assert torch.equal(copy.deepcopy(model)(x), before)
-        assert not torch.equal(model(x), before)
-
-
 @pytest.mark.parametrize("beta", [-0.1, float("nan"), float("inf"), "half", None, True])
 def test_bad_factors(beta: object) -> None:
     model = chain()

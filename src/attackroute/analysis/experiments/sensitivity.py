@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,15 +176,17 @@ def _figure(result: Sensitivity) -> Figure:
     step = 0.7 / max(1, len(result.criteria) - 1)
     handles: dict[str, Any] = {}
     for axes, (quantity, attack) in zip(panels, quantities, strict=True):
-        for (place, layer), (index, criterion) in product(enumerate(layers), enumerate(result.criteria)):
-            rows, style = result.rows(layer, quantity, attack, criterion), look(criterion, line=False)
-            at = place - 0.35 + index * step
-            for row in rows:
-                axes.vlines(at, row["q05"], row["q95"], color=style["color"], linewidth=0.8, alpha=0.6)
-                axes.vlines(at, row["q25"], row["q75"], color=style["color"], linewidth=2.5, alpha=0.4)
-            if rows:
-                (mark,) = axes.plot(at, statistics.fmean(row["mean"] for row in rows), **style)
-                handles[label(criterion) + (f" ({len(rows)} draws)" if len(rows) > 1 else "")] = mark
+        for index, criterion in enumerate(result.criteria):
+            sets = {place: result.rows(layer, quantity, attack, criterion) for place, layer in enumerate(layers)}
+            spread = [(place - 0.35 + index * step, row) for place, rows in sets.items() for row in rows]
+            style, places = look(criterion, line=False), [at for at, _ in spread]
+            for low, high, width in (("q05", "q95", 0.8), ("q25", "q75", 2.5)):
+                ends = [row[low] for _, row in spread], [row[high] for _, row in spread]
+                axes.vlines(places, *ends, color=style["color"], linewidth=width, alpha=0.5)
+            means = {at: statistics.fmean(row["mean"] for other, row in spread if other == at) for at in places}
+            (mark,) = axes.plot(list(means), list(means.values()), **style)
+            draws = max(map(len, sets.values()))
+            handles[label(criterion) + (f" ({draws} draws)" if draws > 1 else "")] = mark
         for place in range(len(layers) - 1):
             axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
         axes.set_yscale("log")
