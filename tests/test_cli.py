@@ -73,7 +73,10 @@ def test_help_ends_with_examples_that_can_be_copied(command):
         (("trace", "--model", "x", "--data", "y", "--batch-size", "0"), ["--batch-size"]),
         (("trace", "--model", "x", "--data", "y", "--split", "half"), ["--split", "train, test"]),
         (("trace", "--model", "x", "--data", "y", "--split", "tests"), ["--split", "did you mean test?"]),
-        (("train", "--model", "x", "--data", "y", "--out", "z", "--width", "-1"), ["--width", "not above 0"]),
+        (
+            ("train", "--model", "x", "--data", "y", "--out", "z", "--model-width", "-1"),
+            ["--model-width", "not above 0"],
+        ),
         (("train", "--model", "x", "--data", "y"), ["--out", "attackroute train --help"]),
         (("train", "--model", "x", "--data", "y", "--out", "z", "--weight-decay", "-1"), ["weight_decay"]),
     ],

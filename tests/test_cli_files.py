@@ -125,7 +125,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 TRAINING = ("--epochs", 1, "--batch-size", 4, "--holdout", 0)
 COMMANDS = {
-    "train": ("train", "--model", "vgg_small", "--width", 0.25, *TRAINING),
+    "train": ("train", "--model", "vgg_small", "--model-width", 0.25, *TRAINING),
     "trace": ("trace",),
     "analyze": ("analyze", "--only", "occurrence", "--attack", "fgsm"),
     "hardness": ("hardness", "--attack", "fgsm"),

@@ -188,8 +188,8 @@ def harden(options: HardenOptions) -> None:
     penalty.check()
     if penalty.sweep is None and options.out is None:
         raise UserError("name the folder of the hardened network with --out, or try lambdas with --sweep")
-    if penalty.sweep is not None and (options.out is not None or training.resume or training.tensorboard):
-        raise UserError("--sweep writes nothing; leave out --out, --resume and --tensorboard")
+    if penalty.sweep is not None and (options.out is not None or training.resume):
+        raise UserError("--sweep writes nothing; leave out --out and --resume")
     hardening = _Hardening.open(options)
     if penalty.sweep is not None:
         hardening.sweep(penalty.sweep)
@@ -312,7 +312,10 @@ class _Hardening:
             method=APPROXIMATE if options.penalty.approximate else EXACT,
             **settings_of(HardenSettings, options.penalty, options.source),
         )
-        with self.output.progress("steps") as progress, epoch_lines(folder, options.training, self.output) as on_epoch:
+        with (
+            self.output.progress("steps") as progress,
+            epoch_lines(options.training, self.output, kept=folder is not None) as on_epoch,
+        ):
             return harden_network(
                 network, self.learnt, self.chosen_by, penalty=options.penalty.names, lam=lam, attack=self.attack,
                 route=options.source.route, settings=settings, train=options.training.settings(options.run),

@@ -195,7 +195,6 @@ class TrainingOptions:
     amp: bool = switch("--amp", "Mixed precision, for speed on GPUs.")
     channels_last: bool = switch("--channels-last", "Hold images and weights channels last, for speed on GPUs.")
     resume: bool = switch("--resume", "Go on with the run in --out; start one if there is none.", group=RUN)
-    tensorboard: bool = switch("--tensorboard", "Log to --out/tensorboard (an extra).", group=RUN)
 
     @property
     def chosen_on(self) -> str:

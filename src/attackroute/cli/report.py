@@ -354,7 +354,9 @@ def _comparison(*options: ReportOptions) -> RunComparison:
         except UserError as error:
             if comparable:
                 raise
-            raise UserError(f"{run.path}: {error} (the runs hold no traces of the same images to compare)") from None
+            side = "-a" if run is runs[0] else "-b"
+            told = str(error).replace("give --model", f"give --model{side}").replace("--weights", f"--weights{side}")
+            raise UserError(f"{run.path}: {told} (the runs hold no traces of the same images to compare)") from None
         contents.append(Content(run, measured, classes, command=command_line()))
         notes += missing
     named, seconds = contents[0].classes or contents[1].classes, time.perf_counter() - started
