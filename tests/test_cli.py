@@ -223,10 +223,13 @@ def test_help_has_every_option_under_its_heading(capsys):
     assert "--third" not in text
 
 
+LONG_NAME = "encoder.layers." * 20
+
+
 def test_output_keeps_to_its_streams(capsys):
     for output in (Output(), Output(as_json=True), Output(quiet=True), Output(as_json=True, quiet=True)):
         output.note("a note")
-        output.table(["layer", "share"], [["[bold]conv[0]", "12.0%"]])
+        output.table(["layer", "share"], [["[bold]conv[0]", "12.0%"], [LONG_NAME, "1"]])
         output.line("a line")
         output.result({"value": 1})
         with output.progress("steps") as progress:
@@ -239,7 +242,7 @@ def test_output_keeps_to_its_streams(capsys):
         elif output.quiet:
             assert captured.out == ""
         else:
-            assert "[bold]conv[0]" in captured.out
+            assert "[bold]conv[0]" in captured.out and LONG_NAME in captured.out  # in a line
             assert captured.out.endswith("a line\n")
 
 
