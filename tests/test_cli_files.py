@@ -284,6 +284,19 @@ def test_checkpoints_of_the_right_format_with_wrong_contents(home: Path, tmp_pat
     refused(run(*command, "--resume"), "state.pt")
 
 
+def test_grey_networks_read_files_in_grey(home: Path, tmp_path: Path) -> None:
+    data = ("--data", f"folder:{home / 'pictures'}")
+    common = (*data, "--image-size", 32, "--quiet")
+    done(*COMMANDS["train"], *common, "--channels", 1, "--out", tmp_path / "net")
+    assert json.loads((tmp_path / "net" / "model.json").read_text())["model"]["in_channels"] == 1
+    done("trace", "--model", tmp_path / "net", *data, "--out", tmp_path / "routes")
+    assert Document.load(tmp_path / "routes" / "summary.json").settings["images"][1:] == [1, 32, 32]
+    done("report", tmp_path / "routes", "--samples", 2, "--quiet")
+    (view,) = data_of(tmp_path / "routes" / "report.html")["route_data"]
+    assert all(edge["influence"][0] is not None for edge in view["edges"])
+    refused(run("trace", "--model", tmp_path / "net", *data, "--channels", 2), "--channels", "1, 3")
+
+
 def test_what_torchrun_sets_must_be_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "abc", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
