@@ -36,7 +36,7 @@ def run(model: Path, out: Path, *options: str) -> Result:
 
 def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Path) -> None:
     layers = "features.0,features.3"
-    result = run(model, tmp_path, "--attack", "fgsm:eps=0.2", "--layers", layers, "--share", "0.25")
+    result = run(model, tmp_path, "--attack", "fgsm:eps=0.2", "--layers", layers, "--route-width", "0.25")
     assert result.exit_code == 0, result.output
     assert "route beats" in result.stdout and "AUROC" in result.stdout
     for name, each in experiment.all_experiments().items():
@@ -96,7 +96,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     assert (tmp_path / "deactivate.json").read_bytes() == before  # with its seconds
     with monkeypatch.context() as patch:
         interrupt(patch, "deactivate")  # other settings: it must run again, if it is asked to
-        other = ("--resume", "--share", "0.5")
+        other = ("--resume", "--route-width", "0.5")
         assert "deactivate.json" in run(model, tmp_path, *options, *other).stderr
         assert run(model, tmp_path, *options, *other, "--overwrite").exit_code == 130
         (tmp_path / "deactivate.json").write_text("{")  # a damaged file is no result
@@ -109,8 +109,8 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
         (("--only", "transplants"), "did you mean transplant?"),
         (("--only", ","), "--only: names nothing"),
         (("--layers", "features.1"), "no layer 'features.1' in the route"),
-        (("--share", "1.5"), "outside"),
-        (("--share", "1"), "so there is no control"),
+        (("--route-width", "1.5"), "outside"),
+        (("--route-width", "1"), "so there is no control"),
         (("--attack", "pgdd"), "did you mean pgd"),
         (("--at", "outputs"), "did you mean output?"),
         (("--samples", "1"), "one image is too few"),

@@ -73,7 +73,10 @@ def test_help_ends_with_examples_that_can_be_copied(command):
         (("trace", "--model", "x", "--data", "y", "--batch-size", "0"), ["--batch-size"]),
         (("trace", "--model", "x", "--data", "y", "--split", "half"), ["--split", "train, test"]),
         (("trace", "--model", "x", "--data", "y", "--split", "tests"), ["--split", "did you mean test?"]),
-        (("train", "--model", "x", "--data", "y", "--out", "z", "--width", "-1"), ["--width", "not above 0"]),
+        (
+            ("train", "--model", "x", "--data", "y", "--out", "z", "--model-width", "-1"),
+            ["--model-width", "not above 0"],
+        ),
         (("train", "--model", "x", "--data", "y"), ["--out", "attackroute train --help"]),
         (("train", "--model", "x", "--data", "y", "--out", "z", "--weight-decay", "-1"), ["weight_decay"]),
     ],
@@ -220,10 +223,13 @@ def test_help_has_every_option_under_its_heading(capsys):
     assert "--third" not in text
 
 
+LONG_NAME = "encoder.layers." * 20
+
+
 def test_output_keeps_to_its_streams(capsys):
     for output in (Output(), Output(as_json=True), Output(quiet=True), Output(as_json=True, quiet=True)):
         output.note("a note")
-        output.table(["layer", "share"], [["[bold]conv[0]", "12.0%"]])
+        output.table(["layer", "share"], [["[bold]conv[0]", "12.0%"], [LONG_NAME, "1"]])
         output.line("a line")
         output.result({"value": 1})
         with output.progress("steps") as progress:
@@ -236,7 +242,7 @@ def test_output_keeps_to_its_streams(capsys):
         elif output.quiet:
             assert captured.out == ""
         else:
-            assert "[bold]conv[0]" in captured.out
+            assert "[bold]conv[0]" in captured.out and LONG_NAME in captured.out  # in a line
             assert captured.out.endswith("a line\n")
 
 

@@ -125,7 +125,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 TRAINING = ("--epochs", 1, "--batch-size", 4, "--holdout", 0)
 COMMANDS = {
-    "train": ("train", "--model", "vgg_small", "--width", 0.25, *TRAINING),
+    "train": ("train", "--model", "vgg_small", "--model-width", 0.25, *TRAINING),
     "trace": ("trace",),
     "analyze": ("analyze", "--only", "occurrence", "--attack", "fgsm"),
     "hardness": ("hardness", "--attack", "fgsm"),
@@ -282,6 +282,19 @@ def test_checkpoints_of_the_right_format_with_wrong_contents(home: Path, tmp_pat
     (tmp_path / "state.pt").unlink()
     os.mkfifo(tmp_path / "state.pt")
     refused(run(*command, "--resume"), "state.pt")
+
+
+def test_grey_networks_read_files_in_grey(home: Path, tmp_path: Path) -> None:
+    data = ("--data", f"folder:{home / 'pictures'}")
+    common = (*data, "--image-size", 32, "--quiet")
+    done(*COMMANDS["train"], *common, "--channels", 1, "--out", tmp_path / "net")
+    assert json.loads((tmp_path / "net" / "model.json").read_text())["model"]["in_channels"] == 1
+    done("trace", "--model", tmp_path / "net", *data, "--out", tmp_path / "routes")
+    assert Document.load(tmp_path / "routes" / "summary.json").settings["images"][1:] == [1, 32, 32]
+    done("report", tmp_path / "routes", "--samples", 2, "--quiet")
+    (view,) = data_of(tmp_path / "routes" / "report.html")["route_data"]
+    assert all(edge["influence"][0] is not None for edge in view["edges"])
+    refused(run("trace", "--model", tmp_path / "net", *data, "--channels", 2), "--channels", "1, 3")
 
 
 def test_what_torchrun_sets_must_be_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

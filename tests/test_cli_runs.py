@@ -48,7 +48,7 @@ def trained(pictures, tmp_path_factory):
     """A train folder."""
     folder = tmp_path_factory.mktemp("runs") / "net"
     result = run(
-        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+        "train", "--model", "vgg_small", "--model-width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
         "--batch-size", 8, "--lr", "0.02", "--out", folder,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -77,7 +77,7 @@ def test_training_resumes_and_refuses_to_overwrite(trained, pictures, tmp_path):
     folder = tmp_path / "net"
     shutil.copytree(trained, folder)
     same = (
-        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+        "train", "--model", "vgg_small", "--model-width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
         "--batch-size", 8, "--out", folder,
     )  # fmt: skip
     refused(run(*same, "--lr", 0.02), folder, "--resume")
@@ -92,7 +92,7 @@ def test_training_resumes_and_refuses_to_overwrite(trained, pictures, tmp_path):
 def test_training_repeats_with_the_seed(trained, pictures, tmp_path):
     def train(seed: int, name: str):
         result = run(
-            "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+            "train", "--model", "vgg_small", "--model-width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
             "--batch-size", 8, "--lr", 0.02, "--seed", seed, "--quiet", "--out", tmp_path / name,
         )  # fmt: skip
         assert (result.exit_code, result.output) == (0, "")
@@ -105,7 +105,7 @@ def test_training_repeats_with_the_seed(trained, pictures, tmp_path):
 
 def test_an_undivided_folder_is_not_tested_on(pictures, tmp_path):
     result = run(
-        "train", "--model", "vgg_small", "--width", 0.1, "--data", f"folder:{pictures / 'train'}", "--epochs", 1,
+        "train", "--model", "vgg_small", "--model-width", 0.1, "--data", f"folder:{pictures / 'train'}", "--epochs", 1,
         "--holdout", 0, "--out", tmp_path / "net",
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import attackroute as ar
+from attackroute.core.document import Document
 from attackroute.report.measuring import unmeasured
 from attackroute.report.page import Content
 from attackroute.report.run_folder import RunFolder
@@ -152,6 +153,11 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path) -> None:
     lone = tmp_path / "lone"
     shutil.copytree(runs / "after" / "model", lone)
     refused(run("compare", lone, lone), "does not name its images")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    Document("detect", {"data": f"folder:{runs / 'pictures'}"}).save(plain)
+    refused(run("compare", runs / "before", plain), "does not name its network; give --model-b")
+    refused(run("compare", plain, runs / "before"), "give --model-a")
 
 
 def test_traces_alone_can_be_compared(runs: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A train folder of adversarial training."""
     folder = tmp_path_factory.mktemp("runs") / "robust"
     result = run(
-        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
+        "train", "--model", "vgg_small", "--model-width", 0.2, "--data", f"folder:{pictures}", "--epochs", 2,
         "--batch-size", 8, "--attack", ATTACK, "--robust-samples", 6, "--out", folder, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -111,7 +111,7 @@ def test_images_are_held_out_of_the_training_and_choose_the_epoch(
     assert (settings["train_samples"], settings["test_samples"]) == (18, 6)
     assert found["about"]["best_epoch_by"] == "held-out images"
     assert {row["samples"] for row in found["rows"]} == {12}
-    command = ("train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{pictures}", "--epochs", 1)
+    command = ("train", "--model", "vgg_small", "--model-width", 0.2, "--data", f"folder:{pictures}", "--epochs", 1)
     plain = run(*command, "--batch-size", 8, "--holdout", 0.25, "--clip-norm", 1, "--channels-last", "--accumulate", 2,
                 "--out", tmp_path / "b", "--json")  # fmt: skip
     assert plain.exit_code == 0, plain.output

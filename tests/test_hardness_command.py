@@ -29,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image = 0.5 * torch.rand(3, 32, 32, generator=random) + 0.1 * label + 0.2
                 save_image(image, root / "pictures" / split / name / f"{number:02}.png")
     result = run(
-        "train", "--model", "vgg_small", "--width", 0.2, "--data", f"folder:{root / 'pictures'}", "--epochs", 4,
+        "train", "--model", "vgg_small", "--model-width", 0.2, "--data", f"folder:{root / 'pictures'}", "--epochs", 4,
         "--batch-size", 8, "--lr", "0.02", "--quiet", "--out", root / "net",
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -34,7 +34,7 @@ def quick() -> Iterator[None]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A train folder of a small network that knows some digits."""
     folder = tmp_path_factory.mktemp("runs") / "net"
-    network = ["--model", "vgg_small", "--width", "0.25", "--data", "mnist-sample"]
+    network = ["--model", "vgg_small", "--model-width", "0.25", "--data", "mnist-sample"]
     done("train", *network, "--epochs", 1, "--out", folder)
     return folder
 

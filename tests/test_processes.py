@@ -198,7 +198,17 @@ def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, v
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_training_goes_on_with_the_same_number_alone(root: Path, tmp_path: Path, victim: int) -> None:
-    common = ("train", "--model", "vgg_small", "--width", 0.1, "--data", f"folder:{root / 'pictures'}", "--lr", 0.02)
+    common = (
+        "train",
+        "--model",
+        "vgg_small",
+        "--model-width",
+        0.1,
+        "--data",
+        f"folder:{root / 'pictures'}",
+        "--lr",
+        0.02,
+    )
     common += ("--epochs", 3, "--batch-size", 4, "--holdout", 0.25, "--augment", "crop-flip")
     whole = launched(2, *common, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr

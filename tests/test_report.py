@@ -124,6 +124,8 @@ def test_every_part_says_what_was_found(folder: Path) -> None:
     assert (
         "Occurrence, clean and attacked" in page.words["experiments"] and "Table (1 row)" in page.words["experiments"]
     )
+    for part in ("summary", "hardness"):  # where it is first shown
+        assert "V is the sum of an image's votes" in page.words[part]
     for word in ("Images fooled, by hardness", "AUROC", "V_mean"):
         assert word in page.words["hardness"]
     for part, document in (

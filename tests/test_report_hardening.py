@@ -80,6 +80,20 @@ def test_controls_stand_beside_it(tmp_path: Path) -> None:
     assert "as many random neurons off the route" in html
 
 
+def test_one_lambda_for_all_is_told_and_checks_elsewhere_are_pointed_at(tmp_path: Path) -> None:
+    for name in ("on-route", "random"):
+        write(tmp_path / name, "route", (47, 30))
+    assert "One lambda, 0.1, serves all of them and was chosen for none" in words(tmp_path)
+    assert words(tmp_path).count("No check for masked gradients") == 2
+    check = {"model": "runs/random", "check": "no limit", "verdict": "silent", "samples": 8, "sentence": "Told."}
+    Document("evaluation", {}, "Told.", about={"checks": [check]}).save(tmp_path)
+    assert words(tmp_path).count("No check for masked gradients") == 1
+    assert words(tmp_path).count("stand with the evaluation under attack") == 1
+    document = Document.load(tmp_path / "random" / "hardening.json")
+    replace(document, settings={**document.settings, "lambda": 0.2}).save(tmp_path / "random")
+    assert "One lambda" not in words(tmp_path)
+
+
 def test_hardenings_of_other_networks_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "one", "route", (47, 30))
     write(tmp_path / "two", "route", (46, 25), before=(40, 9))

@@ -51,7 +51,7 @@ class AnalyzeOptions:
     )  # fmt: skip
     draws: int = count("--draws", "Random controls.", 5)
     share: float = option(
-        "--share", "Share of each layer's channels on the route, and in the controls.", parse_share, "SHARE",
+        "--route-width", "Share of each layer's channels on the route, and in the controls.", parse_share, "SHARE",
         default=0.3, group=ROUTE,
     )  # fmt: skip
     tracing: TracingOptions

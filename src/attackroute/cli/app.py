@@ -79,8 +79,8 @@ def run(words: Sequence[str]) -> int:
         print_error(str(error))
         return BAD_INPUT if isinstance(error, UserError) else FAILED
     except OSError as error:  # a full disk, a pipe that nobody reads, a file system that cannot be written to
-        if (output := sys.__stdout__) is not None and output is sys.stdout:  # what is left goes nowhere, in silence
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        if sys.stdout is sys.__stdout__:  # what is left of the output goes nowhere, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):
             print_error(
                 f"{error.filename or 'the output'}: {error.strerror or error}; free some space, or choose another"

@@ -166,6 +166,11 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_channels(text: str) -> int:
+    """Read how many channels images have."""
+    return int(one_of("1", "3")(text))
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """Read names separated by commas, each once."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

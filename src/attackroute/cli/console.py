@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from attackroute.core.distributed import leading
+from attackroute.core.table import aligned
 
 
 class Progress(Protocol):
@@ -51,22 +52,10 @@ class Output:
             print(json.dumps(payload, indent=2, allow_nan=False))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print a table on stdout: words to the left, columns of numbers to the right."""
-        if self.quiet or self.as_json or not leading():
-            return
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=SIMPLE_HEAD)
+        """Print a table on stdout, as wide as it is: a name that is broken in the middle cannot be copied."""
         cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-        for index, column in enumerate(columns):
-            numeric = all(row[index][:1].isdigit() for row in cells)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-        for row in cells:
-            table.add_row(*map(Text, row))  # as Text, since brackets in names are no markup
-        Console().print(table)
+        words = next((place for place in range(len(columns)) if all(row[place][:1].isdigit() for row in cells)), 1)
+        self.line(f"\n{aligned(columns, cells, words=max(1, words))}\n")
 
     def line(self, text: str) -> None:
         """Print a line of the result on stdout."""

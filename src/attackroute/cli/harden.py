@@ -312,7 +312,8 @@ class _Hardening:
             method=APPROXIMATE if options.penalty.approximate else EXACT,
             **settings_of(HardenSettings, options.penalty, options.source),
         )
-        with self.output.progress("steps") as progress, epoch_lines(folder, options.training, self.output) as on_epoch:
+        lines = epoch_lines(options.training, self.output, kept=folder is not None)
+        with self.output.progress("steps") as progress, lines as on_epoch:
             return harden_network(
                 network, self.learnt, self.chosen_by, penalty=options.penalty.names, lam=lam, attack=self.attack,
                 route=options.source.route, settings=settings, train=options.training.settings(options.run),

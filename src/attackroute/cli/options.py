@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from attackroute.cli.arguments import (
     integer,
     one_of,
     option,
+    parse_channels,
     parse_factor,
     parse_number,
     parse_path,
@@ -117,24 +118,48 @@ class ImageOptions:
         "--image-size", "Resize the images to this size; else as the data set or the train folder has it.",
         integer(1, 1 << 14), "PIXELS", default=None,
     )  # fmt: skip
+    channels: int | None = option(
+        "--channels", "Read image files in grey (1) or colour (3); else as the train folder has it, or in colour.",
+        parse_channels, "1|3", default=None,
+    )  # fmt: skip
     skip_unreadable: bool = switch("--skip-unreadable", "Leave out image files that cannot be read.")
 
     def open(self, run: RunOptions, models: Sequence[str] = (), split: str | None = None) -> ImageData:
-        """The images, in the size that the first train folder among the models says; files left out are named."""
+        """The images, of the size and channels that the first train folder among the models says."""
         from attackroute.zoo.data import load_data
         from attackroute.zoo.weights import find_card
 
-        size = self.image_size
-        if size is None:
-            cards = (card for model in models if (card := find_card(model)) is not None)
-            size = next((card.spec.image_size for _, card in cards), None)
+        spec = next((card[1].spec for model in models if (card := find_card(model)) is not None), None)
         images = load_data(
-            self.data, split=split or self.split, image_size=size, samples=self.samples, seed=run.seed,  # type: ignore[arg-type]
-            skip_unreadable=self.skip_unreadable,
+            self.data, split=split or self.split, samples=self.samples, seed=run.seed,  # type: ignore[arg-type]
+            image_size=self.image_size or getattr(spec, "image_size", None), skip_unreadable=self.skip_unreadable,
         )  # fmt: skip
+        images = with_channels(images, self.channels or getattr(spec, "in_channels", None))
         for path in images.skipped:
             run.output.note(f"note: left out {path}, which cannot be read")
         return images
+
+
+@dataclass(frozen=True)
+class _Grey:
+    """A data set of images (3, H, W) with their luma (1, H, W) instead, ITU-R 601."""
+
+    images: Any
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.images[index]
+        return (0.299 * image[:1] + 0.587 * image[1:2] + 0.114 * image[2:]), label
+
+
+def with_channels(images: ImageData, channels: int | None) -> ImageData:
+    """The images in grey where one channel is asked for and files were read in colour; else as they are."""
+    if channels != 1 or images.shape[0] != 3:
+        return images
+    dataset: Any = _Grey(images.dataset)
+    return replace(images, dataset=dataset, shape=(1, *images.shape[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from attackroute.cli.options import (
     count,
     model_width_option,
     resolve_device,
+    with_channels,
 )
 from attackroute.core.errors import UserError
 
@@ -277,13 +278,15 @@ def _images(options: ReportOptions, model: str, settings: Mapping[str, Any]) -> 
     side = None if card is None else card[1].spec.image_size
     if card is None and isinstance(shape, list) and len(shape) == 4 and shape[2] == shape[3]:
         side = _count(shape[2])
-    return load_data(
+    images = load_data(
         data,
         split=options.measuring.split or ("train" if settings.get("split") == "train" else "test"),  # type: ignore[arg-type]
         image_size=side,
         samples=_count(settings.get("samples")),
         seed=_count(settings.get("seed")) or 0,
     )
+    grey = isinstance(shape, list) and shape[1:2] == [1]
+    return with_channels(images, 1 if grey else None if card is None else card[1].spec.in_channels)
 
 
 def _count(value: object) -> int | None:
@@ -354,7 +357,9 @@ def _comparison(*options: ReportOptions) -> RunComparison:
         except UserError as error:
             if comparable:
                 raise
-            raise UserError(f"{run.path}: {error} (the runs hold no traces of the same images to compare)") from None
+            side = "-a" if run is runs[0] else "-b"
+            told = str(error).replace("give --model", f"give --model{side}").replace("--weights", f"--weights{side}")
+            raise UserError(f"{run.path}: {told} (the runs hold no traces of the same images to compare)") from None
         contents.append(Content(run, measured, classes, command=command_line()))
         notes += missing
     named, seconds = contents[0].classes or contents[1].classes, time.perf_counter() - started

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from attackroute.zoo.data import ImageData
 
 TRAINING = "training"  # kind of the result, and name of its file
-RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "log.jsonl", "settings.json", "tensorboard/*")
+RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "log.jsonl", "settings.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class TrainOptions:
     out: Path = out_option("Where checkpoints and the log go.")
     model: str = option("--model", EXPECTED_MODELS, str, "MODEL", group="The network")
     width: float = option(
-        "--width", "Factor on the channels of a built-in network.", parse_factor, "FACTOR", default=1.0,
+        "--model-width", "Factor on the channels of a built-in network.", parse_factor, "FACTOR", default=1.0,
         group="The network",
     )  # fmt: skip
     images: ImageOptions = shared(hide=("split", "samples"))
@@ -74,7 +74,7 @@ def train(options: TrainOptions) -> None:
     files = (*RUN_FILES, f"{TRAINING}.json")
     with results_in(options.out, files, options.run, resume=training.resume) as folder:
         current().first(lambda: card.save(folder))  # so that a run that is killed can be opened too
-        with output.progress("steps") as progress, epoch_lines(folder, training, output) as on_epoch:
+        with output.progress("steps") as progress, epoch_lines(training, output) as on_epoch:
             result = train_network(
                 network, learnt.dataset, None if chosen_by is None else chosen_by.dataset, settings, attack=attack,
                 folder=folder, resume=training.resume, on_epoch=on_epoch, progress=progress,
@@ -135,13 +135,13 @@ def divided(
 
 @contextmanager
 def epoch_lines(
-    folder: Path | None, training: TrainingOptions, output: Output
+    training: TrainingOptions, output: Output, *, kept: bool = True
 ) -> Iterator[Callable[[EpochRecord], None]]:
     """What to call after every epoch: it says what the epoch did."""
     try:
         yield lambda record: output.note(_epoch_line(record, training.epochs, training.chosen_on))
     except KeyboardInterrupt as error:
-        go_on = "; give the same command with --resume to go on" if folder is not None else ""
+        go_on = "; give the same command with --resume to go on" if kept else ""
         output.note(f"interrupted: {error or 'between two epochs'}{go_on}")
         raise
 

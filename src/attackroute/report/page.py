@@ -146,6 +146,21 @@ class Content:
         return accuracy_table(rows if len(self.run.hardenings) > 1 else ())
 
     @property
+    def one_lambda(self) -> float | None:
+        """The lambda of all penalties that stand side by side, which was then not chosen for each."""
+        every = [stored.facts for stored in self.run.hardenings]
+        factors = [facts.get("lambda") for facts in every if mapping(facts.get("penalties"))]
+        same = len(factors) > 1 and _is_number(factors[0]) and all(factor == factors[0] for factor in factors)
+        return factors[0] if same else None
+
+    @property
+    def checked(self) -> set[str]:
+        """Folders of networks whose checks for masked gradients stand with the evaluation."""
+        stored = self.run.evaluation
+        checks = records(None if stored is None else stored.document.about.get("checks"))
+        return {str(check.get("model")).rstrip("/").rpartition("/")[2] for check in checks}
+
+    @property
     def repeats_hardening(self) -> bool:
         """Whether the evaluation is that of a hardening, which has its own section."""
 

@@ -60,7 +60,7 @@ class ModelCard:
         if (folder / CARD).exists() and ModelCard.load(folder) != self:
             raise UserError(
                 f"{folder / CARD} describes another network than this one; "
-                "choose another folder, or give the --model, --width and --data that it was made with"
+                "choose another folder, or give the --model, --model-width and --data that it was made with"
             )
         content = {"format": _FORMAT, "version": _VERSION, "model": asdict(self.spec), "classes": list(self.classes)}
         write_json(folder / CARD, content)
