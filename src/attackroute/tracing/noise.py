@@ -40,6 +40,8 @@ class NoiseTracker(Tracker):
     none is kept. Noise is a matter of values: what is detached, rounded or compared passes it on.
     """
 
+    by_elements = False
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._cleaned: Any = WeakIdKeyDictionary()

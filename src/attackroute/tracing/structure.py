@@ -26,6 +26,7 @@ class Structure:
         closed: For each layer, the sources whose influence has a closed form.
         jacobian: For each layer, the sources whose edge has no closed form.
         recorded: For each layer, all sources that the recording found, also those that autograd denies.
+        by_elements: For each layer, those of the ``closed`` whose closed form goes element by element.
         elsewhere: How these are computed, ``"autograd"`` (exact), ``"sketch"``, or for noise ``"replay"`` (exact).
     """
 
@@ -34,6 +35,7 @@ class Structure:
     closed: tuple[frozenset[int], ...]
     jacobian: tuple[frozenset[int], ...]
     recorded: tuple[frozenset[int], ...]
+    by_elements: tuple[frozenset[int], ...]
     elsewhere: str = AUTOGRAD
 
     @classmethod
@@ -77,6 +79,7 @@ class Structure:
             closed=tuple(closed),
             jacobian=tuple(jacobian),
             recorded=tuple(layer.sources for layer in layers),
+            by_elements=tuple(layer.passed & shut for layer, shut in zip(layers, closed, strict=True)),
             elsewhere=elsewhere,
         ), recording.output
 
@@ -99,6 +102,16 @@ class Structure:
         """Layers without a successor."""
         followed = frozenset[int]().union(*self.closed, *self.jacobian)
         return frozenset(name for index, name in enumerate(self.names) if index not in followed)
+
+    @property
+    def passed(self) -> frozenset[str]:
+        """Layers whose closed form to some target goes element by element."""
+        return frozenset(self.names[source] for sources in self.by_elements for source in sources)
+
+    @property
+    def passing(self) -> frozenset[str]:
+        """Layers into which some closed form goes element by element."""
+        return frozenset(name for name, sources in zip(self.names, self.by_elements, strict=True) if sources)
 
     @property
     def jacobian_edges(self) -> dict[str, list[str]]:

@@ -74,7 +74,7 @@ def _members(rows: Axis, columns: Axis, *, by_segment: bool, dtype: torch.dtype,
     The pieces are the map's segments, or its single positions.
     """
     left, right = (
-        torch.tensor(_segments(axis)[1], dtype=dtype, device=device) if by_segment else _indicator(axis, dtype, device)
+        torch.tensor(_segments(axis)[1], dtype=dtype, device=device) if by_segment else indicator(axis, dtype, device)
         for axis in (rows, columns)
     )
     return torch.kron(left, right)
@@ -140,7 +140,7 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
         return result
 
     by_row = torch.stack([taken(offset) for offset in range(len(rows.starts))])  # (kh, n, C, W)
-    sums = _along_rows(_indicator(columns, dtype, counted.device), by_row)
+    sums = _along_rows(indicator(columns, dtype, counted.device), by_row)
     return sums.view(len(columns.starts), *by_row.shape[:-1]).permute(2, 3, 1, 0)
 
 
@@ -178,7 +178,7 @@ def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
         sums = _along_rows(members, values.to(dtype).flatten(2))
         return sums.view(len(rows.starts), len(columns.starts), *values.shape[:2]).permute(2, 3, 0, 1)
     if len(_segments(rows)[0]) * len(_segments(columns)[0]) > _SEGMENTS:
-        return _indicator(rows, dtype, device) @ values.to(dtype) @ _indicator(columns, dtype, device).T
+        return indicator(rows, dtype, device) @ values.to(dtype) @ indicator(columns, dtype, device).T
     pieces = [
         values[:, :, row, column].sum((2, 3), dtype=dtype)
         for row in _segments(rows)[0]
@@ -192,7 +192,7 @@ def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 
 @lru_cache(maxsize=512)
-def _indicator(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+def indicator(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(kernel, size)`` 0/1 matrix of the positions that each kernel offset takes."""
     matrix = torch.zeros(len(axis.starts), axis.size, dtype=dtype, device=device)
     for offset in range(len(axis.starts)):

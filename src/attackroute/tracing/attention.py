@@ -1,0 +1,105 @@
+"""Influence through softmax attention and the linear map behind it, in closed form.
+
+One head with weights ``P = softmax(scale q k^T + bias)`` and output ``o = P v``, read by rows j of a linear map,
+``z_j[t] = sum_d W[j, d] o[t, d]``:
+
+    dz_j[t] / dv[t', d] = P[t, t'] W[j, d]
+    dz_j[t] / dq[t, e]  = scale sum_d M[t, e, d] W[j, d],  M = sum_t' P[t, t'] k[t', e] v[t', d] - (P k)[t, e] o[t, d]
+    dz_j[t] / dk[t', e] = scale q[t, e] P[t, t'] (W_j v[t'] - W_j o[t])
+
+so values need column sums of P, queries a product with M, and keys an L1 distance of projected values. Whatever constant
+is added to the logits (position biases, masks) changes P alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 18  # elements per block: temporaries that stay in the processor's cache
+_DEVICE_BLOCK = 1 << 25  # the same where memory is quick and launches are dear
+
+
+class Heads(NamedTuple):
+    """What attention computed, for ``b`` heads of all samples (and windows) with T queries and T' keys.
+
+    The last three dimensions of ``queries`` are (b, T, E), of ``keys`` (b, T', E), of ``values`` (b, T', D) and of
+    ``weights``, behind the softmax, (b, T, T').
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+    scale: Tensor | float  # a number, or one for each head, (b,)
+
+
+def attention_sums(heads: Heads, rows: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over rows j and target tokens t of ``|dz_j[t]|`` for each element of queries, keys and values.
+
+    Args:
+        heads: The heads; of the b heads those of one sample follow one another, and of these those of one window.
+        rows: ``(n, k, h, D)``, each sample's rows of the map, by the head whose output they read.
+        read: How much each head's output tokens count, ``(b, T)``; None for one.
+
+    Returns:
+        Sums shaped like queries, keys and values.
+    """
+    queries, keys, values, weights, scale = heads
+    samples, _, count, _ = rows.shape
+    scale = torch.as_tensor(scale, dtype=queries.dtype, device=queries.device).expand(len(queries))
+    counted = weights if read is None else weights * read.unsqueeze(2)
+    sizes = rows.abs().sum(1).unsqueeze(1)  # (n, 1, h, D)
+    columns = counted.sum(1).view(samples, -1, count, values.shape[1], 1)
+    of_values = (columns * sizes.unsqueeze(3)).view(values.shape)
+    outputs = weights @ values
+    of_queries, of_keys = torch.empty_like(queries), torch.empty_like(keys)
+    for start in range(count * samples):
+        sample, head = divmod(start, count)
+        own = slice(sample * len(queries) // samples + head, (sample + 1) * len(queries) // samples, count)
+        kernel = rows[sample, :, head].T.contiguous()
+        parts = queries[own], keys[own], values[own], weights[own], outputs[own]
+        of_queries[own], of_keys[own] = _of_queries(*parts, kernel), _of_keys(*parts, kernel, counted[own])
+    of_queries *= scale.abs().view(-1, 1, 1) if read is None else (scale.abs().unsqueeze(1) * read).unsqueeze(2)
+    return of_queries, of_keys * scale.abs().view(-1, 1, 1), of_values
+
+
+def _block(values: Tensor) -> int:
+    return _BLOCK if values.device.type == "cpu" else _DEVICE_BLOCK
+
+
+def _of_queries(
+    queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor, outputs: Tensor, kernel: Tensor
+) -> Tensor:
+    """``sum_j |sum_d M[t, e, d] W[j, d]|``, ``(w, T, E)``, of one head of w windows, with ``kernel`` ``W^T`` (D, k)."""
+    windows, tokens, features = queries.shape
+    means = weights @ keys
+    total = torch.empty_like(queries)
+    step = max(1, _block(values) // (keys.shape[1] * values.shape[2]))  # features of the queries at a time
+    for start in range(0, features, step):
+        part = slice(start, start + step)
+        products = (keys[:, :, part].unsqueeze(3) * values.unsqueeze(2)).flatten(2)
+        moments = (weights @ products).view(windows, tokens, -1, values.shape[2])
+        moments.addcmul_(means[:, :, part].unsqueeze(3), outputs.unsqueeze(2), value=-1)
+        total[:, :, part] = _row_sums(moments.flatten(0, 2), kernel).view(windows, tokens, -1)
+    return total
+
+
+def _row_sums(left: Tensor, right: Tensor) -> Tensor:
+    """``sum over columns of |left @ right|``, for ``left`` (m, d) and ``right`` (d, k)."""
+    parts = left.split(max(1, _block(left) // right.shape[1]))
+    return torch.cat([(part @ right).abs_().sum(1) for part in parts])
+
+
+def _of_keys(
+    queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor, outputs: Tensor, kernel: Tensor, counted: Tensor
+) -> Tensor:
+    """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``; arguments as of :func:`_of_queries`."""
+    projected, at_outputs = values @ kernel, outputs @ kernel  # (w, T', k), (w, T, k)
+    step = max(1, _block(values) // projected.numel())
+    distances = [
+        (part.unsqueeze(2) - projected.unsqueeze(1)).abs_().sum(3) for part in at_outputs.split(step, dim=1)
+    ]
+    return (torch.cat(distances, dim=1) * counted).transpose(1, 2) @ queries.abs()
