@@ -88,6 +88,11 @@ class RecordedLayer:
         """Indices of the sources whose closed form goes element by element."""
         return frozenset[int]().union(*(passage.sources for passage in self.passages))
 
+    @property
+    def mixing(self) -> frozenset[int]:
+        """Indices of the sources of which it is not known which input channels carry their neurons."""
+        return self.jacobian | self.passed
+
     def corrected(self, closed: frozenset[int], jacobian: frozenset[int]) -> RecordedLayer:
         """The layer with only these sources, each computed in the given way."""
         pieces = tuple(piece for piece in self.pieces if piece.source in closed)
