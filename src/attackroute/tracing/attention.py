@@ -4,11 +4,12 @@ One head with weights ``P = softmax(scale q k^T + bias)`` and output ``o = P v``
 ``z_j[t] = sum_d W[j, d] o[t, d]``:
 
     dz_j[t] / dv[t', d] = P[t, t'] W[j, d]
-    dz_j[t] / dq[t, e]  = scale sum_d M[t, e, d] W[j, d],  M = sum_t' P[t, t'] k[t', e] v[t', d] - (P k)[t, e] o[t, d]
+    dz_j[t] / dq[t, e]  = scale sum_d M[t, e, d] W[j, d],
+              M[t, e, d] = sum_t' P[t, t'] k[t', e] v[t', d] - (P k)[t, e] o[t, d]
     dz_j[t] / dk[t', e] = scale q[t, e] P[t, t'] (W_j v[t'] - W_j o[t])
 
-so values need column sums of P, queries a product with M, and keys an L1 distance of projected values. Whatever constant
-is added to the logits (position biases, masks) changes P alone.
+so values need column sums of P, queries a product with M, and keys an L1 distance of projected values. Constants that
+are added to the logits (position biases, masks) change P alone.
 """
 
 from __future__ import annotations
@@ -99,7 +100,5 @@ def _of_keys(
     """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``; arguments as of :func:`_of_queries`."""
     projected, at_outputs = values @ kernel, outputs @ kernel  # (w, T', k), (w, T, k)
     step = max(1, _block(values) // projected.numel())
-    distances = [
-        (part.unsqueeze(2) - projected.unsqueeze(1)).abs_().sum(3) for part in at_outputs.split(step, dim=1)
-    ]
+    distances = [(part.unsqueeze(2) - projected.unsqueeze(1)).abs_().sum(3) for part in at_outputs.split(step, dim=1)]
     return (torch.cat(distances, dim=1) * counted).transpose(1, 2) @ queries.abs()

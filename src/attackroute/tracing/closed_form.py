@@ -6,14 +6,15 @@ over j is one matrix product of a 0/1 matrix with |W|, shared by all sources of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attackroute.core.layers import CHANNEL_DIM
-from attackroute.tracing.crossings import Held, Passage, Share
+from attackroute.tracing.crossings import Held, Passage, Rows, Share
 from attackroute.tracing.recorder import Piece, RecordedLayer
 from attackroute.tracing.windows import indicator, pattern_kernel
 
@@ -46,23 +47,25 @@ def passage_sums(
 
     ``leaves`` are the outputs of the sources that the recording was made with, and their kinds.
     """
-    alike: dict[object, Tensor] = {}  # layers that add to one residual stream share one gradient
     for passage in layer.passages:
         shares = _shares(layer, passage, critical)
         sources = sorted(passage.sources)
         if not shares or not sources:
             continue
-        gradients = torch.autograd.grad(
-            [edge for edge, _ in shares], [leaves[source][0] for source in sources], [sums for _, sums in shares],
+        largest = torch.stack([sums.amax() for _, sums in shares]).amax().clamp(min=torch.finfo(torch.float32).tiny)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            [held.edge for held, _ in shares if held.edge is not None], [leaves[source][0] for source in sources],
+            [(sums / largest).to(held.values.dtype) for held, sums in shares],  # in the range of any dtype
             retain_graph=True, allow_unused=True
         )  # fmt: skip
+        alike: dict[object, Tensor] = {}  # layers that add to one residual stream share one gradient
         for source, gradient in zip(sources, gradients, strict=True):
             if gradient is None:
                 continue
             place = (gradient.data_ptr(), gradient.shape, gradient.stride(), leaves[source][1])
             if place not in alike:
                 rows = gradient.abs().movedim(CHANNEL_DIM[leaves[source][1]], -1).flatten(1, -2)
-                alike[place] = rows.sum(1, dtype=totals[source].dtype) if gradient.ndim > 2 else rows
+                alike[place] = (rows.sum(1, dtype=totals[source].dtype) if gradient.ndim > 2 else rows) * largest
             totals[source].add_(alike[place])
 
 
@@ -88,17 +91,23 @@ def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor) -> list[Sh
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     if passage.crossing is None:
         reached = chosen_rows(critical.to(dtype), layer.weight, layer.groups)
-        return [(read.edge, _spread(layer, reached).expand(read.values.shape).to(read.values.dtype))]
+        return [(read, _spread(layer, reached).expand(read.values.shape))]
     ranked = critical.nonzero()[:, 1].view(len(critical), -1)
-    kernel = _signed(layer.weight.detach(), layer.groups)
-    rows = (kernel.reshape(layer.channels, -1, 1) if layer.axes is None else kernel.flatten(2))[ranked].to(dtype)
+    weight, output = layer.weight.detach(), passage.crossing.output
+    if layer.axes is not None and layer.groups == weight.shape[0] == layer.channels and weight.shape[1] == 1:
+        # depthwise: what matters of a kernel is how often, and how strongly, it reads each position
+        rows = Rows(functional.one_hot(ranked, layer.channels).to(dtype).unsqueeze(3), ranked)
+        seen = _spread(layer, weight.to(dtype).abs().transpose(0, 1)).expand(read.values.shape)
+        return passage.crossing.shares(passage.strands, rows, _pulled(read, output, [seen]))
+    kernel = _signed(weight, layer.groups)
+    rows = Rows((kernel.reshape(layer.channels, -1, 1) if layer.axes is None else kernel.flatten(2))[ranked].to(dtype))
     altered = any(strand.partial or strand.gained for strand in passage.strands)
-    reads = _reads(layer, read, passage.crossing.output) if altered or rows.shape[3] > 1 else iter(())
-    return passage.crossing.shares(passage.strands, rows, reads)
+    offsets = _offsets(layer, read) if altered or rows.weight.shape[3] > 1 else ()
+    return passage.crossing.shares(passage.strands, rows, _pulled(read, output, offsets))
 
 
 def _spread(layer: RecordedLayer, reached: Tensor) -> Tensor:
-    """How often each kernel offset meets each position, times what it reaches: ``(n, C_in, H, W)`` or ``(n, ..., F)``."""
+    """What is read at each position, for what is at each kernel offset: ``(n, C_in, H, W)`` or ``(n, ..., F)``."""
     if layer.axes is None:
         assert layer.read is not None
         return reached.reshape(len(reached), *(1,) * (layer.read.values.ndim - 2), -1)
@@ -106,19 +115,24 @@ def _spread(layer: RecordedLayer, reached: Tensor) -> Tensor:
     return rows.T @ reached @ columns
 
 
-def _reads(layer: RecordedLayer, read: Held, output: Tensor) -> Iterator[Tensor]:
-    """For each kernel offset, how often each element of a crossing's output is read, with its factor's sign."""
+def _offsets(layer: RecordedLayer, read: Held) -> Iterator[Tensor]:
+    """For each kernel offset, 1 where it meets what the layer reads."""
     values = read.values
     if layer.axes is None:
-        ones = [torch.ones_like(values)]
-    else:
-        rows, columns = (indicator(axis, values.dtype, values.device) for axis in layer.axes)
-        ones = [
-            (row.unsqueeze(1) * column).expand(values.shape).contiguous() for row in rows for column in columns
-        ]
-    for each in ones:
-        (gradient,) = torch.autograd.grad([read.edge], [output], [each], retain_graph=True)
-        yield gradient
+        yield torch.ones_like(values)
+        return
+    rows, columns = (indicator(axis, values.dtype, values.device) for axis in layer.axes)
+    for row in rows:
+        for column in columns:
+            yield (row.unsqueeze(1) * column).expand(values.shape)
+
+
+def _pulled(read: Held, output: Tensor, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+    """How much each element of a crossing's output counts in what a layer reads, given how that is weighed."""
+    assert read.edge is not None
+    for weight in weights:
+        seed = weight.to(read.values.dtype).contiguous()
+        yield torch.autograd.grad([read.edge], [output], [seed], retain_graph=True)[0]
 
 
 def influence_matrix(layer: RecordedLayer, source: int, channels: int, samples: int) -> Tensor:

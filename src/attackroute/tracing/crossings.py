@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from attackroute.tracing.attention import Heads, attention_sums
-from attackroute.tracing.normalisation import normalised_sums
-from attackroute.tracing.trails import Factor, Strand, Trail, holds, joined, samples_first
+from attackroute.tracing.normalisation import Stage, normalised_sums
+from attackroute.tracing.trails import Factor, Strand, Trail, holds, joined, samples_first, whole
 
 
 class Held:
-    """A tensor of the pass as it was at some moment: its values, its place in the graph, whether it has changed since."""
+    """A tensor of the pass as it was at some moment, and its place in the graph."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -37,8 +38,15 @@ class Held:
         return self._tensor._version == self._version
 
 
-Share = tuple[GradientEdge, Tensor]
-"""A tensor's place in the graph, and the absolute influence of each of its elements."""
+class Rows(NamedTuple):
+    """A layer's critical rows, for each sample."""
+
+    weight: Tensor  # (n, k, C_in, kernel offsets)
+    own: Tensor | None = None  # (n, k), the only channel that each reads, where offsets are counted in what is read
+
+
+Share = tuple[Held, Tensor]
+"""A tensor on the way to a layer, and the absolute influence of each of its elements."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,41 +77,61 @@ class Crossing:
         """Whether what it read and gave is unchanged."""
         return self.output._version == self.version and all(held.kept for held in self.held)
 
+    @staticmethod
+    def behind(*crossings: Crossing, lost: frozenset[int]) -> Trail:
+        """The trail of crossings' common output."""
+        of_sources = [crossing for crossing in crossings if crossing.sources]
+        return Trail(tuple(Strand(each, (), whole(each.output.shape)) for each in of_sources), lost)
+
     def carries(self, strand: Strand, kind: str, samples: int, channels: int) -> bool:
         """Whether a layer that reads ``strand`` has a closed form through it."""
         raise NotImplementedError
 
-    def shares(self, strands: Sequence[Strand], rows: Tensor, reads: Iterator[Tensor]) -> list[Share]:
+    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
         """Absolute influence of what it reads on a layer's critical neurons.
 
         Args:
             strands: What the layer reads of its output.
-            rows: The layer's critical rows, ``(n, k, C_in, offsets)``.
+            rows: The layer's critical rows.
             reads: For each kernel offset, how often each element of the output is read, if that differs.
         """
         raise NotImplementedError
 
 
 def mixed(trails: Sequence[Trail]) -> Trail:
-    """The trail of all that an operation reads, without other crossings, whose forms do not chain."""
+    """The trail of all that an operation reads, less other crossings."""
     together = joined(trails)
     nested = frozenset[int]().union(*(each.sources for each in together.strands if not isinstance(each.origin, int)))
     strands = (each for each in together.strands if isinstance(each.origin, int) and each.origin not in nested)
     return Trail(tuple(strands), together.lost | nested)
 
 
-@dataclass(frozen=True, eq=False)
-class Normalisation(Crossing):
-    """Layer norm, or RMS norm, over the last dimension of a tensor, ``(n, ..., C)``.
+class Deviation(NamedTuple):
+    """What one normalisation over the last dimension of a tensor, ``(n, ..., C)``, did to it.
 
     Attributes:
-        reciprocal: Of the deviation, ``(..., 1)``; ``mean`` likewise, for layer norm.
+        reciprocal: Of the deviation, ``(n, ..., 1)``; ``mean`` likewise, for layer norm.
         scale: The affine factor, ``(C,)``.
     """
 
+    stream: Held
     reciprocal: Tensor
     mean: Tensor | None
     scale: Tensor | None
+
+    def stage(self, samples: int, dtype: torch.dtype) -> Stage:
+        """It with tokens in one dimension."""
+        values, reciprocal = self.stream.values.to(dtype), self.reciprocal.to(dtype)
+        normalised = (values if self.mean is None else values - self.mean) * reciprocal
+        tokens = normalised.reshape(samples, -1, normalised.shape[-1])
+        return Stage(tokens, reciprocal.reshape(samples, -1), self.scale, self.mean is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Normalisation(Crossing):
+    """Layer norm, or RMS norm, over the last dimension; or several of them, the last one first in ``deviations``."""
+
+    deviations: tuple[Deviation, ...]
 
     def carries(self, strand: Strand, kind: str, samples: int, channels: int) -> bool:
         """Tokens may be picked, moved and averaged; channels must be the layer's input channels, in order."""
@@ -111,34 +139,34 @@ class Normalisation(Crossing):
         last = Factor(len(shape) - 1, 1, shape[-1])
         return samples_first(strand.axes, shape, samples) and channels == shape[-1] and holds(strand.axes, dim, [last])
 
-    def shares(self, strands: Sequence[Strand], rows: Tensor, reads: Iterator[Tensor]) -> list[Share]:
-        stream = self.held[0]
+    def aligned(self, strand: Strand, shape: Sequence[int]) -> bool:
+        """Whether a tensor of a shape holds its output as it is, summed with other elements or not."""
+        plain = not (strand.partial or strand.gained or strand.merged)
+        return plain and self.output.shape == shape and strand.axes == whole(shape)
+
+    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
+        stream = self.deviations[-1].stream
         if stream.edge is None:
             return []
-        samples, channels, dtype = rows.shape[0], rows.shape[2], rows.dtype
-        centred = stream.values.to(dtype) if self.mean is None else stream.values.to(dtype) - self.mean
-        normalised = (centred * self.reciprocal).view(samples, -1, channels)
-        reciprocal = self.reciprocal.to(dtype).view(samples, -1)
-        gained = any(strand.gained for strand in strands)
-        total: Tensor | None = None
-        for offset in range(rows.shape[3]):
-            kernel = rows[..., offset] if self.scale is None else rows[..., offset] * self.scale
-            read = next(reads, None)
-            if read is None:
-                part = normalised_sums(kernel, normalised, reciprocal, centred=self.mean is not None)
+        samples, _, channels, offsets = rows.weight.shape
+        stages = [deviation.stage(samples, rows.weight.dtype) for deviation in self.deviations]
+        total = torch.zeros_like(stages[-1].normalised)
+        for offset in range(offsets):
+            kernel, read = rows.weight[..., offset], next(reads, None)
+            read = None if read is None else read.to(kernel.dtype).reshape(samples, -1, channels)
+            if read is not None and rows.own is not None:
+                counted = read.abs().transpose(1, 2).gather(1, rows.own.unsqueeze(2).expand(-1, -1, read.shape[1]))
+                total += normalised_sums(kernel, stages, counted)
+            elif read is not None:
+                counted = read.abs().amax(2)
+                if any(strand.gained for strand in strands):  # channels' factors show at a token that is read
+                    token = counted.argmax(1).view(-1, 1, 1).expand(-1, 1, channels)
+                    most = counted.amax(1).clamp(min=torch.finfo(kernel.dtype).tiny)
+                    kernel = kernel * (read.gather(1, token) / most[:, None, None])
+                total += normalised_sums(kernel, stages) * counted.unsqueeze(2)
             else:
-                read = read.to(dtype).view(samples, -1, channels)
-                weights, first = read.abs().amax(2), read[..., 0]
-                if gained:  # what each channel is multiplied by shows at a token that is read
-                    token = weights.argmax(1).view(-1, 1, 1).expand(-1, 1, channels)
-                    factors = read.gather(1, token) / weights.amax(1).clamp(min=torch.finfo(dtype).tiny)[:, None, None]
-                    kernel = kernel * factors
-                else:
-                    weights = first.abs()
-                part = normalised_sums(kernel, normalised, reciprocal * weights, centred=self.mean is not None)
-            total = part if total is None else total + part
-        assert total is not None
-        return [(stream.edge, total.view(self.output.shape).to(stream.values.dtype))]
+                total += normalised_sums(kernel, stages)
+        return [(stream, total.view(stream.values.shape))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,19 +188,19 @@ class Attended(Crossing):
         side_by_side = holds(strand.axes, -1, [Factor(0, 1, count), Factor(2, 1, features)])
         return side_by_side and samples_first(strand.axes, self.output.shape, samples)
 
-    def shares(self, strands: Sequence[Strand], rows: Tensor, reads: Iterator[Tensor]) -> list[Share]:
+    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
         queries, keys, values, weights = self.held
-        dtype, read = rows.dtype, next(reads, None)
+        dtype, read = rows.weight.dtype, next(reads, None)
         features = values.values.shape[2]
         heads = Heads(
             queries.values.to(dtype), keys.values.to(dtype).transpose(1, 2), values.values.to(dtype),
             weights.values.to(dtype), self.scale
         )  # fmt: skip
-        by_head = rows[..., 0].unflatten(2, (-1, features))
+        by_head = rows.weight[..., 0].unflatten(2, (-1, features))
         read = None if read is None else read[..., 0].to(dtype)
         of_queries, of_keys, of_values = attention_sums(heads, by_head, read)
         parts = ((queries, of_queries), (keys, of_keys.transpose(1, 2)), (values, of_values))
-        return [(held.edge, sums.to(held.values.dtype)) for held, sums in parts if held.edge is not None]
+        return [(held, sums) for held, sums in parts if held.edge is not None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
 from attackroute.tracing.flow import EMPTY, Flow, Path, Term, disentangled, opaque
-from attackroute.tracing.recorder import GainSums, Piece, Tracker
+from attackroute.tracing.gains import GainSums
+from attackroute.tracing.recorder import Piece, Tracker
 from attackroute.tracing.rules.layout import constant, identity
 from attackroute.tracing.rules.operation import RULES, Operation, overloads, tensors_in, without_rule
 from attackroute.tracing.windows import Axes, mask_sums

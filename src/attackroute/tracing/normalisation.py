@@ -2,9 +2,10 @@
 
 With ``xh`` the normalised stream, ``r`` the reciprocal of its deviation and A the map's rows times the affine factor,
 
-    dz_j[t] / dx_s[t] = r[t] (w[j, s] - b[j, t] xh[t, s]),  w = A - mean_i A,  b[j, t] = mean_i A[j, i] xh[t, i]
+    dz_j[t] / dx_s[t] = r[t] (w[j, s] - b[j, t] xh[t, s]),  w = A - mean_i A,  b[j, t] = mean_i w[j, i] xh[t, i]
 
-(RMS norm: w = A). The sum over j of absolute values splits by signs,
+(RMS norm: w = A). A normalisation before that one, with nothing but sums between them, does the same once more to the
+rows ``w - b xh``, and so adds one more product. The sum over j of absolute values splits by signs,
 
     |w - b x| = |w| - sign(w) b x + 2 relu(sign(w) b x - |w|),
 
@@ -13,6 +14,9 @@ what is left to evaluate one by one are the other pairs (j, s), about a quarter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,56 +27,90 @@ _DEVICE_BLOCK = 1 << 25  # the same where memory is quick and launches are dear
 _TOKENS = 256  # tokens that share a bound
 
 
-def normalised_sums(rows: Tensor, normalised: Tensor, reciprocal: Tensor, *, centred: bool) -> Tensor:
-    """``sum over rows j of |dz_j[t] / dx_s[t]|``, ``(n, T, C)``, for linear maps behind a normalisation.
+class Stage(NamedTuple):
+    """One normalisation of n samples' tokens."""
+
+    normalised: Tensor  # xh, (n, T, C), before the affine factor
+    reciprocal: Tensor  # r, (n, T)
+    scale: Tensor | None  # the affine factor, (C,)
+    centred: bool  # whether the mean is taken off, as layer norm does and RMS norm does not
+
+
+def normalised_sums(rows: Tensor, stages: Sequence[Stage], counted: Tensor | None = None) -> Tensor:
+    """``sum over rows j of |dz_j[t] / dx_s[t]|``, ``(n, T, C)``, for linear maps behind normalisations.
 
     Args:
-        rows: ``(n, k, C)``, each sample's rows of the map, times what the normaliser multiplies each channel by.
-        normalised: ``xh``, ``(n, T, C)``, before the affine factor.
-        reciprocal: ``r``, ``(n, T)``.
-        centred: Whether the mean is taken off, as layer norm does and RMS norm does not.
+        rows: ``(n, k, C)``, each sample's rows of the map.
+        stages: The normalisations, from the last to the first.
+        counted: How often each row reads each token, ``(n, k, T)``; None for once.
     """
-    weight = rows - rows.mean(2, keepdim=True) if centred else rows
-    along = weight @ normalised.transpose(1, 2) / rows.shape[2]  # b, (n, k, T)
-    split = _by_signs if rows.device.type == "cpu" else _one_by_one
-    total = torch.empty_like(normalised)
-    for sample in range(len(rows)):
-        for start in range(0, normalised.shape[1], _TOKENS):
+    slopes: list[Tensor] = []  # b of each product, (n, k, T), and
+    streams: list[Tensor] = []  # what it is multiplied by, (n, T, C)
+    reciprocal = rows.new_ones(())
+    for stage in stages:
+        if stage.scale is not None:
+            rows, streams = rows * stage.scale, [stream * stage.scale for stream in streams]
+        if stage.centred:
+            rows = rows - rows.mean(2, keepdim=True)
+            streams = [stream - stream.mean(2, keepdim=True) for stream in streams]
+        slope = rows @ stage.normalised.transpose(1, 2)
+        for earlier, stream in zip(slopes, streams, strict=True):
+            slope = slope - earlier * (stream * stage.normalised).sum(2).unsqueeze(1)
+        slopes, streams = [*slopes, slope / rows.shape[2]], [*streams, stage.normalised]
+        reciprocal = reciprocal * stage.reciprocal
+    total = torch.empty_like(stages[-1].normalised)
+    for sample, weight in enumerate(rows):
+        for start in range(0, total.shape[1], _TOKENS):
             tokens = slice(start, start + _TOKENS)
-            stream = normalised[sample, tokens].T.contiguous()
-            total[sample, tokens] = split(weight[sample], along[sample, :, tokens].contiguous(), stream).T
+            along = [slope[sample, :, tokens].contiguous() for slope in slopes]
+            across = [stream[sample, tokens].T.contiguous() for stream in streams]
+            if counted is not None or rows.device.type != "cpu":
+                sums = _one_by_one(weight, along, across, None if counted is None else counted[sample, :, tokens])
+            else:
+                sums = _by_signs(weight, along, across)
+            total[sample, tokens] = sums.T
     return total * reciprocal.unsqueeze(2)
 
 
-def _one_by_one(weight: Tensor, along: Tensor, stream: Tensor) -> Tensor:
-    """``sum over j of |weight[j, s] - along[j, t] stream[s, t]|``, ``(C, T)``."""
-    step = max(1, _DEVICE_BLOCK // max(1, weight.shape[0] * stream.shape[1]))
-    parts = [
-        (part.unsqueeze(2) - along.unsqueeze(1) * stream[None, start : start + step]).abs_().sum(0)
-        for start, part in zip(range(0, weight.shape[1], step), weight.split(step, dim=1), strict=True)
-    ]
+def _one_by_one(
+    weight: Tensor, along: Sequence[Tensor], across: Sequence[Tensor], counted: Tensor | None = None
+) -> Tensor:
+    """``sum over j of |weight[j, s] - sum of along[j, t] across[s, t]|``, ``(C, T)``."""
+    step = max(1, (_BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK) // max(1, along[0].numel()))
+    parts = []
+    for start in range(0, weight.shape[1], step):
+        each = weight[:, start : start + step].unsqueeze(2)
+        for slope, stream in zip(along, across, strict=True):
+            each = torch.addcmul(each, slope.unsqueeze(1), stream[start : start + step], value=-1)
+        each = each.abs_() if counted is None else each.abs_().mul_(counted.unsqueeze(1))
+        parts.append(each.sum(0))
     return torch.cat(parts)
 
 
-def _by_signs(weight: Tensor, along: Tensor, stream: Tensor) -> Tensor:
+def _by_signs(weight: Tensor, along: Sequence[Tensor], across: Sequence[Tensor]) -> Tensor:
     """The same as :func:`_one_by_one`, split by signs, with fewer pairs to evaluate and the host's help."""
-    size, tokens = weight.abs(), stream.shape[1]
-    active = size < along.abs().amax(1, keepdim=True) * stream.abs().amax(1)
+    pairs = list(zip(along, across, strict=True))
+    bound = sum(slope.abs().amax(1, keepdim=True) * stream.abs().amax(1) for slope, stream in pairs)
+    active, tokens = weight.abs() < bound, across[0].shape[1]
     settled = torch.where(active, 0, weight)
-    total = torch.addcmul(settled.abs().sum(0).unsqueeze(1), stream, settled.sign().T @ along, value=-1)
+    total, signs = settled.abs().sum(0).unsqueeze(1), settled.sign().T
+    for slope, stream in pairs:
+        total = torch.addcmul(total, stream, signs @ slope, value=-1)
     counts = active.sum(0)
     ordered, channels = counts.sort(descending=True)
     rows = functional.pad(active.T.nonzero()[:, 1], (0, 1))
     first = counts.cumsum(0) - counts
-    along, weight = functional.pad(along, (0, 0, 0, 1)), functional.pad(weight, (0, 0, 0, 1))  # a row of zeros at the end
+    weight, *along = (functional.pad(each, (0, 0, 0, 1)) for each in (weight, *along))  # a row of zeros at the end
     numbers, start = ordered.tolist(), 0
     while start < len(numbers) and numbers[start]:
         stop = start + max(1, _BLOCK // (numbers[start] * tokens))
         block, places = channels[start:stop], torch.arange(numbers[start], device=weight.device)
         index = (first[block].unsqueeze(1) + places).clamp_(max=len(rows) - 1)
         chosen = torch.where(places < counts[block].unsqueeze(1), rows[index], len(weight) - 1)
-        slopes = along.index_select(0, chosen.flatten()).view(*chosen.shape, tokens)
-        offsets = weight[chosen, block.unsqueeze(1)].unsqueeze(2)
-        total[block] += torch.addcmul(offsets, slopes, stream[block].unsqueeze(1), value=-1, out=slopes).abs_().sum(1)
+        each = weight[chosen, block.unsqueeze(1)].unsqueeze(2)
+        for slope, stream in zip(along, across, strict=True):
+            slopes = slope.index_select(0, chosen.flatten()).view(*chosen.shape, tokens)
+            each = torch.addcmul(each, slopes, stream[block].unsqueeze(1), value=-1, out=slopes)
+        total[block] += each.abs_().sum(1)
         start = stop
     return total

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,13 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.core.model_state import explained
 from attackroute.tracing.crossings import Held, Passage, passages
-from attackroute.tracing.flow import EMPTY, Alive, Flow, Term, disentangled, opaque
+from attackroute.tracing.flow import EMPTY, Flow, Term, opaque
+from attackroute.tracing.gains import GainSums
 from attackroute.tracing.pass_checks import GraphWalk, Separation
 from attackroute.tracing.rules.elements import followed
 from attackroute.tracing.rules.operation import RULES, Operation, without_rule
 from attackroute.tracing.trails import UNTOUCHED, Strand, Trail
-from attackroute.tracing.windows import Axes, Axis, PatternSums, alive_sums, mask_sums, pattern_sums
+from attackroute.tracing.windows import Axes, Axis, PatternSums
 
 aten = torch.ops.aten
 _CONVOLUTION_DIMS = 4
@@ -102,9 +103,7 @@ class RecordedLayer:
 
     def settled(self) -> RecordedLayer:
         """The layer once the pass is over: what was written to since cannot serve a closed form."""
-        kept = tuple(
-            each for each in self.passages if each.crossing is None or each.crossing.kept
-        )
+        kept = tuple(each for each in self.passages if each.crossing is None or each.crossing.kept)
         gone = self.passed.difference(*(passage.sources for passage in kept))
         return replace(self, passages=kept, jacobian=self.jacobian | gone) if gone else self
 
@@ -409,7 +408,11 @@ class Tracker(TorchDispatchMode):
         passed: tuple[Passage, ...] = ()
         if lost and self.by_elements:
             open_trail = replace(trail, lost=trail.lost | elsewhere | (trail.sources - lost))
-            passed = tuple(passages(open_trail, call.kind, self.samples, weight[0].numel() if axes is None else weight.shape[1] * groups))
+            passed = tuple(
+                passages(
+                    open_trail, call.kind, self.samples, weight[0].numel() if axes is None else weight.shape[1] * groups
+                )
+            )
             lost = lost.difference(*(passage.sources for passage in passed))
         index = len(self.layers)
         channels = out.shape[-1] if call.kind == "linear" else out.shape[1]
@@ -447,71 +450,3 @@ class Tracker(TorchDispatchMode):
 
     def _gains(self, flow: Flow, images: Tensor, axes: Axes | None) -> GainSums:
         return GainSums(flow, images, axes)
-
-
-@dataclass
-class GainSums:
-    """Window sums of the terms that meet one layer; terms that share a mask share the work."""
-
-    flow: Flow
-    values: Tensor
-    axes: Axes | None
-    counted: dict[object, Tensor] = field(default_factory=dict)
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether each output position meets one input position only."""
-        if self.axes is None:
-            return math.prod(self.flow.spatial) == 1
-        return all(len(axis.starts) == 1 for axis in self.axes)
-
-    def closed(self, terms: Sequence[Term]) -> bool:
-        """Whether the terms of one source, all that the layer reads of it, have a closed form."""
-        # two paths from one channel add with their signs before the absolute value, which window sums cannot tell
-        return disentangled((term.src, term.length) for term in terms) and all(map(self._closed, terms))
-
-    def _closed(self, term: Term) -> bool:
-        """Whether every pair of a source and a target position is joined by one path, or by known patterns."""
-        windows = term.path.windows
-        if not term.path.many or self.pointwise:
-            return True
-        binary = not isinstance(term.mask, Tensor) or term.mask.dtype == torch.bool
-        return self.axes is not None and windows is not None and max(windows.reach) <= 2 and binary
-
-    def sums(self, term: Term) -> Tensor | list[PatternSums]:
-        """``N``, ``(n or 1, length, kh, kw)``: a term's gains, summed over what each kernel offset meets."""
-        if self.axes is None:
-            return self._positions(term)
-        if term.path.many and term.path.windows is not None and not self.pointwise:
-            return pattern_sums(term.path.windows, self._alive(term), *self.axes)
-        if isinstance(term.mask, Alive):
-            if term.mask not in self.counted:
-                self.counted[term.mask] = alive_sums(self.values, term.mask, *self.axes)
-            return self.counted[term.mask][:, term.span]
-        if term.mask is None:
-            return mask_sums(self.values.new_ones((1, 1, *self.flow.spatial)), *self.axes)
-        key = id(term.mask)
-        if key not in self.counted:
-            self.counted[key] = mask_sums(term.mask.expand(-1, -1, *self.flow.spatial), *self.axes)
-        return self.counted[key]
-
-    def _alive(self, term: Term) -> Tensor:
-        values = self.values[:, term.span]
-        if isinstance(term.mask, Alive):
-            return term.mask.of(values)
-        if term.mask is None:
-            return torch.ones_like(values, dtype=torch.bool)
-        return term.mask.expand(values.shape)
-
-    def _positions(self, term: Term) -> Tensor:
-        """Gains of a linear map's input: every position is a kernel offset of its own."""
-        values = self.flow.view(self.values)[:, term.span]
-        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        if isinstance(term.mask, Alive):
-            gains = term.mask.of(values)
-        elif term.mask is None:
-            gains = torch.ones_like(values[:1, :1])
-        else:
-            gains = term.mask.abs() if term.mask.dtype != torch.bool else term.mask
-            gains = gains.expand(-1, -1, *self.flow.spatial)
-        return gains.to(dtype).flatten(2).unsqueeze(-1) if gains.ndim > 2 else gains.to(dtype)[..., None, None]

@@ -107,6 +107,11 @@ class Trail:
         """Every route layer that reaches the tensor."""
         return self.lost.union(*(strand.sources for strand in self.strands))
 
+    @property
+    def of_layers(self) -> Trail:
+        """The trail with the strands of route layers alone; what comes through crossings is lost."""
+        return self.changed(strand if isinstance(strand.origin, int) else None for strand in self.strands)
+
     def changed(self, strands: Iterable[Strand | None]) -> Trail:
         """The trail with its strands replaced, in order; where one becomes None, its sources are lost."""
         new = tuple(strands)
@@ -131,7 +136,7 @@ def joined(trails: Sequence[Trail]) -> Trail:
         return trails[0]
     kept: dict[object, list[Strand]] = {}
     gone = set[int]().union(*(trail.lost for trail in trails))
-    for strand in dict.fromkeys(strand for trail in trails for strand in trail.strands):
+    for strand in (strand for trail in trails for strand in trail.strands):
         others = kept.setdefault(strand.origin, [])
         met = any(other.moves == strand.moves for other in others)
         if met and isinstance(strand.origin, int):
