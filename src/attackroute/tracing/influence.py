@@ -53,7 +53,7 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
                 raise UserError(f"{source!r} and {target!r} are not adjacent; directly after {source!r}: {after}")
             if methods[source, target] == AUTOGRAD:
                 return Segments(model, images, {target: [source]}, linear=linear).influence(target)[source]
-            recording = record(model, images, linear=linear, leaves=structure.passed)
+            recording = record(model, images, linear=linear, leaves=structure.cut)
             layer, index = structure.applied(recording.layers)[names.index(target)], names.index(source)
             if index in layer.passed:
                 return passage_matrix(layer, index, recording.numbered)
@@ -119,7 +119,7 @@ def _matrices(
     model: nn.Module, images: Tensor, structure: Structure, costly: set[str], linear: bool
 ) -> Iterable[tuple[Edge, Tensor]]:
     """Every edge's mean influence over one batch."""
-    leaves = structure.passed
+    leaves = structure.cut
     recording = record(model, images, linear=linear, leaves=leaves, expected=len(structure.names))
     for layer, closed in zip(structure.applied(recording.layers), structure.closed, strict=True):
         averaged = _averaged(layer)

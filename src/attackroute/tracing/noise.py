@@ -20,11 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
 from attackroute.tracing.flow import EMPTY, Flow, Path, Term, disentangled, opaque
-from attackroute.tracing.gains import GainSums
 from attackroute.tracing.recorder import Piece, Tracker
 from attackroute.tracing.rules.layout import constant, identity
 from attackroute.tracing.rules.operation import RULES, Operation, overloads, tensors_in, without_rule
-from attackroute.tracing.windows import Axes, mask_sums
+from attackroute.tracing.windows import Axes, GainSums, mask_sums
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
 _DETACH = frozenset(overloads("detach"))

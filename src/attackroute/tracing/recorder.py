@@ -20,12 +20,11 @@ from attackroute.core.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.core.model_state import explained
 from attackroute.tracing.crossings import Held, Passage, passages
 from attackroute.tracing.flow import EMPTY, Flow, Term, opaque
-from attackroute.tracing.gains import GainSums
 from attackroute.tracing.pass_checks import GraphWalk, Separation
 from attackroute.tracing.rules.elements import followed
 from attackroute.tracing.rules.operation import RULES, Operation, without_rule
 from attackroute.tracing.trails import UNTOUCHED, Strand, Trail
-from attackroute.tracing.windows import Axes, Axis, PatternSums
+from attackroute.tracing.windows import Axes, Axis, GainSums, PatternSums
 
 aten = torch.ops.aten
 _CONVOLUTION_DIMS = 4

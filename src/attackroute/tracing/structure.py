@@ -104,9 +104,9 @@ class Structure:
         return frozenset(name for index, name in enumerate(self.names) if index not in followed)
 
     @property
-    def passed(self) -> frozenset[str]:
-        """Layers whose closed form to some target goes element by element."""
-        return frozenset(self.names[source] for sources in self.by_elements for source in sources)
+    def cut(self) -> frozenset[str]:
+        """Layers whose outputs a recording must cut off: all, where some closed form is taken through the graph."""
+        return frozenset(self.names if any(self.by_elements) else ())
 
     @property
     def passing(self) -> frozenset[str]:

@@ -248,7 +248,7 @@ class Tracer:
         samples, passed = images.shape[0], images if clean is None else torch.cat([clean, images])
         follow, linear = None if clean is None else NoiseTracker, self.config.linear
         with explained(images):
-            leaves = sinks | self.structure.passed
+            leaves = sinks | self.structure.cut
             recording = record(self.model, passed, linear=linear, leaves=leaves, expected=len(names), follow=follow)
         layers = self.structure.applied(recording.layers)
         logits = checked_logits(recording.output, passed.shape[0])

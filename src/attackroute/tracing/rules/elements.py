@@ -14,8 +14,16 @@ from torch import Tensor
 
 from attackroute.tracing.crossings import Crossing
 from attackroute.tracing.rules.mixing import changed_form, mean_form, multiplied_by_deviation
-from attackroute.tracing.rules.operation import Operation, tensors_in
-from attackroute.tracing.rules.reading import COPIES, PRODUCTS, SUMS, TRAIL_RULES, Reading, trail_rule
+from attackroute.tracing.rules.operation import (
+    COPIES,
+    PRODUCTS,
+    SUMS,
+    TRAIL_RULES,
+    Operation,
+    Reading,
+    tensors_in,
+    trail_rule,
+)
 from attackroute.tracing.trails import Axes, Strand, Trail, joined, lost, regrouped, unfollowed, whole
 
 

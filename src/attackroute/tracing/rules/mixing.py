@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from attackroute.tracing.crossings import Attended, Crossing, Deviation, Held, Normalisation, mixed
-from attackroute.tracing.rules.reading import COPIES, FILLS, PRODUCTS, SUMS, Reading, trail_rule
+from attackroute.tracing.rules.operation import COPIES, FILLS, PRODUCTS, SUMS, Reading, trail_rule
 from attackroute.tracing.trails import Trail, lost
 
 
