@@ -12,7 +12,7 @@ from torch.autograd.functional import jacobian
 
 from attackroute.tracing import normalisation
 from attackroute.tracing.attention import Heads, attention_sums
-from attackroute.tracing.normalisation import Stage, normalised_sums
+from attackroute.tracing.normalisation import Slopes, Stage
 
 SAMPLES, TOKENS, CHANNELS, ROWS = 2, 5, 7, 4
 
@@ -71,10 +71,10 @@ def test_normalisation(case: str, eps: float, centred: bool, split: str, monkeyp
     CASES[case](x, rows)
     x, rows, scale = x.double(), rows.double(), scale.double()
     expected = sums_by_jacobian(lambda each, i: normalised(each, eps, scale, centred) @ rows[i].T, x)
-    agree(normalised_sums(rows, [stage(x, eps, scale, centred)]), expected)
+    agree(Slopes(rows).through(stage(x, eps, scale, centred)).sums(), expected)
     counts = torch.rand(SAMPLES, ROWS, TOKENS).double()
     weighed = sums_by_jacobian(lambda each, i: normalised(each, eps, scale, centred) @ rows[i].T * counts[i].T, x)
-    agree(normalised_sums(rows, [stage(x, eps, scale, centred)], counts), weighed)
+    agree(Slopes(rows).through(stage(x, eps, scale, centred)).sums(counts), weighed)
 
 
 @pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True), (True, False, True)])
@@ -93,7 +93,10 @@ def test_normalisations_in_a_row(kinds: tuple[bool, ...]) -> None:
     for centred, scale in zip(kinds, scales, strict=True):
         stages.insert(0, stage(reached, 0.1, scale, centred))
         reached = normalised(reached, 0.1, scale, centred) + added
-    agree(normalised_sums(rows, stages), sums_by_jacobian(chain, x))
+    slopes = Slopes(rows)
+    for each in stages:
+        slopes = slopes.through(each)
+    agree(slopes.sums(), sums_by_jacobian(chain, x))
 
 
 @pytest.mark.parametrize("sizes", [(4, 5, 3, 2), (1, 1, 2, 2), (3, 1, 1, 1), (1, 4, 2, 3)], ids=str)

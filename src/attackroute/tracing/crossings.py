@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from attackroute.tracing.attention import Heads, attention_sums
-from attackroute.tracing.normalisation import Stage, normalised_sums
+from attackroute.tracing.normalisation import Slopes, Stage
 from attackroute.tracing.trails import Factor, Strand, Trail, holds, joined, samples_first, whole
 
 
@@ -129,9 +129,17 @@ class Deviation(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Normalisation(Crossing):
-    """Layer norm, or RMS norm, over the last dimension; or several of them, the last one first in ``deviations``."""
+    """Layer norm, or RMS norm, over the last dimension; or several in a row.
+
+    Attributes:
+        deviations: What each did, the last one first.
+        inner: The one before, where its tokens stand side by side in what the last one read.
+        starts: The channels at which they begin there.
+    """
 
     deviations: tuple[Deviation, ...]
+    inner: Normalisation | None = None
+    starts: tuple[int, ...] = ()
 
     def carries(self, strand: Strand, kind: str, samples: int, channels: int) -> bool:
         """Tokens may be picked, moved and averaged; channels must be the layer's input channels, in order."""
@@ -144,29 +152,64 @@ class Normalisation(Crossing):
         plain = not (strand.partial or strand.gained or strand.merged)
         return plain and self.output.shape == shape and strand.axes == whole(shape)
 
+    def side_by_side(self, strand: Strand, shape: Sequence[int]) -> bool:
+        """Whether a tensor of a shape holds some of its tokens as one block of the channels, as patch merging does."""
+        last = strand.moves[-1] if strand.moves else None
+        exact = self.output.dtype in (torch.float32, torch.float64) and not (strand.gained or strand.merged)
+        return exact and len(self.deviations) == 1 and last == ("cat", len(shape) - 1, strand.block, tuple(shape))
+
     def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
         stream = self.deviations[-1].stream
         if stream.edge is None:
             return []
-        samples, _, channels, offsets = rows.weight.shape
-        stages = [deviation.stage(samples, rows.weight.dtype) for deviation in self.deviations]
-        total = torch.zeros_like(stages[-1].normalised)
+        samples, _, _, offsets = rows.weight.shape
+        channels, dtype = self.output.shape[-1], rows.weight.dtype
+        first, *others = (deviation.stage(samples, dtype) for deviation in self.deviations)
+        blocks = self._blocks(samples)
+        total = torch.zeros_like((others[-1] if others else first).normalised)
         for offset in range(offsets):
             kernel, read = rows.weight[..., offset], next(reads, None)
-            read = None if read is None else read.to(kernel.dtype).reshape(samples, -1, channels)
+            read = None if read is None else read.to(dtype).reshape(samples, -1, channels)
+            counted = weights = None
             if read is not None and rows.own is not None:
-                counted = read.abs().transpose(1, 2).gather(1, rows.own.unsqueeze(2).expand(-1, -1, read.shape[1]))
-                total += normalised_sums(kernel, stages, counted)
+                weights = read.abs().transpose(1, 2).gather(1, rows.own.unsqueeze(2).expand(-1, -1, read.shape[1]))
             elif read is not None:
                 counted = read.abs().amax(2)
                 if any(strand.gained for strand in strands):  # channels' factors show at a token that is read
                     token = counted.argmax(1).view(-1, 1, 1).expand(-1, 1, channels)
-                    most = counted.amax(1).clamp(min=torch.finfo(kernel.dtype).tiny)
+                    most = counted.amax(1).clamp(min=torch.finfo(dtype).tiny)
                     kernel = kernel * (read.gather(1, token) / most[:, None, None])
-                total += normalised_sums(kernel, stages) * counted.unsqueeze(2)
-            else:
-                total += normalised_sums(kernel, stages)
+            slopes = Slopes(kernel).through(first)
+            if counted is not None:
+                slopes = slopes._replace(reciprocal=slopes.reciprocal * counted)
+            if not blocks:
+                for stage in others:
+                    slopes = slopes.through(stage)
+                total += slopes.sums(weights)
+            for block, inner, outer in blocks:
+                width = self.deviations[-1].stream.values.shape[-1]
+                part = slopes.part(outer, slice(block, block + width)).through(others[0].part(inner))
+                total[:, inner] += part.sums(None if weights is None else weights[:, :, outer])
         return [(stream, total.view(stream.values.shape))]
+
+    def _blocks(self, samples: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Where tokens of an earlier normalisation stand side by side in what this one reads.
+
+        For each block its first channel, the earlier one's tokens, and those of this one that hold them.
+        """
+        if self.inner is None:
+            return []
+        (merged, _), blocks = self.deviations, []
+        values = merged.stream.values
+        numbers = torch.arange(1, values[0, ..., 0].numel() + 1, device=values.device, dtype=values.dtype)
+        for block in self.starts:
+            seed = torch.zeros_like(values, memory_format=torch.contiguous_format)
+            seed[..., block] = numbers.view(1, *values.shape[1:-1])
+            (places,) = torch.autograd.grad([merged.stream.edge], [self.inner.output], [seed], retain_graph=True)
+            held = places[..., 0].reshape(samples, -1)[0].long()
+            inner = held.nonzero()[:, 0]
+            blocks.append((block, inner, held[inner] - 1))
+        return blocks
 
 
 @dataclass(frozen=True, eq=False)

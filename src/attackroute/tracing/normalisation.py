@@ -35,41 +35,57 @@ class Stage(NamedTuple):
     scale: Tensor | None  # the affine factor, (C,)
     centred: bool  # whether the mean is taken off, as layer norm does and RMS norm does not
 
+    def part(self, tokens: Tensor) -> Stage:
+        """Some of the tokens, by their numbers."""
+        return self._replace(normalised=self.normalised[:, tokens], reciprocal=self.reciprocal[:, tokens])
 
-def normalised_sums(rows: Tensor, stages: Sequence[Stage], counted: Tensor | None = None) -> Tensor:
-    """``sum over rows j of |dz_j[t] / dx_s[t]|``, ``(n, T, C)``, for linear maps behind normalisations.
 
-    Args:
-        rows: ``(n, k, C)``, each sample's rows of the map.
-        stages: The normalisations, from the last to the first.
-        counted: How often each row reads each token, ``(n, k, T)``; None for once.
-    """
-    slopes: list[Tensor] = []  # b of each product, (n, k, T), and
-    streams: list[Tensor] = []  # what it is multiplied by, (n, T, C)
-    reciprocal = rows.new_ones(())
-    for stage in stages:
+class Slopes(NamedTuple):
+    """Derivatives of n samples' rows with respect to tokens: ``reciprocal (rows - sum of along across)``."""
+
+    rows: Tensor  # (n, k, C)
+    along: tuple[Tensor, ...] = ()  # b of each product, (n, k, T), and
+    across: tuple[Tensor, ...] = ()  # what it is multiplied by, (n, T, C)
+    reciprocal: Tensor | float = 1.0  # (n, T)
+
+    def through(self, stage: Stage) -> Slopes:
+        """The derivatives with respect to what a normalisation read."""
+        rows, across = self.rows, list(self.across)
         if stage.scale is not None:
-            rows, streams = rows * stage.scale, [stream * stage.scale for stream in streams]
+            rows, across = rows * stage.scale, [stream * stage.scale for stream in across]
         if stage.centred:
             rows = rows - rows.mean(2, keepdim=True)
-            streams = [stream - stream.mean(2, keepdim=True) for stream in streams]
+            across = [stream - stream.mean(2, keepdim=True) for stream in across]
         slope = rows @ stage.normalised.transpose(1, 2)
-        for earlier, stream in zip(slopes, streams, strict=True):
+        for earlier, stream in zip(self.along, across, strict=True):
             slope = slope - earlier * (stream * stage.normalised).sum(2).unsqueeze(1)
-        slopes, streams = [*slopes, slope / rows.shape[2]], [*streams, stage.normalised]
-        reciprocal = reciprocal * stage.reciprocal
-    total = torch.empty_like(stages[-1].normalised)
-    for sample, weight in enumerate(rows):
-        for start in range(0, total.shape[1], _TOKENS):
-            tokens = slice(start, start + _TOKENS)
-            along = [slope[sample, :, tokens].contiguous() for slope in slopes]
-            across = [stream[sample, tokens].T.contiguous() for stream in streams]
-            if counted is not None or rows.device.type != "cpu":
-                sums = _one_by_one(weight, along, across, None if counted is None else counted[sample, :, tokens])
-            else:
-                sums = _by_signs(weight, along, across)
-            total[sample, tokens] = sums.T
-    return total * reciprocal.unsqueeze(2)
+        along = (*self.along, slope / rows.shape[2])
+        return Slopes(rows, along, (*across, stage.normalised), self.reciprocal * stage.reciprocal)
+
+    def part(self, tokens: Tensor, channels: slice) -> Slopes:
+        """Those with respect to some of the tokens and channels, tokens by their numbers."""
+        assert isinstance(self.reciprocal, Tensor)
+        return Slopes(
+            self.rows[:, :, channels],
+            tuple(slope[:, :, tokens] for slope in self.along),
+            tuple(stream[:, tokens, channels] for stream in self.across),
+            self.reciprocal[:, tokens],
+        )
+
+    def sums(self, counted: Tensor | None = None) -> Tensor:
+        """``sum over rows j of |dz_j[t] / dx_s[t]|``, ``(n, T, C)``; ``counted``: how often rows count, (n, k, T)."""
+        total = torch.empty_like(self.across[0])
+        for sample, weight in enumerate(self.rows):
+            for start in range(0, total.shape[1], _TOKENS):
+                tokens = slice(start, start + _TOKENS)
+                along = [slope[sample, :, tokens].contiguous() for slope in self.along]
+                across = [stream[sample, tokens].T.contiguous() for stream in self.across]
+                if counted is not None or weight.device.type != "cpu":
+                    sums = _one_by_one(weight, along, across, None if counted is None else counted[sample, :, tokens])
+                else:
+                    sums = _by_signs(weight, along, across)
+                total[sample, tokens] = sums.T
+        return total * torch.as_tensor(self.reciprocal).unsqueeze(-1)
 
 
 def _one_by_one(

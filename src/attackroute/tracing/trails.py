@@ -47,6 +47,7 @@ class Strand:
         partial: Whether some elements may be missing, or are multiplied by numbers that depend on their token alone.
         gained: Whether channels are multiplied by constants, for a crossing, whose other derivatives are ones.
         merged: Whether one element of the tensor may hold several.
+        block: Where a crossing's channels begin, whole and in order, in a tensor that has them beside others.
     """
 
     origin: int | Origin
@@ -55,6 +56,7 @@ class Strand:
     partial: bool = False
     gained: bool = False
     merged: bool = False
+    block: int = 0
 
     @property
     def sources(self) -> frozenset[int]:

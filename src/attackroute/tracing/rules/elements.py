@@ -210,8 +210,19 @@ def cat(reading: Reading, output: Tensor) -> list[Trail]:
         trail, size = reading.trail(tensor), 1 if stacked else tensor.shape[dim]
         if stacked:
             trail = _viewed(trail, tensor.shape, [*tensor.shape[:dim], 1, *tensor.shape[dim:]])
-        move = ("cat", dim, start, tuple(output.shape))
-        trails.append(_placed(trail, move, lambda axes: unfollowed(axes, [dim], output.shape), partial=True))
+        # channels that are whole and stand beside others are followed as a block, by the move itself
+        placed = [
+            replace(
+                strand.moved(
+                    ("cat", dim, start, tuple(output.shape)),
+                    None if strand.axes is None else unfollowed(strand.axes, [dim], output.shape),
+                    partial=True,
+                ),
+                block=start if strand.axes is not None and _is_channels(strand, strand.axes, dim) else -1,
+            )
+            for strand in trail.strands
+        ]
+        trails.append(trail.changed(placed))
         start += size
     return [joined(trails)]
 

@@ -30,13 +30,23 @@ def _normalised(trail: Trail, values: Tensor, deviation: Deviation, output: Tens
     crossings = [Normalisation(plain, output, (deviation.stream,), (deviation,))]
     gone = set(plain.lost)
     direct = frozenset[int]().union(*(each.sources for each in trail.strands if isinstance(each.origin, int)))
+    blocks: dict[Normalisation, list[int]] = {}
     for strand in trail.strands:
         inner = strand.origin
-        if isinstance(inner, Normalisation) and inner.kept and inner.aligned(strand, values.shape):
+        if not isinstance(inner, Normalisation) or not inner.kept:
+            continue
+        if inner.aligned(strand, values.shape):
+            chain = (deviation, *inner.deviations)
+            crossings.append(Normalisation(inner.trail, output, tuple(each.stream for each in chain), chain))
             gone -= inner.sources - trail.lost - direct
+        elif inner.side_by_side(strand, values.shape):
+            blocks.setdefault(inner, []).append(strand.block)
+    for inner, starts in blocks.items():
+        if len(starts) == sum(strand.origin is inner for strand in trail.strands):
             chain = (deviation, *inner.deviations)
             held = tuple(each.stream for each in chain)
-            crossings.append(Normalisation(inner.trail, output, held, chain))
+            crossings.append(Normalisation(inner.trail, output, held, chain, inner, tuple(starts)))
+            gone -= inner.sources - trail.lost - direct
     return Crossing.behind(*crossings, lost=frozenset(gone))
 
 
