@@ -61,8 +61,14 @@ def attention_sums(heads: Heads, rows: Tensor, read: Tensor | None = None) -> tu
         sample, head = divmod(start, count)
         own = slice(sample * len(queries) // samples + head, (sample + 1) * len(queries) // samples, count)
         kernel = rows[sample, :, head].T.contiguous()
-        parts = queries[own], keys[own], values[own], weights[own], outputs[own]
-        of_queries[own], of_keys[own] = _of_queries(*parts, kernel), _of_keys(*parts, kernel, counted[own])
+        projected, at_outputs = values[own] @ kernel, outputs[own] @ kernel  # (w, T', k), (w, T, k)
+        of_keys[own] = _of_keys(queries[own], projected, at_outputs, counted[own])
+        length, features = values.shape[1:]
+        parts = keys[own], weights[own]
+        if kernel.shape[1] * length <= features * (length + kernel.shape[1]):  # fewer products in this order
+            of_queries[own] = _of_queries(*parts, projected, at_outputs)
+        else:
+            of_queries[own] = _of_queries(*parts, values[own], outputs[own], kernel)
     of_queries *= scale.abs().view(-1, 1, 1) if read is None else (scale.abs().unsqueeze(1) * read).unsqueeze(2)
     return of_queries, of_keys * scale.abs().view(-1, 1, 1), of_values
 
@@ -71,20 +77,22 @@ def _block(values: Tensor) -> int:
     return _BLOCK if values.device.type == "cpu" else _DEVICE_BLOCK
 
 
-def _of_queries(
-    queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor, outputs: Tensor, kernel: Tensor
-) -> Tensor:
-    """``sum_j |sum_d M[t, e, d] W[j, d]|``, ``(w, T, E)``, of one head of w windows, with ``kernel`` ``W^T`` (D, k)."""
-    windows, tokens, features = queries.shape
-    means = weights @ keys
-    total = torch.empty_like(queries)
-    step = max(1, _block(values) // (keys.shape[1] * values.shape[2]))  # features of the queries at a time
-    for start in range(0, features, step):
+def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """``sum_j |sum_d M[t, e, d] W[j, d]|``, ``(w, T, E)``, of one head of w windows, with ``kernel`` ``W^T`` (D, k).
+
+    Without a kernel, values and outputs are projected already.
+    """
+    means, width = weights @ keys, values.shape[2]
+    total = torch.empty_like(means)
+    step = max(1, _block(values) // (keys.shape[1] * width))  # features of the queries at a time
+    for start in range(0, keys.shape[2], step):
         part = slice(start, start + step)
         products = (keys[:, :, part].unsqueeze(3) * values.unsqueeze(2)).flatten(2)
-        moments = (weights @ products).view(windows, tokens, -1, values.shape[2])
+        moments = (weights @ products).view(*means[:, :, part].shape, width)
         moments.addcmul_(means[:, :, part].unsqueeze(3), outputs.unsqueeze(2), value=-1)
-        total[:, :, part] = _row_sums(moments.flatten(0, 2), kernel).view(windows, tokens, -1)
+        rows = moments.flatten(0, 2)
+        sums = rows.abs_().sum(1) if kernel is None else _row_sums(rows, kernel)
+        total[:, :, part] = sums.view(*moments.shape[:3])
     return total
 
 
@@ -94,11 +102,8 @@ def _row_sums(left: Tensor, right: Tensor) -> Tensor:
     return torch.cat([(part @ right).abs_().sum(1) for part in parts])
 
 
-def _of_keys(
-    queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor, outputs: Tensor, kernel: Tensor, counted: Tensor
-) -> Tensor:
-    """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``; arguments as of :func:`_of_queries`."""
-    projected, at_outputs = values @ kernel, outputs @ kernel  # (w, T', k), (w, T, k)
-    step = max(1, _block(values) // projected.numel())
+def _of_keys(queries: Tensor, projected: Tensor, at_outputs: Tensor, counted: Tensor) -> Tensor:
+    """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``, of one head of w windows."""
+    step = max(1, _block(queries) // projected.numel())
     distances = [(part.unsqueeze(2) - projected.unsqueeze(1)).abs_().sum(3) for part in at_outputs.split(step, dim=1)]
     return (torch.cat(distances, dim=1) * counted).transpose(1, 2) @ queries.abs()

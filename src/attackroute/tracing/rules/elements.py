@@ -70,8 +70,8 @@ def _scaled(reading: Reading, strand: Strand, operand: Tensor, alone: bool) -> S
     """The strand of a crossing behind a sum, or behind a product with a constant for each channel."""
     read = reading.operation.args[:2]
     once = sum(value is operand for value in read) == 1
-    if reading.name in SUMS | COPIES:
-        reversed_sign = reading.name.startswith("sub") and operand is not read[0]
+    if reading.name in SUMS | COPIES | {"rsub"}:
+        reversed_sign = reading.name == "rsub" or (reading.name.startswith("sub") and operand is not read[0])
         plain = once and not reversed_sign and reading.argument(2, "alpha", 1) == 1
         return strand if plain else replace(strand, gained=True)
     divides = reading.name.startswith("div")
