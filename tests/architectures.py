@@ -292,17 +292,17 @@ class Perceptron(nn.Module):
 
 
 def tokens() -> nn.Module:
-    """A mixer over tokens: linear maps on (N, T, C), layer norm, and a skip."""
+    """A mixer over tokens: linear maps on (N, T, C), normalisation over positions, and a skip."""
 
     def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
         x = parts["embed"](x).flatten(2).transpose(1, 2)
-        x = x + parts["fc2"](F.gelu(parts["fc1"](parts["norm"](x))))
+        x = x + parts["fc2"](F.gelu(parts["fc1"](parts["norm"](x.transpose(1, 2)).transpose(1, 2))))
         return parts["head"](x.mean(1))
 
     return Function(
         forward,
         embed=nn.Conv2d(3, 4, 4, stride=4),
-        norm=nn.LayerNorm(4),
+        norm=nn.InstanceNorm1d(4, affine=True),
         fc1=nn.Linear(4, 6),
         fc2=nn.Linear(6, 4),
         head=nn.Linear(4, 5),

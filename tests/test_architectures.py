@@ -20,7 +20,7 @@ from benchmarks.run import main
 from benchmarks.timing import Spread
 
 SLOW = {"ResNet-50, GroupNorm", "EfficientNet-B0", "Inception-v3", "Swin-T, linear"}
-CLOSED = {"EfficientNet-B0", "MobileNetV3-L", "RegNetY-400MF", "DenseNet-121", "GoogLeNet", "Inception-v3"}
+OPEN = {"ResNet-50, GroupNorm", "ConvNeXt-T", "Swin-T, linear"}  # at least an edge
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_reduced_networks_are_the_oracle(architecture: Architecture) -> None:
         pytest.skip(f"{architecture.needs} is not installed")
     found = compare_reduced(architecture)
     assert found.deviation < 1e-9
-    assert found.agreement == 1 if architecture.name in CLOSED else 0.6 < found.agreement <= 1
+    assert found.agreement == 1 if architecture.name not in OPEN else 0.6 < found.agreement <= 1
     ungated = {"DenseNet-121", "GoogLeNet", "Inception-v3"}
     assert found.frozen_agreement == 1 if architecture.name in ungated else 0.2 < found.frozen_agreement < 1
 
@@ -45,13 +45,13 @@ def tiny(name: str, linear: bool) -> Architecture:
 
 def test_an_architecture_is_measured() -> None:
     vit = measure_architecture(tiny("ViT-B/16, linear", True), Plan(repeats=1))
-    assert (vit.layers, sum(vit.closed)) == (10, 0)
-    assert vit.exact > 0
-    assert vit.exact_ratio > 0
+    assert (vit.layers, len(vit.closed), all(vit.closed)) == (10, 19, True)
+    assert (vit.exact, vit.reduced.agreement, vit.exact_ratio) == (0, 1, (vit.trace / vit.forward).median)
     assert vit.reduced.deviation < 1e-9
-    net = measure_architecture(tiny("DenseNet-121", False), Plan(repeats=1))
-    assert all(net.closed)
-    assert (net.exact, net.reduced.agreement, net.exact_ratio) == (0, 1, (net.trace / net.forward).median)
+    net = measure_architecture(tiny("ResNet-50, GroupNorm", False), Plan(repeats=1))
+    assert not any(net.closed)
+    assert net.exact > 0
+    assert net.exact_ratio > 0
 
 
 def test_the_table_is_shown_and_written(

@@ -188,9 +188,9 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
     sinks = set(norms)
     for layer in layers:
         sinks -= layer.sources
-        if layer.jacobian:
+        if layer.mixing:
             raise MixedChannelsError(
-                f"there is no weight norm for the channels of layer {layers[min(layer.jacobian)].name!r}: what stands "
+                f"there is no weight norm for the channels of layer {layers[min(layer.mixing)].name!r}: what stands "
                 f"between it and {layer.name!r} mixes channels or positions; choose another criterion"
             )
         weight = _wide(layer.weight).abs().unflatten(0, (layer.groups, -1))  # (groups, outputs, C_in / groups, kh, kw)

@@ -6,14 +6,17 @@ over j is one matrix product of a 0/1 matrix with |W|, shared by all sources of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from attackroute.core.layers import CHANNEL_DIM
+from attackroute.tracing.crossings import Held, Passage, Rows, Share
 from attackroute.tracing.recorder import Piece, RecordedLayer
-from attackroute.tracing.windows import pattern_kernel
+from attackroute.tracing.windows import indicator, pattern_kernel
 
 _BLOCK = 1 << 18  # weights per block: their absolute values stay in the processor's cache
 
@@ -40,6 +43,101 @@ def critical_sums(layer: RecordedLayer, critical: Tensor, totals: dict[int, Tens
             ]
             shared[key] = sum(terms[1:], terms[0])
         totals[piece.source].narrow(1, piece.src, piece.length).add_(_scaled(shared[key], piece))
+
+
+def passage_sums(
+    layer: RecordedLayer, critical: Tensor, totals: dict[int, Tensor], leaves: Mapping[int, tuple[Tensor, str]]
+) -> None:
+    """The same as :func:`critical_sums` for the sources whose closed form goes element by element.
+
+    ``leaves`` are the outputs of the sources that the recording was made with, and their kinds.
+    """
+    for passage in layer.passages:
+        shares = _shares(layer, passage, critical)
+        sources = sorted(passage.sources)
+        if not shares or not sources:
+            continue
+        largest = torch.stack([sums.amax() for _, sums in shares]).amax().clamp(min=torch.finfo(torch.float32).tiny)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            [held.edge for held, _ in shares if held.edge is not None], [leaves[source][0] for source in sources],
+            [(sums / largest).to(held.values.dtype) for held, sums in shares],  # in the range of any dtype
+            retain_graph=True, allow_unused=True
+        )  # fmt: skip
+        alike: dict[object, Tensor] = {}  # layers that add to one residual stream share one gradient
+        for source, gradient in zip(sources, gradients, strict=True):
+            if gradient is None:
+                continue
+            place = (gradient.data_ptr(), gradient.shape, gradient.stride(), leaves[source][1])
+            if place not in alike:
+                rows = gradient.abs().movedim(CHANNEL_DIM[leaves[source][1]], -1).flatten(1, -2)
+                alike[place] = (rows.sum(1, dtype=totals[source].dtype) if gradient.ndim > 2 else rows) * largest
+            totals[source].add_(alike[place])
+
+
+def passage_matrix(layer: RecordedLayer, source: int, leaves: Mapping[int, tuple[Tensor, str]]) -> Tensor:
+    """Eqs. (1)-(2), ``(n, C_target, C_source)``, for such a source; see :func:`passage_sums`."""
+    leaf, kind = leaves[source]
+    dtype = torch.promote_types(leaf.dtype, torch.float32)
+    narrowed = layer.corrected(frozenset((source,)), frozenset())
+    matrix = torch.zeros(len(leaf), layer.channels, leaf.shape[CHANNEL_DIM[kind]], dtype=dtype, device=leaf.device)
+    for channel in range(layer.channels):
+        only = torch.zeros(matrix.shape[:2], dtype=torch.bool, device=leaf.device)
+        only[:, channel] = True
+        passage_sums(narrowed, only, {source: matrix[:, channel]}, leaves)
+    return matrix
+
+
+def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor) -> list[Share]:
+    """Absolute influence on a layer's critical neurons, of each element that is the last before they are mixed."""
+    assert layer.read is not None
+    read = layer.read
+    if read.edge is None:
+        return []
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    if passage.crossing is None:
+        reached = chosen_rows(critical.to(dtype), layer.weight, layer.groups)
+        return [(read, _spread(layer, reached).expand(read.values.shape))]
+    ranked = critical.nonzero()[:, 1].view(len(critical), -1)
+    weight, output = layer.weight.detach(), passage.crossing.output
+    if layer.axes is not None and layer.groups == weight.shape[0] == layer.channels and weight.shape[1] == 1:
+        # depthwise: what matters of a kernel is how often, and how strongly, it reads each position
+        rows = Rows(functional.one_hot(ranked, layer.channels).to(dtype).unsqueeze(3), ranked)
+        seen = _spread(layer, weight.to(dtype).abs().transpose(0, 1)).expand(read.values.shape)
+        return passage.crossing.shares(passage.strands, rows, _pulled(read, output, [seen]))
+    kernel = _signed(weight, layer.groups)
+    rows = Rows((kernel.reshape(layer.channels, -1, 1) if layer.axes is None else kernel.flatten(2))[ranked].to(dtype))
+    altered = any(strand.partial or strand.gained for strand in passage.strands)
+    offsets = _offsets(layer, read) if altered or rows.weight.shape[3] > 1 else ()
+    return passage.crossing.shares(passage.strands, rows, _pulled(read, output, offsets))
+
+
+def _spread(layer: RecordedLayer, reached: Tensor) -> Tensor:
+    """What is read at each position, for what is at each kernel offset: ``(n, C_in, H, W)`` or ``(n, ..., F)``."""
+    if layer.axes is None:
+        assert layer.read is not None
+        return reached.reshape(len(reached), *(1,) * (layer.read.values.ndim - 2), -1)
+    rows, columns = (indicator(axis, reached.dtype, reached.device) for axis in layer.axes)
+    return rows.T @ reached @ columns
+
+
+def _offsets(layer: RecordedLayer, read: Held) -> Iterator[Tensor]:
+    """For each kernel offset, 1 where it meets what the layer reads."""
+    values = read.values
+    if layer.axes is None:
+        yield torch.ones_like(values)
+        return
+    rows, columns = (indicator(axis, values.dtype, values.device) for axis in layer.axes)
+    for row in rows:
+        for column in columns:
+            yield (row.unsqueeze(1) * column).expand(values.shape)
+
+
+def _pulled(read: Held, output: Tensor, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+    """How much each element of a crossing's output counts in what a layer reads, given how that is weighed."""
+    assert read.edge is not None
+    for weight in weights:
+        seed = weight.to(read.values.dtype).contiguous()
+        yield torch.autograd.grad([read.edge], [output], [seed], retain_graph=True)[0]
 
 
 def influence_matrix(layer: RecordedLayer, source: int, channels: int, samples: int) -> Tensor:
@@ -95,11 +193,15 @@ def chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 def _dense(weight: Tensor, groups: int) -> Tensor:
     """``|W|`` of a grouped convolution as ``(C_out, C_in, kh, kw)``, zero where a group does not look."""
-    size = weight.abs()
+    return _signed(weight, groups).abs()
+
+
+def _signed(weight: Tensor, groups: int) -> Tensor:
+    """The same with its signs."""
     if groups == 1:
-        return size
-    blocks = size.unflatten(0, (groups, -1))
-    whole = size.new_zeros(groups, blocks.shape[1], groups, *size.shape[1:])
-    index = torch.arange(groups, device=size.device)
+        return weight
+    blocks = weight.unflatten(0, (groups, -1))
+    whole = weight.new_zeros(groups, blocks.shape[1], groups, *weight.shape[1:])
+    index = torch.arange(groups, device=weight.device)
     whole[index, :, index] = blocks
     return whole.flatten(2, 3).flatten(0, 1)

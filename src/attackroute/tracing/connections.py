@@ -119,9 +119,9 @@ class Connections:
             structure, _ = Structure.probe(model, probe, linear=linear)
             layers = structure.applied(record(model, probe, linear=linear, sums=False).layers)
             edges = {
-                layer.name: [layers[source].name for source in sorted(layer.jacobian)]
+                layer.name: [layers[source].name for source in sorted(layer.mixing)]
                 for layer in layers
-                if layer.jacobian and layer.kind == "linear"
+                if layer.mixing and layer.kind == "linear"
             }
             return cls(layers, token_carriers(model, probe, edges) if edges else {})
 
@@ -173,7 +173,7 @@ class Connections:
             name = self.layers[piece.source].name
             if name in route:
                 carried[piece.dst : piece.dst + piece.length] |= route.mask(name)[piece.src : piece.src + piece.length]
-        for source in layer.jacobian:
+        for source in layer.mixing:
             name = self.layers[source].name
             if name in route and (name, target) in self.tokens:
                 features = self.tokens[name, target][route.mask(name)]
@@ -196,7 +196,7 @@ class Connections:
         """A layer of the route that reaches another one's route neurons through what mixes channels; None if none."""
         if not route.indices[layer.name]:
             return None
-        names = [self.layers[source].name for source in sorted(layer.jacobian)]
+        names = [self.layers[source].name for source in sorted(layer.mixing)]
         route_sources = (name for name in names if name in route and route.indices[name])
         return next((name for name in route_sources if (name, layer.name) not in self.tokens), None)
 

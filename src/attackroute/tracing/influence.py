@@ -12,7 +12,7 @@ from attackroute.core.batches import Data, batches
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
-from attackroute.tracing.closed_form import influence_matrix
+from attackroute.tracing.closed_form import influence_matrix, passage_matrix
 from attackroute.tracing.recorder import RecordedLayer, record
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import AUTOGRAD, Structure
@@ -53,9 +53,11 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
                 raise UserError(f"{source!r} and {target!r} are not adjacent; directly after {source!r}: {after}")
             if methods[source, target] == AUTOGRAD:
                 return Segments(model, images, {target: [source]}, linear=linear).influence(target)[source]
-            layers = structure.applied(record(model, images, linear=linear).layers)
-            index = names.index(source)
-            return influence_matrix(layers[names.index(target)], index, structure.counts[index], images.shape[0])
+            recording = record(model, images, linear=linear, leaves=structure.cut)
+            layer, index = structure.applied(recording.layers)[names.index(target)], names.index(source)
+            if index in layer.passed:
+                return passage_matrix(layer, index, recording.numbered)
+            return influence_matrix(layer, index, structure.counts[index], images.shape[0])
     raise UserError("the batch holds no image")
 
 
@@ -117,10 +119,13 @@ def _matrices(
     model: nn.Module, images: Tensor, structure: Structure, costly: set[str], linear: bool
 ) -> Iterable[tuple[Edge, Tensor]]:
     """Every edge's mean influence over one batch."""
-    layers = structure.applied(record(model, images, linear=linear, expected=len(structure.names)).layers)
-    for layer, closed in zip(layers, structure.closed, strict=True):
+    leaves = structure.cut
+    recording = record(model, images, linear=linear, leaves=leaves, expected=len(structure.names))
+    for layer, closed in zip(structure.applied(recording.layers), structure.closed, strict=True):
         averaged = _averaged(layer)
-        for source in sorted(closed):
+        for source in sorted(layer.passed if layer.name not in costly else ()):
+            yield (structure.names[source], layer.name), passage_matrix(layer, source, recording.numbered).mean(0)
+        for source in sorted(closed - layer.passed):
             matrices = influence_matrix(averaged, source, structure.counts[source], 1)
             yield (structure.names[source], layer.name), matrices[0]
     jacobian = {target: sources for target, sources in structure.jacobian_edges.items() if target not in costly}
@@ -145,8 +150,11 @@ def _averaged(layer: RecordedLayer) -> RecordedLayer:
 
 
 def _costly(model: nn.Module, image: Tensor, structure: Structure, linear: bool) -> set[str]:
-    """Layers with edges that would take too many vector-Jacobian products: one for each output element."""
-    targets, costly = structure.jacobian_edges, set[str]()
+    """Layers with edges that would take too many vector-Jacobian products: one for each output element.
+
+    Closed forms that go element by element take one for each channel, with more work for each.
+    """
+    targets, costly = {*structure.jacobian_edges, *structure.passing}, set[str]()
 
     def visit(call: LayerCall) -> Tensor:
         output = call.run()

@@ -20,10 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
 from attackroute.tracing.flow import EMPTY, Flow, Path, Term, disentangled, opaque
-from attackroute.tracing.recorder import GainSums, Piece, Tracker
+from attackroute.tracing.recorder import Piece, Tracker
 from attackroute.tracing.rules.layout import constant, identity
 from attackroute.tracing.rules.operation import RULES, Operation, overloads, tensors_in, without_rule
-from attackroute.tracing.windows import Axes, mask_sums
+from attackroute.tracing.windows import Axes, GainSums, mask_sums
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
 _DETACH = frozenset(overloads("detach"))
@@ -39,6 +39,8 @@ class NoiseTracker(Tracker):
     for the clean images. As long as all noise in a channel comes from one source, the clean rows are that variant, and
     none is kept. Noise is a matter of values: what is detached, rounded or compared passes it on.
     """
+
+    by_elements = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

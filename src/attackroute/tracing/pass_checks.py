@@ -40,6 +40,8 @@ class GraphWalk:
         self.sources[name] = GraphSources(reached, self._walk(passed)[0])
         if output.grad_fn is None:  # behind a detach: what follows depends on the output all the same
             output = output.requires_grad_().clone()
+        elif output._is_view():  # what is done to it in place would go past its place in the graph
+            output = output.clone()
         self._outputs[output.grad_fn] = name
         return output
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls, require_gradients
 from attackroute.core.model_state import explained
-from attackroute.tracing.flow import EMPTY, Alive, Flow, Term, disentangled, opaque
+from attackroute.tracing.crossings import Held, Passage, passages
+from attackroute.tracing.flow import EMPTY, Flow, Term, opaque
 from attackroute.tracing.pass_checks import GraphWalk, Separation
+from attackroute.tracing.rules.elements import followed
 from attackroute.tracing.rules.operation import RULES, Operation, without_rule
-from attackroute.tracing.windows import Axes, Axis, PatternSums, alive_sums, mask_sums, pattern_sums
+from attackroute.tracing.trails import UNTOUCHED, Strand, Trail
+from attackroute.tracing.windows import Axes, Axis, GainSums, PatternSums
 
 aten = torch.ops.aten
 _CONVOLUTION_DIMS = 4
@@ -59,6 +63,8 @@ class RecordedLayer:
         axes: Vertical and horizontal axis of the kernel.
         pieces: Closed-form contributions of earlier layers.
         jacobian: Sources whose edge needs the Jacobian path.
+        passages: Closed-form contributions of earlier layers, element by element.
+        read: What the layer read.
     """
 
     name: str
@@ -69,16 +75,36 @@ class RecordedLayer:
     axes: Axes | None
     pieces: tuple[Piece, ...]
     jacobian: frozenset[int]
+    passages: tuple[Passage, ...] = ()
+    read: Held | None = None
 
     @property
     def sources(self) -> frozenset[int]:
         """Indices of the adjacent earlier layers."""
-        return self.jacobian.union(piece.source for piece in self.pieces)
+        return self.jacobian.union(self.passed, (piece.source for piece in self.pieces))
+
+    @property
+    def passed(self) -> frozenset[int]:
+        """Indices of the sources whose closed form goes element by element."""
+        return frozenset[int]().union(*(passage.sources for passage in self.passages))
+
+    @property
+    def mixing(self) -> frozenset[int]:
+        """Indices of the sources of which it is not known which input channels carry their neurons."""
+        return self.jacobian | self.passed
 
     def corrected(self, closed: frozenset[int], jacobian: frozenset[int]) -> RecordedLayer:
         """The layer with only these sources, each computed in the given way."""
         pieces = tuple(piece for piece in self.pieces if piece.source in closed)
-        return replace(self, pieces=pieces, jacobian=jacobian)
+        cut = (replace(passage, sources=passage.sources & closed) for passage in self.passages)
+        passages = tuple(passage for passage in cut if passage.sources)
+        return replace(self, pieces=pieces, jacobian=jacobian, passages=passages)
+
+    def settled(self) -> RecordedLayer:
+        """The layer once the pass is over: what was written to since cannot serve a closed form."""
+        kept = tuple(each for each in self.passages if each.crossing is None or each.crossing.kept)
+        gone = self.passed.difference(*(passage.sources for passage in kept))
+        return replace(self, passages=kept, jacobian=self.jacobian | gone) if gone else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +114,15 @@ class Recording:
     layers: tuple[RecordedLayer, ...]
     output: Any
     leaves: Mapping[str, Tensor]  # outputs of the layers asked for as leaves that require grad, by name
+
+    @property
+    def numbered(self) -> dict[int, tuple[Tensor, str]]:
+        """The leaves and their layers' kinds, by the layer's index."""
+        return {
+            index: (self.leaves[layer.name], layer.kind)
+            for index, layer in enumerate(self.layers)
+            if layer.name in self.leaves
+        }
 
 
 def record(
@@ -124,17 +159,21 @@ def record(
             output = call.run()
             if call.kind == "linear":
                 tracker.linear(call, output)
-            if graph is not None:
-                output = graph.visit(call.name, output)
+        if graph is not None:
+            output = graph.visit(call.name, output)
         if call.name in leaves:
-            leaf_outputs[call.name] = output.detach().requires_grad_()
-            output = leaf_outputs[call.name].clone()  # a copy, since what follows may work in place
+            leaf = leaf_outputs[call.name] = output.detach().requires_grad_()
+            tracker.take_over(leaf, output)
+            output = leaf.clone()  # a copy, since what follows may work in place
         return output
 
-    with torch.inference_mode(False), torch.enable_grad(), LayerCalls(model, visit, linear=linear), tracker:
+    # attention in steps that can be followed
+    attention = sdpa_kernel(SDPBackend.MATH) if linear else nullcontext()
+    calls = LayerCalls(model, visit, linear=linear)
+    with torch.inference_mode(False), torch.enable_grad(), attention, calls, tracker:
         output = model(images.clone())  # a copy, since a model may work on its input in place
     tracker.require_kept_kernels()
-    return Recording(tuple(tracker.layers), output, leaf_outputs)
+    return Recording(tuple(layer.settled() for layer in tracker.layers), output, leaf_outputs)
 
 
 def record_first(
@@ -169,6 +208,7 @@ def is_recording() -> bool:
 class _Followed(NamedTuple):
     flow: Flow
     version: int
+    trail: Trail | None = None  # None where only the sources are known
 
 
 class _Written(NamedTuple):
@@ -180,7 +220,9 @@ class _Written(NamedTuple):
 
 
 class Tracker(TorchDispatchMode):
-    """Follows flows through the ATen operations of one forward pass."""
+    """Follows flows, and trails of elements, through the ATen operations of one forward pass."""
+
+    by_elements = True  # whether trails are followed
 
     def __init__(self, samples: int, *, gather: bool, expected: int | None, separation: Separation | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -231,6 +273,27 @@ class Tracker(TorchDispatchMode):
                 version = max(version, earlier.version)  # a view joins its base's counter only after this operation
         self._flows[tensor] = _Followed(flow, version)
 
+    def trail(self, tensor: object) -> Trail:
+        """How elements reach a tensor; its sources are lost where it, or its memory, was written to in between."""
+        record: _Followed | None = self._flows.get(tensor) if isinstance(tensor, Tensor) else None
+        if record is not None and record.trail is not None and record.version == tensor._version:  # type: ignore[attr-defined]
+            return record.trail
+        sources = self.flow(tensor).sources
+        return Trail(lost=sources) if sources else UNTOUCHED
+
+    def _lay(self, tensor: Tensor, trail: Trail) -> None:
+        """Note the trail of a tensor whose flow is noted."""
+        record: _Followed | None = self._flows.get(tensor)
+        if record is not None and record.flow.sources:
+            unseen = record.flow.sources - trail.sources
+            trail = replace(trail, lost=trail.lost | unseen) if unseen else trail
+            self._flows[tensor] = record._replace(trail=trail)
+
+    def take_over(self, leaf: Tensor, output: Tensor) -> None:
+        """Let a layer's output, cut off from what is before it, be followed as the output is."""
+        record: _Followed = self._flows[output]
+        self._flows[leaf] = record._replace(version=leaf._version)
+
     # --- execution
 
     @contextmanager
@@ -262,7 +325,12 @@ class Tracker(TorchDispatchMode):
         return self._ruled(Operation(self, func, args, kwargs))
 
     def _ruled(self, operation: Operation) -> Any:
-        return RULES.get(operation.func, without_rule)(operation)
+        trails = {id(tensor): self.trail(tensor) for tensor in operation.operands}
+        output = RULES.get(operation.func, without_rule)(operation)
+        if any(trail.strands or trail.form is not None for trail in trails.values()):
+            for tensor, trail in followed(operation, trails, output):
+                self._lay(tensor, trail)
+        return output
 
     def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation under the model's own no_grad: what is new depends on nothing, what is changed in place does."""
@@ -332,16 +400,25 @@ class Tracker(TorchDispatchMode):
         out: Tensor,
         elsewhere: frozenset[int],
     ) -> None:
-        flow = self.flow(images)
+        flow, trail = self.flow(images), self.trail(images)
         if axes is None and images.ndim != 2:  # a linear map reads the last dimension, whatever that is
             flow = opaque(flow.sources)
         pieces, lost = self._pieces(call, flow, images, axes, elsewhere)
+        passed: tuple[Passage, ...] = ()
+        if lost and self.by_elements:
+            open_trail = replace(trail, lost=trail.lost | elsewhere | (trail.sources - lost))
+            passed = tuple(
+                passages(
+                    open_trail, call.kind, self.samples, weight[0].numel() if axes is None else weight.shape[1] * groups
+                )
+            )
+            lost = lost.difference(*(passage.sources for passage in passed))
         index = len(self.layers)
         channels = out.shape[-1] if call.kind == "linear" else out.shape[1]
         self.layers.append(
             RecordedLayer(
                 call.name, call.kind, channels=channels, weight=weight, groups=groups, axes=axes, pieces=tuple(pieces),
-                jacobian=lost
+                jacobian=lost, passages=passed, read=Held(images) if passed else None
             )
         )  # fmt: skip
         # what follows owes to this layer alone: earlier ones act through it, and are not adjacent to later ones
@@ -349,6 +426,7 @@ class Tracker(TorchDispatchMode):
             self.record(out, opaque((index,)))
         else:
             self.record(out, Flow(tuple(out.shape[1:]), (Term(index, 0, 0, channels),)))
+        self._lay(out, Trail((Strand(index),)))
 
     def _pieces(
         self, call: LayerCall, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]
@@ -371,71 +449,3 @@ class Tracker(TorchDispatchMode):
 
     def _gains(self, flow: Flow, images: Tensor, axes: Axes | None) -> GainSums:
         return GainSums(flow, images, axes)
-
-
-@dataclass
-class GainSums:
-    """Window sums of the terms that meet one layer; terms that share a mask share the work."""
-
-    flow: Flow
-    values: Tensor
-    axes: Axes | None
-    counted: dict[object, Tensor] = field(default_factory=dict)
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether each output position meets one input position only."""
-        if self.axes is None:
-            return math.prod(self.flow.spatial) == 1
-        return all(len(axis.starts) == 1 for axis in self.axes)
-
-    def closed(self, terms: Sequence[Term]) -> bool:
-        """Whether the terms of one source, all that the layer reads of it, have a closed form."""
-        # two paths from one channel add with their signs before the absolute value, which window sums cannot tell
-        return disentangled((term.src, term.length) for term in terms) and all(map(self._closed, terms))
-
-    def _closed(self, term: Term) -> bool:
-        """Whether every pair of a source and a target position is joined by one path, or by known patterns."""
-        windows = term.path.windows
-        if not term.path.many or self.pointwise:
-            return True
-        binary = not isinstance(term.mask, Tensor) or term.mask.dtype == torch.bool
-        return self.axes is not None and windows is not None and max(windows.reach) <= 2 and binary
-
-    def sums(self, term: Term) -> Tensor | list[PatternSums]:
-        """``N``, ``(n or 1, length, kh, kw)``: a term's gains, summed over what each kernel offset meets."""
-        if self.axes is not None and term.path.many and term.path.windows is not None and not self.pointwise:
-            return pattern_sums(term.path.windows, self._alive(term), *self.axes)
-        key = (term.mask if isinstance(term.mask, Alive) else id(term.mask), term.dst, term.length)
-        if key not in self.counted:
-            self.counted[key] = self._positions(term) if self.axes is None else self._windows(term, self.axes)
-        return self.counted[key]
-
-    def _windows(self, term: Term, axes: Axes) -> Tensor:
-        if isinstance(term.mask, Alive):
-            if term.mask not in self.counted:
-                self.counted[term.mask] = alive_sums(self.values, term.mask, *axes)
-            return self.counted[term.mask][:, term.span]
-        mask = self.values.new_ones((1, 1, 1, 1)) if term.mask is None else term.mask
-        return mask_sums(mask.expand(-1, -1, *self.flow.spatial), *axes)
-
-    def _alive(self, term: Term) -> Tensor:
-        values = self.values[:, term.span]
-        if isinstance(term.mask, Alive):
-            return term.mask.of(values)
-        if term.mask is None:
-            return torch.ones_like(values, dtype=torch.bool)
-        return term.mask.expand(values.shape)
-
-    def _positions(self, term: Term) -> Tensor:
-        """Gains of a linear map's input: every position is a kernel offset of its own."""
-        values = self.flow.view(self.values)[:, term.span]
-        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        if isinstance(term.mask, Alive):
-            gains = term.mask.of(values)
-        elif term.mask is None:
-            gains = torch.ones_like(values[:1, :1])
-        else:
-            gains = term.mask.abs() if term.mask.dtype != torch.bool else term.mask
-            gains = gains.expand(-1, -1, *self.flow.spatial)
-        return gains.to(dtype).flatten(2).unsqueeze(-1) if gains.ndim > 2 else gains.to(dtype)[..., None, None]

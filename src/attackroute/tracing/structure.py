@@ -26,6 +26,7 @@ class Structure:
         closed: For each layer, the sources whose influence has a closed form.
         jacobian: For each layer, the sources whose edge has no closed form.
         recorded: For each layer, all sources that the recording found, also those that autograd denies.
+        by_elements: For each layer, those of the ``closed`` whose closed form goes element by element.
         ends: Layers on which the model's output depends directly.
         idle: Layers that no longer count, since the output does not depend on them at all; see :meth:`of_the_output`.
         elsewhere: How these are computed, ``"autograd"`` (exact), ``"sketch"``, or for noise ``"replay"`` (exact).
@@ -36,6 +37,7 @@ class Structure:
     closed: tuple[frozenset[int], ...]
     jacobian: tuple[frozenset[int], ...]
     recorded: tuple[frozenset[int], ...]
+    by_elements: tuple[frozenset[int], ...]
     ends: frozenset[int]
     idle: frozenset[int] = frozenset()
     elsewhere: str = AUTOGRAD
@@ -81,6 +83,7 @@ class Structure:
             closed=tuple(closed),
             jacobian=tuple(jacobian),
             recorded=tuple(layer.sources for layer in layers),
+            by_elements=tuple(layer.passed & shut for layer, shut in zip(layers, closed, strict=True)),
             ends=frozenset(map(names.index, graph.reached_from(recording.output))),
             elsewhere=elsewhere,
         ), recording.output
@@ -101,11 +104,11 @@ class Structure:
                 "out what the layers give?"
             )
         idle = frozenset(range(len(self.names))) - needed
-        closed, jacobian = (
+        closed, jacobian, by_elements = (
             tuple(frozenset() if index in idle else each for index, each in enumerate(edges))
-            for edges in (self.closed, self.jacobian)
+            for edges in (self.closed, self.jacobian, self.by_elements)
         )
-        return replace(self, closed=closed, jacobian=jacobian, idle=idle)
+        return replace(self, closed=closed, jacobian=jacobian, by_elements=by_elements, idle=idle)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -132,6 +135,16 @@ class Structure:
         """Layers without a successor."""
         followed = self.idle.union(*self.closed, *self.jacobian)
         return frozenset(name for index, name in enumerate(self.names) if index not in followed)
+
+    @property
+    def cut(self) -> frozenset[str]:
+        """Layers whose outputs a recording must cut off: all, where some closed form is taken through the graph."""
+        return frozenset(self.names if any(self.by_elements) else ())
+
+    @property
+    def passing(self) -> frozenset[str]:
+        """Layers into which some closed form goes element by element."""
+        return frozenset(name for name, sources in zip(self.names, self.by_elements, strict=True) if sources)
 
     @property
     def jacobian_edges(self) -> dict[str, list[str]]:

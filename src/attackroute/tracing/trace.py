@@ -27,7 +27,7 @@ from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import check_ranked, check_width, pack
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.sketch_errors import SketchErrors
-from attackroute.tracing.closed_form import critical_sums
+from attackroute.tracing.closed_form import critical_sums, passage_sums
 from attackroute.tracing.config import AUTO, NOISE, TraceConfig
 from attackroute.tracing.cuda_graph import GraphedPasses
 from attackroute.tracing.frozen_gates import FrozenGates
@@ -276,7 +276,7 @@ class Tracer:
                 answers = checked_labels(answers, self.classes, len(images))
             if self.config.follows_noise:
                 result = self._ranked(traced, answers, images)
-            elif images.device.type == "cuda" and not self.structure.jacobian_edges:
+            elif images.device.type == "cuda" and not (self.structure.jacobian_edges or self.structure.passing):
                 result = self.passes.run(self._ranked, traced, answers)
             else:
                 result = self._ranked(traced, answers)
@@ -302,14 +302,15 @@ class Tracer:
         samples, passed = images.shape[0], images if clean is None else torch.cat([clean, images])
         follow, linear = None if clean is None else NoiseTracker, self.config.linear
         with explained(images):
-            recording = record(self.model, passed, linear=linear, leaves=sinks, expected=len(names), follow=follow)
+            leaves = sinks | self.structure.cut
+            recording = record(self.model, passed, linear=linear, leaves=leaves, expected=len(names), follow=follow)
         layers = self.structure.applied(recording.layers)
         logits = checked_logits(recording.output, passed.shape[0], finite=False)
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode, the seeds need the graph
             logits = logits[-samples:]
         predictions = logits.detach().argmax(dim=1)
         answers = predictions if labels is None else labels
-        seeds = seed_gradients(logits, answers, dict(recording.leaves), self.loss)
+        seeds = seed_gradients(logits, answers, {name: recording.leaves[name] for name in sinks}, self.loss)
         dtype = torch.promote_types(images.dtype, torch.float32)
         scores = {  # Eq. (4); layers with successors start from zero
             index: seed_scores(layer.kind, recording.leaves[layer.name], seeds[layer.name], clean is not None, dtype)
@@ -317,6 +318,7 @@ class Tracer:
             else torch.zeros(samples, layer.channels, dtype=dtype, device=images.device)
             for index, layer in enumerate(layers)
         }
+        outputs = recording.numbered
         open_edges = self._open_edges(passed, images, layers)
         ranked: dict[str, Ranked] = {}
         for index in reversed(range(len(layers))):  # every successor of a layer comes after it
@@ -326,6 +328,7 @@ class Tracer:
             ranked[layer.name] = open_edges.rank(layer.name, scores[index])
             critical = ranked[layer.name].mask
             critical_sums(layer, critical, scores)  # Eq. (5)
+            passage_sums(layer, critical, scores, outputs)
             if layer.jacobian:
                 check_ranked([ranked[layer.name].scores])
                 open_edges.follow(layer.name, critical)

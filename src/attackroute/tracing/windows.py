@@ -7,8 +7,9 @@ border rows and columns give all offsets at once, without a convolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attackroute.tracing.flow import Alive, Windows, in_memory_order, shifted
+from attackroute.tracing.flow import Alive, Flow, Term, Windows, disentangled, in_memory_order, shifted
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
 _SEGMENTS = 64  # beyond this many pieces a matrix product is quicker than slicing
@@ -74,7 +75,7 @@ def _members(rows: Axis, columns: Axis, *, by_segment: bool, dtype: torch.dtype,
     The pieces are the map's segments, or its single positions.
     """
     left, right = (
-        torch.tensor(_segments(axis)[1], dtype=dtype, device=device) if by_segment else _indicator(axis, dtype, device)
+        torch.tensor(_segments(axis)[1], dtype=dtype, device=device) if by_segment else indicator(axis, dtype, device)
         for axis in (rows, columns)
     )
     return torch.kron(left, right)
@@ -116,8 +117,8 @@ def _product_sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums as one matrix product: quickest in channels_last, and on accelerators, where each operation costs."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     if len(rows.starts) * len(columns.starts) > _SEGMENTS:  # the matrix of both axes at once would be large
-        left, right = (_indicator(axis, dtype, values.device) for axis in (rows, columns))
-        return left @ values.to(dtype) @ right.T
+        left, right = (indicator(axis, dtype, values.device) for axis in (rows, columns))
+        return (left @ values.to(dtype)).matmul(right.T)
     members = _members(rows, columns, by_segment=False, dtype=dtype, device=values.device)
     if values.is_contiguous(memory_format=torch.channels_last):
         sums = (members @ values.permute(0, 2, 3, 1).flatten(1, 2).to(dtype)).transpose(1, 2)
@@ -158,7 +159,7 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
         return result
 
     by_row = torch.stack([taken(offset) for offset in range(len(rows.starts))])  # (kh, n, C, W)
-    sums = _along_rows(_indicator(columns, dtype, counted.device), by_row)
+    sums = _along_rows(indicator(columns, dtype, counted.device), by_row)
     return sums.view(len(columns.starts), *by_row.shape[:-1]).permute(2, 3, 1, 0)
 
 
@@ -198,7 +199,7 @@ def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
         sums = _along_rows(members, values.to(dtype).flatten(2))
         return sums.view(len(rows.starts), len(columns.starts), *values.shape[:2]).permute(2, 3, 0, 1)
     if len(_segments(rows)[0]) * len(_segments(columns)[0]) > _SEGMENTS:
-        return _indicator(rows, dtype, device) @ values.to(dtype) @ _indicator(columns, dtype, device).T
+        return indicator(rows, dtype, device) @ values.to(dtype) @ indicator(columns, dtype, device).T
     pieces = [
         values[:, :, row, column].sum((2, 3), dtype=dtype)
         for row in _segments(rows)[0]
@@ -212,7 +213,7 @@ def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 
 @lru_cache(maxsize=512)
-def _indicator(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+def indicator(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(kernel, size)`` 0/1 matrix of the positions that each kernel offset takes."""
     matrix = torch.zeros(len(axis.starts), axis.size, dtype=dtype, device=device)
     for offset in range(len(axis.starts)):
@@ -302,3 +303,71 @@ def _places(axis: Axis, wide: Axis, shift: int) -> slice:
     """Where the kernel's offsets stand in the widened kernel for a member at ``shift``: evenly spaced."""
     index = [wide.starts.index(start - shift) for start in axis.starts]
     return slice(index[0], index[-1] + 1, index[1] - index[0] if len(index) > 1 else 1)
+
+
+@dataclass
+class GainSums:
+    """Window sums of the terms that meet one layer; terms that share a mask share the work."""
+
+    flow: Flow
+    values: Tensor
+    axes: Axes | None
+    counted: dict[object, Tensor] = field(default_factory=dict)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each output position meets one input position only."""
+        if self.axes is None:
+            return math.prod(self.flow.spatial) == 1
+        return all(len(axis.starts) == 1 for axis in self.axes)
+
+    def closed(self, terms: Sequence[Term]) -> bool:
+        """Whether the terms of one source, all that the layer reads of it, have a closed form."""
+        # two paths from one channel add with their signs before the absolute value, which window sums cannot tell
+        return disentangled((term.src, term.length) for term in terms) and all(map(self._closed, terms))
+
+    def _closed(self, term: Term) -> bool:
+        """Whether every pair of a source and a target position is joined by one path, or by known patterns."""
+        windows = term.path.windows
+        if not term.path.many or self.pointwise:
+            return True
+        binary = not isinstance(term.mask, Tensor) or term.mask.dtype == torch.bool
+        return self.axes is not None and windows is not None and max(windows.reach) <= 2 and binary
+
+    def sums(self, term: Term) -> Tensor | list[PatternSums]:
+        """``N``, ``(n or 1, length, kh, kw)``: a term's gains, summed over what each kernel offset meets."""
+        if self.axes is not None and term.path.many and term.path.windows is not None and not self.pointwise:
+            return pattern_sums(term.path.windows, self._alive(term), *self.axes)
+        key = (term.mask if isinstance(term.mask, Alive) else id(term.mask), term.dst, term.length)
+        if key not in self.counted:
+            self.counted[key] = self._positions(term) if self.axes is None else self._windows(term, self.axes)
+        return self.counted[key]
+
+    def _windows(self, term: Term, axes: Axes) -> Tensor:
+        if isinstance(term.mask, Alive):
+            if term.mask not in self.counted:
+                self.counted[term.mask] = alive_sums(self.values, term.mask, *axes)
+            return self.counted[term.mask][:, term.span]
+        mask = self.values.new_ones((1, 1, 1, 1)) if term.mask is None else term.mask
+        return mask_sums(mask.expand(-1, -1, *self.flow.spatial), *axes)
+
+    def _alive(self, term: Term) -> Tensor:
+        values = self.values[:, term.span]
+        if isinstance(term.mask, Alive):
+            return term.mask.of(values)
+        if term.mask is None:
+            return torch.ones_like(values, dtype=torch.bool)
+        return term.mask.expand(values.shape)
+
+    def _positions(self, term: Term) -> Tensor:
+        """Gains of a linear map's input: every position is a kernel offset of its own."""
+        values = self.flow.view(self.values)[:, term.span]
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        if isinstance(term.mask, Alive):
+            gains = term.mask.of(values)
+        elif term.mask is None:
+            gains = torch.ones_like(values[:1, :1])
+        else:
+            gains = term.mask.abs() if term.mask.dtype != torch.bool else term.mask
+            gains = gains.expand(-1, -1, *self.flow.spatial)
+        return gains.to(dtype).flatten(2).unsqueeze(-1) if gains.ndim > 2 else gains.to(dtype)[..., None, None]

@@ -1,0 +1,109 @@
+"""Influence through softmax attention and the linear map behind it, in closed form.
+
+One head with weights ``P = softmax(scale q k^T + bias)`` and output ``o = P v``, read by rows j of a linear map,
+``z_j[t] = sum_d W[j, d] o[t, d]``:
+
+    dz_j[t] / dv[t', d] = P[t, t'] W[j, d]
+    dz_j[t] / dq[t, e]  = scale sum_d M[t, e, d] W[j, d],
+              M[t, e, d] = sum_t' P[t, t'] k[t', e] v[t', d] - (P k)[t, e] o[t, d]
+    dz_j[t] / dk[t', e] = scale q[t, e] P[t, t'] (W_j v[t'] - W_j o[t])
+
+so values need column sums of P, queries a product with M, and keys an L1 distance of projected values. Constants that
+are added to the logits (position biases, masks) change P alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 18  # elements per block: temporaries that stay in the processor's cache
+_DEVICE_BLOCK = 1 << 25  # the same where memory is quick and launches are dear
+
+
+class Heads(NamedTuple):
+    """What attention computed, for ``b`` heads of all samples (and windows) with T queries and T' keys.
+
+    The last three dimensions of ``queries`` are (b, T, E), of ``keys`` (b, T', E), of ``values`` (b, T', D) and of
+    ``weights``, behind the softmax, (b, T, T').
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+    scale: Tensor | float  # a number, or one for each head, (b,)
+
+
+def attention_sums(heads: Heads, rows: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over rows j and target tokens t of ``|dz_j[t]|`` for each element of queries, keys and values.
+
+    Args:
+        heads: The heads; of the b heads those of one sample follow one another, and of these those of one window.
+        rows: ``(n, k, h, D)``, each sample's rows of the map, by the head whose output they read.
+        read: How much each head's output tokens count, ``(b, T)``; None for one.
+
+    Returns:
+        Sums shaped like queries, keys and values.
+    """
+    queries, keys, values, weights, scale = heads
+    samples, _, count, _ = rows.shape
+    scale = torch.as_tensor(scale, dtype=queries.dtype, device=queries.device).expand(len(queries))
+    counted = weights if read is None else weights * read.unsqueeze(2)
+    sizes = rows.abs().sum(1).unsqueeze(1)  # (n, 1, h, D)
+    columns = counted.sum(1).view(samples, -1, count, values.shape[1], 1)
+    of_values = (columns * sizes.unsqueeze(3)).view(values.shape)
+    outputs = weights @ values
+    of_queries, of_keys = torch.empty_like(queries), torch.empty_like(keys)
+    for start in range(count * samples):
+        sample, head = divmod(start, count)
+        own = slice(sample * len(queries) // samples + head, (sample + 1) * len(queries) // samples, count)
+        kernel = rows[sample, :, head].T.contiguous()
+        projected, at_outputs = values[own] @ kernel, outputs[own] @ kernel  # (w, T', k), (w, T, k)
+        of_keys[own] = _of_keys(queries[own], projected, at_outputs, counted[own])
+        length, features = values.shape[1:]
+        parts = keys[own], weights[own]
+        if kernel.shape[1] * length <= features * (length + kernel.shape[1]):  # fewer products in this order
+            of_queries[own] = _of_queries(*parts, projected, at_outputs)
+        else:
+            of_queries[own] = _of_queries(*parts, values[own], outputs[own], kernel)
+    of_queries *= scale.abs().view(-1, 1, 1) if read is None else (scale.abs().unsqueeze(1) * read).unsqueeze(2)
+    return of_queries, of_keys * scale.abs().view(-1, 1, 1), of_values
+
+
+def _block(values: Tensor) -> int:
+    return _BLOCK if values.device.type == "cpu" else _DEVICE_BLOCK
+
+
+def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """``sum_j |sum_d M[t, e, d] W[j, d]|``, ``(w, T, E)``, of one head of w windows, with ``kernel`` ``W^T`` (D, k).
+
+    Without a kernel, values and outputs are projected already.
+    """
+    means, width = weights @ keys, values.shape[2]
+    total = torch.empty_like(means)
+    step = max(1, _block(values) // (keys.shape[1] * width))  # features of the queries at a time
+    for start in range(0, keys.shape[2], step):
+        part = slice(start, start + step)
+        products = (keys[:, :, part].unsqueeze(3) * values.unsqueeze(2)).flatten(2)
+        moments = (weights @ products).view(*means[:, :, part].shape, width)
+        moments.addcmul_(means[:, :, part].unsqueeze(3), outputs.unsqueeze(2), value=-1)
+        rows = moments.flatten(0, 2)
+        sums = rows.abs_().sum(1) if kernel is None else _row_sums(rows, kernel)
+        total[:, :, part] = sums.view(*moments.shape[:3])
+    return total
+
+
+def _row_sums(left: Tensor, right: Tensor) -> Tensor:
+    """``sum over columns of |left @ right|``, for ``left`` (m, d) and ``right`` (d, k)."""
+    parts = left.split(max(1, _block(left) // right.shape[1]))
+    return torch.cat([(part @ right).abs_().sum(1) for part in parts])
+
+
+def _of_keys(queries: Tensor, projected: Tensor, at_outputs: Tensor, counted: Tensor) -> Tensor:
+    """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``, of one head of w windows."""
+    step = max(1, _block(queries) // projected.numel())
+    distances = [(part.unsqueeze(2) - projected.unsqueeze(1)).abs_().sum(3) for part in at_outputs.split(step, dim=1)]
+    return (torch.cat(distances, dim=1) * counted).transpose(1, 2) @ queries.abs()

@@ -1,0 +1,274 @@
+"""Element by element: how operations take on the trails of what they read.
+
+An operation without a rule here leaves no trail: all sources that reach it are lost to closed forms by elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attackroute.tracing.crossings import Crossing
+from attackroute.tracing.rules.mixing import changed_form, mean_form, multiplied_by_deviation
+from attackroute.tracing.rules.operation import (
+    COPIES,
+    PRODUCTS,
+    SUMS,
+    TRAIL_RULES,
+    Operation,
+    Reading,
+    tensors_in,
+    trail_rule,
+)
+from attackroute.tracing.trails import Axes, Strand, Trail, joined, lost, regrouped, unfollowed, whole
+
+
+def followed(operation: Operation, trails: Mapping[int, Trail], output: Any) -> list[tuple[Tensor, Trail]]:
+    """The trails of an operation's results."""
+    results = tensors_in(output)
+    rule = TRAIL_RULES.get(operation.func)
+    if rule is None and torch.Tag.pointwise in operation.func.tags:
+        rule = pointwise
+    if rule is None:
+        return [(tensor, lost(trails.values())) for tensor in results]
+    return list(zip(results, rule(Reading(operation, trails), output), strict=False))
+
+
+# --- values
+
+
+@trail_rule("hardswish", "hardswish_", "_prelu_kernel")
+def pointwise(reading: Reading, output: Tensor) -> list[Trail]:
+    """Whatever is done to each element by itself; operands that are spread over the output lose their trail."""
+    operands = {id(value): value for value in reading.operation.operands}
+    trails = {key: reading.trail(value) for key, value in operands.items()}
+    dependent = [key for key, trail in trails.items() if trail.sources]
+    if len(dependent) == 1:
+        form = changed_form(reading, operands[dependent[0]], output)
+        if form is not None:
+            return [replace(trails[dependent[0]].of_layers, form=form)]
+    if (normalised := multiplied_by_deviation(reading, output)) is not None:
+        return [normalised]
+
+    def kept(strand: Strand, operand: Tensor) -> Strand | None:
+        if operand.shape != output.shape:
+            return None
+        return strand if isinstance(strand.origin, int) else _scaled(reading, strand, operand, len(dependent) == 1)
+
+    return [
+        joined(
+            [trail.changed([kept(strand, operands[key]) for strand in trail.strands]) for key, trail in trails.items()]
+        )
+    ]
+
+
+def _scaled(reading: Reading, strand: Strand, operand: Tensor, alone: bool) -> Strand | None:
+    """The strand of a crossing behind a sum, or behind a product with a constant for each channel."""
+    read = reading.operation.args[:2]
+    once = sum(value is operand for value in read) == 1
+    if reading.name in SUMS | COPIES | {"rsub"}:
+        reversed_sign = reading.name == "rsub" or (reading.name.startswith("sub") and operand is not read[0])
+        plain = once and not reversed_sign and reading.argument(2, "alpha", 1) == 1
+        return strand if plain else replace(strand, gained=True)
+    divides = reading.name.startswith("div")
+    if reading.name not in PRODUCTS or not (alone and once) or (divides and operand is not read[0]):
+        return None
+    factor = next(value for value in read if value is not operand)
+    if reading.argument(2, "rounding_mode") is not None:
+        return None
+    if isinstance(factor, Tensor) and factor.numel() > 1:
+        axes, ndim = strand.axes, operand.ndim
+        channels = [dim for dim in range(ndim) if axes and _is_channels(strand, axes, dim)]
+        shape = (1,) * (ndim - factor.ndim) + tuple(factor.shape)
+        if len(channels) != 1 or any(size != 1 for dim, size in enumerate(shape) if dim != channels[0]):
+            return None
+    return replace(strand, gained=True)
+
+
+def _is_channels(strand: Strand, axes: Axes, dim: int) -> bool:
+    """Whether a dimension is the last one of the crossing's output, whole."""
+    return isinstance(strand.origin, Crossing) and axes[dim] == whole(strand.origin.output.shape)[-1] != ()
+
+
+@trail_rule("clone", "_to_copy", "alias", "lift_fresh", "contiguous")
+def copies(reading: Reading, output: Tensor) -> list[Trail]:
+    """The same elements."""
+    return [reading.first]
+
+
+@trail_rule("copy_")
+def copy(reading: Reading, output: Tensor) -> list[Trail]:
+    """The target takes on the trail of what is copied to it."""
+    source = reading.operation.args[1]
+    trail = reading.trail(source)
+    return [trail if source.shape == output.shape else lost([trail])]
+
+
+# --- places
+
+
+def _placed(
+    trail: Trail, move: tuple[Any, ...], axes: Callable[[Axes], Axes | None], *, partial: bool = False
+) -> Trail:
+    return trail.changed(
+        strand.moved(move, None if strand.axes is None else axes(strand.axes), partial=partial)
+        for strand in trail.strands
+    )
+
+
+def _viewed(trail: Trail, old: Sequence[int], new: Sequence[int]) -> Trail:
+    if tuple(old) == tuple(new):
+        return trail
+    placed = _placed(trail, ("view", tuple(old), tuple(new)), lambda axes: regrouped(axes, new))
+    if trail.form is not None and tuple(old[-2:]) == tuple(new[-2:]):
+        return replace(placed, form=trail.form)
+    return placed
+
+
+@trail_rule(
+    "view.default", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten.using_ints", "unsqueeze_", "as_strided_"
+)
+def view(reading: Reading, output: Tensor) -> list[Trail]:
+    """The same elements in the same order."""
+    values = reading.operation.args[0]
+    if reading.name == "as_strided_" and values.shape != output.shape:
+        return [lost([reading.first])]
+    return [_viewed(reading.first, values.shape, output.shape)]
+
+
+@trail_rule("expand")
+def expand(reading: Reading, output: Tensor) -> list[Trail]:
+    """Expansion to the same size."""
+    values = reading.operation.args[0]
+    if values.numel() == output.numel():
+        return [_viewed(reading.first, values.shape, output.shape)]
+    return [lost([reading.first])]
+
+
+@trail_rule("permute", "transpose.int", "t", "movedim.intlist", "transpose_")
+def permute(reading: Reading, output: Tensor) -> list[Trail]:
+    """Dimensions in another order."""
+    dims = list(range(output.ndim))
+    name = reading.name
+    if name == "permute":
+        dims = [dim % output.ndim for dim in reading.operation.args[1]]
+    elif name.startswith("transpose"):
+        first, second = (dim % output.ndim for dim in reading.operation.args[1:3])
+        dims[first], dims[second] = second, first
+    elif name == "t":
+        dims.reverse()
+    else:
+        return [lost([reading.first])]
+    return [_placed(reading.first, ("permute", tuple(dims)), lambda axes: tuple(axes[dim] for dim in dims))]
+
+
+def _cut(trail: Trail, shape: Sequence[int], dim: int, taken: range) -> Trail:
+    """What of a tensor lies within a range of one dimension."""
+    if taken == range(shape[dim]):
+        return trail
+    new = [*shape]
+    new[dim] = len(taken)
+    move = ("cut", (dim, tuple(shape)), taken.start, taken.stop, taken.step)
+    return _placed(trail, move, lambda axes: unfollowed(axes, [dim], new), partial=True)
+
+
+@trail_rule("slice.Tensor", "select.int", "split", "split_with_sizes", "chunk", "unbind.int", "narrow")
+def cut(reading: Reading, output: Any) -> list[Trail]:
+    """Parts of one dimension."""
+    values, name = reading.operation.args[0], reading.name
+    shape, last = values.shape, {"slice": 1, "select": 1, "unbind": 1}.get(name, 2)
+    dim = reading.argument(last, "dim", 0) % values.ndim
+    size = shape[dim]
+    if name == "slice":
+        bounds = slice(reading.argument(2, "start"), reading.argument(3, "end"), reading.argument(4, "step", 1))
+        return [_cut(reading.first, shape, dim, range(*bounds.indices(size)))]
+    if name == "narrow":
+        return [lost([reading.first])]
+    if name in ("select", "unbind"):
+        indices = [reading.argument(2, "index") % size] if name == "select" else range(size)
+        new = [length for number, length in enumerate(shape) if number != dim]
+        kept = [*shape[:dim], 1, *shape[dim + 1 :]]
+        return [_viewed(_cut(reading.first, shape, dim, range(index, index + 1)), kept, new) for index in indices]
+    trails, start = [], 0
+    for part in output:
+        trails.append(_cut(reading.first, shape, dim, range(start, start + part.shape[dim])))
+        start += part.shape[dim]
+    return trails
+
+
+@trail_rule("cat", "stack")
+def cat(reading: Reading, output: Tensor) -> list[Trail]:
+    """Side by side along one dimension."""
+    tensors = reading.operation.args[0]
+    dim = reading.argument(1, "dim", 0) % output.ndim
+    stacked, start, trails = reading.name == "stack", 0, []
+    for tensor in tensors:
+        trail, size = reading.trail(tensor), 1 if stacked else tensor.shape[dim]
+        if stacked:
+            trail = _viewed(trail, tensor.shape, [*tensor.shape[:dim], 1, *tensor.shape[dim:]])
+        # channels that are whole and stand beside others are followed as a block, by the move itself
+        placed = [
+            replace(
+                strand.moved(
+                    ("cat", dim, start, tuple(output.shape)),
+                    None if strand.axes is None else unfollowed(strand.axes, [dim], output.shape),
+                    partial=True,
+                ),
+                block=start if strand.axes is not None and _is_channels(strand, strand.axes, dim) else -1,
+            )
+            for strand in trail.strands
+        ]
+        trails.append(trail.changed(placed))
+        start += size
+    return [joined(trails)]
+
+
+@trail_rule("constant_pad_nd")
+def pad(reading: Reading, output: Tensor) -> list[Trail]:
+    """Constants around, or positions cropped."""
+    widths = tuple(int(width) for width in reading.operation.args[1])
+    dims = [output.ndim - 1 - place // 2 for place, width in enumerate(widths) if width]
+    move = ("pad", tuple(reading.operation.args[0].shape), widths)
+    return (
+        [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape), partial=True)]
+        if dims
+        else [reading.first]
+    )
+
+
+@trail_rule("roll", "flip")
+def turned(reading: Reading, output: Tensor) -> list[Trail]:
+    """Positions in another order."""
+    numbers = [tuple(values) for values in reading.operation.args[1:]]
+    if not numbers or (reading.name == "roll" and (len(numbers) < 2 or not numbers[1])):
+        return [lost([reading.first])]
+    dims = [dim % output.ndim for dim in numbers[-1]]
+    move = (reading.name, tuple(output.shape), *numbers)
+    return [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape))]
+
+
+@trail_rule("mean.dim", "sum.dim_IntList")
+def reduced(reading: Reading, output: Tensor) -> list[Trail]:
+    """Several elements in one."""
+    values = reading.operation.args[0]
+    dims = [dim % values.ndim for dim in reading.argument(1, "dim") or range(values.ndim)]
+    kept = [1 if dim in dims else size for dim, size in enumerate(values.shape)]
+
+    def merged(strand: Strand) -> Strand | None:
+        axes = strand.axes
+        if axes is not None and any(_is_channels(strand, axes, dim) for dim in dims):
+            return None
+        moved = strand.moved(
+            ("reduce", tuple(values.shape), tuple(dims)),
+            None if axes is None else unfollowed(axes, dims, kept),
+            partial=True,
+        )
+        return replace(moved, merged=True)
+
+    trail = _viewed(reading.first.changed(map(merged, reading.first.strands)), kept, output.shape)
+    last = dims == [values.ndim - 1] and output.ndim == values.ndim and reading.name == "mean"
+    return [replace(trail, form=mean_form(reading.first.form)) if last else trail]

@@ -1,0 +1,212 @@
+"""Trails: which elements of a tensor the elements of each route layer reach, whatever the derivatives are.
+
+Where each element of a source reaches at most one element of a tensor, the absolute influence of that tensor's elements
+is taken back to the source's by one vector-Jacobian product, which autograd knows how to take. A :class:`Strand` says
+that this holds for one origin: a route layer, or a :class:`~attackroute.tracing.crossings.Crossing`, behind which
+elements are mixed in a way that has a closed form of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+
+class Origin(Protocol):
+    """An operation that mixes the elements of route layers in a known way."""
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """The route layers that have a closed form through it."""
+
+
+class Factor(NamedTuple):
+    """Part of a dimension: ``size`` indices of the origin's dimension ``dim``, which are ``stride`` apart there.
+
+    Dimension -1 stands for indices that are not followed any more.
+    """
+
+    dim: int
+    stride: int
+    size: int
+
+
+Axes = tuple[tuple[Factor, ...], ...]
+"""For each dimension of a tensor, what it is made of, the outermost first."""
+
+
+@dataclass(frozen=True)
+class Strand:
+    """Elements of one origin as a tensor carries them: each reaches one element of the tensor at most.
+
+    Attributes:
+        origin: Index of a route layer, or a crossing.
+        moves: What became of their places; equal moves from one shape lead to equal places.
+        axes: What the tensor's dimensions are made of, for a crossing.
+        partial: Whether some elements may be missing, or are multiplied by numbers that depend on their token alone.
+        gained: Whether channels are multiplied by constants, for a crossing, whose other derivatives are ones.
+        merged: Whether one element of the tensor may hold several.
+        block: Where a crossing's channels begin, whole and in order, in a tensor that has them beside others.
+    """
+
+    origin: int | Origin
+    moves: tuple[Hashable, ...] = ()
+    axes: Axes | None = None
+    partial: bool = False
+    gained: bool = False
+    merged: bool = False
+    block: int = 0
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """The route layers behind it."""
+        return frozenset((self.origin,)) if isinstance(self.origin, int) else self.origin.sources
+
+    def moved(self, move: tuple[Hashable, ...], axes: Axes | None = None, *, partial: bool = False) -> Strand:
+        """This strand after one more move."""
+        return replace(self, moves=_appended(self.moves, move), axes=axes, partial=self.partial or partial)
+
+
+def _appended(moves: tuple[Hashable, ...], move: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    """Moves with one more; reshapes and permutations that follow one another are one, or none."""
+    last = moves[-1] if moves else None
+    if isinstance(last, tuple) and last[0] == move[0] == "view":
+        moves, move = moves[:-1], ("view", last[1], move[2])
+    elif isinstance(last, tuple) and last[0] == move[0] == "permute":
+        moves, move = moves[:-1], ("permute", tuple(last[1][dim] for dim in move[1]))  # type: ignore[index, attr-defined]
+    idle = move[1] == move[2] if move[0] == "view" else move[0] == "permute" and move[1] == tuple(range(len(move[1])))  # type: ignore[arg-type]
+    return moves if idle else (*moves, move)
+
+
+def disjoint(first: Strand, second: Strand) -> bool:
+    """Whether two strands of one origin carry different elements of it: cuts of one tensor that do not overlap."""
+    for left, right in zip(first.moves, second.moves, strict=False):
+        if left == right:
+            continue
+        if not (isinstance(left, tuple) and isinstance(right, tuple) and left[:2] == right[:2] and left[0] == "cut"):
+            return False
+        return not set(range(*left[2:])) & set(range(*right[2:]))
+    return False
+
+
+@dataclass(frozen=True)
+class Trail:
+    """All that is known of how route layers reach one tensor.
+
+    Attributes:
+        strands: Element by element.
+        lost: Route layers that reach it in other ways too.
+        form: What the tensor is on the way to a crossing, such as the logits of attention.
+    """
+
+    strands: tuple[Strand, ...] = ()
+    lost: frozenset[int] = frozenset()
+    form: object = None
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """Every route layer that reaches the tensor."""
+        return self.lost.union(*(strand.sources for strand in self.strands))
+
+    @property
+    def of_layers(self) -> Trail:
+        """The trail with the strands of route layers alone; what comes through crossings is lost."""
+        return self.changed(strand if isinstance(strand.origin, int) else None for strand in self.strands)
+
+    def changed(self, strands: Iterable[Strand | None]) -> Trail:
+        """The trail with its strands replaced, in order; where one becomes None, its sources are lost."""
+        new = tuple(strands)
+        gone = (old.sources for old, strand in zip(self.strands, new, strict=True) if strand is None)
+        return Trail(tuple(strand for strand in new if strand is not None), self.lost.union(*gone))
+
+
+UNTOUCHED = Trail()
+
+
+def lost(trails: Iterable[Trail], form: object = None) -> Trail:
+    """The trail of which only the sources are known."""
+    return Trail(lost=frozenset[int]().union(*(trail.sources for trail in trails)), form=form)
+
+
+def joined(trails: Sequence[Trail]) -> Trail:
+    """The trail of a tensor that brings the elements of several together.
+
+    Two strands of one origin that may carry the same elements to different places make the origin lost.
+    """
+    if len(trails) == 1:
+        return trails[0]
+    kept: dict[object, list[Strand]] = {}
+    gone = set[int]().union(*(trail.lost for trail in trails))
+    for strand in (strand for trail in trails for strand in trail.strands):
+        others = kept.setdefault(strand.origin, [])
+        met = any(other.moves == strand.moves for other in others)
+        if met and isinstance(strand.origin, int):
+            continue  # at the same places, so that derivatives add up, which is autograd's business
+        if met or not all(disjoint(other, strand) for other in others):
+            gone |= strand.sources
+        else:
+            others.append(strand)
+    return Trail(
+        tuple(strand for strands in kept.values() for strand in strands if not strand.sources <= gone), frozenset(gone)
+    )
+
+
+# --- what dimensions are made of
+
+
+def whole(shape: Sequence[int]) -> Axes:
+    """The axes of an origin's own output."""
+    return tuple(_merged([Factor(dim, 1, size)]) for dim, size in enumerate(shape))
+
+
+def unfollowed(axes: Axes, dims: Iterable[int], shape: Sequence[int]) -> Axes:
+    """Axes with some dimensions, now of other sizes, no longer followed."""
+    changed = set(dims)
+    return tuple(
+        _merged([Factor(-1, 1, shape[dim])]) if dim in changed else factors for dim, factors in enumerate(axes)
+    )
+
+
+def regrouped(axes: Axes, shape: Sequence[int]) -> Axes | None:
+    """Axes after a reshape; None where a dimension is cut at a place that is not a multiple."""
+    factors = [factor for group in axes for factor in group][::-1]
+    groups = []
+    for size in shape:
+        group: list[Factor] = []
+        missing = size
+        while missing > 1:
+            dim, stride, count = factors.pop() if factors else Factor(-1, 1, 0)
+            if count == 0 or (count % missing and missing % count):
+                return None
+            if count > missing:  # the outer part belongs here, the inner one to the next dimension
+                factors.append(Factor(dim, stride, count // missing))
+                stride, count = stride * (count // missing), missing
+            group.append(Factor(dim, stride, count))
+            missing //= count
+        groups.append(_merged(group))
+    return tuple(groups)
+
+
+def _merged(factors: Iterable[Factor]) -> tuple[Factor, ...]:
+    """Factors without those of size one, neighbours that belong together as one."""
+    merged: list[Factor] = []
+    for factor in factors:
+        if factor.size == 1:
+            continue
+        last = merged[-1] if merged else None
+        if last is not None and last.dim == factor.dim >= 0 and last.stride == factor.stride * factor.size:
+            merged[-1] = Factor(factor.dim, factor.stride, last.size * factor.size)
+        else:
+            merged.append(factor)
+    return tuple(merged)
+
+
+def holds(axes: Axes | None, dim: int, factors: Iterable[Factor]) -> bool:
+    """Whether a dimension is made of just these factors."""
+    return axes is not None and axes[dim] == _merged(factors)
+
+
+def samples_first(axes: Axes | None, shape: Sequence[int], samples: int) -> bool:
+    """Whether the first dimension counts samples, which come first in the origin's ``shape`` too."""
+    return shape[0] % samples == 0 and holds(axes, 0, [Factor(0, shape[0] // samples, samples)])
