@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, tokens
+from attackroute.analysis.interventions import deactivate, weaken
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
 from attackroute.tracing import oracle, windows
 from attackroute.tracing.closed_form import critical_sums, influence_matrix
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.influence import influence
 from attackroute.tracing.recorder import record
 from attackroute.tracing.trace import trace_routes
@@ -339,3 +343,30 @@ def squeezed() -> nn.Module:
 def test_products_from_layers_without_positions() -> None:
     found = check(*ready(squeezed), linear=True, influences=True)
     assert found.methods["parts.squeeze", "parts.excite"] == "autograd"
+
+
+# Under interventions
+
+
+@pytest.mark.filterwarnings("ignore:all scores of layer")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*itertools.product(("chain", "residual", "dense"), ("deactivate", "weaken")), ("perceptron", "deactivate")],
+)
+def test_routes_of_a_network_under_an_intervention(name: str, kind: str) -> None:
+    """What an intervention leaves of a layer's output is the output, in the engine as in the oracle."""
+    linear = name == "perceptron"
+    model, images, labels = ready(Perceptron if linear else CLOSED[name])
+    route = trace_routes(model, (images, labels), 0.3, config=TraceConfig(linear)).aggregate(0.4)
+    with deactivate(model, route) if kind == "deactivate" else weaken(model, route, beta=0.5):
+        model(images)  # to weaken takes a look at the first batch
+        found = check(model, images, labels, linear=linear)
+    if kind == "deactivate" and not linear:
+        assert set(found.methods.values()) == {"closed-form"}
+        operated = copy.deepcopy(model)
+        for layer, channels in route.indices.items():
+            convolution = operated.get_submodule(layer)
+            for parameter in (convolution.weight, convolution.bias):
+                if parameter is not None:
+                    parameter.data[torch.as_tensor(channels)] = 0
+        assert worst(found, trace_routes(operated, (images, labels), 0.3, keep_scores=True)) <= 1e-12

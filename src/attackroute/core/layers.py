@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from attackroute.core.errors import UserError
@@ -250,6 +250,11 @@ class LayerCalls(TorchFunctionMode):
             if transposed or source.ndim != 4:  # one image without a batch
                 return None
         return "conv2d"
+
+
+def others_visit_linear_maps() -> bool:
+    """Whether a :class:`LayerCalls` entered before the one whose visit is under way changes linear maps too."""
+    return any(isinstance(mode, LayerCalls) and mode._linear for mode in _get_current_function_mode_stack())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attackroute.core.errors import UserError
-from attackroute.core.layers import LayerCall, LayerCalls, require_gradients
+from attackroute.core.layers import LayerCall, LayerCalls, others_visit_linear_maps, require_gradients
 from attackroute.core.model_state import explained
 from attackroute.tracing.crossings import Held, Passage, passages
 from attackroute.tracing.flow import EMPTY, Flow, Term, opaque
@@ -159,6 +159,7 @@ def record(
             output = call.run()
             if call.kind == "linear":
                 tracker.linear(call, output)
+        tracker.take_edit(output)
         if graph is not None:
             output = graph.visit(call.name, output)
         if call.name in leaves:
@@ -318,7 +319,8 @@ class Tracker(TorchDispatchMode):
         # a convolution ends the segments before it, also one whose input is not followed any more
         if func is aten.convolution.default and args[0].ndim == _CONVOLUTION_DIMS and not args[6]:
             return self._convolution(func, args, kwargs)
-        if len(self.layers) == self._expected or (self._call is not None and self._call.kind == "linear"):
+        taken_whole = self._call is not None and self._call.kind == "linear"
+        if taken_whole or (len(self.layers) == self._expected and self._call is None):
             return func(*args, **kwargs)  # nothing left to follow, or a call that is taken as a whole when it is done
         if not torch.is_grad_enabled():
             return self._without_gradient(func, args, kwargs)
@@ -368,6 +370,30 @@ class Tracker(TorchDispatchMode):
         positions = math.prod(flow.spatial) if flow.flat and call.input.ndim == 2 else 1
         shaped = call.weight.reshape(call.weight.shape[0], -1, positions, 1)
         self._add_layer(call, call.input, shaped, 1, None, output, self.flow(call.weight).sources)
+
+    def take_edit(self, output: Tensor) -> None:
+        """Let what an intervention around the pass has made of the last layer's output be its output.
+
+        Factors of channels, as of those that are silenced, go into the layer's weight. Other changes, and all of linear
+        maps, whose calls are taken as a whole, leave the edges into the layer to exact products.
+        """
+        index, flow = len(self.layers) - 1, self.flow(output)
+        layer = self.layers[index]
+        if layer.kind == "linear":
+            if others_visit_linear_maps():
+                self.layers[index] = layer.corrected(frozenset(), layer.sources)
+            return
+        if flow.opaque or any(term.source != index or term.mask is not None for term in flow.terms):
+            self.layers[index] = layer.corrected(frozenset(), layer.sources | flow.sources - {index})
+        elif [(term.length, term.scale) for term in flow.terms] == [(layer.channels, None)]:
+            return
+        else:
+            factors = layer.weight.new_zeros(layer.channels)
+            for term in flow.terms:
+                factors[term.span] = 1.0 if term.scale is None else term.scale.to(factors.dtype)
+            self.layers[index] = replace(layer, weight=layer.weight * factors[:, None, None, None])
+        self.record(output, Flow(tuple(output.shape[1:]), (Term(index, 0, 0, layer.channels),)))
+        self._lay(output, Trail((Strand(index),)))
 
     def _keep_kernel(self, weight: Tensor) -> None:
         if self._call is not None and not weight.is_inference():
