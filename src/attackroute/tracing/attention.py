@@ -84,7 +84,7 @@ def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, 
     """
     means, width = weights @ keys, values.shape[2]
     total = torch.empty_like(means)
-    step = max(1, _block(values) // (keys.shape[1] * width))  # features of the queries at a time
+    step = max(1, 4 * _block(values) // (keys.shape[1] * width))  # features of the queries at a time
     for start in range(0, keys.shape[2], step):
         part = slice(start, start + step)
         products = (keys[:, :, part].unsqueeze(3) * values.unsqueeze(2)).flatten(2)

@@ -155,41 +155,35 @@ class Normalisation(Crossing):
     def side_by_side(self, strand: Strand, shape: Sequence[int]) -> bool:
         """Whether a tensor of a shape holds some of its tokens as one block of the channels, as patch merging does."""
         last = strand.moves[-1] if strand.moves else None
-        exact = self.output.dtype in (torch.float32, torch.float64) and not (strand.gained or strand.merged)
-        return exact and len(self.deviations) == 1 and last == ("cat", len(shape) - 1, strand.block, tuple(shape))
+        counts = self.output.dtype in (torch.float32, torch.float64)  # numbers of tokens, without rounding
+        plain = counts and not (strand.gained or strand.merged) and len(self.deviations) == 1
+        rows_apart = strand.axes is not None and strand.axes[0] == whole(self.output.shape)[0]
+        return plain and rows_apart and last == ("cat", len(shape) - 1, strand.block, tuple(shape))
 
     def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
         stream = self.deviations[-1].stream
         if stream.edge is None:
             return []
-        samples, _, _, offsets = rows.weight.shape
-        channels, dtype = self.output.shape[-1], rows.weight.dtype
-        first, *others = (deviation.stage(samples, dtype) for deviation in self.deviations)
+        samples, _, channels, offsets = rows.weight.shape
+        first, *others = (deviation.stage(samples, rows.weight.dtype) for deviation in self.deviations)
         blocks = self._blocks(samples)
         total = torch.zeros_like((others[-1] if others else first).normalised)
         for offset in range(offsets):
-            kernel, read = rows.weight[..., offset], next(reads, None)
-            read = None if read is None else read.to(dtype).reshape(samples, -1, channels)
-            counted = weights = None
+            slopes, counted, read = Slopes(rows.weight[..., offset]), None, next(reads, None)
+            if read is not None:
+                read = read.to(total.dtype).reshape(samples, -1, channels)
             if read is not None and rows.own is not None:
-                weights = read.abs().transpose(1, 2).gather(1, rows.own.unsqueeze(2).expand(-1, -1, read.shape[1]))
+                counted = read.abs().transpose(1, 2).gather(1, rows.own.unsqueeze(2).expand(-1, -1, read.shape[1]))
             elif read is not None:
-                counted = read.abs().amax(2)
-                if any(strand.gained for strand in strands):  # channels' factors show at a token that is read
-                    token = counted.argmax(1).view(-1, 1, 1).expand(-1, 1, channels)
-                    most = counted.amax(1).clamp(min=torch.finfo(dtype).tiny)
-                    kernel = kernel * (read.gather(1, token) / most[:, None, None])
-            slopes = Slopes(kernel).through(first)
-            if counted is not None:
-                slopes = slopes._replace(reciprocal=slopes.reciprocal * counted)
+                slopes = _weighed(slopes, read, any(strand.gained for strand in strands))
+            slopes = slopes.through(first)
             if not blocks:
                 for stage in others:
                     slopes = slopes.through(stage)
-                total += slopes.sums(weights)
+                total += slopes.sums(counted)
             for block, inner, outer in blocks:
-                width = self.deviations[-1].stream.values.shape[-1]
-                part = slopes.part(outer, slice(block, block + width)).through(others[0].part(inner))
-                total[:, inner] += part.sums(None if weights is None else weights[:, :, outer])
+                part = slopes.part(outer, slice(block, block + total.shape[2])).through(others[0].part(inner))
+                total[:, inner] += part.sums(None if counted is None else counted[:, :, outer])
         return [(stream, total.view(stream.values.shape))]
 
     def _blocks(self, samples: int) -> list[tuple[int, Tensor, Tensor]]:
@@ -197,19 +191,32 @@ class Normalisation(Crossing):
 
         For each block its first channel, the earlier one's tokens, and those of this one that hold them.
         """
-        if self.inner is None:
+        stream, blocks = self.deviations[0].stream, list[tuple[int, Tensor, Tensor]]()
+        if self.inner is None or stream.edge is None:
             return []
-        (merged, _), blocks = self.deviations, []
-        values = merged.stream.values
+        values = stream.values
         numbers = torch.arange(1, values[0, ..., 0].numel() + 1, device=values.device, dtype=values.dtype)
         for block in self.starts:
             seed = torch.zeros_like(values, memory_format=torch.contiguous_format)
             seed[..., block] = numbers.view(1, *values.shape[1:-1])
-            (places,) = torch.autograd.grad([merged.stream.edge], [self.inner.output], [seed], retain_graph=True)
+            (places,) = torch.autograd.grad([stream.edge], [self.inner.output], [seed], retain_graph=True)
             held = places[..., 0].reshape(samples, -1)[0].long()
             inner = held.nonzero()[:, 0]
             blocks.append((block, inner, held[inner] - 1))
         return blocks
+
+
+def _weighed(slopes: Slopes, read: Tensor, gained: bool) -> Slopes:
+    """Rows that read each element of n samples' tokens as often as ``read``, ``(n, T, C)``, says.
+
+    That is a number for each token, times one for each channel where the channels have ``gained`` factors.
+    """
+    counted = read.abs().amax(2)
+    if not gained:
+        return slopes._replace(reciprocal=counted)
+    token = counted.argmax(1).view(-1, 1, 1).expand(-1, 1, read.shape[2])  # at which the factors show
+    most = counted.amax(1).clamp(min=torch.finfo(read.dtype).tiny)
+    return Slopes(slopes.rows * (read.gather(1, token) / most[:, None, None]), reciprocal=counted)
 
 
 @dataclass(frozen=True, eq=False)
