@@ -9,7 +9,6 @@ import base64
 import hashlib
 import math
 import os
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -58,8 +57,6 @@ _POLICY = (
 )
 _GENERATOR, _HEAD = '<meta name="generator" content="attackroute', 1000  # by which a page is known
 _BEFORE = "before"  # what a hardening calls the network that it began with
-_OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "sketches", "batch-size", "dtype")
-_FLAGS = ("linear", "freeze-gates")  # both of a trace
 _MOST_SETTINGS = 40
 
 
@@ -177,8 +174,6 @@ class Content:
             pairs.append(("made by", self.command))
         if self.seconds is not None:
             pairs.append(("measurements for the page", f"{self.seconds:.1f} s"))
-        if run.trace is not None and "model" in run.trace.document.settings:
-            pairs.append(("traced by", _trace_command(run.trace.document.settings)))
         for condition in self.measured.conditions:
             if condition.routes is not None:
                 provenance = condition.routes.provenance.to_json()
@@ -392,16 +387,6 @@ def _document_json(stored: StoredDocument | None, budget: Budget) -> dict[str, A
         del content["rows"]
         content["about"].pop("verdicts", None)
     return content
-
-
-def _trace_command(settings: Mapping[str, Any]) -> str:
-    """The command line that gives a trace again."""
-    parts = ["attackroute", "trace"]
-    for name in _OPTIONS:
-        value = settings.get(name)
-        if isinstance(value, (str, int, float)) and not (name == "split" and value not in ("train", "test")):
-            parts += [f"--{name}", str(value)]
-    return shlex.join([*parts, *(f"--{name}" for name in _FLAGS if settings.get(name) is True)])
 
 
 def _is_setting(value: object) -> bool:
