@@ -85,7 +85,6 @@ class Content:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
         return self.run.path.resolve().name
 
     @property
@@ -193,19 +192,26 @@ class Content:
         return list({(name, _text(value)): (name, value) for name, value in pairs}.values())
 
     def network(self, budget: Budget, name: str = "") -> Network:
-        """The network as the route view takes it."""
         return Network(name, self.measured.conditions, self.measured.pictures if budget.pictures else None)
 
     def data(self, budget: Budget) -> dict[str, Any]:
         """The run's files as plain values."""
         run = self.run
+
+        def plain(stored: StoredDocument | None) -> dict[str, Any] | None:
+            content = None if stored is None else stored.document.to_json()
+            if content is not None and not budget.data_rows:
+                del content["rows"]
+                content["about"].pop("verdicts", None)
+            return content
+
         return {
             "run": self.name,
-            "summary": _document_json(run.trace, budget),
-            "experiments": {item.document.kind: _document_json(item, budget) for item in run.experiments},
-            "hardness": _document_json(run.hardness, budget),
-            "hardenings": {item.folder: _document_json(item, budget) for item in run.hardenings},
-            "evaluation": _document_json(run.evaluation, budget),
+            "summary": plain(run.trace),
+            "experiments": {item.document.kind: plain(item) for item in run.experiments},
+            "hardness": plain(run.hardness),
+            "hardenings": {item.folder: plain(item) for item in run.hardenings},
+            "evaluation": plain(run.evaluation),
         }
 
 
@@ -377,16 +383,6 @@ def _is_number(value: object) -> bool:
 def _columns(table: Table, names: Mapping[str, str]) -> Table:
     """Some columns of a table under other names."""
     return Table.of({title: row.get(name) for name, title in names.items()} for row in table)
-
-
-def _document_json(stored: StoredDocument | None, budget: Budget) -> dict[str, Any] | None:
-    if stored is None:
-        return None
-    content = stored.document.to_json()
-    if not budget.data_rows:
-        del content["rows"]
-        content["about"].pop("verdicts", None)
-    return content
 
 
 def _is_setting(value: object) -> bool:
