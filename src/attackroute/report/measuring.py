@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +214,7 @@ def measure(
             routes = trace(images)
             routes = replace(routes, provenance=replace(routes.provenance, attack=attack_name(attack)))
             condition = Condition(name, routes, rows=range(influence.samples), traced=True)
-        responses = {
+        responses: dict[str, Any] = {
             "influence": mean_influence(model, images, linear=linear, progress=progress),
             "gradient": loss_gradient(model, images, linear=linear, progress=progress),
             "sensitivity": sensitivity(model, clean_images, images, linear=linear, progress=progress),
