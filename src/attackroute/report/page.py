@@ -112,6 +112,20 @@ class Content:
         return numbers
 
     @property
+    def won(self) -> Table:
+        """In how many comparisons the route beats each control, by experiment, as far as verdicts say."""
+        rows = []
+        for stored in self.run.experiments:
+            verdicts = [row for row in records(stored.document.about.get("verdicts")) if row.get("control")]
+            row = {"experiment": stored.title}
+            for control in dict.fromkeys(str(verdict["control"]) for verdict in verdicts):
+                same = [verdict for verdict in verdicts if str(verdict["control"]) == control]
+                count = sum(each.get("beats") is True or each.get("verdict") == "beats" for each in same)
+                row[f"beats {control}"] = f"{count} of {len(same)}"
+            rows += [row] if verdicts else []
+        return Table.of(rows)
+
+    @property
     def tenths(self) -> Table:
         """Of every tenth of the images by hardness, how many an attack fools."""
         attacks = {} if self.run.hardness is None else mapping(self.run.hardness.document.about.get("attacks"))
