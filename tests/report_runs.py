@@ -34,10 +34,10 @@ def make_pictures(root: Path, count: int = 8) -> None:
             save_image(0.6 * torch.rand(3, 32, 32, generator=random) + 0.3 * label, root / name / f"{number:02}.png")
 
 
-def make_network(folder: Path, classes: tuple[str, ...] = ("dark", "light")) -> nn.Module:
+def make_network(folder: Path, seed: int = 1, classes: tuple[str, ...] = ("dark", "light")) -> nn.Module:
     """A folder as attackroute train writes it, with random weights."""
     folder.mkdir(parents=True)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = ar.build_model("vgg_small", width=0.25, num_classes=2)
     ModelCard(ModelSpec("vgg_small", num_classes=2, width=0.25, image_size=32, in_channels=3), classes).save(folder)
     save_file(model.state_dict(), folder / "best.safetensors")

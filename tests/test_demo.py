@@ -35,11 +35,9 @@ def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.M
     with empty_figures():
         result = done("demo", "--epochs", 1, "--out", folder, "--overwrite", "--json")
     content = json.loads(result.stdout)
-    results = content["results"]
+    results = {str(file.relative_to(folder)): json.loads(file.read_text()) for file in folder.rglob("*.json")}
     assert set(content["seconds"]) == {"train", "trace", "analyze", "hardness", "harden", "evaluate", "report"}
     assert {f"analysis/{name}.json" for name in ("deactivate", "transplant", "gradcam", "detect")} < set(results)
-    for file, written in results.items():
-        assert json.loads((folder / file).read_text()) == written
 
     digits = load_few("mnist-sample", FEW, split="test")
     network = open_network(str(folder / "model"), digits)
@@ -63,7 +61,6 @@ def test_every_step_is_a_command_that_can_be_copied(monkeypatch: pytest.MonkeyPa
     steps: list[str] = []
     for name, (options, _) in demo._COMMANDS.items():
         monkeypatch.setitem(demo._COMMANDS, name, (options, lambda options, name=name: steps.append(name)))
-    monkeypatch.setattr(demo, "_results", lambda folder: {})
     result = run("demo", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     shown = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("$ attackroute ")]

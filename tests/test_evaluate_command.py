@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torchvision.utils import save_image
 
 import attackroute as ar
 from attackroute.robustness import evaluate
 from attackroute.zoo import load_weights
-from attackroute.zoo.networks import build
-from attackroute.zoo.spec import ModelSpec
-from attackroute.zoo.weights import ModelCard, with_own_normalisation
 from command_line import refused
 from command_line import run as run_command
+from report_runs import make_network, make_pictures
 
 SIZE = 32
 QUICK = ("--batch-size", 4, "--check-samples", 3, "--device", "cpu")
@@ -37,30 +33,17 @@ def quick_checks(monkeypatch):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """10 pictures of two classes, dark and bright."""
-    root = tmp_path_factory.mktemp("pictures")
-    random = torch.Generator().manual_seed(0)
-    for label, name in enumerate(("dark", "light")):
-        (root / name).mkdir(parents=True)
-        for number in range(5):
-            save_image((torch.rand(3, SIZE, SIZE, generator=random) + label) / 2, root / name / f"{number}.png")
+    root = tmp_path_factory.mktemp("pictures") / "classes"
+    make_pictures(root, 5)
     return root
-
-
-def network(folder: Path, seed: int) -> Path:
-    folder.mkdir()
-    spec = ModelSpec("vgg_small", 2, 0.1, SIZE, 3, None, None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(spec)
-    save_file(model.state_dict(), folder / "best.safetensors")
-    ModelCard(with_own_normalisation(spec, model), ("dark", "light")).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    return network(root / "one", 0), network(root / "two", 1)
+    for seed, name in enumerate(("one", "two")):
+        make_network(root / name, seed)
+    return root / "one", root / "two"
 
 
 def arguments(net: Path, pictures: Path) -> tuple[object, ...]:
@@ -78,7 +61,7 @@ def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path
 
     models = {}
     for folder in nets:
-        models[str(folder)] = ar.build_model("vgg_small", num_classes=2, width=0.1)
+        models[str(folder)] = ar.build_model("vgg_small", num_classes=2, width=0.25)
         load_weights(models[str(folder)], folder / "best.safetensors")
     data = ar.load_data(f"folder:{pictures}")
     images = torch.stack([image for image, _ in data.dataset])
@@ -126,7 +109,7 @@ def test_eps_and_severity_fill_what_attacks_leave_open(nets, pictures):
 def test_the_same_network_with_other_weights(nets, pictures):
     one, two = nets
     result = run(
-        "--model", "vgg_small", "--model", "vgg_small", "--model-width", 0.1, "--weights", one / "best.safetensors",
+        "--model", "vgg_small", "--model", "vgg_small", "--model-width", 0.25, "--weights", one / "best.safetensors",
         "--weights", two / "best.safetensors", "--data", f"folder:{pictures}", "--attack", "clean", "--no-checks",
         "--json",
     )  # fmt: skip
@@ -183,7 +166,7 @@ def test_examples_are_kept_and_verified(nets, pictures, tmp_path, monkeypatch):
     assert "2 files checked: all is as it was recorded" in sound.stdout
     assert "fgsm:eps=0.1" in sound.stdout and "seed=" not in sound.stdout  # attacks without their defaults
     named = run(
-        "--model", "vgg_small", "--model-width", 0.1, "--weights", one / "best.safetensors", "--verify", folder,
+        "--model", "vgg_small", "--model-width", 0.25, "--weights", one / "best.safetensors", "--verify", folder,
         "--json",
     )  # fmt: skip
     content = json.loads(named.stdout)

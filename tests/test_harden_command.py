@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
 
 import attackroute
 from attackroute.routes.route import Route
 from attackroute.zoo import load_weights
 from command_line import refused, run
+from report_runs import make_pictures
 
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
 
@@ -24,10 +24,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training and 12 test pictures of two classes, dark and bright."""
     folder = tmp_path_factory.mktemp("pictures")
     for split, count in (("train", 12), ("test", 6)):
-        for label, level in (("dark", 60), ("bright", 180)):
-            (folder / split / label).mkdir(parents=True)
-            for index in range(count):
-                Image.new("RGB", (32, 32), (level + 3 * index,) * 3).save(folder / split / label / f"{index}.png")
+        make_pictures(folder / split, count)
     return folder
 
 

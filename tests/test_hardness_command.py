@@ -15,19 +15,15 @@ import attackroute as ar
 from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.weights import open_network
 from command_line import refused, run
+from report_runs import make_pictures
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of two classes, and a trained network."""
     root = tmp_path_factory.mktemp("hardness")
-    random = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 12)):
-        for label, name in enumerate(("dark", "light")):
-            (root / "pictures" / split / name).mkdir(parents=True)
-            for number in range(count):
-                image = 0.5 * torch.rand(3, 32, 32, generator=random) + 0.1 * label + 0.2
-                save_image(image, root / "pictures" / split / name / f"{number:02}.png")
+        make_pictures(root / "pictures" / split, count)
     result = run(
         "train", "--model", "vgg_small", "--model-width", 0.2, "--data", f"folder:{root / 'pictures'}", "--epochs", 4,
         "--batch-size", 8, "--lr", "0.02", "--quiet", "--out", root / "net",

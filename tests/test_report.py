@@ -421,6 +421,24 @@ def test_any_experiment_is_shown_where_it_wants_to_be(empty: Path) -> None:
     assert base64.b64encode(f"{FIGURE}novel.svg".encode()).decode() in text
 
 
+def test_the_summary_counts_which_controls_the_route_beats(empty: Path) -> None:
+    for kind, verdicts in {
+        "deactivate": [{"control": "random", "verdict": "beats"}, {"control": "random", "verdict": "is undecided"},
+                       {"control": "weight", "verdict": "loses to"}],
+        "sensitivity": [{"control": "random", "beats": True, "loses": False}, {"control": "random", "beats": True}],
+        "gradcam": [{"sign": "p"}],
+    }.items():  # fmt: skip
+        Document(kind, {}, f"Told of {kind}.", about={"verdicts": verdicts}).save(empty)
+    content = Content(RunFolder.open(empty), unmeasured(None))
+    assert list(content.won) == [
+        {"experiment": "deactivate", "beats random": "1 of 2", "beats weight": "0 of 1"},
+        {"experiment": "sensitivity", "beats random": "2 of 2", "beats weight": None},
+    ]
+    words = Elements(build_page(content).html).words
+    assert "1 of 2" in words["summary"] and "Told of gradcam." in words["summary"]
+    assert "Told of deactivate." not in words["summary"] and "Told of deactivate." in words["experiments"]
+
+
 def test_images_are_chosen_as_the_trace_chose_them(empty: Path) -> None:
     Document("trace", {"data": "digits", "samples": None, "seed": 3}, about={"attack": None}).save(empty)
     Document("detect", {"data": "others", "samples": 400, "draws": 5}).save(empty)

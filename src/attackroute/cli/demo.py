@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from attackroute.cli.analyze import AnalyzeOptions, analyze
 from attackroute.cli.arguments import parse, shared
 from attackroute.cli.evaluate import EvaluateOptions, evaluate
-from attackroute.cli.harden import HARDENING, HardenOptions, harden
+from attackroute.cli.harden import HardenOptions, harden
 from attackroute.cli.hardness import HardnessOptions, hardness
 from attackroute.cli.options import FILES, RunOptions, count, out_option, refuse_earlier
 from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
-from attackroute.cli.train import TRAINING, TrainOptions, train
+from attackroute.cli.train import TrainOptions, train
 from attackroute.core.files import made_folder
 
 _DATA = "mnist-sample"
@@ -88,7 +88,7 @@ def demo(options: DemoOptions) -> None:
         output.line(f"{step.remark}\n" if step.remark else "")
     whole = time.perf_counter() - started
     output.line(f"The whole took {whole:.0f} s. Open {folder / 'report.html'}; all else is in {folder}.")
-    output.result({"folder": str(folder), "seconds": seconds, "results": _results(folder)})
+    output.result({"folder": str(folder), "seconds": seconds})
 
 
 def _steps(folder: Path, epochs: int) -> Iterator[_Step]:
@@ -140,18 +140,3 @@ def _steps(folder: Path, epochs: int) -> Iterator[_Step]:
     )  # fmt: skip
     attacks = [word for eps in _RADII for word in ("--attack", f"pgd:eps={eps}")]
     yield _Step("All of it on one page:", ("report", str(folder), *attacks))
-
-
-def _results(folder: Path) -> dict[str, Any]:
-    """What the commands wrote, by file."""
-    from attackroute.core.document import read_object
-
-    files = [
-        folder / _MODEL / f"{TRAINING}.json",
-        folder / "summary.json",
-        *(file for file in sorted((folder / _ANALYSIS).glob("*.json")) if file.name != "route.json"),
-        folder / _HARDNESS / "hardness.json",
-        *(folder / name / f"{HARDENING}.json" for name in (_HARDENED, _RANDOM, _LONGER)),
-        folder / _EVALUATION / "evaluation.json",
-    ]
-    return {file.relative_to(folder).as_posix(): read_object(file) for file in files}

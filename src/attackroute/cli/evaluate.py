@@ -136,14 +136,17 @@ def evaluate(options: EvaluateOptions) -> int:
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
     kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
     with ExitStack() as stack:
-        folder, examples = (
-            None if path is None else stack.enter_context(results_in(path, files, options.run, resume=options.resume))
-            for path, files in ((options.out, _FILES), (options.save_examples, ("examples.json", "*/*.safetensors")))
-        )
+        places = {options.save_examples: ("examples.json", "*/*.safetensors"), options.out: _FILES}
+        folders: dict[Path | None, Path] = {
+            path: stack.enter_context(results_in(path, files, options.run, resume=options.resume))
+            for path, files in places.items()
+            if path is not None
+        }
         progress = stack.enter_context(output.progress("images", kept))
         evaluation = evaluate_networks(
             networks, batches, attacks, batch_size=options.run.batch_size, seed=options.run.seed,
-            checks=options.check_samples if options.checks else 0, twin=twin, save_examples=examples, folder=folder,
+            checks=options.check_samples if options.checks else 0, twin=twin, folder=folders.get(options.out),
+            save_examples=folders.get(options.save_examples),
             resume=options.resume, origin=origin,
             progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,8 +154,9 @@ def unmeasured(
     clean: InstanceRoutes | None, attacked: Sequence[InstanceRoutes] = (), route: Route | None = None
 ) -> Measured:
     """What the files of a run say without its network."""
-    conditions = tuple(Condition(routes.provenance.attack, routes) for routes in attacked)
-    return Measured(Condition(None, clean, route), conditions)
+    return Measured(
+        Condition(None, clean, route), tuple(Condition(routes.provenance.attack, routes) for routes in attacked)
+    )
 
 
 def same_samples(ours: InstanceRoutes | None, theirs: InstanceRoutes | None) -> bool:
@@ -212,14 +214,12 @@ def measure(
             routes = trace(images)
             routes = replace(routes, provenance=replace(routes.provenance, attack=attack_name(attack)))
             condition = Condition(name, routes, rows=range(influence.samples), traced=True)
-        measured.append(
-            replace(
-                condition,
-                influence=mean_influence(model, images, linear=linear, progress=progress),
-                gradient=loss_gradient(model, images, linear=linear, progress=progress),
-                sensitivity=sensitivity(model, clean_images, images, linear=linear, progress=progress),
-            )
-        )
+        responses: dict[str, Any] = {
+            "influence": mean_influence(model, images, linear=linear, progress=progress),
+            "gradient": loss_gradient(model, images, linear=linear, progress=progress),
+            "sensitivity": sensitivity(model, clean_images, images, linear=linear, progress=progress),
+        }
+        measured.append(replace(condition, **responses))
     pictures = take_pictures(model, data, shown, linear=linear) if shown else None
     attacked_conditions = sorted([*stored.values(), *measured], key=lambda condition: by_radius(condition.attack or ""))
     return Measured(clean, tuple(attacked_conditions), pictures)

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import math
 import os
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -58,8 +57,6 @@ _POLICY = (
 )
 _GENERATOR, _HEAD = '<meta name="generator" content="attackroute', 1000  # by which a page is known
 _BEFORE = "before"  # what a hardening calls the network that it began with
-_OPTIONS = ("model", "data", "split", "samples", "seed", "width", "attack", "sketches", "batch-size", "dtype")
-_FLAGS = ("linear", "freeze-gates")  # both of a trace
 _MOST_SETTINGS = 40
 
 
@@ -88,7 +85,6 @@ class Content:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
         return self.run.path.resolve().name
 
     @property
@@ -116,6 +112,20 @@ class Content:
             what = "of clean and attacked route shared (Jaccard index, mean over layers)"
             numbers.append((what, percent(self.overlap)))
         return numbers
+
+    @property
+    def won(self) -> Table:
+        """In how many comparisons the route beats each control, by experiment, as far as verdicts say."""
+        rows = []
+        for stored in self.run.experiments:
+            verdicts = [row for row in records(stored.document.about.get("verdicts")) if row.get("control")]
+            row = {"experiment": stored.title}
+            for control in dict.fromkeys(str(verdict["control"]) for verdict in verdicts):
+                same = [verdict for verdict in verdicts if str(verdict["control"]) == control]
+                count = sum(each.get("beats") is True or each.get("verdict") == "beats" for each in same)
+                row[f"beats {control}"] = f"{count} of {len(same)}"
+            rows += [row] if verdicts else []
+        return Table.of(rows)
 
     @property
     def tenths(self) -> Table:
@@ -179,8 +189,6 @@ class Content:
             pairs.append(("made by", self.command))
         if self.seconds is not None:
             pairs.append(("measurements for the page", f"{self.seconds:.1f} s"))
-        if run.trace is not None and "model" in run.trace.document.settings:
-            pairs.append(("traced by", _trace_command(run.trace.document.settings)))
         for condition in self.measured.conditions:
             if condition.routes is not None:
                 provenance = condition.routes.provenance.to_json()
@@ -200,19 +208,26 @@ class Content:
         return list({(name, _text(value)): (name, value) for name, value in pairs}.values())
 
     def network(self, budget: Budget, name: str = "") -> Network:
-        """The network as the route view takes it."""
         return Network(name, self.measured.conditions, self.measured.pictures if budget.pictures else None)
 
     def data(self, budget: Budget) -> dict[str, Any]:
         """The run's files as plain values."""
         run = self.run
+
+        def plain(stored: StoredDocument | None) -> dict[str, Any] | None:
+            content = None if stored is None else stored.document.to_json()
+            if content is not None and not budget.data_rows:
+                del content["rows"]
+                content["about"].pop("verdicts", None)
+            return content
+
         return {
             "run": self.name,
-            "summary": _document_json(run.trace, budget),
-            "experiments": {item.document.kind: _document_json(item, budget) for item in run.experiments},
-            "hardness": _document_json(run.hardness, budget),
-            "hardenings": {item.folder: _document_json(item, budget) for item in run.hardenings},
-            "evaluation": _document_json(run.evaluation, budget),
+            "summary": plain(run.trace),
+            "experiments": {item.document.kind: plain(item) for item in run.experiments},
+            "hardness": plain(run.hardness),
+            "hardenings": {item.folder: plain(item) for item in run.hardenings},
+            "evaluation": plain(run.evaluation),
         }
 
 
@@ -384,26 +399,6 @@ def _is_number(value: object) -> bool:
 def _columns(table: Table, names: Mapping[str, str]) -> Table:
     """Some columns of a table under other names."""
     return Table.of({title: row.get(name) for name, title in names.items()} for row in table)
-
-
-def _document_json(stored: StoredDocument | None, budget: Budget) -> dict[str, Any] | None:
-    if stored is None:
-        return None
-    content = stored.document.to_json()
-    if not budget.data_rows:
-        del content["rows"]
-        content["about"].pop("verdicts", None)
-    return content
-
-
-def _trace_command(settings: Mapping[str, Any]) -> str:
-    """The command line that gives a trace again."""
-    parts = ["attackroute", "trace"]
-    for name in _OPTIONS:
-        value = settings.get(name)
-        if isinstance(value, (str, int, float)) and not (name == "split" and value not in ("train", "test")):
-            parts += [f"--{name}", str(value)]
-    return shlex.join([*parts, *(f"--{name}" for name in _FLAGS if settings.get(name) is True)])
 
 
 def _is_setting(value: object) -> bool:

@@ -120,32 +120,21 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
         "accuracies": _accuracy_differences(comparison),
         "layers": _layer_differences(comparison),
     }
+    runs = zip(comparison.names, comparison.runs, strict=True)
     data = {
-        "runs": [
-            {"name": name, **run.data(budget)} for name, run in zip(comparison.names, comparison.runs, strict=True)
-        ],
+        "runs": [{"name": name, **run.data(budget)} for name, run in runs],
         "differences": differences,
         "route_data": data_sets,
         "route_views": [asdict(view) for view in views],
     }
+    channels = {"channels": "Channels that left and entered"} if comparison.alike else {}
     return render(
-        "two_runs.html.j2",
-        data,
-        comparison.notes,
-        pruned=pruned,
-        title=f"Critical attacking routes: {first} and {second}",
-        sections={
-            "route": "The routes",
-            **({"channels": "Channels that left and entered"} if comparison.alike else {}),
-            "differences": "What changed",
-            **SECTIONS,
-        },
-        comparison=comparison,
-        views=len(views),
-        route_changes=changes,
+        "two_runs.html.j2", data, comparison.notes, pruned=pruned,
+        title=f"Critical attacking routes: {first} and {second}", comparison=comparison, views=len(views),
+        sections={"route": "The routes", **channels, "differences": "What changed", **SECTIONS}, route_changes=changes,
         differences={name: difference_table(rows, comparison.names) for name, rows in differences.items()},
         budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
-    )
+    )  # fmt: skip
 
 
 def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
@@ -175,11 +164,8 @@ def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, An
         second=f"entered: on that of {second} only",
         both="stayed: on both",
     )
-    return [both], [
-        over_one_another,
-        run_setup(conditions[0], linked=True),
-        run_setup(conditions[1], start=start, linked=True),
-    ]
+    singly = run_setup(conditions[0], linked=True), run_setup(conditions[1], start=start, linked=True)
+    return [both], [over_one_another, *singly]
 
 
 def _route_changes(comparison: RunComparison) -> list[LayerChange]:
@@ -201,9 +187,8 @@ def _number_differences(comparison: RunComparison) -> list[dict[str, Any]]:
             rows.append(_difference(about, (ours.accuracy, theirs.accuracy)))
         for name, values, others, kind in _by_layer(ours, theirs):
             if values and others:
-                about = {"number": f"{name}, mean over layers, {ours.name}"}
-                pair = statistics.fmean(values.values()), statistics.fmean(others.values())
-                rows.append(_difference(about, pair, kind))
+                pair = [statistics.fmean(each.values()) for each in (values, others)]
+                rows.append(_difference({"number": f"{name}, mean over layers, {ours.name}"}, pair, kind))
     overlaps = comparison.first.overlap, comparison.second.overlap
     if None not in overlaps:
         rows.append(_difference({"number": "of clean and attacked route shared (Jaccard index)"}, overlaps))
