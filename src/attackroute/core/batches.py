@@ -29,7 +29,7 @@ or one batch. Batches are images, ``(images, labels)`` and anything after them, 
 Batch = tuple[Tensor, Tensor | None]
 """Images and their labels, None where there are none; on the model's device, the images in its dtype."""
 
-_FAR = 16.0  # beyond what any usual normalisation makes of images in [0, 1]
+_FAR = 64.0  # beyond what any usual normalisation makes of images in [0, 1]
 _OUT_OF_RANGE = (
     "the images lie far outside of [0, 1], as those of 0..255 do: divide them by 255; for a model that wants its input "
     "normalised, trace attackroute.normalised(model, mean, std)"

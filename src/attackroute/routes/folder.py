@@ -97,13 +97,6 @@ class Shard:
     start: int
     checksum: str
 
-    def load(self) -> InstanceRoutes:
-        """Read it; a `UserError` if it is damaged, or not the file that was there when the folder was opened."""
-        routes = InstanceRoutes.load(self.path)
-        if read_header(self.path, INSTANCE_ROUTES_KIND)["checksum"] != self.checksum:
-            raise UserError(f"{printable(self.path)} is not the file that was there before: open the folder again")
-        return routes
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RouteFolder(SampleRoutes):
@@ -179,7 +172,7 @@ class RouteFolder(SampleRoutes):
     def parts(self) -> Iterator[InstanceRoutes]:
         """The routes file by file, in the samples' order; a `UserError` says which file is damaged."""
         for shard in self.shards:
-            yield shard.load()
+            yield InstanceRoutes.load(shard.path)
 
     def load(self) -> InstanceRoutes:
         """All of them in memory: a bit for each channel of each sample."""
@@ -202,7 +195,7 @@ class RouteFolder(SampleRoutes):
         for number in numbers.unique().tolist():
             positions.append((numbers == number).nonzero().flatten())
             shard = self.shards[number]
-            selected.append(shard.load().select(rows[positions[-1]] - shard.start))
+            selected.append(InstanceRoutes.load(shard.path).select(rows[positions[-1]] - shard.start))
         return InstanceRoutes.concatenate(selected).select(torch.cat(positions).argsort())
 
     def save_route(self, width: float = 0.3) -> Document:

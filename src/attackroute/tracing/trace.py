@@ -164,10 +164,13 @@ def trace_routes(
 
 
 def _remark_unranked(routes: InstanceRoutes | RouteFolder, note: Note | None) -> None:
-    """Name each layer without a score but zero; a `UserError` if those from which routes start have none at all."""
+    """Name each layer without a score but zero; a `UserError` if those from which routes start have none at all.
+
+    An attack without an effect makes no noise, and that is a result.
+    """
     counts = dict(zip(routes.layers, routes.totals["unranked"].tolist(), strict=True))
     sinks = counts.keys() - {source for source, _ in routes.methods}
-    if all(counts[sink] == len(routes) for sink in sinks):
+    if not routes.provenance.criterion.startswith(NOISE) and all(counts[sink] == len(routes) for sink in sinks):
         raise UserError(
             f"all scores of the last layers ({', '.join(sorted(sinks))}) are zero, so nothing is left to start from: "
             "is the network dead, or the loss without a gradient?"
