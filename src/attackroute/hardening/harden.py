@@ -138,6 +138,7 @@ def harden(
     resume: bool = False,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> HardenResult:
     """Fine-tune a network in place with a penalty on its critical attacking route.
 
@@ -166,6 +167,7 @@ def harden(
         resume: Go on with the run in the folder; an empty folder starts one.
         on_epoch: Called after every epoch, when its checkpoint is on disk.
         progress: Called after every step with the steps done, the steps in all and a message.
+        note: As for training.
 
     Returns:
         The history, the route and how it changed.
@@ -189,7 +191,7 @@ def harden(
     result = train_network(
         model, data, tests, train,
         objective=hardening or Objective(attack),
-        folder=folder, resume=resume, on_epoch=on_epoch, progress=progress,
+        folder=folder, resume=resume, on_epoch=on_epoch, progress=progress, note=note,
     )  # fmt: skip
     if hardening is None:
         return HardenResult(result)

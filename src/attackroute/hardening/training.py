@@ -42,8 +42,8 @@ Progress = Callable[[int, int, str], None]
 _TRAIN, _TEST = "training data", "test data"
 _DEFAULTS = TrainSettings()
 _CONTIGUOUS = (
-    "training holds images and weights in the contiguous format: on a CPU, PyTorch crashes in channels_last with a "
-    "1x1 convolution of 2 to 15 channels and a stride"
+    "note: training takes images and weights in the contiguous format: on a CPU, PyTorch crashes in channels_last with "
+    "a 1x1 convolution of 2 to 15 channels and a stride"
 )
 
 
@@ -84,6 +84,7 @@ def train(
     resume: bool = False,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a classifier in place with cross entropy and stochastic gradient descent.
 
@@ -109,6 +110,7 @@ def train(
             broken off. An empty folder starts one, so the same command can be repeated until it is done.
         on_epoch: Called after every epoch, when its checkpoint is on disk.
         progress: Called after every step with the steps done, the steps in all and a message.
+        note: Called with what there is to say in passing; None warns.
 
     Returns:
         The run's history.
@@ -131,7 +133,7 @@ def train(
         if any([_check_fit(model, data, what) for data, what in parts if data is not None]):
             run.format = torch.contiguous_format
             if settings.channels_last:
-                warnings.warn(_CONTIGUOUS, stacklevel=2)
+                (note or warnings.warn)(_CONTIGUOUS)
         if run.format is not None:
             stack.enter_context(in_format(model, run.format))
         if run.folder is not None and current().leads:
