@@ -134,6 +134,23 @@ def old_view_of_a_buffer(x: Tensor) -> Tensor:
     return view
 
 
+def shifted_behind_the_back(x: Tensor) -> Tensor:
+    x = F.relu(x)
+    x.data.sub_(0.05)
+    return x
+
+
+def exchanged_memory(x: Tensor) -> Tensor:
+    x = F.relu(x)
+    x.data = x.data * 0.5 - 0.01
+    return x
+
+
+def doubled_in_a_list(x: Tensor) -> Tensor:
+    torch._foreach_mul_([x], [2.0])
+    return F.relu(x)
+
+
 def halved_behind_the_back(x: Tensor) -> Tensor:
     x = F.relu(x)
     x.data.mul_(0.5)
@@ -234,6 +251,9 @@ HARD: dict[str, Callable[[], nn.Module]] = {
     "overwrite a copy": two(overwrite_a_copy),
     "old view of a buffer": two(old_view_of_a_buffer),
     "changed through .data": two(halved_behind_the_back),
+    "shifted through .data": two(shifted_behind_the_back),
+    "other memory as .data": two(exchanged_memory),
+    "foreach in place": two(doubled_in_a_list),
     "slices after in-place ReLU": two(lambda x: torch.cat([*F.relu_(x).split(2, 1)][::-1], 1)),
     "foreach": using(foreach, a=A, c=A, b=B, head=END),
     # gradient barriers

@@ -209,7 +209,12 @@ def is_recording() -> bool:
 class _Followed(NamedTuple):
     flow: Flow
     version: int
+    storage: int
     trail: Trail | None = None  # None where only the sources are known
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether the tensor holds what it held: the same memory, not written to since."""
+        return self.version == tensor._version and self.storage == tensor.untyped_storage()._cdata
 
 
 class _Written(NamedTuple):
@@ -251,7 +256,7 @@ class Tracker(TorchDispatchMode):
         if not isinstance(tensor, Tensor):
             return EMPTY
         record: _Followed | None = self._flows.get(tensor)
-        if record is not None and record.version == tensor._version:
+        if record is not None and record.fits(tensor):
             return record.flow
         sources = frozenset[int]() if record is None else record.flow.sources
         if self._written and (written := self._written.get(tensor.untyped_storage()._cdata)) is not None:
@@ -272,12 +277,12 @@ class Tracker(TorchDispatchMode):
                 self._written[storage._cdata] = _Written(reference, sources, version)
             elif earlier is not None and not written:
                 version = max(version, earlier.version)  # a view joins its base's counter only after this operation
-        self._flows[tensor] = _Followed(flow, version)
+        self._flows[tensor] = _Followed(flow, version, tensor.untyped_storage()._cdata)
 
     def trail(self, tensor: object) -> Trail:
         """How elements reach a tensor; its sources are lost where it, or its memory, was written to in between."""
         record: _Followed | None = self._flows.get(tensor) if isinstance(tensor, Tensor) else None
-        if record is not None and record.trail is not None and record.version == tensor._version:  # type: ignore[attr-defined]
+        if record is not None and record.trail is not None and record.fits(tensor):  # type: ignore[arg-type]
             return record.trail
         sources = self.flow(tensor).sources
         return Trail(lost=sources) if sources else UNTOUCHED
@@ -293,7 +298,7 @@ class Tracker(TorchDispatchMode):
     def take_over(self, leaf: Tensor, output: Tensor) -> None:
         """Let a layer's output, cut off from what is before it, be followed as the output is."""
         record: _Followed = self._flows[output]
-        self._flows[leaf] = record._replace(version=leaf._version)
+        self._flows[leaf] = record._replace(version=leaf._version, storage=leaf.untyped_storage()._cdata)
 
     # --- execution
 
@@ -328,11 +333,23 @@ class Tracker(TorchDispatchMode):
 
     def _ruled(self, operation: Operation) -> Any:
         trails = {id(tensor): self.trail(tensor) for tensor in operation.operands}
+        if operation.func._schema.is_mutable:
+            self._lose_what_shares(operation)
         output = RULES.get(operation.func, without_rule)(operation)
         if any(trail.strands or trail.form is not None for trail in trails.values()):
             for tensor, trail in followed(operation, trails, output):
                 self._lay(tensor, trail)
         return output
+
+    def _lose_what_shares(self, operation: Operation) -> None:
+        """What is written to by a way past autograd (``h.data``, a detached alias) is followed no further."""
+        for alias in operation.written:
+            if self.flow(alias).sources:
+                continue  # a rule sees to it
+            storage = alias.untyped_storage()._cdata
+            for tensor, record in list(self._flows.items()):
+                if record.flow.sources and tensor.untyped_storage()._cdata == storage:
+                    self._flows[tensor] = record._replace(flow=opaque(record.flow.sources), trail=None)
 
     def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation under the model's own no_grad: what is new depends on nothing, what is changed in place does."""

@@ -57,6 +57,16 @@ class Operation:
         return tensors_in((self.args, tuple(self.kwargs.values())))
 
     @property
+    def written(self) -> list[Tensor]:
+        """The tensors that the operation changes in place, also those of a list."""
+        schema = self.func._schema
+        if not schema.is_mutable:
+            return []
+        given = zip(schema.arguments, self.args, strict=False)
+        changed = [value for argument, value in given if argument.alias_info and argument.alias_info.is_write]
+        return tensors_in((changed, self.kwargs.get("out", ())))
+
+    @property
     def sources(self) -> frozenset[int]:
         """Every route layer that reaches an operand."""
         return frozenset[int]().union(*(self.ledger.flow(tensor).sources for tensor in self.operands))
@@ -110,12 +120,12 @@ def overloads(*names: str) -> list[Any]:
 
 def without_rule(operation: Operation) -> Any:
     """Any other operation: its outputs depend on all that its inputs depend on, opaquely."""
-    operands, sources = operation.operands, operation.sources
+    sources, changed = operation.sources, operation.written
     output = operation.run()
     if sources:
-        for tensor in tensors_in(output):
+        for tensor in [*tensors_in(output), *changed]:
             if tensor.is_floating_point() or tensor.is_complex():
-                written = any(tensor is value for value in operands)
+                written = any(tensor is value for value in changed)
                 operation.ledger.record(tensor, opaque(sources), written=written)
     return output
 
