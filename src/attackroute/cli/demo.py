@@ -18,7 +18,6 @@ from attackroute.cli.options import FILES, RunOptions, count, out_option, refuse
 from attackroute.cli.report import ReportOptions, report
 from attackroute.cli.trace import TraceOptions, trace
 from attackroute.cli.train import TrainOptions, train
-from attackroute.core.files import made_folder
 
 _DATA = "mnist-sample"
 _MODEL, _LONGER, _HARDENED, _RANDOM = "model", "longer", "hardened", "random"
@@ -70,6 +69,8 @@ class _Step:
 
 def demo(options: DemoOptions) -> None:
     """Run the commands one after the other into a folder."""
+    from attackroute.core.files import made_folder
+
     output = options.run.output
     started = time.perf_counter()
     folder = made_folder(options.out)

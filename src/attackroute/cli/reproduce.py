@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from attackroute.cli.arguments import integer, option, parse_path, switch
 from attackroute.cli.options import FILES, RUN, RunOptions, out_option, refuse_earlier, resolve_device
-from attackroute.core.files import made_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,7 @@ class ReproduceOptions:
 
 def reproduce(options: ReproduceOptions) -> None:
     """Run the experiments, and print the verdicts."""
+    from attackroute.core.files import made_folder
     from attackroute.paper.experiments import PARTS
     from attackroute.paper.run import PAGE, ReproductionSettings
     from attackroute.paper.run import reproduce as run
