@@ -19,8 +19,7 @@ from benchmarks.attacks import EPS, PEERS, STEP_SIZE, STEPS
 from benchmarks.cases import GPU, Case, Plan, Workload, workload
 from benchmarks.timing import BYTES, Measurement, Spread, Stopclock
 
-_BATCHES, _ROUNDS = 4, 8
-"""Different batches, and how often each is traced: passes are recorded once, which many batches repay."""
+_BATCHES = 4  # that differ
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,19 @@ class GpuCase:
     Attributes:
         case: The network and its images.
         linear: Whether linear maps are among the route layers.
+        rounds: How often every batch is traced: passes are recorded once, which many batches repay.
     """
 
     case: Case
     linear: bool = False
+    rounds: int = 8
 
 
 GPU_CASES = (
     GpuCase(Case("vgg16", "vgg16", limit=1.3, image_size=32, classes=10, batch_size=1024)),
     GpuCase(Case("resnet50", "torchvision:resnet50", limit=1.3, batch_size=128)),
     GpuCase(Case("mobilenet_v2", "torchvision:mobilenet_v2", limit=1.3, batch_size=128)),
-    GpuCase(Case("vit_b_16", "torchvision:vit_b_16", limit=6, batch_size=128), linear=True),
+    GpuCase(Case("vit_b_16", "torchvision:vit_b_16", limit=6, batch_size=128), linear=True, rounds=1),
 )
 PRECISIONS: dict[str, torch.dtype | None] = {"TF32": None, "bfloat16": torch.bfloat16}
 """By what is multiplied: float32 with TensorFloat-32 products, or autocast."""
@@ -61,11 +62,11 @@ def measure_gpu(each: GpuCase, plan: Plan, advance: Callable[[], None] = lambda:
         raise UserError("the case gpu needs a CUDA device; choose one by --device cuda")
     batch_size = plan.batch_size or each.case.batch_size
     load = workload(each.case, batch_size, _BATCHES, seed=plan.seed, device=plan.device, channels_last=True)
-    load = Workload(load.model, load.batches * _ROUNDS)
+    load = Workload(load.model, load.batches * each.rounds)
     measurements = []
     with _tf32():
         for precision, dtype in PRECISIONS.items():
-            name = f"{GPU}, {each.case.name}, {precision}, {_BATCHES * _ROUNDS} x {batch_size}"
+            name = f"{GPU}, {each.case.name}, {precision}, {len(load.batches)} x {batch_size}"
             measurements += _measured(name, each, load, dtype, plan, advance)
     return measurements
 
@@ -77,14 +78,17 @@ def _measured(
         with _autocast(dtype):
             load.forward()
 
-    def trace(batches: int = _BATCHES * _ROUNDS) -> None:
+    def trace(batches: int | None = None) -> None:
         trace_routes(load.model, load.batches[:batches], config=TraceConfig(linear=each.linear), autocast=dtype)
 
     clock = Stopclock.of(plan.device)
     runs = clock.interleaved({"forward": forward, "trace": trace}, plan.turns, advance)
     per_second = {run: Spread(tuple(load.images / seconds for seconds in runs[run].values)) for run in runs}
     memory = {run: _peak(action, plan.device) for run, action in (("forward", forward), ("trace", trace))}
-    launches, waits = ((count(lambda: trace(8)) - count(lambda: trace(4))) / 4 for count in (_launches, _waits))
+    half = min(4, len(load.batches) // 2)
+    launches, waits = (
+        (count(lambda: trace(2 * half)) - count(lambda: trace(half))) / half for count in (_launches, _waits)
+    )
     bound = f"at most {each.case.limit:g}"
     return [
         Measurement(name, "trace / forward", runs["trace"] / runs["forward"], bound=bound),
