@@ -90,11 +90,13 @@ class MIFGSM(Perturbation):
             low, high = _box(images, self.eps)
             momentum = torch.zeros_like(images)
             current = images
-            for _ in range(self.steps):
-                gradient = input_gradient(model, current, labels)
+            largest: list[Tensor] = []
+            for step in range(self.steps):
+                gradient = input_gradient(model, current, labels, largest if step else None)
                 norm = _norms(gradient, 1).clamp_(min=_TINY)  # one zero gradient must not make the sum NaN
                 momentum.mul_(self.decay).add_(gradient / norm)
                 current = torch.add(current, momentum.sign(), alpha=size).clamp_(low, high)
+            _require_finite(largest)
             return current
 
 
@@ -144,9 +146,11 @@ class PGD(Perturbation):
             keys = image_keys(x, self.seed, f"{self.name} {restart}", generator)
             current += uniforms(keys, x.shape[1:]).to(x.dtype).mul_(2 * self.eps).sub_(self.eps)
             current.clamp_(low, high)
-        for _ in range(self.steps):
-            gradient = input_gradient(model, current, y)
+        largest: list[Tensor] = []
+        for step in range(self.steps):
+            gradient = input_gradient(model, current, y, largest if step else None)
             current.add_(gradient.sign(), alpha=size).clamp_(low, high)
+        _require_finite(largest)
         return current
 
 
@@ -176,11 +180,13 @@ class PGDL2(PGD):
             radius = uniforms(keys, (1,) * (x.ndim - 1)).to(x.dtype) ** (1 / math.prod(x.shape[1:]))
             current += direction.div_(_norms(direction, 2)).mul_(radius * self.eps)
             current.clamp_(0, 1)
-        for _ in range(self.steps):
-            gradient = input_gradient(model, current, y)
+        largest: list[Tensor] = []
+        for step in range(self.steps):
+            gradient = input_gradient(model, current, y, largest if step else None)
             change = current.add_(gradient / _norms(gradient, 2).clamp_(min=_TINY), alpha=size).sub_(x)
             change.mul_((self.eps / _norms(change, 2).clamp_(min=_TINY)).clamp_(max=1))
             current = change.add_(x).clamp_(0, 1)  # x is inside the box, so this never leaves the ball
+        _require_finite(largest)
         return current
 
 
@@ -192,27 +198,38 @@ def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, 
         yield x.detach().clamp(0, 1), y.clone().to(x.device)  # copies, since inference mode may have made these
 
 
-def input_gradient(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor | None, largest: list[Tensor] | None = None) -> Tensor:
     """Direction of a frozen model's cross entropy's gradient at images ``(N, ...)``, exact at any confidence.
 
     Without labels ``(N,)``, the loss is that of the least likely class of each. The gradient, of the shape and dtype of
-    ``x``, is to be read only, since it may share memory with what the model keeps.
+    ``x``, is to be read only, since it may share memory with what the model keeps. To look at values waits for the
+    device: after an attack's first step only the ``largest`` value is noted, for it to check at its end.
 
     Raises:
         UserError: The model does not return logits, a label has none, or the gradient is not finite.
     """
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = checked_logits(model(leaf.clone()), x.shape[0])  # a copy, since the model may work in place
-    labels = logits.detach().argmin(1) if y is None else checked_labels(y, logits.shape[1], x.shape[0])
+        output = model(leaf.clone())  # a copy, since the model may work in place
+        logits = checked_logits(output, x.shape[0], finite=largest is None)
+    labels = logits.detach().argmin(1) if y is None else y
+    if largest is None:
+        checked_labels(labels, logits.shape[1], x.shape[0])
     if not logits.requires_grad:  # the model cuts the graph, which the masking checks report
         return torch.zeros_like(x)
     seed = cross_entropy_seed(logits, labels).to(logits.dtype)
     (gradient,) = torch.autograd.grad(logits, leaf, seed, allow_unused=True, materialize_grads=True)
-    # a sum is one pass, and not finite if a value is not; a sign would make 0 of NaN in silence
-    if not gradient.sum().isfinite() and not gradient.isfinite().all():
-        raise UserError("the model's gradient at the images is not finite: check its weights and its normalisation")
+    if largest is None:
+        _require_finite([torch.linalg.vector_norm(gradient, torch.inf)])
+    else:
+        largest.append(torch.linalg.vector_norm(gradient, torch.inf))
     return gradient.detach()
+
+
+def _require_finite(largest: list[Tensor]) -> None:
+    """Raise a `UserError` if the largest value of a gradient was not finite, which its sign would hide."""
+    if largest and not torch.stack(largest).isfinite().all():
+        raise UserError("the model's gradient at the images is not finite: check its weights and its normalisation")
 
 
 def predicted(model: nn.Module, x: Tensor) -> Tensor:
