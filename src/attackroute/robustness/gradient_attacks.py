@@ -219,10 +219,11 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor | None, largest: list[
         return torch.zeros_like(x)
     seed = cross_entropy_seed(logits, labels).to(logits.dtype)
     (gradient,) = torch.autograd.grad(logits, leaf, seed, allow_unused=True, materialize_grads=True)
+    size = torch.linalg.vector_norm(gradient, torch.inf) if gradient.numel() else gradient.sum()
     if largest is None:
-        _require_finite([torch.linalg.vector_norm(gradient, torch.inf)])
+        _require_finite([size])
     else:
-        largest.append(torch.linalg.vector_norm(gradient, torch.inf))
+        largest.append(size)
     return gradient.detach()
 
 
