@@ -294,21 +294,20 @@ def results_in(folder: Path, files: Sequence[str], run: RunOptions, *, resume: b
 
     beside = folder / _BESIDE
 
-    def prepared() -> Path:
-        made_folder(folder)
+    def replaces() -> bool:
         if resume:
-            return beside if run.overwrite and beside.is_dir() else folder
+            return run.overwrite and beside.is_dir()
         if refuse_earlier(folder, files, run, resume=resume) is None:
-            return folder
+            return False
         shutil.rmtree(beside, ignore_errors=True)
-        return made_folder(beside)
+        return made_folder(beside).is_dir()
 
     with ExitStack() as stack:
         if leading():
             stack.enter_context(_locked(made_folder(folder)))
-        place = current().first(prepared)
-        yield place
-        if place == beside:
+        replacing = current().first(replaces)
+        yield beside if replacing else folder
+        if replacing:
             current().first(lambda: _replace(folder, beside, files))
 
 

@@ -204,12 +204,10 @@ def terminated_as_interrupted() -> Iterator[None]:
 @contextmanager
 def interrupted_at_once() -> Iterator[None]:
     """Let SIGINT and SIGTERM end the process without a word, while nothing but modules is loaded."""
-    handled = (
-        {} if not _in_main_thread() else {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    )
-    for each, before in handled.items():
-        if callable(before):
-            signal.signal(each, lambda *_: os._exit(130))
+    signals = (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ()
+    handled = {each: before for each in signals if callable(before := signal.getsignal(each))}
+    for each in handled:
+        signal.signal(each, lambda *_: os._exit(130))
     try:
         yield
     finally:
