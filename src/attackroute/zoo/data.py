@@ -425,9 +425,8 @@ def _read_image(path: str | Path) -> Image.Image:
     """A file decoded as RGB; more than 8 bits a channel are refused, since they would be cut off."""
     try:
         with Image.open(path) as image:
-            # the mode tells it of grey pixels alone; of colours, how the decoder is told to read them
-            decoders = [(codec, args) for codec, _, _, args in getattr(image, "tile", ())]
-            deep = (";16" in str(args) or (codec.startswith("ppm") and args[1] > 255) for codec, args in decoders)
+            tiles: Any = image.tile  # the mode tells the depth of grey pixels alone; of colours, how they are decoded
+            deep = (";16" in str(args) or (codec[:3] == "ppm" and args[1] > 255) for codec, _, _, args in tiles)
             if image.mode[0] in "IF" or any(deep):
                 raise ValueError(f"{image.mode} pixels of more than 8 bits")
             return image.convert("RGB")
