@@ -405,9 +405,8 @@ def _read_image(path: str | Path) -> Image.Image:
     try:
         regular_file(path)
         with Image.open(path) as image:
-            # the mode tells it of grey pixels alone; of colours, how the decoder is told to read them
-            decoders = [(codec, args) for codec, _, _, args in getattr(image, "tile", ())]
-            deep = (";16" in str(args) or (codec.startswith("ppm") and args[1] > 255) for codec, args in decoders)
+            tiles: Any = image.tile  # the mode tells the depth of grey pixels alone; of colours, how they are decoded
+            deep = (";16" in str(args) or (codec[:3] == "ppm" and args[1] > 255) for codec, _, _, args in tiles)
             if image.mode[0] in "IF" or any(deep):
                 raise ValueError(f"{image.mode} pixels of more than 8 bits")
             return image.convert("RGB")
