@@ -65,6 +65,7 @@ CASES: dict[str, Callable[[Tensor, Tensor], object]] = {
 def test_normalisation(case: str, eps: float, centred: bool, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(normalisation, "_by_signs", getattr(normalisation, split))
     monkeypatch.setattr(normalisation, "_BLOCK", 20)
+    monkeypatch.setattr(normalisation, "_FEW", 1.0)
     monkeypatch.setattr(normalisation, "_TOKENS", 3)
     torch.manual_seed(0)
     x, rows, scale = torch.randn(SAMPLES, TOKENS, CHANNELS), torch.randn(SAMPLES, ROWS, CHANNELS), torch.randn(CHANNELS)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 18  # elements per block: temporaries that stay in the processor's cache
+_BLOCK = 1 << 19  # elements per block: temporaries that stay in the processor's cache
 _DEVICE_BLOCK = 1 << 25  # the same where memory is quick and launches are dear
 
 
@@ -84,7 +84,7 @@ def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, 
     """
     means, width = weights @ keys, values.shape[2]
     total = torch.empty_like(means)
-    step = max(1, 4 * _block(values) // (keys.shape[1] * width))  # features of the queries at a time
+    step = max(1, 2 * _block(values) // (keys.shape[1] * width))  # features of the queries at a time
     for start in range(0, keys.shape[2], step):
         part = slice(start, start + step)
         products = (keys[:, :, part].unsqueeze(3) * values.unsqueeze(2)).flatten(2)
@@ -105,5 +105,6 @@ def _row_sums(left: Tensor, right: Tensor) -> Tensor:
 def _of_keys(queries: Tensor, projected: Tensor, at_outputs: Tensor, counted: Tensor) -> Tensor:
     """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``, of one head of w windows."""
     step = max(1, _block(queries) // projected.numel())
-    distances = [(part.unsqueeze(2) - projected.unsqueeze(1)).abs_().sum(3) for part in at_outputs.split(step, dim=1)]
+    rows, others = at_outputs.transpose(1, 2).contiguous(), projected.transpose(1, 2).contiguous().unsqueeze(2)
+    distances = [(part.unsqueeze(3) - others).abs_().sum(1) for part in rows.split(step, dim=2)]
     return (torch.cat(distances, dim=1) * counted).transpose(1, 2) @ queries.abs()

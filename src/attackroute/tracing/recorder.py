@@ -335,9 +335,11 @@ class Tracker(TorchDispatchMode):
         trails = {id(tensor): self.trail(tensor) for tensor in operation.operands}
         if operation.func._schema.is_mutable:
             self._lose_what_shares(operation)
+        first = operation.args[0] if operation.args else None
+        layout = tuple(zip(first.shape, first.stride(), strict=True)) if isinstance(first, Tensor) else ()
         output = RULES.get(operation.func, without_rule)(operation)
         if any(trail.strands or trail.form is not None for trail in trails.values()):
-            for tensor, trail in followed(operation, trails, output):
+            for tensor, trail in followed(operation, trails, layout, output):
                 self._lay(tensor, trail)
         return output
 

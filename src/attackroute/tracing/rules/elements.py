@@ -19,6 +19,7 @@ from attackroute.tracing.rules.operation import (
     PRODUCTS,
     SUMS,
     TRAIL_RULES,
+    Layout,
     Operation,
     Reading,
     tensors_in,
@@ -27,15 +28,17 @@ from attackroute.tracing.rules.operation import (
 from attackroute.tracing.trails import Axes, Strand, Trail, joined, lost, regrouped, unfollowed, whole
 
 
-def followed(operation: Operation, trails: Mapping[int, Trail], output: Any) -> list[tuple[Tensor, Trail]]:
-    """The trails of an operation's results."""
+def followed(
+    operation: Operation, trails: Mapping[int, Trail], layout: Layout, output: Any
+) -> list[tuple[Tensor, Trail]]:
+    """The trails of an operation's results, from those of its operands, and the first one's layout, before it ran."""
     results = tensors_in(output)
     rule = TRAIL_RULES.get(operation.func)
     if rule is None and torch.Tag.pointwise in operation.func.tags:
         rule = pointwise
     if rule is None:
         return [(tensor, lost(trails.values())) for tensor in results]
-    return list(zip(results, rule(Reading(operation, trails), output), strict=False))
+    return list(zip(results, rule(Reading(operation, trails, layout), output), strict=False))
 
 
 # --- values
@@ -129,15 +132,23 @@ def _viewed(trail: Trail, old: Sequence[int], new: Sequence[int]) -> Trail:
     return placed
 
 
-@trail_rule(
-    "view.default", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten.using_ints", "unsqueeze_", "as_strided_"
-)
+@trail_rule("view.default", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "unsqueeze_")
 def view(reading: Reading, output: Tensor) -> list[Trail]:
     """The same elements in the same order."""
-    values = reading.operation.args[0]
-    if reading.name == "as_strided_" and values.shape != output.shape:
+    return [_viewed(reading.first, reading.operation.args[0].shape, output.shape)]
+
+
+@trail_rule("as_strided_")
+def restride(reading: Reading, output: Tensor) -> list[Trail]:
+    """New strides for dimensions of size 1 alone, as pooling to one position gives them."""
+    size, strides, offset = reading.operation.args[1], reading.operation.args[2], reading.argument(3, "storage_offset")
+    dims = zip(reading.layout, size, strides, strict=False)
+    same = len(size) == len(reading.layout) and all(
+        new == length and (length == 1 or stride == old) for (length, old), new, stride in dims
+    )
+    if not same or offset not in (None, 0):
         return [lost([reading.first])]
-    return [_viewed(reading.first, values.shape, output.shape)]
+    return [reading.first]
 
 
 @trail_rule("expand")
@@ -149,20 +160,17 @@ def expand(reading: Reading, output: Tensor) -> list[Trail]:
     return [lost([reading.first])]
 
 
-@trail_rule("permute", "transpose.int", "t", "movedim.intlist", "transpose_")
+@trail_rule("permute", "transpose.int", "t", "transpose_")
 def permute(reading: Reading, output: Tensor) -> list[Trail]:
     """Dimensions in another order."""
     dims = list(range(output.ndim))
-    name = reading.name
-    if name == "permute":
+    if reading.name == "permute":
         dims = [dim % output.ndim for dim in reading.operation.args[1]]
-    elif name.startswith("transpose"):
-        first, second = (dim % output.ndim for dim in reading.operation.args[1:3])
-        dims[first], dims[second] = second, first
-    elif name == "t":
+    elif reading.name == "t":
         dims.reverse()
     else:
-        return [lost([reading.first])]
+        first, second = (dim % output.ndim for dim in reading.operation.args[1:3])
+        dims[first], dims[second] = second, first
     return [_placed(reading.first, ("permute", tuple(dims)), lambda axes: tuple(axes[dim] for dim in dims))]
 
 
@@ -176,7 +184,7 @@ def _cut(trail: Trail, shape: Sequence[int], dim: int, taken: range) -> Trail:
     return _placed(trail, move, lambda axes: unfollowed(axes, [dim], new), partial=True)
 
 
-@trail_rule("slice.Tensor", "select.int", "split", "split_with_sizes", "chunk", "unbind.int", "narrow")
+@trail_rule("slice.Tensor", "select.int", "split", "split_with_sizes", "chunk", "unbind.int")
 def cut(reading: Reading, output: Any) -> list[Trail]:
     """Parts of one dimension."""
     values, name = reading.operation.args[0], reading.name
@@ -186,8 +194,6 @@ def cut(reading: Reading, output: Any) -> list[Trail]:
     if name == "slice":
         bounds = slice(reading.argument(2, "start"), reading.argument(3, "end"), reading.argument(4, "step", 1))
         return [_cut(reading.first, shape, dim, range(*bounds.indices(size)))]
-    if name == "narrow":
-        return [lost([reading.first])]
     if name in ("select", "unbind"):
         indices = [reading.argument(2, "index") % size] if name == "select" else range(size)
         new = [length for number, length in enumerate(shape) if number != dim]
@@ -210,19 +216,11 @@ def cat(reading: Reading, output: Tensor) -> list[Trail]:
         trail, size = reading.trail(tensor), 1 if stacked else tensor.shape[dim]
         if stacked:
             trail = _viewed(trail, tensor.shape, [*tensor.shape[:dim], 1, *tensor.shape[dim:]])
-        # channels that are whole and stand beside others are followed as a block, by the move itself
-        placed = [
-            replace(
-                strand.moved(
-                    ("cat", dim, start, tuple(output.shape)),
-                    None if strand.axes is None else unfollowed(strand.axes, [dim], output.shape),
-                    partial=True,
-                ),
-                block=start if strand.axes is not None and _is_channels(strand, strand.axes, dim) else -1,
-            )
-            for strand in trail.strands
-        ]
-        trails.append(trail.changed(placed))
+        move = ("cat", dim, start, tuple(output.shape))
+        placed = _placed(trail, move, lambda axes: unfollowed(axes, [dim], output.shape), partial=True)
+        # channels that are whole and stand beside others begin a block, of which the move tells the place
+        blocks = [start if each.axes and _is_channels(each, each.axes, dim) else -1 for each in trail.strands]
+        trails.append(placed.changed(map(lambda each, block: replace(each, block=block), placed.strands, blocks)))
         start += size
     return [joined(trails)]
 
@@ -233,11 +231,7 @@ def pad(reading: Reading, output: Tensor) -> list[Trail]:
     widths = tuple(int(width) for width in reading.operation.args[1])
     dims = [output.ndim - 1 - place // 2 for place, width in enumerate(widths) if width]
     move = ("pad", tuple(reading.operation.args[0].shape), widths)
-    return (
-        [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape), partial=True)]
-        if dims
-        else [reading.first]
-    )
+    return [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape), partial=True)]
 
 
 @trail_rule("roll", "flip")

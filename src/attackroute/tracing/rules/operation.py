@@ -144,16 +144,20 @@ PRODUCTS = frozenset({"mul", "mul_", "div", "div_"})
 FILLS = frozenset({"masked_fill", "masked_fill_"})
 COPIES = frozenset({"clone", "_to_copy", "alias", "contiguous", "lift_fresh"})
 
+Layout = Sequence[tuple[int, int]]
+"""Size and stride of each dimension of a tensor."""
+
 TrailRule = Callable[["Reading", Any], Sequence[Trail]]
 TRAIL_RULES: dict[Any, TrailRule] = {}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """An operation and the trails of its operands, by the operand's id, as they were before it ran."""
+    """An operation and the trails of its operands, by the operand's id, and its first one's layout, before it ran."""
 
     operation: Operation
     trails: Mapping[int, Trail]
+    layout: Layout
 
     def trail(self, value: object) -> Trail:
         """The trail of an operand, or of a number."""
