@@ -20,7 +20,6 @@ from attackroute.core.statistics import AUROC
 from attackroute.paper.claims import Findings, markdown, percent
 from attackroute.paper.hardening_tables import accuracies_table, differences_table, study_terms
 from attackroute.paper.page import fill
-from attackroute.robustness.registry import short_name
 from studies.repair.criteria import ATTRIBUTION, FIRST_LAYERS, INFLUENCE, NOISE_ROUTE, SENSITIVITY
 from studies.repair.criteria import RANDOM as RANDOM_CHANNELS
 from studies.repair.oracle import ORACLES
@@ -76,7 +75,7 @@ def _summary(repairs: dict[str, Findings]) -> str:
                 )
                 for other in others
             }
-            lines.append({"networks": title, "attack": short_name(attack), "picked": study["picked"], **cells})
+            lines.append({"networks": title, "attack": attack, "picked": study["picked"], **cells})
     return (
         "The picked variant of the noise route less other criteria, mean area in points (95 % intervals over images; "
         "over networks). Bold where both leave out zero:\n\n" + markdown(lines)
@@ -87,9 +86,9 @@ def _repair(title: str, study: Findings) -> str:
     attacks, budgets = list(study["untouched"]), [f"{share:.0%}" for share in study["budgets"]]
     first = attacks[0]
     names = sorted(study.table.distinct("network"))
-    images = ", ".join(f"{short_name(attack)} leaves {percent(study['untouched'][attack])} %" for attack in attacks)
+    images = ", ".join(f"{attack} leaves {percent(study['untouched'][attack])} %" for attack in attacks)
     means = markdown(
-        {"criterion": by, **{short_name(attack): percent(study["mean_areas"][attack].get(by)) for attack in attacks}}
+        {"criterion": by, **{attack: percent(study["mean_areas"][attack].get(by)) for attack in attacks}}
         for by in study["mean_areas"][first]
     )
     accuracies = markdown(
@@ -109,9 +108,9 @@ def _repair(title: str, study: Findings) -> str:
     )
     moved = markdown(
         {
-            "judged under": short_name(row["attack"]),
+            "judged under": row["attack"],
             "criterion": row["criterion"],
-            "ranked under": short_name(row["ranked_by"]),
+            "ranked under": row["ranked_by"],
             "kept": f"{row['kept']:.0%}",
             **{
                 f"{share} of every layer": percent(value)
@@ -147,11 +146,11 @@ def _repair(title: str, study: Findings) -> str:
             f"of {study['samples']} for each; of them {images}. The rule picked `{study['picked']}`. "
             "Mean area:",
             means,
-            f"Accuracy under {short_name(first)} with shares of all channels replaced:",
+            f"Accuracy under {first} with shares of all channels replaced:",
             accuracies,
-            f"Differences under {short_name(first)}:",
+            f"Differences under {first}:",
             gains,
-            f"<details><summary>Area by layer under {short_name(first)}, and transfer</summary>",
+            f"<details><summary>Area by layer under {first}, and transfer</summary>",
             layers,
             "Channels ranked elsewhere: the share of the route's channels (30 % of each layer) that ranks under the "
             "attack itself keep too, and accuracy:",
@@ -196,7 +195,7 @@ def _hardness(files: dict[str, Findings]) -> str:
         for attack in hardness["attacks"]:
             draws = []
             fooled = f"{hardness['attacks'][attack]['fooled']} of {hardness['correctly_classified']}"
-            cells = {"network": title, "attack": short_name(attack), "fooled": fooled}
+            cells = {"network": title, "attack": attack, "fooled": fooled}
             for row in hardness.table.select(statistic=AUROC, target=attack):
                 if row["predictor"].startswith(RANDOM):
                     draws += [] if row["value"] is None else [row["value"]]  # none if all images are alike in that

@@ -205,7 +205,6 @@ def _verify(options: EvaluateOptions, path: Path, networks: Sequence[NetworkOpti
     """Check saved examples with the networks; the exit code is 1 if they are not what they were."""
     from attackroute.core.distributed import current
     from attackroute.robustness.examples import verify_examples
-    from attackroute.robustness.registry import short_name
 
     evaluated = (options.images.data, options.attacks, options.out, options.save_examples, options.resume)
     if any(evaluated):
@@ -227,7 +226,7 @@ def _verify(options: EvaluateOptions, path: Path, networks: Sequence[NetworkOpti
         [
             [
                 row["model"],
-                short_name(row["attack"]),
+                row["attack"],
                 row["samples"],
                 f"{row['recorded_accuracy']:.2%}",
                 "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}",

@@ -318,6 +318,7 @@ class _Hardening:
                 network, self.learnt, self.chosen_by, penalty=options.penalty.names, lam=lam, attack=self.attack,
                 route=options.source.route, settings=settings, train=options.training.settings(options.run),
                 folder=folder, resume=options.training.resume, on_epoch=on_epoch, progress=progress,
+                note=self.output.note,
             )  # fmt: skip
 
     def _evaluate(

@@ -77,7 +77,7 @@ def train(options: TrainOptions) -> None:
         with output.progress("steps") as progress, epoch_lines(training, output) as on_epoch:
             result = train_network(
                 network, learnt.dataset, None if chosen_by is None else chosen_by.dataset, settings, attack=attack,
-                folder=folder, resume=training.resume, on_epoch=on_epoch, progress=progress,
+                folder=folder, resume=training.resume, on_epoch=on_epoch, progress=progress, note=output.note,
             )  # fmt: skip
         best, last = result.best, result.last
         lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]

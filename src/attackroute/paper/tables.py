@@ -35,7 +35,6 @@ from attackroute.paper.published import (
     TRANSPLANTED_FIRST,
     TRANSPLANTED_RANDOM,
 )
-from attackroute.robustness.registry import short_name
 
 # --- Table 1: occurrence of the most frequent neurons; and how few images give the model's route (section 5.1.3)
 
@@ -384,7 +383,7 @@ def gradient_claims(network: NetworkResults, findings: Findings) -> Iterator[Cla
         good = sum(row["weak_mean"] > row["hard_mean"] for row in layers)
         ratio = statistics.median(row["weak_mean"] / row["hard_mean"] for row in layers)
         yield Claim(
-            text=f"images that {short_name(first)} fools have larger gradients on the route",
+            text=f"images that {first} fools have larger gradients on the route",
             paper="990 to 4,338 times",
             found=f"in {good} of {len(layers)} layers, {ratio:.3g} times in the median",
             verdict=by_count(good, len(layers)),
@@ -397,7 +396,7 @@ def bins_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
     for attack, about in findings["attacks"].items():
         bins = about["bins_hardest_first"]
         tenths = {str(place): str(fooled) for place, (_, fooled) in enumerate(bins, start=1)}
-        yield {"attack": short_name(attack), "images in a tenth": str(bins[0][0]), **tenths}
+        yield {"attack": attack, "images in a tenth": str(bins[0][0]), **tenths}
 
 
 @table("fig6", "hardness")
@@ -411,7 +410,7 @@ def predictors_table(network: NetworkResults, findings: Findings) -> Iterator[Ro
             if row["predictor"].startswith(RANDOM_NEURONS) and row["value"] is not None
         ]
         chance = f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""
-        yield {"attack": short_name(attack), **cells, RANDOM_NEURONS: chance}
+        yield {"attack": attack, **cells, RANDOM_NEURONS: chance}
 
 
 @judge("fig6", "hardness")
@@ -423,7 +422,7 @@ def prediction_claims(network: NetworkResults, findings: Findings) -> Iterator[C
         hardest, weakest = about["bins_hardest_first"][0], about["bins_hardest_first"][-1]
         rivals = {name: _auroc(findings, attack, name) for name in BASELINES}
         yield Claim(
-            text=f"V predicts whom {short_name(attack)} fools",
+            text=f"V predicts whom {attack} fools",
             paper="yes",
             found=f"AUROC {_auroc_cell(findings, attack, OURS)}; fooled {hardest[1]} of {hardest[0]} hardest, "
             f"{weakest[1]} of {weakest[0]} weakest",

@@ -16,7 +16,7 @@ from attackroute.core.model_state import frozen
 from attackroute.core.table import Table
 from attackroute.report.pictures import Pictures, take_pictures
 from attackroute.robustness.attack import Attack, attack_name, attacked
-from attackroute.robustness.registry import by_radius, short_name
+from attackroute.robustness.registry import by_radius
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.layer_map import require_same
 from attackroute.routes.masks import kept
@@ -44,7 +44,7 @@ class Condition:
     @property
     def name(self) -> str:
         """What the images are, in short."""
-        return "clean images" if self.attack is None else f"images after {short_name(self.attack)}"
+        return "clean images" if self.attack is None else f"images after {self.attack}"
 
     @property
     def channels(self) -> Mapping[str, int]:

@@ -28,7 +28,6 @@ from attackroute.report.measuring import Measured, Share, occurrence_table, resp
 from attackroute.report.pictures import inline_figures
 from attackroute.report.route_view import Limits, Network, route_view, run_setup
 from attackroute.report.run_folder import RunFolder, StoredDocument
-from attackroute.robustness.registry import short_name
 from attackroute.routes.route import Route
 
 MOST_BYTES = 10_000_000
@@ -324,7 +323,7 @@ def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     images: dict[str, Any] = {}
     for row in rows:
         attack, accuracy = str(row.get("attack")), row.get("accuracy")
-        cells = attacks.setdefault(attack, {"attack": short_name(attack)})
+        cells = attacks.setdefault(attack, {"attack": attack})
         share = Share(accuracy, interval(row)) if isinstance(accuracy, (int, float)) else None
         cells[str(row.get("model"))] = share
         images[attack] = row.get("samples")

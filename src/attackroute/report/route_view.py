@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attackroute.report.measuring import Condition, same_samples
 from attackroute.report.pictures import Pictures
-from attackroute.robustness.registry import radii, short_name
+from attackroute.robustness.registry import radii
 from attackroute.tracing.influence import MeanInfluence
 
 _NEIGHBOURS = 5  # strongest edges into and out of each channel, which are always kept
@@ -62,7 +62,7 @@ def run_setup(conditions: Sequence[Condition], data: int = 0, start: int = 0, *,
     """Clean images beside those after each attack: conditions of data set number ``data``, from number ``start``."""
     attacks = [item.attack or "" for item in conditions[1:]]
     labels = radii(attacks)
-    names = labels if labels is not None else [short_name(attack) for attack in attacks]
+    names = labels if labels is not None else list(attacks)
     pairs = tuple(Pair(start, start + number, name) for number, name in enumerate(names, start=1))
     control = "attack" if labels is None else "eps"
     return RouteSetup(data, pairs or (Pair(start, None, ""),), control, linked=linked)

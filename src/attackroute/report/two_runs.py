@@ -13,7 +13,6 @@ from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Condition, Measured
 from attackroute.report.page import MOST_BYTES, SECTIONS, Budget, Content, Page, fitting, interval, percent, render
 from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
-from attackroute.robustness.registry import short_name
 from attackroute.routes.route import Route
 
 _WIDTH = 0.3  # the paper's
@@ -104,7 +103,7 @@ def build_comparison(comparison: RunComparison, most_bytes: int = MOST_BYTES) ->
 
 def comparable_note(first: Measured, *, traced: bool) -> str:
     """How two runs were made comparable: by traces, the page's or their own, of as many images and the same attacks."""
-    names = ", ".join(short_name(item.attack) for item in first.attacked if item.attack is not None)
+    names = ", ".join(item.attack for item in first.attacked if item.attack is not None)
     after = f", as they are and after {names} made for each network by itself" if names else ""
     how = "were traced for this page" if traced else "are the runs' own traces"
     count = 0 if first.clean.routes is None else len(first.clean.routes)
@@ -155,7 +154,7 @@ def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, An
     over_one_another = RouteSetup(
         data=0,
         pairs=tuple(
-            Pair(number, places[item.attack], "clean" if item.attack is None else f"after {short_name(item.attack)}")
+            Pair(number, places[item.attack], "clean" if item.attack is None else f"after {item.attack}")
             for number, item in enumerate(conditions[0])
             if item.attack in places
         ),
@@ -208,7 +207,7 @@ def _accuracy_differences(comparison: RunComparison) -> list[dict[str, Any]]:
         pair = [side[attack, images] for side in sides]
         values = [row.get("accuracy") for row in pair]
         if all(isinstance(value, (int, float)) for value in values):
-            row = _difference({"attack": short_name(str(attack)), "images": images}, values)
+            row = _difference({"attack": str(attack), "images": images}, values)
             rows.append({**row, "intervals": [interval(row) for row in pair]})
     return rows
 

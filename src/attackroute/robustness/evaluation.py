@@ -12,7 +12,6 @@ from attackroute.core.statistics import Accuracy
 from attackroute.core.table import Table, aligned, plural
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.masking import SUSPICIOUS, Check
-from attackroute.robustness.registry import short_name
 
 CLEAN = "clean"
 EVALUATION = "evaluation"
@@ -96,7 +95,7 @@ class Evaluation:
         return [
             [
                 row["model"],
-                short_name(row["attack"]),
+                row["attack"],
                 f"{row['accuracy']:.2%}",
                 f"{row['accuracy_low']:.1%} to {row['accuracy_high']:.1%}",
                 str(row["samples"]),
@@ -125,7 +124,7 @@ class Evaluation:
         for model in self.table.distinct("model"):
             clean, *attacked = self.table.select(model=model)
             worst = min(attacked, key=lambda row: row["accuracy"], default=None)
-            left = "" if worst is None else f" and on {worst['accuracy']:.1%} under {short_name(worst['attack'])}"
+            left = "" if worst is None else f" and on {worst['accuracy']:.1%} under {worst['attack']}"
             right = f"{model} is right on {clean['accuracy']:.1%} of {plural(clean['samples'], 'clean image')}"
             sentences.append(f"{right}{left}{self._trust(model)}")
         return "; ".join(sentences) + "."

@@ -86,12 +86,6 @@ def named_attacks(
     return named
 
 
-def short_name(attack: str) -> str:
-    """What this version calls an attack that another one may have written; as it stands where it is not known here."""
-    perturbation = _parsed(attack)
-    return attack if perturbation is None else str(perturbation)
-
-
 def by_radius(attack: str) -> tuple[str, float, str]:
     """Sorts specifications: those of one attack by their radius."""
     perturbation = _parsed(attack)
