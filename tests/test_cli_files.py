@@ -207,12 +207,15 @@ def test_experiments_on_other_terms_are_not_replaced_by_resuming(home: Path, tmp
 
 
 def test_one_command_at_a_time_works_in_a_folder(home: Path, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    pytest.importorskip("fcntl")
     command = ("trace", "--model", home / "net", "--data", f"folder:{home / 'pictures'}", "--out", tmp_path, "--resume")
-    refused(run(*command), "another command is at work")
-    os.close(handle)
+    code = "import sys\nfrom pathlib import Path\nfrom attackroute.core.files import locked\n"
+    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    holder = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        refused(run(*command), "another process is at work")
+        process.communicate()
     done(*command)
 
 

@@ -276,7 +276,7 @@ def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
         os.read(waiting, 1)
         kept = (tmp_path / STATE).read_bytes()
         for resume in (False, True):
-            with pytest.raises(UserError, match=r"another process trains in .*: wait") as caught:
+            with pytest.raises(UserError, match=r"another process is at work in .*: wait") as caught:
                 trained(folder=tmp_path, resume=resume)
             assert "\n" not in str(caught.value)
         assert (tmp_path / STATE).read_bytes() == kept

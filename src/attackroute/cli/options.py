@@ -290,7 +290,7 @@ def results_in(folder: Path, files: Sequence[str], run: RunOptions, *, resume: b
     The files are patterns of what the command writes: where such are there, the user must resume (None where the
     command cannot) or overwrite. No two commands work in one folder at a time.
     """
-    from attackroute.core.files import made_folder
+    from attackroute.core.files import locked, made_folder
 
     beside = folder / _BESIDE
 
@@ -304,7 +304,7 @@ def results_in(folder: Path, files: Sequence[str], run: RunOptions, *, resume: b
 
     with ExitStack() as stack:
         if leading():
-            stack.enter_context(_locked(made_folder(folder)))
+            stack.enter_context(locked(folder))
         replacing = current().first(replaces)
         yield beside if replacing else folder
         if replacing:
@@ -321,27 +321,6 @@ def refuse_earlier(folder: Path, files: Sequence[str], run: RunOptions, *, resum
             "choose another folder"
         )
     return earlier
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let no other process work in the folder meanwhile, where the system can promise that."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another command is at work in {folder}; wait for its end, or choose another") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def _replace(folder: Path, beside: Path, files: Sequence[str]) -> None:

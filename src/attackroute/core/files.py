@@ -16,7 +16,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ VERSION = 1
 ROUTE_KIND = "attackroute route"
 INSTANCE_ROUTES_KIND = "attackroute instance routes"
 
-_METADATA_KEY, _WEIGHTS_KEY = "attackroute", "checksum"
+_METADATA_KEY, _WEIGHTS_KEY, _LOCK = "attackroute", "checksum", ".lock"
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -172,6 +172,28 @@ def made_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"{printable(folder)} cannot be a folder ({error.strerror}); choose another folder") from None
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if need be, for this process: to two at once neither's files would belong.
+
+    The lock goes with the process, however it ends, and is not its children's, such as workers that outlive it a while.
+    """
+    path = made_folder(folder) / _LOCK
+    with ExitStack() as stack:
+        try:
+            import fcntl
+
+            fcntl.lockf(stack.enter_context(path.open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(path.unlink, missing_ok=True)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work in {printable(folder)}: wait for its end, or choose another folder"
+            ) from None
+        except (ImportError, OSError):  # neither on Windows nor on every file system
+            pass
+        yield
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from attackroute.core.errors import UserError
-from attackroute.core.files import made_folder, printable, read_weights, replace_file, sealed_weights, write_json
+from attackroute.core.files import made_folder, read_weights, replace_file, sealed_weights, write_json
 from attackroute.core.journal import require_same_settings
 from attackroute.core.statistics import Accuracy
 from attackroute.zoo.weights import BEST, LAST
@@ -34,7 +33,6 @@ LOG = "log.jsonl"
 SETTINGS = "settings.json"
 
 _FORMAT = 3
-_LOCK = ".lock"
 _LEFT_OVER = "." + "[0-9a-f]" * 16 + ".tmp"  # what a kill leaves of a file that was to be replaced
 
 
@@ -164,29 +162,6 @@ class Checkpoint:
                     f"the run in {path} is of another model: {name} is {there} there and {here} here; "
                     "give the same model or choose another folder"
                 )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, which is made if need be, for this process: to two at once neither's files would belong.
-
-    The lock goes with the process, however it ends, and is not its children's, such as workers that outlive it a while.
-    """
-    path = made_folder(folder) / _LOCK
-    with ExitStack() as stack:
-        try:
-            import fcntl
-
-            file = stack.enter_context(path.open("w"))
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stack.callback(path.unlink, missing_ok=True)
-        except BlockingIOError:
-            raise UserError(
-                f"another process trains in {printable(folder)}: wait until it is done, or choose another folder"
-            ) from None
-        except (ImportError, OSError):  # neither on Windows nor on every file system
-            pass
-        yield
 
 
 def open_run(path: Path, *, resume: bool) -> Checkpoint | None:

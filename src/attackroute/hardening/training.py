@@ -26,12 +26,13 @@ from attackroute.core.batches import Data, as_dataset, count_samples, count_step
 from attackroute.core.checks import check_logits, checked_batch, require_no_probabilities
 from attackroute.core.distributed import current, take_from_first
 from attackroute.core.errors import UserError
+from attackroute.core.files import locked
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import in_format, kept_modes, placement
 from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
-from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, locked, open_run
+from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, open_run
 from attackroute.hardening.data_parallel import Replicas
 from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
