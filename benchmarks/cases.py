@@ -172,6 +172,9 @@ def workload(
             )
             for _ in range(batches)
         )
+        for head in model.modules():  # those of new transformers are zeros
+            if isinstance(head, nn.Linear) and not head.weight.any():
+                nn.init.normal_(head.weight, std=0.02)
         adapt_batch_norms(model, data[0][0])
     return Workload(model.eval(), data)
 

@@ -48,6 +48,11 @@ class Axis:
         out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         return cls(size, out, stride, tuple(dilation * offset - padding for offset in range(kernel)))
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether there is one kernel offset, and it pairs every input position with an output."""
+        return len(self.starts) == 1 and self.positions(0) == range(self.size)
+
     def positions(self, offset: int) -> range:
         """Input positions inside the map that kernel offset number ``offset`` pairs with an output."""
         start = self.starts[offset]
@@ -97,14 +102,15 @@ def _segments(axis: Axis) -> tuple[list[slice], list[list[float]]]:
 def mask_sums(mask: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of ``|mask|``, a bool or float map ``(n, C, H, W)``; returns ``(n, C, kh, kw)`` in float."""
     if mask.dtype == torch.bool:
-        return _count_sums(mask, rows, columns)
+        sums = _count_sums if mask.device.type == "cpu" else _product_sums
+        return sums(mask, rows, columns)
     return _sums(mask.abs(), rows, columns)
 
 
 def alive_sums(values: Tensor, alive: Alive, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of the mask ``alive`` of ``values`` ``(n, C, H, W)``, in blocks that stay in cache."""
     if values.device.type != "cpu":
-        return _count_sums(alive.of(values), rows, columns)  # a byte for each value is read there, not four
+        return _product_sums(alive.of(values), rows, columns)
     blocks = values.split(max(1, _BLOCK // max(1, values[0].numel())))
     pointwise = len(rows.starts) == len(columns.starts) == 1
     by_column = values.is_contiguous() and not pointwise and rows.size * columns.size > _SMALL
@@ -116,6 +122,8 @@ def alive_sums(values: Tensor, alive: Alive, rows: Axis, columns: Axis) -> Tenso
 def _product_sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums as one matrix product: quickest in channels_last, and on accelerators, where each operation costs."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    if rows.takes_all and columns.takes_all:
+        return values.sum((2, 3), dtype=dtype, keepdim=True)
     if len(rows.starts) * len(columns.starts) > _SEGMENTS:  # the matrix of both axes at once would be large
         left, right = (indicator(axis, dtype, values.device) for axis in (rows, columns))
         return (left @ values.to(dtype)).matmul(right.T)
