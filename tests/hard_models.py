@@ -237,6 +237,13 @@ def sequence(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, Head(5))
 
 
+def alternating(channels: int, *between: nn.Module) -> nn.Module:
+    """Convolutions with these modules between them."""
+    points = (nn.Conv2d(channels, channels, 1) for _ in between)
+    layers = [layer for pair in zip(between, points, strict=True) for layer in pair]
+    return nn.Sequential(nn.Conv2d(3, channels, 3), *layers, Head(channels))
+
+
 HARD: dict[str, Callable[[], nn.Module]] = {
     # custom functions
     "straight-through clamp": two(ClampThrough.apply),
@@ -254,7 +261,6 @@ HARD: dict[str, Callable[[], nn.Module]] = {
     "shifted through .data": two(shifted_behind_the_back),
     "other memory as .data": two(exchanged_memory),
     "foreach in place": two(doubled_in_a_list),
-    "slices after in-place ReLU": two(lambda x: torch.cat([*F.relu_(x).split(2, 1)][::-1], 1)),
     "foreach": using(foreach, a=A, c=A, b=B, head=END),
     # gradient barriers
     "rounding with detach": two(round_through),
@@ -269,16 +275,10 @@ HARD: dict[str, Callable[[], nn.Module]] = {
     "one-hot": two(choose),
     # activations and padding
     "ReLU after saturated ReLU6": two(lambda x: F.relu(F.max_pool2d(F.relu6(30 * x), 2))),
-    "ReLU after hardtanh": two(lambda x: F.relu(F.hardtanh(x, 0, 0.1))),
-    "padding below zero": two(lambda x: F.pad(F.relu(x), (1, 1, 1, 1), value=-1.0)),
-    "channels padded below zero": two(lambda x: F.pad(F.relu(x), (0, 0, 0, 0, 1, 1), value=-1.0), inputs=8),
     "padding with -inf before pooling": two(
         lambda x: F.max_pool2d(F.pad(F.relu(x), (0, 1, 0, 1), value=-torch.inf), 3, 2)
     ),
-    "clamp at its bounds": two(lambda x: F.relu(x).clamp(min=0).clamp_min(0)),
-    "boolean mask": two(lambda x: F.max_pool2d(x * (x > 0), 3, 2)),
     "masked_fill and where": two(lambda x: torch.where(x > 0.1, x, x.masked_fill(x < -0.1, 0))),
-    "channels set to a constant": two(lambda x: F.relu(x).index_fill(1, torch.tensor([0, 4]), 0.5)),
     # paths of one source that meet
     "skip around a softmax": two(lambda x: x + F.softmax(x, 1)),
     "softmax around a skip": two(lambda x: F.softmax(x, 1) - x),
@@ -293,14 +293,9 @@ HARD: dict[str, Callable[[], nn.Module]] = {
     "some channels added": two(lambda x: x + F.pad(x[:, :4], (0, 0, 0, 0, 0, 2))),
     "neighbours added": two(lambda x: x[:, :, 1:] - x[:, :, :-1]),
     "two poolings added": two(lambda x: F.max_pool2d(x, 2) + F.max_pool2d(-x, 2)),
-    "average and its ReLU": two(lambda x: (x := F.avg_pool2d(x, 2)) - F.relu(x) / 2, kernel=1),
-    "overlapping pooling and its ReLU": two(lambda x: (x := F.max_pool2d(x, 3, 2)) - F.relu(x) / 3),
-    "overlapping pooling, cropped": two(lambda x: F.max_pool2d(x, 3, 2)[:, :, 1:]),
-    "two overlapping poolings": two(lambda x: F.max_pool2d(F.max_pool2d(x, 3, 2, 1), 3, 2, 1)),
     "both signs averaged": two(
         lambda x: F.avg_pool2d(F.max_pool2d(x, 3, 1) * torch.linspace(-1, 1, 9).to(x), 2), kernel=1
     ),
-    "two averages": two(lambda x: F.avg_pool2d(F.avg_pool2d(x, 3, 1, 1), 3, 1, 1), kernel=1),
     "gate of its own mean": two(lambda x: x * x.mean((2, 3), keepdim=True)),
     # calls and parameters
     "functional padding='valid'": using(
@@ -318,32 +313,16 @@ HARD: dict[str, Callable[[], nn.Module]] = {
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 5, 3)),
         nn.ReLU(),
     ),
+    "gated linear unit": two(lambda x: F.glu(x, 1), inputs=3),
     "scripted function": two(scripted()),
     "vmap": two(torch.vmap(lambda x: F.relu(x) * 2)),
-    "unusual activations": lambda: sequence(
-        nn.Conv2d(3, 6, 3),
-        nn.Softshrink(0.1),
-        nn.Conv2d(6, 6, 1),
-        nn.Threshold(0.1, 0.2),
-        nn.Conv2d(6, 6, 1),
-        nn.RReLU(),
-        nn.Conv2d(6, 6, 1),
-        nn.Softsign(),
-        nn.Conv2d(6, 6, 1),
-        nn.GLU(1),
-        nn.Conv2d(3, 5, 1),
+    "unusual activations": lambda: alternating(
+        6, nn.Softshrink(0.1), nn.Threshold(0.1, 0.2), nn.RReLU(), nn.Softsign()
     ),
-    "normalisations": lambda: sequence(
-        nn.Conv2d(3, 4, 3),
-        nn.InstanceNorm2d(4, affine=True),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3),
-        nn.LayerNorm([4, 9, 9]),
-        nn.Conv2d(4, 4, 1),
-        nn.InstanceNorm2d(4, track_running_stats=True),
-        nn.Conv2d(4, 4, 1),
-        nn.LocalResponseNorm(3),
-        nn.Conv2d(4, 5, 1),
+    "normalisations": lambda: alternating(
+        4,
+        nn.Sequential(nn.InstanceNorm2d(4, affine=True), nn.ReLU()),
+        *(nn.LayerNorm([4, 11, 11]), nn.InstanceNorm2d(4, track_running_stats=True), nn.LocalResponseNorm(3)),
     ),
     "attention": using(attention, a=A, b=B, head=END, attention=lambda: nn.MultiheadAttention(6, 2, batch_first=True)),
     "spatial gate": using(spatial_gate, a=A, b=B, head=END, gate=lambda: nn.Conv2d(2, 1, 3, padding=1)),
@@ -365,37 +344,30 @@ HARD: dict[str, Callable[[], nn.Module]] = {
 }
 """Networks that must be traced as the oracle does it."""
 
+
+def mapped(
+    before: Between, features: int, after: Between, end: Callable[[], nn.Module], outputs: int = 4, channels: int = 6
+) -> Callable[[], nn.Module]:
+    """A linear map of an arrangement of a convolution's output."""
+
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        return parts["end"](after(F.relu(parts["fc"](before(parts["a"](x))))))
+
+    return using(forward, a=lambda: nn.Conv2d(3, channels, 3), fc=lambda: nn.Linear(features, outputs), end=end)
+
+
 HARD_LINEAR: dict[str, Callable[[], nn.Module]] = {
-    "linear map of columns": using(
-        lambda p, x: p["head"](F.relu(p["fc"](F.relu(p["a"](x))))),
-        a=A,
-        fc=lambda: nn.Linear(11, 4),
-        head=lambda: Head(6),
+    "linear map of columns": mapped(F.relu, 11, lambda x: x, lambda: Head(6)),
+    "linear map of positions": mapped(
+        lambda x: F.relu(x).flatten(2), 121, lambda x: x.mean(2), lambda: nn.Linear(6, 5)
     ),
-    "linear map of positions": using(
-        lambda p, x: p["end"](F.relu(p["fc"](F.relu(p["a"](x)).flatten(2))).mean(2)),
-        a=A,
-        fc=lambda: nn.Linear(121, 4),
-        end=lambda: nn.Linear(6, 5),
+    "linear map of channels": mapped(
+        lambda x: x.permute(0, 2, 3, 1), 6, lambda x: x.permute(0, 3, 1, 2), END, outputs=5
     ),
-    "linear map of channels": using(
-        lambda p, x: p["head"](F.relu(p["fc"](p["a"](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))),
-        a=A,
-        fc=lambda: nn.Linear(6, 5),
-        head=END,
+    "linear map of one channel's positions": mapped(
+        lambda x: F.relu(x).flatten(2), 121, lambda x: x[:, 0], lambda: nn.Linear(4, 5), channels=1
     ),
-    "linear map of one channel's positions": using(
-        lambda p, x: p["end"](F.relu(p["fc"](F.relu(p["a"](x)).flatten(2)))[:, 0]),
-        a=lambda: nn.Conv2d(3, 1, 3),
-        fc=lambda: nn.Linear(121, 4),
-        end=lambda: nn.Linear(4, 5),
-    ),
-    "linear map of a mean": using(
-        lambda p, x: p["end"](F.relu(p["fc"](F.relu(p["a"](x)).mean((3, 2))))),
-        a=A,
-        fc=lambda: nn.Linear(6, 4),
-        end=lambda: nn.Linear(4, 5),
-    ),
+    "linear map of a mean": mapped(lambda x: F.relu(x).mean((3, 2)), 6, lambda x: x, lambda: nn.Linear(4, 5)),
     "linear map of a flat map": using(
         lambda p, x: p["end"](F.relu_(p["norm"](p["fc"](F.relu_(p["a"](x)).flatten(1))))),
         a=A,
