@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,40 +36,22 @@ A, B, END = (lambda: nn.Conv2d(3, 6, 3)), (lambda: nn.Conv2d(6, 5, 3)), (lambda:
 # Custom autograd functions
 
 
-class ClampThrough(torch.autograd.Function):
-    """Clamps, and passes gradients as if it did not."""
+def custom(forward: Callable[[Any, Tensor], Tensor], backward: Between) -> Between:
+    """A function whose gradient is what ``backward`` makes of it."""
 
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clamp(-0.2, 0.2)
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return forward(ctx, x)
 
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return backward(gradient)
 
-
-class Reversal(torch.autograd.Function):
-    """Gradient reversal: a view forward, a factor backward."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return -0.1 * gradient
+    return Custom.apply
 
 
-class Returned(torch.autograd.Function):
-    """Returns its very input."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient / 2
+reversal = custom(lambda _, x: x.view_as(x), lambda gradient: -0.1 * gradient)
 
 
 class Rectifier(torch.autograd.Function):
@@ -85,19 +68,6 @@ class Rectifier(torch.autograd.Function):
         gradient = gradient.clone()
         gradient[x < 0] = 0
         return gradient
-
-
-class Doubled(torch.autograd.Function):
-    """Works in place."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        return x.mul_(2)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return 2 * gradient
 
 
 # Aliasing
@@ -166,26 +136,6 @@ def foreach(parts: nn.ModuleDict, x: Tensor) -> Tensor:
 # Gradient barriers
 
 
-def round_through(x: Tensor) -> Tensor:
-    return x + (x.mul(4).round().div(4) - x).detach()
-
-
-def clamp_through_no_grad(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        change = x.clamp(-0.2, 0.2) - x
-    return x + change
-
-
-def quantised_noise(x: Tensor) -> Tensor:
-    return x + x.mul(10).int().to(x.dtype) / 10
-
-
-def gate_without_gradient(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        gate = torch.sigmoid(x)
-    return x * gate
-
-
 def detached_branch(parts: nn.ModuleDict, x: Tensor) -> Tensor:
     x = F.relu_(parts["a"](x))
     return parts["head"](F.relu(parts["b"](x.detach()))) + parts["end"](x)
@@ -195,10 +145,6 @@ def only_its_shape(parts: nn.ModuleDict, x: Tensor) -> Tensor:
     """The second convolution reads a map made ``like`` the first one's."""
     z = parts["a"](x)
     return parts["head"](F.relu(parts["b"](torch.zeros_like(z) + x.mean((1, 2, 3), keepdim=True)))) + parts["end"](z)
-
-
-def choose(x: Tensor) -> Tensor:
-    return torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x
 
 
 free = torch.full((1,), 1.5, dtype=torch.float64, requires_grad=True)
@@ -213,12 +159,9 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(F.pad(x, (1, 0, 1, 0)), weight / weight.std((1, 2, 3), keepdim=True), self.bias)
 
 
-def scripted() -> Callable[[Tensor], Tensor]:
-    @torch.jit.script
-    def swish(x: Tensor) -> Tensor:
-        return x * torch.sigmoid(x)
-
-    return swish
+@torch.jit.script
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
 
 
 def attention(parts: nn.ModuleDict, x: Tensor) -> Tensor:
@@ -246,11 +189,11 @@ def alternating(channels: int, *between: nn.Module) -> nn.Module:
 
 HARD: dict[str, Callable[[], nn.Module]] = {
     # custom functions
-    "straight-through clamp": two(ClampThrough.apply),
-    "gradient reversal": two(lambda x: Reversal.apply(F.relu(x))),
-    "function that returns its input": two(Returned.apply),
+    "straight-through clamp": two(custom(lambda _, x: x.clamp(-0.2, 0.2), lambda gradient: gradient)),
+    "gradient reversal": two(lambda x: reversal(F.relu(x))),
+    "function that returns its input": two(custom(lambda _, x: x, lambda gradient: gradient / 2)),
     "hand-written ReLU": two(Rectifier.apply),
-    "function in place": two(Doubled.apply),
+    "function in place": two(custom(lambda ctx, x: ctx.mark_dirty(x) or x.mul_(2), lambda gradient: 2 * gradient)),
     # aliasing
     "ReLU on a view": two(relu_on_a_view),
     "view before a write": two(view_before_a_write),
@@ -263,16 +206,16 @@ HARD: dict[str, Callable[[], nn.Module]] = {
     "foreach in place": two(doubled_in_a_list),
     "foreach": using(foreach, a=A, c=A, b=B, head=END),
     # gradient barriers
-    "rounding with detach": two(round_through),
-    "clamp under no_grad": two(clamp_through_no_grad),
-    "integers added": two(quantised_noise),
+    "rounding with detach": two(lambda x: x + (x.mul(4).round().div(4) - x).detach()),
+    "clamp under no_grad": two(lambda x: x + torch.no_grad()(lambda x: x.clamp(-0.2, 0.2) - x)(x)),
+    "integers added": two(lambda x: x + x.mul(10).int().to(x.dtype) / 10),
     "integers as a gate": two(lambda x: x * (3 * x).to(torch.int32)),
-    "gate under no_grad": two(gate_without_gradient),
+    "gate under no_grad": two(lambda x: x * torch.no_grad()(torch.sigmoid)(x)),
     "integers only": two(lambda x: x.mul(100).int().to(x.dtype)),
     "half detached": two(lambda x: torch.cat([x[:, :3], F.relu(x[:, 3:]).detach()], 1)),
     "detached branch": using(detached_branch, a=A, b=B, head=END, end=lambda: Head(6)),
     "shape alone": using(only_its_shape, a=A, b=B, head=END, end=lambda: Head(6)),
-    "one-hot": two(choose),
+    "one-hot": two(lambda x: torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x),
     # activations and padding
     "ReLU after saturated ReLU6": two(lambda x: F.relu(F.max_pool2d(F.relu6(30 * x), 2))),
     "padding with -inf before pooling": two(
@@ -314,7 +257,7 @@ HARD: dict[str, Callable[[], nn.Module]] = {
         nn.ReLU(),
     ),
     "gated linear unit": two(lambda x: F.glu(x, 1), inputs=3),
-    "scripted function": two(scripted()),
+    "scripted function": two(swish),
     "vmap": two(torch.vmap(lambda x: F.relu(x) * 2)),
     "unusual activations": lambda: alternating(
         6, nn.Softshrink(0.1), nn.Threshold(0.1, 0.2), nn.RReLU(), nn.Softsign()

@@ -86,14 +86,15 @@ def test_layers_inside_attention_are_named() -> None:
     assert {"features.1.0.attn", "features.1.0.attn#2", "features.1.0.mlp.0", "features.1.0.mlp.3"} < set(found.layers)
 
 
-def test_positions_first_are_refused_even_where_there_are_as_many_as_images() -> None:
-    model, images, labels = made(PositionsFirst, samples=16)
-    with pytest.raises(UserError, match="batch_first=True"):
-        trace_routes(model, (images, labels), config=TraceConfig(linear=True))
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-def test_rows_that_are_not_together_are_refused(samples: int) -> None:
-    model, images, labels = made(lambda: folded(together=False), samples)
+@pytest.mark.parametrize(
+    ("build", "samples"),
+    [
+        (PositionsFirst, 16),  # as many images as positions
+        (lambda: folded(together=False), 1),
+        (lambda: folded(together=False), 2),
+    ],
+)
+def test_rows_of_images_that_are_not_together_are_refused(build: Callable[[], nn.Module], samples: int) -> None:
+    model, images, labels = made(build, samples)
     with pytest.raises(UserError, match="batch_first=True"):
         trace_routes(model, (images, labels), config=TraceConfig(linear=True))

@@ -18,6 +18,8 @@ from attackroute.core.errors import UserError
 from attackroute.core.model_state import weights_digest
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.layer_map import require_model
+from attackroute.tracing.influence import influence
+from attackroute.tracing.oracle import _gradients, _run
 from attackroute.tracing.trace import trace_routes
 from hard_models import END, HARD, HARD_LINEAR, A, B, two, using
 from tracing import check, ready, same_routes, small, worst
@@ -36,6 +38,7 @@ VIEWS = {
     "chunk": lambda x: torch.cat(x.chunk(2, 1), 1),
     "positions": lambda x: x[:, :, 1:, ::2],
     "view": lambda x: x.flatten(2).view(x.shape),
+    "constants like a map": lambda x: torch.cat([x, torch.ones_like(x[:, :1])], 1)[:, :6],
     "option A": lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))[:, :6],
 }
 
@@ -44,11 +47,6 @@ VIEWS = {
 @pytest.mark.parametrize("inplace", [False, True])
 def test_views_keep_the_closed_form(name: str, inplace: bool) -> None:
     found = check(*ready(two(lambda x: VIEWS[name](F.relu(x, inplace=inplace)))))
-    assert list(found.methods.values()) == ["closed-form"]
-
-
-def test_constants_like_a_map_keep_the_closed_form() -> None:
-    found = check(*ready(two(lambda x: torch.cat([x, torch.ones_like(x[:, :1])], 1)[:, :6])))
     assert list(found.methods.values()) == ["closed-form"]
 
 
@@ -298,9 +296,6 @@ SLOW = [
 def test_torchvision_at_random(name: str) -> None:
     """Every edge's structure, and the influence of some edges on single elements of the target."""
     import torchvision
-
-    from attackroute.tracing.influence import influence
-    from attackroute.tracing.oracle import _gradients, _run
 
     torch.manual_seed(0)
     model = randomised(torchvision.models.get_model(name, weights=None, num_classes=5)).double().eval()

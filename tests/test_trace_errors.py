@@ -50,6 +50,8 @@ def refused(message: str, function: Callable[..., object], *args: Any, **options
 def test_a_trace_leaves_the_model_as_it_was(model: nn.Sequential) -> None:
     trace_routes(model, (IMAGES, LABELS), keep_scores=True)
     trace_routes(model, (IMAGES, LABELS), config=TraceConfig(linear=True), autocast=torch.bfloat16)
+    sketched = trace_routes(model, (IMAGES, LABELS), config=TraceConfig(sketches=32))
+    assert "sketch" in sketched.methods.values()
     influence(model, IMAGES, "0", "3")
     influence(model, IMAGES, "3", "6")
 
