@@ -164,12 +164,6 @@ def swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
-def attention(parts: nn.ModuleDict, x: Tensor) -> Tensor:
-    tokens = parts["a"](x).flatten(2).transpose(1, 2)
-    tokens = tokens + parts["attention"](tokens, tokens, tokens)[0]
-    return parts["head"](F.relu(parts["b"](tokens.transpose(1, 2).unflatten(2, (11, 11)))))
-
-
 def spatial_gate(parts: nn.ModuleDict, x: Tensor) -> Tensor:
     x = F.relu(parts["a"](x))
     pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
@@ -267,7 +261,6 @@ HARD: dict[str, Callable[[], nn.Module]] = {
         nn.Sequential(nn.InstanceNorm2d(4, affine=True), nn.ReLU()),
         *(nn.LayerNorm([4, 11, 11]), nn.InstanceNorm2d(4, track_running_stats=True), nn.LocalResponseNorm(3)),
     ),
-    "attention": using(attention, a=A, b=B, head=END, attention=lambda: nn.MultiheadAttention(6, 2, batch_first=True)),
     "spatial gate": using(spatial_gate, a=A, b=B, head=END, gate=lambda: nn.Conv2d(2, 1, 3, padding=1)),
     "Fourier transform": two(lambda x: torch.fft.irfft2(torch.fft.rfft2(x) / 2, s=(11, 11))),
     "interpolation": two(lambda x: F.interpolate(F.relu(x), scale_factor=1.5, mode="bilinear")),

@@ -19,8 +19,9 @@ from tracing import state
 ALL = {**TOKENS, **GATED}
 
 
-def by_gradient(model: nn.Module, x: Tensor, y: Tensor) -> ar.Route:
-    return ar.rank_channels(model, (x, y), "gradient", 0.4, linear=True)
+def ranked(name: str, width: float = 0.5) -> tuple[nn.Module, Tensor, Tensor, ar.Route]:
+    model, x, y = made(ALL[name])
+    return model, x, y, ar.rank_channels(model, (x, y), "gradient", width, linear=True)
 
 
 def by_hand(model: nn.Module, route: ar.Route, x: Tensor, y: Tensor) -> float:
@@ -34,8 +35,8 @@ def by_hand(model: nn.Module, route: ar.Route, x: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_penalty_is_the_mean_over_images_and_its_gradient_is_that_of_differences(name: str) -> None:
-    model, x, y = made(ALL[name])
-    route, before = by_gradient(model, x, y), state(model)
+    model, x, y, route = ranked(name, 0.4)
+    before = state(model)
     penalty = ar.GradientPenalty(model, route)
     with penalty.watch():
         logits = model(x)
@@ -58,8 +59,8 @@ def test_gradient_penalty_is_the_mean_over_images_and_its_gradient_is_that_of_di
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_approximation_comes_near_the_exact_gradient(name: str) -> None:
-    model, x, y = made(ALL[name])
-    route, outcomes = by_gradient(model, x, y), {}
+    model, x, y, route = ranked(name, 0.4)
+    outcomes = {}
     for method in (EXACT, APPROXIMATE):
         penalty = ar.GradientPenalty(model, route, method=method, eps=1e-7)
         with penalty.watch():
@@ -73,9 +74,9 @@ def test_the_approximation_comes_near_the_exact_gradient(name: str) -> None:
 
 
 def test_attention_keeps_its_fused_kernels_afterwards() -> None:
-    model, x, y = made(TOKENS["attentive"])
+    model, x, _, route = ranked("attentive", 0.4)
     enabled = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
-    penalty = ar.GradientPenalty(model, by_gradient(model, x, y))
+    penalty = ar.GradientPenalty(model, route)
     with pytest.raises(ZeroDivisionError), penalty.watch():
         model(x)
         raise ZeroDivisionError
@@ -113,14 +114,9 @@ def slices(model: nn.Module, route: ar.Route, target: str, source: str) -> Tenso
     return on if weight_of(model, target).shape[1] > 1 else on.diagonal()[:, None]
 
 
-def ranked(name: str) -> tuple[nn.Module, Tensor, ar.Route]:
-    model, x, y = made(ALL[name])
-    return model, x, ar.rank_channels(model, (x, y), "gradient", 0.5, linear=True)
-
-
 @pytest.mark.parametrize("name", PAIRS)
 def test_weakening_is_surgery_on_the_kernels_that_join_neurons(name: str) -> None:
-    model, x, route = ranked(name)
+    model, x, _, route = ranked(name)
     pairs, before = PAIRS[name], state(model)
     assert Connections.find(model, x, linear=True).joined(route) == [layer for layer in route if layer in pairs]
     other = copy.deepcopy(model)
@@ -138,7 +134,7 @@ def test_weakening_is_surgery_on_the_kernels_that_join_neurons(name: str) -> Non
 
 @pytest.mark.parametrize("name", [*TOKENS, "convnext"])
 def test_a_slice_that_belongs_to_no_neuron_is_an_error_that_says_what_to_take(name: str) -> None:
-    model, x, route = ranked(name)
+    model, x, _, route = ranked(name)
     with (
         pytest.raises(UserError, match=r"no kernel slice of layer .* mixes channels") as error,
         ar.weaken(model, route, 0),
@@ -152,7 +148,7 @@ def test_a_slice_that_belongs_to_no_neuron_is_an_error_that_says_what_to_take(na
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_weight_penalty_is_the_sum_over_the_slices(name: str) -> None:
-    model, x, route = ranked(name)
+    model, x, _, route = ranked(name)
     penalty = ar.WeightPenalty(model, route, x, layers=list(PAIRS[name]))
     expected = sum(
         float(weight_of(model, target)[slices(model, route, target, source)].abs().sum().detach())

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
-from benchmarks.small_networks import efficientnet, mobilenet_v3
+from benchmarks.small_networks import efficientnet
 
 CLASSES = 5
 
@@ -79,14 +80,18 @@ def convnext() -> nn.Module:
     return ConvNeXt([CNBlockConfig(6, 8, 1), CNBlockConfig(8, None, 1)], layer_scale=0.7, num_classes=CLASSES)
 
 
+def mobilenet() -> nn.Module:
+    blocks = [
+        InvertedResidualConfig(8, 3, 16, 8, True, "RE", 1, 1, 1.0),
+        InvertedResidualConfig(8, 5, 16, 8, True, "HS", 2, 1, 1.0),
+    ]
+    return MobileNetV3(blocks, 16, num_classes=CLASSES)
+
+
 TOKENS: dict[str, Callable[[], nn.Module]] = {"vit": vit, "swin": swin, "attentive": Attentive, "encoder": Encoder}
 """Networks with attention."""
 
-GATED: dict[str, Callable[[], nn.Module]] = {
-    "convnext": convnext,
-    "efficientnet": efficientnet,
-    "mobilenet": mobilenet_v3,
-}
+GATED: dict[str, Callable[[], nn.Module]] = {"convnext": convnext, "efficientnet": efficientnet, "mobilenet": mobilenet}
 """Networks with gates, or normalisation over channels, and no attention."""
 
 
