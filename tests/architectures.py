@@ -12,9 +12,9 @@ from torch import Tensor, nn
 def conv(weight: list[list[float]], bias: list[float] | None = None) -> nn.Conv2d:
     """A convolution of single positions, for arithmetic done by hand."""
     layer = nn.Conv2d(len(weight[0]), len(weight), 1, bias=bias is not None)
-    layer.weight.data = torch.tensor(weight)[:, :, None, None]
+    layer.weight.data = torch.tensor(weight).to(layer.weight)[:, :, None, None]
     if layer.bias is not None:
-        layer.bias.data = torch.tensor(bias)
+        layer.bias.data = torch.tensor(bias).to(layer.weight)
     return layer
 
 

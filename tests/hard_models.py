@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,40 +36,22 @@ A, B, END = (lambda: nn.Conv2d(3, 6, 3)), (lambda: nn.Conv2d(6, 5, 3)), (lambda:
 # Custom autograd functions
 
 
-class ClampThrough(torch.autograd.Function):
-    """Clamps, and passes gradients as if it did not."""
+def custom(forward: Callable[[Any, Tensor], Tensor], backward: Between) -> Between:
+    """A function whose gradient is what ``backward`` makes of it."""
 
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clamp(-0.2, 0.2)
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return forward(ctx, x)
 
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return backward(gradient)
 
-
-class Reversal(torch.autograd.Function):
-    """Gradient reversal: a view forward, a factor backward."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return -0.1 * gradient
+    return Custom.apply
 
 
-class Returned(torch.autograd.Function):
-    """Returns its very input."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient / 2
+reversal = custom(lambda _, x: x.view_as(x), lambda gradient: -0.1 * gradient)
 
 
 class Rectifier(torch.autograd.Function):
@@ -85,19 +68,6 @@ class Rectifier(torch.autograd.Function):
         gradient = gradient.clone()
         gradient[x < 0] = 0
         return gradient
-
-
-class Doubled(torch.autograd.Function):
-    """Works in place."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        return x.mul_(2)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return 2 * gradient
 
 
 # Aliasing
@@ -166,26 +136,6 @@ def foreach(parts: nn.ModuleDict, x: Tensor) -> Tensor:
 # Gradient barriers
 
 
-def round_through(x: Tensor) -> Tensor:
-    return x + (x.mul(4).round().div(4) - x).detach()
-
-
-def clamp_through_no_grad(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        change = x.clamp(-0.2, 0.2) - x
-    return x + change
-
-
-def quantised_noise(x: Tensor) -> Tensor:
-    return x + x.mul(10).int().to(x.dtype) / 10
-
-
-def gate_without_gradient(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        gate = torch.sigmoid(x)
-    return x * gate
-
-
 def detached_branch(parts: nn.ModuleDict, x: Tensor) -> Tensor:
     x = F.relu_(parts["a"](x))
     return parts["head"](F.relu(parts["b"](x.detach()))) + parts["end"](x)
@@ -195,10 +145,6 @@ def only_its_shape(parts: nn.ModuleDict, x: Tensor) -> Tensor:
     """The second convolution reads a map made ``like`` the first one's."""
     z = parts["a"](x)
     return parts["head"](F.relu(parts["b"](torch.zeros_like(z) + x.mean((1, 2, 3), keepdim=True)))) + parts["end"](z)
-
-
-def choose(x: Tensor) -> Tensor:
-    return torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x
 
 
 free = torch.full((1,), 1.5, dtype=torch.float64, requires_grad=True)
@@ -213,18 +159,9 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(F.pad(x, (1, 0, 1, 0)), weight / weight.std((1, 2, 3), keepdim=True), self.bias)
 
 
-def scripted() -> Callable[[Tensor], Tensor]:
-    @torch.jit.script
-    def swish(x: Tensor) -> Tensor:
-        return x * torch.sigmoid(x)
-
-    return swish
-
-
-def attention(parts: nn.ModuleDict, x: Tensor) -> Tensor:
-    tokens = parts["a"](x).flatten(2).transpose(1, 2)
-    tokens = tokens + parts["attention"](tokens, tokens, tokens)[0]
-    return parts["head"](F.relu(parts["b"](tokens.transpose(1, 2).unflatten(2, (11, 11)))))
+@torch.jit.script
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
 
 
 def spatial_gate(parts: nn.ModuleDict, x: Tensor) -> Tensor:
@@ -237,13 +174,20 @@ def sequence(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, Head(5))
 
 
+def alternating(channels: int, *between: nn.Module) -> nn.Module:
+    """Convolutions with these modules between them."""
+    points = (nn.Conv2d(channels, channels, 1) for _ in between)
+    layers = [layer for pair in zip(between, points, strict=True) for layer in pair]
+    return nn.Sequential(nn.Conv2d(3, channels, 3), *layers, Head(channels))
+
+
 HARD: dict[str, Callable[[], nn.Module]] = {
     # custom functions
-    "straight-through clamp": two(ClampThrough.apply),
-    "gradient reversal": two(lambda x: Reversal.apply(F.relu(x))),
-    "function that returns its input": two(Returned.apply),
+    "straight-through clamp": two(custom(lambda _, x: x.clamp(-0.2, 0.2), lambda gradient: gradient)),
+    "gradient reversal": two(lambda x: reversal(F.relu(x))),
+    "function that returns its input": two(custom(lambda _, x: x, lambda gradient: gradient / 2)),
     "hand-written ReLU": two(Rectifier.apply),
-    "function in place": two(Doubled.apply),
+    "function in place": two(custom(lambda ctx, x: ctx.mark_dirty(x) or x.mul_(2), lambda gradient: 2 * gradient)),
     # aliasing
     "ReLU on a view": two(relu_on_a_view),
     "view before a write": two(view_before_a_write),
@@ -254,31 +198,24 @@ HARD: dict[str, Callable[[], nn.Module]] = {
     "shifted through .data": two(shifted_behind_the_back),
     "other memory as .data": two(exchanged_memory),
     "foreach in place": two(doubled_in_a_list),
-    "slices after in-place ReLU": two(lambda x: torch.cat([*F.relu_(x).split(2, 1)][::-1], 1)),
     "foreach": using(foreach, a=A, c=A, b=B, head=END),
     # gradient barriers
-    "rounding with detach": two(round_through),
-    "clamp under no_grad": two(clamp_through_no_grad),
-    "integers added": two(quantised_noise),
+    "rounding with detach": two(lambda x: x + (x.mul(4).round().div(4) - x).detach()),
+    "clamp under no_grad": two(lambda x: x + torch.no_grad()(lambda x: x.clamp(-0.2, 0.2) - x)(x)),
+    "integers added": two(lambda x: x + x.mul(10).int().to(x.dtype) / 10),
     "integers as a gate": two(lambda x: x * (3 * x).to(torch.int32)),
-    "gate under no_grad": two(gate_without_gradient),
+    "gate under no_grad": two(lambda x: x * torch.no_grad()(torch.sigmoid)(x)),
     "integers only": two(lambda x: x.mul(100).int().to(x.dtype)),
     "half detached": two(lambda x: torch.cat([x[:, :3], F.relu(x[:, 3:]).detach()], 1)),
     "detached branch": using(detached_branch, a=A, b=B, head=END, end=lambda: Head(6)),
     "shape alone": using(only_its_shape, a=A, b=B, head=END, end=lambda: Head(6)),
-    "one-hot": two(choose),
+    "one-hot": two(lambda x: torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x),
     # activations and padding
     "ReLU after saturated ReLU6": two(lambda x: F.relu(F.max_pool2d(F.relu6(30 * x), 2))),
-    "ReLU after hardtanh": two(lambda x: F.relu(F.hardtanh(x, 0, 0.1))),
-    "padding below zero": two(lambda x: F.pad(F.relu(x), (1, 1, 1, 1), value=-1.0)),
-    "channels padded below zero": two(lambda x: F.pad(F.relu(x), (0, 0, 0, 0, 1, 1), value=-1.0), inputs=8),
     "padding with -inf before pooling": two(
         lambda x: F.max_pool2d(F.pad(F.relu(x), (0, 1, 0, 1), value=-torch.inf), 3, 2)
     ),
-    "clamp at its bounds": two(lambda x: F.relu(x).clamp(min=0).clamp_min(0)),
-    "boolean mask": two(lambda x: F.max_pool2d(x * (x > 0), 3, 2)),
     "masked_fill and where": two(lambda x: torch.where(x > 0.1, x, x.masked_fill(x < -0.1, 0))),
-    "channels set to a constant": two(lambda x: F.relu(x).index_fill(1, torch.tensor([0, 4]), 0.5)),
     # paths of one source that meet
     "skip around a softmax": two(lambda x: x + F.softmax(x, 1)),
     "softmax around a skip": two(lambda x: F.softmax(x, 1) - x),
@@ -293,14 +230,9 @@ HARD: dict[str, Callable[[], nn.Module]] = {
     "some channels added": two(lambda x: x + F.pad(x[:, :4], (0, 0, 0, 0, 0, 2))),
     "neighbours added": two(lambda x: x[:, :, 1:] - x[:, :, :-1]),
     "two poolings added": two(lambda x: F.max_pool2d(x, 2) + F.max_pool2d(-x, 2)),
-    "average and its ReLU": two(lambda x: (x := F.avg_pool2d(x, 2)) - F.relu(x) / 2, kernel=1),
-    "overlapping pooling and its ReLU": two(lambda x: (x := F.max_pool2d(x, 3, 2)) - F.relu(x) / 3),
-    "overlapping pooling, cropped": two(lambda x: F.max_pool2d(x, 3, 2)[:, :, 1:]),
-    "two overlapping poolings": two(lambda x: F.max_pool2d(F.max_pool2d(x, 3, 2, 1), 3, 2, 1)),
     "both signs averaged": two(
         lambda x: F.avg_pool2d(F.max_pool2d(x, 3, 1) * torch.linspace(-1, 1, 9).to(x), 2), kernel=1
     ),
-    "two averages": two(lambda x: F.avg_pool2d(F.avg_pool2d(x, 3, 1, 1), 3, 1, 1), kernel=1),
     "gate of its own mean": two(lambda x: x * x.mean((2, 3), keepdim=True)),
     # calls and parameters
     "functional padding='valid'": using(
@@ -318,34 +250,17 @@ HARD: dict[str, Callable[[], nn.Module]] = {
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 5, 3)),
         nn.ReLU(),
     ),
-    "scripted function": two(scripted()),
+    "gated linear unit": two(lambda x: F.glu(x, 1), inputs=3),
+    "scripted function": two(swish),
     "vmap": two(torch.vmap(lambda x: F.relu(x) * 2)),
-    "unusual activations": lambda: sequence(
-        nn.Conv2d(3, 6, 3),
-        nn.Softshrink(0.1),
-        nn.Conv2d(6, 6, 1),
-        nn.Threshold(0.1, 0.2),
-        nn.Conv2d(6, 6, 1),
-        nn.RReLU(),
-        nn.Conv2d(6, 6, 1),
-        nn.Softsign(),
-        nn.Conv2d(6, 6, 1),
-        nn.GLU(1),
-        nn.Conv2d(3, 5, 1),
+    "unusual activations": lambda: alternating(
+        6, nn.Softshrink(0.1), nn.Threshold(0.1, 0.2), nn.RReLU(), nn.Softsign()
     ),
-    "normalisations": lambda: sequence(
-        nn.Conv2d(3, 4, 3),
-        nn.InstanceNorm2d(4, affine=True),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3),
-        nn.LayerNorm([4, 9, 9]),
-        nn.Conv2d(4, 4, 1),
-        nn.InstanceNorm2d(4, track_running_stats=True),
-        nn.Conv2d(4, 4, 1),
-        nn.LocalResponseNorm(3),
-        nn.Conv2d(4, 5, 1),
+    "normalisations": lambda: alternating(
+        4,
+        nn.Sequential(nn.InstanceNorm2d(4, affine=True), nn.ReLU()),
+        *(nn.LayerNorm([4, 11, 11]), nn.InstanceNorm2d(4, track_running_stats=True), nn.LocalResponseNorm(3)),
     ),
-    "attention": using(attention, a=A, b=B, head=END, attention=lambda: nn.MultiheadAttention(6, 2, batch_first=True)),
     "spatial gate": using(spatial_gate, a=A, b=B, head=END, gate=lambda: nn.Conv2d(2, 1, 3, padding=1)),
     "Fourier transform": two(lambda x: torch.fft.irfft2(torch.fft.rfft2(x) / 2, s=(11, 11))),
     "interpolation": two(lambda x: F.interpolate(F.relu(x), scale_factor=1.5, mode="bilinear")),
@@ -365,37 +280,30 @@ HARD: dict[str, Callable[[], nn.Module]] = {
 }
 """Networks that must be traced as the oracle does it."""
 
+
+def mapped(
+    before: Between, features: int, after: Between, end: Callable[[], nn.Module], outputs: int = 4, channels: int = 6
+) -> Callable[[], nn.Module]:
+    """A linear map of an arrangement of a convolution's output."""
+
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        return parts["end"](after(F.relu(parts["fc"](before(parts["a"](x))))))
+
+    return using(forward, a=lambda: nn.Conv2d(3, channels, 3), fc=lambda: nn.Linear(features, outputs), end=end)
+
+
 HARD_LINEAR: dict[str, Callable[[], nn.Module]] = {
-    "linear map of columns": using(
-        lambda p, x: p["head"](F.relu(p["fc"](F.relu(p["a"](x))))),
-        a=A,
-        fc=lambda: nn.Linear(11, 4),
-        head=lambda: Head(6),
+    "linear map of columns": mapped(F.relu, 11, lambda x: x, lambda: Head(6)),
+    "linear map of positions": mapped(
+        lambda x: F.relu(x).flatten(2), 121, lambda x: x.mean(2), lambda: nn.Linear(6, 5)
     ),
-    "linear map of positions": using(
-        lambda p, x: p["end"](F.relu(p["fc"](F.relu(p["a"](x)).flatten(2))).mean(2)),
-        a=A,
-        fc=lambda: nn.Linear(121, 4),
-        end=lambda: nn.Linear(6, 5),
+    "linear map of channels": mapped(
+        lambda x: x.permute(0, 2, 3, 1), 6, lambda x: x.permute(0, 3, 1, 2), END, outputs=5
     ),
-    "linear map of channels": using(
-        lambda p, x: p["head"](F.relu(p["fc"](p["a"](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))),
-        a=A,
-        fc=lambda: nn.Linear(6, 5),
-        head=END,
+    "linear map of one channel's positions": mapped(
+        lambda x: F.relu(x).flatten(2), 121, lambda x: x[:, 0], lambda: nn.Linear(4, 5), channels=1
     ),
-    "linear map of one channel's positions": using(
-        lambda p, x: p["end"](F.relu(p["fc"](F.relu(p["a"](x)).flatten(2)))[:, 0]),
-        a=lambda: nn.Conv2d(3, 1, 3),
-        fc=lambda: nn.Linear(121, 4),
-        end=lambda: nn.Linear(4, 5),
-    ),
-    "linear map of a mean": using(
-        lambda p, x: p["end"](F.relu(p["fc"](F.relu(p["a"](x)).mean((3, 2))))),
-        a=A,
-        fc=lambda: nn.Linear(6, 4),
-        end=lambda: nn.Linear(4, 5),
-    ),
+    "linear map of a mean": mapped(lambda x: F.relu(x).mean((3, 2)), 6, lambda x: x, lambda: nn.Linear(4, 5)),
     "linear map of a flat map": using(
         lambda p, x: p["end"](F.relu_(p["norm"](p["fc"](F.relu_(p["a"](x)).flatten(1))))),
         a=A,

@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from hypothesis import assume
+from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from architectures import randomised
 
 Draw = st.DrawFn
+CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+steady = settings(deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+thorough = settings(deadline=None, max_examples=1000, database=None, suppress_health_check=CHECKS)
 
 
 class Residual(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,7 @@ def test_reduced_networks_are_the_oracle(architecture: Architecture) -> None:
 
 def tiny(name: str, linear: bool) -> Architecture:
     found = next(each for each in ARCHITECTURES if each.name == name)
-    size = found.reduced_size
-    return Architecture(found.name, found.reduced, found.reduced, image_size=size, reduced_size=size, linear=linear)
+    return replace(found, build=found.reduced, image_size=found.reduced_size, linear=linear)
 
 
 def test_an_architecture_is_measured() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -37,12 +37,7 @@ def by_hand(name: str, norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def run(x: Tensor) -> Tensor:
         fixed = x.detach()
-        if name.startswith("group"):
-            rows = fixed.reshape(len(x), norm.num_groups, -1)
-        elif name == "layer":
-            rows = fixed.reshape(len(x), 1, -1)
-        else:
-            rows = fixed.reshape(len(x), 6, -1)
+        rows = fixed.reshape(len(x), {"layer": 1, "instance": 6}.get(name) or norm.num_groups, -1)
         mean, std = rows.mean(2, keepdim=True), (rows.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
         y = ((x.reshape(rows.shape) - mean) / std).reshape(x.shape)
         if norm.weight is None:
@@ -53,16 +48,12 @@ def by_hand(name: str, norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def lively(norm: nn.Module) -> nn.Module:
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
-    return norm
-
-
 @pytest.mark.parametrize("name", NORMS)
 def test_normalisation_has_a_closed_form_that_is_the_oracle_of_constant_statistics(name: str) -> None:
     torch.manual_seed(1)
-    norm = lively(NORMS[name]()).double()
+    norm = NORMS[name]().double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
     model, images, labels = ready(lambda: normed(norm, norm=norm), size=11)
     written, _, _ = ready(lambda: normed(by_hand(name, norm)), size=11)
     written.load_state_dict(model.state_dict(), strict=False)
@@ -84,7 +75,7 @@ def test_gates_pass_nothing_on() -> None:
     found = trace_routes(model, (images, labels), 0.3, keep_scores=True, config=TraceConfig(freeze_gates=True))
     assert ("excite", "project.0") in true.methods
     assert ("excite", "project.0") not in found.methods
-    assert (found.scores["excite"] == 0).all()
+    assert "excite" not in found.layers
     before = found.scores["grouped.0"]
     assert deviation(before, true.scores["grouped.0"]) < 1e-12  # nothing is frozen behind it
 
@@ -106,27 +97,19 @@ def test_attention_weights_are_constants() -> None:
 
 
 @pytest.mark.parametrize("build", [chain, Shuffled])
-def test_values_stay_what_they_are(build: Callable[..., Any]) -> None:
-    model, images, labels = ready(build)
+def test_values_stay_what_they_are(build: Callable[[], nn.Module]) -> None:
+    model, images, _ = ready(build)
     plain = model(images)
     with FrozenGates():
         torch.testing.assert_close(model(images), plain)
-    if build is chain:
-        exact = trace_routes(model, (images, labels), keep_scores=True)
-        assert (
-            worst(trace_routes(model, (images, labels), keep_scores=True, config=TraceConfig(freeze_gates=True)), exact)
-            == 0
-        )
 
 
-def per_sample(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def test_heads_are_no_gates() -> None:
-    model, images, labels = ready(lambda: nn.Sequential(chain(), nn.Softmax(1)))
+@pytest.mark.parametrize("build", [chain, lambda: nn.Sequential(chain(), nn.Softmax(1))], ids=["chain", "softmax"])
+def test_heads_are_no_gates(build: Callable[[], nn.Module]) -> None:
+    model, images, labels = ready(build)
+    loss = partial(F.cross_entropy, reduction="none")
     exact, frozen = (
-        trace_routes(model, (images, labels), keep_scores=True, loss=per_sample, config=TraceConfig(freeze_gates=on))
+        trace_routes(model, (images, labels), keep_scores=True, loss=loss, config=TraceConfig(freeze_gates=on))
         for on in (False, True)
     )
     assert worst(frozen, exact) == 0

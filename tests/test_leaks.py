@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from architectures import CLOSED, MIXED, Head
+from architectures import CLOSED, MIXED, Function, Head
 from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
 from attackroute.core.errors import UserError
 from attackroute.tracing.influence import influence
@@ -33,6 +34,17 @@ def resident() -> int:
     return pages * 4096
 
 
+def leaves_nothing(model: nn.Module, run: Callable[[], object]) -> None:
+    """Ten runs, after a first one that may fill caches, leave no tensor and no hook."""
+    before = state(model)
+    run()
+    alive = tensors()
+    for _ in range(10):
+        run()
+    assert tensors() <= alive
+    assert state(model) == before
+
+
 @pytest.fixture
 def without_collector() -> Iterator[None]:
     gc.collect()
@@ -45,37 +57,21 @@ def without_collector() -> Iterator[None]:
 def test_ten_traces_leave_no_tensor_and_no_hook(name: str) -> None:
     model, images, labels = ready(MODELS[name], samples=2)
     edge = next(iter(trace_routes(model, (images, labels)).methods))
-    before, alive = state(model), tensors()
-    for _ in range(10):
-        trace_routes(model, (images, labels))
-    influence(model, images, *edge)
-    assert tensors() == alive
-    assert state(model) == before
+    leaves_nothing(model, lambda: (trace_routes(model, (images, labels)), influence(model, images, *edge)))
 
 
 def test_ten_failures_leave_no_tensor_and_no_hook() -> None:
-    class Fails(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = untidy()
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        parts["body"][:6](x)
+        raise RuntimeError("broken")
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.body[:6](x)
-            raise RuntimeError("broken")
-
-    model, images = Fails(), torch.rand(2, 3, 9, 9)
-    before = state(model)
+    model, images = Function(forward, body=untidy()), torch.rand(2, 3, 9, 9)
 
     def fail() -> None:
         with pytest.raises(UserError, match="broken"):
             trace_routes(model, images)
 
-    fail()
-    alive = tensors()
-    for _ in range(10):
-        fail()
-    assert tensors() == alive
-    assert state(model) == before
+    leaves_nothing(model, fail)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -135,7 +131,6 @@ def test_masks_are_packed_and_scores_dropped() -> None:
 def test_interventions_leave_no_tensor_and_no_hook(fails: bool) -> None:
     model, images, _ = ready(small, samples=2)
     route = trace_routes(model, images).aggregate(0.5)
-    before = state(model)
 
     def intervene() -> None:
         with transplant(model, images, route), weaken(model, route, 0.5), deactivate(model, route, at="activation"):
@@ -144,18 +139,10 @@ def test_interventions_leave_no_tensor_and_no_hook(fails: bool) -> None:
                 model(images[:1])
 
     def run() -> None:
-        if fails:
-            with pytest.raises(UserError, match="the same images"):
-                intervene()
-        else:
+        with pytest.raises(UserError, match="the same images") if fails else nullcontext():
             intervene()
 
-    run()
-    alive = tensors()
-    for _ in range(10):
-        run()
-    assert tensors() <= alive
-    assert state(model) == before
+    leaves_nothing(model, run)
 
 
 def test_clean_outputs_die_without_the_garbage_collector(without_collector: None) -> None:

@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 import attackroute as ar
-from architectures import CLOSED, Head, Residual, Shuffled, dynamic, tokens
+from architectures import CLOSED, Head, Residual, Shuffled, conv, dynamic, tokens
 from attackroute.core.errors import UserError
 from attackroute.tracing import oracle
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
 from benchmarks import small_networks
 from hard_models import HARD, HARD_LINEAR, two
-from random_networks import networks, segments
-from tracing import agree_up_to_ties, check, ready, same_routes, shaken, small, state, untidy, worst
+from random_networks import networks, segments, steady, thorough
+from tracing import agree_up_to_ties, check, ready, shaken, small, state, untidy, worst
 
-CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-steady = settings(deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
-thorough = settings(deadline=None, max_examples=1000, database=None, suppress_health_check=CHECKS)
+NOISE = TraceConfig(carrier="noise")
 check_noise = partial(check, noise=True, tolerance=1e-12)
+trace_noise = partial(trace_routes, config=NOISE, attack=shaken, keep_scores=True)
 
 
 @pytest.mark.parametrize("name", CLOSED)
@@ -35,14 +35,9 @@ def test_networks_with_a_closed_form(name: str) -> None:
     assert set(found.methods.values()) == {"closed-form"}
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", [*HARD, *HARD_LINEAR])
 def test_hard_models(name: str) -> None:
-    check_noise(*ready(HARD[name]))
-
-
-@pytest.mark.parametrize("name", HARD_LINEAR)
-def test_hard_linear_maps(name: str) -> None:
-    check_noise(*ready(HARD_LINEAR[name]), linear=True)
+    check_noise(*ready({**HARD, **HARD_LINEAR}[name]), linear=name in HARD_LINEAR)
 
 
 @pytest.mark.parametrize(("build", "linear"), [(Shuffled, False), (tokens, True)], ids=["shuffled", "tokens"])
@@ -63,39 +58,23 @@ def check_random(network: tuple[nn.Module, Tensor]) -> None:
     model, images = network
     labels = torch.tensor([0, 2])
     expected = oracle.trace(model, shaken(model, images, labels), labels, clean=images, width=0.4)
-    config = TraceConfig(carrier="noise")
-    found = trace_routes(model, (images, labels), 0.4, config=config, attack=shaken, keep_scores=True)
+    found = trace_noise(model, (images, labels), 0.4)
     agree_up_to_ties(found, expected, floor=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@given(networks())
-@settings(steady, max_examples=30)
-def test_random_networks(network: tuple[nn.Module, Tensor]) -> None:
-    check_random(network)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
-@given(segments())
-@settings(steady, max_examples=100)
-def test_random_segments(network: tuple[nn.Module, Tensor]) -> None:
-    check_random(network)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
-@given(networks())
-@settings(thorough)
-def test_many_random_networks(network: tuple[nn.Module, Tensor]) -> None:
-    check_random(network)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
-@given(segments())
-@settings(thorough)
-def test_many_random_segments(network: tuple[nn.Module, Tensor]) -> None:
-    check_random(network)
+@pytest.mark.parametrize(
+    ("drawn", "how"),
+    [
+        (networks(), settings(steady, max_examples=30)),
+        (segments(), settings(steady, max_examples=100)),
+        pytest.param(networks(), thorough, marks=pytest.mark.slow),
+        pytest.param(segments(), thorough, marks=pytest.mark.slow),
+    ],
+    ids=["networks", "segments", "many networks", "many segments"],
+)
+def test_random_architectures(drawn: SearchStrategy[tuple[nn.Module, Tensor]], how: settings) -> None:
+    how(given(drawn)(check_random))()
 
 
 # By hand
@@ -107,12 +86,8 @@ class Given(nn.Module):
     def __init__(self, *, skip: bool) -> None:
         super().__init__()
         self.skip = skip
-        self.a, self.b = nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 2, 1, bias=False)
-        self.c = nn.Conv2d(2, 2, 1, bias=False)
-        with torch.no_grad():
-            self.a.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(2, 2, 1, 1))
-            self.b.weight.copy_(torch.tensor([[4.0, -1.0], [-0.5, 4.0]]).view(2, 2, 1, 1))
-            self.c.weight.copy_(torch.tensor([[-1.0, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1))
+        self.a, self.b = conv([[1.0, 0.0], [0.0, 2.0]]), conv([[4.0, -1.0], [-0.5, 4.0]])
+        self.c = conv([[-1.0, 0.0], [0.0, 1.0]])
 
     def forward(self, x: Tensor) -> Tensor:
         first = F.relu(self.a(x))
@@ -121,52 +96,26 @@ class Given(nn.Module):
         return self.b(first).flatten(1)
 
 
-def pair(clean: list[float], attacked: list[float]) -> tuple[Tensor, Callable[..., Tensor]]:
-    """One image of one position, and the attack that changes it."""
-    return torch.tensor(clean).view(1, 2, 1, 1), lambda *_: torch.tensor(attacked).view(1, 2, 1, 1)
+def traced_by_hand(label: int, *, skip: bool) -> ar.InstanceRoutes:
+    """One image of one position, that the attack changes."""
+    clean, attacked = (torch.tensor(values).view(1, 2, 1, 1) for values in ([0.5, 0.1], [0.7, 0.4]))
+    return trace_noise(Given(skip=skip), (clean, torch.tensor([label])), 0.5, attack=lambda *_: attacked)
 
 
 def test_a_chain_by_hand() -> None:
-    images, attack = pair([0.5, 0.1], [0.7, 0.4])
-    found = trace_routes(
-        Given(skip=False),
-        (images, torch.tensor([0])),
-        0.5,
-        config=TraceConfig(carrier="noise"),
-        attack=attack,
-        keep_scores=True,
-    )
+    found = traced_by_hand(0, skip=False)
     # relu(a): (0.5, 0.2) and (0.7, 0.8); the noise at b's input is (0.2, 0.6). b: (1.8, 0.55) and (2.0, 2.85).
     # q - onehot is (-1, 1), so the seeds are 0.2 * -1 and 2.3 * 1: neuron 1 is critical, with |W| = (0.5, 4).
     assert found.scores["b"].tolist() == [pytest.approx([-0.2, 2.3], abs=1e-6)]
     assert found.masks["b"].tolist() == [[False, True]]
     assert found.scores["a"].tolist() == [pytest.approx([0.1, 2.4], abs=1e-6)]
-
-
-def test_noise_that_lowers_the_loss_ranks_last() -> None:
-    images, attack = pair([0.5, 0.1], [0.7, 0.4])
-    found = trace_routes(
-        Given(skip=False),
-        (images, torch.tensor([1])),
-        0.5,
-        config=TraceConfig(carrier="noise"),
-        attack=attack,
-        keep_scores=True,
-    )
-    assert found.scores["b"].tolist() == [pytest.approx([0.2, -2.3], abs=1e-6)]
-    assert found.masks["b"].tolist() == [[True, False]]
+    lowered = traced_by_hand(1, skip=False)  # noise that lowers the loss ranks last
+    assert lowered.scores["b"].tolist() == [pytest.approx([0.2, -2.3], abs=1e-6)]
+    assert lowered.masks["b"].tolist() == [[True, False]]
 
 
 def test_a_skip_by_hand() -> None:
-    images, attack = pair([0.5, 0.1], [0.7, 0.4])
-    found = trace_routes(
-        Given(skip=True),
-        (images, torch.tensor([1])),
-        0.5,
-        config=TraceConfig(carrier="noise"),
-        attack=attack,
-        keep_scores=True,
-    )
+    found = traced_by_hand(1, skip=True)
     # a = (0.5, 0.2) and (0.7, 0.8); c = (-a_0, a_1). b reads relu(a + c): (0, 0.4), and under attack (0, 1.6).
     # With a clean and c as under attack: relu(0.5 - 0.7) = 0 and 0.2 + 0.8 = 1; with c clean: 0.2 and 0.8 + 0.2 = 1.
     # Noise of a at b's input: (0, 0.6); of c: (0.2, 0.6), since clean values of c alone would let channel 0 pass.
@@ -177,77 +126,16 @@ def test_a_skip_by_hand() -> None:
     assert found.scores["a"].tolist() == [pytest.approx([0.2, 0.6], abs=1e-6)]
 
 
-def test_a_chain_is_the_noise_at_the_next_input() -> None:
-    model, images, labels = ready(small)
-    changed = shaken(model, images, labels)
-    found = trace_routes(
-        model, (images, labels), 0.5, config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True
-    )
-    first, last = model[0], model[2]
-    noise = (F.relu(first(changed)) - F.relu(first(images))).abs()
-    for row, critical in enumerate(found.masks["2"]):
-        kernel = last.weight[critical].abs().sum(0).unsqueeze(1)  # of each input channel by itself
-        carried = F.conv2d(noise[row], kernel, groups=len(kernel)).sum((1, 2))
-        assert torch.allclose(found.scores["0"][row], carried)
-
-
 # What must not matter
-
-
-@pytest.mark.parametrize("build", [Residual, Shuffled])
-def test_batches_and_order_change_nothing(build: Callable[[], nn.Module]) -> None:
-    model, images, labels = ready(build, samples=5)
-    whole = trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True)
-    single = trace_routes(
-        model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True, batch_size=1
-    )
-    assert worst(single, whole) <= 1e-12
-    assert same_routes(single, whole)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    moved = trace_routes(
-        model,
-        (images[order], labels[order]),
-        config=TraceConfig(carrier="noise"),
-        attack=shaken,
-        keep_scores=True,
-        batch_size=2,
-    )
-    assert worst(moved, whole.select(order)) <= 1e-12
 
 
 def test_without_an_effect_there_is_no_noise() -> None:
     model, images, labels = ready(Residual)
-    found = trace_routes(
-        model, (images, labels), 0.3, config=TraceConfig(carrier="noise"), attack=lambda _, x, __: x, keep_scores=True
-    )
+    found = trace_noise(model, (images, labels), 0.3, attack=lambda _, x, __: x)
     for layer in found.layers:
         assert not found.scores[layer].any()
         kept = int(found.masks[layer][0].sum())
         assert found.masks[layer][:, :kept].all()  # ties go to the lower index
-
-
-def test_samples_without_labels_are_attacked_for_the_clean_prediction() -> None:
-    model, images, _ = ready(Residual)
-    with torch.no_grad():
-        answers = model(images).argmax(1)
-    found = trace_routes(model, images, config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True)
-    expected = trace_routes(
-        model, (images, answers), config=TraceConfig(carrier="noise"), attack=shaken, keep_scores=True
-    )
-    assert worst(found, expected) == 0
-    assert found.labels is None
-
-
-@pytest.mark.parametrize("attack", ["gaussian-noise:std=0.1", "fgsm", "pgd:steps=2"])
-def test_attacks_by_name(attack: str) -> None:
-    model, images, labels = ready(Residual)
-    known = ar.parse_attack(attack)
-    found = trace_routes(
-        model, (images, labels), 0.3, config=TraceConfig(carrier="noise"), attack=known, keep_scores=True
-    )
-    expected = oracle.trace(model, known(model, images, labels), labels, clean=images, width=0.3)
-    assert worst(found, expected) <= 1e-12
-    assert (found.provenance.criterion, found.provenance.attack) == ("noise", str(known))
 
 
 def test_a_loss_of_ones_own() -> None:
@@ -262,10 +150,7 @@ def test_low_precision_is_near(precision: torch.dtype) -> None:
 
     def routes(**options: Any) -> ar.InstanceRoutes:
         attack = lambda _, x, __: changed.to(x)  # noqa: E731
-        data = (images, labels)
-        return trace_routes(
-            model, data, 1.0, config=TraceConfig(carrier="noise"), attack=attack, keep_scores=True, **options
-        )
+        return trace_noise(model, (images, labels), 1.0, attack=attack, **options)
 
     exact = routes()
     model, images = model.float(), images.float()
@@ -278,7 +163,7 @@ def test_the_model_comes_back_as_it_was(fails: str) -> None:
     model = untidy()
     images, labels = torch.rand(2, 3, 9, 9), torch.tensor([0, 1])
     before = state(model)
-    trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken)
+    trace_routes(model, (images, labels), config=NOISE, attack=shaken)
     assert state(model) == before
 
     def broken(_: nn.Module, x: Tensor, __: Tensor) -> Tensor:
@@ -286,10 +171,10 @@ def test_the_model_comes_back_as_it_was(fails: str) -> None:
 
     if fails == "attack":
         with pytest.raises(KeyboardInterrupt):
-            trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=broken)
+            trace_routes(model, (images, labels), config=NOISE, attack=broken)
     else:
         with pytest.raises(UserError, match="cannot run"):
-            trace_routes(model, torch.rand(2, 4, 9, 9), config=TraceConfig(carrier="noise"), attack=shaken)
+            trace_routes(model, torch.rand(2, 4, 9, 9), config=NOISE, attack=shaken)
     assert state(model) == before
 
 
@@ -312,7 +197,7 @@ def test_what_cannot_be_followed_is_refused(options: dict[str, Any], message: st
 def test_noise_needs_an_attack() -> None:
     model, images, labels = ready(small)
     with pytest.raises(UserError, match="follows what an attack changes: pass attack="):
-        trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"))
+        trace_routes(model, (images, labels), config=NOISE)
 
 
 def test_noise_in_a_kernel_is_refused() -> None:
@@ -325,7 +210,7 @@ def test_noise_in_a_kernel_is_refused() -> None:
     model.run = forward
     model.parts["head"] = Head(3).double()
     with pytest.raises(UserError, match=r"kernel of layer 'model' is itself computed|depends on another image"):
-        trace_routes(model, (images, labels), config=TraceConfig(carrier="noise"), attack=shaken)
+        trace_routes(model, (images, labels), config=NOISE, attack=shaken)
 
 
 def test_unit_routes_are_as_before_beside_noise() -> None:

@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 from attackroute.tracing import oracle
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.influence import influence
 from attackroute.tracing.trace import trace_routes
-from random_networks import networks, segments
+from random_networks import networks, segments, steady, thorough
+from random_transformers import transformers
 from tracing import agree_up_to_ties, deviation
 
+Network = tuple[nn.Module, Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
-CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-steady = settings(deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
-thorough = settings(deadline=None, max_examples=1000, database=None, suppress_health_check=CHECKS)
 
 
-def check_against_oracle(network: tuple[nn.Module, Tensor]) -> None:
+def check(network: Network, *, linear: bool = False) -> set[str]:
+    """Trace as the oracle does, and give how the edges were computed."""
     model, images = network
     labels = torch.tensor([0, 2])
-    expected = oracle.trace(model, images, labels, width=0.4)
+    expected = oracle.trace(model, images, labels, width=0.4, linear=linear)
     try:
-        found = trace_routes(model, (images, labels), 0.4, keep_scores=True)
+        found = trace_routes(model, (images, labels), 0.4, config=TraceConfig(linear=linear), keep_scores=True)
     except UserError as error:  # the network is dead
         sinks = set(expected.layers) - {source for source, _ in expected.edges}
         assert "nothing is left" in str(error) and all(expected.scores[sink].abs().max() < 1e-12 for sink in sinks)
-        return
+        return set()
     agree_up_to_ties(found, expected)
     for edge in expected.edges:
-        assert deviation(influence(model, images, *edge), expected.influence[edge]) <= 1e-9, edge
+        assert deviation(influence(model, images, *edge, linear=linear), expected.influence[edge]) <= 1e-9, edge
+    return set(found.methods.values())
 
 
-@given(networks())
-@settings(steady, max_examples=60)
-def test_random_networks(network: tuple[nn.Module, Tensor]) -> None:
-    check_against_oracle(network)
+def check_closed_form(network: Network) -> None:
+    assert check(network, linear=True) == {"closed-form"}
 
 
-@given(segments())
-@settings(steady, max_examples=400)
-def test_random_segments(network: tuple[nn.Module, Tensor]) -> None:
-    check_against_oracle(network)
+def check_with_and_without_linear_maps(network: Network) -> None:
+    check(network, linear=True)
+    check(network)
 
 
-@pytest.mark.slow
-@given(networks())
-@settings(thorough)
-def test_many_random_networks(network: tuple[nn.Module, Tensor]) -> None:
-    check_against_oracle(network)
+PARTLY = transformers(supported=False)
+"""Transformers with a part that has no closed form."""
 
 
-@pytest.mark.slow
-@given(segments())
-@settings(thorough)
-def test_many_random_segments(network: tuple[nn.Module, Tensor]) -> None:
-    check_against_oracle(network)
+@pytest.mark.parametrize(
+    ("drawn", "how", "checked"),
+    [
+        pytest.param(networks(), settings(steady, max_examples=60), check, id="networks"),
+        pytest.param(segments(), settings(steady, max_examples=400), check, id="segments"),
+        pytest.param(transformers(), settings(steady, max_examples=60), check_closed_form, id="transformers"),
+        pytest.param(PARTLY, settings(steady, max_examples=40), check_with_and_without_linear_maps, id="partly closed"),
+        pytest.param(networks(), thorough, check, id="many networks", marks=pytest.mark.slow),
+        pytest.param(segments(), thorough, check, id="many segments", marks=pytest.mark.slow),
+        pytest.param(
+            PARTLY, thorough, check_with_and_without_linear_maps, id="many transformers", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_random_networks(drawn: SearchStrategy[Network], how: settings, checked: Callable[[Network], object]) -> None:
+    def holds(network: Network) -> None:
+        checked(network)
+
+    how(given(drawn)(holds))()

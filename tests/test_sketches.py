@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from attackroute.tracing.segments import Segments
 from attackroute.tracing.sketches import Estimate, groups
 from attackroute.tracing.structure import Structure
 from attackroute.tracing.trace import trace_routes
+from hard_models import two, using
 from tracing import deviation, ready, same_routes, worst
 
 COPIES = 800
+SKETCHES = TraceConfig(sketches=32)
+Copies = tuple[Segments, dict[str, list[str]], dict[str, Tensor]]
 SKETCHED = {"shuffled": (Shuffled, False), "tokens": (tokens, True)}
 
 
@@ -41,7 +45,7 @@ def dead() -> nn.Module:
 
 
 @pytest.fixture(scope="module", params=SKETCHED)
-def copies(request: pytest.FixtureRequest) -> tuple[Segments, dict[str, list[str]], dict[str, Tensor]]:
+def copies(request: pytest.FixtureRequest) -> Copies:
     """The Jacobian edges of a network on many copies of one image, and critical channels for each target."""
     build, linear = SKETCHED[request.param]
     model, images, _ = ready(build, dtype=torch.float32, samples=1, size=9)
@@ -104,9 +108,7 @@ def apart(scores: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("draws", [16, 32])
-def test_scores_are_unbiased_and_their_errors_as_stated(
-    copies: tuple[Segments, dict[str, list[str]], dict[str, Tensor]], draws: int
-) -> None:
+def test_scores_are_unbiased_and_their_errors_as_stated(copies: Copies, draws: int) -> None:
     found, edges, critical = copies
     keys = mixed(torch.arange(COPIES) + COPIES * draws)
     for target in edges:
@@ -122,12 +124,9 @@ def test_scores_are_unbiased_and_their_errors_as_stated(
             assert 0.8 < inside < 0.97, (source, target)  # of a normal error with 7 degrees of freedom, 0.915
 
 
-def test_a_bias_of_a_few_percent_would_be_found(
-    copies: tuple[Segments, dict[str, list[str]], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "attackroute.tracing.sketches._geometric_mean", lambda logs, draws: (logs / draws).exp()
-    )  # 8 % more
+def test_a_bias_of_a_few_percent_would_be_found(copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = lambda logs, draws: (logs / draws).exp()  # noqa: E731  # by 8 %
+    monkeypatch.setattr("attackroute.tracing.sketches._geometric_mean", more)
     found, edges, critical = copies
     keys = mixed(torch.arange(COPIES))
     for target in edges:
@@ -137,17 +136,18 @@ def test_a_bias_of_a_few_percent_would_be_found(
 
 
 def test_expected_overlap_is_what_happens() -> None:
-    def build() -> nn.Module:
-        def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
-            x = parts["b"](F.gelu(F.group_norm(parts["a"](x), 4)))
-            return parts["head"](parts["c"](F.gelu(F.group_norm(x, 1))))
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = parts["b"](F.gelu(F.group_norm(parts["a"](x), 4)))
+        return parts["head"](parts["c"](F.gelu(F.group_norm(x, 1))))
 
-        return Function(forward, a=nn.Conv2d(3, 40, 3), b=nn.Conv2d(40, 60, 1), c=nn.Conv2d(60, 20, 3), head=Head(20))
-
+    layers = {"a": (3, 40, 3), "b": (40, 60, 1), "c": (60, 20, 3)}
+    build = using(
+        forward, **{name: partial(nn.Conv2d, *sizes) for name, sizes in layers.items()}, head=partial(Head, 20)
+    )
     model, images, labels = ready(build, dtype=torch.float32, samples=40, size=8)
     labels = labels % 5
     exact = trace_routes(model, (images, labels), keep_scores=True)
-    found = trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True)
+    found = trace_routes(model, (images, labels), config=SKETCHES, keep_scores=True)
     assert found.sketched is not None
     kept = found.masks["parts.b"]
     wrong = kept & ~exact.masks["parts.b"]
@@ -173,7 +173,7 @@ def test_a_mean_of_two_estimates_has_the_error_of_both() -> None:
 def test_only_edges_without_a_closed_form_are_sketched(name: str) -> None:
     model, images, labels = ready(MIXED[name])
     exact = trace_routes(model, (images, labels), 0.3, keep_scores=True)
-    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, config=TraceConfig(sketches=32))
+    found = trace_routes(model, (images, labels), 0.3, keep_scores=True, config=SKETCHES)
     assert exact.sketched is None
     renamed = {edge: "sketch" if way == "autograd" else way for edge, way in exact.methods.items()}
     assert found.methods == renamed
@@ -188,9 +188,8 @@ def test_routes_of_many_draws_are_the_exact_ones(name: str) -> None:
     build, linear = SKETCHED[name]
     model, images, labels = ready(build, samples=2)
     expected = oracle.trace(model, images, labels, width=0.5, linear=linear)
-    found = trace_routes(
-        model, (images, labels), 0.5, keep_scores=True, config=TraceConfig(sketches=8192, linear=linear)
-    )
+    config = TraceConfig(sketches=8192, linear=linear)
+    found = trace_routes(model, (images, labels), 0.5, keep_scores=True, config=config)
     assert found.sketched is not None
     for layer in reversed(found.layers):
         assert deviation(found.scores[layer], expected.scores[layer]) < 0.08, layer
@@ -206,10 +205,12 @@ def test_what_is_written_to_after_a_linear_map_has_read_it_counts_as_it_was() ->
         x *= hidden.sigmoid() * torch.tensor([9.0, 1, 1, 0.1]).to(x)
         return parts["head"](x.mean(1))
 
-    def build() -> nn.Module:
-        return Function(forward, embed=nn.Conv2d(3, 4, 4, stride=4), fc1=nn.Linear(4, 4), head=nn.Linear(4, 5))
-
-    model, images, labels = ready(build, samples=2)
+    layers = {
+        "embed": partial(nn.Conv2d, 3, 4, 4, 4),
+        "fc1": partial(nn.Linear, 4, 4),
+        "head": partial(nn.Linear, 4, 5),
+    }
+    model, images, labels = ready(using(forward, **layers), samples=2)
     expected = oracle.trace(model, images, labels, width=1.0, linear=True)
     found = trace_routes(model, (images, labels), 1.0, keep_scores=True, config=TraceConfig(sketches=4096, linear=True))
     assert worst(found, expected) < 0.08
@@ -232,14 +233,8 @@ def test_batches_and_order_change_nothing(sketches: int | str) -> None:
 
     def traced(order: Tensor, batch_size: int, seed: int = 1) -> InstanceRoutes:
         data = images[order], labels[order]
-        return trace_routes(
-            model,
-            data,
-            0.4,
-            config=TraceConfig(sketches=sketches, linear=True, seed=seed),
-            batch_size=batch_size,
-            keep_scores=True,
-        )
+        config = TraceConfig(sketches=sketches, linear=True, seed=seed)
+        return trace_routes(model, data, 0.4, config=config, batch_size=batch_size, keep_scores=True)
 
     order = torch.tensor([4, 1, 5, 0, 3, 2])
     together = traced(torch.arange(6), 6)
@@ -255,15 +250,15 @@ def test_batches_and_order_change_nothing(sketches: int | str) -> None:
 
 def test_chunks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, labels = ready(Shuffled, dtype=torch.float32)
-    whole = trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True)
+    whole = trace_routes(model, (images, labels), config=SKETCHES, keep_scores=True)
     monkeypatch.setattr("attackroute.tracing.segments._ELEMENTS", 1)
-    assert worst(trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True), whole) < 1e-4
+    assert worst(trace_routes(model, (images, labels), config=SKETCHES, keep_scores=True), whole) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_channels_that_nothing_passes_score_exactly_zero(dtype: torch.dtype) -> None:
     model, images, labels = ready(dead, dtype=dtype)
-    found = trace_routes(model, (images, labels), 0.5, config=TraceConfig(sketches=32), keep_scores=True)
+    found = trace_routes(model, (images, labels), 0.5, config=SKETCHES, keep_scores=True)
     assert found.methods["parts.a", "parts.b"] == "sketch"
     scores = found.scores["parts.a"]
     assert (scores[:, 2] == 0).all()
@@ -275,11 +270,11 @@ def test_channels_that_nothing_passes_score_exactly_zero(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
 def test_small_and_large_derivatives_stay_in_range(factor: float) -> None:
     model, images, labels = ready(dead, dtype=torch.float32)
-    before = trace_routes(model, (images, labels), 0.5, config=TraceConfig(sketches=32), keep_scores=True)
+    before = trace_routes(model, (images, labels), 0.5, config=SKETCHES, keep_scores=True)
     with torch.no_grad():
         model.parts["b"].weight.mul_(factor)
         model.parts["head"].fc.weight.div_(factor)
-    after = trace_routes(model, (images, labels), 0.5, config=TraceConfig(sketches=32), keep_scores=True)
+    after = trace_routes(model, (images, labels), 0.5, config=SKETCHES, keep_scores=True)
     assert deviation(after.scores["parts.a"] / factor, before.scores["parts.a"]) < 1e-3
 
 
@@ -302,7 +297,7 @@ def test_auto_draws_more_where_the_cut_is_not_clear() -> None:
 
 def test_notes_follow_the_samples_into_files(tmp_path: Path) -> None:
     model, images, labels = ready(Shuffled, samples=4)
-    whole = trace_routes(model, (images, labels), config=TraceConfig(sketches=32), keep_scores=True)
+    whole = trace_routes(model, (images, labels), config=SKETCHES, keep_scores=True)
     whole.save(tmp_path / "routes.safetensors")
     loaded = InstanceRoutes.load(tmp_path / "routes.safetensors")
     joined = InstanceRoutes.concatenate([whole.select([0, 1]), whole.select([2, 3])])
@@ -312,9 +307,8 @@ def test_notes_follow_the_samples_into_files(tmp_path: Path) -> None:
         assert other.sketched is not None
         assert other.sketched.layers == whole.sketched.layers
         for layer in whole.sketched.layers:
-            assert torch.equal(other.sketched.draws[layer], whole.sketched.draws[layer])
-            assert torch.equal(other.sketched.overlap[layer], whole.sketched.overlap[layer])
-            assert torch.equal(other.sketched.errors[layer], whole.sketched.errors[layer])
+            for note in ("draws", "overlap", "errors"):
+                assert torch.equal(getattr(other.sketched, note)[layer], getattr(whole.sketched, note)[layer])
             assert torch.equal(other.sketched.undecided(layer), whole.sketched.undecided(layer))
     assert "approximate" in repr(loaded)
     assert "approximate" in repr(loaded.aggregate())
@@ -322,9 +316,7 @@ def test_notes_follow_the_samples_into_files(tmp_path: Path) -> None:
 
 def test_exact_and_approximate_routes_are_not_joined() -> None:
     model, images, labels = ready(Shuffled)
-    exact, found = (
-        trace_routes(model, (images, labels), config=TraceConfig(sketches=sketches)) for sketches in (None, 32)
-    )
+    exact, found = (trace_routes(model, (images, labels), config=config) for config in (TraceConfig(), SKETCHES))
     with pytest.raises(UserError, match="trace all parts in the same way"):
         InstanceRoutes.concatenate([exact, found])
 
@@ -350,24 +342,9 @@ def test_bfloat16_is_near_and_float16_is_refused() -> None:
 
 
 def test_derivatives_that_are_not_finite_are_named() -> None:
-    def build() -> nn.Module:
-        def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
-            x = parts["a"](x)
-            x = x + (x - x.detach()).abs().sqrt()  # its derivative is infinite times zero
-            return parts["head"](parts["b"](F.softmax(x, 1)))
+    def infinite(x: Tensor) -> Tensor:
+        return F.softmax(x + (x - x.detach()).abs().sqrt(), 1)  # its derivative is infinite times zero
 
-        return Function(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3), head=Head(4))
-
-    model, images, labels = ready(build)
+    model, images, labels = ready(two(infinite))
     with pytest.raises(UserError, match="NaN"):
-        trace_routes(model, (images, labels), config=TraceConfig(sketches=32))
-
-
-def test_the_model_comes_back_as_it_was() -> None:
-    from tracing import state, untidy
-
-    model = untidy()
-    before = state(model)
-    found = trace_routes(model, torch.rand(2, 3, 9, 9), config=TraceConfig(sketches=32))
-    assert "sketch" in found.methods.values()
-    assert state(model) == before
+        trace_routes(model, (images, labels), config=SKETCHES)

@@ -74,25 +74,6 @@ def test_the_layers_of_multi_head_attention_have_names_in_every_mode() -> None:
             assert seen == expected
 
 
-def test_the_fused_encoder_hides_layers_that_interventions_reach() -> None:
-    model, x, _ = made(Encoder)
-    inside: list[int] = []
-    with torch.no_grad():
-        with every_output(lambda index, output: inside.append(index) or output):
-            fused = model(x)
-        assert len(inside) == 2  # the premise: without an intervention only embed and head run as such
-        route = ar.Route({"encoder.layers.0.self_attn#2": [0, 3]}, {"encoder.layers.0.self_attn#2": 8})
-        with deactivate(model, route):
-            silent = model(x)
-        torch.testing.assert_close(model(x), fused)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other.encoder.layers[0].self_attn.out_proj.weight[[0, 3]] = 0
-        other.encoder.layers[0].self_attn.out_proj.bias[[0, 3]] = 0
-        torch.testing.assert_close(silent, other(x))
-    assert not torch.allclose(silent, fused)
-
-
 # interventions
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,17 @@ def by_hand(
     return cam.clamp(min=0)
 
 
+def require_loops(model: nn.Module, images: Tensor, layer: str, channels: list[int], grid: tuple[int, int]) -> None:
+    target = torch.tensor([4, 0, 2])
+    ours = grad_cam(model, images, layer, channels, target=target)
+    expected = [
+        by_hand(model, image, model.get_submodule(layer), channels, int(label), grid)
+        for image, label in zip(images, target, strict=True)
+    ]
+    torch.testing.assert_close(ours, torch.stack(expected))
+    assert ours.any()
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "grid"),
     [
@@ -57,26 +71,26 @@ def test_maps_of_tokens_agree_with_loops(name: str, layer: str, grid: tuple[int,
         model.image_size, grid = 16, (4, 4)
     images = torch.rand(3, 3, 4 * 4, 4 * (4 if name == "vit" else 6)).double()
     before = state(model)
-    target = torch.tensor([4, 0, 2])
     for channels in ([0, 3, 5], list(range(model.get_submodule(layer).out_features))):
-        ours = grad_cam(model, images, layer, channels, target=target)
-        expected = [
-            by_hand(model, image, model.get_submodule(layer), channels, int(label), grid)
-            for image, label in zip(images, target, strict=True)
-        ]
-        torch.testing.assert_close(ours, torch.stack(expected))
-    assert ours.any()
+        require_loops(model, images, layer, channels, grid)
     model.zero_grad()
     assert state(model) == before
 
 
-def test_attention_inside_a_module_that_never_calls_its_parts() -> None:
+@pytest.mark.parametrize(
+    ("layer", "at", "value"),
+    [
+        ("attn#2", "output", lambda output: output[0]),  # the projection, that multi-head attention never calls
+        ("fc1", "activation", F.gelu),
+    ],
+)
+def test_maps_are_what_the_layer_gives(layer: str, at: str, value: Callable[[Any], Tensor]) -> None:
     model, images, _ = made(Attentive)
-    found = layer_evidence(model, images, "attn#2")  # the projection behind multi-head attention
-    assert found.maps.shape == (3, 8, 4, 4)
+    found = layer_evidence(model, images, layer, target=torch.arange(3) % CLASSES, at=at)
     kept: list[Tensor] = []
-    model.attn.register_forward_hook(lambda _module, _args, output: kept.append(output[0]))
+    model.get_submodule(layer.partition("#")[0]).register_forward_hook(lambda *args: kept.append(value(args[2])))
     model(images)
+    assert found.maps.shape[2:] == (4, 4)
     torch.testing.assert_close(found.maps.flatten(2).transpose(1, 2), kept[0][:, 1:].detach())
 
 
@@ -144,16 +158,6 @@ def test_what_has_no_map_says_what_to_take() -> None:
         grad_cam(model, images, "features.1.0.attn#2")
 
 
-def test_maps_after_the_activation_of_tokens() -> None:
-    model, images, _ = made(Attentive)
-    target = torch.arange(3) % CLASSES
-    found = layer_evidence(model, images, "fc1", target=target, at="activation")
-    hidden: list[Tensor] = []
-    model.fc1.register_forward_hook(lambda _module, _args, output: hidden.append(output))
-    model(images)
-    torch.testing.assert_close(found.maps.flatten(2).transpose(1, 2), F.gelu(hidden[0])[:, 1:].detach())
-
-
 @pytest.mark.parametrize(("kind", "leading"), [("registers", 5), ("distilled", 2)])
 def test_tokens_before_the_image_are_left_out_in_timm(kind: str, leading: int) -> None:
     timm = pytest.importorskip("timm", reason="the networks are timm's")
@@ -165,16 +169,10 @@ def test_tokens_before_the_image_are_left_out_in_timm(kind: str, leading: int) -
         return timm.models.vision_transformer.VisionTransformer((16, 24), 4, reg_tokens=4, global_pool="avg", **size)
 
     model, _, _ = made(build)
-    images, target, layer = torch.rand(2, 3, 16, 24).double(), torch.tensor([1, 3]), "blocks.0.mlp.fc2"
+    images, layer = torch.rand(3, 3, 16, 24).double(), "blocks.0.mlp.fc2"
     kept: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_hook(lambda _module, _args, output: kept.append(output))
     model(images)
     handle.remove()
     assert kept[0].shape[1] == 24 + leading
-    ours = grad_cam(model, images, layer, [0, 5], target=target)
-    expected = [
-        by_hand(model, image, model.get_submodule(layer), [0, 5], int(label), (4, 6))
-        for image, label in zip(images, target, strict=True)
-    ]
-    torch.testing.assert_close(ours, torch.stack(expected))
-    assert ours.any()
+    require_loops(model, images, layer, [0, 5], (4, 6))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +19,12 @@ from attackroute.core.model_state import frozen
 from attackroute.tracing import oracle, windows
 from attackroute.tracing.closed_form import critical_sums, influence_matrix
 from attackroute.tracing.config import TraceConfig
-from attackroute.tracing.influence import influence
 from attackroute.tracing.recorder import record
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.networks import build_model
 from tracing import check, deviation, ready, same_routes, small, worst
 
 EVERY = {**CLOSED, **MIXED}
-METHODS = {"closed-form", "autograd"}
 
 
 # Equality with the oracle
@@ -36,18 +33,16 @@ METHODS = {"closed-form", "autograd"}
 @pytest.mark.parametrize("name", EVERY)
 def test_float64_is_the_oracle(name: str) -> None:
     found = check(*ready(EVERY[name]), influences=True)
-    assert set(found.methods.values()) <= METHODS
-    if name in CLOSED:
-        assert set(found.methods.values()) == {"closed-form"}
-    else:
-        assert "autograd" in found.methods.values()
+    methods = set(found.methods.values())
+    assert methods == {"closed-form"} if name in CLOSED else {"autograd"} <= methods <= {"closed-form", "autograd"}
     assert not any((found.scores[layer] < 0).any() for layer in found.layers)
 
 
-@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("name", [*CLOSED, "shuffled", "aliased"])
 def test_float32_is_the_oracle_to_four_digits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "_SMALL", 0)  # maps are summed by segments, as larger ones are
-    check(*ready(CLOSED[name], dtype=torch.float32), tolerance=1e-4)
+    found = check(*ready(EVERY[name], dtype=torch.float32), tolerance=1e-4)
+    assert found.scores[found.layers[0]].dtype == torch.float32
 
 
 @pytest.mark.parametrize("build", [Perceptron, tokens, chain], ids=["perceptron", "tokens", "chain"])
@@ -106,36 +101,11 @@ LARGE = {
 @pytest.mark.parametrize("name", [*BUILT_IN, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_built_in_networks_are_the_oracle(name: str) -> None:
     spec, width, size = {**BUILT_IN, **LARGE}[name]
-    model, images, labels = ready(
-        lambda: build_model(spec, num_classes=5, width=width, image_size=size), samples=1, size=size
-    )
-    found = check(model, images, labels)
-    assert set(found.methods.values()) == {"closed-form"}
+    build = lambda: build_model(spec, num_classes=5, width=width, image_size=size)  # noqa: E731
+    assert set(check(*ready(build, samples=1, size=size)).methods.values()) == {"closed-form"}
 
 
-# By hand
-
-
-def test_a_chain_by_hand() -> None:
-    # x = [1, 2]; Z_a: channel 0 = [1, 2], 1 = [-1, -2], 2 = [3, 6]. ReLU lets channels 0 and 2 pass, 2 positions each.
-    # Z_b = [2 a0 - 3 a1 + a2, a0 + 5 a1 - a2]: C[0] = [2*2, 0, 1*2], C[1] = [1*2, 0, 1*2].
-    # Z_b sums to [15, -6], the logits. For label 1, q - onehot = [1, -1]: both channels score 2 (two positions), and
-    # the tie goes to channel 0.
-    first, second = nn.Conv2d(1, 3, 1, bias=False), nn.Conv2d(3, 2, 1, bias=False)
-    model = Function(lambda p, x: p["b"](F.relu(p["a"](x))).sum((2, 3)), a=first, b=second).double()
-    with torch.no_grad():
-        first.weight.copy_(torch.tensor([1.0, -1, 3]).view(3, 1, 1, 1))
-        second.weight.copy_(torch.tensor([[2.0, -3, 1], [1, 5, -1]]).view(2, 3, 1, 1))
-    images = torch.tensor([[[[1.0, 2.0]]]], dtype=torch.float64)
-    routes = trace_routes(model, (images, torch.tensor([1])), width=0.5, keep_scores=True)
-    assert routes.layers == ("parts.a", "parts.b")
-    assert routes.methods == {("parts.a", "parts.b"): "closed-form"}
-    assert influence(model, images, "parts.a", "parts.b").tolist() == [[[4, 0, 2], [2, 0, 2]]]
-    assert routes.scores["parts.b"].tolist() == [[2, 2]]
-    assert routes.masks["parts.b"].tolist() == [[True, False]]
-    assert routes.scores["parts.a"].tolist() == [[4, 0, 2]]
-    assert routes.masks["parts.a"].tolist() == [[True, False, True]]  # round(0.5 * 3) = 2
-    assert routes.predictions.tolist() == [0]
+# Ties
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -149,12 +119,6 @@ def test_ties_go_to_the_lower_index() -> None:
     for found in (trace_routes(model, (images, labels), 0.5), oracle.trace(model, images, labels, width=0.5)):
         for layer in found.layers:
             assert found.masks[layer].tolist() == [[True, True, False, False]] * 3
-
-
-def test_single_channels_are_their_own_route() -> None:
-    model, images, labels = ready(lambda: small((3, 1, 1)))
-    found = check(model, images, labels, width=0.01, influences=True)
-    assert all(found.masks[layer].all() for layer in found.layers)
 
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 3, 13, 13), torch.ones(2, 3, 13, 13), -torch.ones(2, 3, 13, 13)])
@@ -179,18 +143,6 @@ def test_edges_are_listed_by_target_then_source_in_forward_order() -> None:
     edges = [(order[target], order[source]) for source, target in found.methods]
     assert edges == sorted(edges)
     assert all(source < target for target, source in edges)
-
-
-def test_influence_needs_adjacent_layers() -> None:
-    model, images, _ = ready(CLOSED["residual"])
-    with pytest.raises(UserError, match=r"no route layer 'a3' ran: the layers are conv1, a1\.0, a2\.0"):
-        influence(model, images, "conv1", "a3")
-    with pytest.raises(UserError, match=r"'b1\.0' and 'c2\.0' are not adjacent; directly after 'b1\.0': b2\.0"):
-        influence(model, images, "b1.0", "c2.0")
-    with pytest.raises(UserError, match=r"directly after 'c2\.0': no route layer"):
-        influence(model, images, "c2.0", "conv1")
-    with pytest.raises(UserError, match="the batch holds no image"):
-        influence(model, images[:0], "conv1", "a1.0")
 
 
 def test_a_side_branch_that_ends_is_a_sink() -> None:
@@ -239,16 +191,6 @@ def test_nothing_is_made_on_the_cpu_behind_the_back_of_another_device(name: str)
         critical_sums(layer, torch.ones(len(images), layer.channels, dtype=torch.bool, device="meta"), scores)
         for index in layer.sources - layer.jacobian:
             assert influence_matrix(layer, index, layers[index].channels, len(images)).is_meta
-
-
-def test_the_oracle_and_the_tracer_can_disagree() -> None:
-    # what the comparisons above rest on: a wrong weight in one of them does not go unseen
-    model, images, labels = ready(CLOSED["chain"])
-    expected = oracle.trace(model, images, labels)
-    with torch.no_grad():
-        model[3].weight *= 1 + 1e-6
-    found = trace_routes(model, (images, labels), keep_scores=True)
-    assert deviation(found.scores["0"], expected.scores["0"]) > 1e-7
 
 
 def test_a_layer_without_scores_is_named_and_marked(tmp_path: Path) -> None:
@@ -302,46 +244,30 @@ def test_a_head_that_is_dropped_is_not_on_the_route(noise: bool) -> None:
 def test_one_image_alone_has_the_products_of_a_batch() -> None:
     """PyTorch's batched products through batch norm are wrong for one row whose gradient comes permuted."""
 
-    class Permuted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.norm, self.last, self.head = (
-                nn.Conv2d(3, 8, 3),
-                nn.BatchNorm2d(8),
-                nn.Conv2d(8, 6, 3),
-                Head(6),
-            )
-            self.mix = nn.Bilinear(8, 8, 8)
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = F.gelu(parts["norm"](parts["first"](x))).permute(0, 2, 3, 1)
+        return parts["head"](parts["last"](parts["mix"](x, x).permute(0, 3, 1, 2)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = F.gelu(self.norm(self.first(x))).permute(0, 2, 3, 1)
-            return self.head(self.last(self.mix(x, x).permute(0, 3, 1, 2)))
-
-    model, images, labels = ready(Permuted)
+    torch.manual_seed(0)
+    layers = {"first": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "mix": nn.Bilinear(8, 8, 8)}
+    model, images, labels = ready(lambda: Function(forward, **layers, last=nn.Conv2d(8, 6, 3), head=Head(6)))
     found = check(model, images[:1], labels[:1])
     assert set(found.methods.values()) == {"autograd"}
-    assert (
-        deviation(
-            found.scores["first"], trace_routes(model, (images, labels), 0.3, keep_scores=True).scores["first"][:1]
-        )
-        < 1e-12
-    )
+    whole = trace_routes(model, (images, labels), 0.3, keep_scores=True)
+    assert deviation(found.scores["parts.first"], whole.scores["parts.first"][:1]) < 1e-12
 
 
-def squeezed() -> nn.Module:
+def test_products_from_layers_without_positions() -> None:
     """Squeeze and excite by linear maps, whose outputs have no positions."""
-    parts = {"stem": nn.Conv2d(3, 6, 3), "squeeze": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "excite": nn.Linear(4, 6)}
 
     def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
         x = m["stem"](x)
         gate = m["excite"](F.gelu(F.softmax(m["norm"](m["squeeze"](x.mean((2, 3)))), 1)))
         return m["head"](x * torch.sigmoid(gate)[:, :, None, None])
 
-    return Function(forward, **parts, head=Head(6))
-
-
-def test_products_from_layers_without_positions() -> None:
-    found = check(*ready(squeezed), linear=True, influences=True)
+    torch.manual_seed(0)
+    parts = {"stem": nn.Conv2d(3, 6, 3), "squeeze": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "excite": nn.Linear(4, 6)}
+    found = check(*ready(lambda: Function(forward, **parts, head=Head(6))), linear=True, influences=True)
     assert found.methods["parts.squeeze", "parts.excite"] == "autograd"
 
 
@@ -363,10 +289,3 @@ def test_routes_of_a_network_under_an_intervention(name: str, kind: str) -> None
         found = check(model, images, labels, linear=linear)
     if kind == "deactivate" and not linear:
         assert set(found.methods.values()) == {"closed-form"}
-        operated = copy.deepcopy(model)
-        for layer, channels in route.indices.items():
-            convolution = operated.get_submodule(layer)
-            for parameter in (convolution.weight, convolution.bias):
-                if parameter is not None:
-                    parameter.data[torch.as_tensor(channels)] = 0
-        assert worst(found, trace_routes(operated, (images, labels), 0.3, keep_scores=True)) <= 1e-12

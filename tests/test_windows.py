@@ -22,18 +22,17 @@ quick = settings(max_examples=60, deadline=None, derandomize=True, database=None
 
 
 class Line(NamedTuple):
-    """One axis of a convolution, and the numbers that it is made of."""
+    """One axis of a convolution."""
 
-    axis: Axis
     size: int
     kernel: int
     stride: int
     padding: int
     dilation: int
 
-    @classmethod
-    def of(cls, size: int, kernel: int, stride: int, padding: int, dilation: int) -> Line:
-        return cls(Axis.of(size, kernel, stride, padding, dilation), size, kernel, stride, padding, dilation)
+    @property
+    def axis(self) -> Axis:
+        return Axis.of(*self)
 
     def met(self, offset: int) -> list[int]:
         """Positions that a kernel offset joins to an output, by trying every output."""
@@ -49,7 +48,7 @@ def lines(draw: st.DrawFn, *, size: int | None = None, largest: int = 12) -> Lin
     size = draw(st.integers(1, largest)) if size is None else size
     padding, dilation, stride = draw(st.integers(0, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     kernel = draw(st.integers(1, min(6, (size + 2 * padding - 1) // dilation + 1)))
-    return Line.of(size, kernel, stride, padding, dilation)
+    return Line(size, kernel, stride, padding, dilation)
 
 
 def naive_sums(values: Tensor, rows: Line, columns: Line) -> Tensor:
@@ -117,7 +116,7 @@ def test_any_size_on_the_way_that_is_chosen_for_it(rows: Line, columns: Line, se
 
 
 def test_a_kernel_of_31_on_a_wide_map() -> None:
-    line = Line.of(40, 31, 1, 15, 1)
+    line = Line(40, 31, 1, 15, 1)
     mask = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0)) > 0.4
     assert torch.equal(mask_sums(mask, line.axis, line.axis), naive_sums(mask.float(), line, line))
 
@@ -135,7 +134,7 @@ def test_bytes_that_are_added_in_one_word_do_not_run_over(size: tuple[int, int],
     generator = torch.Generator().manual_seed(0)
     mask = (torch.rand(2, 8, *size, generator=generator) > 0.1).contiguous(memory_format=layout)
     mask[0] = True  # the most that a column can hold
-    rows, columns = (Line.of(side, 3, stride, 1, 1) for side, stride in zip(size, (1, 2), strict=True))
+    rows, columns = (Line(side, 3, stride, 1, 1) for side, stride in zip(size, (1, 2), strict=True))
     assert torch.equal(mask_sums(mask, rows.axis, columns.axis), naive_sums(mask.float(), rows, columns))
 
 

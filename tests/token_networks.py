@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
-from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+
+from benchmarks.small_networks import efficientnet
 
 CLASSES = 5
 
@@ -77,11 +78,6 @@ def swin() -> nn.Module:
 
 def convnext() -> nn.Module:
     return ConvNeXt([CNBlockConfig(6, 8, 1), CNBlockConfig(8, None, 1)], layer_scale=0.7, num_classes=CLASSES)
-
-
-def efficientnet() -> nn.Module:
-    blocks = [MBConvConfig(1, 3, 1, 32, 8, 1, 0.25), MBConvConfig(4, 3, 2, 32, 8, 1, 0.25)]
-    return EfficientNet(blocks, 0.0, last_channel=16, num_classes=CLASSES)
 
 
 def mobilenet() -> nn.Module:
