@@ -17,6 +17,7 @@ from attackroute.core.model_state import weights_digest
 from attackroute.robustness.examples import INDEX, Examples, verify_examples
 from attackroute.robustness.registry import parse_attack
 from evaluated_models import ATTACKS, images_and_labels, small_model
+from toy_training import Killed
 
 
 def data(levels: bool = True) -> tuple[Tensor, Tensor]:
@@ -135,15 +136,14 @@ def rewritten(folder: Path, **changes: object) -> str:
 
 def test_images_outside_the_ball_or_the_range_are_named(copied: Path) -> None:
     examples = Examples.load(file_of(copied))
-    outside = examples.adversarial.clone()
-    outside[4, 0, 0, 0] = (examples.clean[4, 0, 0, 0] + 0.3) % 1
-    assert "sample 4 is outside the ball linf 0.1" in rewritten(copied, adversarial=outside)
-    beyond = examples.adversarial.clone()
-    beyond[[1, 2, 6, 8], 0, 3, 3] = 1.2
-    assert "sample 1, 2, 6 and 1 more has values outside [0, 1]" in rewritten(copied, adversarial=beyond)
-    broken = examples.adversarial.clone()
-    broken[5, 0, 0, 0] = torch.nan
-    assert "sample 5 is outside" in rewritten(copied, adversarial=broken)
+    for rows, value, fault in [
+        ([4], float(examples.clean[4, 0, 0, 0] + 0.3) % 1, "sample 4 is outside the ball linf 0.1"),
+        ([1, 2, 6, 8], 1.2, "sample 1, 2, 6 and 1 more has values outside [0, 1]"),
+        ([5], torch.nan, "sample 5 is outside"),
+    ]:
+        changed = examples.adversarial.clone()
+        changed[rows, 0, 0, 0] = value
+        assert fault in rewritten(copied, adversarial=changed)
 
 
 def test_other_answers_are_named(copied: Path) -> None:
@@ -185,9 +185,6 @@ def test_a_resumed_evaluation_has_the_same_examples(
         ar.evaluate(
             models, data(), ATTACKS, batch_size=10, checks=0, save_examples=examples, folder=results, resume=resume
         )
-
-    class Killed(BaseException):
-        pass
 
     saves = []
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute
+from architectures import Function
 from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
 from attackroute.core.random import derived_generator
@@ -31,23 +32,13 @@ from attackroute.robustness.gradient_attacks import PGD
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.weights import BEST, LAST
-from toy_training import Killed, identical, killed_runs, raises, toy_data, weights_of, without_time
+from toy_training import Killed, identical, killed_runs, raises, toy_data, toy_network, weights_of, without_time
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def toy_network(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout),
-            nn.Linear(128, 4),
-        )  # fmt: skip
 
 
 def hardened(model: nn.Module | None = None, **options: Any) -> tuple[dict[str, Tensor], HardenResult]:
@@ -94,8 +85,7 @@ def stabilisation_penalty(model: nn.Sequential, images: Tensor, attacked: Tensor
 @pytest.mark.parametrize(
     ("penalty", "attacked"),
     [
-        *((penalty, False) for penalty in ("gradient", "weight", ("gradient", "weight"))),
-        *((penalty, True) for penalty in ("gradient", "weight", ("gradient", "weight"))),
+        *itertools.product(("gradient", "weight", ("gradient", "weight")), (False, True)),
         ("stabilisation", True),
         (("gradient", "stabilisation"), True),
     ],
@@ -151,23 +141,14 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
     assert result.training.last.penalties == pytest.approx({name: sums[name] / 24 for name in names}, rel=1e-4)
 
 
-class Answer(nn.Module):
-    """Gives its logits in an object, as the networks of Hugging Face do."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return SimpleNamespace(logits=self.model(x), loss=None)
-
-
 @pytest.mark.parametrize("options", [{"method": EXACT}, {"method": APPROXIMATE}, {"attack": ATTACK}, {"penalty": None}])
 def test_logits_in_an_object_are_trained_as_others(options: dict[str, Any]) -> None:
+    """As the networks of Hugging Face give them."""
     every = ("gradient", "weight", "stabilisation") if "attack" in options else ("gradient", "weight")
     plain, expected = hardened(**{"penalty": every, **options})
-    wrapped, result = hardened(Answer(toy_network()), **{"penalty": every, **options})
-    assert identical({f"model.{name}": value for name, value in plain.items()}, wrapped)
+    model = Function(lambda parts, x: SimpleNamespace(logits=parts["model"](x), loss=None), model=toy_network())
+    wrapped, result = hardened(model, **{"penalty": every, **options})
+    assert identical({f"parts.model.{name}": value for name, value in plain.items()}, wrapped)
     assert without_time(result.training.history) == without_time(expected.training.history)
 
 
@@ -240,9 +221,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
 
 def test_the_route_is_traced_from_a_share_of_the_samples(tmp_path: Path) -> None:
     model = toy_network()
-    order = torch.randperm(24, generator=derived_generator(SETTINGS.seed, "route", 0))[:12].sort().values
-    images, labels = (values[order] for values in toy_data().tensors)
-    expected = trace_routes(model, (images, labels), 0.2).aggregate(0.3)
+    expected = trace_of(model)
     weights, result = hardened(model, folder=tmp_path / "a")
     assert result.route == expected == Route.load(tmp_path / "a" / ROUTE_FILE)
     everything = trace_routes(toy_network(), toy_data().tensors, 0.2).aggregate(0.3)
@@ -489,16 +468,10 @@ def test_an_operation_without_a_second_derivative_asks_for_the_approximation() -
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return gradient * ctx.positive
 
-    class Own(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return Once.apply(x)  # type: ignore[no-any-return,no-untyped-call]
-
     model = toy_network()
-    model[6] = Own()
+    model[6] = Function(lambda _, x: Once.apply(x))  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match="finite-difference"):
         hardened(model)
-    model = toy_network()
-    model[6] = Own()
     assert hardened(model, method=APPROXIMATE)[1].training.last.epoch == 2
 
 
@@ -507,7 +480,9 @@ def test_an_operation_without_a_second_derivative_asks_for_the_approximation() -
 KILLED: dict[str, Any] = {"attack": ATTACK, "penalty": ("gradient", "weight"), "refresh": 2}
 
 
-def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 8), pytest.param(20, 80, marks=pytest.mark.slow)])
+def test_resuming_after_sigkill(tmp_path: Path, kills: int, epochs: int) -> None:
+    folder = tmp_path / "run"
     settings = replace(SETTINGS, epochs=epochs)
     hardened(train=replace(SETTINGS, epochs=1), **KILLED)  # the first optimiser step imports a lot
     started = time.perf_counter()
@@ -546,15 +521,6 @@ def serve(folder: Path, epochs: int) -> None:
         sys.stdin.readline()
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     os._exit(0)  # PyTorch takes a second to leave
-
-
-def test_resuming_after_sigkill(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=2, epochs=8)
-
-
-@pytest.mark.slow
-def test_resuming_after_many_sigkills(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=20, epochs=80)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from studies.hardening.results import HardeningStudy
 from studies.hardening.run import carry_out, main
 from studies.hardening.study import TUNING, study_hardening
 from studies.paired import PairedDifference
-from toy_training import Killed, toy_data
+from toy_training import Killed, toy_data, toy_network
 
 BRIEF = TrainSettings(epochs=1, batch_size=8, lr=0.05)
 PLAN = StudyPlan(
@@ -42,12 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4),
-        )  # fmt: skip
+    return toy_network(seed, dropout=0.0)
 
 
 def studied(folder: Path, plan: StudyPlan = PLAN, test_seed: int = 1, **options: Any) -> HardeningStudy:
@@ -261,8 +256,7 @@ def test_a_study_goes_on_after_kills_to_the_same_result(whole: tuple[HardeningSt
 
 
 def after(calls: int) -> Callable[[int, int, str], None]:
-    countdown: Sequence[int] = range(calls)
-    left = iter(countdown)
+    left = iter(range(calls))
 
     def progress(done: int, total: int, message: str) -> None:
         assert 0 <= done <= total
@@ -376,9 +370,3 @@ def test_bad_input_is_one_line(
     assert main(["--settings", "digits", "--data", "mnist-sample", "--out", str(tmp_path), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error:") and named in line
-
-
-def test_names_say_what_is_not_the_paper() -> None:
-    assert Variant("PAT").name == "PAT, no penalty"
-    assert Variant("PAT", tuned=False).name == "PAT"
-    assert Variant("Vanilla", True, "weight", "all").name == "Vanilla_w, all"

@@ -16,7 +16,7 @@ from attackroute.core.errors import UserError
 from attackroute.hardening.harden import harden
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.routes.route import Route
-from test_gradient_penalty import smooth, some_of
+from test_gradient_penalty import smooth, some_of, written_out
 from toy_training import toy_data, toy_model
 from tracing import ready, require_slopes
 
@@ -27,22 +27,13 @@ def penalised(
     with penalty.watch():
         model(attacked.clone())
     value = penalty(clean)
-    slopes = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    return value.detach(), [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(model.parameters(), slopes, strict=True)
-    ]
+    return value.detach(), list(torch.autograd.grad(value, list(model.parameters()), materialize_grads=True))
 
 
 def test_against_autograd_functional() -> None:
     """The same network written out."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(16, 3),
-    ).double()  # fmt: skip
+    model, route = written_out()
     x, noisy = torch.rand(2, 4, 2, 8, 8).double()
-    route = Route({"0": [0, 2], "3": [1, 2, 3], "6": [1]}, {"0": 3, "3": 4, "6": 3})
 
     def penalty(*parameters: Tensor) -> Tensor:
         w0, b0, w1, b1, w2, b2 = parameters

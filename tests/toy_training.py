@@ -42,6 +42,17 @@ def toy_model(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
         )  # fmt: skip
 
 
+def toy_network(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
+    """Two layers, with batch norms."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout),
+            nn.Linear(128, 4),
+        )  # fmt: skip
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
