@@ -28,9 +28,6 @@ def doubles(samples: int = 64) -> tuple[nn.Module, Tensor, Tensor]:
     return network().double(), x.double(), y
 
 
-# --- second implementations
-
-
 @pytest.mark.parametrize("steps", [1, 7])
 def test_attacks_are_those_of_another_library(steps):
     torchattack = pytest.importorskip("torchattack")
@@ -118,9 +115,6 @@ def test_starting_points_fill_the_ball():
     direction = change / change.norm(dim=1, keepdim=True)
     assert direction.mean(0).abs().max() < 5 / math.sqrt(500 * 48)
     assert (direction.T @ direction / 500 * 48 - torch.eye(48)).abs().max() < 5 * math.sqrt(2 / 500)
-
-
-# --- guarantees
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -338,9 +332,6 @@ def test_large_logits_are_no_defence(attack):
     fooled = ~right(model, attack(model, x, y), y)
     usual = ~right(plain, attack(plain, x, y), y)
     assert fooled.sum() >= 0.8 * usual.sum() > 10
-
-
-# --- bad input
 
 
 @pytest.mark.parametrize(

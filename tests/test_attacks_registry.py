@@ -53,16 +53,11 @@ def check(text: str, attack: Perturbation) -> None:
         found.seed = 1
 
 
-@pytest.mark.parametrize("text", EXAMPLES)
+@pytest.mark.parametrize("text", [*EXAMPLES, *WITH_EXTRAS])
 def test_names_and_settings(text):
-    check(text, EXAMPLES[text])
-
-
-@pytest.mark.parametrize("text", WITH_EXTRAS)
-def test_names_and_settings_of_extras(text):
-    module, make = WITH_EXTRAS[text]
-    pytest.importorskip(module)
-    check(text, make())
+    if text in WITH_EXTRAS:
+        pytest.importorskip(WITH_EXTRAS[text][0])
+    check(text, EXAMPLES[text] if text in EXAMPLES else WITH_EXTRAS[text][1]())
 
 
 def test_every_name_makes_an_attack():

@@ -175,42 +175,32 @@ def test_a_damaged_list_is_named(copied: Path) -> None:
     assert INDEX in fault
 
 
-def test_a_resumed_evaluation_has_the_same_examples(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_evaluation_has_the_same_examples(saved: Path, tmp_path: Path) -> None:
     models = {"runs/net": small_model(), "runs net": small_model(1)}
-    examples, results = tmp_path / "examples", tmp_path / "results"
+    examples, results, real = tmp_path / "examples", tmp_path / "results", Examples.save
 
     def run(resume: bool = False) -> None:
         ar.evaluate(
             models, data(), ATTACKS, batch_size=10, checks=0, save_examples=examples, folder=results, resume=resume
         )
 
-    saves = []
+    def killed(fatal: int, *, resume: bool, parts: bool = True) -> None:
+        """Die at a save, counting those of parts or not."""
+        countdown = iter(range(fatal - 1, -1, -1))
 
-    def dying(self: Examples, path: Path) -> None:
-        saves.append(path)
-        if len(saves) == 8:
-            raise Killed
-        real(self, path)
+        def save(self: Examples, path: Path) -> None:
+            if (parts or "parts" not in str(path)) and next(countdown) == 0:
+                raise Killed
+            real(self, path)
 
-    real = Examples.save
-    with monkeypatch.context() as patch:
-        patch.setattr(Examples, "save", dying)
-        with pytest.raises(Killed):
-            run()
-        assert len(list(examples.rglob("*.safetensors"))) == 7
-        saves.clear()
-        with pytest.raises(Killed):
-            run(resume=True)
-    assert len(list(examples.rglob("*.safetensors"))) == 14
-    with monkeypatch.context() as patch:  # and once more, while batches are put together
-        patch.setattr(
-            Examples, "save", lambda self, path: dying(self, path) if "parts" not in str(path) else real(self, path)
-        )
-        saves[:] = [examples] * 5
-        with pytest.raises(Killed):
-            run(resume=True)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Examples, "save", save)
+            run(resume)
+
+    for resume, files in ((False, 7), (True, 14)):
+        killed(8, resume=resume)
+        assert len(list(examples.rglob("*.safetensors"))) == files
+    killed(3, resume=True, parts=False)  # and once more, while batches are put together
     assert len(list(examples.glob("*/*.safetensors"))) == 2
     run(resume=True)
     for path in saved.rglob("*.*"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import attackroute as ar
@@ -25,6 +26,7 @@ from evaluated_models import ATTACKS, images_and_labels, noisy, small_model
 from toy_training import Killed
 
 SETTINGS: dict[str, Any] = {"batch_size": 8, "checks": 6, "seed": 2}
+RELABELLED = images_and_labels()[0], torch.cat([images_and_labels()[1][:-1], (images_and_labels()[1][-1:] + 1) % 4])
 LINES = 1 + 3 * 2 * 4 + 2 * 8  # header; batches, models and attacks; models and probes
 
 
@@ -146,6 +148,7 @@ def test_a_mistake_does_not_cost_the_results_that_are_there(tmp_path: Path) -> N
         ({"save_examples": "examples"}, "save_examples False, not True"),
         ({"data": images_and_labels(16)}, "samples_in_all 23, not 16"),
         ({"data": images_and_labels(seed=2)}, "samples / 0 / one / clean of other images"),
+        ({"data": RELABELLED}, "samples / 2 / one / clean of other images or labels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -155,15 +158,6 @@ def test_other_terms_are_refused_by_name(tmp_path: Path, change: dict[str, Any],
         change = {"save_examples": tmp_path / "examples"}
     with pytest.raises(UserError, match=message):
         evaluated(tmp_path / "run", resume=True, **change)
-
-
-def test_relabelled_data_are_refused(tmp_path: Path) -> None:
-    images, labels = images_and_labels()
-    evaluated(tmp_path)
-    labels = labels.clone()
-    labels[-1] = (labels[-1] + 1) % 4
-    with pytest.raises(UserError, match="samples / 2 / one / clean of other images or labels"):
-        evaluated(tmp_path, data=(images, labels), resume=True)
 
 
 def test_damaged_measurements_are_refused_by_line(tmp_path: Path) -> None:

@@ -66,9 +66,6 @@ def flat(gradients: list[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-# --- the exact method ---------------------------------------------------------------------------------------------
-
-
 def test_against_autograd_functional() -> None:
     """The same network written out, with a zero added at each layer's output; its Jacobian is dL/dZ."""
     model, route = written_out()
@@ -182,9 +179,6 @@ def test_a_model_inside_a_wrapper() -> None:
     assert penalty(logits, labels).item() == alone.item()
 
 
-# --- the approximation --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", [*CLOSED, "perceptron"])
 def test_the_approximation_converges_to_the_exact_gradient(name: str, training: bool) -> None:
@@ -251,9 +245,6 @@ def test_gradients_at_shared_sums_are_kept_apart() -> None:
     _, exact = penalised(GradientPenalty(model, route), model, images, labels)
     _, slopes = penalised(GradientPenalty(model, route, method=APPROXIMATE, eps=1e-7), model, images, labels)
     torch.testing.assert_close(slopes, exact, rtol=1e-4, atol=1e-6)
-
-
-# --- errors -------------------------------------------------------------------------------------------------------
 
 
 def test_misuse_is_named() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import random
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +35,7 @@ from attackroute.robustness.gradient_attacks import PGD
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.weights import BEST, LAST
-from toy_training import Killed, identical, killed_runs, raises, toy_data, toy_network, weights_of, without_time
+from toy_training import Killed, identical, raises, toy_data, toy_network, weights_of, without_time
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
@@ -52,9 +55,6 @@ def hardened(model: nn.Module | None = None, **options: Any) -> tuple[dict[str, 
 
 _SETTINGS = {field.name for field in fields(HardenSettings)}
 HALF = Route({"0": [0, 2, 3], "4": [1, 5, 6, 7]}, {"0": 6, "4": 8})
-
-
-# --- the losses ---------------------------------------------------------------------------------------------------
 
 
 def by_hand(model: nn.Sequential, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -216,9 +216,6 @@ def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
     assert result.training.last.penalties == pytest.approx(whole.training.last.penalties, rel=1e-3)
 
 
-# --- routes -------------------------------------------------------------------------------------------------------
-
-
 def test_the_route_is_traced_from_a_share_of_the_samples(tmp_path: Path) -> None:
     model = toy_network()
     expected = trace_of(model)
@@ -319,8 +316,6 @@ def test_data_in_every_form() -> None:
         assert identical(weights_of(model), reference)
 
 
-# --- going on -----------------------------------------------------------------------------------------------------
-
 VARIANTS: list[dict[str, Any]] = [
     {"penalty": "gradient", "attack": ATTACK, "refresh": 1},
     {"penalty": "weight", "attack": ATTACK},
@@ -406,9 +401,6 @@ def test_the_best_epoch_is_the_most_robust(tmp_path: Path) -> None:
     assert all(record.robust.total == 12 for record in result.training.history if record.robust)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------
-
-
 def test_an_unusable_folder_is_found_before_the_route_is_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,8 +467,6 @@ def test_an_operation_without_a_second_derivative_asks_for_the_approximation() -
     assert hardened(model, method=APPROXIMATE)[1].training.last.epoch == 2
 
 
-# --- kills of a real process ------------------------------------------------------------------------------------------
-
 KILLED: dict[str, Any] = {"attack": ATTACK, "penalty": ("gradient", "weight"), "refresh": 2}
 
 
@@ -491,7 +481,18 @@ def test_resuming_after_sigkill(tmp_path: Path, kills: int, epochs: int) -> None
     command = [sys.executable, __file__, str(folder), str(epochs)]
     paths = (str(Path(attackroute.__file__).parents[1]), str(Path(__file__).parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    assert killed_runs(command, environment, kills, length) >= kills / 4
+    pipe, killed = subprocess.PIPE, 0
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+        assert server.stdin is not None and server.stdout is not None
+        for _ in range(kills):
+            print("start", file=server.stdin, flush=True)
+            child = int(server.stdout.readline())
+            time.sleep(random.uniform(0.3, 1.3) * length / kills)
+            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
+            print("reap", file=server.stdin, flush=True)
+            killed += int(server.stdout.readline()) == -signal.SIGKILL
+        server.stdin.close()
+    assert killed >= kills / 4
     weights, result = hardened(train=settings, folder=folder, resume=True, **KILLED)
     assert result.training.resumed_from > 0
     assert identical(weights, whole)
@@ -502,7 +503,7 @@ def test_resuming_after_sigkill(tmp_path: Path, kills: int, epochs: int) -> None
 
 
 def serve(folder: Path, epochs: int) -> None:
-    """Start a run for every line of input, in a child that has nothing left to import."""
+    """For each line of input start a run in a child that has nothing left to import, tell its id, and then reap it."""
     import torch._dynamo  # the first optimiser step would import it
 
     torch.set_num_threads(1)

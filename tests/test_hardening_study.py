@@ -49,9 +49,6 @@ def studied(folder: Path, plan: StudyPlan = PLAN, test_seed: int = 1, **options:
     return study_hardening(build, toy_data(30), toy_data(12, seed=test_seed), plan, folder, **options)
 
 
-# --- the plan -----------------------------------------------------------------------------------------------------
-
-
 def trial(lam: float, clean: int, attacked: int) -> Trial:
     return Trial(lam, Accuracy(clean, 100), Accuracy(attacked, 100))
 
@@ -135,9 +132,6 @@ def test_bad_plans_are_named(change: dict[str, Any], message: str) -> None:
         replace(PLAN, **change)
 
 
-# --- paired differences -------------------------------------------------------------------------------------------
-
-
 def test_a_paired_difference_by_hand() -> None:
     first = [[True, True, False, True], [True, False, True, True]]
     second = [[True, False, False, False], [True, False, False, True]]
@@ -174,8 +168,6 @@ def test_a_single_image_decides_nothing() -> None:
 
 WAYS = {"PAT_s, noise route": "noise", "PAT_s": "influence", "PAT_s, random": "noise", "PAT_s, all": "noise"}
 PLAIN = ("PAT-no-penalty", "PAT_s-noise-route", "PAT_s-random", "PAT_s-all")
-
-# --- the study ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +258,6 @@ def after(calls: int) -> Callable[[int, int, str], None]:
     return progress
 
 
-# --- parts of a data set ------------------------------------------------------------------------------------------
-
-
 def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
     learnt, kept = held_out(toy_data(30), 0.2, 3)
     assert len(kept) == 6
@@ -279,9 +268,6 @@ def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
     for share in (0.0, 0.01, 0.99, 1.0):
         with pytest.raises(UserError, match="one part empty"):
             held_out(toy_data(30), share, 3)
-
-
-# --- the command --------------------------------------------------------------------------------------------------
 
 
 def test_the_command_writes_what_it_shows(

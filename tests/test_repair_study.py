@@ -40,9 +40,6 @@ def some_pairs(build: object = small, samples: int = 12) -> tuple[nn.Module, Pai
     return model, Pairs(images, shaken(model, images, labels), labels)
 
 
-# The criteria
-
-
 def test_the_noise_and_its_mean_are_the_oracles() -> None:
     model, pairs = some_pairs(Residual)
     expected = trace(model, pairs.attacked, pairs.labels, clean=pairs.clean, width=0.2)
@@ -116,9 +113,6 @@ def test_results_depend_on_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(again[layer], values, rtol=1e-9, atol=1e-12)
 
 
-# What is measured
-
-
 def test_areas_by_hand() -> None:
     ones, zeros = np.ones(2), np.zeros(2)
     curve = np.stack([zeros, zeros, zeros, np.array([1.0, 0.0]), ones, ones])  # from 0.3, and from 0.5 on
@@ -167,9 +161,6 @@ def test_transplants_are_those_of_a_plain_loop() -> None:
             chosen = {at: [c for _, layer, c in best if layer == at] for at in values}
             some = {at: channels for at, channels in chosen.items() if channels}
             assert right(ar.Route(some, {at: len(values[at]) for at in some})) == bits.astype(bool).tolist()
-
-
-# True effects
 
 
 def loss_with(model: nn.Module, pairs: Pairs, chosen: list[tuple[str, int]]) -> float:
@@ -257,9 +248,6 @@ def test_true_effects_go_on_where_they_were(tmp_path: Path) -> None:
     tried, scores = found(path)
     assert scores == whole[1]
     assert tried < every - 2 * (every // 3) + 2 * sum(channels.values())  # no more than a step is lost each time
-
-
-# The study
 
 
 def digits(model: nn.Module, samples: int) -> list[tuple[Tensor, int]]:

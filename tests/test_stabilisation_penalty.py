@@ -18,7 +18,7 @@ from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.routes.route import Route
 from test_gradient_penalty import smooth, some_of, written_out
 from toy_training import toy_data, toy_model
-from tracing import ready, require_slopes
+from tracing import ready, require_slopes, state
 
 
 def penalised(
@@ -101,7 +101,7 @@ def test_dropout_is_no_noise_and_statistics_are_those_of_the_attacked_pass() -> 
 
 def test_nothing_is_left_behind() -> None:
     model, images, _ = ready(Residual)
-    before = [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+    before = state(model)
     penalty = StabilisationPenalty(model, some_of(model, images))
     with pytest.raises(RuntimeError), penalty.watch():
         model(images[:, :2])
@@ -109,7 +109,7 @@ def test_nothing_is_left_behind() -> None:
         with penalty.watch():
             model(images)
         penalty(images[:1])
-    assert before == [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+    assert state(model) == before
 
 
 def test_errors_say_what_to_do() -> None:

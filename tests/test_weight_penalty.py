@@ -127,15 +127,6 @@ def test_a_reused_layer_counts_once_for_each_call() -> None:
     torch.testing.assert_close(WeightPenalty(model, route, images)(), model.conv.weight[:2, 0].abs().sum())
 
 
-def test_parametrised_weights() -> None:
-    model = small()
-    nn.utils.parametrizations.weight_norm(model[6])
-    penalty = WeightPenalty(model, ROUTE, IMAGES)
-    torch.testing.assert_close(penalty(), by_hand(model, folded=True))
-    penalty().backward()
-    assert model[6].parametrizations.weight.original1.grad.abs().sum() > 0
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of older norms
 @pytest.mark.parametrize(
     ("compute", "original"),
@@ -143,9 +134,10 @@ def test_parametrised_weights() -> None:
         (lambda layer: prune.random_unstructured(layer, "weight", 0.3), "weight_orig"),
         (lambda layer: [prune.l1_unstructured(layer, "weight", share) for share in (0.3, 0.4)], "weight_orig"),
         (nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig"),
+        (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original1"),
     ],
 )  # fmt: skip
-def test_weights_that_a_hook_computes_before_every_pass(compute: Callable[[nn.Module], object], original: str) -> None:
+def test_weights_that_a_hook_or_parametrisation_computes(compute: Callable[[nn.Module], object], original: str) -> None:
     model = small()
     compute(model[3])
     compute(model[6])

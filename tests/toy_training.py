@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -81,22 +76,3 @@ def raises(error: BaseException, epoch: int) -> Callable[[EpochRecord], None]:
 
 class Killed(BaseException):
     """Stands for the end of the process."""
-
-
-def killed_runs(command: list[str], environment: dict[str, str], kills: int, length: float) -> int:
-    """Start a run again and again and kill it somewhere within its ``length`` in seconds; how many were killed in time.
-
-    The command is a server that starts a child for every line of input, prints its id, and then reaps it.
-    """
-    killed = 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdin is not None and server.stdout is not None
-        for _ in range(kills):
-            print("start", file=server.stdin, flush=True)
-            child = int(server.stdout.readline())
-            time.sleep(random.uniform(0.3, 1.3) * length / kills)
-            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
-            print("reap", file=server.stdin, flush=True)
-            killed += int(server.stdout.readline()) == -signal.SIGKILL
-        server.stdin.close()
-    return killed
