@@ -261,16 +261,12 @@ def test_a_default_dtype_of_float64_changes_nothing(dtype, float64):
     model, (x, y) = network().to(dtype), images(12)
     attacks = [AutoAttack(BLACK, attacks=part) for part in ("apgd-ce", "apgd-t", "fab-t")] + [Square(BLACK, 20)]
     expected = [attack(model, x.to(dtype), y) for attack in attacks]
-
-    class Own(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            assert torch.get_default_dtype() == torch.float64  # the model sees what it always sees
-            return model(x)
-
     torch.set_default_dtype(torch.float64)
+    seen = set()
+    model.register_forward_pre_hook(lambda *_: seen.add(torch.get_default_dtype()))
     for attack, images_before in zip(attacks, expected, strict=True):
-        assert torch.equal(attack(Own(), x.to(dtype), y), images_before)
-    assert torch.get_default_dtype() == torch.float64
+        assert torch.equal(attack(model, x.to(dtype), y), images_before)
+    assert seen == {torch.get_default_dtype()} == {torch.float64}  # the model sees what it always sees
 
 
 @NORMS

@@ -190,10 +190,3 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path, name: str
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=r"--resume.*another folder"):
         open_run(tmp_path, resume=False)
-
-
-def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="another"):
-            open_run(path, resume=False)

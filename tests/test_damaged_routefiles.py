@@ -17,16 +17,7 @@ from attackroute.core.files import INSTANCE_ROUTES_KIND, ROUTE_KIND, write_seale
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
-from route_samples import CHANNELS, SAMPLES, instances, refused
-
-
-@pytest.fixture(params=list(SAMPLES))
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Path]:
-    kind, make = SAMPLES[request.param]
-    path = tmp_path / f"{request.param}.bin"
-    value = make()
-    value.save(path)
-    return kind, value, path
+from route_samples import CHANNELS, instances, refused
 
 
 def test_missing_files_and_folders(saved: tuple[Any, Any, Path], tmp_path: Path) -> None:
@@ -39,18 +30,14 @@ def test_missing_files_and_folders(saved: tuple[Any, Any, Path], tmp_path: Path)
         refused(kind, endless, "it is a pipe or a device, not a file")
 
 
-def test_truncation_at_any_length(saved: tuple[Any, Any, Path]) -> None:
+def test_truncation_at_any_length_and_trailing_bytes(saved: tuple[Any, Any, Path]) -> None:
     kind, _, path = saved
     data = path.read_bytes()
     lengths = {0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 20, len(data) - 2, *range(0, len(data) - 1, 97)}
     for length in sorted(lengths):
         path.write_bytes(data[:length])
         refused(kind, path)
-
-
-def test_trailing_bytes(saved: tuple[Any, Any, Path]) -> None:
-    kind, _, path = saved
-    path.write_bytes(path.read_bytes() + b"}")
+    path.write_bytes(data + b"}")
     refused(kind, path)
 
 

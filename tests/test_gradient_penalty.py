@@ -131,19 +131,16 @@ def test_writing_in_place_changes_nothing(method: str) -> None:
 def test_hard_sigmoids_have_a_second_derivative(gate: Callable[[Tensor], Tensor]) -> None:
     """PyTorch's own has none, however it is called; the same gate of clamps tells what it is."""
 
-    class Gated(nn.Module):
-        def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
-            super().__init__()
-            self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.LazyLinear(5)
-            self.gate = gate
+    def gated(gate: Callable[[Tensor], Tensor]) -> nn.Module:
+        def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+            x = parts["b"](parts["a"](x).tanh())
+            return parts["head"](torch.flatten(x * gate(5 * x.mean((2, 3), keepdim=True)), 1))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x).tanh()
-            return self.head(torch.flatten(self.b(x) * self.gate(5 * self.b(x).mean((2, 3), keepdim=True)), 1))
+        return Function(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3), head=nn.LazyLinear(5))
 
     found = []
     for function in (gate, lambda x: (x + 3).clamp(0, 6) / 6):
-        model, images, labels = ready(lambda function=function: Gated(function))
+        model, images, labels = ready(lambda function=function: gated(function))
         found.append(penalised(GradientPenalty(model, some_of(model, images)), model, images, labels))
     torch.testing.assert_close(found[0], found[1])
 

@@ -35,7 +35,7 @@ from attackroute.robustness.gradient_attacks import PGD
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.weights import BEST, LAST
-from toy_training import Killed, identical, raises, toy_data, toy_network, weights_of, without_time
+from toy_training import Killed, identical, killed_at, raises, toy_data, toy_network, weights_of, without_time
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
@@ -194,9 +194,7 @@ class HeldNorm(nn.BatchNorm2d):
         {"penalty": "gradient", "attack": ATTACK}, {"penalty": "stabilisation", "attack": ATTACK},
     ],
 )  # fmt: skip
-def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
-    options: dict[str, Any], parts: int
-) -> None:
+def test_accumulated_gradients_are_those_of_the_large_batch(options: dict[str, Any], parts: int) -> None:
     def run(accumulate: int) -> tuple[dict[str, Tensor], HardenResult]:
         model = toy_network(dropout=0.0)
         for place in (1, 5):
@@ -341,17 +339,11 @@ def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoc
     assert result.overlap == reference.overlap
 
 
-def test_what_is_known_before_the_first_step_is_on_disk_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_before_the_first_step_is_on_disk_then(tmp_path: Path) -> None:
     """Wherever a run is broken off: in its first step, or between any two files that belong to an epoch's end."""
     settings = replace(SETTINGS, epochs=1)
     _, reference = hardened(train=settings, folder=tmp_path / "whole")
     route = (tmp_path / "whole" / ROUTE_FILE).read_bytes()
-    countdown = iter(range(10**6))
-
-    def dying(*paths: Any) -> None:
-        if next(countdown) == 0:
-            raise Killed
-        replaced(*paths)
 
     def stopped(*_: Any) -> None:
         assert (tmp_path / "stopped" / ROUTE_FILE).read_bytes() == route
@@ -359,16 +351,10 @@ def test_what_is_known_before_the_first_step_is_on_disk_then(tmp_path: Path, mon
 
     with pytest.raises(Killed):
         hardened(train=settings, folder=tmp_path / "stopped", progress=stopped)
-    replaced = os.replace
-    monkeypatch.setattr(os, "replace", dying)
     for writes in itertools.count():
         folder = tmp_path / str(writes)
-        countdown = iter(range(writes, -1, -1))
-        try:
-            hardened(train=settings, folder=folder)
+        if not killed_at(writes, ("replace",), lambda folder=folder: hardened(train=settings, folder=folder)):
             break
-        except Killed:
-            countdown = itertools.count(1)  # type: ignore[assignment]
         _, result = hardened(train=settings, folder=folder, resume=True)
         assert (folder / ROUTE_FILE).read_bytes() == route
         assert (result.strengths, result.overlap) == (reference.strengths, reference.overlap)
@@ -401,9 +387,7 @@ def test_the_best_epoch_is_the_most_robust(tmp_path: Path) -> None:
     assert all(record.robust.total == 12 for record in result.training.history if record.robust)
 
 
-def test_an_unusable_folder_is_found_before_the_route_is_traced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_folder_is_found_before_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setattr(

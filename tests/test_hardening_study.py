@@ -36,8 +36,7 @@ BRIEF = TrainSettings(epochs=1, batch_size=8, lr=0.05)
 PLAN = StudyPlan(
     seeds=(1,), shares=(0.1, 1.0), training=BRIEF, fine_tuning=BRIEF, autoattack_samples=0, check_samples=0
 )
-
-
+Whole = tuple[HardeningStudy, Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -171,13 +170,13 @@ PLAIN = ("PAT-no-penalty", "PAT_s-noise-route", "PAT_s-random", "PAT_s-all")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[HardeningStudy, Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A study and its folder."""
     folder = tmp_path_factory.mktemp("study")
     return studied(folder), folder
 
 
-def test_numbers_are_those_of_the_networks_in_the_folder(whole: tuple[HardeningStudy, Path]) -> None:
+def test_numbers_are_those_of_the_networks_in_the_folder(whole: Whole) -> None:
     study, folder = whole
     images, labels = toy_data(12, seed=1).tensors
     for outcome in study.outcomes:
@@ -226,13 +225,13 @@ def test_noise_is_followed_and_punished_where_the_plan_says_so(tmp_path: Path) -
     assert len({tuple(values.flatten().tolist()) for values in weights.values()}) == len(PLAIN)
 
 
-def test_the_test_images_choose_nothing(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:
+def test_the_test_images_choose_nothing(whole: Whole, tmp_path: Path) -> None:
     first, second = whole[0], studied(tmp_path, test_seed=9)
     assert first.tuning == second.tuning
     assert [outcome.right for outcome in first.outcomes] != [outcome.right for outcome in second.outcomes]
 
 
-def test_a_study_goes_on_after_kills_to_the_same_result(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:
+def test_a_study_goes_on_after_kills_to_the_same_result(whole: Whole, tmp_path: Path) -> None:
     for calls in (3, 40, 90, 110):
         with pytest.raises(Killed):
             studied(tmp_path, resume=True, progress=after(calls))
@@ -271,10 +270,7 @@ def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
 
 
 def test_the_command_writes_what_it_shows(
-    whole: tuple[HardeningStudy, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = whole[0]
     monkeypatch.setattr("studies.hardening.study.study_hardening", lambda *_, **__: study)

@@ -62,8 +62,6 @@ def test_repr_is_a_short_table() -> None:
     single = repr(instances(samples=1, channels={"conv": 1}))
     assert single.splitlines()[0] == "InstanceRoutes(1 sample, 1 layer, 1 channel, width 0.4)"
 
-
-def test_repr_shortens_many_successors() -> None:
     routes = instances(samples=2, channels={name: 4 for name in "abcde"})
     dense = replace(routes, methods={("a", target): "closed-form" for target in "bcde"})
     assert "b (closed-form), c (closed-form), 2 more" in repr(dense)
@@ -159,8 +157,6 @@ def test_by_label_is_the_aggregate_of_each_labels_samples() -> None:
         assert route.provenance is not None
         assert (route.provenance.samples, route.provenance.data) == (len(rows), f"digits, label {label}")
 
-
-def test_by_label_needs_labels() -> None:
     with pytest.raises(UserError, match="no labels"):
         instances(labelled=False).by_label()
 
@@ -277,7 +273,7 @@ def test_concatenate_keeps_what_the_parts_agree_on() -> None:
 
 def test_equality_looks_at_routes_and_not_at_notes() -> None:
     routes = instances(keep_scores=True)
-    assert routes == instances()
+    assert routes == instances() == copy.deepcopy(routes) == pickle.loads(pickle.dumps(routes))
     assert routes == replace(routes, methods={}, provenance=replace(routes.provenance, model="other"))
     assert routes != instances(seed=1)
     assert routes != instances(labelled=False)
@@ -287,12 +283,6 @@ def test_equality_looks_at_routes_and_not_at_notes() -> None:
     assert routes != "routes"
     with pytest.raises(TypeError, match="unhashable"):
         hash(routes)
-
-
-def test_copies_and_pickles_are_equal() -> None:
-    routes = instances()
-    assert copy.deepcopy(routes) == routes
-    assert pickle.loads(pickle.dumps(routes)) == routes
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,6 @@ def test_names_are_those_of_named_modules() -> None:
     model = nn.Sequential(block, nn.Conv2d(4, 2, 1))
     assert names(model) == ["0.0", "0.1.1", "1"]
     assert set(names(model)) <= set(dict(model.named_modules()))
-
-
-def test_a_model_that_is_one_convolution() -> None:
     assert names(nn.Conv2d(3, 4, 3)) == ["model"]
 
 
@@ -196,9 +193,8 @@ def test_hooks_are_gone_after_an_error(error: type[BaseException]) -> None:
 
 
 def test_names_survive_an_exception_that_the_model_handles() -> None:
-    class Fails(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError("handled")
+    def fail(_: nn.ModuleDict, __: Tensor) -> Tensor:
+        raise RuntimeError("handled")
 
     def run(parts: nn.ModuleDict, x: Tensor) -> Tensor:
         try:
@@ -207,7 +203,7 @@ def test_names_survive_an_exception_that_the_model_handles() -> None:
             return F.conv2d(x, torch.ones(2, 3, 1, 1))
         raise AssertionError
 
-    assert names(Function(run, fails=nn.Sequential(Fails()))) == ["model"]
+    assert names(Function(run, fails=nn.Sequential(Function(fail)))) == ["model"]
 
 
 def test_frozen_holds_and_gives_back_every_flag() -> None:

@@ -22,17 +22,11 @@ SAMPLES = 48
 
 
 def check_masking(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    batch_size: int = 128,
-    twin: nn.Module | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128, twin: nn.Module | None = None
 ) -> tuple[Check, ...]:
     outcomes = {
         title: probe if isinstance(probe, str) else probed(probe, model, images, labels, batch_size)
-        for title, probe in masking_probes(eps, 0, twin).items()
+        for title, probe in masking_probes(EPS, 0, twin).items()
     }
     return tuple(sign.judge("model", outcomes) for sign in SIGNS)
 
@@ -108,7 +102,7 @@ def suspicious(checks: tuple[Check, ...]) -> set[str]:
 
 
 def test_silent_for_a_plain_model(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    checks = check_masking(plain, *samples, eps=EPS, twin=small_net(1))
+    checks = check_masking(plain, *samples, twin=small_net(1))
     assert suspicious(checks) == set()
     assert all(check.samples == SAMPLES for check in checks if check.verdict == SILENT)
 
@@ -118,18 +112,18 @@ def test_silent_for_a_pgd_trained_model(plain: nn.Module, defended: nn.Module, s
     attacked = PGD(EPS, 20)(defended, images, labels)
     assert (defended(attacked).argmax(1) == labels).float().mean() > 0.5  # it is robust indeed
     assert (plain(PGD(EPS, 20)(plain, images, labels)).argmax(1) == labels).float().mean() < 0.3
-    assert suspicious(check_masking(defended, images, labels, eps=EPS, twin=plain)) == set()
+    assert suspicious(check_masking(defended, images, labels, twin=plain)) == set()
 
 
 def test_loud_for_overlarge_logits(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
     images, labels = (part[:16] for part in samples)
-    checks = check_masking(changed(plain, scale=1000.0), images, labels, eps=EPS)
+    checks = check_masking(changed(plain, scale=1000.0), images, labels)
     assert suspicious(checks) == {"vanishing loss gradient"}  # attacks here are not fooled by it
     assert named("transfer from a twin", checks).verdict == SKIPPED
 
 
 def test_loud_for_a_quantiser(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    checks = check_masking(changed(plain, lambda x: (x * 15).round() / 15), *samples, eps=EPS, twin=plain)
+    checks = check_masking(changed(plain, lambda x: (x * 15).round() / 15), *samples, twin=plain)
     found = {"no limit on the change", "transfer from a twin", "vanishing gradient of the logits"}
     assert found | {"vanishing loss gradient"} <= suspicious(checks)
     if named("black box against white box", checks).verdict != SKIPPED:  # it needs an extra
@@ -138,8 +132,8 @@ def test_loud_for_a_quantiser(plain: nn.Module, samples: tuple[Tensor, Tensor]) 
 
 def test_loud_for_random_answers(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
     images, labels = (part[:4] for part in samples)
-    assert "random answers" in suspicious(check_masking(shaken(plain, 0.1), images, labels, eps=EPS))
-    assert "random answers" not in suspicious(check_masking(shaken(plain, 1e-8), images, labels, eps=EPS))
+    assert "random answers" in suspicious(check_masking(shaken(plain, 0.1), images, labels))
+    assert "random answers" not in suspicious(check_masking(shaken(plain, 1e-8), images, labels))
 
 
 def test_few_steps_beat_many_where_steps_overshoot() -> None:
@@ -151,7 +145,7 @@ def test_few_steps_beat_many_where_steps_overshoot() -> None:
 
     images, labels = torch.full((40, 1, 4, 4), 0.5), torch.zeros(40, dtype=torch.long)
     images = images + torch.linspace(0, 0.001, 40).view(-1, 1, 1, 1)
-    check = named("few steps against more", check_masking(Function(valley), images, labels, eps=0.1))
+    check = named("few steps against more", check_masking(Function(valley), images, labels))
     assert check.numbers["accuracy under PGD-50"] == 1.0  # it runs through to the far corner
     assert check.numbers["accuracy under PGD-10"] < 0.2
     assert check.verdict == SUSPICIOUS
@@ -166,7 +160,7 @@ def test_one_step_that_beats_many_is_suspicious() -> None:
         return torch.stack([margin, -margin], 1)
 
     images, labels = torch.full((20, 1, 4, 4), 0.5), torch.zeros(20, dtype=torch.long)
-    check = named("one step against many", check_masking(Function(corner), images, labels, eps=0.1))
+    check = named("one step against many", check_masking(Function(corner), images, labels))
     assert check.verdict == SUSPICIOUS
     assert check.numbers == {
         "accuracy under FGSM": 0.0,
@@ -204,7 +198,7 @@ def test_a_missing_extra_skips_its_check_and_says_so(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(masking, "parse_attack", missing)
     images = torch.rand(4, 1, 22, 22)
-    checks = check_masking(small_net(), images, torch.zeros(4, dtype=torch.long), eps=EPS)
+    checks = check_masking(small_net(), images, torch.zeros(4, dtype=torch.long))
     check = named("black box against white box", checks)
     assert check.verdict == SKIPPED
     assert "needs the package pyautoattack" in check.sentence
@@ -213,8 +207,8 @@ def test_a_missing_extra_skips_its_check_and_says_so(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_batches_do_not_matter(plain: nn.Module, samples: tuple[Tensor, Tensor], batch_size: int) -> None:
     images, labels = (part[:3] for part in samples)
-    wanted = check_masking(plain.double(), images.double(), labels, eps=EPS)
-    found = check_masking(plain, images.double(), labels, eps=EPS, batch_size=batch_size)
+    wanted = check_masking(plain.double(), images.double(), labels)
+    found = check_masking(plain, images.double(), labels, batch_size=batch_size)
     plain.float()
     without_square = [check for check in wanted if check.name != "black box against white box"]
     assert [check for check in found if check.name != "black box against white box"] == without_square

@@ -62,17 +62,14 @@ class TestBuiltIn:
 
     @pytest.mark.parametrize("image_size", [32, 224])
     def test_vgg16_features_compute_what_torchvisions_do(self, image_size: int) -> None:
-        from torchvision.models.vgg import cfgs, make_layers
-
-        plan = [step if step == "M" else int(step) // 16 for step in cfgs["D"]]
-        reference = make_layers(plan, batch_norm=True).eval()
+        plan = [step if step == "M" else int(step) // 16 for step in torchvision.models.vgg.cfgs["D"]]
+        reference = torchvision.models.vgg.make_layers(plan, batch_norm=True).eval()
         randomise(reference)
-        ours = build_model("vgg16", width=1 / 16, image_size=image_size).eval()
-        assert isinstance(ours.features, nn.Module)
-        ours.features.load_state_dict(reference.state_dict())
+        ours = build_model("vgg16", width=1 / 16, image_size=image_size).eval().get_submodule("features")
+        ours.load_state_dict(reference.state_dict())
         images = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
-            torch.testing.assert_close(ours.features(images), reference(images))
+            torch.testing.assert_close(ours(images), reference(images))
 
     def test_vgg16_for_cifar_ends_in_one_linear_layer(self) -> None:
         with torch.device("meta"):

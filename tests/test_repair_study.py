@@ -76,12 +76,8 @@ def test_signed_noise_by_convolution() -> None:
                 kernel = model[2].weight[target, source][None, None]
                 expected[sample, source] += functional.conv2d(noise[sample, source][None, None], kernel).sum().abs()
     torch.testing.assert_close(scores["0"], expected)
-
-
-def test_signed_noise_needs_a_chain() -> None:
-    model, pairs = some_pairs(Residual)
     with pytest.raises(UserError, match="no chain"):
-        signed_scores(model, pairs)
+        signed_scores(*some_pairs(Residual))
 
 
 @pytest.mark.parametrize("by", ["influence", "influence, attacked", "attribution", "sensitivity", "noise x gradient"])

@@ -19,8 +19,7 @@ from attackroute.paper import run as reproduction
 from attackroute.paper.experiments import PARTS, swept_layers
 from attackroute.paper.page import skeleton
 from attackroute.zoo.data import ImageData
-from attackroute.zoo.networks import build
-from attackroute.zoo.weights import ModelCard, open_network, spec_for
+from attackroute.zoo.weights import open_network
 from command_line import Result
 from digit_networks import SAMPLES, digit_network
 from studies.hardening.plan import PAPER, judged
@@ -137,11 +136,7 @@ def test_an_interruption_keeps_what_is_done(
 
 def test_results_of_two_networks_do_not_meet_under_one_name(whole: tuple[Path, Result], tmp_path: Path) -> None:
     other = tmp_path / "digits-net"
-    digits = load_digits("mnist-sample", samples=SAMPLES)
-    spec = spec_for("vgg_small", digits, width=0.25)
-    other.mkdir()
-    ModelCard(spec, digits.classes).save(other)
-    safetensors.torch.save_file(build(spec).state_dict(), other / "best.safetensors")
+    safetensors.torch.save_file(digit_network(other, width=0.25, steps=0), other / "best.safetensors")
     result = run("table1", "--resume", model=other, out=whole[0])
     assert result.exit_code == 2 and "holds results of other weights" in result.stderr
 

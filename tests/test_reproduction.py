@@ -184,9 +184,7 @@ def test_transplants_must_repair_and_random_ones_must_not(content: Any, first: s
     [(0.2, 0.95, "beats", HOLDS), (0.6, 0.95, "beats", PART), (0.2, 0.8, "beats", PART),
      (0.2, 0.95, "undecided against", HOLDS), (0.9, 0.95, "undecided against", FAILS)],
 )  # fmt: skip
-def test_silence_must_destroy_and_random_silence_must_not(
-    ours: float, random: float, equal: str, expected: str
-) -> None:
+def test_silence_must_destroy_and_no_random_one(ours: float, random: float, equal: str, expected: str) -> None:
     rows = [
         {"criterion": name, "beta": 0.5, "accuracy": value}
         for name, value in (("route", ours), ("random off-route", random))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy, count_correct
@@ -29,6 +28,7 @@ from toy_training import (
     SETTINGS_USED,
     Killed,
     identical,
+    killed_at,
     raises,
     toy_data,
     toy_model,
@@ -117,7 +117,7 @@ def test_resuming_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_resuming_with_workers_and_random_data(tmp_path: Path) -> None:
     def run(**options: Any) -> dict[str, Tensor]:
         model = toy_model()
-        train(model, Jittered(), None, replace(SETTINGS_USED, workers=2), **options)
+        train(model, Jittered(*toy_data().tensors), None, replace(SETTINGS_USED, workers=2), **options)
         return weights_of(model)
 
     with pytest.raises(Killed):
@@ -125,44 +125,22 @@ def test_resuming_with_workers_and_random_data(tmp_path: Path) -> None:
     assert identical(run(folder=tmp_path, resume=True), run())
 
 
-class Jittered(Dataset[tuple[Tensor, int]]):
+class Jittered(TensorDataset):
     """Draws from the global generator, as common image transforms do."""
 
-    def __init__(self) -> None:
-        self.data = toy_data()
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.data[index]
-        return image * torch.rand(()), int(label)
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, label = super().__getitem__(index)
+        return image * torch.rand(()), label
 
 
-def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_after_a_kill_at_any_file_operation(tmp_path: Path) -> None:
     settings = replace(SETTINGS_USED, epochs=2)
     whole, reference = trained(settings, folder=tmp_path / "whole")
     best = load_file(tmp_path / "whole" / BEST)
-    countdown = itertools.repeat(1)
-
-    def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            if next(countdown) == 0:
-                raise Killed
-            return operation(*args)
-
-        return call
-
-    for name in ("replace", "fsync"):
-        monkeypatch.setattr(os, name, dying(getattr(os, name)))
     for operations in range(200):
         folder = tmp_path / str(operations)
-        countdown = iter(range(operations, -1, -1))
-        try:
-            trained(settings, folder=folder)
+        if not killed_at(operations, ("replace", "fsync"), lambda folder=folder: trained(settings, folder=folder)):
             break
-        except Killed:
-            countdown = itertools.repeat(1)
         weights, result = trained(settings, folder=folder, resume=True)
         assert identical(weights, whole)
         assert identical(load_file(folder / LAST), whole)

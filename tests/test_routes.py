@@ -160,7 +160,7 @@ def test_a_route_is_a_frame_of_channels() -> None:
 
 def test_equality_and_hash() -> None:
     same = Route({"fc": (), "conv2": [3], "conv1": [0, 2]}, ROUTE.channels, provenance=Provenance(samples=1, width=0.3))
-    assert same == ROUTE
+    assert same == ROUTE == copy.deepcopy(ROUTE) == pickle.loads(pickle.dumps(ROUTE))
     assert hash(same) == hash(ROUTE)
     assert len({same, ROUTE}) == 1
     assert Route({"conv1": [0, 3], "conv2": [3], "fc": []}, ROUTE.channels) != ROUTE
@@ -170,11 +170,6 @@ def test_equality_and_hash() -> None:
     assert ROUTE != "route"
     with pytest.raises(TypeError):
         ROUTE | {"conv1"}  # type: ignore[operator]
-
-
-def test_copies_and_pickles_are_equal() -> None:
-    assert copy.deepcopy(ROUTE) == ROUTE
-    assert pickle.loads(pickle.dumps(ROUTE)) == ROUTE
 
 
 @settings(deadline=None)

@@ -101,12 +101,6 @@ def test_more_confidence_means_no_other_route() -> None:
         assert deviation(found.scores["2"] / scale, results[0].scores["2"]) < 1e-9
 
 
-def test_the_seed_does_not_change_rankings_of_samples_in_doubt() -> None:
-    model, images, labels = ready(small)
-    plain = trace_routes(model, (images, labels), loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
-    assert same_routes(plain, trace_routes(model, (images, labels)))
-
-
 def test_a_loss_of_the_users_own() -> None:
     model, images, labels = ready(small)
     losses = {
@@ -114,11 +108,13 @@ def test_a_loss_of_the_users_own() -> None:
         "margin": lambda z, y: z.gather(1, y[:, None])[:, 0] - z.logsumexp(1) * 2,
         "one logit": lambda z, _: z[:, 3],
     }
-    for loss in losses.values():
+    for name, loss in losses.items():
         expected = oracle.trace(model, images, labels, loss=loss)
         found = trace_routes(model, (images, labels), loss=loss, keep_scores=True)
         assert worst(found, expected) <= 1e-9
         assert same_routes(found, expected)
+        if name == "cross entropy":  # for samples in doubt, the seed changes no ranking
+            assert same_routes(found, trace_routes(model, (images, labels)))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

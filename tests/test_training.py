@@ -286,8 +286,9 @@ def test_an_unusable_folder_is_found_before_the_first_step(tmp_path: Path, monke
     def no_step(*_: object) -> None:
         pytest.fail("a step was taken")
 
-    with pytest.raises(UserError, match="another"):
-        train(model, toy_data(), None, SETTINGS_USED, folder=tmp_path / "file", progress=no_step)
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="another"):
+            train(model, toy_data(), None, SETTINGS_USED, folder=tmp_path / place, progress=no_step)
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")

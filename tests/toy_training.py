@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -76,3 +78,25 @@ def raises(error: BaseException, epoch: int) -> Callable[[EpochRecord], None]:
 
 class Killed(BaseException):
     """Stands for the end of the process."""
+
+
+def killed_at(calls: int, names: Sequence[str], run: Callable[[], object]) -> bool:
+    """Run, and be killed when these functions of ``os`` have been called so often; whether it came to that."""
+    countdown = iter(range(calls, -1, -1))
+
+    def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(countdown) == 0:
+                raise Killed
+            return operation(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            run()
+        except Killed:
+            return True
+    return False
