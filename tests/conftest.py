@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from route_samples import SAMPLES
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, since the workers share the cores
     torch.set_num_threads(1)
@@ -33,3 +37,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=list(SAMPLES))
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Path]:
+    """A class of :mod:`route_samples`, what is saved of it, and where."""
+    kind, make = SAMPLES[request.param]
+    path = tmp_path / f"{request.param}.bin"
+    value = make()
+    value.save(path)
+    return kind, value, path

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from architectures import Function
 from attackroute.robustness.attack import Perturbation
 
 CLASSES = 4
@@ -44,25 +45,6 @@ class Shift(Perturbation):
         return x + self.by
 
 
-class Seen(nn.Module):
-    """Keeps what it is shown."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.images: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.images.append(x.detach().clone())
-        return self.model(x)
-
-
-class Noisy(nn.Module):
-    """Draws from the global generator."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x + 0.3 * torch.randn_like(x))
+def noisy(model: nn.Module) -> nn.Module:
+    """It draws from the global generator."""
+    return Function(lambda parts, x: parts["model"](x + 0.3 * torch.randn_like(x)), model=model)

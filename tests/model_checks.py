@@ -1,6 +1,11 @@
-"""What tests of networks and of their weights share."""
+"""What tests of networks, of their weights and of errors share."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +25,21 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             nn.init.uniform_(module.weight, -1, 1, generator=generator)
 
 
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+@contextmanager
+def one_line(*parts: object, match: str | None = None) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Require a user's error, in one line that has these parts, and in which the pattern is found."""
+    with pytest.raises(UserError, match=match) as error:
+        yield error
     message = str(error.value)
     assert message and "\n" not in message
-    return message
+    assert all(str(part) in message for part in parts), message
+
+
+class Trap:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import attackroute as ar
 from attackroute.core.batches import shuffled
@@ -26,6 +28,10 @@ TOLERANCE = 1e-12
 def pictures(count: int = SAMPLES) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(count) % 3
+
+
+def pairs() -> TensorDataset:
+    return TensorDataset(*pictures())
 
 
 def network(team: Processes, *, norm: bool = False, dropout: bool = False) -> nn.Module:
@@ -52,10 +58,10 @@ def folder_of(root: Path, team: Processes) -> Path:
 Run = Callable[[nn.Module, Path], Any]
 RUNS: dict[str, Run] = {
     "plain": lambda model, folder: ar.train(
-        model, Pairs(), Pairs(), settings(augment="crop-flip", accumulate=2, clip_norm=0.5), folder=folder
+        model, pairs(), pairs(), settings(augment="crop-flip", accumulate=2, clip_norm=0.5), folder=folder
     ),
     "adversarial": lambda model, folder: ar.train(
-        model, Pairs(), Pairs(), settings(), attack="pgd:eps=0.1,steps=2", folder=folder
+        model, pairs(), pairs(), settings(), attack="pgd:eps=0.1,steps=2", folder=folder
     ),
     "hardened": lambda model, folder: ar.harden(
         model, pictures(), pictures(), penalty=("gradient", "weight"), lam=0.1, attack="pgd:eps=0.05,steps=2",
@@ -63,17 +69,6 @@ RUNS: dict[str, Run] = {
     ),
 }  # fmt: skip
 """Runs of networks whose samples do not meet; they come out alike, but for rounding, whoever shares them."""
-
-
-class Pairs(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.images, self.labels = pictures()
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
 
 
 def require_equal(team: Processes, model: nn.Module) -> None:
@@ -94,7 +89,7 @@ def check_gradients(root: Path, team: Processes) -> None:
         outcome = {**model.state_dict(), "history": torch.tensor(numbers, dtype=torch.float64)}
         if team.leads:
             save_file(outcome, folder_of(root, team) / f"weights-{name}.safetensors")
-    assert count_correct(model, Pairs()) == team.first(lambda: alone(model))
+    assert count_correct(model, pairs()) == team.first(lambda: alone(model))
 
 
 def alone(model: nn.Module) -> object:
@@ -106,7 +101,7 @@ def alone(model: nn.Module) -> object:
 def check_batch_norms(root: Path, team: Processes) -> None:
     """After one step, running statistics are the means, by size, of what each part's would have been."""
     images, labels = pictures(7)
-    data = torch.utils.data.TensorDataset(images, labels)
+    data = TensorDataset(images, labels)
     model = network(team, norm=True)
     expected: dict[str, Tensor] = {}
     start = team.first(lambda: {name: value.clone() for name, value in model.state_dict().items()})
@@ -130,7 +125,7 @@ def check_mixed_precision(root: Path, team: Processes) -> None:
     """Under autocast copies stay equal, too, and they learn."""
     model = network(team).float()
     start = team.first(lambda: {name: value.clone() for name, value in model.state_dict().items()})
-    ar.train(model, Pairs(), None, settings(epochs=1, amp=True))
+    ar.train(model, pairs(), None, settings(epochs=1, amp=True))
     require_equal(team, model)
     assert not torch.equal(model.get_parameter("0.weight"), start["0.weight"])
 
@@ -146,7 +141,7 @@ def check_resuming(root: Path, team: Processes) -> None:
                 raise KeyboardInterrupt
 
         try:
-            ar.train(model, Pairs(), None, settings(), folder=folder, resume=resume, progress=progress)
+            ar.train(model, pairs(), None, settings(), folder=folder, resume=resume, progress=progress)
         except KeyboardInterrupt:
             assert stop is not None
         else:
@@ -165,12 +160,8 @@ def check_resuming(root: Path, team: Processes) -> None:
 def check_number(root: Path, team: Processes) -> None:
     """More processes than images cannot begin a run."""
     if team.count > 1:
-        try:
-            ar.train(network(team), Pairs(), None, settings(batch_size=1))
-        except UserError as error:
-            assert "take larger batches or fewer processes" in str(error)
-        else:
-            raise AssertionError("a batch of one was divided")
+        with pytest.raises(UserError, match="take larger batches or fewer processes"):
+            ar.train(network(team), pairs(), None, settings(batch_size=1))
 
 
 CHECKS = (check_gradients, check_batch_norms, check_mixed_precision, check_resuming, check_number)

@@ -9,14 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from architectures import Function
 from attack_samples import CLASSES, images, network, right
 from attackroute.core.errors import UserError
 from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL, input_gradient
 from attackroute.robustness.registry import parse_attack
+from model_checks import one_line
+from tracing import state, untidy
 
 EPS = 4 / 255
 LINF = ("fgsm:eps=4/255", "step-ll:eps=4/255", "mi-fgsm:eps=4/255,steps=4", "pgd:eps=4/255,steps=4")
 SPECS = (*LINF, "pgd:eps=4/255,steps=3,restarts=3", "pgd-l2:eps=0.3,steps=4")
+CUT = Function(lambda _, x: x.detach().flatten(1)[:, :CLASSES] * 3)  # the graph between images and logits is cut
 
 
 def doubles(samples: int = 64) -> tuple[nn.Module, Tensor, Tensor]:
@@ -24,40 +28,23 @@ def doubles(samples: int = 64) -> tuple[nn.Module, Tensor, Tensor]:
     return network().double(), x.double(), y
 
 
-# --- second implementations
-
-
-def naive_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Of each image's own cross entropy, one image after the other."""
-    rows = []
-    for image, label in zip(x, y, strict=True):
-        leaf = image[None].clone().requires_grad_()
-        loss = nn.functional.cross_entropy(model(leaf + 0), label[None])
-        rows.append(torch.autograd.grad(loss, leaf)[0][0])
-    return torch.stack(rows)
-
-
-def test_fgsm_and_step_ll_are_those_of_another_library():
-    torchattack = pytest.importorskip("torchattack")
-    model, x, y = doubles()
-    other = torchattack.FGSM(copy.deepcopy(model), device=torch.device("cpu"), eps=EPS)
-    torch.testing.assert_close(FGSM(EPS)(model, x, y), other(x, y).detach(), atol=1e-12, rtol=0)
-    least = model(x).argmin(1)
-    other = torchattack.FGSM(copy.deepcopy(model), device=torch.device("cpu"), eps=EPS, targeted=True)
-    torch.testing.assert_close(StepLL(EPS)(model, x, y), other(x, least).detach(), atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("steps", [1, 7])
-def test_iterated_attacks_are_those_of_another_library(steps):
+def test_attacks_are_those_of_another_library(steps):
     torchattack = pytest.importorskip("torchattack")
     model, x, y = doubles()
-    settings = {"device": torch.device("cpu"), "eps": EPS, "steps": steps, "alpha": EPS / 3}
-    other = torchattack.MIFGSM(copy.deepcopy(model), **settings, decay=0.9)
-    ours = MIFGSM(EPS, steps=steps, step_size=EPS / 3, decay=0.9)
-    torch.testing.assert_close(ours(model, x, y), other(x, y).detach(), atol=1e-12, rtol=0)
-    other = torchattack.PGD(copy.deepcopy(model), **settings, random_start=False)
-    ours = PGD(EPS, steps=steps, step_size=EPS / 3, random_start=False)
-    torch.testing.assert_close(ours(model, x, y), other(x, y).detach(), atol=1e-12, rtol=0)
+    single = {"device": torch.device("cpu"), "eps": EPS}
+    iterated = {**single, "steps": steps, "alpha": EPS / 3}
+    for ours, other, labels in (
+        (FGSM(EPS), torchattack.FGSM(copy.deepcopy(model), **single), y),
+        (StepLL(EPS), torchattack.FGSM(copy.deepcopy(model), **single, targeted=True), model(x).argmin(1)),
+        (MIFGSM(EPS, steps, EPS / 3, decay=0.9), torchattack.MIFGSM(copy.deepcopy(model), **iterated, decay=0.9), y),
+        (
+            PGD(EPS, steps, step_size=EPS / 3, random_start=False),
+            torchattack.PGD(copy.deepcopy(model), **iterated, random_start=False),
+            y,
+        ),
+    ):
+        torch.testing.assert_close(ours(model, x, y), other(x, labels).detach(), atol=1e-12, rtol=0)
 
 
 def test_defaults_are_the_papers():
@@ -68,50 +55,40 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("library", ["torchattack", "torchattacks"])
-def test_pgd_succeeds_as_often_as_another_librarys(library):
+@pytest.mark.parametrize(
+    ("name", "ours", "settings"),
+    [
+        ("PGD", PGD(EPS, steps=7, step_size=EPS / 4), {"eps": EPS, "steps": 7, "alpha": EPS / 4, "random_start": True}),
+        ("PGDL2", PGDL2(0.25), {"eps": 0.25, "steps": 10, "alpha": 0.0625}),
+    ],
+)
+def test_attacks_succeed_as_often_as_another_librarys(library, name, ours, settings):
     module = pytest.importorskip(library)
-    model = network()
-    x, y = images(600)
-    settings = {"eps": EPS, "steps": 7, "alpha": EPS / 4, "random_start": True}
-    if library == "torchattack":
-        settings["device"] = torch.device("cpu")
+    if not hasattr(module, name):
+        pytest.skip(f"{library} has no {name}")
+    model, (x, y) = network(), images(600)
+    device = {"device": torch.device("cpu")} if library == "torchattack" else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        other = right(model, module.PGD(copy.deepcopy(model), **settings)(x, y).detach(), y)
-    ours = right(model, PGD(EPS, steps=7, step_size=EPS / 4)(model, x, y), y)
-    assert 0.1 < ours.float().mean() < right(model, x, y).float().mean() - 0.2
+        other = right(model, getattr(module, name)(copy.deepcopy(model), **settings, **device)(x, y).detach(), y)
+    found = right(model, ours(model, x, y), y)
+    assert 0.1 < found.float().mean() < right(model, x, y).float().mean() - 0.2
     # the two differ in their starting points alone, so that they disagree on few images, and on these at random
-    lost, won = int((other & ~ours).sum()), int((ours & ~other).sum())
+    lost, won = int((other & ~found).sum()), int((found & ~other).sum())
     assert lost + won < 30 and abs(lost - won) < 4 * math.sqrt(lost + won + 1)
-
-
-def naive_l2(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
-    size, current = 2.5 * eps / steps, x.clone()
-    for _ in range(steps):
-        for row, gradient in enumerate(naive_gradient(model, current, y)):
-            change = current[row] + size * gradient / gradient.norm() - x[row]
-            if change.norm() > eps:
-                change = change * (eps / change.norm())
-            current[row] = (x[row] + change).clamp(0, 1)
-    return current
 
 
 def test_pgd_l2_is_the_naive_one():
+    """The gradient of each image's own cross entropy, one image after the other."""
     model, x, y = doubles(16)
-    ours = PGDL2(0.3, steps=5, random_start=False)(model, x, y)
-    torch.testing.assert_close(ours, naive_l2(model, x, y, 0.3, 5), atol=1e-9, rtol=0)
-
-
-def test_pgd_l2_succeeds_as_often_as_another_librarys():
-    torchattacks = pytest.importorskip("torchattacks")
-    model = network()
-    x, y = images(600)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        other = right(model, torchattacks.PGDL2(copy.deepcopy(model), eps=0.25, alpha=0.0625, steps=10)(x, y), y)
-    ours = right(model, PGDL2(0.25)(model, x, y), y)
-    lost, won = int((other & ~ours).sum()), int((ours & ~other).sum())
-    assert lost + won < 30 and abs(lost - won) < 4 * math.sqrt(lost + won + 1)
+    ours, current = PGDL2(0.3, steps=5, random_start=False)(model, x, y), x.clone()
+    for _ in range(5):
+        for row, label in enumerate(y):
+            leaf = current[row].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(leaf[None] + 0), label[None]), leaf)
+            change = current[row] + 2.5 * 0.3 / 5 * gradient / gradient.norm() - x[row]
+            current[row] = (x[row] + change * min(1, 0.3 / float(change.norm()))).clamp(0, 1)
+    torch.testing.assert_close(ours, current, atol=1e-9, rtol=0)
 
 
 def test_restarts_are_for_images_still_right_and_find_more():
@@ -130,18 +107,14 @@ def test_starting_points_fill_the_ball():
     stats = pytest.importorskip("scipy.stats")
     x = torch.full((500, 3, 4, 4), 0.5, dtype=torch.float64) + torch.arange(500)[:, None, None, None] * 1e-5
     y = torch.zeros(500, dtype=torch.long)
-    cut = Cut()
-    change = PGD(0.1)(cut, x, y) - x
+    change = PGD(0.1)(CUT, x, y) - x
     assert stats.kstest(change.flatten() / 0.1, stats.uniform(-1, 2).cdf).pvalue > 1e-3
-    change = (PGDL2(0.1)(cut, x, y) - x).flatten(1)
+    change = (PGDL2(0.1)(CUT, x, y) - x).flatten(1)
     radius = change.norm(dim=1) / 0.1
     assert stats.kstest(radius**48, "uniform").pvalue > 1e-3
     direction = change / change.norm(dim=1, keepdim=True)
     assert direction.mean(0).abs().max() < 5 / math.sqrt(500 * 48)
     assert (direction.T @ direction / 500 * 48 - torch.eye(48)).abs().max() < 5 * math.sqrt(2 / 500)
-
-
-# --- guarantees
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -159,55 +132,36 @@ def test_results_are_in_the_ball_and_in_range(spec, dtype):
     size = change.abs().amax(1) if spec in LINF or "restarts" in spec else change.norm(dim=1)
     assert size.max() <= attack.eps * (1 + 1e-6) + 1e-7
     assert size.max() > 0.2 * attack.eps
+    assert attack(model, x[:0], y[:0]).shape == (0, 3, 8, 8)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_an_eps_of_zero_changes_nothing(spec):
+@pytest.mark.parametrize("spec", [*SPECS, "gaussian-noise:std=0"])
+def test_an_eps_of_zero_changes_nothing_but_rounding_errors(spec):
     name, _, rest = spec.partition(":")
-    attack = parse_attack(":".join((name, ",".join(["eps=0", *rest.split(",")[1:]]))))
     x, y = images(8)
-    torch.testing.assert_close(attack(network(), x, y), x, atol=0, rtol=0)
-
-
-class Watched(nn.Module):
-    """A network in an awkward state: mixed flags, gradients, hooks, and a buffer that every pass counts up."""
-
-    def __init__(self, fail_at: int = 10**9) -> None:
-        super().__init__()
-        self.inner = network()
-        self.register_buffer("passes", torch.zeros(()))
-        self.fail_at = fail_at
-        self.inner[1].train()
-        self.inner[4].eval()
-        self.inner[0].weight.requires_grad_(False)
-        self.inner[4].weight.grad = torch.ones_like(self.inner[4].weight)
-        self.hook = self.inner[2].register_forward_hook(lambda *_: None)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.passes += 1
-        if self.calls == self.fail_at:
-            raise ZeroDivisionError
-        return self.inner(x)
-
-    def state(self) -> dict[str, object]:
-        return {
-            "modes": [module.training for module in self.modules()],
-            "flags": [parameter.requires_grad for parameter in self.parameters()],
-            "grads": [parameter.grad is not None for parameter in self.parameters()],
-            "hooks": [len(module._forward_hooks) + len(module._backward_hooks) for module in self.modules()],
-            "values": {name: value.tolist() for name, value in self.state_dict().items()},
-            "pointers": [tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers())],
-        }
+    x = x.clone()
+    x[0, 0, 0, :2] = torch.tensor([-5e-5, 1 + 5e-5])
+    attack = parse_attack(":".join((name, ",".join([rest.partition("=")[0] + "=0", *rest.split(",")[1:]]))))
+    assert torch.equal(attack(network(), x, y), x.clamp(0, 1))
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_comes_back_as_it_was(spec, fails):
-    model = Watched(fail_at=1 if fails else 10**9)
-    x, y = images(8)
-    before, kept, labels, generator = model.state(), x.clone(), y.clone(), torch.get_rng_state()
+    """A network in an awkward state, with a buffer that every pass counts up."""
+    model, (x, y) = untidy(), images(8)
+    model.register_buffer("passes", torch.zeros(()))
+
+    def count(module: nn.Module, _: object) -> None:
+        module.passes += 1
+        if fails:
+            raise ZeroDivisionError
+
+    def memory() -> list[int]:
+        return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+    model.register_forward_pre_hook(count)
+    before, kept, labels, generator = (state(model), memory()), x.clone(), y.clone(), torch.get_rng_state()
     if fails:
         with pytest.raises(ZeroDivisionError):
             parse_attack(spec)(model, x, y)
@@ -215,7 +169,7 @@ def test_the_model_comes_back_as_it_was(spec, fails):
         found = parse_attack(spec)(model, x, y)
         assert not found.requires_grad and found.grad_fn is None and found.grad is None
         assert found.data_ptr() != x.data_ptr()
-    assert model.state() == before
+    assert (state(model), memory()) == before
     assert torch.equal(x, kept) and torch.equal(y, labels) and x.grad is None and not x.requires_grad
     assert torch.equal(torch.get_rng_state(), generator)
 
@@ -290,47 +244,18 @@ def test_channels_last_is_kept(spec):
     assert attack(model, x.double(), y).is_contiguous()
 
 
-class Destructive(nn.Module):
-    """Writes over the images that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = network().double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.mul_(2).sub_(0.5))
-
-
-class Careful(Destructive):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x * 2 - 0.5)
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_models_that_work_in_place(spec):
-    attack, (x, y) = parse_attack(spec), images(16)
-    assert torch.equal(attack(Destructive(), x.double(), y), attack(Careful(), x.double(), y))
+    attack, (x, y), inner = parse_attack(spec), images(16), network().double()
+    destructive = Function(lambda parts, x: parts["inner"](x.mul_(2).sub_(0.5)), inner=inner)
+    careful = Function(lambda parts, x: parts["inner"](x * 2 - 0.5), inner=inner)
+    assert torch.equal(attack(destructive, x.double(), y), attack(careful, x.double(), y))
 
 
-class Cut(nn.Module):
-    """Cuts the graph between images and logits."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.detach().flatten(1)[:, :CLASSES] * 3
+LOGITS = torch.zeros(1, CLASSES, requires_grad=True)  # with a graph, to which the images do not belong
 
 
-class Unrelated(nn.Module):
-    """Logits with a graph, to which the images do not belong."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logits = torch.zeros(1, CLASSES, requires_grad=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits.expand(len(x), -1)
-
-
-@pytest.mark.parametrize("model", [Cut(), Unrelated()], ids=["cut", "unrelated"])
+@pytest.mark.parametrize("model", [CUT, Function(lambda _, x: LOGITS.expand(len(x), -1))], ids=["cut", "unrelated"])
 def test_without_a_gradient_only_the_random_start_is_left(model):
     x, y = images(8)
     assert torch.equal(input_gradient(model, x, y), torch.zeros_like(x))
@@ -340,22 +265,15 @@ def test_without_a_gradient_only_the_random_start_is_left(model):
     started = PGD(EPS)(model, x, y)
     assert 0 < (started - x).abs().max() <= EPS + 1e-7
     assert torch.equal(started, PGD(EPS, steps=1)(model, x, y))
-    if isinstance(model, Unrelated):
-        assert model.logits.grad is None
-
-
-class Expanded(nn.Module):
-    """The gradient at the images is one number, expanded."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = x.sum((1, 2, 3))
-        return torch.stack([total, -total], 1)
+    assert LOGITS.grad is None
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_expanded_gradients(spec):
+    """The gradient at the images is one number, expanded."""
     x = images(4)[0] * 0.5 + 0.25
-    found = parse_attack(spec)(Expanded(), x, torch.zeros(4, dtype=torch.long))
+    model = Function(lambda _, x: torch.stack([x.sum((1, 2, 3)), -x.sum((1, 2, 3))], 1))
+    found = parse_attack(spec)(model, x, torch.zeros(4, dtype=torch.long))
     assert (found - x).flatten(1).sum(1).max() < 0  # away from class 0; for step-ll too, where class 1 is the least
 
 
@@ -375,63 +293,36 @@ def test_gradients_that_the_model_keeps_are_not_written_to(spec):
     x, y = images(4)
     gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     before = gradient.clone()
-
-    class Keeper(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return Kept.apply(x, gradient)
-
-    parse_attack(spec)(Keeper(), x, y % 2)
+    parse_attack(spec)(Function(lambda _, x: Kept.apply(x, gradient)), x, y % 2)
     assert torch.equal(gradient, before)
 
 
-class Dead(nn.Module):
-    """Images whose first value is above a half have no gradient at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        alive = (x[:, :1, :1, :1] <= 0.5).to(x.dtype)
-        return self.inner(x * alive)
-
-
 def test_one_gradient_of_zero_freezes_nothing():
+    """Images whose first value is above a half have no gradient at all."""
     x, y = images(16)
     x = x.clone()
     x[:8, 0, 0, 0], x[8:, 0, 0, 0] = 0.9, 0.1
+    dead = Function(lambda parts, x: parts["inner"](x * (x[:, :1, :1, :1] <= 0.5).to(x.dtype)), inner=network())
     for attack in (MIFGSM(EPS), PGD(EPS, random_start=False), PGDL2(0.3, random_start=False)):
-        found = attack(Dead(), x, y)
+        found = attack(dead, x, y)
         assert found.isfinite().all()
         torch.testing.assert_close(found[:8], x[:8], atol=1e-7, rtol=0)
         assert ((found[8:] - x[8:]).flatten(1).norm(dim=1) > 0.05).all()
 
 
-class Scaled(nn.Module):
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.inner, self.scale = network().double(), scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) * self.scale
-
-
 @pytest.mark.parametrize("attack", [FGSM(EPS), MIFGSM(EPS), PGD(EPS), PGDL2(0.3)], ids=str)
 def test_large_logits_are_no_defence(attack):
-    _, x, y = doubles(64)
-    model = Scaled(1000)
+    plain, x, y = doubles(64)
+    model = Function(lambda parts, x: parts["inner"](x) * 1000, inner=network().double())
     leaf = x.clone().requires_grad_()
     losses = nn.functional.cross_entropy(model.float()(leaf.float()), y, reduction="none")
-    plain = torch.autograd.grad(losses.sum(), leaf)[0]
+    vanishing = torch.autograd.grad(losses.sum(), leaf)[0]
     model.double()
-    assert (plain.flatten(1).abs().amax(1) == 0).sum() > 10  # the cross entropy's own gradient is gone
+    assert (vanishing.flatten(1).abs().amax(1) == 0).sum() > 10  # the cross entropy's own gradient is gone
     assert (input_gradient(model, x, y).flatten(1).abs().amax(1) > 0).all()
     fooled = ~right(model, attack(model, x, y), y)
-    usual = ~right(Scaled(1), attack(Scaled(1), x, y), y)
+    usual = ~right(plain, attack(plain, x, y), y)
     assert fooled.sum() >= 0.8 * usual.sum() > 10
-
-
-# --- bad input
 
 
 @pytest.mark.parametrize(
@@ -455,15 +346,6 @@ def test_bad_settings(make, part):
         make()
 
 
-class Returns(nn.Module):
-    def __init__(self, change) -> None:
-        super().__init__()
-        self.inner, self.change = network(), change
-
-    def forward(self, x: Tensor) -> object:
-        return self.change(self.inner(x))
-
-
 @pytest.mark.parametrize(
     ("change", "part"),
     [
@@ -478,9 +360,8 @@ class Returns(nn.Module):
 @pytest.mark.parametrize("spec", ["fgsm", "mi-fgsm", "pgd", "pgd-l2"])
 def test_what_a_model_must_return(change, part, spec):
     x, y = images(8)
-    with pytest.raises(UserError, match=part) as caught:
-        parse_attack(spec)(Returns(change), x, y)
-    assert "\n" not in str(caught.value)
+    with one_line(match=part):
+        parse_attack(spec)(Function(lambda parts, x: change(parts["inner"](x)), inner=network()), x, y)
 
 
 @pytest.mark.parametrize("spec", ["fgsm", "pgd", "pgd-l2", "gaussian-noise"])
@@ -517,18 +398,3 @@ def test_a_model_is_a_module():
     x, y = images(8)
     with pytest.raises(UserError, match="not a module"):
         FGSM()(lambda images: images, x, y)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_no_images(spec):
-    x, y = images(8)
-    assert parse_attack(spec)(network(), x[:0], y[:0]).shape == (0, 3, 8, 8)
-
-
-def test_values_that_are_a_rounding_error_out_of_range():
-    x, y = images(8)
-    x = x.clone()
-    x[0, 0, 0, :2] = torch.tensor([-5e-5, 1 + 5e-5])
-    for spec in ("fgsm:eps=0", "pgd:eps=0", "pgd-l2:eps=0", "gaussian-noise:std=0"):
-        found = parse_attack(spec)(network(), x, y)
-        assert torch.equal(found, x.clamp(0, 1))

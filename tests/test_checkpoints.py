@@ -6,10 +6,8 @@ import errno
 import os
 import pickle
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,31 +17,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy
 from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE, Checkpoint, EpochRecord, open_run
 from attackroute.zoo.weights import BEST, LAST
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-class Faults:
-    """Counts replaced and synchronised files, and breaks off at one of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.arm(-1)
-        for name in ("replace", "fsync"):
-            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-
-    def arm(self, fatal: int, error: Callable[[], BaseException] = Killed) -> None:
-        self.done, self.fatal, self.error = 0, fatal, error
-
-    def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            self.done += 1
-            if self.done == self.fatal:
-                raise self.error()
-            return operation(*args)
-
-        return counted
+from model_checks import Trap
 
 
 def checkpoint(number: int, best: int = 1) -> Checkpoint:
@@ -130,27 +104,31 @@ def test_best_stays_while_last_goes_on(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("notes.txt", ".notes.tmp"):
+        (tmp_path / name).write_text("mine")
     started(tmp_path)
     (tmp_path / ".0123456789abcdef.tmp").write_text("half a file")
-    (tmp_path / ".notes.tmp").write_text("mine")
-    reopened(tmp_path)
+    assert same(reopened(tmp_path), 2)
     assert [path.name for path in tmp_path.glob(".*")] == [".notes.tmp"]
+    assert all((tmp_path / name).read_text() == "mine" for name in ("notes.txt", ".notes.tmp"))
 
 
+@pytest.mark.parametrize("operation", ["fsync", "replace"])  # writing the checkpoint, and putting it in its place
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_failing_disk_is_reported_and_the_old_checkpoint_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, operation: str
 ) -> None:
-    faults = Faults(monkeypatch)
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
     started(tmp_path)
-    for fatal in (1, 2):  # writing the checkpoint, and putting it in its place
-        faults.arm(fatal, lambda: OSError(code, os.strerror(code)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, fail)
         with pytest.raises(UserError, match=os.strerror(code)) as caught:
             checkpoint(3).save(tmp_path)
-        assert str(tmp_path) in str(caught.value)
-        assert "\n" not in str(caught.value)
-        faults.arm(-1)
-        assert same(reopened(tmp_path), 2)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert same(reopened(tmp_path), 2)
     checkpoint(4).save(tmp_path)
     assert same(reopened(tmp_path), 4)
 
@@ -177,24 +155,13 @@ def test_a_damaged_state_is_noticed_wherever_the_damage_is(tmp_path: Path) -> No
             reopened(tmp_path)
 
 
-class Trap:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_hostile_state_is_not_run(tmp_path: Path, archive: bool) -> None:
     started(tmp_path)
-    trap = Trap(tmp_path / "sprung")
     if archive:
-        torch.save({"format": 3, "objective": trap}, tmp_path / STATE)
+        torch.save({"format": 3, "objective": Trap(tmp_path / "sprung")}, tmp_path / STATE)
     else:
-        (tmp_path / STATE).write_bytes(pickle.dumps(trap))
+        (tmp_path / STATE).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     with pytest.raises(UserError, match=STATE):
         reopened(tmp_path)
     assert not (tmp_path / "sprung").exists()
@@ -223,17 +190,3 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path, name: str
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=r"--resume.*another folder"):
         open_run(tmp_path, resume=False)
-
-
-def test_a_folder_with_other_files_is_used_and_they_stay(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    started(tmp_path)
-    assert same(reopened(tmp_path), 2)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="another"):
-            open_run(path, resume=False)

@@ -33,9 +33,6 @@ def state() -> tuple[object, ...]:
     return kind, keys.tolist(), *rest, random.getstate(), torch.get_rng_state().tolist()
 
 
-# --- Gaussian noise
-
-
 @pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
 def test_gaussian_noise_is_normal(severity):
     stats = pytest.importorskip("scipy.stats")
@@ -62,9 +59,6 @@ def test_gaussian_noise_of_any_shape_and_type():
     half = GaussianNoise(std=0.05)(MODEL, x.half(), y)
     assert half.dtype == torch.float16 and half.min() >= 0 and half.max() <= 1
     assert torch.equal(GaussianNoise(std=0.18)(MODEL, x, y), GaussianNoise(3)(MODEL, x, y))
-
-
-# --- the library's
 
 
 @needs_library

@@ -17,16 +17,7 @@ from attackroute.core.files import INSTANCE_ROUTES_KIND, ROUTE_KIND, write_seale
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
-from route_samples import CHANNELS, SAMPLES, instances, refused
-
-
-@pytest.fixture(params=list(SAMPLES))
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Path]:
-    kind, make = SAMPLES[request.param]
-    path = tmp_path / f"{request.param}.bin"
-    value = make()
-    value.save(path)
-    return kind, value, path
+from route_samples import CHANNELS, instances, refused
 
 
 def test_missing_files_and_folders(saved: tuple[Any, Any, Path], tmp_path: Path) -> None:
@@ -39,18 +30,14 @@ def test_missing_files_and_folders(saved: tuple[Any, Any, Path], tmp_path: Path)
         refused(kind, endless, "it is a pipe or a device, not a file")
 
 
-def test_truncation_at_any_length(saved: tuple[Any, Any, Path]) -> None:
+def test_truncation_at_any_length_and_trailing_bytes(saved: tuple[Any, Any, Path]) -> None:
     kind, _, path = saved
     data = path.read_bytes()
     lengths = {0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 20, len(data) - 2, *range(0, len(data) - 1, 97)}
     for length in sorted(lengths):
         path.write_bytes(data[:length])
         refused(kind, path)
-
-
-def test_trailing_bytes(saved: tuple[Any, Any, Path]) -> None:
-    kind, _, path = saved
-    path.write_bytes(path.read_bytes() + b"}")
+    path.write_bytes(data + b"}")
     refused(kind, path)
 
 
@@ -149,21 +136,15 @@ GOOD = Provenance(samples=2, width=0.5).to_json()
         ({"route": {"conv": [[0]], "fc": []}}, "list of integers"),
         ({"route": {"conv": {"0": 1}, "fc": []}}, "list of integers"),
         ({"route": {"conv": [10**30], "fc": []}}, "out of range"),
-        ({"route": {"conv": [0]}}, "no channels for layer 'fc'"),
         ({"route": [[0], []]}, "'route' must be a JSON object"),
         ({"route": None}, "'route' must be a JSON object"),
         ({"fingerprint": {"conv": "3", "fc": 2}}, "layer 'conv' must have a positive number of channels"),
-        ({"fingerprint": {"conv": 3.0, "fc": 2}}, "layer 'conv' must have a positive number"),
         ({"fingerprint": ["conv", "fc"]}, "'fingerprint' must be a JSON object"),
-        ({"fingerprint": {}}, "at least one layer"),
-        ({"frequency": {"conv": [1, 0], "fc": [0, 0]}}, r"layer 'conv': the frequency must have shape \(3,\)"),
         ({"frequency": {"conv": [1, 0, 2], "fc": [0, 0]}}, "outside"),
-        ({"frequency": {"conv": [1, 0, -1e-9], "fc": [0, 0]}}, "outside"),
         ({"frequency": {"conv": [1, 0, True], "fc": [0, 0]}}, "list of numbers"),
         ({"frequency": {"conv": [1, 0, None], "fc": [0, 0]}}, "list of numbers"),
         ({"frequency": {"conv": "100", "fc": [0, 0]}}, "list of numbers"),
         ({"frequency": {"conv": [10**400, 0, 0], "fc": [0, 0]}}, "cannot be read"),
-        ({"frequency": {"conv": [1, 0, 0]}}, "no frequencies for layer 'fc'"),
         ({"frequency": [1, 0, 0]}, "'frequency' must be a JSON object"),
         ({"provenance": {}}, "provenance"),
         ({"provenance": "influence"}, "provenance"),
@@ -200,20 +181,14 @@ HEADER = {"provenance": GOOD, "fingerprint": {"conv": 3, "fc": 9}, "methods": [[
     ("header", "tensors", "message"),
     [
         ({"fingerprint": {"conv": 9, "fc": 9}}, {}, r"layer 'conv' must have shape \(2, 2\), not \(2, 1\)"),
-        ({"fingerprint": {"conv": 1, "fc": 9}}, {}, "layer 'conv' have bits set beyond the last of its 1 channels"),
-        ({"fingerprint": {"conv": 3}}, {}, "masks for layer 'fc', but no channel count"),
-        ({"fingerprint": {"conv": 3, "fc": 9, "fc2": 1}}, {}, "no masks for layer 'fc2'"),
-        ({"provenance": {**GOOD, "samples": 3}}, {}, r"layer 'conv' must have shape \(3, 1\), not \(2, 1\)"),
         ({"provenance": {**GOOD, "samples": 0}}, {}, "at least one sample"),
         ({"provenance": None}, {}, "provenance"),
         ({"methods": None}, {}, "'methods' must be a list"),
         ({"methods": [["conv", "fc"]]}, {}, "'methods' must be a list"),
         ({"methods": [["conv", "fc", 1]]}, {}, "all of them strings"),
-        ({"methods": [["conv", "fc2", "autograd"]]}, {}, "layer 'fc2'"),
         ({"methods": [["conv", ["fc"], "autograd"]]}, {}, "all of them strings"),
         ({}, {"masks/conv": torch.tensor(1, dtype=torch.uint8)}, "layer 'conv' must have shape"),
         ({}, {"labels": torch.zeros(2, dtype=torch.int32)}, "labels must be int64"),
-        ({}, {"scores/conv": torch.zeros(2, 3)}, "no scores for layer 'fc'"),
         ({}, {"weights": torch.zeros(2)}, "no part of instance routes"),
     ],
     ids=str,

@@ -17,6 +17,7 @@ from attackroute.core.model_state import weights_digest
 from attackroute.robustness.examples import INDEX, Examples, verify_examples
 from attackroute.robustness.registry import parse_attack
 from evaluated_models import ATTACKS, images_and_labels, small_model
+from toy_training import Killed
 
 
 def data(levels: bool = True) -> tuple[Tensor, Tensor]:
@@ -106,17 +107,13 @@ def only_fault(folder: Path) -> str:
     return fault
 
 
-def test_a_damaged_image_is_noticed(copied: Path) -> None:
-    path = file_of(copied)
-    content = bytearray(path.read_bytes())
-    content[content.index(load_file(path)["adversarial"][3].numpy().tobytes()) + 9] ^= 16
-    path.write_bytes(content)
-    assert "do not match the checksum" in only_fault(copied)
-
-
-def test_files_that_cannot_be_read(copied: Path) -> None:
+def test_damaged_files_are_noticed(copied: Path) -> None:
     path = file_of(copied)
     whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(load_file(path)["adversarial"][3].numpy().tobytes()) + 9] ^= 16
+    path.write_bytes(flipped)
+    assert "do not match the checksum" in only_fault(copied)
     for content in (b"", b"no tensors", whole[:100], whole[:-5]):
         path.write_bytes(content)
         assert "damaged" in only_fault(copied)
@@ -135,15 +132,14 @@ def rewritten(folder: Path, **changes: object) -> str:
 
 def test_images_outside_the_ball_or_the_range_are_named(copied: Path) -> None:
     examples = Examples.load(file_of(copied))
-    outside = examples.adversarial.clone()
-    outside[4, 0, 0, 0] = (examples.clean[4, 0, 0, 0] + 0.3) % 1
-    assert "sample 4 is outside the ball linf 0.1" in rewritten(copied, adversarial=outside)
-    beyond = examples.adversarial.clone()
-    beyond[[1, 2, 6, 8], 0, 3, 3] = 1.2
-    assert "sample 1, 2, 6 and 1 more has values outside [0, 1]" in rewritten(copied, adversarial=beyond)
-    broken = examples.adversarial.clone()
-    broken[5, 0, 0, 0] = torch.nan
-    assert "sample 5 is outside" in rewritten(copied, adversarial=broken)
+    for rows, value, fault in [
+        ([4], float(examples.clean[4, 0, 0, 0] + 0.3) % 1, "sample 4 is outside the ball linf 0.1"),
+        ([1, 2, 6, 8], 1.2, "sample 1, 2, 6 and 1 more has values outside [0, 1]"),
+        ([5], torch.nan, "sample 5 is outside"),
+    ]:
+        changed = examples.adversarial.clone()
+        changed[rows, 0, 0, 0] = value
+        assert fault in rewritten(copied, adversarial=changed)
 
 
 def test_other_answers_are_named(copied: Path) -> None:
@@ -175,45 +171,32 @@ def test_a_damaged_list_is_named(copied: Path) -> None:
     assert INDEX in fault
 
 
-def test_a_resumed_evaluation_has_the_same_examples(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_evaluation_has_the_same_examples(saved: Path, tmp_path: Path) -> None:
     models = {"runs/net": small_model(), "runs net": small_model(1)}
-    examples, results = tmp_path / "examples", tmp_path / "results"
+    examples, results, real = tmp_path / "examples", tmp_path / "results", Examples.save
 
     def run(resume: bool = False) -> None:
         ar.evaluate(
             models, data(), ATTACKS, batch_size=10, checks=0, save_examples=examples, folder=results, resume=resume
         )
 
-    class Killed(BaseException):
-        pass
+    def killed(fatal: int, *, resume: bool, parts: bool = True) -> None:
+        """Die at a save, counting those of parts or not."""
+        countdown = iter(range(fatal - 1, -1, -1))
 
-    saves = []
+        def save(self: Examples, path: Path) -> None:
+            if (parts or "parts" not in str(path)) and next(countdown) == 0:
+                raise Killed
+            real(self, path)
 
-    def dying(self: Examples, path: Path) -> None:
-        saves.append(path)
-        if len(saves) == 8:
-            raise Killed
-        real(self, path)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Examples, "save", save)
+            run(resume)
 
-    real = Examples.save
-    with monkeypatch.context() as patch:
-        patch.setattr(Examples, "save", dying)
-        with pytest.raises(Killed):
-            run()
-        assert len(list(examples.rglob("*.safetensors"))) == 7
-        saves.clear()
-        with pytest.raises(Killed):
-            run(resume=True)
-    assert len(list(examples.rglob("*.safetensors"))) == 14
-    with monkeypatch.context() as patch:  # and once more, while batches are put together
-        patch.setattr(
-            Examples, "save", lambda self, path: dying(self, path) if "parts" not in str(path) else real(self, path)
-        )
-        saves[:] = [examples] * 5
-        with pytest.raises(Killed):
-            run(resume=True)
+    for resume, files in ((False, 7), (True, 14)):
+        killed(8, resume=resume)
+        assert len(list(examples.rglob("*.safetensors"))) == files
+    killed(3, resume=True, parts=False)  # and once more, while batches are put together
     assert len(list(examples.glob("*/*.safetensors"))) == 2
     run(resume=True)
     for path in saved.rglob("*.*"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import attackroute as ar
@@ -19,18 +22,16 @@ from attackroute.core.errors import UserError
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.robustness import evaluate
 from attackroute.robustness.evaluation import Evaluation
-from evaluated_models import ATTACKS, Noisy, images_and_labels, small_model
+from evaluated_models import ATTACKS, images_and_labels, noisy, small_model
+from toy_training import Killed
 
 SETTINGS: dict[str, Any] = {"batch_size": 8, "checks": 6, "seed": 2}
+RELABELLED = images_and_labels()[0], torch.cat([images_and_labels()[1][:-1], (images_and_labels()[1][-1:] + 1) % 4])
 LINES = 1 + 3 * 2 * 4 + 2 * 8  # header; batches, models and attacks; models and probes
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 def models() -> dict[str, nn.Module]:
-    return {"one": small_model(), "random": Noisy(small_model(3))}
+    return {"one": small_model(), "random": noisy(small_model(3))}
 
 
 def evaluated(folder: Path | None = None, **changes: Any) -> Evaluation:
@@ -51,26 +52,21 @@ def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 6)
 
 
-@pytest.fixture
-def lines_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+@contextmanager
+def killed_after(lines: int) -> Iterator[None]:
     """Die when so many lines are written."""
+    written, real = itertools.count(1), journals._append
 
-    def limit(lines: int) -> None:
-        written = 0
+    def append(path: Path, line: bytes) -> None:
+        if next(written) > lines:
+            with path.open("ab") as file:
+                file.write(line[: len(line) // 2])  # a torn line, as a kill leaves it
+            raise Killed
+        real(path, line)
 
-        def append(path: Path, line: bytes) -> None:
-            nonlocal written
-            written += 1
-            if written > lines:
-                with path.open("ab") as file:
-                    file.write(line[: len(line) // 2])  # a torn line, as a kill leaves it
-                raise Killed
-            real(path, line)
-
-        real = journals._append
-        monkeypatch.setattr(journals, "_append", append)
-
-    return limit
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(journals, "_append", append)
+        yield
 
 
 def test_files(tmp_path: Path) -> None:
@@ -84,17 +80,10 @@ def test_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", [0, 1, 7, 23, 24, 31, LINES - 2])
-def test_a_kill_at_any_line(
-    tmp_path: Path, lines: int, lines_until: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_at_any_line(tmp_path: Path, lines: int) -> None:
     whole = timeless(evaluated())
-    with monkeypatch.context():
-        lines_until(lines)
-        with pytest.raises(Killed):
-            evaluated(tmp_path)
-        monkeypatch.undo()
-    monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 5)
-    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 6)
+    with killed_after(lines):
+        evaluated(tmp_path)
     assert not (tmp_path / "evaluation.json").exists()
     with pytest.raises(UserError, match="unfinished evaluation; pass --resume"):
         evaluated(tmp_path)
@@ -152,13 +141,14 @@ def test_a_mistake_does_not_cost_the_results_that_are_there(tmp_path: Path) -> N
         ({"seed": 3}, "seed 2, not 3|attacks"),
         ({"batch_size": 4}, "batch_size 8, not 4"),
         ({"checks": 5}, "check_samples 6, not 5"),
-        ({"models": {"one": small_model(9), "random": Noisy(small_model(3))}}, "models"),
+        ({"models": {"one": small_model(9), "random": noisy(small_model(3))}}, "models"),
         ({"models": {"one": small_model()}}, "models"),
         ({"twin": small_model(1)}, "twin None, not"),
         ({"origin": {"data": "others"}}, "data None, not 'others'"),
         ({"save_examples": "examples"}, "save_examples False, not True"),
         ({"data": images_and_labels(16)}, "samples_in_all 23, not 16"),
         ({"data": images_and_labels(seed=2)}, "samples / 0 / one / clean of other images"),
+        ({"data": RELABELLED}, "samples / 2 / one / clean of other images or labels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -168,15 +158,6 @@ def test_other_terms_are_refused_by_name(tmp_path: Path, change: dict[str, Any],
         change = {"save_examples": tmp_path / "examples"}
     with pytest.raises(UserError, match=message):
         evaluated(tmp_path / "run", resume=True, **change)
-
-
-def test_relabelled_data_are_refused(tmp_path: Path) -> None:
-    images, labels = images_and_labels()
-    evaluated(tmp_path)
-    labels = labels.clone()
-    labels[-1] = (labels[-1] + 1) % 4
-    with pytest.raises(UserError, match="samples / 2 / one / clean of other images or labels"):
-        evaluated(tmp_path, data=(images, labels), resume=True)
 
 
 def test_damaged_measurements_are_refused_by_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 from torch.nn import functional
 
-from architectures import CLOSED, Perceptron, Residual, Reused, chain
+from architectures import CLOSED, Function, Perceptron, Residual, Reused, chain
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.hardening.gradient_penalty import GradientPenalty
@@ -49,29 +49,27 @@ def penalised(
         logits = model(images.clone())
     value = penalty(logits, labels)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    slopes = torch.autograd.grad(value, parameters, allow_unused=True)
-    return value.detach(), [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, slopes, strict=True)
-    ]
+    return value.detach(), list(torch.autograd.grad(value, parameters, materialize_grads=True))
+
+
+def written_out() -> tuple[nn.Module, Route]:
+    """A network for tests that write it out by its parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+    return model.double(), Route({"0": [0, 2], "3": [1, 2, 3], "6": [1]}, {"0": 3, "3": 4, "6": 3})
 
 
 def flat(gradients: list[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-# --- the exact method ---------------------------------------------------------------------------------------------
-
-
 def test_against_autograd_functional() -> None:
     """The same network written out, with a zero added at each layer's output; its Jacobian is dL/dZ."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(16, 3),
-    ).double()  # fmt: skip
+    model, route = written_out()
     x, y = torch.rand(4, 2, 8, 8).double(), torch.tensor([0, 1, 2, 0])
-    route = Route({"0": [0, 2], "3": [1, 2, 3], "6": [1]}, {"0": 3, "3": 4, "6": 3})
 
     def penalty(*parameters: Tensor) -> Tensor:
         w0, b0, w1, b1, w2, b2 = parameters
@@ -133,19 +131,16 @@ def test_writing_in_place_changes_nothing(method: str) -> None:
 def test_hard_sigmoids_have_a_second_derivative(gate: Callable[[Tensor], Tensor]) -> None:
     """PyTorch's own has none, however it is called; the same gate of clamps tells what it is."""
 
-    class Gated(nn.Module):
-        def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
-            super().__init__()
-            self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.LazyLinear(5)
-            self.gate = gate
+    def gated(gate: Callable[[Tensor], Tensor]) -> nn.Module:
+        def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+            x = parts["b"](parts["a"](x).tanh())
+            return parts["head"](torch.flatten(x * gate(5 * x.mean((2, 3), keepdim=True)), 1))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x).tanh()
-            return self.head(torch.flatten(self.b(x) * self.gate(5 * self.b(x).mean((2, 3), keepdim=True)), 1))
+        return Function(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3), head=nn.LazyLinear(5))
 
     found = []
     for function in (gate, lambda x: (x + 3).clamp(0, 6) / 6):
-        model, images, labels = ready(lambda function=function: Gated(function))
+        model, images, labels = ready(lambda function=function: gated(function))
         found.append(penalised(GradientPenalty(model, some_of(model, images)), model, images, labels))
     torch.testing.assert_close(found[0], found[1])
 
@@ -179,9 +174,6 @@ def test_a_model_inside_a_wrapper() -> None:
     with penalty.watch():
         logits = wrapper["inner"](images) * 1
     assert penalty(logits, labels).item() == alone.item()
-
-
-# --- the approximation --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -241,22 +233,15 @@ def test_the_approximation_counts_as_one_pass() -> None:
 def test_gradients_at_shared_sums_are_kept_apart() -> None:
     """Two layers whose outputs are added have one gradient tensor, but other neurons on the route."""
 
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.LazyLinear(5)
+    def summed() -> nn.Module:
+        parts = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3), "head": nn.LazyLinear(5)}
+        return Function(lambda p, x: p["head"](torch.flatten((p["a"](x) + p["b"](x)).tanh(), 1)), **parts)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.flatten((self.a(x) + self.b(x)).tanh(), 1))
-
-    model, images, labels = ready(Sum)
-    route = Route({"a": [0, 1], "b": [2]}, {"a": 4, "b": 4})
+    model, images, labels = ready(summed)
+    route = Route({"parts.a": [0, 1], "parts.b": [2]}, {"parts.a": 4, "parts.b": 4})
     _, exact = penalised(GradientPenalty(model, route), model, images, labels)
     _, slopes = penalised(GradientPenalty(model, route, method=APPROXIMATE, eps=1e-7), model, images, labels)
     torch.testing.assert_close(slopes, exact, rtol=1e-4, atol=1e-6)
-
-
-# --- errors -------------------------------------------------------------------------------------------------------
 
 
 def test_misuse_is_named() -> None:
@@ -309,17 +294,11 @@ def test_bfloat16_autocast_is_close() -> None:
         logits = model(images)
     coarse = penalty(logits, labels % 5)
     torch.testing.assert_close(coarse, value, rtol=0.05, atol=0)
-    slopes = torch.autograd.grad(coarse, list(model.parameters()), allow_unused=True)
-    close = [part for part in slopes if part is not None]
-    reference = [gradient for part, gradient in zip(slopes, gradients, strict=True) if part is not None]
-    assert functional.cosine_similarity(flat(close), flat(reference), dim=0) > 0.95
+    slopes = torch.autograd.grad(coarse, list(model.parameters()), materialize_grads=True)
+    assert functional.cosine_similarity(flat(list(slopes)), flat(gradients), dim=0) > 0.95
 
 
 def test_a_layer_that_does_not_run_is_named() -> None:
     model, images, labels = ready(Reused)
-    route = Route({"conv#4": [0]}, {"conv#4": 4})
-    penalty = GradientPenalty(model, route)
-    with penalty.watch():
-        logits = model(images)
     with pytest.raises(UserError, match="'conv#4'"):
-        penalty(logits, labels)
+        penalised(GradientPenalty(model, Route({"conv#4": [0]}, {"conv#4": 4})), model, images, labels)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import random
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute
+from architectures import Function
 from attackroute.core.batches import shuffled
 from attackroute.core.errors import UserError
 from attackroute.core.random import derived_generator
@@ -31,23 +35,13 @@ from attackroute.robustness.gradient_attacks import PGD
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.weights import BEST, LAST
-from toy_training import Killed, identical, killed_runs, raises, toy_data, weights_of, without_time
+from toy_training import Killed, identical, killed_at, raises, toy_data, toy_network, weights_of, without_time
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, augment="crop-flip", seed=7, robust_samples=8)
 ATTACK = "pgd:eps=0.1,steps=2,step_size=0.05"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def toy_network(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout),
-            nn.Linear(128, 4),
-        )  # fmt: skip
 
 
 def hardened(model: nn.Module | None = None, **options: Any) -> tuple[dict[str, Tensor], HardenResult]:
@@ -61,9 +55,6 @@ def hardened(model: nn.Module | None = None, **options: Any) -> tuple[dict[str, 
 
 _SETTINGS = {field.name for field in fields(HardenSettings)}
 HALF = Route({"0": [0, 2, 3], "4": [1, 5, 6, 7]}, {"0": 6, "4": 8})
-
-
-# --- the losses ---------------------------------------------------------------------------------------------------
 
 
 def by_hand(model: nn.Sequential, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -94,8 +85,7 @@ def stabilisation_penalty(model: nn.Sequential, images: Tensor, attacked: Tensor
 @pytest.mark.parametrize(
     ("penalty", "attacked"),
     [
-        *((penalty, False) for penalty in ("gradient", "weight", ("gradient", "weight"))),
-        *((penalty, True) for penalty in ("gradient", "weight", ("gradient", "weight"))),
+        *itertools.product(("gradient", "weight", ("gradient", "weight")), (False, True)),
         ("stabilisation", True),
         (("gradient", "stabilisation"), True),
     ],
@@ -151,23 +141,14 @@ def test_weights_equal_those_of_a_plain_loop(penalty: Any, attacked: bool) -> No
     assert result.training.last.penalties == pytest.approx({name: sums[name] / 24 for name in names}, rel=1e-4)
 
 
-class Answer(nn.Module):
-    """Gives its logits in an object, as the networks of Hugging Face do."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return SimpleNamespace(logits=self.model(x), loss=None)
-
-
 @pytest.mark.parametrize("options", [{"method": EXACT}, {"method": APPROXIMATE}, {"attack": ATTACK}, {"penalty": None}])
 def test_logits_in_an_object_are_trained_as_others(options: dict[str, Any]) -> None:
+    """As the networks of Hugging Face give them."""
     every = ("gradient", "weight", "stabilisation") if "attack" in options else ("gradient", "weight")
     plain, expected = hardened(**{"penalty": every, **options})
-    wrapped, result = hardened(Answer(toy_network()), **{"penalty": every, **options})
-    assert identical({f"model.{name}": value for name, value in plain.items()}, wrapped)
+    model = Function(lambda parts, x: SimpleNamespace(logits=parts["model"](x), loss=None), model=toy_network())
+    wrapped, result = hardened(model, **{"penalty": every, **options})
+    assert identical({f"parts.model.{name}": value for name, value in plain.items()}, wrapped)
     assert without_time(result.training.history) == without_time(expected.training.history)
 
 
@@ -213,9 +194,7 @@ class HeldNorm(nn.BatchNorm2d):
         {"penalty": "gradient", "attack": ATTACK}, {"penalty": "stabilisation", "attack": ATTACK},
     ],
 )  # fmt: skip
-def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
-    options: dict[str, Any], parts: int
-) -> None:
+def test_accumulated_gradients_are_those_of_the_large_batch(options: dict[str, Any], parts: int) -> None:
     def run(accumulate: int) -> tuple[dict[str, Tensor], HardenResult]:
         model = toy_network(dropout=0.0)
         for place in (1, 5):
@@ -235,14 +214,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch_in_eval_mode_norm(
     assert result.training.last.penalties == pytest.approx(whole.training.last.penalties, rel=1e-3)
 
 
-# --- routes -------------------------------------------------------------------------------------------------------
-
-
 def test_the_route_is_traced_from_a_share_of_the_samples(tmp_path: Path) -> None:
     model = toy_network()
-    order = torch.randperm(24, generator=derived_generator(SETTINGS.seed, "route", 0))[:12].sort().values
-    images, labels = (values[order] for values in toy_data().tensors)
-    expected = trace_routes(model, (images, labels), 0.2).aggregate(0.3)
+    expected = trace_of(model)
     weights, result = hardened(model, folder=tmp_path / "a")
     assert result.route == expected == Route.load(tmp_path / "a" / ROUTE_FILE)
     everything = trace_routes(toy_network(), toy_data().tensors, 0.2).aggregate(0.3)
@@ -340,8 +314,6 @@ def test_data_in_every_form() -> None:
         assert identical(weights_of(model), reference)
 
 
-# --- going on -----------------------------------------------------------------------------------------------------
-
 VARIANTS: list[dict[str, Any]] = [
     {"penalty": "gradient", "attack": ATTACK, "refresh": 1},
     {"penalty": "weight", "attack": ATTACK},
@@ -367,17 +339,11 @@ def test_resuming_is_bit_identical(tmp_path: Path, options: dict[str, Any], epoc
     assert result.overlap == reference.overlap
 
 
-def test_what_is_known_before_the_first_step_is_on_disk_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_before_the_first_step_is_on_disk_then(tmp_path: Path) -> None:
     """Wherever a run is broken off: in its first step, or between any two files that belong to an epoch's end."""
     settings = replace(SETTINGS, epochs=1)
     _, reference = hardened(train=settings, folder=tmp_path / "whole")
     route = (tmp_path / "whole" / ROUTE_FILE).read_bytes()
-    countdown = iter(range(10**6))
-
-    def dying(*paths: Any) -> None:
-        if next(countdown) == 0:
-            raise Killed
-        replaced(*paths)
 
     def stopped(*_: Any) -> None:
         assert (tmp_path / "stopped" / ROUTE_FILE).read_bytes() == route
@@ -385,16 +351,10 @@ def test_what_is_known_before_the_first_step_is_on_disk_then(tmp_path: Path, mon
 
     with pytest.raises(Killed):
         hardened(train=settings, folder=tmp_path / "stopped", progress=stopped)
-    replaced = os.replace
-    monkeypatch.setattr(os, "replace", dying)
     for writes in itertools.count():
         folder = tmp_path / str(writes)
-        countdown = iter(range(writes, -1, -1))
-        try:
-            hardened(train=settings, folder=folder)
+        if not killed_at(writes, ("replace",), lambda folder=folder: hardened(train=settings, folder=folder)):
             break
-        except Killed:
-            countdown = itertools.count(1)  # type: ignore[assignment]
         _, result = hardened(train=settings, folder=folder, resume=True)
         assert (folder / ROUTE_FILE).read_bytes() == route
         assert (result.strengths, result.overlap) == (reference.strengths, reference.overlap)
@@ -427,12 +387,7 @@ def test_the_best_epoch_is_the_most_robust(tmp_path: Path) -> None:
     assert all(record.robust.total == 12 for record in result.training.history if record.robust)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------
-
-
-def test_an_unusable_folder_is_found_before_the_route_is_traced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_folder_is_found_before_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setattr(
@@ -489,25 +444,19 @@ def test_an_operation_without_a_second_derivative_asks_for_the_approximation() -
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return gradient * ctx.positive
 
-    class Own(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return Once.apply(x)  # type: ignore[no-any-return,no-untyped-call]
-
     model = toy_network()
-    model[6] = Own()
+    model[6] = Function(lambda _, x: Once.apply(x))  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match="finite-difference"):
         hardened(model)
-    model = toy_network()
-    model[6] = Own()
     assert hardened(model, method=APPROXIMATE)[1].training.last.epoch == 2
 
-
-# --- kills of a real process ------------------------------------------------------------------------------------------
 
 KILLED: dict[str, Any] = {"attack": ATTACK, "penalty": ("gradient", "weight"), "refresh": 2}
 
 
-def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 8), pytest.param(20, 80, marks=pytest.mark.slow)])
+def test_resuming_after_sigkill(tmp_path: Path, kills: int, epochs: int) -> None:
+    folder = tmp_path / "run"
     settings = replace(SETTINGS, epochs=epochs)
     hardened(train=replace(SETTINGS, epochs=1), **KILLED)  # the first optimiser step imports a lot
     started = time.perf_counter()
@@ -516,7 +465,18 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
     command = [sys.executable, __file__, str(folder), str(epochs)]
     paths = (str(Path(attackroute.__file__).parents[1]), str(Path(__file__).parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    assert killed_runs(command, environment, kills, length) >= kills / 4
+    pipe, killed = subprocess.PIPE, 0
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+        assert server.stdin is not None and server.stdout is not None
+        for _ in range(kills):
+            print("start", file=server.stdin, flush=True)
+            child = int(server.stdout.readline())
+            time.sleep(random.uniform(0.3, 1.3) * length / kills)
+            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
+            print("reap", file=server.stdin, flush=True)
+            killed += int(server.stdout.readline()) == -signal.SIGKILL
+        server.stdin.close()
+    assert killed >= kills / 4
     weights, result = hardened(train=settings, folder=folder, resume=True, **KILLED)
     assert result.training.resumed_from > 0
     assert identical(weights, whole)
@@ -527,7 +487,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int) -> None:
 
 
 def serve(folder: Path, epochs: int) -> None:
-    """Start a run for every line of input, in a child that has nothing left to import."""
+    """For each line of input start a run in a child that has nothing left to import, tell its id, and then reap it."""
     import torch._dynamo  # the first optimiser step would import it
 
     torch.set_num_threads(1)
@@ -546,15 +506,6 @@ def serve(folder: Path, epochs: int) -> None:
         sys.stdin.readline()
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     os._exit(0)  # PyTorch takes a second to leave
-
-
-def test_resuming_after_sigkill(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=2, epochs=8)
-
-
-@pytest.mark.slow
-def test_resuming_after_many_sigkills(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path / "run", kills=20, epochs=80)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,31 +30,22 @@ from studies.hardening.results import HardeningStudy
 from studies.hardening.run import carry_out, main
 from studies.hardening.study import TUNING, study_hardening
 from studies.paired import PairedDifference
-from toy_training import Killed, toy_data
+from toy_training import Killed, toy_data, toy_network
 
 BRIEF = TrainSettings(epochs=1, batch_size=8, lr=0.05)
 PLAN = StudyPlan(
     seeds=(1,), shares=(0.1, 1.0), training=BRIEF, fine_tuning=BRIEF, autoattack_samples=0, check_samples=0
 )
-
-
+Whole = tuple[HardeningStudy, Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4),
-        )  # fmt: skip
+    return toy_network(seed, dropout=0.0)
 
 
 def studied(folder: Path, plan: StudyPlan = PLAN, test_seed: int = 1, **options: Any) -> HardeningStudy:
     return study_hardening(build, toy_data(30), toy_data(12, seed=test_seed), plan, folder, **options)
-
-
-# --- the plan -----------------------------------------------------------------------------------------------------
 
 
 def trial(lam: float, clean: int, attacked: int) -> Trial:
@@ -140,9 +131,6 @@ def test_bad_plans_are_named(change: dict[str, Any], message: str) -> None:
         replace(PLAN, **change)
 
 
-# --- paired differences -------------------------------------------------------------------------------------------
-
-
 def test_a_paired_difference_by_hand() -> None:
     first = [[True, True, False, True], [True, False, True, True]]
     second = [[True, False, False, False], [True, False, False, True]]
@@ -180,17 +168,15 @@ def test_a_single_image_decides_nothing() -> None:
 WAYS = {"PAT_s, noise route": "noise", "PAT_s": "influence", "PAT_s, random": "noise", "PAT_s, all": "noise"}
 PLAIN = ("PAT-no-penalty", "PAT_s-noise-route", "PAT_s-random", "PAT_s-all")
 
-# --- the study ----------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[HardeningStudy, Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A study and its folder."""
     folder = tmp_path_factory.mktemp("study")
     return studied(folder), folder
 
 
-def test_numbers_are_those_of_the_networks_in_the_folder(whole: tuple[HardeningStudy, Path]) -> None:
+def test_numbers_are_those_of_the_networks_in_the_folder(whole: Whole) -> None:
     study, folder = whole
     images, labels = toy_data(12, seed=1).tensors
     for outcome in study.outcomes:
@@ -239,13 +225,13 @@ def test_noise_is_followed_and_punished_where_the_plan_says_so(tmp_path: Path) -
     assert len({tuple(values.flatten().tolist()) for values in weights.values()}) == len(PLAIN)
 
 
-def test_the_test_images_choose_nothing(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:
+def test_the_test_images_choose_nothing(whole: Whole, tmp_path: Path) -> None:
     first, second = whole[0], studied(tmp_path, test_seed=9)
     assert first.tuning == second.tuning
     assert [outcome.right for outcome in first.outcomes] != [outcome.right for outcome in second.outcomes]
 
 
-def test_a_study_goes_on_after_kills_to_the_same_result(whole: tuple[HardeningStudy, Path], tmp_path: Path) -> None:
+def test_a_study_goes_on_after_kills_to_the_same_result(whole: Whole, tmp_path: Path) -> None:
     for calls in (3, 40, 90, 110):
         with pytest.raises(Killed):
             studied(tmp_path, resume=True, progress=after(calls))
@@ -261,8 +247,7 @@ def test_a_study_goes_on_after_kills_to_the_same_result(whole: tuple[HardeningSt
 
 
 def after(calls: int) -> Callable[[int, int, str], None]:
-    countdown: Sequence[int] = range(calls)
-    left = iter(countdown)
+    left = iter(range(calls))
 
     def progress(done: int, total: int, message: str) -> None:
         assert 0 <= done <= total
@@ -270,9 +255,6 @@ def after(calls: int) -> Callable[[int, int, str], None]:
             raise Killed
 
     return progress
-
-
-# --- parts of a data set ------------------------------------------------------------------------------------------
 
 
 def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
@@ -287,14 +269,8 @@ def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
             held_out(toy_data(30), share, 3)
 
 
-# --- the command --------------------------------------------------------------------------------------------------
-
-
 def test_the_command_writes_what_it_shows(
-    whole: tuple[HardeningStudy, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = whole[0]
     monkeypatch.setattr("studies.hardening.study.study_hardening", lambda *_, **__: study)
@@ -376,9 +352,3 @@ def test_bad_input_is_one_line(
     assert main(["--settings", "digits", "--data", "mnist-sample", "--out", str(tmp_path), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error:") and named in line
-
-
-def test_names_say_what_is_not_the_paper() -> None:
-    assert Variant("PAT").name == "PAT, no penalty"
-    assert Variant("PAT", tuned=False).name == "PAT"
-    assert Variant("Vanilla", True, "weight", "all").name == "Vanilla_w, all"

@@ -37,18 +37,11 @@ def names(model: nn.Module, images: Tensor = IMAGES, **options: Any) -> list[str
     return [call.name for call in calls(model, images, **options)]
 
 
-def forward(run: Callable[[nn.ModuleDict, Tensor], Any], **parts: nn.Module) -> nn.Module:
-    return Function(run, **parts)
-
-
 def test_names_are_those_of_named_modules() -> None:
     block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)))
     model = nn.Sequential(block, nn.Conv2d(4, 2, 1))
     assert names(model) == ["0.0", "0.1.1", "1"]
     assert set(names(model)) <= set(dict(model.named_modules()))
-
-
-def test_a_model_that_is_one_convolution() -> None:
     assert names(nn.Conv2d(3, 4, 3)) == ["model"]
 
 
@@ -60,18 +53,14 @@ def test_calls_of_one_module_are_counted() -> None:
 
 def test_a_module_with_two_names_bears_the_first() -> None:
     shared = nn.Conv2d(3, 3, 1)
-    model = forward(lambda p, x: p["a"](p["b"](x)), b=shared, a=shared)
+    model = Function(lambda p, x: p["a"](p["b"](x)), b=shared, a=shared)
     assert names(model) == ["parts.b", "parts.b#2"]
 
 
 def test_functional_calls_bear_the_name_of_the_running_module() -> None:
     kernel = torch.rand(3, 3, 1, 1)
-
-    class Inner(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.conv2d(F.conv2d(x, kernel), kernel)
-
-    model = forward(lambda p, x: F.conv2d(p["inner"](F.conv2d(x, kernel)), kernel), inner=Inner())
+    inner = Function(lambda _, x: F.conv2d(F.conv2d(x, kernel), kernel))
+    model = Function(lambda p, x: F.conv2d(p["inner"](F.conv2d(x, kernel)), kernel), inner=inner)
     assert names(model) == ["model", "parts.inner", "parts.inner#2", "model#2"]
 
 
@@ -101,7 +90,7 @@ def test_subclasses_and_parametrisations() -> None:
 
 
 def test_a_forward_that_is_called_directly_belongs_to_the_caller() -> None:
-    model = forward(lambda p, x: p["b"](p["a"].forward(x)), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1))
+    model = Function(lambda p, x: p["b"](p["a"].forward(x)), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1))
     assert names(model) == ["model", "parts.b"]
 
 
@@ -118,7 +107,7 @@ def test_a_forward_that_is_called_directly_belongs_to_the_caller() -> None:
 )
 def test_every_way_to_call_a_convolution(call: Callable[[Tensor, Tensor], Tensor]) -> None:
     weight = torch.rand(3, 3, 3, 3)
-    (found,) = calls(forward(lambda _, x: call(x, weight)))
+    (found,) = calls(Function(lambda _, x: call(x, weight)))
     assert (found.name, found.kind) == ("model", "conv2d")
     assert found.weight is weight
     assert found.input is IMAGES
@@ -132,7 +121,7 @@ def test_other_operations_are_no_route_layers() -> None:
         x = torch.convolution(x.flatten(2), torch.rand(3, 3, 1), None, [1], [0], [1], False, [0], 1)
         return parts["volume"](x[:, None, :, None])
 
-    model = forward(run, up=nn.ConvTranspose2d(3, 3, 1), line=nn.Conv1d(3, 3, 1), volume=nn.Conv3d(1, 1, 1))
+    model = Function(run, up=nn.ConvTranspose2d(3, 3, 1), line=nn.Conv1d(3, 3, 1), volume=nn.Conv3d(1, 1, 1))
     assert names(model) == []
 
 
@@ -146,7 +135,7 @@ def test_linear_maps_only_when_asked() -> None:
 
 def test_names_do_not_depend_on_linear() -> None:
     kernel = torch.rand(3, 3, 1, 1)
-    model = forward(lambda _, x: F.conv2d(F.linear(x, torch.eye(9)), kernel))
+    model = Function(lambda _, x: F.conv2d(F.linear(x, torch.eye(9)), kernel))
     assert set(names(model)) < set(names(model, linear=True))
 
 
@@ -204,9 +193,8 @@ def test_hooks_are_gone_after_an_error(error: type[BaseException]) -> None:
 
 
 def test_names_survive_an_exception_that_the_model_handles() -> None:
-    class Fails(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError("handled")
+    def fail(_: nn.ModuleDict, __: Tensor) -> Tensor:
+        raise RuntimeError("handled")
 
     def run(parts: nn.ModuleDict, x: Tensor) -> Tensor:
         try:
@@ -215,7 +203,7 @@ def test_names_survive_an_exception_that_the_model_handles() -> None:
             return F.conv2d(x, torch.ones(2, 3, 1, 1))
         raise AssertionError
 
-    assert names(forward(run, fails=nn.Sequential(Fails()))) == ["model"]
+    assert names(Function(run, fails=nn.Sequential(Function(fail)))) == ["model"]
 
 
 def test_frozen_holds_and_gives_back_every_flag() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -61,17 +62,14 @@ class TestBuiltIn:
 
     @pytest.mark.parametrize("image_size", [32, 224])
     def test_vgg16_features_compute_what_torchvisions_do(self, image_size: int) -> None:
-        from torchvision.models.vgg import cfgs, make_layers
-
-        plan = [step if step == "M" else int(step) // 16 for step in cfgs["D"]]
-        reference = make_layers(plan, batch_norm=True).eval()
+        plan = [step if step == "M" else int(step) // 16 for step in torchvision.models.vgg.cfgs["D"]]
+        reference = torchvision.models.vgg.make_layers(plan, batch_norm=True).eval()
         randomise(reference)
-        ours = build_model("vgg16", width=1 / 16, image_size=image_size).eval()
-        assert isinstance(ours.features, nn.Module)
-        ours.features.load_state_dict(reference.state_dict())
+        ours = build_model("vgg16", width=1 / 16, image_size=image_size).eval().get_submodule("features")
+        ours.load_state_dict(reference.state_dict())
         images = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
-            torch.testing.assert_close(ours.features(images), reference(images))
+            torch.testing.assert_close(ours(images), reference(images))
 
     def test_vgg16_for_cifar_ends_in_one_linear_layer(self) -> None:
         with torch.device("meta"):
@@ -162,24 +160,19 @@ class TestNormalisation:
         ],
     )
     def test_refuses_images_that_broadcasting_would_let_pass(self, images: Tensor, expected: str) -> None:
-        with pytest.raises(UserError) as error:
+        with one_line(expected):
             build_model("vgg_small")(images)
-        assert expected in one_line(error)
 
     @pytest.mark.parametrize(
         "arguments",
         [
-            {"mean": (0.5,)},
-            {"std": (0.5, 0.5)},
-            {"std": (0.5, 0.0, 0.5)},
-            {"mean": (float("nan"), 0.0, 0.0)},
+            *({"mean": (0.5,)}, {"mean": (float("nan"), 0.0, 0.0)}, {"std": (0.5, 0.5)}, {"std": (0.5, 0.0, 0.5)}),
             {"in_channels": 4},
         ],
     )
     def test_refuses_statistics_that_do_not_fit(self, arguments: dict[str, object]) -> None:
-        with pytest.raises(UserError) as error:
+        with one_line():
             build_model("vgg_small", **arguments)  # type: ignore[arg-type]
-        one_line(error)
 
 
 class TestTorchvision:
@@ -235,9 +228,8 @@ class TestTimm:
     @pytest.mark.parametrize("name", ["lcnet_03", "hf-hub:timm/lcnet_050.ra2_in1k", "local-dir:models", "lcnet_050.no"])
     def test_refuses_names_it_does_not_know_itself(self, name: str) -> None:
         pytest.importorskip("timm")
-        with pytest.raises(UserError) as error:
+        with one_line():
             build_model(f"timm:{name}")
-        one_line(error)
 
     def test_names_the_extra_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "timm", None)
@@ -295,9 +287,8 @@ class TestFactory:
         ],
     )
     def test_says_what_is_wrong(self, spec: str, expected: str) -> None:
-        with pytest.raises(UserError) as error:
+        with one_line(expected):
             build_model(spec)
-        assert expected in one_line(error)
         sys.modules.pop("own_networks", None)
 
     def test_leaves_the_users_own_import_error_alone(self) -> None:
@@ -322,31 +313,26 @@ class TestNames:
         ],
     )
     def test_an_unknown_one_brings_the_nearest(self, spec: str, expected: str) -> None:
-        with pytest.raises(UserError) as error:
+        with one_line(expected):
             build_model(spec)
-        assert expected in one_line(error)
 
     def test_nearest_are_joined_as_prose(self) -> None:
         assert did_you_mean("ab", ["abc", "abd"]) == "; did you mean abd or abc?"
         assert did_you_mean("ab", ["xyz"]) == ""
 
     @pytest.mark.parametrize(
-        "arguments",
+        ("name", "values"),
         [
-            {"num_classes": 0},
-            {"width": 0.0},
-            {"width": -1.0},
-            {"width": float("nan")},
-            {"width": float("inf")},
-            {"in_channels": 0},
-            {"image_size": 0},
-            {"image_size": 31},
+            ("num_classes", [0]),
+            ("width", [0.0, -1.0, math.nan, math.inf]),
+            ("in_channels", [0]),
+            ("image_size", [0, 31]),
         ],
     )
-    def test_arguments_out_of_range(self, arguments: dict[str, object]) -> None:
-        with pytest.raises(UserError) as error:
-            build_model("vgg16", **arguments)  # type: ignore[arg-type]
-        assert next(iter(arguments)).split("_")[0] in one_line(error)
+    def test_arguments_out_of_range(self, name: str, values: list[float]) -> None:
+        for value in values:
+            with one_line(name.partition("_")[0]):
+                build_model("vgg16", **{name: value})  # type: ignore[arg-type]
 
 
 class TestChecks:
@@ -362,9 +348,8 @@ class TestChecks:
 
     @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 16, 16)])
     def test_input_of_another_shape_is_refused(self, shape: tuple[int, int, int]) -> None:
-        with pytest.raises(UserError) as error:
+        with one_line():
             check_input(build_model("vgg16", width=0.1), shape)
-        one_line(error)
 
     def test_input_that_the_users_own_model_cannot_take(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 2)).double()

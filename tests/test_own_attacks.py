@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 import attackroute as ar
 from attack_samples import images, network
@@ -24,20 +23,9 @@ from attackroute.tracing.oracle_check import verify
 QUICK = TrainSettings(epochs=1, batch_size=8, lr=0.01)
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {layer: values.tolist() for layer, values in tensors.items()}
-
-
 def routes(model: nn.Module, data: tuple[Tensor, Tensor], attack: Any, carrier: str = "unit") -> Any:
-    return plain(ar.trace_routes(model, data, attack=attack, config=ar.TraceConfig(carrier=carrier)).masks)
-
-
-def trained(model: nn.Module, data: tuple[Tensor, Tensor], attack: Any) -> Any:
-    return train(model, TensorDataset(*data), TensorDataset(*data), QUICK, attack=attack).last.robust
-
-
-def hardened(model: nn.Module, data: tuple[Tensor, Tensor], attack: Any) -> Any:
-    return ar.harden(model, data, lam=0.01, attack=attack, train=QUICK).training.last.penalties
+    masks = ar.trace_routes(model, data, attack=attack, config=ar.TraceConfig(carrier=carrier)).masks
+    return {layer: values.tolist() for layer, values in masks.items()}
 
 
 USES: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor], Any], Any]] = {
@@ -45,8 +33,10 @@ USES: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor], Any], Any]] = {
     "trace along the noise": lambda model, data, attack: routes(model, data, attack, carrier="noise"),
     "verify": lambda model, data, attack: verify(model, *data, attack=attack).deviation,
     "evaluate": lambda model, data, attack: list(ar.evaluate(model, data, attack, checks=0).right.values())[1],
-    "train": trained,
-    "harden": hardened,
+    "train": lambda model, data, attack: train(model, data, data, QUICK, attack=attack).last.robust,
+    "harden": lambda model, data, attack: (
+        ar.harden(model, data, lam=0.01, attack=attack, train=QUICK).training.last.penalties
+    ),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,8 @@ _CLOCKED = {"seconds", "folder", "examples"}  # and where the results are; nothi
 
 def environment(**more: object) -> dict[str, str]:
     paths = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
-    return {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": "1",
-        **{name: str(value) for name, value in more.items()},
-    }
+    told = {name: str(value) for name, value in more.items()}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **told}
 
 
 def free_port() -> int:
@@ -105,6 +102,30 @@ def assert_killed(result: subprocess.CompletedProcess[str], rank: int) -> None:
     assert all(line.endswith("--resume to go on") or line.startswith("interrupted: ") for line in said), said
 
 
+def broken_off(count: int, rank: int, where: str, calls: int, *command: object) -> Callable[..., str]:
+    """Run a command in processes one of which is killed; returns what goes on with it, and gives what that says."""
+    assert_killed(launched(count, rank, where, calls, *command, script="killed_command.py"), rank)
+
+    def go_on(count: int) -> str:
+        result = launched(count, NONE, where, 0, *command, "--resume", script="killed_command.py")
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    return go_on
+
+
+def of_pictures(command: str, root: Path, *options: object) -> tuple[object, ...]:
+    return command, "--model", root / "net", "--data", f"folder:{root / 'pictures'}", *options
+
+
+def require_as_alone(folder: Path, *command: object) -> None:
+    """Require what one process gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(route_folder, "_SHARD_SAMPLES", 3)
+        done(*command, "--out", folder.with_name("alone"))
+    compare_folders(folder.with_name("alone"), folder)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("killed")
@@ -118,50 +139,37 @@ def test_finished_files_are_kept_when_a_process_is_killed(root: Path, tmp_path: 
 
     Then a file is damaged, and two processes trace it again, with the batch that is missing, and no other.
     """
-    common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 4)
-    where = "attackroute.tracing.trace:Tracer.trace"
-    result = launched(3, 0, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert_killed(result, 0)
+    broken, command = tmp_path / "broken", of_pictures("trace", root, "--batch-size", 4)
+    go_on = broken_off(3, 0, "attackroute.tracing.trace:Tracer.trace", 1, *command, "--out", broken)
     names = [f"routes-0000{number}-of-00004.safetensors" for number in range(4)]
-    files = [tmp_path / "broken" / name for name in names]
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [*names[:3], "summary.json"]
+    files = [broken / name for name in names]
+    assert sorted(path.name for path in broken.iterdir()) == [*names[:3], "summary.json"]
     files[1].write_bytes(files[1].read_bytes()[:-1] + b"?")
     written = [path.stat().st_mtime_ns for path in files[:3]]
-    resumed = launched(2, NONE, where, 0, *common, "--out", tmp_path / "broken", "--resume", script="killed_command.py")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stderr.count("its samples are traced again") == 1 and names[1] in resumed.stderr
-    assert "8 of 16 samples are done already" in resumed.stderr
+    said = go_on(2)
+    assert said.count("its samples are traced again") == 1 and names[1] in said
+    assert "8 of 16 samples are done already" in said
     assert [path.stat().st_mtime_ns == before for path, before in zip(files, written, strict=False)] == [
         *(True, False, True)
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route_folder, "_SHARD_SAMPLES", 3)
-        done(*common, "--out", tmp_path / "whole")
-    compare_folders(tmp_path / "whole", tmp_path / "broken")
+    require_as_alone(broken, *command)
 
 
 @pytest.mark.slow
 def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, tmp_path: Path) -> None:
     """Three processes trace eight batches, two a file; what they exchanged in one round is a file and a half."""
-    common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
-    where = "attackroute.tracing.trace:Tracer.trace"
-    result = launched(3, 1, where, 1, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert_killed(result, 1)
-    kept = sorted(path.name for path in (tmp_path / "broken").iterdir())
+    broken, command = tmp_path / "broken", of_pictures("trace", root, "--batch-size", 2)
+    go_on = broken_off(3, 1, "attackroute.tracing.trace:Tracer.trace", 1, *command, "--out", broken)
+    kept = sorted(path.name for path in broken.iterdir())
     assert kept == ["partial-00001-of-00004.safetensors", "routes-00000-of-00004.safetensors", "summary.json"]
-    resumed = launched(2, NONE, where, 0, *common, "--out", tmp_path / "broken", "--resume", script="killed_command.py")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "6 of 16 samples are done already" in resumed.stderr
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route_folder, "_SHARD_SAMPLES", 3)
-        done(*common, "--out", tmp_path / "whole")
-    compare_folders(tmp_path / "whole", tmp_path / "broken")
+    assert "6 of 16 samples are done already" in go_on(2)
+    require_as_alone(broken, *command)
 
 
 @pytest.mark.slow
 def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
     """Two launchers stand in for two machines, which meet as the page on scaling says; they have no disk in common."""
-    common = ("trace", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 3)
+    common = of_pictures("trace", root, "--batch-size", 3)
     where = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
     where += ("--rdzv-endpoint", f"127.0.0.1:{free_port()}")
     command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "attackroute", *map(str, common)]
@@ -181,57 +189,42 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, victim: int) -> None:
-    common = ("evaluate", "--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--batch-size", 2)
-    common += ("--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
+    options = ("--batch-size", 2, "--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
+    broken, command = tmp_path / "broken", of_pictures("evaluate", root, *options)
     where = "attackroute.robustness.evaluate:_Run._predictions"
-    result = launched(2, victim, where, 3, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert_killed(result, victim)
-    measured = (tmp_path / "broken" / "measurements.jsonl").read_bytes()
+    go_on = broken_off(2, victim, where, 3, *command, "--out", broken)
+    measured = (broken / "measurements.jsonl").read_bytes()
     assert len(measured.splitlines()) == 1 + 2 * 2  # the terms, and what was exchanged: a batch of each, both ways
-    resumed = launched(3, *common, "--out", tmp_path / "broken", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert (tmp_path / "broken" / "measurements.jsonl").read_bytes().startswith(measured)
-    done(*common, "--out", tmp_path / "whole")
-    compare_folders(tmp_path / "whole", tmp_path / "broken")
+    go_on(3)
+    assert (broken / "measurements.jsonl").read_bytes().startswith(measured)
+    require_as_alone(broken, *command)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_training_goes_on_with_the_same_number_alone(root: Path, tmp_path: Path, victim: int) -> None:
-    common = (
-        "train",
-        "--model",
-        "vgg_small",
-        "--model-width",
-        0.1,
-        "--data",
-        f"folder:{root / 'pictures'}",
-        "--lr",
-        0.02,
-    )
-    common += ("--epochs", 3, "--batch-size", 4, "--holdout", 0.25, "--augment", "crop-flip")
-    whole = launched(2, *common, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    where = "attackroute.hardening.training:_step"
-    result = launched(2, victim, where, 4, *common, "--out", tmp_path / "broken", script="killed_command.py")
-    assert_killed(result, victim)
-    other = launched(3, *common, "--out", tmp_path / "broken", "--resume")
+    command = ("train", "--model", "vgg_small", "--model-width", 0.1, "--data", f"folder:{root / 'pictures'}")
+    command += ("--lr", 0.02, "--epochs", 3, "--batch-size", 4, "--holdout", 0.25, "--augment", "crop-flip")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = launched(2, *command, "--out", whole)
+    assert result.returncode == 0, result.stderr
+    go_on = broken_off(2, victim, "attackroute.hardening.training:_step", 4, *command, "--out", broken)
+    other = launched(3, *command, "--out", broken, "--resume")
     assert other.returncode == 1
     assert "is trained by 2 processes and cannot go on with 3" in other.stderr
-    resumed = launched(2, *common, "--out", tmp_path / "broken", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    go_on(2)
     for name in ("best.safetensors", "last.safetensors"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_hardening_runs_in_processes(root: Path, tmp_path: Path) -> None:
     options = ("--lam", 0.01, "--epochs", 1, "--batch-size", 5, "--check-samples", 0, "--autoattack-samples", 0)
-    data = ("--data", f"folder:{root / 'pictures'}", "--holdout", 0.25, "--evaluate", "fgsm:eps=0.1")
-    result = launched(2, "harden", "--model", root / "net", *data, *options, "--out", tmp_path / "hardened", "--json")
+    command = of_pictures("harden", root, "--holdout", 0.25, "--evaluate", "fgsm:eps=0.1", *options)
+    result = launched(2, *command, "--out", tmp_path / "hardened", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["about"]["epochs"] == 1
-    done("harden", "--model", root / "net", *data, *options, "--out", tmp_path / "alone")
+    done(*command, "--out", tmp_path / "alone")
     one, two = (Document.load(tmp_path / name / "hardening.json").about for name in ("alone", "hardened"))
     assert one["strengths"] == pytest.approx(two["strengths"], rel=1e-3)
     assert one["overlap_with_full_route"] == two["overlap_with_full_route"]

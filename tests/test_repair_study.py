@@ -40,9 +40,6 @@ def some_pairs(build: object = small, samples: int = 12) -> tuple[nn.Module, Pai
     return model, Pairs(images, shaken(model, images, labels), labels)
 
 
-# The criteria
-
-
 def test_the_noise_and_its_mean_are_the_oracles() -> None:
     model, pairs = some_pairs(Residual)
     expected = trace(model, pairs.attacked, pairs.labels, clean=pairs.clean, width=0.2)
@@ -79,12 +76,8 @@ def test_signed_noise_by_convolution() -> None:
                 kernel = model[2].weight[target, source][None, None]
                 expected[sample, source] += functional.conv2d(noise[sample, source][None, None], kernel).sum().abs()
     torch.testing.assert_close(scores["0"], expected)
-
-
-def test_signed_noise_needs_a_chain() -> None:
-    model, pairs = some_pairs(Residual)
     with pytest.raises(UserError, match="no chain"):
-        signed_scores(model, pairs)
+        signed_scores(*some_pairs(Residual))
 
 
 @pytest.mark.parametrize("by", ["influence", "influence, attacked", "attribution", "sensitivity", "noise x gradient"])
@@ -116,9 +109,6 @@ def test_results_depend_on_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(again[layer], values, rtol=1e-9, atol=1e-12)
 
 
-# What is measured
-
-
 def test_areas_by_hand() -> None:
     ones, zeros = np.ones(2), np.zeros(2)
     curve = np.stack([zeros, zeros, zeros, np.array([1.0, 0.0]), ones, ones])  # from 0.3, and from 0.5 on
@@ -130,7 +120,7 @@ def test_areas_by_hand() -> None:
     assert chosen_variant([better]) == chosen_variant([found, better]) == "noise, mean"
     worse = Repaired(zeros, {"a": ones}, {"noise": {"a": curve}, "noise, mean": {"a": np.zeros((6, 2))}})
     assert chosen_variant([better, worse]) == "noise"  # (0.975 + 0.15) / 2 against (0.75 + 0.6) / 2
-    networks = {"one": NetworkRepair(found, {"x": found}, {}), "two": better_only(better)}
+    networks = {"one": NetworkRepair(found, {"x": found}, {}), "two": NetworkRepair(better, {"x": better}, {})}
     both = RepairStudy("noise, mean", networks, {})
     gain = both.gain("x", "noise, mean", "noise")
     assert both.area("x", "noise, mean") == pytest.approx((0.675 + 0.975) / 2)
@@ -138,10 +128,6 @@ def test_areas_by_hand() -> None:
     # 0.225 and 0.375: a standard error of 0.075, halved by the network without a difference
     assert gain.over_images == pytest.approx((0.15 - 1.96 * 0.0375, 0.15 + 1.96 * 0.0375), abs=1e-4)
     assert gain.over_seeds == pytest.approx((0.15 - 12.706 * 0.15, 0.15 + 12.706 * 0.15), abs=1e-3)
-
-
-def better_only(found: Repaired) -> NetworkRepair:
-    return NetworkRepair(found, {"x": found}, {})
 
 
 def test_transplants_are_those_of_a_plain_loop() -> None:
@@ -173,34 +159,22 @@ def test_transplants_are_those_of_a_plain_loop() -> None:
             assert right(ar.Route(some, {at: len(values[at]) for at in some})) == bits.astype(bool).tolist()
 
 
-# True effects
-
-
 def loss_with(model: nn.Module, pairs: Pairs, chosen: list[tuple[str, int]]) -> float:
-    """By a forward hook that overwrites channels."""
-    modules = dict(model.named_modules())
-    clean: dict[str, Tensor] = {}
+    """Clean and attacked images in one batch, whose halves exchange channels in forward hooks."""
+
+    def overwrite(channel: int) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def replaced(_: nn.Module, __: object, out: Tensor) -> Tensor:
+            clean, attacked = out.clone().chunk(2)
+            attacked[:, channel] = clean[:, channel]
+            return torch.cat([clean, attacked])
+
+        return replaced
+
+    hooks = [model.get_submodule(at).register_forward_hook(overwrite(channel)) for at, channel in chosen]
     with torch.no_grad():
-        hooks = [
-            modules[at].register_forward_hook(lambda _, __, out, at=at: clean.__setitem__(at, out.clone()))
-            for at, _ in chosen
-        ]
-        model(pairs.clean)
-        for hook in hooks:
-            hook.remove()
-
-        def overwrite(at: str, channel: int) -> object:
-            def replaced(_: nn.Module, __: object, out: Tensor) -> Tensor:
-                out = out.clone()
-                out[:, channel] = clean[at][:, channel]
-                return out
-
-            return modules[at].register_forward_hook(replaced)
-
-        hooks = [overwrite(at, channel) for at, channel in chosen]  # type: ignore[misc]
-        logits = model(pairs.attacked)
-        for hook in hooks:
-            hook.remove()
+        logits = model(torch.cat([pairs.clean, pairs.attacked]))[len(pairs) :]
+    for hook in hooks:
+        hook.remove()
     return float(functional.cross_entropy(logits, pairs.labels))
 
 
@@ -272,9 +246,6 @@ def test_true_effects_go_on_where_they_were(tmp_path: Path) -> None:
     assert tried < every - 2 * (every // 3) + 2 * sum(channels.values())  # no more than a step is lost each time
 
 
-# The study
-
-
 def digits(model: nn.Module, samples: int) -> list[tuple[Tensor, int]]:
     images = torch.rand(3 * samples, 3, 13, 13, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
@@ -295,21 +266,18 @@ def test_a_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
     whole = studied("whole", progress=lambda done, _: seen.append(done))
     assert seen == list(range(1, len(seen) + 1)) and len(seen) > 200
 
-    def stop(after: int) -> Callable[[int, None], None]:
-        def report(done: int, _: None) -> None:
-            if done == after:
-                raise KeyboardInterrupt
-
-        return report
+    def stop(done: int, after: int) -> None:
+        if done == after:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        studied("broken", progress=stop(40))
+        studied("broken", progress=lambda done, _: stop(done, 40))
     with pytest.raises(UserError, match="--resume"):
         studied("broken")
     with pytest.raises(UserError, match="has seed 0, not 1"):
         studied("broken", seed=1, resume=True)
     with pytest.raises(KeyboardInterrupt):
-        studied("broken", resume=True, progress=stop(200))
+        studied("broken", resume=True, progress=lambda done, _: stop(done, 200))
     again = studied("broken", resume=True)
     assert again.document() == whole.document()
     document = whole.document()
@@ -322,13 +290,9 @@ def test_a_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
     final = [row for row in document.table if row["stage"] == "final" and row["attack"] == "shaken"]
     assert {row["network"] for row in final} == set(models)
     assert {row["images"] for row in final if row["network"] == "network 0"} == {10}
-    (first,) = [
-        (row["stage"], row["value"])
-        for row in document.table
-        if (row["network"], row["attack"], row["criterion"], row["share"])
-        == ("network 0", "dimmed", "first layers", 0.1)
-    ]
-    assert first == ("final", whole.networks["network 0"].judged["dimmed"].pooled["first layers"][3].mean())
+    first = document.table.one(network="network 0", attack="dimmed", criterion="first layers", share=0.1)
+    assert first["stage"] == "final"
+    assert first["value"] == whole.networks["network 0"].judged["dimmed"].pooled["first layers"][3].mean()
     assert list(found["accuracies"]["shaken"]["first layers"]) == ["any layer"]
     against = [row for row in found["differences"] if row["second"] == "first layers"]
     assert {row["what"] for row in against} == {"any layer"} and len(against) == 2 * 2 * len(BUDGETS)

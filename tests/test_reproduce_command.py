@@ -19,8 +19,7 @@ from attackroute.paper import run as reproduction
 from attackroute.paper.experiments import PARTS, swept_layers
 from attackroute.paper.page import skeleton
 from attackroute.zoo.data import ImageData
-from attackroute.zoo.networks import build
-from attackroute.zoo.weights import ModelCard, open_network, spec_for
+from attackroute.zoo.weights import open_network
 from command_line import Result
 from digit_networks import SAMPLES, digit_network
 from studies.hardening.plan import PAPER, judged
@@ -50,17 +49,18 @@ def load_digits(spec: str, **options: Any) -> ImageData:
     return command_line.load_few(spec, IMAGES, **options)
 
 
-def run(*arguments: str) -> Result:
-    return command_line.run("reproduce", *arguments)
+def run(*arguments: object, model: Path | None = None, out: Path) -> Result:
+    """With a network, of as many digits as it has learnt."""
+    given = ("--data", "mnist-sample", "--model", model, "--samples", SAMPLES) if model else ()
+    return command_line.run("reproduce", *arguments, *given, "--out", out)
 
 
 @pytest.fixture(scope="module")
 def whole(few: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """All that takes no training, and what the command said."""
     out = tmp_path_factory.mktemp("paper")
-    arguments = ["--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)]
     with command_line.empty_figures():
-        result = run(*PARTS, *arguments)
+        result = run(*PARTS, model=model, out=out)
     assert result.exit_code == 0, result.output
     return out, result
 
@@ -104,8 +104,7 @@ def test_it_goes_on_where_it_was(whole: tuple[Path, Result], model: Path) -> Non
     files = [path for path in (out / "digits-net").glob("*.json") if path.name != "route.json"]
     before = {path: path.stat().st_mtime_ns for path in files}
     (out / "digits-net" / "weaken.json").unlink()
-    arguments = ["--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)]
-    result = run("fig4", "table1", *arguments, "--resume", "--json")
+    result = run("fig4", "table1", "--resume", "--json", model=model, out=out)
     assert result.exit_code == 0, result.output
     targets = {claim["target"] for claim in json.loads(result.stdout)["claims"]}
     assert targets == {"table1", "fig4"}
@@ -126,11 +125,10 @@ def test_an_interruption_keeps_what_is_done(
         monkeypatch.setattr(reproduction, "PARTS", {**PARTS, "table1": table1})
 
     put(**{second: stopped})
-    arguments = ["table1", "--data", "mnist-sample", "--model", str(model), "--out", str(tmp_path)]
-    assert run(*arguments).exit_code == 130
+    assert run("table1", model=model, out=tmp_path).exit_code == 130
     assert (tmp_path / "digits-net" / f"{first}.json").exists()
     put(**{first: stopped})  # it was done before
-    result = run(*arguments, "--resume")
+    result = run("table1", "--resume", model=model, out=tmp_path)
     assert result.exit_code == 0, result.output
     same = json.loads((whole[0] / "digits-net" / f"{second}.json").read_bytes())["rows"]
     assert json.loads((tmp_path / "digits-net" / f"{second}.json").read_bytes())["rows"] == same
@@ -138,22 +136,15 @@ def test_an_interruption_keeps_what_is_done(
 
 def test_results_of_two_networks_do_not_meet_under_one_name(whole: tuple[Path, Result], tmp_path: Path) -> None:
     other = tmp_path / "digits-net"
-    digits = load_digits("mnist-sample", samples=SAMPLES)
-    spec = spec_for("vgg_small", digits, width=0.25)
-    other.mkdir()
-    ModelCard(spec, digits.classes).save(other)
-    safetensors.torch.save_file(build(spec).state_dict(), other / "best.safetensors")
-    result = run("table1", "--data", "mnist-sample", "--model", str(other), "--out", str(whole[0]), "--resume")
+    safetensors.torch.save_file(digit_network(other, width=0.25, steps=0), other / "best.safetensors")
+    result = run("table1", "--resume", model=other, out=whole[0])
     assert result.exit_code == 2 and "holds results of other weights" in result.stderr
 
 
 def test_a_page_of_ones_own_is_filled(whole: tuple[Path, Result], model: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(skeleton().replace("## Fig. 2", "What we think of it.\n\n## Fig. 2"))
-    result = run(
-        "table1", "--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES),
-        "--out", str(whole[0]), "--resume", "--page", str(page),
-    )  # fmt: skip
+    result = run("table1", "--resume", "--page", page, model=model, out=whole[0])
     assert result.exit_code == 0, result.output
     assert "What we think of it." in page.read_text() and "| digits-net | conv1 |" in page.read_text()
 
@@ -170,7 +161,7 @@ def test_a_page_of_ones_own_is_filled(whole: tuple[Path, Result], model: Path, t
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = run(*arguments, "--data", "mnist-sample", "--out", str(tmp_path / "out"))
+    result = run(*arguments, "--data", "mnist-sample", out=tmp_path / "out")
     assert result.exit_code == 2
     assert re.search(message, result.stderr) and result.stderr.count("\n") == 1
 
@@ -186,16 +177,9 @@ def study(folder: Path, data: str) -> None:
     folder.mkdir()
     plan = replace(PAPER, seeds=(1,))
     names = ("clean", *(attack.name for attack in plan.attacks))
+    outcome = Outcome(next(iter(judged(plan))), seed=1, lam=0.5, right={}, checks=(), overlap=None, departure=None)
     outcomes = [
-        Outcome(
-            variant=variant,
-            seed=1,
-            lam=0.5,
-            right={name: (True, number % 2 == 0) for name in names},
-            checks=(),
-            overlap=None,
-            departure=None,
-        )
+        replace(outcome, variant=variant, right={name: (True, number % 2 == 0) for name in names})
         for number, variant in enumerate(judged(plan))
     ]
     terms = {**plan.terms(), "data": data, "train_samples": 16, "test_samples": 8}
@@ -204,7 +188,7 @@ def study(folder: Path, data: str) -> None:
 
 def test_table_2_is_made_of_a_study(tmp_path: Path) -> None:
     study(tmp_path / "table2", "cifar10:data")
-    result = run("table2", "--out", str(tmp_path), "--json")
+    result = run("table2", "--json", out=tmp_path)
     assert result.exit_code == 0, result.output
     claims = json.loads(result.stdout)["claims"]
     assert [claim["target"] for claim in claims] == ["table2"] * 8
@@ -216,9 +200,8 @@ def test_table_2_is_made_of_a_study(tmp_path: Path) -> None:
 
 def test_all_takes_the_studies_that_are_there(whole: tuple[Path, Result], model: Path) -> None:
     out, _ = whole
-    arguments = ["--data", "mnist-sample", "--model", str(model), "--samples", str(SAMPLES), "--out", str(out)]
     study(out / "table3", "svhn:data")
-    result = run("all", *arguments, "--resume", "--json")
+    result = run("all", "--resume", "--json", model=model, out=out)
     (out / "table3" / "study.json").unlink()
     assert result.exit_code == 0, result.output
     (note,) = [line for line in result.stderr.splitlines() if "left out" in line]
@@ -228,5 +211,5 @@ def test_all_takes_the_studies_that_are_there(whole: tuple[Path, Result], model:
 
 def test_a_table_is_not_made_of_a_study_on_other_data(tmp_path: Path) -> None:
     study(tmp_path / "table3", "cifar10:data")
-    result = run("table3", "--out", str(tmp_path))
+    result = run("table3", out=tmp_path)
     assert result.exit_code == 2 and "is about svhn" in result.stderr

@@ -42,9 +42,6 @@ def text(function: Made, content: dict[str, Any]) -> str:
     return markdown(made(function, content))
 
 
-# --- rules and tables ---------------------------------------------------------------------------------------------
-
-
 def test_verdicts_by_hand() -> None:
     assert [verdict(True, True), verdict(False, True), verdict(False, False)] == [HOLDS, PART, FAILS]
     assert [by_count(4, 4), by_count(3, 4), by_count(2, 4), by_count(0, 4)] == [HOLDS, PART, FAILS, FAILS]
@@ -68,30 +65,17 @@ def test_layers_are_named_as_in_the_paper() -> None:
 
 
 def test_rows_are_found_by_their_columns() -> None:
-    criteria = findings(
-        {
-            "rows": [
-                {"criterion": "route", "draw": None, "value": 1.0},
-                {"criterion": "random off-route", "draw": 0, "value": 2.0},
-                {"criterion": "random off-route", "draw": 1, "value": 4.0},
-                {"criterion": "weight", "draw": None, "value": 8.0},
-            ],
-            "verdicts": [
-                {"control": "weight", "verdict": "undecided against", "layers": "a"},
-                {"control": "random off-route", "verdict": "beats", "layers": "a"},
-                {"control": "gradient", "verdict": "loses to", "layers": "b"},
-            ],
-        }
-    )
+    values = ("route", None, 1.0), ("random off-route", 0, 2.0), ("random off-route", 1, 4.0), ("weight", None, 8.0)
+    rows = [{"criterion": name, "draw": draw, "value": value} for name, draw, value in values]
+    judged = ("weight", "undecided against", "a"), ("random off-route", "beats", "a"), ("gradient", "loses to", "b")
+    verdicts = [{"control": name, "verdict": word, "layers": layers} for name, word, layers in judged]
+    criteria = findings({"rows": rows, "verdicts": verdicts})
     assert criteria.mean("value", criterion="random off-route") == 3.0
     assert criteria.mean("value", criterion="gradient") is None
     assert criteria.rivals == ["weight"]
     assert criteria.unbeaten(layers="a") == ("weight",)
     read = Findings.of(Document("x", {"seed": 3}, about={"verdicts": []}))
     assert read["seed"] == 3 and read.unbeaten(layers="a") == ()
-
-
-# --- each table and figure ----------------------------------------------------------------------------------------
 
 
 def occurrence(values: list[float], chance: float = 0.2) -> dict[str, Any]:
@@ -130,12 +114,9 @@ def test_how_much_a_tenth_of_the_images_shares() -> None:
     def sampling(*shares: float) -> dict[str, Any]:
         return {"samples": 500, "rows": [{"share": 0.1, "share_of_neurons": share} for share in shares]}
 
-    (claim,) = made(tables.sampling_claims, sampling(0.95, 0.97))
-    assert claim.verdict == HOLDS and "96.0 %" in claim.found and "50 of 500" in claim.found
-    (claim,) = made(tables.sampling_claims, sampling(0.95, 0.89))
-    assert claim.verdict == PART
-    (claim,) = made(tables.sampling_claims, sampling(0.8))
-    assert claim.verdict == FAILS
+    claims = [made(tables.sampling_claims, sampling(*shares))[0] for shares in ((0.95, 0.97), (0.95, 0.89), (0.8,))]
+    assert [claim.verdict for claim in claims] == [HOLDS, PART, FAILS]
+    assert "96.0 %" in claims[0].found and "50 of 500" in claims[0].found
 
 
 def responses(beats: list[bool]) -> dict[str, Any]:
@@ -203,19 +184,13 @@ def test_transplants_must_repair_and_random_ones_must_not(content: Any, first: s
     [(0.2, 0.95, "beats", HOLDS), (0.6, 0.95, "beats", PART), (0.2, 0.8, "beats", PART),
      (0.2, 0.95, "undecided against", HOLDS), (0.9, 0.95, "undecided against", FAILS)],
 )  # fmt: skip
-def test_silence_must_destroy_and_random_silence_must_not(
-    ours: float, random: float, equal: str, expected: str
-) -> None:
+def test_silence_must_destroy_and_no_random_one(ours: float, random: float, equal: str, expected: str) -> None:
     rows = [
         {"criterion": name, "beta": 0.5, "accuracy": value}
         for name, value in (("route", ours), ("random off-route", random))
     ]
-    content = {
-        "main_beta": 0.5,
-        "rows": rows,
-        "verdicts": [{"control": "random off-route", "beta": 0.5, "verdict": equal}],
-    }
-    (claim,) = made(tables.weakening_claims, content)
+    verdicts = [{"control": "random off-route", "beta": 0.5, "verdict": equal}]
+    (claim,) = made(tables.weakening_claims, {"main_beta": 0.5, "rows": rows, "verdicts": verdicts})
     assert claim.verdict == expected
     assert claim.equals == (() if equal == "beats" else ("random off-route",))
 
@@ -266,30 +241,21 @@ def test_hardness_by_hand() -> None:
 
 def study_content(gain: float, found: str) -> Findings:
     attacks = ("clean", "fgsm", "mi-fgsm", "pgd", "gaussian-noise")
-    names = [
-        f"{base}_{letter}{control}"
-        for base in ("Vanilla", "PAT")
-        for letter in "gw"
-        for control in (", random", ", all")
+    bases = [(base, f"{base}_{letter}") for base in ("Vanilla", "PAT") for letter in "gw"]
+    pairs = [(name, f"{base}, no penalty") for base, name in bases]
+    pairs += [(name, f"{name}{control}") for _, name in bases for control in (", random", ", all")]
+    rows = [
+        {"variant": "PAT_g", "lambda": 0.5, "attack": attack, "accuracy": value, "seed": seed}
+        for attack in attacks
+        for seed, value in ((1, 0.4), (2, 0.5))
     ]
-    pairs = [(f"{base}_{letter}", f"{base}, no penalty") for base in ("Vanilla", "PAT") for letter in "gw"]
-    pairs += [(name.partition(",")[0], name) for name in names]
-    return findings(
-        {
-            "seeds": [1, 2],
-            "rows": [
-                {"variant": "PAT_g", "lambda": 0.5, "attack": attack, "accuracy": value, "seed": seed}
-                for attack in attacks
-                for seed, value in ((1, 0.4), (2, 0.5))
-            ],
-            "differences": [
-                {"first": first, "second": second, "attack": attack, "difference": gain, "verdict": found}
-                for first, second in pairs
-                for attack in attacks
-            ],
-            "overlap_with_full_route": [{"share": 0.95}, {"share": 0.93}],
-        }
-    )
+    differences = [
+        {"first": first, "second": second, "attack": attack, "difference": gain, "verdict": found}
+        for first, second in pairs
+        for attack in attacks
+    ]
+    overlaps = [{"share": 0.95}, {"share": 0.93}]
+    return findings({"seeds": [1, 2], "rows": rows, "differences": differences, "overlap_with_full_route": overlaps})
 
 
 def test_hardening_must_beat_the_same_without_a_penalty() -> None:
@@ -317,9 +283,6 @@ def test_table_2_has_the_papers_accuracies() -> None:
     assert "| PAT_g | 0.5 | 45.0 (40.0-50.0) [84.9] | 45.0 (40.0-50.0) [49.2] |" in table
     assert "**+2.0**" in markdown(hardening_tables.differences_table(study_content(0.02, "beats")))
     assert "**" not in markdown(hardening_tables.differences_table(study_content(0.02, "undecided against")))
-
-
-# --- the page -----------------------------------------------------------------------------------------------------
 
 
 def test_the_page_keeps_what_stands_outside_the_marks() -> None:
@@ -353,9 +316,6 @@ def test_every_section_has_its_place() -> None:
         claims = [] if name == "networks" else claims_of(name, results, {})
         assert markdown(claim.cells for claim in claims) in page
     assert "90.0 % of 1,000" in page
-
-
-# --- how few samples give a route ---------------------------------------------------------------------------------
 
 
 def test_shared_neurons_are_those_of_both_routes() -> None:

@@ -69,17 +69,12 @@ def test_a_folder_holds_what_memory_would(model: nn.Module, tmp_path: Path, kind
     labelled = expected.labels is not None and expected.predictions is not None
     accuracy = (expected.labels == expected.predictions).double().mean().item() if labelled else None
     assert about["accuracy"] == accuracy
-
-
-def test_a_folder_counts_what_memory_would(model: nn.Module, tmp_path: Path) -> None:
-    routes = traced(model, tmp_path)
-    expected = ar.trace_routes(model, (IMAGES, LABELS), 0.4)
     for layer, values in expected.frequency().items():
         assert torch.equal(routes.frequency()[layer], values)
     assert routes.occurrence(0.3) == expected.occurrence(0.3)
     routes.save_route(0.7)
-    assert Route.load(tmp_path / "route.json") == expected.aggregate(0.7)
-    assert Document.load(tmp_path / "summary.json").about["route_width"] == 0.7
+    assert Route.load(routes.path / "route.json") == expected.aggregate(0.7)
+    assert Document.load(routes.path / "summary.json").about["route_width"] == 0.7
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a crash")])
@@ -139,14 +134,6 @@ def test_samples_are_saved_now_and_then(model: nn.Module, tmp_path: Path, monkey
     assert not (tmp_path / "partial.safetensors").exists()
 
 
-def test_a_finished_trace_is_not_replaced(model: nn.Module, tmp_path: Path) -> None:
-    traced(model, tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(ar.UserError, match="holds a trace"):
-        traced(model, tmp_path, keep_scores=True)
-    assert contents(tmp_path) == before
-
-
 @pytest.mark.parametrize("index", [[9, 0, 9, -1], slice(3, 9, 2), torch.arange(11) % 3 == 1, [5]])
 def test_some_samples_can_be_selected(
     model: nn.Module, tmp_path: Path, index: Any, monkeypatch: pytest.MonkeyPatch
@@ -198,8 +185,12 @@ def test_a_file_in_anothers_place_is_noticed(model: nn.Module, tmp_path: Path, c
     assert contents(tmp_path / "a") == before
 
 
-def test_a_stray_file_hides_nothing(model: nn.Module, tmp_path: Path) -> None:
+def test_a_finished_trace_is_not_replaced_and_a_stray_file_hides_nothing(model: nn.Module, tmp_path: Path) -> None:
     traced(model, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ar.UserError, match="holds a trace"):
+        traced(model, tmp_path, keep_scores=True)
+    assert contents(tmp_path) == before
     (tmp_path / "routes.safetensors").write_bytes((tmp_path / NAMES[0]).read_bytes())
     with pytest.raises(ar.UserError, match="files of two traces"):
         ar.RouteFolder.open(tmp_path)

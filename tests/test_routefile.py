@@ -13,17 +13,7 @@ from hypothesis import strategies as st
 from attackroute.core.errors import UserError
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
-from route_samples import CHANNELS, ORIGIN, SAMPLES, instances
-
-
-@pytest.fixture(params=list(SAMPLES))
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Path]:
-    kind, make = SAMPLES[request.param]
-    path = tmp_path / f"{request.param}.bin"
-    value = make()
-    value.save(path)
-    return kind, value, path
-
+from route_samples import CHANNELS, ORIGIN, instances
 
 # -- round trips -------------------------------------------------------------------------------------------------------
 

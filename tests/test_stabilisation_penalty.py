@@ -16,9 +16,9 @@ from attackroute.core.errors import UserError
 from attackroute.hardening.harden import harden
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.routes.route import Route
-from test_gradient_penalty import smooth, some_of
+from test_gradient_penalty import smooth, some_of, written_out
 from toy_training import toy_data, toy_model
-from tracing import ready, require_slopes
+from tracing import ready, require_slopes, state
 
 
 def penalised(
@@ -27,22 +27,13 @@ def penalised(
     with penalty.watch():
         model(attacked.clone())
     value = penalty(clean)
-    slopes = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    return value.detach(), [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(model.parameters(), slopes, strict=True)
-    ]
+    return value.detach(), list(torch.autograd.grad(value, list(model.parameters()), materialize_grads=True))
 
 
 def test_against_autograd_functional() -> None:
     """The same network written out."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(16, 3),
-    ).double()  # fmt: skip
+    model, route = written_out()
     x, noisy = torch.rand(2, 4, 2, 8, 8).double()
-    route = Route({"0": [0, 2], "3": [1, 2, 3], "6": [1]}, {"0": 3, "3": 4, "6": 3})
 
     def penalty(*parameters: Tensor) -> Tensor:
         w0, b0, w1, b1, w2, b2 = parameters
@@ -110,7 +101,7 @@ def test_dropout_is_no_noise_and_statistics_are_those_of_the_attacked_pass() -> 
 
 def test_nothing_is_left_behind() -> None:
     model, images, _ = ready(Residual)
-    before = [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+    before = state(model)
     penalty = StabilisationPenalty(model, some_of(model, images))
     with pytest.raises(RuntimeError), penalty.watch():
         model(images[:, :2])
@@ -118,7 +109,7 @@ def test_nothing_is_left_behind() -> None:
         with penalty.watch():
             model(images)
         penalty(images[:1])
-    assert before == [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+    assert state(model) == before
 
 
 def test_errors_say_what_to_do() -> None:

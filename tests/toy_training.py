@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
-import signal
-import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -39,6 +36,17 @@ def toy_model(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Dropout(dropout), nn.Linear(96, 4),
+        )  # fmt: skip
+
+
+def toy_network(seed: int = 0, dropout: float = 0.5) -> nn.Sequential:
+    """Two layers, with batch norms."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout),
+            nn.Linear(128, 4),
         )  # fmt: skip
 
 
@@ -72,20 +80,23 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def killed_runs(command: list[str], environment: dict[str, str], kills: int, length: float) -> int:
-    """Start a run again and again and kill it somewhere within its ``length`` in seconds; how many were killed in time.
+def killed_at(calls: int, names: Sequence[str], run: Callable[[], object]) -> bool:
+    """Run, and be killed when these functions of ``os`` have been called so often; whether it came to that."""
+    countdown = iter(range(calls, -1, -1))
 
-    The command is a server that starts a child for every line of input, prints its id, and then reaps it.
-    """
-    killed = 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdin is not None and server.stdout is not None
-        for _ in range(kills):
-            print("start", file=server.stdin, flush=True)
-            child = int(server.stdout.readline())
-            time.sleep(random.uniform(0.3, 1.3) * length / kills)
-            os.kill(child, signal.SIGKILL)  # the server has not reaped it yet, so the id is still its own
-            print("reap", file=server.stdin, flush=True)
-            killed += int(server.stdout.readline()) == -signal.SIGKILL
-        server.stdin.close()
-    return killed
+    def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(countdown) == 0:
+                raise Killed
+            return operation(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            run()
+        except Killed:
+            return True
+    return False
