@@ -265,7 +265,8 @@ def compare_reduced(architecture: Architecture, seed: int = 0) -> ReducedCompari
     )
 
     def agreement(routes: InstanceRoutes) -> float:
-        shared = sum(int((routes.masks[layer] & mask).sum()) for layer, mask in expected.masks.items())
+        # layers that reach the logits by gates alone are on no route with frozen gates
+        shared = sum(int((mask & expected.masks[layer]).sum()) for layer, mask in routes.masks.items())
         return shared / sum(int(mask.sum()) for mask in expected.masks.values())
 
     return ReducedComparison(

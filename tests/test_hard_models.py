@@ -244,7 +244,7 @@ def test_layers_without_gradients_are_refused(mode: Callable[[], Any], whole: bo
         with mode():
             x = F.relu(parts["b"](F.relu(parts["a"](x))))
             if whole:
-                return parts["head"](x)
+                return parts["head"](parts["c"](x))
         return parts["head"](parts["c"](x.clone()))
 
     model = using(forward, a=A, b=B, c=lambda: nn.Conv2d(5, 5, 3), head=END)()
