@@ -16,9 +16,11 @@ from attackroute.analysis.interventions import deactivate, weaken
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import frozen
+from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing import oracle, windows
 from attackroute.tracing.closed_form import critical_sums, influence_matrix
 from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.oracle_check import verify
 from attackroute.tracing.recorder import record
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.networks import build_model
@@ -289,3 +291,29 @@ def test_routes_of_a_network_under_an_intervention(name: str, kind: str) -> None
         found = check(model, images, labels, linear=linear)
     if kind == "deactivate" and not linear:
         assert set(found.methods.values()) == {"closed-form"}
+
+
+# The check of what was written
+
+
+def test_written_routes_are_checked_and_not_traced_again() -> None:
+    model, images, labels = ready(CLOSED["chain"])
+    routes = trace_routes(model, (images, labels), 0.3)
+    assert verify(model, images, labels, 0.3, written=routes).agreeing == 3
+    swapped = verify(model, images, labels, 0.3, written=routes.select([1, 2, 0]))
+    assert swapped.faults and swapped.agreeing < 3 and swapped.deviation < 1e-9 and not swapped.passed
+
+
+def test_a_tie_is_no_fault() -> None:
+    """Two channels that are the same in all: which of them is on the route is chance."""
+    model, images, labels = ready(lambda: small((3, 4, 4)))
+    with torch.no_grad():
+        for parameter in model[0].parameters():  # type: ignore[index]
+            parameter[1] = parameter[0]
+        model[2].weight[:, 1] = model[2].weight[:, 0]  # type: ignore[index]
+    routes = trace_routes(model, (images, labels), 0.25)
+    order = torch.tensor([1, 0, 2, 3])
+    mirrored = {"0": routes.masks["0"][:, order], "2": routes.masks["2"]}
+    check = verify(model, images, labels, 0.25, written=InstanceRoutes.from_masks(mirrored, routes.provenance))
+    tied = int(routes.masks["0"][:, :2].any(1).sum())
+    assert tied and (check.agreeing, check.faults, check.passed) == (3 - tied, 0, True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from attackroute.core.document import Document
     from attackroute.robustness.attack import Perturbation
+    from attackroute.routes.instance_routes import InstanceRoutes
     from attackroute.tracing.config import TraceConfig
     from attackroute.tracing.oracle_check import OracleCheck
 
@@ -126,7 +127,10 @@ def trace(options: TraceOptions) -> int:
             return trace_document(routes, routes.aggregate(options.route_width), session.settings)
 
         document = team.first(documented)
-    check = None if options.check is None else team.first(lambda: _compare(session, options, attack, config, autocast))
+        check = None
+        if options.check is not None:
+            rows = min(options.check, len(session.images))
+            check = team.first(lambda: _compare(session, options, attack, config, autocast, routes.select(slice(rows))))
     output.result(
         {
             **document.to_json(),
@@ -140,6 +144,9 @@ def trace(options: TraceOptions) -> int:
     if check is not None:
         verdict = "" if check.passed else f": MORE than the {check.tolerance:g} that rounding explains"
         equal = f"routes of {check.agreeing} of {check.samples} samples equal the oracle's"
+        ties = check.samples - check.agreeing - check.faults
+        if check.tolerance is not None and check.agreeing < check.samples:
+            equal += f", {ties} differ where scores tie within rounding, {check.faults} where they do not"
         output.line(f"check: {equal}; scores deviate by at most {check.deviation:.1e} ({check.layer}){verdict}")
     if options.out is not None:
         output.line(f"The routes (routes*.safetensors), route.json and summary.json are in {options.out}")
@@ -148,22 +155,22 @@ def trace(options: TraceOptions) -> int:
 
 def _compare(
     session: Session, options: TraceOptions, attack: Perturbation | None, config: TraceConfig,
-    autocast: torch.dtype | None,
+    autocast: torch.dtype | None, written: InstanceRoutes,
 ) -> OracleCheck:  # fmt: skip
-    """The first samples, against the oracle."""
+    """The routes of the first samples, against the oracle."""
     import torch
 
     from attackroute.core.model_state import placement
     from attackroute.tracing.oracle_check import verify
     from attackroute.zoo.data import ImageBatches
 
-    chosen = [[row] for row in range(min(options.check or 0, len(session.images)))]
+    chosen = [[row] for row in range(len(written))]
     batches = ImageBatches(session.images, 1, batches=chosen)
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     device, dtype = placement(session.network)
     return verify(
         session.network, images.to(device, dtype), labels.to(device), options.width, attack=attack, config=config,
-        autocast=autocast,
+        autocast=autocast, written=written,
     )  # fmt: skip
 
 
@@ -171,6 +178,7 @@ def _check_values(check: OracleCheck) -> dict[str, Any]:
     return {
         "samples": check.samples,
         "samples_with_equal_routes": check.agreeing,
+        "samples_with_faults": check.faults,
         "largest_relative_deviation": check.deviation,
         "layer": check.layer,
         "passed": check.passed,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import as_attack
+from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing import oracle
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import trace_routes
@@ -23,20 +24,22 @@ class OracleCheck:
 
     Attributes:
         agreeing: How many of the samples have the same routes in every layer.
+        faults: How many have other neurons in some layer where no tie within rounding explains that.
         deviation: Largest ``|score - oracle's score|``, relative to the largest score of the sample in that ``layer``.
         tolerance: What rounding explains; None at reduced precision, and for approximate routes.
     """
 
     samples: int
     agreeing: int
+    faults: int
     deviation: float
     layer: str
     tolerance: float | None
 
     @property
     def passed(self) -> bool:
-        """Whether the scores deviate by no more than rounding explains."""
-        return self.tolerance is None or self.deviation <= self.tolerance
+        """Whether scores and routes differ by no more than rounding explains."""
+        return self.tolerance is None or (self.deviation <= self.tolerance and not self.faults)
 
 
 def verify(
@@ -48,8 +51,9 @@ def verify(
     attack: Attack | str | None = None,
     config: TraceConfig = TraceConfig(),
     autocast: torch.dtype | None = None,
+    written: InstanceRoutes | None = None,
 ) -> OracleCheck:
-    """Trace samples twice, by the engine and by the oracle.
+    """Trace samples twice, by the engine and by the oracle; ``written`` are earlier routes of theirs, to be checked.
 
     A neuron whose score ties with another's within rounding may be on one route and not on the other. From there on
     towards the input both sum over different neurons, so those scores are left out of the deviation.
@@ -65,14 +69,21 @@ def verify(
     )  # fmt: skip
     expected = oracle.trace(model, traced, labels, clean=images if noise else None, width=width, linear=config.linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
-    deviation, layer_of_it = 0.0, expected.layers[-1]
+    exact = autocast is None and routes.sketched is None and not config.freeze_gates
+    tolerance = TOLERANCES.get(images.dtype) if exact else None
+    faulty, deviation, layer_of_it = torch.zeros(len(images), dtype=torch.bool), 0.0, expected.layers[-1]
     for layer in reversed(expected.layers):
         scores = expected.scores[layer].detach().cpu().double()
         difference = (routes.scores[layer].double() - scores).abs().amax(1)
         relative = torch.where(difference == 0, 0.0, difference / scores.abs().amax(1))[comparable]
         if relative.numel() and (largest := relative.max().item()) > deviation:
             deviation, layer_of_it = largest, layer
-        comparable &= (routes.masks[layer] == expected.masks[layer].cpu()).all(1)
-    exact = autocast is None and routes.sketched is None and not config.freeze_gates
-    tolerance = TOLERANCES.get(images.dtype) if exact else None
-    return OracleCheck(len(images), int(comparable.sum()), deviation, layer=layer_of_it, tolerance=tolerance)
+        mask, right = (written or routes).masks[layer], expected.masks[layer].cpu()
+        missing, wrong = scores.masked_fill(~right | mask, -torch.inf), scores.masked_fill(right | ~mask, torch.inf)
+        gap = (missing.amax(1) - wrong.amin(1)) / scores.abs().amax(1)  # what was left out, above what is there instead
+        faulty |= comparable & (gap > (tolerance or torch.inf))
+        comparable &= (mask == right).all(1)
+    return OracleCheck(
+        len(images), int(comparable.sum()), faults=int(faulty.sum()), deviation=deviation, layer=layer_of_it,
+        tolerance=tolerance
+    )  # fmt: skip
