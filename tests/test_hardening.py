@@ -454,6 +454,7 @@ def test_an_operation_without_a_second_derivative_asks_for_the_approximation() -
 KILLED: dict[str, Any] = {"attack": ATTACK, "penalty": ("gradient", "weight"), "refresh": 2}
 
 
+@pytest.mark.filterwarnings("ignore:all scores of layer")  # after many epochs
 @pytest.mark.parametrize(("kills", "epochs"), [(2, 8), pytest.param(20, 80, marks=pytest.mark.slow)])
 def test_resuming_after_sigkill(tmp_path: Path, kills: int, epochs: int) -> None:
     folder = tmp_path / "run"
