@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
@@ -157,14 +158,16 @@ def record(
         require_gradients(call.name)
         with tracker.inside(call):
             output = call.run()
-            if call.kind == "linear":
-                tracker.linear(call, output)
-        tracker.take_edit(output)
+            with DisableTorchFunction():  # contexts around the pass are not to see what is only noted
+                if call.kind == "linear":
+                    tracker.linear(call, output)
+                tracker.take_edit(output)
         if graph is not None:
             output = graph.visit(call.name, output)
         if call.name in leaves:
             leaf = leaf_outputs[call.name] = output.detach().requires_grad_()
-            tracker.take_over(leaf, output)
+            with DisableTorchFunction():
+                tracker.take_over(leaf, output)
             output = leaf.clone()  # a copy, since what follows may work in place
         return output
 
