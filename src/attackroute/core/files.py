@@ -101,6 +101,7 @@ def read_weights(path: Path) -> Any:
     """What a safetensors file holds, or one of PyTorch's, which can run no code; damage is found by checksums."""
     import torch
 
+    regular_file(path)  # a pipe would be waited for
     if path.suffix == ".safetensors":
         with safe_open(os.fspath(path), framework="pt") as file:
             stated = (file.metadata() or {}).get(_WEIGHTS_KEY)
