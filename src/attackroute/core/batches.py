@@ -313,9 +313,9 @@ def opened(data: Any, batch_size: int) -> Data:
     if not isinstance(data, Iterable):
         if not isinstance(data, Dataset):
             data = getattr(data, "dataset", data)  # images with their classes' names
-        if isinstance(data, Dataset) and isinstance(data, Sized):
+        if isinstance(data, Sized) and hasattr(data, "__getitem__"):
             # a generator of its own, since loaders draw from the global one even where nothing is shuffled
-            return DataLoader(data, max(1, batch_size), generator=torch.Generator())
+            return DataLoader(cast("Dataset[Any]", data), max(1, batch_size), generator=torch.Generator())
     return cast("Data", data)
 
 

@@ -254,7 +254,10 @@ class LayerCalls(TorchFunctionMode):
 
 def others_visit_linear_maps() -> bool:
     """Whether a :class:`LayerCalls` entered before the one whose visit is under way changes linear maps too."""
-    return any(isinstance(mode, LayerCalls) and mode._linear for mode in _get_current_function_mode_stack())
+    return any(
+        isinstance(mode, LayerCalls) and mode._linear and mode._level == pass_level()
+        for mode in _get_current_function_mode_stack()
+    )
 
 
 @contextmanager
