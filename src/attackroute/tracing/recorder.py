@@ -405,7 +405,8 @@ class Tracker(TorchDispatchMode):
             if others_visit_linear_maps():
                 self.layers[index] = layer.corrected(frozenset(), layer.sources)
             return
-        if flow.opaque or any(term.source != index or term.mask is not None for term in flow.terms):
+        plain = (term.source == index and term.mask is None and term.src == term.dst for term in flow.terms)
+        if flow.opaque or not all(plain) or any(term.path.moves for term in flow.terms):
             self.layers[index] = layer.corrected(frozenset(), layer.sources | flow.sources - {index})
         elif [(term.length, term.scale) for term in flow.terms] == [(layer.channels, None)]:
             return
