@@ -14,6 +14,9 @@ from attackroute.core.errors import UserError
 _NAMES = (("image", "images", "pixel_values", "x", "input", "inputs"), ("label", "labels", "target", "targets", "y"))
 """What mappings call images and labels."""
 _TOLERANCE = 1e-4  # of a value in [0, 1]
+ONE_LOGIT = (
+    "for a single logit z return torch.stack([torch.zeros_like(z), z], 1), of the same probabilities as its sigmoid"
+)
 _SUMS = 1e-5  # how far rounding may take a sum of float32 probabilities from 1
 
 
@@ -72,10 +75,14 @@ def checked_logits(output: object, samples: int, *, finite: bool = True) -> Tens
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise UserError(f"the model returns {type(output).__name__}, not logits of shape (N, classes)")
+        raise UserError(
+            f"the model returns {type(output).__name__}, not logits of shape (N, classes) nor an object with .logits: "
+            "wrap it in a module whose forward returns the logits"
+        )
     if logits.ndim != 2 or logits.shape[0] != samples:
         raise UserError(
             f"the model returns a tensor of shape {tuple(logits.shape)} for {samples} images, not logits (N, classes)"
+            + (f"; {ONE_LOGIT}" if logits.ndim == 1 else "")
         )
     if finite and not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: check its weights and the range of its inputs")
@@ -94,13 +101,14 @@ def require_no_probabilities(logits: Tensor, what: str = "the model") -> None:
         raise UserError(f"{what} returns probabilities, which add up to 1, and not logits: leave out its softmax")
 
 
-def checked_labels(labels: Tensor, classes: int, samples: int, where: str = "") -> Tensor:
-    """Labels as int64 ``(n,)`` within ``0 .. classes - 1``."""
+def checked_labels(labels: Tensor, classes: int | None, samples: int, where: str = "") -> Tensor:
+    """Labels as int64 ``(n,)`` within ``0 .. classes - 1``; None where that is a loss's own business."""
     if labels.shape != (samples,) or labels.is_floating_point():
         raise UserError(f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected {samples} integers")
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
-        raise UserError(f"label {int(wrong[0])}{where} is outside the model's {classes} logits (0 .. {classes - 1})")
+    wrong = labels[:0] if classes is None else labels[(labels < 0) | (labels >= classes)]
+    if classes is not None and len(wrong):
+        inside = f"the model's {classes} logits (0 .. {classes - 1})" if classes > 1 else f"the one logit; {ONE_LOGIT}"
+        raise UserError(f"label {int(wrong[0])}{where} is outside {inside}")
     return labels.long()
 
 

@@ -74,6 +74,11 @@ class LayerCall:
     run: Callable[..., Tensor]
     folded: bool = False
 
+    def of_images(self, samples: int) -> bool:
+        """Whether a call in a pass of images that require grad is on them: a linear map may be on parameters alone."""
+        rows = not self.folded and self.input.shape[:1] == (samples,)
+        return self.kind != "linear" or rows or self.input.requires_grad
+
 
 def two_of(images: Tensor) -> Tensor:
     """Two images that show a model's structure, a batch's first and last.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attackroute.core.checks import ONE_LOGIT
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import differentiated
 
@@ -22,7 +23,7 @@ def cross_entropy_seed(logits: Tensor, labels: Tensor) -> Tensor:
     left out. What comes back, for logits ``(n, K)``, is ``q - onehot`` in float32 or wider.
     """
     if logits.shape[1] < 2:
-        raise UserError("the model has a single logit; cross entropy needs two classes or more (pass loss=...)")
+        raise UserError(f"cross entropy needs two logits or more: pass loss=..., or {ONE_LOGIT}")
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     label = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
     others = wide.masked_fill(label, -torch.inf).softmax(dim=1)

@@ -26,7 +26,10 @@ def weights_digest(model: nn.Module) -> str:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold ``model`` in eval mode, no parameter requiring grad; flags and buffers come back, also after an error."""
+    """Hold ``model`` in eval mode, no parameter requiring grad; flags and buffers come back, also after an error.
+
+    Backward hooks of modules rest meanwhile: they would see products that are none of the user's.
+    """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {type(model).__name__}, not a module (torch.nn.Module): pass the network itself")
     for name, parameter in model.named_parameters():
@@ -41,7 +44,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    hooks = [
+        (registry, dict(registry))
+        for module in model.modules()
+        for registry in (module._backward_hooks, module._backward_pre_hooks)
+        if registry
+    ]
     try:
+        for registry, _ in hooks:
+            registry.clear()
         with kept_modes(model):
             for module in model.modules():  # not model.eval(), which a class may have made to do more
                 module.training = False
@@ -49,6 +60,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
             yield
     finally:
+        for registry, registered in hooks:
+            registry.update(registered)
         for parameter in learning:
             parameter.requires_grad_(True)
         for module, name, buffer, version, kept in buffers:
@@ -139,7 +152,7 @@ def _copied(value: Any) -> Any:
 def explained(images: Tensor) -> AbstractContextManager[None]:
     """Turn what PyTorch says of a forward pass that fails into one line about the model and its input."""
     batch = f"a batch of shape {tuple(images.shape)} and type {images.dtype}"
-    return _worded(f"the model cannot run on {batch}", RuntimeError, ValueError, IndexError, AssertionError)
+    return _worded(f"the model cannot run on {batch}", RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def differentiated() -> AbstractContextManager[None]:

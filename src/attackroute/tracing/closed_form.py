@@ -150,7 +150,7 @@ def influence_matrix(layer: RecordedLayer, source: int, channels: int, samples: 
             continue
         score = matrix.new_zeros(())
         for kernel, sums in _kernels(layer, piece, dtype):
-            dense = _dense(kernel, layer.groups)[:, piece.dst : piece.dst + piece.length]
+            dense = _dense(kernel.to(dtype), layer.groups)[:, piece.dst : piece.dst + piece.length]
             each = sums.to(dtype).expand(samples, *dense.shape[1:])
             score = score + torch.einsum("oiuv,niuv->noi", dense, each)
         matrix[:, :, piece.src : piece.src + piece.length] += _scaled(score, piece)

@@ -117,7 +117,7 @@ class Connections:
         with _unseen(model):
             probe = two_of(images).detach()
             structure, _ = Structure.probe(model, probe, linear=linear)
-            layers = structure.applied(record(model, probe, linear=linear, sums=False).layers)
+            layers = structure.applied(record(model, probe, linear=linear, sums=False, expected=structure.names).layers)
             edges = {
                 layer.name: [layers[source].name for source in sorted(layer.mixing)]
                 for layer in layers

@@ -53,7 +53,7 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
                 raise UserError(f"{source!r} and {target!r} are not adjacent; directly after {source!r}: {after}")
             if methods[source, target] == AUTOGRAD:
                 return Segments(model, images, {target: [source]}, linear=linear).influence(target)[source]
-            recording = record(model, images, linear=linear, leaves=structure.cut)
+            recording = record(model, images, linear=linear, leaves=structure.cut, expected=names)
             layer, index = structure.applied(recording.layers)[names.index(target)], names.index(source)
             if index in layer.passed:
                 return passage_matrix(layer, index, recording.numbered)
@@ -120,7 +120,7 @@ def _matrices(
 ) -> Iterable[tuple[Edge, Tensor]]:
     """Every edge's mean influence over one batch."""
     leaves = structure.cut
-    recording = record(model, images, linear=linear, leaves=leaves, expected=len(structure.names))
+    recording = record(model, images, linear=linear, leaves=leaves, expected=structure.names)
     for layer, closed in zip(structure.applied(recording.layers), structure.closed, strict=True):
         averaged = _averaged(layer)
         for source in sorted(layer.passed if layer.name not in costly else ()):

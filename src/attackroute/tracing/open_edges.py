@@ -170,5 +170,8 @@ class Replays(OpenEdges):
         return torch.stack(scores, dim=1)
 
     def _run(self, images: Tensor, visit: Callable[[LayerCall], Tensor]) -> None:
-        with torch.inference_mode(False), torch.no_grad(), LayerCalls(self._model, visit, linear=self._linear):
+        def visit_layer(call: LayerCall) -> Tensor:
+            return visit(call) if call.name in self._layers else call.run()
+
+        with torch.inference_mode(False), torch.no_grad(), LayerCalls(self._model, visit_layer, linear=self._linear):
             self._model(images.clone())

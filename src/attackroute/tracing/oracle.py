@@ -257,7 +257,7 @@ def _run(model: nn.Module, x: Tensor, linear: bool) -> tuple[dict[str, _Call], A
     running: list[str] = []
     recorder = _Recorder(running, x.shape[0], linear)
     with torch.inference_mode(False), torch.enable_grad(), _prepared(model, running), recorder:
-        result = model(x.detach().clone())
+        result = model(x.detach().requires_grad_().clone())
     if not recorder.calls:
         raise UserError("the model called no route layer: give a network with 2-D convolutions, or set linear=True")
     return recorder.calls, result
@@ -289,7 +289,12 @@ class _Recorder(TorchFunctionMode):
             return self._cut(output, 1)
         if func is not nn.functional.linear:
             return output
-        return self._cut_linear(output) if self._linear else self._pass(output)
+        read = args[0] if args else kwargs["input"]
+        return self._cut_linear(output) if self._linear and self._of_images(read) else self._pass(output)
+
+    def _of_images(self, read: Tensor) -> bool:
+        """Whether a linear map reads something of the images, and not parameters alone."""
+        return read.requires_grad or bool(self._attending) or read.shape[0] == self._samples
 
     def _cut_linear(self, output: Tensor) -> Tensor:
         """Cuts a linear map's output in the shape (samples, ..., C); windows may be folded into the batch."""
@@ -305,14 +310,19 @@ class _Recorder(TorchFunctionMode):
         return (cut.transpose(0, 1).contiguous() if self._attending else cut).reshape(shape)
 
     def _pass(self, output: Tensor) -> Tensor:
-        """A linear map that is no route layer; it is counted, so that names do not depend on what is recorded."""
+        """A linear map that is no route layer, but counted: names do not depend on what is recorded."""
         self._name()
         return output
 
     def _name(self) -> str:
-        module = self._running[-1] or "model"
+        name, module = self._next_name(), self._running[-1] or "model"
         self._counts[module] = self._counts.get(module, 0) + 1
-        return module if self._counts[module] == 1 else f"{module}#{self._counts[module]}"
+        return name
+
+    def _next_name(self) -> str:
+        module = self._running[-1] or "model"
+        count = self._counts.get(module, 0) + 1
+        return module if count == 1 else f"{module}#{count}"
 
     def _cut(self, output: Tensor, axis: int) -> Tensor:
         """Records the output with its neurons in dimension `axis`; returns a copy, as the next op may be in place."""
@@ -380,6 +390,9 @@ class _Replay(_Recorder):
             _ = self._cut(carried, 1) if convolves else self._cut_linear(carried)
             self._measuring = False
         return output
+
+    def _of_images(self, read: Tensor) -> bool:
+        return self._next_name() in self._given
 
     def _cut(self, output: Tensor, axis: int) -> Tensor:
         if self._measuring:

@@ -68,18 +68,20 @@ def verify(
         model, (images if noise else traced, labels), width, batch_size=len(images),
         attack=(lambda *_: traced) if noise else None, config=config, keep_scores=True, autocast=autocast
     )  # fmt: skip
-    expected = oracle.trace(model, traced, labels, clean=images if noise else None, width=width, linear=config.linear)
+    rows = list(range(len(images))) * (2 if len(images) == 1 else 1)  # two show which rows are images
+    clean = images[rows] if noise else None
+    expected = oracle.trace(model, traced[rows], labels[rows], clean=clean, width=width, linear=config.linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
     exact = autocast is None and SKETCH not in routes.methods.values()
     tolerance = TOLERANCES.get(images.dtype) if exact else None
     faulty, deviation, layer_of_it = torch.zeros(len(images), dtype=torch.bool), 0.0, expected.layers[-1]
     for layer in reversed(expected.layers):
-        scores = expected.scores[layer].detach().cpu().double()
+        scores = expected.scores[layer][: len(images)].detach().cpu().double()
         difference = (routes.scores[layer].double() - scores).abs().amax(1)
         relative = torch.where(difference == 0, 0.0, difference / scores.abs().amax(1))[comparable]
         if relative.numel() and (largest := relative.max().item()) > deviation:
             deviation, layer_of_it = largest, layer
-        mask, right = (written or routes).masks[layer], expected.masks[layer].cpu()
+        mask, right = (written or routes).masks[layer], expected.masks[layer][: len(images)].cpu()
         missing, wrong = scores.masked_fill(~right | mask, -torch.inf), scores.masked_fill(right | ~mask, torch.inf)
         gap = (missing.amax(1) - wrong.amin(1)) / scores.abs().amax(1)  # what was left out, above what is there instead
         faulty |= comparable & (gap > (tolerance or torch.inf))

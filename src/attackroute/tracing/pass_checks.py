@@ -21,7 +21,11 @@ class GraphSources(NamedTuple):
     """Direct predecessors of one route layer, by name, as autograd sees them."""
 
     reached: frozenset[str]  # the layer's output depends on theirs
-    custom: frozenset[str]  # those of them that a path through a custom autograd.Function joins
+    custom: frozenset[str]  # those of them that a path through a custom autograd function joins
+
+
+_FOREIGN = ("CppNode", "torch::jit")
+"""In the names of autograd functions that are not PyTorch's own: extensions in C++, and scripted ones."""
 
 
 class GraphWalk:
@@ -63,7 +67,7 @@ class GraphWalk:
             if name is not None:
                 reached.add(name)
                 continue
-            if isinstance(node, BackwardCFunction):
+            if isinstance(node, BackwardCFunction) or any(kind in node.name() for kind in _FOREIGN):
                 custom.append(node)
             todo += [following for following, _ in node.next_functions if following is not None]
         return frozenset(reached), custom

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,7 +28,6 @@ from attackroute.tracing.trails import UNTOUCHED, Strand, Trail
 from attackroute.tracing.windows import Axes, Axis, GainSums, PatternSums
 
 aten = torch.ops.aten
-_CONVOLUTION_DIMS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +132,7 @@ def record(
     linear: bool = False,
     leaves: frozenset[str] = frozenset(),
     sums: bool = True,
-    expected: int | None = None,
+    expected: Sequence[str] | None = None,
     graph: GraphWalk | None = None,
     separation: Separation | None = None,
     follow: type[Tracker] | None = None,
@@ -141,20 +140,21 @@ def record(
     """Run a frozen model (:func:`attackroute.core.model_state.frozen`) on a batch and record its route layers.
 
     Args:
-        model: The model.
         images: ``(n, ...)`` on the model's device.
         linear: Whether linear maps are route layers too.
         leaves: Layers whose output becomes a leaf that requires grad, so that what follows can be differentiated.
         sums: Whether to gather window sums; without, only the structure is recorded.
-        expected: Number of route layers, where it is known: nothing needs following after the last one.
-        graph: Sees every layer's output; the images must then require grad.
-        separation: Sees every operation; likewise.
+        expected: The route layers, where they are known: nothing needs following after the last one.
+        graph, separation: See every layer's output, and every operation; the images must then require grad.
         follow: What follows the pass; None for a `Tracker`, which follows derivatives.
     """
-    tracker = (follow or Tracker)(images.shape[0], gather=sums, expected=expected, separation=separation)
-    leaf_outputs: dict[str, Tensor] = {}
+    count, leaf_outputs = len(expected) if expected else None, dict[str, Tensor]()
+    tracker = (follow or Tracker)(images.shape[0], gather=sums, expected=count, separation=separation)
 
     def visit(call: LayerCall) -> Tensor:
+        known = call.name in expected if expected else graph is None or call.of_images(len(images))
+        if call.kind == "linear" and not known:
+            return call.run()  # as the map that makes the biases of positions: no neurons of the images
         require_gradients(call.name)
         with tracker.inside(call):
             output = call.run()
@@ -325,7 +325,7 @@ class Tracker(TorchDispatchMode):
 
     def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # a convolution ends the segments before it, also one whose input is not followed any more
-        if func is aten.convolution.default and args[0].ndim == _CONVOLUTION_DIMS and not args[6]:
+        if func is aten.convolution.default and args[0].ndim == 4 and not args[6]:
             return self._convolution(func, args, kwargs)
         taken_whole = self._call is not None and self._call.kind == "linear"
         if taken_whole or (len(self.layers) == self._expected and self._call is None):

@@ -25,7 +25,7 @@ class Structure:
         counts: Channels of each layer.
         closed: For each layer, the sources whose influence has a closed form.
         jacobian: For each layer, the sources whose edge has no closed form.
-        recorded: For each layer, all sources that the recording found, also those that autograd denies.
+        recorded: For each layer, all sources that the recording or autograd found, also those that autograd denies.
         by_elements: For each layer, those of the ``closed`` whose closed form goes element by element.
         ends: Layers on which the model's output depends directly.
         idle: Layers that no longer count, since the output does not depend on them at all; see :meth:`of_the_output`.
@@ -54,8 +54,8 @@ class Structure:
     ) -> tuple[Structure, object]:
         """Run a frozen model on the first images of a batch; returns the structure and the model's output.
 
-        Autograd has the last word on which layers are joined, and on edges that pass a custom ``autograd.Function``.
-        What follows the pass, if not derivatives, is ``follow``.
+        Autograd has the last word on which layers are joined, and on edges that pass a custom autograd function, in
+        Python or C++. What follows the pass, if not derivatives, is ``follow``.
 
         Raises:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
@@ -66,7 +66,7 @@ class Structure:
         if not separation.proven:
             _require_independent(images, recording.output)
             if linear:
-                require_rows_apart(model, images)
+                require_rows_apart(model, images, {layer.name for layer in recording.layers})
         layers = recording.layers
         names = tuple(layer.name for layer in layers)
         closed, jacobian = [], []
@@ -82,7 +82,7 @@ class Structure:
             tuple(layer.channels for layer in layers),
             closed=tuple(closed),
             jacobian=tuple(jacobian),
-            recorded=tuple(layer.sources for layer in layers),
+            recorded=tuple(layer.sources | one | two for layer, one, two in zip(layers, closed, jacobian, strict=True)),
             by_elements=tuple(layer.passed & shut for layer, shut in zip(layers, closed, strict=True)),
             ends=frozenset(map(names.index, graph.reached_from(recording.output))),
             elsewhere=elsewhere,
@@ -178,7 +178,7 @@ class Structure:
 def _require_independent(images: Tensor, output: object) -> None:
     """Check that neither of two images' logits depend on the other image."""
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or not logits.requires_grad or logits.shape[:1] != images.shape[:1]:
+    if not isinstance(logits, Tensor) or not logits.requires_grad or logits.ndim < 2 or len(logits) != len(images):
         return
     rows = logits.flatten(1)
     weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype)  # since probabilities sum to 1

@@ -271,7 +271,7 @@ class Tracer:
         """Routes of one batch, on the CPU."""
         traced, answers = (images, labels) if self.attack is None else attacked(self.model, self.attack, images, labels)
         if answers is not None:
-            answers = checked_labels(answers, self.classes, len(images))
+            answers = checked_labels(answers, self.classes if self.loss is None else None, len(images))
         if self.config.follows_noise:
             result = self._ranked(traced, answers, images)
         elif images.device.type == "cuda" and not (self.structure.jacobian_edges or self.structure.passing):
@@ -300,12 +300,12 @@ class Tracer:
         follow, linear = None if clean is None else NoiseTracker, self.config.linear
         with explained(images):
             leaves = sinks | self.structure.cut
-            recording = record(self.model, passed, linear=linear, leaves=leaves, expected=len(names), follow=follow)
+            recording = record(self.model, passed, linear=linear, leaves=leaves, expected=names, follow=follow)
         layers = self.structure.applied(recording.layers)
         logits = checked_logits(recording.output, passed.shape[0], finite=False)
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode, the seeds need the graph
             logits = logits[-samples:]
-        predictions = logits.detach().argmax(dim=1)
+        predictions = logits.detach().argmax(dim=1) if logits.shape[1] > 1 else (logits.detach()[:, 0] > 0).long()
         answers = predictions if labels is None else labels
         seeds = seed_gradients(logits, answers, {name: recording.leaves[name] for name in sinks}, self.loss)
         dtype = torch.promote_types(images.dtype, torch.float32)

@@ -185,7 +185,7 @@ def _column_totals(mask: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor
         words, dim = mask.permute(0, 2, 3, 1).view(torch.int64), 1
     else:
         whole = functional.pad(mask, (0, -width % _WORD)) if width % _WORD else mask  # to pad by nothing is to copy
-        words, dim = whole.contiguous().view(torch.int64), 2
+        words, dim = whole.reshape(-1).view(torch.int64).view(*whole.shape[:-1], -1), 2
 
     def total(rows: slice) -> Tensor:
         taken = words[(slice(None),) * dim + (rows,)]
