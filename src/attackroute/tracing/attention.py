@@ -104,7 +104,6 @@ def _row_sums(left: Tensor, right: Tensor) -> Tensor:
 
 def _of_keys(queries: Tensor, projected: Tensor, at_outputs: Tensor, counted: Tensor) -> Tensor:
     """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``, of one head of w windows."""
-    step = max(1, _block(queries) // projected.numel())
-    rows, others = at_outputs.transpose(1, 2).contiguous(), projected.transpose(1, 2).contiguous().unsqueeze(2)
-    distances = [(part.unsqueeze(3) - others).abs_().sum(1) for part in rows.split(step, dim=2)]
-    return (torch.cat(distances, dim=1) * counted).transpose(1, 2) @ queries.abs()
+    wide = torch.promote_types(projected.dtype, torch.float32)  # there are no distances of shorter numbers
+    distances = torch.cdist(at_outputs.to(wide), projected.to(wide), p=1).to(counted.dtype)
+    return (distances * counted).transpose(1, 2) @ queries.abs()

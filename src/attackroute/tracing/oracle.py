@@ -257,7 +257,7 @@ def _run(model: nn.Module, x: Tensor, linear: bool) -> tuple[dict[str, _Call], A
     running: list[str] = []
     recorder = _Recorder(running, x.shape[0], linear)
     with torch.inference_mode(False), torch.enable_grad(), _prepared(model, running), recorder:
-        result = model(x.detach().requires_grad_().clone())
+        result = model(x.detach().clone().requires_grad_().clone())
     if not recorder.calls:
         raise UserError("the model called no route layer: give a network with 2-D convolutions, or set linear=True")
     return recorder.calls, result
