@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +31,20 @@ _FOREIGN = ("CppNode", "torch::jit")
 class GraphWalk:
     """Walks the graph of a forward pass back from each route layer's output to the outputs of earlier ones.
 
-    ``sources`` are the predecessors of every layer that has run, by name.
+    ``sources`` are the predecessors of every layer that has run, by name, and ``outputs``, if they are to be kept, what
+    linear maps gave.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
         self.sources: dict[str, GraphSources] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self._keep = keep
         self._outputs: dict[Any, str] = {}
 
-    def visit(self, name: str, output: Tensor) -> Tensor:
+    def visit(self, name: str, kind: str, output: Tensor) -> Tensor:
         """Note the predecessors of a layer that has just run; returns the output that is to flow on."""
+        if self._keep and kind == "linear":
+            self.outputs[name] = output.detach().clone()
         reached, passed = self._walk([output.grad_fn])
         self.sources[name] = GraphSources(reached, self._walk(passed)[0])
         if output.grad_fn is None:  # behind a detach: what follows depends on the output all the same
@@ -77,42 +82,59 @@ _ROWS_MIXED = (
     "so there are no numbers per image: let the model keep the images in the first dimension (batch_first=True), or "
     "leave linear maps out"
 )
+LOGITS = ""
+"""Stands for the model's answer among the names of layers."""
+STATISTIC = (
+    "the model's answer for one image depends on another image of the batch (a statistic over the batch?), "
+    "so there is no route per sample: give the model statistics of its own"
+)
 _ROUNDING = 1e-3  # of an output's largest value; other samples, where they come in, change outputs by much more
 
 
-def require_rows_apart(model: nn.Module, images: Tensor, layers: Container[str] | None = None) -> None:
+def require_rows_apart(
+    model: nn.Module, images: Tensor, layers: Container[str] | None = None, seen: Mapping[str, Tensor] | None = None
+) -> None:
     """Check, on a frozen model, that one image's rows of the outputs of linear maps do not depend on another image.
 
     They would where positions stand first, and where windows of several images take turns in the batch. The first and
-    the last image run together, and once more with the last one changed. ``layers`` leaves out the other linear maps.
+    the last image run together, and once more with either of them changed. ``layers`` leaves out the other linear maps;
+    ``seen`` is what :func:`_outputs` gives for the two as they are, where that is known.
 
     Raises:
         UserError: They do in some layer, or a layer has not one row per image.
     """
-    first_rows: list[dict[str, Tensor]] = []
-    for partner in (images[-1:], 1 - images[-1:].flip(-1)):
-        batch = torch.cat([images[:1], partner]).detach()
-        firsts: dict[str, Tensor] = {}
+    pair = torch.cat([images[:1], images[-1:]]).detach()
+    before = _outputs(model, pair, layers) if seen is None else seen
+    for row in (0, 1):
+        other = pair.clone()
+        other[1 - row] = 1 - pair[1 - row].flip(-1)
+        after = _outputs(model, other, layers)
+        for layer, rows in before.items():
+            change = (rows[row] - after.get(layer, rows)[row]).abs().amax()
+            if change > _ROUNDING * rows[row].abs().amax():
+                if layer == LOGITS:
+                    raise UserError(STATISTIC)
+                raise UserError(
+                    f"the rows of one image in the output of layer {layer!r} depend on another image, {_ROWS_MIXED}"
+                )
 
-        def visit(call: LayerCall, firsts: dict[str, Tensor] = firsts) -> Tensor:
-            output = call.run()
-            if call.kind == "linear" and (layers is None or call.name in layers):
-                if len(output) != 2:
-                    raise UserError(
-                        f"layer {call.name!r} gives {plural(len(output), 'row')} for 2 images, {_ROWS_MIXED}"
-                    )
-                firsts[call.name] = output[0].detach().clone()
-            return output
 
-        with torch.no_grad(), LayerCalls(model, visit, linear=True):
-            model(batch)
-        first_rows.append(firsts)
-    for layer, first in first_rows[0].items():
-        change = (first - first_rows[1].get(layer, first)).abs().amax()
-        if change > _ROUNDING * first.abs().amax():
-            raise UserError(
-                f"the rows of one image in the output of layer {layer!r} depend on another image, {_ROWS_MIXED}"
-            )
+def _outputs(model: nn.Module, images: Tensor, layers: Container[str] | None) -> dict[str, Tensor]:
+    """The outputs of linear maps for two images, by layer, and the logits."""
+    outputs: dict[str, Tensor] = {}
+
+    def visit(call: LayerCall) -> Tensor:
+        output = call.run()
+        if call.kind == "linear" and (layers is None or call.name in layers):
+            if len(output) != 2:
+                raise UserError(f"layer {call.name!r} gives {plural(len(output), 'row')} for 2 images, {_ROWS_MIXED}")
+            outputs[call.name] = output.detach().clone()
+        return output
+
+    with torch.no_grad(), LayerCalls(model, visit, linear=True):
+        answer = model(images.clone())
+    logits = getattr(answer, "logits", answer)
+    return ({LOGITS: logits} if isinstance(logits, Tensor) and len(logits) == 2 else {}) | outputs
 
 
 _OPERAND = {aten.addmm.default: 1, aten.mm.default: 0, aten.convolution.default: 0}

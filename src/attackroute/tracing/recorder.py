@@ -163,7 +163,7 @@ def record(
                     tracker.linear(call, output)
                 tracker.take_edit(output)
         if graph is not None:
-            output = graph.visit(call.name, output)
+            output = graph.visit(call.name, call.kind, output)
         if call.name in leaves:
             leaf = leaf_outputs[call.name] = output.detach().requires_grad_()
             with DisableTorchFunction():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 from attackroute.core.layers import two_of
-from attackroute.tracing.pass_checks import GraphWalk, Separation, require_rows_apart
+from attackroute.tracing.pass_checks import LOGITS, STATISTIC, GraphWalk, Separation, require_rows_apart
 from attackroute.tracing.recorder import RecordedLayer, Tracker, record_first
 
 CLOSED_FORM, AUTOGRAD, SKETCH, REPLAY = "closed-form", "autograd", "sketch", "replay"
@@ -61,12 +61,15 @@ class Structure:
             UserError: The model cannot run on the images, has no route layer, or lets samples depend on each other.
         """
         images = two_of(images).requires_grad_()
-        graph, separation = GraphWalk(), Separation(images.shape[0])
+        graph, separation = GraphWalk(keep=linear), Separation(images.shape[0])
         recording = record_first(model, images, linear=linear, graph=graph, separation=separation, follow=follow)
         if not separation.proven:
-            _require_independent(images, recording.output)
             if linear:
-                require_rows_apart(model, images, {layer.name for layer in recording.layers})
+                logits = getattr(recording.output, "logits", recording.output)
+                seen = {LOGITS: logits.detach()} if isinstance(logits, Tensor) and len(logits) == 2 else {}
+                require_rows_apart(model, images, graph.outputs.keys(), seen | graph.outputs)
+            else:
+                _require_independent(images, recording.output)
         layers = recording.layers
         names = tuple(layer.name for layer in layers)
         closed, jacobian = [], []
@@ -188,7 +191,4 @@ def _require_independent(images: Tensor, output: object) -> None:
         except RuntimeError:  # what cannot be differentiated is named where the derivative is needed
             return
         if gradient is not None and gradient.isfinite().all() and gradient[other].count_nonzero():
-            raise UserError(
-                "the model's answer for one image depends on another image of the batch (a statistic over the batch?), "
-                "so there is no route per sample: give the model statistics of its own"
-            )
+            raise UserError(STATISTIC)
