@@ -130,7 +130,7 @@ COMMANDS = {
     "analyze": ("analyze", "--only", "occurrence", "--attack", "fgsm"),
     "hardness": ("hardness", "--attack", "fgsm"),
     "harden": ("harden", "--lam", 0.1, "--evaluate", "fgsm", "--check-samples", 0, "--no-compare-full", *TRAINING),
-    "evaluate": ("evaluate", "--attack", "fgsm", "--no-checks"),
+    "evaluate": ("evaluate", "--attack", "fgsm", "--check-samples", 0),
 }
 
 
@@ -251,7 +251,6 @@ def test_paths_that_lead_to_no_file(home: Path, tmp_path: Path, monkeypatch: pyt
         ("trace", "--model", home / "net", *data, "--weights", path),
         ("trace", "--model", home / "net", *data, "--out", path),
         ("hardness", "--model", home / "net", *data, "--out", "out", "--route", path),
-        ("evaluate", "--model", home / "net", "--verify", path),
         ("report", path),
         ("reproduce", "table1", *data, "--page", path, "--out", "out"),
     ):

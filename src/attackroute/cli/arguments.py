@@ -44,7 +44,6 @@ class _Option:
     repeat: bool = False
     group: str | None = None
     unset: str | None = None
-    off: str | None = None
     name: str = ""
     default: Any = None
     required: bool = False
@@ -54,10 +53,8 @@ class _Option:
         default, text = self.default, self.help.replace("%", "%%")
         if self.required and self.unset is None:
             return f"{text} [required]"
-        if isinstance(default, bool):
-            default = self.flags[0] if default else None
         told = f"{default:g}" if isinstance(default, float) else default if self.unset is None else self.unset
-        return text if told is None or told in ("", ()) else f"{text} [default: {told}]"
+        return text if self.parse is None or told in (None, "", ()) else f"{text} [default: {told}]"
 
 
 def option(
@@ -82,10 +79,9 @@ def option(
     return field(default=() if repeat and default is None else default, metadata={_DECLARED: declared})
 
 
-def switch(flags: str, help: str, *, off: str | None = None, default: bool = False, group: str | None = None) -> Any:
-    """A field that is true where ``--option`` is given; the flag ``off`` makes it false."""
-    declared = _Option((*flags.split(), *([] if off is None else [off])), help, group=group, off=off)
-    return field(default=default, metadata={_DECLARED: declared})
+def switch(flags: str, help: str, *, default: bool = False, group: str | None = None) -> Any:
+    """A field that ``--option`` turns: true where it is given, or false where true is the default."""
+    return field(default=default, metadata={_DECLARED: _Option(tuple(flags.split()), help, group=group)})
 
 
 def shared(*, hide: Sequence[str] = (), **defaults: Any) -> Any:
@@ -166,11 +162,6 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
-def parse_channels(text: str) -> int:
-    """Read how many channels images have."""
-    return int(one_of("1", "3")(text))
-
-
 def parse_names(text: str) -> tuple[str, ...]:
     """Read names separated by commas, each once."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -179,30 +170,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_sketches(text: str) -> int | str:
-    """Read a number of sketches, or ``auto``."""
-    from attackroute.tracing.config import AUTO, check_sketches
-
-    value = int(text) if text.isdecimal() else text
-    try:
-        check_sketches(value)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of sketches; write 32, 64, ... or {AUTO}") from error
-    return value
-
-
 # Parsers
-
-
-class _Switch(argparse.Action):
-    """Sets true, but by the flag ``off`` false."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, off: str | None, **given: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **given)
-        self._off = off
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, option_string != self._off)
 
 
 class _OptionParser(argparse.ArgumentParser):
@@ -246,7 +214,7 @@ class _OptionParser(argparse.ArgumentParser):
     def _add(self, each: _Option) -> None:
         argument: dict[str, Any] = {"type": each.parse, "metavar": each.metavar}
         if each.parse is None:
-            argument = {"action": _Switch, "off": each.off}
+            argument = {"action": "store_false" if each.default else "store_true"}
         if each.flags:
             default = None if each.repeat else each.default
             argument |= {"dest": each.name, "required": each.required, "default": default}

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ _DOUBLE, _REDUCED = "float64", ("bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
-    """Find the critical attacking routes of images, exactly unless --sketches or --freeze-gates are given.
+    """Find the critical attacking routes of images, exactly unless --sketches is given.
 
     A sample's route holds the channels of each layer that pass on the most of what changes its loss; the model's route
     holds those that are on most samples' routes. Ctrl-C keeps the samples that are done; --resume goes on.
@@ -64,10 +64,6 @@ class TraceOptions:
         "NAME", default=None, group=ROUTE,
     )  # fmt: skip
     tracing: TracingOptions
-    freeze_gates: bool = switch(
-        "--freeze-gates", "Take statistics of layer and group norm, attention weights and squeeze-excite gates as "
-        "constants: approximate, and more edges have a closed form.", group=ROUTE,
-    )  # fmt: skip
     keep_scores: bool = switch("--keep-scores", "Keep each channel's score too; files grow 32-fold.", group=ROUTE)
     check: int | None = count(
         "--check", "Compare the first N samples with the brute-force oracle; exit code 1 if they differ beyond "
@@ -95,7 +91,7 @@ def trace(options: TraceOptions) -> int:
     if options.resume and options.out is None:
         raise UserError("--resume goes on with the trace in a folder; name it with --out")
     attack = None if options.attack is None else parse_attack(options.attack)
-    config = options.tracing.config(options.run.seed, freeze_gates=options.freeze_gates)
+    config = options.tracing.config(options.run.seed)
     config.check_attack(attack)
     session = Session.open(options.network, options.images, options.run)
     output, team = options.run.output, current()
@@ -136,7 +132,7 @@ def trace(options: TraceOptions) -> int:
             **document.to_json(),
             "traced_now": traced,
             "seconds": seconds,
-            "check": None if check is None else _check_values(check),
+            "check": None if check is None else {**asdict(check), "passed": check.passed},
             "folder": None if options.out is None else str(options.out),
         }
     )
@@ -174,34 +170,17 @@ def _compare(
     )  # fmt: skip
 
 
-def _check_values(check: OracleCheck) -> dict[str, Any]:
-    return {
-        "samples": check.samples,
-        "samples_with_equal_routes": check.agreeing,
-        "samples_with_faults": check.faults,
-        "largest_relative_deviation": check.deviation,
-        "layer": check.layer,
-        "passed": check.passed,
-    }
-
-
 def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float) -> None:
-    rows, sketched = [], any("expected_overlap" in layer for layer in summary["layers"])
-    for layer in summary["layers"]:
-        overlap = "exact"
-        if "expected_overlap" in layer:
-            overlap = f"{layer['expected_overlap']:.1%}, undecided {layer['undecided']:.1%}"
-        rows.append(
-            {
-                "layer": layer["layer"],
-                "channels": layer["channels"],
-                "on route": len(layer["route_channels"]),
-                "occurrence": f"{layer['occurrence']:.1%}",
-                "computed": _methods(layer["incoming"]),
-                **({"overlap, approximate": overlap} if sketched else {}),
-            }
-        )
-    layers = Table.of(rows)
+    layers = Table.of(
+        {
+            "layer": layer["layer"],
+            "channels": layer["channels"],
+            "on route": len(layer["route_channels"]),
+            "occurrence": f"{layer['occurrence']:.1%}",
+            "computed": _methods(layer["incoming"]),
+        }
+        for layer in summary["layers"]
+    )
     output.table(layers.columns, layers.rows)
     pace = f" in {seconds:.1f} s ({1000 * seconds / count:.1f} ms each)" if count else ", all of them traced before"
     attacked = f" after {summary['attack']}" if summary["attack"] is not None else ""
@@ -210,8 +189,6 @@ def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float
     )
     if "approximate" in summary["criterion"]:
         output.line(f"criterion: {summary['criterion']}")
-    if sketched:
-        output.line("edges computed by sketch are estimates; how far they can be trusted is under overlap")
 
 
 def _methods(incoming: Mapping[str, str]) -> str:
