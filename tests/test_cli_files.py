@@ -70,7 +70,7 @@ def test_a_folder_chooses_no_code(mailed: Path) -> None:
     for command in (("report", "."), ("report", mailed), ("compare", ".", "."), ("report", "model", *data[:2])):
         result = run(*command)
         assert "evil:make" in result.stderr and not ran.exists(), (command, result.output)
-    for name, settings in (("trace", {"model": "evil:make"}), ("detect", {"model": "timm:evil", "data": "demo"})):
+    for name, settings in (("trace", {"model": "evil:make"}), ("deactivate", {"model": "timm:evil", "data": "demo"})):
         shutil.rmtree("model", ignore_errors=True)
         Document(name, settings, about={"attack": None}).save(".")
         run("report", ".")
@@ -97,9 +97,9 @@ def test_the_same_words_open_a_network_of_ones_own(mailed: Path) -> None:
 def test_links_and_pipes_in_a_run_are_left_alone(mailed: Path) -> None:
     secret = mailed.parent / "secret"
     secret.write_text("<svg>secret</svg>")
-    Document("detect", {}, "Told.").save(".")
-    Path("detect.svg").symlink_to(secret)
-    os.mkfifo("detect-more.svg")
+    Document("deactivate", {}, "Told.").save(".")
+    Path("deactivate.svg").symlink_to(secret)
+    os.mkfifo("deactivate-more.svg")
     os.mkfifo("pipe.json")
     done("report", ".", "--quiet")
     page = Path("report.html").read_text()

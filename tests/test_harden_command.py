@@ -157,7 +157,9 @@ def test_a_built_in_network_with_weights_can_be_opened_again(trained: Path, pict
     weights = ("--weights", trained / "best.safetensors")
     result = run("harden", "--model", "vgg_small", "--model-width", 0.2, *weights, *arguments, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    again = run("evaluate", "--model", tmp_path, "--data", f"folder:{pictures}", "--attack", "fgsm", "--check-samples", 0)
+    again = run(
+        "evaluate", "--model", tmp_path, "--data", f"folder:{pictures}", "--attack", "fgsm", "--check-samples", 0
+    )
     assert again.exit_code == 0, again.output
     wide = run("harden", "--model", trained, "--model-width", 0.2, *arguments, "--out", tmp_path / "b")
     refused(wide, "--model-width")
