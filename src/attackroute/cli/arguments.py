@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -183,7 +185,6 @@ class _OptionParser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, width),
         )  # fmt: skip
         listed = list(_flat(options))
-        assert len({each.name for each in listed}) == len(listed), f"{options} has two options of one name"
         titles = dict.fromkeys(str(each.group) for each in reversed(listed))  # a heading stands where it comes last
         self._headings = {title: self.add_argument_group(title) for title in reversed(titles or {_OPTIONS: None})}
         self._flags = ["-h", "--help"]
@@ -196,11 +197,9 @@ class _OptionParser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The values in a command line; a mistyped option is named even where another one is missing."""
-        for word in words:
-            if word == "--":
-                break
+        for word in takewhile(lambda word: word != "--", words):
             name = word.partition("=")[0] if word.startswith("--") else word[:2]
-            if name[:1] == "-" and name[1:2] not in ("", ".") and not name[1:2].isdecimal() and name not in self._flags:
+            if re.match("--|-[A-Za-z]", name) and name not in self._flags:
                 self.error(f"no option {name}{did_you_mean(name, self._flags)}")
         namespace, unknown = self.parse_known_args(words)
         if unknown:
@@ -228,7 +227,6 @@ class _OptionParser(argparse.ArgumentParser):
 def _flat(options: type, changed: Mapping[str, Any] | None = None, hidden: Sequence[str] = ()) -> Iterator[_Option]:
     """The options of a dataclass and of those in it, but for those that are hidden."""
     changed, hints, title = changed or {}, get_type_hints(options), getattr(options, "title", _OPTIONS)
-    assert {*changed, *hidden} <= {each.name for each in fields(options)}, (options, changed, hidden)
     for each in fields(options):
         if is_dataclass(hints[each.name]):
             yield from _flat(hints[each.name], each.metadata.get(_CHANGED), each.metadata.get(_HIDDEN, ()))  # type: ignore[arg-type]

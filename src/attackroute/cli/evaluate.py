@@ -48,21 +48,19 @@ class EvaluatedNetworks:
     classes: int | None = classes_option()
 
     def each(self) -> dict[str, NetworkOptions]:
-        """The networks by the names that the table gives them: as they were given, with a number where that repeats."""
+        """The networks by the names that the table gives them: of their weights, where these were given."""
         if self.weights and len(self.weights) != len(self.models):
             raise UserError(
                 f"there are {len(self.models)} --model and {len(self.weights)} --weights; give one for each, in that "
                 "order, or none"
             )
-        networks: dict[str, NetworkOptions] = {}
-        for place, (model, file) in enumerate(zip(self.models, self.weights or [None] * len(self.models), strict=True)):
-            repeated = self.models[:place].count(model)
-            networks[f"{model}#{repeated + 1}" if repeated else model] = self.one(model, file)
-        return networks
-
-    def one(self, model: str, weights: Path | None = None) -> NetworkOptions:
-        """A network by its own."""
-        return NetworkOptions(model=model, weights=weights, model_width=self.model_width, classes=self.classes)
+        files = self.weights or [None] * len(self.models)
+        return {
+            model if file is None else str(file): NetworkOptions(
+                model=model, weights=file, model_width=self.model_width, classes=self.classes
+            )
+            for model, file in zip(self.models, files, strict=True)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +86,6 @@ class EvaluateOptions:
     check_samples: int = count(
         "--check-samples", "On how many images to look for masked gradients; 0 for no checks.", 256, least=0
     )
-    twin: str | None = option(
-        "--twin", "A network of the same task that was not defended, for the check by transfer.", str, "MODEL",
-        default=None,
-    )  # fmt: skip
     resume: bool = switch("--resume", "Go on with the evaluation in --out: what is done is not done again.", group=RUN)
     run: RunOptions
 
@@ -112,8 +106,7 @@ def evaluate(options: EvaluateOptions) -> None:
     attacks = parse_attacks(given, options.eps, options.run.seed)
     images = options.images.open(options.run, options.networks.models)
     networks = {name: network.open(images).to(device) for name, network in named.items()}
-    twin = None if options.twin is None else options.networks.one(options.twin).open(images).to(device)
-    origin: dict[str, Any] = {"model_names": dict(zip(networks, options.networks.models, strict=True))}
+    origin: dict[str, Any] = {"model_names": {name: network.model for name, network in named.items()}}
     origin |= {"data": options.images.data, "split": images.split, "samples": options.images.samples}
     origin["images"] = [len(images), *images.shape]
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
@@ -125,33 +118,27 @@ def evaluate(options: EvaluateOptions) -> None:
         progress = stack.enter_context(output.progress("images", kept))
         evaluation = evaluate_networks(
             networks, batches, attacks, batch_size=options.run.batch_size, seed=options.run.seed,
-            checks=options.check_samples, twin=twin, folder=folder, resume=options.resume, origin=origin,
-            progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
+            checks=options.check_samples, folder=folder, resume=options.resume, origin=origin,
+            progress=progress,
         )  # fmt: skip
-    _show(output, evaluation, options.out)
+    output.result({**evaluation.document().to_json(), "folder": options.out and str(options.out)})
+    show_evaluation(output, evaluation)
+    if options.out is not None:
+        output.line(f"{', '.join(_FILES)} are in {options.out}")
 
 
 def parse_attacks(names: Sequence[str], eps: float | None, seed: int) -> list[Perturbation]:
-    """Attacks, with a seed and, for L-infinity attacks alone, an ``eps`` where they do not state their own."""
+    """Attacks, with a radius and a seed for those that have such and do not state their own."""
     from attackroute.robustness.registry import parse_attack
 
-    attacks = []
-    for text in names:
-        attack = parse_attack(text, seed=seed)
-        if eps is not None and attack.ball is not None and attack.ball.norm == "linf":
-            attack = parse_attack(text, eps=eps, seed=seed)
-        attacks.append(attack)
-    return attacks
+    return [parse_attack(text, seed=seed, **({} if eps is None else {"eps": eps})) for text in names]
 
 
-def _show(output: Output, evaluation: Evaluation, out: Path | None) -> None:
-    from attackroute.core.journal import MEASUREMENTS
-    from attackroute.robustness.evaluation import COLUMNS, EVALUATION
+def show_evaluation(output: Output, evaluation: Evaluation) -> None:
+    """Say what came of an evaluation."""
+    from attackroute.robustness.evaluation import COLUMNS
 
-    output.result({**evaluation.document().to_json(), "folder": out and str(out)})
     output.table(COLUMNS, evaluation.cells())
     for check in evaluation.checks:
         output.line(f"masked gradients, {check.model}, {check.name}: {check.verdict}. {check.sentence}")
     output.line(evaluation.reading())
-    if out is not None:
-        output.line(f"{EVALUATION}.json, {EVALUATION}.csv and {MEASUREMENTS} are in {out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from attackroute.cli.arguments import (
     shared,
     switch,
 )
-from attackroute.cli.evaluate import parse_attacks
+from attackroute.cli.evaluate import parse_attacks, show_evaluation
 from attackroute.cli.options import (
     ROUTE,
     ImageOptions,
@@ -45,20 +44,9 @@ if TYPE_CHECKING:
 HARDENING = "hardening"  # kind of the result, and name of its file
 BEFORE, AFTER = "before", "after"
 
-_GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE = "gradient", "weight", "stabilisation", "both", "none"
+_NONE = "none"
 _EVALUATION = ".evaluation"  # folder of what --resume goes on from
 _ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
-
-
-def parse_lambda(text: str) -> float | dict[str, float]:
-    """Read lambda: one number for all penalties, or one for each as ``gradient=0.03,weight=0.001``."""
-    if "=" not in text:
-        return parse_number(text)
-    named = [pair.partition("=")[::2] for pair in text.split(",")]
-    factors = {name.strip(): parse_number(factor) for name, factor in named}
-    if len(factors) < len(named):
-        raise argparse.ArgumentTypeError(f"{text} names a penalty twice; write gradient=0.01,weight=0.01")
-    return factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +55,12 @@ class PenaltyOptions:
 
     title: ClassVar[str] = "The penalty"
     penalty: str = option(
-        "--penalty", "The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), both, or "
+        "--penalty", "The route's loss gradients (Eq. (10)), the weights between its neurons (Eq. (13)), or "
         "stabilisation, what --attack changes in its neurons (not the paper's). Kernels behind attention or "
         "normalisation over channels join no two neurons, and have no weight penalty.",
-        one_of(_GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE), default=_GRADIENT,
+        one_of("gradient", "weight", "stabilisation", _NONE), default="gradient",
     )  # fmt: skip
-    lam: float | dict[str, float] | None = option(
-        "--lam", "Lambda, the penalty's factor; with both penalties also as gradient=0.03,weight=0.001.", parse_lambda,
-        "FACTOR", default=None,
-    )  # fmt: skip
+    lam: float | None = option("--lam", "Lambda, the penalty's factor.", parse_number, "FACTOR", default=None)
     target: str = option(
         "--target", "The route's neurons, or for controls as many random ones off it, or all.",
         one_of("route", "random", "all"), default="route",
@@ -85,20 +70,13 @@ class PenaltyOptions:
     )
     folded: bool = switch("--raw", "Weight penalty on kernels as they are, without batch norm folded in.", default=True)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return {_BOTH: (_GRADIENT, _WEIGHT), _NONE: ()}.get(self.penalty, (self.penalty,))
-
-    def checked(self) -> float | dict[str, float]:
-        """Lambda; a `UserError` unless each penalty has its factor."""
-        if not self.names and self.lam is not None:
+    def checked(self) -> tuple[str | None, float]:
+        """The penalty, if there is one, and lambda; a `UserError` unless they go together."""
+        if self.penalty == _NONE and self.lam is not None:
             raise UserError("--penalty none has no lambda; leave out --lam")
-        if self.names and self.lam is None:
+        if self.penalty != _NONE and self.lam is None:
             raise UserError("give the penalty's factor with --lam")
-        if isinstance(self.lam, dict) and sorted(self.lam) != sorted(self.names):
-            example = ",".join(f"{name}=0.01" for name in self.names)
-            raise UserError(f"--lam does not name each penalty once; write {example}, or one number for all")
-        return 0.0 if self.lam is None else self.lam
+        return None if self.penalty == _NONE else self.penalty, self.lam or 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +118,7 @@ class ComparisonOptions:
 
     def parsed(self, trained_against: Perturbation | None, seed: int) -> list[Perturbation]:
         """The attacks, with the radius of the one that is trained against where none is given."""
-        ball = None if trained_against is None else trained_against.ball
-        eps = ball.eps if self.eps is None and ball is not None and ball.norm == "linf" else self.eps
+        eps = getattr(trained_against, "eps", None) if self.eps is None else self.eps
         return parse_attacks(self.attacks or _ATTACKS, eps, seed)
 
 
@@ -168,13 +145,12 @@ def harden(options: HardenOptions) -> None:
     from attackroute.hardening.harden import harden as harden_network
     from attackroute.hardening.settings import APPROXIMATE, EXACT, HardenSettings
     from attackroute.robustness.evaluate import evaluate
-    from attackroute.robustness.evaluation import COLUMNS
     from attackroute.zoo.data import ImageBatches, drawn
     from attackroute.zoo.weights import BEST, ModelCard, find_card, load_weights, spec_for, with_own_normalisation
 
     penalty, source, comparison, training = options.penalty, options.source, options.comparison, options.training
     run, output, model, seed = options.run, options.run.output, options.network.model, options.run.seed
-    lam = penalty.checked()
+    name, lam = penalty.checked()
     train_settings = training.settings(run)  # before anything is loaded
     settings = HardenSettings(
         trace=source.tracing.config(0), method=APPROXIMATE if penalty.approximate else EXACT,
@@ -196,7 +172,7 @@ def harden(options: HardenOptions) -> None:
         card.save(folder)  # so that a run that is killed can be opened too
         with output.progress("steps", KEPT) as progress:
             result = harden_network(
-                hardened, learnt, chosen_by, penalty=penalty.names, lam=lam, attack=attack, route=source.route,
+                hardened, learnt, chosen_by, penalty=name, lam=lam, attack=attack, route=source.route,
                 settings=settings, train=train_settings, folder=folder, resume=training.resume,
                 on_epoch=epoch_notes(output, training), progress=progress, note=output.note,
             )  # fmt: skip
@@ -209,7 +185,7 @@ def harden(options: HardenOptions) -> None:
                 judged_on = replace(judged_on, dataset=drawn(judged_on.dataset, comparison.evaluate_samples, seed))
             with output.progress("images attacked") as progress:
                 evaluation = evaluate(
-                    {BEFORE: network, AFTER: hardened}, ImageBatches(judged_on), attacks, twin=network, seed=seed,
+                    {BEFORE: network, AFTER: hardened}, ImageBatches(judged_on), attacks, seed=seed,
                     checks=comparison.check_samples, folder=folder / _EVALUATION, resume=training.resume,
                     progress=progress,
                 )  # fmt: skip
@@ -232,15 +208,12 @@ def harden(options: HardenOptions) -> None:
     if best is not None:
         output.line(best_line(best, len(result.training.history), training.chosen_on))
     if evaluation is not None:
-        output.table(COLUMNS, evaluation.cells())
-        output.line(evaluation.reading())
+        show_evaluation(output, evaluation)
     output.line(f"weights, log, {HARDENING}.json{f', {ROUTE_FILE}' if result.route else ''} are in {options.out}")
 
 
-def _told(result: HardenResult, lam: float | dict[str, float]) -> Iterator[str]:
-    """What is said of the route and the penalties."""
-    from attackroute.hardening.harden import factor_of
-
+def _told(result: HardenResult, lam: float) -> Iterator[str]:
+    """What is said of the route and the penalty."""
     if result.route is not None:
         yield f"route: {result.route.size} of {sum(result.route.channels.values())} neurons"
     if result.overlap is not None:
@@ -248,8 +221,7 @@ def _told(result: HardenResult, lam: float | dict[str, float]) -> Iterator[str]:
     for change in result.changes:
         yield f"  before epoch {change.epoch}: {change.changed} of {change.size} neurons are new"
     for name, strength in result.strengths.items():
-        factor = factor_of(name, lam)
-        first = f"{factor * strength:.3g} of it at lambda {factor:g}"
+        first = f"{lam * strength:.3g} of it at lambda {lam:g}"
         yield f"{name} penalty: its gradient is {strength:.3g} times the task's at first, {first}"
 
 

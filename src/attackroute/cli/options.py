@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from attackroute.cli.arguments import (
     settings_of,
     switch,
 )
-from attackroute.cli.console import Output
+from attackroute.cli.console import Output, Progress
 from attackroute.core.distributed import current, leading, own_device
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import CARRIERS, UNIT, TraceConfig
@@ -255,15 +255,13 @@ class Session:
         return cls(network.open(data).to(device), data, settings, run)
 
     @contextmanager
-    def reading(
-        self, unit: str, kept: str | None = None
-    ) -> Iterator[tuple[ImageBatches, Callable[[int, int | None], None]]]:
-        """The images batch by batch, and what moves a progress bar that says how their reading goes."""
+    def reading(self, unit: str, kept: str | None = None) -> Iterator[tuple[ImageBatches, Progress]]:
+        """The images batch by batch, and what moves a progress bar."""
         from attackroute.zoo.data import ImageBatches
 
         batches = ImageBatches(self.images, self.run.batch_size, workers=self.run.workers)
         with self.run.output.progress(unit, kept) as progress:
-            yield batches, lambda done, total: progress(done, total, batches.reading)
+            yield batches, progress
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attackroute.cli.arguments import option, parse_path, shared
 from attackroute.cli.console import Output
-from attackroute.cli.options import (
-    FILES,
-    ImageOptions,
-    NetworkOptions,
-    RunOptions,
-    classes_option,
-    count,
-    model_width_option,
-    resolve_device,
-)
+from attackroute.cli.options import FILES, ImageOptions, NetworkOptions, RunOptions, count, resolve_device
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,16 +86,12 @@ class CompareOptions:
     )
     model_a: str = option("--model-a", "The network of RUN_A.", str, "MODEL", default="")
     model_b: str = option("--model-b", "The network of RUN_B.", str, "MODEL", default="")
-    weights_a: Path | None = option("--weights-a", "Weights of RUN_A's network.", parse_path, "FILE", default=None)
-    weights_b: Path | None = option("--weights-b", "Weights of RUN_B's network.", parse_path, "FILE", default=None)
-    model_width: float | None = model_width_option()
-    classes: int | None = classes_option()
     measuring: MeasuringOptions
     run: RunOptions = shared(hide=("workers", "overwrite"))
 
-    def of(self, folder: Path, model: str, weights: Path | None) -> ReportOptions:
+    def of(self, folder: Path, model: str) -> ReportOptions:
         """What is said of one run, as for a page of its own."""
-        network = ReportedNetwork(model=model, weights=weights, model_width=self.model_width, classes=self.classes)
+        network = ReportedNetwork(model=model)
         return ReportOptions(folder=folder, network=network, measuring=self.measuring, run=self.run)
 
 
@@ -134,10 +121,7 @@ def compare(options: CompareOptions) -> None:
     output = options.run.output
     target = options.out or options.second / "compare.html"
     require_page(target)
-    comparison = _comparison(
-        options.of(options.first, options.model_a, options.weights_a),
-        options.of(options.second, options.model_b, options.weights_b),
-    )
+    comparison = _comparison(options.of(options.first, options.model_a), options.of(options.second, options.model_b))
     page = build_comparison(comparison)
     written = _write(page, target, output)
     numbers = difference_table(page.data["differences"]["numbers"], comparison.names)
@@ -169,8 +153,7 @@ def _attacks(options: ReportOptions, run: RunFolder) -> dict[str, Perturbation]:
             attacks[str(routes.provenance.attack)] = parse_attack(str(routes.provenance.attack))
     asked = list(options.measuring.attacks)
     if not asked and not run.attacked:
-        used = run.settings.get("attacks")
-        asked = [used[0] if isinstance(used, list) and used and isinstance(used[0], str) else _ATTACK]
+        asked = [_ATTACK]
     traced = set(map(str, attacks.values()))
     for text in asked:
         attack = parse_attack(text, seed=options.run.seed)
@@ -328,8 +311,7 @@ def _comparison(*options: ReportOptions) -> RunComparison:
         except UserError as error:
             if comparable:
                 raise
-            side = "-a" if run is runs[0] else "-b"
-            told = str(error).replace("give --model", f"give --model{side}").replace("--weights", f"--weights{side}")
+            told = str(error).replace("give --model", f"give --model-{'a' if run is runs[0] else 'b'}")
             raise UserError(f"{run.path}: {told} (the runs hold no traces of the same images to compare)") from None
         contents.append(Content(run, measured, classes))
         notes += missing

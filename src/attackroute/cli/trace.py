@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +126,9 @@ def trace(options: TraceOptions) -> int:
         document = team.first(documented)
         check = None
         if options.check is not None:
-            rows = min(options.check, len(session.images))
-            check = team.first(lambda: _compare(session, options, attack, config, autocast, routes.select(slice(rows))))
+            first = next(routes.parts()) if isinstance(routes, RouteFolder) else routes
+            written = first.select(slice(options.check))
+            check = team.first(lambda: _compare(session, options, attack, config, autocast, written))
     output.result(
         {
             **document.to_json(),
@@ -160,8 +162,7 @@ def _compare(
     from attackroute.tracing.oracle_check import verify
     from attackroute.zoo.data import ImageBatches
 
-    chosen = [[row] for row in range(len(written))]
-    batches = ImageBatches(session.images, 1, batches=chosen)
+    batches = islice(ImageBatches(session.images, 1), len(written))
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     device, dtype = placement(session.network)
     return verify(

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attackroute.cli.arguments import given, option, parse_factor, shared
+from attackroute.cli.arguments import given, shared
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
-    EXPECTED_MODELS,
     ImageOptions,
+    NetworkOptions,
     RunOptions,
     TrainingOptions,
     out_option,
@@ -39,11 +39,7 @@ class TrainOptions:
     """
 
     out: Path = out_option("Where checkpoints and the log go.")
-    model: str = option("--model", EXPECTED_MODELS, str, "MODEL", group="The network")
-    width: float = option(
-        "--model-width", "Factor on the channels of a built-in network.", parse_factor, "FACTOR", default=1.0,
-        group="The network",
-    )  # fmt: skip
+    network: NetworkOptions = shared(hide=("weights", "classes"))
     images: ImageOptions = shared(hide=("split", "samples"))
     training: TrainingOptions
     run: RunOptions
@@ -64,7 +60,7 @@ def train(options: TrainOptions) -> None:
     train_images = options.images.open(options.run, split="train")
     test_images = None if training.holdout else open_test_images(options.images, options.run, train_images)
     learnt, chosen_by = divided(train_images, test_images, training.holdout, options.run.seed)
-    spec = spec_for(options.model, train_images, width=options.width)
+    spec = spec_for(options.network.model, train_images, width=options.network.model_width)
     torch.manual_seed(options.run.seed)
     network = build(spec).to(device)
     card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
@@ -80,7 +76,7 @@ def train(options: TrainOptions) -> None:
         best, last = result.best, result.last
         lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
         lines.append(f"training accuracy {last.train.value:.2%}")
-        shown = {"model": options.model, "width": options.width, **given(options, "images", "training")}
+        shown = given(options, "network", "images", "training")
         shown |= {"batch_size": settings.batch_size, "seed": settings.seed}
         document = Document(TRAINING, shown, reading="; ".join(lines), about=_summary(result, options))
         document.save(folder)
