@@ -63,9 +63,8 @@ def test_a_folder_chooses_no_code(mailed: Path) -> None:
         ("hardness", "--model", "model", *data, "--out", "a"),
         ("harden", "--model", "model", *data, "--lam", 1, "--out", "a"),
         ("evaluate", "--model", "model", *data),
-        ("evaluate", "--model", "preset:vgg16-cifar10", "--twin", "model", *data),
     ):
-        refused(run(*command), *(() if "--twin" in command else ("model.json", "--model evil:make")))
+        refused(run(*command), "model.json", "--model evil:make")
         assert not ran.exists(), command
     for command in (("report", "."), ("report", mailed), ("compare", ".", "."), ("report", "model", *data[:2])):
         result = run(*command)
@@ -289,14 +288,13 @@ def test_checkpoints_of_the_right_format_with_wrong_contents(home: Path, tmp_pat
 def test_grey_networks_read_files_in_grey(home: Path, tmp_path: Path) -> None:
     data = ("--data", f"folder:{home / 'pictures'}")
     common = (*data, "--image-size", 32, "--quiet")
-    done(*COMMANDS["train"], *common, "--channels", 1, "--out", tmp_path / "net")
+    done(*COMMANDS["train"], *common, "--grey", "--out", tmp_path / "net")
     assert json.loads((tmp_path / "net" / "model.json").read_text())["model"]["in_channels"] == 1
     done("trace", "--model", tmp_path / "net", *data, "--out", tmp_path / "routes")
     assert Document.load(tmp_path / "routes" / "summary.json").settings["images"][1:] == [1, 32, 32]
     done("report", tmp_path / "routes", "--samples", 2, "--quiet")
     (view,) = data_of(tmp_path / "routes" / "report.html")["route_data"]
     assert all(edge["influence"][0] is not None for edge in view["edges"])
-    refused(run("trace", "--model", tmp_path / "net", *data, "--channels", 2), "--channels", "1, 3")
 
 
 def test_what_torchrun_sets_must_be_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,6 @@ from attackroute.cli.options import (
     results_in,
 )
 from attackroute.cli.train import KEPT, RUN_FILES, best_line, divided, epoch_notes, open_test_images
-from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,6 +140,7 @@ class HardenOptions:
 
 def harden(options: HardenOptions) -> None:
     """Harden a network into a folder, and compare it with what it was."""
+    from attackroute.core.document import Document
     from attackroute.hardening.harden import ROUTE_FILE
     from attackroute.hardening.harden import harden as harden_network
     from attackroute.hardening.settings import APPROXIMATE, EXACT, HardenSettings
