@@ -239,13 +239,13 @@ def _images(options: ReportOptions, model: str, settings: Mapping[str, Any]) -> 
     data, shape = options.measuring.data or settings.get("data"), settings.get("images")
     if not isinstance(data, str):
         raise UserError("the run does not name its images; give --data")
-    square = isinstance(shape, list) and len(shape) == 4 and shape[2] == shape[3]
+    _, channels, height, width = shape if isinstance(shape, list) and len(shape) == 4 else [None] * 4
     images = ImageOptions(
         data=data,
         split="train" if settings.get("split") == "train" else "test",
         samples=_count(settings.get("samples")),
-        image_size=_count(shape[2]) if square else None,
-        grey=isinstance(shape, list) and shape[1:2] == [1],
+        image_size=_count(height) if height == width else None,
+        grey=channels == 1,
     )
     return images.open(replace(options.run, seed=_count(settings.get("seed")) or 0), [model])
 
