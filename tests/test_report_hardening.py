@@ -27,7 +27,6 @@ def write(folder: Path, target: str, after: tuple[int, int], before: tuple[int, 
         "epochs": 3,
         "penalties": {"gradient": 0.5},
         "strengths": {"gradient": 2.5},
-        "route_changes": [],
         "overlap_with_full_route": {"share": 0.8125},
         "evaluation": {"checks": []},
     }
@@ -92,15 +91,14 @@ def test_one_lambda_for_all_is_told_and_checks_elsewhere_are_pointed_at(tmp_path
     assert "One lambda" not in words(tmp_path)
 
 
-def test_signs_of_masking_and_changes_of_the_route_are_told(tmp_path: Path) -> None:
+def test_signs_of_masking_are_told(tmp_path: Path) -> None:
     write(tmp_path, "all", (47, 30))
     document = Document.load(tmp_path / "hardening.json")
     check = {"model": "after", "check": "no limit", "verdict": "suspicious", "samples": 8, "numbers": {"share": 0.5}}
-    more = {"evaluation": {"checks": [check]}, "route_changes": [{"epoch": 2, "changed": 7}]}
-    replace(document, about={**document.about, **more}).save(tmp_path)
+    replace(document, about={**document.about, "evaluation": {"checks": [check]}}).save(tmp_path)
     text = words(tmp_path)
     assert "on all neurons" in text and "suspicious" in text and "share: 0.5" in text
-    assert "How the route changed while it was traced anew" in text and "No check" not in text
+    assert "No check" not in text
 
 
 def test_odd_files_are_shown_as_far_as_they_go(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class EvaluateOptions:
         "several.", str, "NAME", default=None, repeat=True, unset="fgsm, mi-fgsm, pgd and gaussian-noise",
     )  # fmt: skip
     eps: float | None = option(
-        "--eps", "Radius of those L-infinity attacks that do not state their own, as 8/255 or 0.1.", parse_number,
+        "--eps", "Radius of those attacks that do not state their own, as 8/255 or 0.1.", parse_number,
         "RADIUS", default=None,
     )  # fmt: skip
     check_samples: int = count(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,9 +64,6 @@ class PenaltyOptions:
         "--target", "The route's neurons, or for controls as many random ones off it, or all.",
         one_of("route", "random", "all"), default="route",
     )  # fmt: skip
-    approximate: bool = switch(
-        "--approximate", "Gradient penalty by finite differences (an approximation) instead of double backward."
-    )
     folded: bool = switch("--raw", "Weight penalty on kernels as they are, without batch norm folded in.", default=True)
 
     def checked(self) -> tuple[str | None, float]:
@@ -94,7 +91,6 @@ class RouteSourceOptions:
         "--no-compare-full", "Do not trace all training images too, to say how much of the route they agree on.",
         default=True,
     )  # fmt: skip
-    refresh: int | None = count("--refresh", "Trace the route anew every N epochs.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +139,7 @@ def harden(options: HardenOptions) -> None:
     from attackroute.core.document import Document
     from attackroute.hardening.harden import ROUTE_FILE
     from attackroute.hardening.harden import harden as harden_network
-    from attackroute.hardening.settings import APPROXIMATE, EXACT, HardenSettings
+    from attackroute.hardening.settings import HardenSettings
     from attackroute.robustness.evaluate import evaluate
     from attackroute.zoo.data import ImageBatches, drawn
     from attackroute.zoo.weights import BEST, ModelCard, find_card, load_weights, spec_for, with_own_normalisation
@@ -152,10 +148,7 @@ def harden(options: HardenOptions) -> None:
     run, output, model, seed = options.run, options.run.output, options.network.model, options.run.seed
     name, lam = penalty.checked()
     train_settings = training.settings(run)  # before anything is loaded
-    settings = HardenSettings(
-        trace=source.tracing.config(0), method=APPROXIMATE if penalty.approximate else EXACT,
-        **settings_of(HardenSettings, penalty, source),
-    )  # fmt: skip
+    settings = HardenSettings(trace=source.tracing.config(0), **settings_of(HardenSettings, penalty, source))
     attack = training.parsed_attack
     attacks = comparison.parsed(attack, seed)
     device = resolve_device(run.device)
@@ -218,8 +211,6 @@ def _told(result: HardenResult, lam: float) -> Iterator[str]:
         yield f"route: {result.route.size} of {sum(result.route.channels.values())} neurons"
     if result.overlap is not None:
         yield f"  the route of all training images shares {result.overlap}; the paper reports 94.6 %"
-    for change in result.changes:
-        yield f"  before epoch {change.epoch}: {change.changed} of {change.size} neurons are new"
     for name, strength in result.strengths.items():
         first = f"{lam * strength:.3g} of it at lambda {lam:g}"
         yield f"{name} penalty: its gradient is {strength:.3g} times the task's at first, {first}"
@@ -232,7 +223,6 @@ def _outcome(result: HardenResult) -> dict[str, Any]:
         "resumed_from": result.training.resumed_from,
         "penalties": dict(last.penalties),
         "strengths": {name: value if math.isfinite(value) else None for name, value in result.strengths.items()},
-        "route_changes": [asdict(change) for change in result.changes],
         "overlap_with_full_route": None if result.overlap is None else result.overlap.to_json(),
         "accuracy": None if last.test is None else last.test.value,
         "robust_accuracy": None if last.robust is None else last.robust.value,
