@@ -183,19 +183,25 @@ class Everything:
     third: str = option("--other", "Named as what is hidden.", str, "X", default="3")
     common: Common = shared(first=5, hide=("third",))
     many: tuple[float, ...] = option("--many", "Several.", arguments.parse_number, "X", default=None, repeat=True)
-    on: bool = switch("-n --on", "On or off.", off="--off", default=True)
+    on: bool = switch("-n --on", "On.")
+    kept: bool = switch("--off", "Off.", default=True)
 
 
 def test_options_are_read_into_their_dataclasses():
     assert parse(Everything, "x", ["there", "-s", "w"]) == Everything(
-        place="there", third="3", common=Common(first=5, second="w", third=False), many=(), on=True
+        place="there", third="3", common=Common(first=5, second="w", third=False), many=(), on=False, kept=True
     )
-    assert [parse(Everything, "x", ["there", "-s", "w", *words]).on for words in (["-n"], ["--on"], ["--off"])] == [
-        *(True, True, False)
+    assert [parse(Everything, "x", ["there", "-s", "w", *words]).on for words in ([], ["-n"], ["--on"])] == [
+        *(False, True, True)
     ]
     words = ["--second=w", "there", "--many", "1/2", "--first", "7", "--off", "--many", "-1"]
     assert parse(Everything, "x", words) == Everything(
-        place="there", third="3", common=Common(first=7, second="w", third=False), many=(0.5, -1.0), on=False
+        place="there",
+        third="3",
+        common=Common(first=7, second="w", third=False),
+        many=(0.5, -1.0),
+        on=False,
+        kept=False,
     )
     for wrong, message in (
         (["-s", "w"], "PLACE"),
@@ -218,7 +224,7 @@ def test_help_has_every_option_under_its_heading(capsys):
     assert [line for line in text.splitlines() if line[:1].isalpha() and line.endswith(":")] == [
         "Places:", "Common things:", "Options:", "Examples:",
     ]  # fmt: skip
-    for part in ("A 100 % number. [default: 5]", "A word. [required]", "[default: -n]", "\n  $ x   work\n"):
+    for part in ("A 100 % number. [default: 5]", "A word. [required]", "\n  $ x   work\n"):
         assert part in text
     assert "--third" not in text
 

@@ -63,14 +63,13 @@ def test_a_folder_chooses_no_code(mailed: Path) -> None:
         ("hardness", "--model", "model", *data, "--out", "a"),
         ("harden", "--model", "model", *data, "--lam", 1, "--out", "a"),
         ("evaluate", "--model", "model", *data),
-        ("evaluate", "--model", "preset:vgg16-cifar10", "--twin", "model", *data),
     ):
-        refused(run(*command), *(() if "--twin" in command else ("model.json", "--model evil:make")))
+        refused(run(*command), "model.json", "--model evil:make")
         assert not ran.exists(), command
     for command in (("report", "."), ("report", mailed), ("compare", ".", "."), ("report", "model", *data[:2])):
         result = run(*command)
         assert "evil:make" in result.stderr and not ran.exists(), (command, result.output)
-    for name, settings in (("trace", {"model": "evil:make"}), ("detect", {"model": "timm:evil", "data": "demo"})):
+    for name, settings in (("trace", {"model": "evil:make"}), ("deactivate", {"model": "timm:evil", "data": "demo"})):
         shutil.rmtree("model", ignore_errors=True)
         Document(name, settings, about={"attack": None}).save(".")
         run("report", ".")
@@ -97,9 +96,9 @@ def test_the_same_words_open_a_network_of_ones_own(mailed: Path) -> None:
 def test_links_and_pipes_in_a_run_are_left_alone(mailed: Path) -> None:
     secret = mailed.parent / "secret"
     secret.write_text("<svg>secret</svg>")
-    Document("detect", {}, "Told.").save(".")
-    Path("detect.svg").symlink_to(secret)
-    os.mkfifo("detect-more.svg")
+    Document("deactivate", {}, "Told.").save(".")
+    Path("deactivate.svg").symlink_to(secret)
+    os.mkfifo("deactivate-more.svg")
     os.mkfifo("pipe.json")
     done("report", ".", "--quiet")
     page = Path("report.html").read_text()
@@ -130,7 +129,7 @@ COMMANDS = {
     "analyze": ("analyze", "--only", "occurrence", "--attack", "fgsm"),
     "hardness": ("hardness", "--attack", "fgsm"),
     "harden": ("harden", "--lam", 0.1, "--evaluate", "fgsm", "--check-samples", 0, "--no-compare-full", *TRAINING),
-    "evaluate": ("evaluate", "--attack", "fgsm", "--no-checks"),
+    "evaluate": ("evaluate", "--attack", "fgsm", "--check-samples", 0),
 }
 
 
@@ -251,7 +250,6 @@ def test_paths_that_lead_to_no_file(home: Path, tmp_path: Path, monkeypatch: pyt
         ("trace", "--model", home / "net", *data, "--weights", path),
         ("trace", "--model", home / "net", *data, "--out", path),
         ("hardness", "--model", home / "net", *data, "--out", "out", "--route", path),
-        ("evaluate", "--model", home / "net", "--verify", path),
         ("report", path),
         ("reproduce", "table1", *data, "--page", path, "--out", "out"),
     ):
@@ -290,14 +288,13 @@ def test_checkpoints_of_the_right_format_with_wrong_contents(home: Path, tmp_pat
 def test_grey_networks_read_files_in_grey(home: Path, tmp_path: Path) -> None:
     data = ("--data", f"folder:{home / 'pictures'}")
     common = (*data, "--image-size", 32, "--quiet")
-    done(*COMMANDS["train"], *common, "--channels", 1, "--out", tmp_path / "net")
+    done(*COMMANDS["train"], *common, "--grey", "--out", tmp_path / "net")
     assert json.loads((tmp_path / "net" / "model.json").read_text())["model"]["in_channels"] == 1
     done("trace", "--model", tmp_path / "net", *data, "--out", tmp_path / "routes")
     assert Document.load(tmp_path / "routes" / "summary.json").settings["images"][1:] == [1, 32, 32]
     done("report", tmp_path / "routes", "--samples", 2, "--quiet")
     (view,) = data_of(tmp_path / "routes" / "report.html")["route_data"]
     assert all(edge["influence"][0] is not None for edge in view["edges"])
-    refused(run("trace", "--model", tmp_path / "net", *data, "--channels", 2), "--channels", "1, 3")
 
 
 def test_what_torchrun_sets_must_be_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,8 +169,8 @@ def test_check_agrees_with_the_oracle(factories, pictures, dtype, tolerance):
     check = json.loads(result.stdout)["check"]
     assert (check["samples"], check["passed"]) == (3, True)
     if tolerance is not None:
-        assert check["samples_with_equal_routes"] == 3
-        assert check["largest_relative_deviation"] <= tolerance
+        assert check["agreeing"] == 3
+        assert check["deviation"] <= tolerance
 
 
 def altered_oracle(monkeypatch, part: str, layer: str, change) -> None:
@@ -195,7 +195,7 @@ def test_a_tie_does_not_count_upstream(factories, pictures, monkeypatch):
     altered_oracle(monkeypatch, "masks", "4", lambda masks: masks.roll(1, 1))
     altered_oracle(monkeypatch, "scores", "2", lambda scores: scores * 2)
     check = json.loads(checked(pictures, "--json").stdout)["check"]
-    assert (check["samples_with_equal_routes"], check["passed"]) == (0, True)
+    assert (check["agreeing"], check["passed"]) == (0, True)
 
 
 def interrupt_after(monkeypatch, batches: int, error: BaseException):
@@ -327,10 +327,6 @@ class TestBadInput:
         bad = tmp_path / "broken" / "test" / "light" / "00.png"
         bad.write_bytes(b"no picture")
         refused(traced(trained, tmp_path / "broken"), bad)
-        result = traced(trained, tmp_path / "broken", "--skip-unreadable", "--json")
-        assert result.exit_code == 0
-        assert str(bad) in result.stderr
-        assert json.loads(result.stdout)["about"]["samples"] == 11
 
     def test_classes(self, trained, pictures, tmp_path):
         shutil.copytree(pictures, tmp_path / "more")
@@ -403,21 +399,12 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
     result = run("trace", *options, "--sketches", 32, "--check", 1, "--out", tmp_path / "shown")
     assert result.exit_code == 0, result.output
     assert "sketch" in result.stdout
-    assert "overlap" in result.stdout
     assert "influence, approximate (32 sketches)" in result.stdout
     assert "rounding" not in result.stdout
     summary = Document.load(tmp_path / "shown" / "summary.json").about
     assert summary["criterion"] == "influence, approximate (32 sketches)"
-    conv1, conv7 = summary["layers"][0], summary["layers"][-1]
-    assert conv1["sketches"] == 32
-    assert 0 < conv1["expected_overlap"] <= 1
-    assert "expected_overlap" not in conv7
     route = Route.load(tmp_path / "shown" / "route.json")
     assert "approximate" in route.provenance.criterion
-    assert InstanceRoutes.load(tmp_path / "shown" / "routes.safetensors").sketched is not None
-
-    again = run("trace", *options, "--sketches", "auto", "--json")
-    assert json.loads(again.stdout)["about"]["criterion"] == "influence, approximate (auto)"
     torch.manual_seed(0)
     resumed = run("trace", *options, "--sketches", 64, "--out", tmp_path / "shown", "--resume")
     refused(resumed, "has sketches 32")

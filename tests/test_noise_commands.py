@@ -35,7 +35,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A train folder of a small network that knows some digits."""
     folder = tmp_path_factory.mktemp("runs") / "net"
     network = ["--model", "vgg_small", "--model-width", "0.25", "--data", "mnist-sample"]
-    done("train", *network, "--epochs", 1, "--out", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attackroute.zoo.data.load_data", partial(load_few, count=500))
+        done("train", *network, "--epochs", 2, "--batch-size", 32, "--out", folder)
     return folder
 
 

@@ -34,7 +34,7 @@ from shared_training import RUNS, TOLERANCE
 MOST = 3
 NONE = -1  # no process is killed
 SOURCES = str(Path(attackroute.__file__).parents[1])
-_CLOCKED = {"seconds", "folder", "examples"}  # and where the results are; nothing else may differ
+_CLOCKED = {"seconds", "folder"}  # and where the results are; nothing else may differ
 
 
 def environment(**more: object) -> dict[str, str]:
@@ -66,7 +66,7 @@ def test_any_number_of_processes_gives_what_one_gives(tmp_path: Path, count: int
     ]
     said = [process.communicate(timeout=500)[1] for process in running]
     assert [process.returncode for process in running] == [0] * count, "\n".join(said)
-    for folder in (*COMMANDS, "examples"):
+    for folder in COMMANDS:
         compare_folders(tmp_path / "1" / folder, tmp_path / str(count) / folder)
     for trained in RUNS:
         one, many = (load_file(tmp_path / str(own) / f"weights-{trained}.safetensors") for own in (1, count))
@@ -189,7 +189,7 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, victim: int) -> None:
-    options = ("--batch-size", 2, "--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
+    options = ("--batch-size", 2, "--attack", "pgd:eps=0.1,steps=2", "--check-samples", 0, "--json")
     broken, command = tmp_path / "broken", of_pictures("evaluate", root, *options)
     where = "attackroute.robustness.evaluate:_Run._predictions"
     go_on = broken_off(2, victim, where, 3, *command, "--out", broken)
@@ -219,7 +219,7 @@ def test_a_training_goes_on_with_the_same_number_alone(root: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_hardening_runs_in_processes(root: Path, tmp_path: Path) -> None:
-    options = ("--lam", 0.01, "--epochs", 1, "--batch-size", 5, "--check-samples", 0, "--autoattack-samples", 0)
+    options = ("--lam", 0.01, "--epochs", 1, "--batch-size", 5, "--check-samples", 0)
     command = of_pictures("harden", root, "--holdout", 0.25, "--evaluate", "fgsm:eps=0.1", *options)
     result = launched(2, *command, "--out", tmp_path / "hardened", "--json")
     assert result.returncode == 0, result.stderr

@@ -126,7 +126,7 @@ def test_every_part_says_what_was_found(folder: Path) -> None:
     )
     for part in ("summary", "hardness"):  # where it is first shown
         assert "V is the sum of an image's votes" in page.words[part]
-    for word in ("Images fooled, by hardness", "AUROC", "V_mean"):
+    for word in ("AUROC", "V_mean"):
         assert word in page.words["hardness"]
     for part, document in (
         ("evaluation", evaluation),
@@ -187,7 +187,7 @@ def test_names_of_the_user_are_harmless(folder: Path, tmp_path: Path) -> None:
     documents = {path.stem: Document.load(path) for path in folder.rglob("*.json") if Document.is_at(path)}
     hardening = {
         "penalties": {"gradient": 1.0}, "strengths": {"gradient": 1.0}, "target": "route", "lambda": "x",
-        "route_changes": [{"epoch": 1, "changed": 2}], "evaluation": documents["evaluation"].about,
+        "evaluation": documents["evaluation"].about,
     }  # fmt: skip
     documents["hardening"] = replace(documents["evaluation"], kind="hardening", about=hardening)
     documents["novel"] = replace(documents["occurrence"], kind=attack, about={"verdicts": [{"a": "b"}]})
@@ -202,7 +202,7 @@ def test_names_of_the_user_are_harmless(folder: Path, tmp_path: Path) -> None:
     (home / f"novel-{'<i>'}.svg").write_text(FIGURE + "x" * 3_000_000)
     found = RunFolder.open(home)
     assert len(found.experiments) == 2 and found.trace and found.hardness and found.evaluation and found.hardenings
-    content = Content(found, unmeasured(traced, [attacked]), CLASSES, (attack,), attack)
+    content = Content(found, unmeasured(traced, [attacked]), CLASSES, (attack,))
     pages = (
         build_page(content),
         build_comparison(RunComparison(content, replace(content, notes=()), (attack, f"{attack}2"), (attack,))),
@@ -263,8 +263,6 @@ def test_what_is_missing_leaves_a_sentence(folder: Path, empty: Path) -> None:
     ):
         assert word in page.words[part]
     (view,) = data_of(empty / "report.html")["route_data"]
-    for value in ar.InstanceRoutes.load(folder / "routes.safetensors").occurrence(0.2).values():
-        assert percent(value) in page.words["occurrence"]
     assert view["edges"] == [] and view["layers"][0]["frequency"][0] is not None
     shutil.copy(folder / "evaluation" / "evaluation.json", empty)
     (empty / "route.json").unlink()
@@ -293,16 +291,16 @@ def test_pictures_are_those_of_the_runs_samples(folder: Path, tmp_path: Path) ->
     routes = ar.InstanceRoutes.load(folder / "routes.safetensors")
     pictures = load_data(f"folder:{folder.parent / 'pictures'}", image_size=32)
     assert [(item["row"], item["picture"]) for item in view["samples"]] == [(2 * n, n) for n in range(8)]
-    for item, source in zip(view["samples"], view["pictures"]["sources"], strict=True):
+    for item, source in zip(view["samples"], view["pictures"], strict=True):
         image, label = pictures.dataset[item["row"]]
         assert item["label"] == label == int(routes.labels[item["row"]])
         shown = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
         assert torch.equal(torch.from_numpy(np.array(shown)).movedim(2, 0), (image * 255).round().byte())
     make_pictures(tmp_path / "others", 5)
     result = run("report", folder, "--data", f"folder:{tmp_path / 'others'}", "--out", tmp_path / "page.html")
-    assert result.exit_code == 0 and "samples have no pictures" in result.stdout
+    assert result.exit_code == 0
     (view,) = data_of(tmp_path / "page.html")["route_data"]
-    assert all(item["picture"] is None for item in view["samples"]) and len(view["pictures"]["sources"]) == 10
+    assert all(item["picture"] is None for item in view["samples"]) and len(view["pictures"]) == 10
 
 
 def test_traces_after_several_radii_stand_in_order(folder: Path, tmp_path: Path) -> None:
@@ -345,7 +343,7 @@ def test_a_page_that_is_too_large_is_pruned(
     for name, size in (("occurrence.svg", 450_000), ("occurrence.png", 60_000), ("occurrence-more.svg", 150_000)):
         (tmp_path / "run" / "analysis" / name).write_text("x" * size)
     rows = Table.of([{"layer": "conv", "number": number} for number in range(2_000)])
-    Document("detect", {}, "Told.", rows, {"verdicts": [{"sign": "p"}]}).save(tmp_path / "run")
+    Document("novel", {}, "Told.", rows, {"verdicts": [{"sign": "p"}]}).save(tmp_path / "run")
     found = RunFolder.open(tmp_path / "run")
     content = Content(found, unmeasured(found.routes, found.attacked))
     whole = build_page(content)
@@ -356,7 +354,7 @@ def test_a_page_that_is_too_large_is_pruned(
     assert "left out to keep the page small" in words["made"] and "more rows are in the data" in words["experiments"]
     (told,) = re.findall("Left out, to keep the page small: (.*?)[.]", words["experiments"]) or [""]
     assert told == left_out
-    held, everything = page.data["experiments"]["detect"], whole.data["experiments"]["detect"]
+    held, everything = page.data["experiments"]["novel"], whole.data["experiments"]["novel"]
     assert ("rows" in held) == ("verdicts" in held["about"]) == data_rows and held["reading"] == "Told."
     assert len(everything["rows"]) == 2_000 and everything["about"] == {"verdicts": [{"sign": "p"}]}
     assert page.data["summary"]["about"] == whole.data["summary"]["about"]
@@ -377,20 +375,20 @@ def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> Non
             (empty / name).write_text(content)
             refused(run("report", empty), name)
             (empty / name).unlink()
-    Document("detect", {}).save(empty)
-    whole = (empty / "detect.json").read_text()
+    Document("novel", {}).save(empty)
+    whole = (empty / "novel.json").read_text()
     for damaged in (whole[:-3], whole.replace('"version": 1', '"version": 9'), whole.replace("{}", "3", 1)):
         assert damaged != whole
-        (empty / "detect.json").write_text(damaged)
-        refused(run("report", empty), "detect.json")
+        (empty / "novel.json").write_text(damaged)
+        refused(run("report", empty), "novel.json")
 
 
 def test_what_no_command_wrote_is_left_alone(empty: Path) -> None:
-    Document("detect", {}, "Told.").save(empty)
+    Document("novel", {}, "Told.").save(empty)
     for name, content in (("notes.json", "{"), ("other.json", '{"format": "something"}'), ("list.json", "[1]")):
         (empty / name).write_text(content)
     (empty / "folder.json").mkdir()
-    assert [document.path for document in RunFolder.open(empty).experiments] == ["detect.json"]
+    assert [document.path for document in RunFolder.open(empty).experiments] == ["novel.json"]
 
 
 def test_any_experiment_is_shown_where_it_wants_to_be(empty: Path) -> None:
@@ -441,7 +439,7 @@ def test_the_summary_counts_which_controls_the_route_beats(empty: Path) -> None:
 
 def test_images_are_chosen_as_the_trace_chose_them(empty: Path) -> None:
     Document("trace", {"data": "digits", "samples": None, "seed": 3}, about={"attack": None}).save(empty)
-    Document("detect", {"data": "others", "samples": 400, "draws": 5}).save(empty)
+    Document("novel", {"data": "others", "samples": 400, "draws": 5}).save(empty)
     settings = RunFolder.open(empty).settings
     assert settings == {"data": "digits", "samples": None, "seed": 3, "draws": 5}
 

@@ -115,7 +115,7 @@ def overflowing(view: Any) -> list[str]:
     """What is wider than the screen and not in a box of its own to scroll."""
     found: list[str] = view.evaluate(
         "[...document.querySelectorAll('body *')]"
-        ".filter((item) => !item.closest('.scroll, .table-box, pre, .picture *'))"
+        ".filter((item) => !item.closest('.scroll, .table-box, pre'))"
         ".filter((item) => item.getBoundingClientRect().right > innerWidth + 1)"
         ".map((item) => item.outerHTML.slice(0, 80))"
     )
@@ -199,16 +199,6 @@ def test_a_channel_tells_what_is_known_of_it(browser: Any, page: str, measured: 
             assert f"{float(f'{condition.gradient[layer][channel]:.3g}'):g}, rank {rank}" in text
         moved = attacked.sensitivity[layer]
         assert f"{float(f'{moved[channel]:.3g}'):g}, rank {1 + int((moved > moved[channel]).sum())}" in text
-        peaks = measured.pictures.peaks[layer]
-        shown = panel.locator(".picture")
-        assert shown.count() == 4 and panel.locator(".picture image").first.get_attribute("href").startswith(
-            "data:image"
-        )
-        titles = [title.text_content() for title in panel.locator(".picture title").all()]
-        for title, image, (row, column) in zip(
-            titles, peaks.images[channel].tolist(), peaks.places[channel].tolist(), strict=True
-        ):
-            assert title.startswith(f"image {image}, ") and title.endswith(f"at row {row}, column {column}")
         assert view.locator(".picked-edges path").count() == 10
         view.mouse.move(5, 5)
         assert panel.inner_text().startswith("Point at a channel")
@@ -371,7 +361,6 @@ def test_a_comparison_moves_together(
         for number in range(3):
             assert f"{layers[2]}, channel {channel}" in part(view, "channel", number).inner_text()
             assert node(view, f"2:{channel}", number).get_attribute("aria-pressed") == "true"
-        assert part(view, "channel").locator(".picture").count() == 8
         assert view.locator("#differences table").count() > 0 and view.locator("i").count() == 0
         view.set_viewport_size({"width": 320, "height": 700})
         assert overflowing(view) == []

@@ -27,7 +27,6 @@ def write(folder: Path, target: str, after: tuple[int, int], before: tuple[int, 
         "epochs": 3,
         "penalties": {"gradient": 0.5},
         "strengths": {"gradient": 2.5},
-        "route_changes": [],
         "overlap_with_full_route": {"share": 0.8125},
         "evaluation": {"checks": []},
     }
@@ -66,17 +65,15 @@ def test_the_punished_route_is_not_the_hardened_networks(tmp_path: Path) -> None
     assert RunFolder.open(tmp_path).route is None
 
 
-def test_controls_stand_beside_it(tmp_path: Path) -> None:
+def test_controls_stand_below_it(tmp_path: Path) -> None:
     write(tmp_path / "on-route", "route", (47, 30))
     write(tmp_path / "random", "random", (46, 25))
     found = RunFolder.open(tmp_path)
     assert [document.folder for document in found.hardenings] == ["on-route", "random"]
     html = section_of(tmp_path)
-    table = html[html.index("<table>") : html.index("</table>")]
-    assert table.count("<th ") == 5 and [table.index(name) for name in ("before", "on-route", "random")] == sorted(
-        table.index(name) for name in ("before", "on-route", "random")
-    )
-    assert all(percent(share) in table for share in (10 / 50, 30 / 50, 25 / 50))
+    for name, share in (("on-route", 30 / 50), ("random", 25 / 50)):
+        part = html.partition(f"<h3>{name}</h3>")[2].partition("<h3>")[0]
+        assert part.count("<table>") == 1 and percent(10 / 50) in part and percent(share) in part
     assert "as many random neurons off the route" in html
 
 
@@ -94,33 +91,14 @@ def test_one_lambda_for_all_is_told_and_checks_elsewhere_are_pointed_at(tmp_path
     assert "One lambda" not in words(tmp_path)
 
 
-def test_hardenings_of_other_networks_are_not_mixed(tmp_path: Path) -> None:
-    write(tmp_path / "one", "route", (47, 30))
-    write(tmp_path / "two", "route", (46, 25), before=(40, 9))
-    html = section_of(tmp_path)
-    assert html.count("<table>") == 2 and "controls beside them" not in html
-
-
-def test_signs_of_masking_and_changes_of_the_route_are_told(tmp_path: Path) -> None:
+def test_signs_of_masking_are_told(tmp_path: Path) -> None:
     write(tmp_path, "all", (47, 30))
     document = Document.load(tmp_path / "hardening.json")
     check = {"model": "after", "check": "no limit", "verdict": "suspicious", "samples": 8, "numbers": {"share": 0.5}}
-    more = {"evaluation": {"checks": [check]}, "route_changes": [{"epoch": 2, "changed": 7}]}
-    replace(document, about={**document.about, **more}).save(tmp_path)
+    replace(document, about={**document.about, "evaluation": {"checks": [check]}}).save(tmp_path)
     text = words(tmp_path)
     assert "on all neurons" in text and "suspicious" in text and "share: 0.5" in text
-    assert "How the route changed while it was traced anew" in text and "No check" not in text
-
-
-def test_an_evaluation_that_a_hardening_has_made_is_not_shown_twice(tmp_path: Path) -> None:
-    write(tmp_path, "route", (47, 30))
-    (tmp_path / "evaluation").mkdir()
-    rows = Document.load(tmp_path / "hardening.json").table
-    Document("evaluation", {}, "Told.", Table.of({**row, "step": 1} for row in rows)).save(tmp_path / "evaluation")
-    again = "The table is that of the hardening above"
-    assert again in Elements(page_of(tmp_path)).words["evaluation"]
-    Document("evaluation", {}, "Told.", Table.of([*rows, {"model": "x"}])).save(tmp_path / "evaluation")
-    assert again not in Elements(page_of(tmp_path)).words["evaluation"]
+    assert "No check" not in text
 
 
 def test_odd_files_are_shown_as_far_as_they_go(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ TRAIN = ["train", "--model", "vgg_small", "--data", "mnist-sample", "--epochs", 
 DIGITS = ["--model", "digits", "--data", "mnist-sample"]
 HARDEN = [
     *("--epochs", "1", "--eps", "0.1", "--evaluate", "fgsm", "--evaluate", "pgd"),
-    *("--evaluate-samples", "60", "--check-samples", "8", "--autoattack-samples", "0"),
+    *("--evaluate-samples", "60", "--check-samples", "8"),
 ]
 RUN = ["--seed", "0", "--device", "cpu", "--quiet"]
 

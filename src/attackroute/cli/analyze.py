@@ -42,7 +42,7 @@ class AnalyzeOptions:
         "first.", str, "NAME", default=None, repeat=True,
     )  # fmt: skip
     layers: tuple[str, ...] | None = option(
-        "--layers", "Some of the layers; else all. Occurrence and detection always take all.", parse_names,
+        "--layers", "Some of the layers; else all. Occurrence always takes all.", parse_names,
         "NAME,NAME", default=None,
     )  # fmt: skip
     at: str = option(
@@ -82,8 +82,6 @@ def analyze(options: AnalyzeOptions) -> None:
             output.line(f"{document.kind}: done before. {document.reading}")
             return
         output.line(f"\n{document.kind} ({document.about['seconds']:.0f} s)")
-        summary = result.summary()
-        output.table(summary.columns, summary.rows)
         output.line(document.reading)
 
     refuse_earlier(options.out, ["summary.json", "hardening.json"], options.run)  # a route of theirs is there too

@@ -53,12 +53,12 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
-    "demo": Command(DemoOptions, demo),
-    "train": Command(TrainOptions, train, shared=True, resumable=True),
+    "demo": Command(DemoOptions, lambda options: demo(options, _call)),
+    "train": Command(TrainOptions, train, resumable=True),
     "trace": Command(TraceOptions, trace, shared=True, resumable=True),
     "analyze": Command(AnalyzeOptions, analyze, shared=True, resumable=True),
     "hardness": Command(HardnessOptions, hardness, shared=True),
-    "harden": Command(HardenOptions, harden, shared=True, resumable=True),
+    "harden": Command(HardenOptions, harden, resumable=True),
     "evaluate": Command(EvaluateOptions, evaluate, shared=True, resumable=True),
     "reproduce": Command(ReproduceOptions, reproduce, resumable=True),
     "report": Command(ReportOptions, report),
@@ -113,6 +113,11 @@ def _run(words: Sequence[str]) -> int:
         if not command.shared and started_by_torchrun():
             raise UserError(f"{name} runs in one process; start it without torchrun")
         return command.run(options) or 0
+
+
+def _call(name: str, words: Sequence[str]) -> int | None:
+    """A step of the demo."""
+    return COMMANDS[name].run(parse(COMMANDS[name].options, f"{_PROGRAM} {name}", words))
 
 
 def _help() -> str:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -44,7 +46,6 @@ class _Option:
     repeat: bool = False
     group: str | None = None
     unset: str | None = None
-    off: str | None = None
     name: str = ""
     default: Any = None
     required: bool = False
@@ -54,10 +55,8 @@ class _Option:
         default, text = self.default, self.help.replace("%", "%%")
         if self.required and self.unset is None:
             return f"{text} [required]"
-        if isinstance(default, bool):
-            default = self.flags[0] if default else None
         told = f"{default:g}" if isinstance(default, float) else default if self.unset is None else self.unset
-        return text if told is None or told in ("", ()) else f"{text} [default: {told}]"
+        return text if self.parse is None or told in (None, "", ()) else f"{text} [default: {told}]"
 
 
 def option(
@@ -82,10 +81,9 @@ def option(
     return field(default=() if repeat and default is None else default, metadata={_DECLARED: declared})
 
 
-def switch(flags: str, help: str, *, off: str | None = None, default: bool = False, group: str | None = None) -> Any:
-    """A field that is true where ``--option`` is given; the flag ``off`` makes it false."""
-    declared = _Option((*flags.split(), *([] if off is None else [off])), help, group=group, off=off)
-    return field(default=default, metadata={_DECLARED: declared})
+def switch(flags: str, help: str, *, default: bool = False, group: str | None = None) -> Any:
+    """A field that ``--option`` turns: true where it is given, or false where true is the default."""
+    return field(default=default, metadata={_DECLARED: _Option(tuple(flags.split()), help, group=group)})
 
 
 def shared(*, hide: Sequence[str] = (), **defaults: Any) -> Any:
@@ -166,11 +164,6 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
-def parse_channels(text: str) -> int:
-    """Read how many channels images have."""
-    return int(one_of("1", "3")(text))
-
-
 def parse_names(text: str) -> tuple[str, ...]:
     """Read names separated by commas, each once."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -179,30 +172,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_sketches(text: str) -> int:
-    """Read a number of sketches."""
-    from attackroute.tracing.config import check_sketches
-
-    value = int(text) if text.isdecimal() else -1
-    try:
-        check_sketches(value)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of sketches; write 32, 64, ...") from error
-    return value
-
-
 # Parsers
-
-
-class _Switch(argparse.Action):
-    """Sets true, but by the flag ``off`` false."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, off: str | None, **given: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **given)
-        self._off = off
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, option_string != self._off)
 
 
 class _OptionParser(argparse.ArgumentParser):
@@ -215,7 +185,6 @@ class _OptionParser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, width),
         )  # fmt: skip
         listed = list(_flat(options))
-        assert len({each.name for each in listed}) == len(listed), f"{options} has two options of one name"
         titles = dict.fromkeys(str(each.group) for each in reversed(listed))  # a heading stands where it comes last
         self._headings = {title: self.add_argument_group(title) for title in reversed(titles or {_OPTIONS: None})}
         self._flags = ["-h", "--help"]
@@ -228,11 +197,9 @@ class _OptionParser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The values in a command line; a mistyped option is named even where another one is missing."""
-        for word in words:
-            if word == "--":
-                break
+        for word in takewhile(lambda word: word != "--", words):
             name = word.partition("=")[0] if word.startswith("--") else word[:2]
-            if name[:1] == "-" and name[1:2] not in ("", ".") and not name[1:2].isdecimal() and name not in self._flags:
+            if re.match("--|-[A-Za-z]", name) and name not in self._flags:
                 self.error(f"no option {name}{did_you_mean(name, self._flags)}")
         namespace, unknown = self.parse_known_args(words)
         if unknown:
@@ -246,7 +213,7 @@ class _OptionParser(argparse.ArgumentParser):
     def _add(self, each: _Option) -> None:
         argument: dict[str, Any] = {"type": each.parse, "metavar": each.metavar}
         if each.parse is None:
-            argument = {"action": _Switch, "off": each.off}
+            argument = {"action": "store_false" if each.default else "store_true"}
         if each.flags:
             default = None if each.repeat else each.default
             argument |= {"dest": each.name, "required": each.required, "default": default}
@@ -260,7 +227,6 @@ class _OptionParser(argparse.ArgumentParser):
 def _flat(options: type, changed: Mapping[str, Any] | None = None, hidden: Sequence[str] = ()) -> Iterator[_Option]:
     """The options of a dataclass and of those in it, but for those that are hidden."""
     changed, hints, title = changed or {}, get_type_hints(options), getattr(options, "title", _OPTIONS)
-    assert {*changed, *hidden} <= {each.name for each in fields(options)}, (options, changed, hidden)
     for each in fields(options):
         if is_dataclass(hints[each.name]):
             yield from _flat(hints[each.name], each.metadata.get(_CHANGED), each.metadata.get(_HIDDEN, ()))  # type: ignore[arg-type]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from attackroute.core.distributed import leading
@@ -19,14 +17,6 @@ class Progress(Protocol):
     """Moves a progress bar: how much is done, of how much where that is known, and a message beside it."""
 
     def __call__(self, done: int, total: int | None, message: str = "") -> None: ...
-
-
-def command_line() -> str | None:
-    """The command that is running, as it can be typed again; None where Python runs it."""
-    program = Path(sys.argv[0])
-    if program.stem != "attackroute" and program.parent.name != "attackroute":
-        return None
-    return shlex.join(["attackroute", *sys.argv[1:]])
 
 
 def print_error(message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +15,13 @@ from attackroute.cli.arguments import (
     integer,
     one_of,
     option,
-    parse_channels,
     parse_factor,
     parse_number,
     parse_path,
-    parse_sketches,
     settings_of,
     switch,
 )
-from attackroute.cli.console import Output
+from attackroute.cli.console import Output, Progress
 from attackroute.core.distributed import current, leading, own_device
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import CARRIERS, UNIT, TraceConfig
@@ -33,18 +31,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from attackroute.hardening.settings import TrainSettings
+    from attackroute.robustness.attack import Perturbation
     from attackroute.zoo.data import ImageBatches, ImageData
 
 ROUTE, RUN, FILES = "The route", "The run", "The files"  # headings in the help
 _BESIDE = ".new"  # folder of what is to replace the files above it
 
-SPLITS = ("train", "test")
 EXPECTED_MODELS = (
     "A folder that attackroute train wrote, preset:NAME (small networks for CIFAR-10 that come along: vgg16-cifar10, "
     "alexnet-cifar10, resnet18-cifar10), or vgg16, alexnet, resnet18, vgg_small, torchvision:NAME, timm:NAME or "
     "package.module:factory."
 )
-EXPECTED_WEIGHTS = "A state dict as .safetensors or .pt. A train folder brings its own."
 
 
 def count(flags: str, help: str, default: int | None = None, *, least: int = 1, **how: Any) -> Any:
@@ -92,7 +89,10 @@ class NetworkOptions:
 
     title: ClassVar[str] = "The network"
     model: str = option("--model", EXPECTED_MODELS, str, "MODEL")
-    weights: Path | None = option("--weights", EXPECTED_WEIGHTS, parse_path, "FILE", default=None)
+    weights: Path | None = option(
+        "--weights", "A state dict as .safetensors or .pt. A train folder brings its own.", parse_path, "FILE",
+        default=None,
+    )  # fmt: skip
     model_width: float | None = model_width_option()
     classes: int | None = classes_option()
 
@@ -112,17 +112,13 @@ class ImageOptions:
         "--data", "mnist-sample (digits, no download), cifar10:PATH, svhn:PATH, imagenet:PATH or folder:PATH.", str,
         "DATA",
     )  # fmt: skip
-    split: str = option("--split", "Which part of the data.", one_of(*SPLITS), default="test")
+    split: str = option("--split", "Which part of the data.", one_of("train", "test"), default="test")
     samples: int | None = count("--samples", "Only so many images, drawn with --seed; else all.")
     image_size: int | None = option(
         "--image-size", "Resize the images to this size; else as the data set or the train folder has it.",
         integer(1, 1 << 14), "PIXELS", default=None,
     )  # fmt: skip
-    channels: int | None = option(
-        "--channels", "Read image files in grey (1) or colour (3); else as the train folder has it, or in colour.",
-        parse_channels, "1|3", default=None,
-    )  # fmt: skip
-    skip_unreadable: bool = switch("--skip-unreadable", "Leave out image files that cannot be read.")
+    grey: bool = switch("--grey", "Read image files in grey, as a train folder of one channel does anyway.")
 
     def open(self, run: RunOptions, models: Sequence[str] = (), split: str | None = None) -> ImageData:
         """The images, of the size and channels that the first train folder among the models says."""
@@ -132,12 +128,9 @@ class ImageOptions:
         spec = next((card[1].spec for model in models if (card := find_card(model)) is not None), None)
         images = load_data(
             self.data, split=split or self.split, samples=self.samples, seed=run.seed,  # type: ignore[arg-type]
-            image_size=self.image_size or getattr(spec, "image_size", None), skip_unreadable=self.skip_unreadable,
+            image_size=self.image_size or getattr(spec, "image_size", None),
         )  # fmt: skip
-        images = with_channels(images, self.channels or getattr(spec, "in_channels", None))
-        for path in images.skipped:
-            run.output.note(f"note: left out {path}, which cannot be read")
-        return images
+        return in_grey(images) if self.grey or getattr(spec, "in_channels", None) == 1 else images
 
 
 @dataclass(frozen=True)
@@ -154,9 +147,9 @@ class _Grey:
         return (0.299 * image[:1] + 0.587 * image[1:2] + 0.114 * image[2:]), label
 
 
-def with_channels(images: ImageData, channels: int | None) -> ImageData:
-    """The images in grey where one channel is asked for and files were read in colour; else as they are."""
-    if channels != 1 or images.shape[0] != 3:
+def in_grey(images: ImageData) -> ImageData:
+    """The images in grey where they were read in colour; else as they are."""
+    if images.shape[0] != 3:
         return images
     dataset: Any = _Grey(images.dataset)
     return replace(images, dataset=dataset, shape=(1, *images.shape[1:]))
@@ -175,13 +168,13 @@ class TracingOptions:
         "--linear", "Linear maps are route layers too: in ViT and Swin the attention's projections and the MLPs. Their "
         "neurons are output features, their positions tokens.",
     )  # fmt: skip
-    sketches: int | None = option(
+    sketches: int | None = count(
         "--sketches", "Estimate edges without a closed form (attention, layer norm) from N random products each, such "
-        "as 32: approximate, and far quicker.", parse_sketches, "N", default=None,
+        "as 32: approximate, and far quicker.",
     )  # fmt: skip
 
     def config(self, seed: int) -> TraceConfig:
-        """The same for the library, which refuses what cannot be combined."""
+        """The same for the library, which refuses what cannot be used or combined."""
         return TraceConfig(seed=seed, **given(self))
 
 
@@ -221,6 +214,13 @@ class TrainingOptions:
     resume: bool = switch("--resume", "Go on with the run in --out; start one if there is none.", group=RUN)
 
     @property
+    def parsed_attack(self) -> Perturbation | None:
+        """What is trained against; None for clean images."""
+        from attackroute.robustness.registry import parse_attack
+
+        return None if self.attack is None else parse_attack(self.attack)
+
+    @property
     def chosen_on(self) -> str:
         """What images choose the best epoch, in a word."""
         return "held-out" if self.holdout else "test"
@@ -255,15 +255,13 @@ class Session:
         return cls(network.open(data).to(device), data, settings, run)
 
     @contextmanager
-    def reading(
-        self, unit: str, kept: str | None = None
-    ) -> Iterator[tuple[ImageBatches, Callable[[int, int | None], None]]]:
-        """The images batch by batch, and what moves a progress bar that says how their reading goes."""
+    def reading(self, unit: str, kept: str | None = None) -> Iterator[tuple[ImageBatches, Progress]]:
+        """The images batch by batch, and what moves a progress bar."""
         from attackroute.zoo.data import ImageBatches
 
         batches = ImageBatches(self.images, self.run.batch_size, workers=self.run.workers)
         with self.run.output.progress(unit, kept) as progress:
-            yield batches, lambda done, total: progress(done, total, batches.reading)
+            yield batches, progress
 
 
 def resolve_device(name: str) -> torch.device:

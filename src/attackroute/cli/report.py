@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attackroute.cli.arguments import one_of, option, parse_path, shared, switch
-from attackroute.cli.console import Output, command_line
-from attackroute.cli.options import (
-    FILES,
-    ROUTE,
-    SPLITS,
-    NetworkOptions,
-    RunOptions,
-    classes_option,
-    count,
-    model_width_option,
-    resolve_device,
-    with_channels,
-)
+from attackroute.cli.arguments import option, parse_path, shared
+from attackroute.cli.console import Output
+from attackroute.cli.options import FILES, ImageOptions, NetworkOptions, RunOptions, count, resolve_device
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,9 +36,6 @@ class MeasuringOptions:
     title: ClassVar[str] = "The images"
     data: str | None = option(
         "--data", "The run's images, as attackroute trace takes them; else as its files say.", str, "DATA", default=None
-    )
-    split: str | None = option(
-        "--split", "Which part of the data; else as the run had it.", one_of(*SPLITS), default=None
     )
     samples: int = count(
         "--samples",
@@ -82,10 +67,6 @@ class ReportOptions:
     out: Path | None = option("--out", "The page; else report.html in RUN_DIR.", parse_path, "FILE", default=None)
     network: ReportedNetwork
     measuring: MeasuringOptions
-    linear: bool = switch(
-        "--linear", "Where routes are traced for the page, linear maps are layers too (attention projections and "
-        "MLPs); a run of trace, analyze or hardness with --linear needs no telling.", group=ROUTE,
-    )  # fmt: skip
     run: RunOptions = shared(hide=("workers", "overwrite"))
 
 
@@ -105,16 +86,12 @@ class CompareOptions:
     )
     model_a: str = option("--model-a", "The network of RUN_A.", str, "MODEL", default="")
     model_b: str = option("--model-b", "The network of RUN_B.", str, "MODEL", default="")
-    weights_a: Path | None = option("--weights-a", "Weights of RUN_A's network.", parse_path, "FILE", default=None)
-    weights_b: Path | None = option("--weights-b", "Weights of RUN_B's network.", parse_path, "FILE", default=None)
-    model_width: float | None = model_width_option()
-    classes: int | None = classes_option()
     measuring: MeasuringOptions
     run: RunOptions = shared(hide=("workers", "overwrite"))
 
-    def of(self, folder: Path, model: str, weights: Path | None) -> ReportOptions:
+    def of(self, folder: Path, model: str) -> ReportOptions:
         """What is said of one run, as for a page of its own."""
-        network = ReportedNetwork(model=model, weights=weights, model_width=self.model_width, classes=self.classes)
+        network = ReportedNetwork(model=model)
         return ReportOptions(folder=folder, network=network, measuring=self.measuring, run=self.run)
 
 
@@ -127,11 +104,9 @@ def report(options: ReportOptions) -> None:
     target = options.out or options.folder / "report.html"
     require_page(target)
     run = RunFolder.open(options.folder)
-    started = time.perf_counter()
     measured, classes, notes = _measured_or_not(options, run, "Influence between channels was not measured")
-    seconds = time.perf_counter() - started
     notes += _remarks(measured)
-    page = build_page(Content(run, measured, classes, notes, command=command_line(), seconds=seconds))
+    page = build_page(Content(run, measured, classes, notes))
     written = _write(page, target, output)
     for note in notes:
         output.line(f"  {note}")
@@ -146,10 +121,7 @@ def compare(options: CompareOptions) -> None:
     output = options.run.output
     target = options.out or options.second / "compare.html"
     require_page(target)
-    comparison = _comparison(
-        options.of(options.first, options.model_a, options.weights_a),
-        options.of(options.second, options.model_b, options.weights_b),
-    )
+    comparison = _comparison(options.of(options.first, options.model_a), options.of(options.second, options.model_b))
     page = build_comparison(comparison)
     written = _write(page, target, output)
     numbers = difference_table(page.data["differences"]["numbers"], comparison.names)
@@ -181,8 +153,7 @@ def _attacks(options: ReportOptions, run: RunFolder) -> dict[str, Perturbation]:
             attacks[str(routes.provenance.attack)] = parse_attack(str(routes.provenance.attack))
     asked = list(options.measuring.attacks)
     if not asked and not run.attacked:
-        used = run.settings.get("attacks")
-        asked = [used[0] if isinstance(used, list) and used and isinstance(used[0], str) else _ATTACK]
+        asked = [_ATTACK]
     traced = set(map(str, attacks.values()))
     for text in asked:
         attack = parse_attack(text, seed=options.run.seed)
@@ -226,9 +197,6 @@ def _measured(
     from attackroute.report.route_view import Limits, spread
     from attackroute.zoo.data import ImageBatches
 
-    linear = run.settings.get("linear") is True
-    if options.linear and not linear and run.routes is not None:
-        raise UserError("the run was traced without --linear; trace it with --linear, or leave it out here")
     rows = spread(len(images), options.measuring.samples)
     chosen = replace(images, dataset=Subset(images.dataset, rows))
     traced = run.routes if run.routes is not None else next(iter(run.attacked), None)
@@ -236,7 +204,7 @@ def _measured(
         return measure(
             network, ImageBatches(chosen, options.run.batch_size), unmeasured(run.routes, run.attacked, run.route),
             attacks, rows=rows if _are_samples(chosen, len(images), rows, traced) else None,
-            linear=linear or options.linear, width=_WIDTH if run.routes is None else run.routes.width,
+            linear=run.settings.get("linear") is True, width=_WIDTH if run.routes is None else run.routes.width,
             shown=Limits().samples, progress=progress,
         )  # fmt: skip
 
@@ -268,25 +236,18 @@ def _opened(options: ReportOptions, run: RunFolder, images_of: RunFolder) -> tup
 
 def _images(options: ReportOptions, model: str, settings: Mapping[str, Any]) -> ImageData:
     """The images that the user names, or else a run's settings, as far as these make sense."""
-    from attackroute.zoo.data import load_data
-    from attackroute.zoo.weights import find_card
-
     data, shape = options.measuring.data or settings.get("data"), settings.get("images")
     if not isinstance(data, str):
         raise UserError("the run does not name its images; give --data")
-    card = find_card(model)
-    side = None if card is None else card[1].spec.image_size
-    if card is None and isinstance(shape, list) and len(shape) == 4 and shape[2] == shape[3]:
-        side = _count(shape[2])
-    images = load_data(
-        data,
-        split=options.measuring.split or ("train" if settings.get("split") == "train" else "test"),  # type: ignore[arg-type]
-        image_size=side,
+    _, channels, height, width = shape if isinstance(shape, list) and len(shape) == 4 else [None] * 4
+    images = ImageOptions(
+        data=data,
+        split="train" if settings.get("split") == "train" else "test",
         samples=_count(settings.get("samples")),
-        seed=_count(settings.get("seed")) or 0,
+        image_size=_count(height) if height == width else None,
+        grey=channels == 1,
     )
-    grey = isinstance(shape, list) and shape[1:2] == [1]
-    return with_channels(images, 1 if grey else None if card is None else card[1].spec.in_channels)
+    return images.open(replace(options.run, seed=_count(settings.get("seed")) or 0), [model])
 
 
 def _count(value: object) -> int | None:
@@ -306,7 +267,7 @@ def _are_samples(measured: ImageData, count: int, rows: Sequence[int], routes: I
 
 def _remarks(measured: Measured) -> list[str]:
     """What a reader of the drawing must know."""
-    notes, clean = [], measured.clean
+    notes = []
     traced = [item for item in measured.conditions if item.traced]
     if traced and traced[0].routes is not None:
         names = ", ".join(item.name for item in traced)
@@ -317,12 +278,6 @@ def _remarks(measured: Measured) -> list[str]:
         notes.append(f"Influence, gradient and sensitivity are means over {first.samples} images of each kind{left}.")
     if not measured.attacked:
         notes.append("There is no trace of attacked samples; attackroute trace --attack makes one.")
-    if clean.routes is not None and not clean.routes.methods and clean.influence is None:
-        notes.append("The routes do not say how layers are joined.")
-    if measured.pictures is None and clean.routes is not None:
-        notes.append("Without the network and its images there are no pictures of what channels respond to.")
-    elif all(item.rows is None for item in measured.conditions):
-        notes.append("The images are not those of the traces, so samples have no pictures.")
     return notes
 
 
@@ -349,7 +304,6 @@ def _comparison(*options: ReportOptions) -> RunComparison:
     attacks = _attacks(options[0], runs[0])
     notes: list[str] = []
     contents: list[Content] = []
-    started = time.perf_counter()
     for run, each in zip(runs, options, strict=True):
         otherwise = f"Nothing was measured on the network of {run.path.name}" if comparable else None
         try:
@@ -357,12 +311,10 @@ def _comparison(*options: ReportOptions) -> RunComparison:
         except UserError as error:
             if comparable:
                 raise
-            side = "-a" if run is runs[0] else "-b"
-            told = str(error).replace("give --model", f"give --model{side}").replace("--weights", f"--weights{side}")
+            told = str(error).replace("give --model", f"give --model-{'a' if run is runs[0] else 'b'}")
             raise UserError(f"{run.path}: {told} (the runs hold no traces of the same images to compare)") from None
-        contents.append(Content(run, measured, classes, command=command_line()))
+        contents.append(Content(run, measured, classes))
         notes += missing
-    named, seconds = contents[0].classes or contents[1].classes, time.perf_counter() - started
-    one, other = (replace(content, classes=named, seconds=seconds) for content in contents)
+    one, other = (replace(content, classes=contents[0].classes or contents[1].classes) for content in contents)
     names = (one.name, other.name) if one.name != other.name else (f"{one.name} (1)", f"{other.name} (2)")
     return RunComparison(one, other, names, [comparable_note(one.measured, traced=not comparable), *notes])

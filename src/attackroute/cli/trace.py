@@ -6,7 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,14 +126,15 @@ def trace(options: TraceOptions) -> int:
         document = team.first(documented)
         check = None
         if options.check is not None:
-            rows = min(options.check, len(session.images))
-            check = team.first(lambda: _compare(session, options, attack, config, autocast, routes.select(slice(rows))))
+            first = next(routes.parts()) if isinstance(routes, RouteFolder) else routes
+            written = first.select(slice(options.check))
+            check = team.first(lambda: _compare(session, options, attack, config, autocast, written))
     output.result(
         {
             **document.to_json(),
             "traced_now": traced,
             "seconds": seconds,
-            "check": None if check is None else _check_values(check),
+            "check": None if check is None else {**asdict(check), "passed": check.passed},
             "folder": None if options.out is None else str(options.out),
         }
     )
@@ -160,8 +162,7 @@ def _compare(
     from attackroute.tracing.oracle_check import verify
     from attackroute.zoo.data import ImageBatches
 
-    chosen = [[row] for row in range(len(written))]
-    batches = ImageBatches(session.images, 1, batches=chosen)
+    batches = islice(ImageBatches(session.images, 1), len(written))
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     device, dtype = placement(session.network)
     return verify(
@@ -170,34 +171,17 @@ def _compare(
     )  # fmt: skip
 
 
-def _check_values(check: OracleCheck) -> dict[str, Any]:
-    return {
-        "samples": check.samples,
-        "samples_with_equal_routes": check.agreeing,
-        "samples_with_faults": check.faults,
-        "largest_relative_deviation": check.deviation,
-        "layer": check.layer,
-        "passed": check.passed,
-    }
-
-
 def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float) -> None:
-    rows, sketched = [], any("expected_overlap" in layer for layer in summary["layers"])
-    for layer in summary["layers"]:
-        overlap = "exact"
-        if "expected_overlap" in layer:
-            overlap = f"{layer['expected_overlap']:.1%}, undecided {layer['undecided']:.1%}"
-        rows.append(
-            {
-                "layer": layer["layer"],
-                "channels": layer["channels"],
-                "on route": len(layer["route_channels"]),
-                "occurrence": f"{layer['occurrence']:.1%}",
-                "computed": _methods(layer["incoming"]),
-                **({"overlap, approximate": overlap} if sketched else {}),
-            }
-        )
-    layers = Table.of(rows)
+    layers = Table.of(
+        {
+            "layer": layer["layer"],
+            "channels": layer["channels"],
+            "on route": len(layer["route_channels"]),
+            "occurrence": f"{layer['occurrence']:.1%}",
+            "computed": _methods(layer["incoming"]),
+        }
+        for layer in summary["layers"]
+    )
     output.table(layers.columns, layers.rows)
     pace = f" in {seconds:.1f} s ({1000 * seconds / count:.1f} ms each)" if count else ", all of them traced before"
     attacked = f" after {summary['attack']}" if summary["attack"] is not None else ""
@@ -206,8 +190,6 @@ def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float
     )
     if "approximate" in summary["criterion"]:
         output.line(f"criterion: {summary['criterion']}")
-    if sketched:
-        output.line("edges computed by sketch are estimates; how far they can be trusted is under overlap")
 
 
 def _methods(incoming: Mapping[str, str]) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attackroute.cli.arguments import given, option, parse_factor, shared
+from attackroute.cli.arguments import given, shared
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
-    EXPECTED_MODELS,
     ImageOptions,
+    NetworkOptions,
     RunOptions,
     TrainingOptions,
     out_option,
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from attackroute.hardening.training import TrainResult
     from attackroute.zoo.data import ImageData
 
+KEPT = "finished epochs are kept; give the same command with --resume to go on"
 TRAINING = "training"  # kind of the result, and name of its file
 RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "log.jsonl", "settings.json")
 
@@ -39,11 +39,7 @@ class TrainOptions:
     """
 
     out: Path = out_option("Where checkpoints and the log go.")
-    model: str = option("--model", EXPECTED_MODELS, str, "MODEL", group="The network")
-    width: float = option(
-        "--model-width", "Factor on the channels of a built-in network.", parse_factor, "FACTOR", default=1.0,
-        group="The network",
-    )  # fmt: skip
+    network: NetworkOptions = shared(hide=("weights", "classes"))
     images: ImageOptions = shared(hide=("split", "samples"))
     training: TrainingOptions
     run: RunOptions
@@ -53,40 +49,37 @@ def train(options: TrainOptions) -> None:
     """Train a network into a folder."""
     import torch
 
-    from attackroute.core.distributed import current, leading
     from attackroute.core.document import Document
     from attackroute.hardening.training import train as train_network
-    from attackroute.robustness.registry import parse_attack
     from attackroute.zoo.networks import build
     from attackroute.zoo.weights import ModelCard, spec_for, with_own_normalisation
 
     output, training = options.run.output, options.training
-    settings = training.settings(options.run)
-    attack = None if training.attack is None else parse_attack(training.attack)
+    settings, attack = training.settings(options.run), training.parsed_attack
     device = resolve_device(options.run.device)
     train_images = options.images.open(options.run, split="train")
     test_images = None if training.holdout else open_test_images(options.images, options.run, train_images)
     learnt, chosen_by = divided(train_images, test_images, training.holdout, options.run.seed)
-    spec = spec_for(options.model, train_images, width=options.width)
+    spec = spec_for(options.network.model, train_images, width=options.network.model_width)
     torch.manual_seed(options.run.seed)
     network = build(spec).to(device)
     card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
     files = (*RUN_FILES, f"{TRAINING}.json")
     with results_in(options.out, files, options.run, resume=training.resume) as folder:
-        current().first(lambda: card.save(folder))  # so that a run that is killed can be opened too
-        with output.progress("steps") as progress, epoch_lines(training, output) as on_epoch:
+        card.save(folder)  # so that a run that is killed can be opened too
+        with output.progress("steps", KEPT) as progress:
             result = train_network(
                 network, learnt.dataset, None if chosen_by is None else chosen_by.dataset, settings, attack=attack,
-                folder=folder, resume=training.resume, on_epoch=on_epoch, progress=progress, note=output.note,
+                folder=folder, resume=training.resume, on_epoch=epoch_notes(output, training), progress=progress,
+                note=output.note,
             )  # fmt: skip
         best, last = result.best, result.last
         lines = [] if best is None else [best_line(best, last.epoch, training.chosen_on)]
         lines.append(f"training accuracy {last.train.value:.2%}")
-        shown = {"model": options.model, "width": options.width, **given(options, "images", "training")}
+        shown = given(options, "network", "images", "training")
         shown |= {"batch_size": settings.batch_size, "seed": settings.seed}
         document = Document(TRAINING, shown, reading="; ".join(lines), about=_summary(result, options))
-        if leading():
-            document.save(folder)
+        document.save(folder)
     output.result({**document.to_json(), "folder": str(options.out)})
     output.line("\n".join(lines) + f"; weights and log are in {options.out}")
     output.line(f"next: attackroute trace --model {options.out} --data ...")
@@ -133,27 +126,19 @@ def divided(
     return replace(train_images, dataset=learnt), replace(train_images, dataset=kept)
 
 
-@contextmanager
-def epoch_lines(
-    training: TrainingOptions, output: Output, *, kept: bool = True
-) -> Iterator[Callable[[EpochRecord], None]]:
+def epoch_notes(output: Output, training: TrainingOptions) -> Callable[[EpochRecord], None]:
     """What to call after every epoch: it says what the epoch did."""
-    try:
-        yield lambda record: output.note(_epoch_line(record, training.epochs, training.chosen_on))
-    except KeyboardInterrupt as error:
-        go_on = "; give the same command with --resume to go on" if kept else ""
-        output.note(f"interrupted: {error or 'between two epochs'}{go_on}")
-        raise
 
+    def told(record: EpochRecord) -> None:
+        test = "" if record.test is None else f", {training.chosen_on} accuracy {record.test.value:.2%}"
+        robust = "" if record.robust is None else f", under the attack {record.robust.value:.2%}"
+        penalties = "".join(f", {name} penalty {value:.4g}" for name, value in record.penalties.items())
+        output.note(
+            f"epoch {record.epoch}/{training.epochs}: loss {record.loss:.3f}{penalties}, "
+            f"training accuracy {record.train.value:.2%}{test}{robust}, {record.seconds:.0f} s"
+        )
 
-def _epoch_line(record: EpochRecord, epochs: int, tested_on: str) -> str:
-    test = "" if record.test is None else f", {tested_on} accuracy {record.test.value:.2%}"
-    robust = "" if record.robust is None else f", under the attack {record.robust.value:.2%}"
-    penalties = "".join(f", {name} penalty {value:.4g}" for name, value in record.penalties.items())
-    return (
-        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}{penalties}, "
-        f"training accuracy {record.train.value:.2%}{test}{robust}, {record.seconds:.0f} s"
-    )
+    return told
 
 
 def best_line(best: EpochRecord, epochs: int, tested_on: str) -> str:

@@ -14,12 +14,11 @@ from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.core.batches import Data, batches
 from attackroute.core.model_state import frozen
 from attackroute.core.table import Table
-from attackroute.report.pictures import Pictures, take_pictures
+from attackroute.report.pictures import take_pictures
 from attackroute.robustness.attack import Attack, attack_name, attacked
 from attackroute.robustness.registry import by_radius
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.layer_map import require_same
-from attackroute.routes.masks import kept
 from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.influence import MeanInfluence, mean_influence
@@ -75,7 +74,7 @@ class Measured:
 
     clean: Condition
     attacked: tuple[Condition, ...] = ()
-    pictures: Pictures | None = None
+    pictures: tuple[str, ...] = ()  # the first images, as data: addresses
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -113,14 +112,8 @@ class Share:
 
 
 def occurrence_table(measured: Measured, route: Route | None) -> Table:
-    """How often a layer's most frequent channels are on a sample's route, by layer; without rows where unknown.
-
-    The frequencies in the file of the model's route serve where there are no samples' routes.
-    """
+    """How often a layer's most frequent channels are on a sample's route, by layer; without rows where unknown."""
     columns = {condition.name: condition.occurrence for condition in measured.conditions if condition.occurrence}
-    if not columns and route is not None:
-        columns = _occurrence_of(route)
-    channels = measured.channels or ({} if route is None else route.channels)
     return Table.of(
         {
             "layer": layer,
@@ -128,7 +121,7 @@ def occurrence_table(measured: Measured, route: Route | None) -> Table:
             "on the route": None if route is None else len(route.indices[layer]),
             **{f"occurrence, {name}": Share(values[layer]) for name, values in columns.items()},
         }
-        for layer, count in (channels.items() if columns else ())
+        for layer, count in (measured.channels.items() if columns else ())
     )
 
 
@@ -220,18 +213,5 @@ def measure(
             "sensitivity": sensitivity(model, clean_images, images, linear=linear, progress=progress),
         }
         measured.append(replace(condition, **responses))
-    pictures = take_pictures(model, data, shown, linear=linear) if shown else None
     attacked_conditions = sorted([*stored.values(), *measured], key=lambda condition: by_radius(condition.attack or ""))
-    return Measured(clean, tuple(attacked_conditions), pictures)
-
-
-def _occurrence_of(route: Route) -> dict[str, Mapping[str, float]]:
-    """Occurrence from the frequencies in a route's file, by what its samples are; empty where it has none."""
-    origin = route.provenance
-    if route.frequency is None or origin is None or origin.instance_width is None:
-        return {}
-    width = origin.instance_width
-    occurrence = {
-        layer: values.topk(kept(width, len(values))).values.mean().item() for layer, values in route.frequency.items()
-    }
-    return {Condition(origin.attack).name: occurrence}
+    return Measured(clean, tuple(attacked_conditions), take_pictures(model, data, shown) if shown else ())

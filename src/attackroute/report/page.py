@@ -20,7 +20,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from attackroute.core import __version__
-from attackroute.core.document import library_versions
 from attackroute.core.errors import UserError
 from attackroute.core.files import printable
 from attackroute.core.table import Table, plural
@@ -55,8 +54,6 @@ _POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 _GENERATOR, _HEAD = '<meta name="generator" content="attackroute', 1000  # by which a page is known
-_BEFORE = "before"  # what a hardening calls the network that it began with
-_MOST_SETTINGS = 40
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,6 @@ class Content:
     measured: Measured
     classes: Sequence[str] = ()  # names of the labels
     notes: Sequence[str] = ()  # on what is missing, and why
-    command: str | None = None  # that makes the page
-    seconds: float | None = None  # that its measurements took
 
     @cached_property
     def route(self) -> Route | None:
@@ -89,24 +84,20 @@ class Content:
     @property
     def key_numbers(self) -> list[tuple[str, object]]:
         """What a reader wants to know first."""
-        measured, route, trace = self.measured, self.route, self.run.trace
-        accuracy: object = measured.clean.accuracy
-        if accuracy is None and trace is not None:
-            accuracy = trace.document.about.get("accuracy")
+        measured, route = self.measured, self.route
         numbers: list[tuple[str, object]] = []
         if measured.traced is not None:
             numbers.append(("samples traced", len(measured.traced)))
             numbers.append(("of a layer's channels on a sample's route", percent(measured.traced.width)))
-        if isinstance(accuracy, (int, float)):
-            numbers.append(("accuracy on them", percent(accuracy)))
+        if measured.clean.accuracy is not None:
+            numbers.append(("accuracy on them", percent(measured.clean.accuracy)))
         for condition in measured.attacked:
             if condition.routes is not None and condition.accuracy is not None:
                 numbers.append((f"accuracy on {len(condition.routes)} {condition.name}", percent(condition.accuracy)))
         if route is not None:
-            numbers.append(("layers", len(route)))
             numbers.append(("channels on the model's route", f"{route.size} of {sum(route.channels.values())}"))
         if measured.traced is not None and (unranked := measured.traced.unranked_layers):
-            numbers.append(("layers where all scores of some samples are zero", ", ".join(unranked)))
+            numbers.append(("layers where all scores of some samples are zero", unranked))
         if self.overlap is not None:
             what = "of clean and attacked route shared (Jaccard index, mean over layers)"
             numbers.append((what, percent(self.overlap)))
@@ -127,34 +118,6 @@ class Content:
         return Table.of(rows)
 
     @property
-    def tenths(self) -> Table:
-        """Of every tenth of the images by hardness, how many an attack fools."""
-        attacks = {} if self.run.hardness is None else mapping(self.run.hardness.document.about.get("attacks"))
-        return Table.of(
-            {"attack": attack, "tenth, hardest first": place, "images": pair[0], "fooled": pair[1]}
-            for attack, about in attacks.items()
-            if isinstance(bins := mapping(about).get("bins_hardest_first"), list)
-            for place, pair in enumerate((pair for pair in bins if isinstance(pair, list) and len(pair) == 2), start=1)
-        )
-
-    @property
-    def hardened_together(self) -> Table:
-        """Several hardenings of one network side by side: before once, and each one's after under its name."""
-        rows: list[Mapping[str, Any]] = []
-        before: dict[object, object] = {}
-        for number, hardening in enumerate(self.run.hardenings):
-            for row in hardening.document.table:
-                if row.get("model") != _BEFORE:
-                    rows.append({**row, "model": hardening.folder})
-                    continue
-                key, correct = (row.get("attack"), row.get("samples")), row.get("correct")
-                if before.setdefault(key, correct) != correct:
-                    return Table((), ())  # of another network, or on other images
-                if not number:
-                    rows.append(row)
-        return accuracy_table(rows if len(self.run.hardenings) > 1 else ())
-
-    @property
     def one_lambda(self) -> float | None:
         """The lambda of all penalties that stand side by side, which was then not chosen for each."""
         every = [stored.facts for stored in self.run.hardenings]
@@ -170,35 +133,19 @@ class Content:
         return {str(check.get("model")).rstrip("/").rpartition("/")[2] for check in checks}
 
     @property
-    def repeats_hardening(self) -> bool:
-        """Whether the evaluation is that of a hardening, which has its own section."""
-
-        def counts(table: Table) -> set[tuple[str, ...]]:  # whatever columns other attacks add
-            return {tuple(str(row.get(name)) for name in ("model", "attack", "correct", "samples")) for row in table}
-
-        rows = set() if self.run.evaluation is None else counts(self.run.evaluation.document.table)
-        return bool(rows) and any(rows <= counts(item.document.table) for item in self.run.hardenings)
-
-    @property
     def origin(self) -> list[tuple[str, object]]:
         """Commands, versions, seeds, sizes and times, as the files have them."""
         run = self.run
         pairs: list[tuple[str, object]] = [("page", f"attackroute {__version__}")]
-        if self.command is not None:
-            pairs.append(("made by", self.command))
-        if self.seconds is not None:
-            pairs.append(("measurements for the page", f"{self.seconds:.1f} s"))
         for condition in self.measured.conditions:
             if condition.routes is not None:
                 provenance = condition.routes.provenance.to_json()
                 origin = {name: value for name, value in provenance.items() if value is not None}
                 pairs.append((f"trace, {condition.name}", origin))
         about = {} if run.trace is None else run.trace.document.about
-        settings = [(name, value) for name, value in {**run.settings, **about}.items() if _is_setting(value)]
-        pairs += settings[:_MOST_SETTINGS]
+        pairs += [pair for pair in {**run.settings, **about}.items() if isinstance(pair[1], (str, int, float))]
         if run.evaluation is not None and "libraries" in run.evaluation.document.settings:
             pairs.append(("libraries of the evaluation", run.evaluation.document.settings["libraries"]))
-        pairs.append(("libraries of the page", library_versions()))
         for stored in run.documents:
             seconds = stored.document.about.get("seconds")
             pairs.append(("file", f"{stored.path}{f' ({seconds:.1f} s)' if _is_number(seconds) else ''}"))
@@ -207,7 +154,7 @@ class Content:
         return list({(name, _text(value)): (name, value) for name, value in pairs}.values())
 
     def network(self, budget: Budget, name: str = "") -> Network:
-        return Network(name, self.measured.conditions, self.measured.pictures if budget.pictures else None)
+        return Network(name, self.measured.conditions, self.measured.pictures if budget.pictures else ())
 
     def data(self, budget: Budget) -> dict[str, Any]:
         """The run's files as plain values."""
@@ -244,7 +191,6 @@ class Budget:
 
 _BUDGETS = (
     Budget(),
-    Budget(500_000, 200),
     Budget(200_000, 100, limits=Limits(pairs=40_000, samples=40)),
     Budget(100_000, 100, data_rows=False, limits=Limits(128, 16_000, 20)),
     Budget(0, 50, data_rows=False, pictures=False, limits=Limits(32, 4_000, 5)),
@@ -398,9 +344,3 @@ def _is_number(value: object) -> bool:
 def _columns(table: Table, names: Mapping[str, str]) -> Table:
     """Some columns of a table under other names."""
     return Table.of({title: row.get(name) for name, title in names.items()} for row in table)
-
-
-def _is_setting(value: object) -> bool:
-    """Whether it can stand in one line: plain, or a list of plain values."""
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(each, (str, int, float)) for each in values)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from attackroute.report.measuring import Condition, same_samples
-from attackroute.report.pictures import Pictures
 from attackroute.robustness.registry import radii
 from attackroute.tracing.influence import MeanInfluence
 
@@ -33,7 +32,7 @@ class Network:
 
     name: str
     conditions: Sequence[Condition]
-    pictures: Pictures | None = None
+    pictures: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def route_view(
     measured = sum(influence is not None for influence in influences)
     most = max(_FEWEST, limits.pairs // max(1, len(methods) * measured))
     candidates = {layer: _candidates(conditions, frequencies, layer, limits.channels) for layer in channels}
-    pictures = next((network.pictures for network in networks if network.pictures is not None), None)
-    pictured = 0 if pictures is None else min(limits.samples, len(pictures.sources))
+    pictures = next((network.pictures for network in networks if network.pictures), ())
     origins = (condition.route.provenance for condition in conditions if condition.route is not None)
     return {
         "width": next((origin.width for origin in origins if origin is not None), 0.3),
@@ -113,7 +111,6 @@ def route_view(
                 "gradient": [item.gradient and _rounded(item.gradient[layer]) for item in conditions],
                 "sensitivity": [item.sensitivity and _rounded(item.sensitivity[layer]) for item in conditions],
                 "arriving": [_arriving(influence, layer, count) for influence in influences],
-                "peaks": [_peaks(network.pictures, layer, candidates[layer], pictured) for network in networks],
             }
             for layer, count in channels.items()
         ],
@@ -131,10 +128,8 @@ def route_view(
             }
             for (source, target), method in methods.items()
         ],
-        "samples": _samples(conditions, limits.samples, pictured=pictures is not None),
-        "pictures": None
-        if pictures is None
-        else {"size": list(pictures.size), "sources": list(pictures.sources[:pictured])},
+        "samples": _samples(conditions, limits.samples, pictured=bool(pictures)),
+        "pictures": list(pictures[: limits.samples]),
     }
 
 
@@ -198,22 +193,6 @@ def _pairs(matrix: Tensor, targets: Tensor, sources: Tensor, limit: int) -> dict
         "influence": _rounded(values[order]),
         "share_kept": round(values.sum().item() / total, 4) if total > 0 else None,
         "total": float(f"{total:.4g}"),
-    }
-
-
-def _peaks(pictures: Pictures | None, layer: str, candidates: Tensor, pictured: int) -> dict[str, Any] | None:
-    """Where channels respond most: image, row and column in turn, the strongest first; of candidates only."""
-    peaks = None if pictures is None else pictures.peaks.get(layer)
-    if peaks is None or not pictured:
-        return None
-    kept = set(candidates.tolist())
-    places = torch.cat([peaks.images[:, :, None], peaks.places], dim=2).tolist()
-    return {
-        "field": list(peaks.field),
-        "places": [
-            [place for place in strongest if place[0] < pictured] if channel in kept else None
-            for channel, strongest in enumerate(places)
-        ],
     }
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Condition, Measured
@@ -112,13 +110,9 @@ def comparable_note(first: Measured, *, traced: bool) -> str:
 
 def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
     first, second = comparison.names
-    data_sets, views = _views(comparison, budget) if budget.view else ([], [])
+    data_sets, views = _views(comparison, budget) if budget.view and comparison.alike else ([], [])
     changes = _route_changes(comparison) if comparison.alike else []
-    differences = {
-        "numbers": _number_differences(comparison),
-        "accuracies": _accuracy_differences(comparison),
-        "layers": _layer_differences(comparison),
-    }
+    differences = {"numbers": _number_differences(comparison), "accuracies": _accuracy_differences(comparison)}
     runs = zip(comparison.names, comparison.runs, strict=True)
     data = {
         "runs": [{"name": name, **run.data(budget)} for name, run in runs],
@@ -129,7 +123,7 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
     channels = {"channels": "Channels that left and entered"} if comparison.alike else {}
     return render(
         "two_runs.html.j2", data, comparison.notes, pruned=pruned,
-        title=f"Critical attacking routes: {first} and {second}", comparison=comparison, views=len(views),
+        title=f"Critical attacking routes: {first} and {second}", comparison=comparison, views=bool(views),
         sections={"route": "The routes", **channels, "differences": "What changed", **SECTIONS}, route_changes=changes,
         differences={name: difference_table(rows, comparison.names) for name, rows in differences.items()},
         budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
@@ -137,15 +131,10 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
 
 
 def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
-    """Data sets and the views on them: both over one another where channels correspond, then each by itself."""
-    classes, limits = comparison.first.classes, budget.limits
+    """The data set and the views on it, of networks whose channels correspond: over one another, then singly."""
     conditions = [run.measured.conditions for run in comparison.runs]
-    if not comparison.alike:
-        views = [route_view([run.network(budget)], run.classes, limits) for run in comparison.runs]
-        drawn = [(view, item) for view, item in zip(views, conditions, strict=True) if view is not None]
-        return [view for view, _ in drawn], [run_setup(item, number) for number, (_, item) in enumerate(drawn)]
     networks = [run.network(budget, name) for name, run in zip(comparison.names, comparison.runs, strict=True)]
-    both = route_view(networks, classes, limits)
+    both = route_view(networks, comparison.first.classes, budget.limits)
     if both is None:
         return [], []
     first, second = comparison.names
@@ -184,10 +173,11 @@ def _number_differences(comparison: RunComparison) -> list[dict[str, Any]]:
         if ours.routes is not None and theirs.routes is not None:
             about = {"number": f"accuracy on the {len(ours.routes)} {ours.name} traced"}
             rows.append(_difference(about, (ours.accuracy, theirs.accuracy)))
-        for name, values, others, kind in _by_layer(ours, theirs):
-            if values and others:
-                pair = [statistics.fmean(each.values()) for each in (values, others)]
-                rows.append(_difference({"number": f"{name}, mean over layers, {ours.name}"}, pair, kind))
+        before, after = _means(ours), _means(theirs)
+        for name in (name for name in before if name in after):
+            kind = _POINTS if name == "occurrence" else _FACTOR
+            about = {"number": f"{name}, mean over layers, {ours.name}"}
+            rows.append(_difference(about, (before[name], after[name]), kind))
     overlaps = comparison.first.overlap, comparison.second.overlap
     if None not in overlaps:
         rows.append(_difference({"number": "of clean and attacked route shared (Jaccard index)"}, overlaps))
@@ -212,27 +202,12 @@ def _accuracy_differences(comparison: RunComparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _layer_differences(comparison: RunComparison) -> list[dict[str, Any]]:
-    return [
-        _difference({"number": name, "images": ours.name, "layer": layer}, (values[layer], others[layer]), kind)
-        for ours, theirs in comparison.matched
-        for name, values, others, kind in _by_layer(ours, theirs)
-        for layer in values
-        if layer in others
-    ]
-
-
-def _by_layer(
-    ours: Condition, theirs: Condition
-) -> Iterator[tuple[str, Mapping[str, float], Mapping[str, float], str]]:
-    """Quantities by layer, of both; empty where they were not measured. Responses are means over all channels."""
-    yield "occurrence", ours.occurrence, theirs.occurrence, _POINTS
-    yield "sensitivity", _layer_means(ours.sensitivity), _layer_means(theirs.sensitivity), _FACTOR
-    yield "gradient", _layer_means(ours.gradient), _layer_means(theirs.gradient), _FACTOR
-
-
-def _layer_means(values: Mapping[str, Tensor] | None) -> dict[str, float]:
-    return {} if values is None else {layer: channels.mean().item() for layer, channels in values.items()}
+def _means(condition: Condition) -> dict[str, float]:
+    """Means over layers of what is known; responses are means over all of a layer's channels."""
+    layers = {"occurrence": list(condition.occurrence.values())}
+    for name, responses in (("sensitivity", condition.sensitivity), ("gradient", condition.gradient)):
+        layers[name] = [channels.mean().item() for channels in (responses or {}).values()]
+    return {name: statistics.fmean(values) for name, values in layers.items() if values}
 
 
 def _difference(about: Mapping[str, Any], pair: Sequence[float | None], kind: str = _POINTS) -> dict[str, Any]:
@@ -249,7 +224,7 @@ def difference_table(differences: Sequence[Mapping[str, Any]], names: tuple[str,
     rows = []
     for difference in differences:
         in_points, change = difference["kind"] == _POINTS, difference["change"]
-        row = {name: difference[name] for name in ("number", "attack", "images", "layer") if name in difference}
+        row = {name: difference[name] for name in ("number", "attack", "images") if name in difference}
         for name, value, ends in zip(
             names, difference["values"], difference.get("intervals", (None, None)), strict=True
         ):

@@ -108,7 +108,7 @@ const Controls = {
     if (v.setup.linked) return;
     samples.forEach((sample, number) => {
       const button = html("button", undefined, { type: "button", "data-sample": String(number), "aria-pressed": "false" });
-      if (pictures && sample.picture !== null) button.append(html("img", undefined, { src: pictures.sources[sample.picture], alt: "" }));
+      if (sample.picture !== null) button.append(html("img", undefined, { src: pictures[sample.picture], alt: "" }));
       const caption = html("span", `${sample.row}: ${sample.label === null ? "?" : name(sample.label)}`);
       const wrong = sample.predictions.map((found, at) => [found, at]).filter(([found]) => found !== null && found !== sample.label);
       if (wrong.length) {

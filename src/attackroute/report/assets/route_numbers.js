@@ -42,11 +42,3 @@ function drawn(name, attributes, text) {
   if (text !== undefined) made.textContent = text;
   return made;
 }
-
-function picture(pictures, number, box, mark) {  // a part of an image, or the whole of it with a ring at a place
-  const [height, width] = pictures.size, [x, y, w, h] = box || [0, 0, width, height];
-  const made = drawn("svg", { viewBox: `${x} ${y} ${w} ${h}`, class: "picture", role: "img" });
-  made.append(drawn("image", { href: pictures.sources[number], width, height, preserveAspectRatio: "none" }));
-  if (mark) made.append(drawn("circle", { cx: mark[0], cy: mark[1], r: Math.max(2, w / 12), class: "halo" }), drawn("circle", { cx: mark[0], cy: mark[1], r: Math.max(2, w / 12), class: "spot" }));
-  return made;
-}

@@ -38,11 +38,10 @@ const Panel = {
   describe(v, node, incoming, outgoing) {
     const panel = v.part("channel");
     if (!node) {
-      panel.replaceChildren(html("p", "Point at a channel to see how often samples use it, how strongly an attack moves it, what it responds to, and its strongest edges. Click to keep it, Escape to let go; the arrow keys move."));
+      panel.replaceChildren(html("p", "Point at a channel to see how often samples use it, how strongly an attack moves it, and its strongest edges. Click to keep it, Escape to let go; the arrow keys move."));
       return;
     }
     const layer = v.data.layers[node.layer], parts = [html("h3", `${layer.name}, channel ${node.channel}`), Panel.numbers(v, node)];
-    parts.push(...Panel.peaks(v, layer, node.channel));
     if (!Panel.measured(v)) parts.push(html("p", "Its influence was not measured."));
     else {
       const joined = (end) => v.data.edges.some((edge) => edge[end] === node.layer);
@@ -84,34 +83,6 @@ const Panel = {
     const box = html("div");
     box.append(table, note);
     return box;
-  },
-
-  peaks(v, layer, channel) {  // parts of images around the strongest responses, of each network shown
-    const sides = Columns.sides(v), shown = [sides.first, sides.second].filter((at) => at !== null);
-    const networks = [...new Set(shown.map((at) => v.data.conditions[at].network))];
-    return networks.flatMap((network) => Panel.responses(v, layer.peaks[network], channel, v.data.networks[network]));
-  },
-
-  responses(v, peaks, channel, network) {
-    const places = peaks && v.data.pictures ? peaks.places[channel] : null;
-    if (!places || !places.length) return [];
-    const [height, width] = v.data.pictures.size, [h, w] = peaks.field;
-    const whole = h * w > 0.6 * height * width, list = html("div", undefined, { class: "peaks" });
-    for (const [number, row, column] of places) {
-      const box = [Math.min(Math.max(0, column + 0.5 - w / 2), width - w), Math.min(Math.max(0, row + 0.5 - h / 2), height - h), w, h];
-      const made = whole ? picture(v.data.pictures, number, null, [column + 0.5, row + 0.5]) : picture(v.data.pictures, number, box);
-      made.append(drawn("title", {}, `${Panel.title(v, number)}, at row ${row}, column ${column}`));
-      list.append(made);
-    }
-    const what = whole ? "it sees most of an image; rings mark the places" : `approximately the ${h} x ${w} pixels that it sees there`;
-    const note = `The strongest responses among the ${v.data.pictures.sources.length} images in this page; ${what}.`;
-    return [html("h4", `${network ? `${network}: r` : "R"}esponds most to`), list, html("p", note, { class: "quiet" })];
-  },
-
-  title(v, number) {
-    const name = (label) => (v.data.classes[label] === undefined ? String(label) : v.data.classes[label]);
-    const sample = v.data.samples.find((item) => item.picture === number);
-    return sample === undefined ? `image ${number}` : `image ${sample.row}${sample.label === null ? "" : `, ${name(sample.label)}`}`;
   },
 
   listing(v, title, items, of, none) {
