@@ -38,7 +38,7 @@ def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Pa
     layers = "features.0,features.3"
     result = run(model, tmp_path, "--attack", "fgsm:eps=0.2", "--layers", layers, "--route-width", "0.25")
     assert result.exit_code == 0, result.output
-    assert "route beats" in result.stdout and "AUROC" in result.stdout
+    assert "route beats" in result.stdout
     for name, each in experiment.all_experiments().items():
         content = json.loads((tmp_path / f"{name}.json").read_text())
         with open(tmp_path / f"{name}.csv", newline="") as file:
@@ -132,6 +132,6 @@ def test_a_network_that_gets_nothing_right_is_one_line(model: Path, tmp_path: Pa
     state = network.state_dict()
     state["classifier.bias"] = torch.full((10,), -1e3).index_fill_(0, torch.tensor([unseen]), 1e3)
     torch.save(state, tmp_path / "weights.pt")
-    for name in ("deactivate", "transplant", "gradcam", "detect"):
+    for name in ("deactivate", "transplant", "gradcam"):
         result = run(model, tmp_path, "--weights", str(tmp_path / "weights.pt"), "--only", name)
         assert result.exit_code == 2 and "none of the 12 samples right" in result.stderr, result.output

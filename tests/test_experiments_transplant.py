@@ -82,9 +82,6 @@ def test_every_transplant_is_that_of_one_sample_at_a_time(case: Case) -> None:
     assert seen == swept | fixed | {(name, (), 0.0) for name in attacks}
     assert len(set(result.table.column("accuracy"))) > 3
     without = {name: f"{result.untouched(name).value:.1%}" for name in attacks}
-    summary = result.summary()
-    assert {(row["attack"], row["untouched"]) for row in summary} == set(without.items())
-    assert len(summary) == len(attacks) * len(groups) and summary.distinct("layer")[-1] == "all 4 layers"
     assert f"(accuracy without: shifted {without['shifted']}, noisy {without['noisy']})" in result.reading()
     assert list(result.figures()) == ["transplant-shares", "transplant-layers"]
 

@@ -82,9 +82,6 @@ def test_votes_by_hand() -> None:
     assert hardness.values.tolist() == [3.5, 6.5, 7.0, 3.0]
     assert hardness.hardest(4).tolist() == [2, 1, 0, 3] and hardness.weakest(2).tolist() == [3, 0]
     assert hardness.correct.tolist() == [True, True, False, True]
-    first, second = hardness.by_class()
-    assert (first["label"], first["samples"], first["correct"], first["V_mean"]) == (0, 2, 1, 5.25)
-    assert second["V_quartiles"] == [3.875, 4.75, 5.625]
 
 
 def test_votes_are_ranks() -> None:

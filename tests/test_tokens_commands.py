@@ -14,10 +14,8 @@ from torchvision.models import VisionTransformer
 
 import attackroute as ar
 from attackroute.analysis.controls import Comparison
-from attackroute.analysis.experiments.detect import detect
 from attackroute.analysis.experiments.interventions import weaken_accuracy
 from attackroute.analysis.figures.style import short_names
-from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.zoo.data import load_data
 from command_line import Result, done, empty_figures
@@ -85,7 +83,7 @@ def halves(indices: list[int]) -> tuple[Tensor, Tensor]:
 def analysis(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     out = tmp_path_factory.mktemp("analysis")
     options = ["--samples", str(SAMPLES), "--draws", "2", "--attack", "fgsm:eps=0.2", "--linear", "--out", str(out)]
-    only = ["--only", "occurrence,sensitivity,weaken,gradcam,detect"]
+    only = ["--only", "occurrence,sensitivity,weaken,gradcam"]
     with empty_figures():
         return out, run("analyze", trained, *options, *only)
 
@@ -195,14 +193,6 @@ def test_hardening_moves_what_is_punished(trained: Path, penalty: str | tuple[st
     assert Connections.find(network, data[0], linear=True).joined(route)[:2] == MLPS
     with pytest.raises(ar.UserError, match="leave out linear"):
         ar.harden(network, data, route=route, settings=settings)
-
-
-def test_routes_of_linear_maps_detect_attacks(trained: Path) -> None:
-    network, data = network_of(trained), halves(list(range(SAMPLES)))
-    attack = {"fgsm": ar.parse_attack("fgsm:eps=0.2")}
-    found = detect(network, data, data, attack, seeds=range(1), config=TraceConfig(linear=True))
-    layers = set(found.table.select(score="route").column("layer"))
-    assert layers == {"all", *ar.trace_routes(network, data, config=ar.TraceConfig(linear=True)).layers}
 
 
 def test_weakening_says_into_which_layers(trained: Path) -> None:

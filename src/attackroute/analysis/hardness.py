@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,16 +125,6 @@ class Hardness:
         are those of :meth:`hardest`.
         """
         return self._first(count, among, descending=False)
-
-    def by_class(self) -> list[dict[str, Any]]:
-        """For each label: how many samples bear it, how many are classified correctly, and the spread of their V."""
-        quarters = torch.tensor([0.25, 0.5, 0.75]).double()
-        rows = []
-        for label in self.labels.unique().tolist():
-            values, right = self.values[self.labels == label], self.correct[self.labels == label]
-            spread = {"V_mean": float(values.mean()), "V_quartiles": values.quantile(quarters).tolist()}
-            rows.append({"label": label, "samples": len(values), "correct": int(right.sum()), **spread})
-        return rows
 
     @property
     def table(self) -> Table:

@@ -82,8 +82,6 @@ def analyze(options: AnalyzeOptions) -> None:
             output.line(f"{document.kind}: done before. {document.reading}")
             return
         output.line(f"\n{document.kind} ({document.about['seconds']:.0f} s)")
-        summary = result.summary()
-        output.table(summary.columns, summary.rows)
         output.line(document.reading)
 
     refuse_earlier(options.out, ["summary.json", "hardening.json"], options.run)  # a route of theirs is there too

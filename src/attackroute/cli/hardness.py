@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -27,10 +26,8 @@ if TYPE_CHECKING:
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
 
-_PICTURES = "hardness-images.png"
 _ATTACKS = ("fgsm:eps=1/255", "fgsm:eps=2/255", "gaussian-noise:std=0.05")
 _WIDTH, _ROUTE_WIDTH = 0.2, 0.3  # the paper's
-_DRAWN = 10  # images in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +80,7 @@ def hardness(options: HardnessOptions) -> None:
         if leading():
             if options.route is None:
                 route.save(folder / "route.json")
-            _write(folder, session, study)
+            _write(folder, study)
             document.save(folder)
     options.run.output.result({**document.to_json(), "folder": str(options.out)})
     _show(options.run.output, study, options.out)
@@ -106,25 +103,14 @@ def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: P
     return routes.aggregate(_ROUTE_WIDTH)
 
 
-def _write(folder: Path, session: Session, study: HardnessStudy) -> None:
-    """Write the tables of all images and the figures."""
+def _write(folder: Path, study: HardnessStudy) -> None:
+    """Write the table of all images and the figure."""
     from attackroute.analysis.figures.style import save_figure
-    from attackroute.analysis.hardness_experiment import images_figure
     from attackroute.core.files import replace_file
 
-    ranked = study.hardness
-    replace_file(folder / "hardness-images.csv", ranked.table.to_csv().encode())
+    replace_file(folder / "hardness-images.csv", study.hardness.table.to_csv().encode())
     for name, figure in study.figures().items():
         save_figure(figure, folder, name)
-    count, correct = min(_DRAWN, len(ranked)), min(_DRAWN, study.correct)
-    rows = {
-        "Learned best: the largest V": ranked.hardest(count),
-        "Learned worst: the smallest V": ranked.weakest(count),
-        "The smallest V of those classified correctly": ranked.weakest(correct, ranked.correct),
-    }
-    file = io.BytesIO()
-    images_figure(ranked, rows, session.images.dataset, session.images.classes).savefig(file, dpi=200)
-    replace_file(folder / _PICTURES, file.getvalue())
 
 
 def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
@@ -140,9 +126,9 @@ def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
         ["tenth", "images", *study.fooled],
         [[number, bins[0].samples, *(each.fooled for each in bins)] for number, bins in enumerate(tenths, start=1)],
     )
-    output.line("What tells best who is fooled? (1: always, 0.5 or Spearman's 0: chance)")
+    output.line("What tells best who is fooled? (1: always, 0.5: chance)")
     summary = study.summary()
     output.table(summary.columns, summary.rows)
     for sentence in study.sentences():
         output.line(f"{sentence}.")
-    output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'} and {folder / _PICTURES}")
+    output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'}")

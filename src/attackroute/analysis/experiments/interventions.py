@@ -38,6 +38,7 @@ class Transplantation(InterventionTable):
 
     kind = "transplant"
     helps: ClassVar[bool] = True
+
     opening = (
         "Transplanting {0.main_share:.0%} of one layer's clean channels at its {0.at} (accuracy without: {0.without}); "
         "in clear effect, by {0.cases}:"
@@ -68,6 +69,7 @@ class Weakening(InterventionTable):
     """Accuracies with the connections between channels scaled down."""
 
     kind = "weaken"
+
     opening = (
         "Weakening the connections between {0.main_share:.0%} of all layers' channels{0.cases} to {0.main_beta:g}; "
         "in clear effect:"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, labelled, worked_on
-from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, Comparison, layer_sets
+from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import Study
@@ -94,18 +94,6 @@ class Sensitivity(ExperimentResult):
             "samples": self.samples,
             "verdicts": self.verdicts.to_json(),
         }
-
-    def summary(self) -> Table:
-        """The route's mean over that of all other neurons."""
-        head = ["layer", *(f"{_title(*each)}, route / off-route" for each in self.quantities)]
-        rows = []
-        for layer in self.layers:
-            ratios = []
-            for each in self.quantities:
-                on_route, off_route = (self.rows(layer, *each, by)[0]["mean"] for by in (ROUTE, OFF_ROUTE))
-                ratios.append(f"{on_route / off_route:.2f}" if off_route else "-")
-            rows.append((layer, *ratios))
-        return Table(tuple(head), tuple(rows))
 
     def figures(self) -> dict[str, Figure]:
         """``sensitivity``: Fig. 2."""

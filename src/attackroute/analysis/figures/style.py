@@ -17,7 +17,7 @@ ROUTE_COLOUR = "#D55E00"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers tell apart what is left
 _LOOKS: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("route", "clean"), (ROUTE_COLOUR, "o")),
-    **dict.fromkeys(("random off-route", "random routes", "random route"), ("#8A8A8A", "s")),
+    **dict.fromkeys(("random off-route", "random routes"), ("#8A8A8A", "s")),
     "off-route": ("#000000", "X"),
     "activation": ("#0072B2", "^"),
     "weight": ("#009E73", "D"),
@@ -25,8 +25,6 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "gradient": ("#CC79A7", "v"),
     "sensitivity": ("#B8860B", "P"),
     "attribution": ("#56B4E9", "<"),
-    "softmax": ("#6A3D9A", "*"),
-    "margin": ("#A65628", "p"),
 }
 _OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
 
