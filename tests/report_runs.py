@@ -100,7 +100,7 @@ def make_run(root: Path) -> Path:
     about = {"attacks": {ATTACK: {"fooled": 3, "bins_hardest_first": [[2, 0], [2, 1], [1, 1]]}}}
     judged = Table.of([{"predictor": "loss", "statistic": "AUROC", "value": 0.75}])
     Document("hardness", {"seed": 0}, "The attack fools the weakest.", judged, about).save(home / "hardness")
-    occurrence = Table.of([{"layer": "features.0", "of": "clean", "occurrence": 0.75}])
+    occurrence = Table.of([{"layer": "features.0", "of": "clean", "value": 0.75}])
     titled = {"title": "Occurrence, clean and attacked", "order": 1, "seconds": 1.25}
     Document("occurrence", {"attacks": [ATTACK]}, "Most use the same.", occurrence, titled).save(home / "analysis")
     return home

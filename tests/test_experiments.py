@@ -16,7 +16,6 @@ from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT, map_p
 from attackroute.analysis.experiments.interventions import transplant_accuracy
 from attackroute.analysis.experiments.occurrence import RANDOM_ROUTES, measure_occurrence
 from attackroute.analysis.experiments.sensitivity import GRADIENT, SENSITIVITY, measure_sensitivity
-from attackroute.analysis.gradcam import grad_cam
 from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Moments
@@ -24,7 +23,7 @@ from attackroute.core.table import Table
 from attackroute.robustness.gradient_attacks import FGSM
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing.trace import trace_routes
-from experiment_samples import Case, counting, make_case, shifted
+from experiment_samples import Case, counting, grad_cam, make_case, shifted
 from route_samples import instances
 
 LAYERS = ("0", "3", "8", "10")

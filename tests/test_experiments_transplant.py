@@ -120,7 +120,7 @@ def test_weakened_connections_are_those_of_a_copy_with_smaller_kernels(case: Cas
 
     with counting(case.model) as sizes:
         compared = case.compared(baselines={"weight": case.weight}, seeds=(3,), batch_size=16)
-        table = weaken_accuracy(compared)
+        table = weaken_accuracy(compared, case.images[:2])
     right = case.right()
     routes = {ROUTE: case.route, RANDOM: case.route.random_like(3), "weight": case.weight.route(0.3)}
     for row in list(table.table)[1:]:

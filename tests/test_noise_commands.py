@@ -98,7 +98,7 @@ def test_occurrence_of_routes_that_follow_the_noise(trained: Path, tmp_path: Pat
     result = run("analyze", trained, *given, "--only", "occurrence", "--carrier", "noise", "--out", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["experiments"]["occurrence"]["rows"]
-    named = [row["of"] for row in rows]
+    named = [row["of"] for row in rows if row["measure"] == "occurrence"]
     assert list(dict.fromkeys(named))[:2] == attacks and "clean" not in named
     digits = load_data("mnist-sample", samples=16, seed=0)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()[:8]
@@ -106,7 +106,7 @@ def test_occurrence_of_routes_that_follow_the_noise(trained: Path, tmp_path: Pat
     network = open_network(str(trained), digits).eval()
     data = (torch.stack(images), torch.tensor(labels))
     routes = ar.trace_routes(network, data, attack=ar.parse_attack(attacks[1]), config=ar.TraceConfig(carrier="noise"))
-    found = {row["layer"]: row["occurrence"] for row in rows if row["of"] == attacks[1]}
+    found = {row["layer"]: row["value"] for row in rows if (row["measure"], row["of"]) == ("occurrence", attacks[1])}
     assert found == pytest.approx(routes.occurrence(0.2))
 
 

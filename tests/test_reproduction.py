@@ -81,7 +81,7 @@ def test_rows_are_found_by_their_columns() -> None:
 def occurrence(values: list[float], chance: float = 0.2) -> dict[str, Any]:
     def rows(of: str, numbers: list[float], draw: int | None) -> list[dict[str, Any]]:
         return [
-            {"layer": layer, "of": of, "draw": draw, "occurrence": value}
+            {"layer": layer, "measure": "occurrence", "of": of, "draw": draw, "value": value}
             for layer, value in zip(LAYERS, numbers, strict=True)
         ]
 

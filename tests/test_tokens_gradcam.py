@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.gradcam import grad_cam, layer_evidence, layer_maps
+from attackroute.analysis.gradcam import layer_evidence, layer_maps
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
+from experiment_samples import grad_cam
 from token_networks import CLASSES, GATED, TOKENS, Attentive, made, vit
 from tracing import state
 
@@ -143,7 +144,7 @@ def test_what_has_no_map_says_what_to_take() -> None:
     with pytest.raises(UserError, match=r'before any activation.*at="output"'):
         grad_cam(model, images, "encoder.layers.encoder_layer_0.self_attention", at="activation")
     model, images, _ = made(TOKENS["swin"])
-    with pytest.raises(UserError, match="in windows"):
+    with pytest.raises(UserError, match="tokens in windows"):
         grad_cam(model, images, "features.1.0.attn#2")
 
 

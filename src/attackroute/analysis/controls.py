@@ -65,9 +65,8 @@ class Ranking:
         chosen = set(layers)
         channels = {layer: count for layer, count in self.channels.items() if layer in chosen}
         sizes = {layer: kept(share, count) if share else 0 for layer, count in channels.items()}
-        for layer, size in sizes.items():
-            if size > len(self.order[layer]):
-                return None
+        if any(size > len(self.order[layer]) for layer, size in sizes.items()):
+            return None
         origin = Provenance(0, share, seed=self.draw, criterion=self.criterion) if share else None
         return Route({layer: self.order[layer][:size] for layer, size in sizes.items()}, channels, None, origin)
 

@@ -39,51 +39,14 @@ class Evidence:
     logits: Tensor  # (N, classes)
     target: Tensor  # the class of each image, (N,)
 
-    def __getitem__(self, rows: Tensor) -> Evidence:
-        """The evidence of some of the images."""
-        return Evidence(self.maps[rows], self.weights[rows], self.logits[rows], self.target[rows])
-
     def cams(self, sets: Tensor) -> Tensor:
-        """Of each set of channels, bool ``(S, C)``: ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``."""
+        """Of each set of channels, bool ``(S, C)``: ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``.
+
+        The maps are at the layer's own resolution, and not normalised; ``cams(route.mask(layer)[None])`` is a route's.
+        """
         chosen = sets.to(self.maps.device, self.maps.dtype)
         weights = self.weights[None] * chosen[:, None]  # (S, N, C)
         return torch.einsum("snc,nchw->snhw", weights, self.maps).relu_()
-
-
-def grad_cam(
-    model: nn.Module,
-    images: Tensor,
-    layer: str,
-    channels: Sequence[int] | Tensor | None = None,
-    *,
-    target: Tensor | None = None,
-    at: str = OUTPUT,
-    grid: Grid | None = None,
-) -> Tensor:
-    """Grad-CAM of some channels of a route layer.
-
-    Args:
-        model: Any network of images to logits. It runs in eval mode and comes back as it was.
-        images: ``(N, C, H, W)`` on the model's device.
-        layer: A convolution, or a linear map over tokens, as traced.
-        channels: Indices of the channels to sum over; None for all, which is the usual Grad-CAM.
-        target: ``(N,)`` classes; None for those that the model predicts.
-        at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
-        grid: Rows and columns of the tokens; None for those of the patches, see :func:`layer_maps`.
-
-    Returns:
-        ``(N, H, W)`` at the layer's own resolution, at least 0, not normalised.
-
-    Raises:
-        UserError: The layer does not run or has no maps, its tokens have no grid, the logits depend on none of them, a
-            channel or class is out of range, or ``at`` is unknown.
-    """
-    evidence = layer_evidence(model, images, layer, target=target, at=at, grid=grid)
-    count = evidence.maps.shape[1]
-    index = torch.as_tensor(range(count) if channels is None else channels, dtype=torch.int64).cpu().flatten()
-    if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
-        raise UserError(f"a channel of layer {layer!r} is out of range: it has channels 0 to {count - 1}")
-    return evidence.cams(torch.zeros(1, count, dtype=torch.bool).index_fill_(1, index, True))[0]
 
 
 def layer_evidence(
@@ -95,7 +58,20 @@ def layer_evidence(
     at: str = OUTPUT,
     grid: Grid | None = None,
 ) -> Evidence:
-    """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
+    """Maps and weights of a route layer from one forward pass, for Grad-CAM of any number of sets of channels.
+
+    Args:
+        model: Any network of images to logits. It runs in eval mode and comes back as it was.
+        images: ``(N, C, H, W)`` on the model's device.
+        layer: A convolution, or a linear map over tokens, as traced.
+        target: ``(N,)`` classes; None for those that the model predicts.
+        at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
+        grid: Rows and columns of the tokens; None for those of the patches, see :func:`layer_maps`.
+
+    Raises:
+        UserError: The layer does not run or has no maps, its tokens have no grid, the logits depend on none of them, a
+            class is out of range, or ``at`` is unknown.
+    """
     calls: list[LayerCall] = []
     leaves: list[Tensor] = []
     grids: list[Grid] = []  # of the maps of the convolutions before the layer
@@ -120,8 +96,7 @@ def layer_evidence(
         classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
         classes = checked_labels(classes, logits.shape[1], images.shape[0])
         chosen = logits.gather(1, classes[:, None]).sum()
-        reached = logits.requires_grad
-        gradient = torch.autograd.grad(chosen, leaves[-1], allow_unused=True)[0] if reached else None
+        gradient = torch.autograd.grad(chosen, leaves[-1], allow_unused=True)[0] if chosen.requires_grad else None
     if gradient is None:
         raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
     slopes = layer_maps(calls[-1], gradient, grids)

@@ -107,24 +107,19 @@ class Hardness:
         sizes = f"{plural(len(self), 'sample')}, {plural(len(self.route.layers), 'layer')}"
         return f"Hardness({sizes}, V from {low:g} to {high:g})"
 
-    def hardest(self, count: int, among: Tensor | None = None) -> Tensor:
+    def hardest(self, count: int) -> Tensor:
         """Indices of the samples with the largest V, hardest first, ties to the lower index, int64 ``(count,)``.
 
         They are the ones that the model has learned best; nothing is perturbed to find them.
-
-        Args:
-            count: How many.
-            among: Bool ``(N,)``, to choose from these samples alone, such as :attr:`correct`.
         """
-        return self._first(count, among, descending=True)
+        return self._first(count, descending=True)
 
-    def weakest(self, count: int, among: Tensor | None = None) -> Tensor:
+    def weakest(self, count: int) -> Tensor:
         """Indices of the samples with the smallest V, weakest first, ties to the lower index, int64 ``(count,)``.
 
-        They are the model's criticisms: the ones that it has learned worst, as a rule misclassified ones. Arguments
-        are those of :meth:`hardest`.
+        They are the ones that the model has learned worst, as a rule misclassified ones.
         """
-        return self._first(count, among, descending=False)
+        return self._first(count, descending=False)
 
     @property
     def table(self) -> Table:
@@ -135,12 +130,10 @@ class Hardness:
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
 
-    def _first(self, count: int, among: Tensor | None, *, descending: bool) -> Tensor:
+    def _first(self, count: int, *, descending: bool) -> Tensor:
+        if not 0 < count <= len(self):
+            raise UserError(f"{count} samples are wanted of {len(self)}: give a number from 1 to {len(self)}")
         order: Tensor = self.values.sort(descending=descending, stable=True).indices
-        if among is not None:
-            order = order[among[order]]
-        if not 0 < count <= len(order):
-            raise UserError(f"{count} samples are wanted of {len(order)}: give a number from 1 to {len(order)}")
         return order[:count]
 
 

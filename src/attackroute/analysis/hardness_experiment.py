@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,13 +47,6 @@ _ROUTE = "route"
 _BINS = 10
 
 
-class Bin(NamedTuple):
-    """How many correctly classified samples are next to each other in the order of V, and how many of them fooled."""
-
-    samples: int
-    fooled: int
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HardnessStudy(ExperimentResult):
     """Hardness of samples, and what attacks did to the C samples that the model classifies correctly.
@@ -77,11 +70,11 @@ class HardnessStudy(ExperimentResult):
         """How many samples the model classifies correctly."""
         return int(self.hardness.correct.sum())
 
-    def bins(self, attack: str) -> list[Bin]:
-        """Fig. 6: how many are fooled of each tenth of the correctly classified samples, by falling V."""
+    def bins(self, attack: str) -> list[tuple[int, int]]:
+        """Fig. 6: sizes of the tenths of the correctly classified samples by falling V, and how many are fooled."""
         order = np.argsort(self.predictors[OURS], kind="stable")  # of -V
         tenths = np.array_split(self.fooled[attack][order], min(_BINS, self.correct))
-        return [Bin(len(tenth), int(tenth.sum())) for tenth in tenths]
+        return [(len(tenth), int(tenth.sum())) for tenth in tenths]
 
     def gradients(self, attack: str) -> Table:
         """Table 4: loss gradients on each layer's route neurons (Eq. (16)), of hard and of weak samples.
@@ -101,11 +94,10 @@ class HardnessStudy(ExperimentResult):
         """For each attack: who is fooled at both ends of V, and how V does."""
         sentences = []
         for attack in self.fooled:
-            first, last = (self.bins(attack)[end] for end in (0, -1))
+            (hardest, few), (weakest, many) = (self.bins(attack)[end] for end in (0, -1))
             sentences.append(
-                f"{attack} fools the model on {first.fooled} of the {first.samples} hardest and {last.fooled} of "
-                f"the {last.samples} weakest of {self.correct} correctly classified samples; "
-                + _verdict(self.judged(attack))
+                f"{attack} fools the model on {few} of the {hardest} hardest and {many} of the {weakest} weakest of "
+                f"{self.correct} correctly classified samples; {_verdict(self.judged(attack))}"
             )
         return sentences
 
@@ -128,16 +120,6 @@ class HardnessStudy(ExperimentResult):
                 for attack, fooled in self.fooled.items()
             },
         }
-
-    def summary(self) -> Table:
-        """What tells best who is fooled, by attack; random neurons share one row."""
-        groups: dict[str, list[str]] = {}
-        for name in self.predictors:
-            groups.setdefault(f"{RANDOM}, draws" if name.startswith(RANDOM) else name, []).append(name)
-        judged = [self.judged(attack) for attack in self.fooled]
-        cells = {title: [_text([rows[name] for name in names]) for rows in judged] for title, names in groups.items()}
-        rows = tuple((title, *texts) for title, texts in cells.items())
-        return Table(("predictor", *(f"{attack}, {AUROC}" for attack in self.fooled)), rows)
 
     def figures(self) -> dict[str, Figure]:
         """``hardness``: Fig. 6."""
@@ -241,8 +223,8 @@ def _verdict(judged: Mapping[str, Record]) -> str:
         standing = f"{clear} {'ahead of' if rival['lead'] >= 0 else 'behind'}"
     text = f"{AUROC} of V {ours['value']:.3f} ({ours['low']:.3f} to {ours['high']:.3f})"
     text += f", {standing} the best rival, {rival['predictor']} ({rival['value']:.3f})"
-    draws = [row for name, row in judged.items() if name.startswith(RANDOM) and row["value"] is not None]
-    return f"{text}; V on random neurons {_text(draws)}" if draws else text
+    draws = [row["value"] for name, row in judged.items() if name.startswith(RANDOM) and row["value"] is not None]
+    return f"{text}; {RANDOM} {min(draws):.3f} to {max(draws):.3f}" if draws else text
 
 
 def _mean_and_median(logs: Tensor) -> tuple[float | None, float | None]:
@@ -252,29 +234,19 @@ def _mean_and_median(logs: Tensor) -> tuple[float | None, float | None]:
     return float((logs.logsumexp(0) - np.log(len(logs))).exp()), float(np.median(logs.exp().numpy()))
 
 
-def _text(rows: Sequence[Record]) -> str:
-    """A predictor's value with its interval, or the range of several."""
-    values = [row["value"] for row in rows if row["value"] is not None]
-    if not values:
-        return "not defined"
-    if len(rows) == 1:
-        return f"{values[0]:.3f} ({rows[0]['low']:.2f} to {rows[0]['high']:.2f})"
-    return f"{min(values):.3f} to {max(values):.3f}"
-
-
 def _figure(study: HardnessStudy) -> Figure:
     """For each attack how many are fooled of each tenth of the samples by V, below a line of title."""
     figure = new_figure(max(6.4, 3.1 * len(study.fooled) + 1.2), 3.9)
     panels = figure.subplots(1, len(study.fooled), squeeze=False)[0]
     for axes, attack in zip(panels, study.fooled, strict=True):
-        bins = study.bins(attack)
-        places = range(1, len(bins) + 1)
+        samples, fooled = zip(*study.bins(attack), strict=True)
+        places = range(1, len(samples) + 1)
         handles = {
-            "correctly classified": axes.bar(places, [tenth.samples for tenth in bins], color=_PALE, width=0.86),
-            "of these fooled": axes.bar(places, [tenth.fooled for tenth in bins], color=ROUTE_COLOUR, width=0.86),
+            "correctly classified": axes.bar(places, samples, color=_PALE, width=0.86),
+            "of these fooled": axes.bar(places, fooled, color=ROUTE_COLOUR, width=0.86),
         }
-        for place, tenth in zip(places, bins, strict=True):
-            axes.text(place, tenth.fooled, str(tenth.fooled), ha="center", va="bottom", fontsize=7)
+        for place, number in zip(places, fooled, strict=True):
+            axes.text(place, number, str(number), ha="center", va="bottom", fontsize=7)
         axes.set_title(textwrap.fill(attack.replace(",", ", "), _TITLE), fontsize=9)
         tidy(axes)
         axes.set_xticks(places)

@@ -145,7 +145,6 @@ class InterventionTable(ExperimentResult):
 
         It is about single layers at the main share; where connections are weakened, about all at the main factor.
         """
-        # where connections are weakened, all layers are changed together
         main = [
             setting.cells.items()
             for setting in self.settings

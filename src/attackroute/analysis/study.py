@@ -198,15 +198,12 @@ class Study:
         )  # fmt: skip
 
     def examples(self) -> tuple[Tensor, Tensor]:
-        """A few images to measure that the network gets right, drawn by the seed, of other classes if that can be."""
+        """A few images to measure that the network gets right, drawn by the seed."""
         order = torch.randperm(len(self.halves[1]), generator=torch.Generator().manual_seed(self.seed)).tolist()
         images, labels = self._some([self.halves[1][at] for at in order])
         with frozen(self.model), torch.no_grad():
             right = checked_logits(self.model(images), len(images)).argmax(1) == labels
-        # the k-th image of every class comes before the k + 1st of any; without any it is the experiment that says so
-        rows = right.nonzero().flatten().tolist() or [0]
-        turns = [(int((labels[rows[:at]] == labels[row]).sum()), row) for at, row in enumerate(rows)]
-        chosen = [row for _, row in sorted(turns)[:4]]
+        chosen = right.nonzero().flatten().tolist()[:4] or [0]  # without any it is the experiment that says so
         return images[chosen], labels[chosen]
 
     @cached_property

@@ -124,11 +124,8 @@ def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
     tenths = zip(*(study.bins(attack) for attack in study.fooled), strict=True)
     output.table(
         ["tenth", "images", *study.fooled],
-        [[number, bins[0].samples, *(each.fooled for each in bins)] for number, bins in enumerate(tenths, start=1)],
+        [[number, bins[0][0], *(fooled for _, fooled in bins)] for number, bins in enumerate(tenths, start=1)],
     )
-    output.line("What tells best who is fooled? (1: always, 0.5: chance)")
-    summary = study.summary()
-    output.table(summary.columns, summary.rows)
     for sentence in study.sentences():
         output.line(f"{sentence}.")
     output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'}")

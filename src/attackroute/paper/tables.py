@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT
-from attackroute.analysis.experiments.occurrence import RANDOM_ROUTES
+from attackroute.analysis.experiments.occurrence import OCCURRENCE, RANDOM_ROUTES
 from attackroute.analysis.hardness_experiment import BASELINES, OURS
 from attackroute.analysis.hardness_experiment import RANDOM as RANDOM_NEURONS
 from attackroute.analysis.intervention_table import UNTOUCHED
@@ -84,7 +84,7 @@ def _occurrences(findings: Findings) -> dict[str, list[float]]:
     """By whose routes they are, the occurrence in each layer."""
     layers = findings.distinct("layer")
     return {
-        of: [findings.mean("occurrence", layer=layer, of=of) or 0.0 for layer in layers]
+        of: [findings.mean("value", layer=layer, measure=OCCURRENCE, of=of) or 0.0 for layer in layers]
         for of in ("clean", "activation", "gradient", RANDOM_ROUTES)
     }
 

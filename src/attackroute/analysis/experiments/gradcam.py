@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import grid_of, new_figure
+from attackroute.analysis.figures.style import new_figure
 from attackroute.analysis.gradcam import enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
@@ -149,7 +149,7 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
         right = (evidence.target == answers).nonzero().flatten()
         values: dict[tuple[str, str], Tensor] = {}
         if len(right):
-            clean, values[CLEAN, INSIDE] = _spread(evidence[right].cams(sets), *images.shape[2:])
+            clean, values[CLEAN, INSIDE] = _spread(evidence.cams(sets)[:, right], *images.shape[2:])
             for name, attack in named.items():
                 changed, _ = attacked(model, attack, images[right], answers[right])
                 cams = layer_evidence(model, changed, layer, at=at).cams(sets)
@@ -222,7 +222,8 @@ def _spread(cams: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 def _maps_figure(result: GradCam, panels: MapPanels) -> Figure:
     """Each image as two rows, clean and attacked: the image, then the route's map and the others' over it."""
     count = panels.images.shape[1]
-    rows, pairs = grid_of(count, 2)
+    pairs = min(2, count)
+    rows = -(-count // pairs)
     figure = new_figure(3.5 * pairs + 0.6, 2.45 * rows + 0.9)
     grid = figure.subplots(2 * rows, 3 * pairs, squeeze=False)
     for axes in grid.flatten():

@@ -22,6 +22,7 @@ from attackroute.tracing.trace import Progress
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OCCURRENCE = "occurrence"
 RANDOM_ROUTES = "random routes"
 
 
@@ -30,8 +31,8 @@ class Occurrence(ExperimentResult):
     """Occurrence, layer by layer.
 
     Attributes:
-        table: One number a row: the ``occurrence``, mean frequency of the most frequent channels over samples; ``of``
-            is whose routes, ``draw`` the number of a random draw.
+        table: One ``value`` a row, mean frequency of the most frequent channels over samples; ``of`` is whose routes,
+            ``draw`` the number of a random draw.
     """
 
     kind = "occurrence"
@@ -46,7 +47,7 @@ class Occurrence(ExperimentResult):
 
     def values(self, layer: str, of: str) -> list[float]:
         """The numbers of one layer, one for each random draw."""
-        return self.table.select(layer=layer, of=of).column("occurrence")
+        return self.table.select(layer=layer, of=of).column("value")
 
     def reading(self) -> str:
         """One sentence: the range of occurrences, and in how many layers they exceed the others'."""
@@ -101,12 +102,13 @@ def measure_occurrence(routes: Mapping[str, InstanceRoutes], *, seeds: Sequence[
     first = next(iter(routes.values()))
     for name, other in routes.items():
         require_same(first.channels, other.channels, f"the routes {name!r}")
-    series: list[tuple[str, int | None, dict[str, float]]]
-    series = [(name, None, each.occurrence(first.width)) for name, each in routes.items()]
-    series += [(RANDOM_ROUTES, seed, _random_occurrence(first, seed)) for seed in seeds]
+    series = [
+        *((name, None, each.occurrence(first.width)) for name, each in routes.items()),
+        *((RANDOM_ROUTES, seed, _random_occurrence(first, seed)) for seed in seeds),
+    ]
     table = Table.of(
-        {"layer": layer, "channels": count, "of": name, "draw": draw, "occurrence": occurrence[layer]}
-        for name, draw, occurrence in series
+        {"layer": layer, "channels": count, "measure": OCCURRENCE, "of": name, "draw": draw, "value": values[layer]}
+        for name, draw, values in series
         for layer, count in first.channels.items()
     )
     return Occurrence(table=table, width=first.width, samples=len(first))
@@ -117,11 +119,8 @@ def _random_occurrence(routes: InstanceRoutes, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     occurrence = {}
     for layer, count in routes.channels.items():
-        frequency = torch.zeros(count, dtype=torch.float64)
-        for start in range(0, len(routes), 4096):
-            block = min(4096, len(routes) - start)
-            chosen = torch.rand(block, count, generator=generator).topk(kept(routes.width, count), dim=1).indices
-            frequency += torch.bincount(chosen.flatten(), minlength=count)
+        chosen = torch.rand(len(routes), count, generator=generator).topk(kept(routes.width, count), dim=1).indices
+        frequency = torch.bincount(chosen.flatten(), minlength=count).double()
         occurrence[layer] = float(frequency.topk(kept(routes.width, count)).values.mean()) / len(routes)
     return occurrence
 

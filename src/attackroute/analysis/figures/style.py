@@ -81,13 +81,6 @@ def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int | Non
     )  # fmt: skip
 
 
-def grid_of(count: int, columns: int) -> tuple[int, int]:
-    """Rows and columns for so many panels, without an almost empty last row where that can be helped."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    return rows, -(-count // rows)
-
-
 def short_names(names: Sequence[str]) -> list[str]:
     """Long names cut at the front, to as many characters as tell them all apart, and no fewer than 20."""
     for width in range(20, max(map(len, names), default=0)):
