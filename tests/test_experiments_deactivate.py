@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(case: Case) -> None:
         ({"data": (case.images, wrong)}, {}, "none of the 30 samples right"),
         ({"data": case.images}, {}, "no labels"),
         ({}, {"layers": ["99"]}, "no layer '99'"),
-        ({"share": -1.0}, {}, "share -1.0 is outside"),
+        ({"share": -1.0}, {}, "-1.0 is outside"),
         ({"at": "outputs"}, {}, "did you mean output"),
         ({"data": (case.images, case.labels + 7)}, {}, "outside the model's 5 logits"),
     ]

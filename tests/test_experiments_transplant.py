@@ -149,7 +149,7 @@ def test_leading_groups() -> None:
 def test_bad_input_is_one_line(case: Case) -> None:
     attempts = [
         (lambda: transplant_accuracy(case.compared(), {}), "no attack"),
-        (lambda: transplant_accuracy(case.compared(share=1.5), {"n": noisy}), "share 1.5"),
+        (lambda: transplant_accuracy(case.compared(share=1.5), {"n": noisy}), "1.5 is outside"),
         (lambda: transplant_accuracy(case.compared(), {"n": noisy}, layers=["1"]), "no layer '1'"),
         (lambda: transplant_accuracy(case.compared(), {"n": noisy}, together=[["1"]]), "no layer"),
         (lambda: transplant_accuracy(case.compared(at="out"), {"n": noisy}), "output"),

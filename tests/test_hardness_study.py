@@ -81,7 +81,7 @@ def test_the_papers_route_is_a_rival_of_another(case: tuple[nn.Module, Tensor, T
     right = found.hardness.correct
     assert (found.predictors["V on the paper's route"] == plain.predictors["hardness V"]).all()
     assert (found.predictors["hardness V"] == -ar.hardness(model, other, (images, labels)).values[right].numpy()).all()
-    assert "V on the paper's route" in found.table.column("predictor")
+    assert "V on the paper's route" in found.summary().column("predictor")
     assert "V on the paper's route" not in plain.predictors
 
 

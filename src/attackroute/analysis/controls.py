@@ -85,10 +85,6 @@ class Comparison:
     batch_size: int = 128
     progress: Progress | None = None
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:  # false for NaN too
-            raise UserError(f"share {self.share} is outside [0, 1]: give the share of a layer's channels, such as 0.3")
-
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
         """The route's ranking first, then random ones off it, then the baselines'; on some of the route's layers."""
         route = self.route if layers is None else self.route.restrict(layers)

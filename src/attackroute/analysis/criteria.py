@@ -117,8 +117,7 @@ def channel_scores(
     * ``"attribution"``: attribution patching, mean over samples of ``- sum over positions of (Z^m(x) - Z^m(x')) *
       dL/dZ^m(x')``: the first-order estimate of the loss on x' that a transplant of the channel takes away, with L as
       for ``"gradient"``. Below zero for channels whose clean values would raise the loss.
-    * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain,
-      :func:`outgoing_weight_norms`.
+    * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain, :func:`outgoing_weight_norms`.
     * ``"kernel"``: plain norm of the channel's own kernel, ``sum over i, u of |W^l[m, i, u]|``.
     * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross
       entropy for the sample's label, or for the model's own prediction where there is none. Right at any confidence;

@@ -121,6 +121,13 @@ class HardnessStudy(ExperimentResult):
             },
         }
 
+    def summary(self) -> Table:
+        """What tells best who is fooled: each predictor's AUROC by attack, a dash where it is not defined."""
+        judged = [self.judged(attack) for attack in self.fooled]
+        values = {name: [rows[name]["value"] for rows in judged] for name in self.predictors}
+        rows = tuple((name, *("-" if value is None else value for value in each)) for name, each in values.items())
+        return Table(("predictor", *(f"{attack}, {AUROC}" for attack in self.fooled)), rows)
+
     def figures(self) -> dict[str, Figure]:
         """``hardness``: Fig. 6."""
         return {"hardness": _figure(self)}

@@ -117,15 +117,9 @@ def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
     from attackroute.analysis.hardness_experiment import V_IS
 
     output.line(f"{V_IS}.")
-    output.line(
-        f"Images by V, hardest first, and how many are fooled, of the {study.correct} of {len(study.hardness)} "
-        "that the model classifies correctly:"
-    )
-    tenths = zip(*(study.bins(attack) for attack in study.fooled), strict=True)
-    output.table(
-        ["tenth", "images", *study.fooled],
-        [[number, bins[0][0], *(fooled for _, fooled in bins)] for number, bins in enumerate(tenths, start=1)],
-    )
+    output.line("What tells best who is fooled? (1: always, 0.5: chance)")
+    summary = study.summary()
+    output.table(summary.columns, summary.rows)
     for sentence in study.sentences():
         output.line(f"{sentence}.")
     output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'}")

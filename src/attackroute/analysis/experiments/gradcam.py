@@ -15,7 +15,7 @@ from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import new_figure
-from attackroute.analysis.gradcam import enlarged, jointly_normalised, layer_evidence
+from attackroute.analysis.gradcam import Grid, enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
 from attackroute.core.checks import checked_labels
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 CLEAN = "clean"
 INSIDE, SHIFT = "energy inside", "shift"
-_Batch = tuple[int, tuple[int, int], dict[tuple[str, str], Moments]]
-"""How many samples of a batch count, the size of the maps, and each measure by images and name."""
 _SMALLEST_MAP = 4  # positions each way; maps of fewer show nothing
 
 
@@ -143,7 +141,8 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
     samples, counted = 0, 0
     size = (0, 0)
 
-    def measure_batch(images: Tensor, answers: Tensor | None) -> _Batch:
+    def measure_batch(images: Tensor, answers: Tensor | None) -> tuple[int, Grid, dict[tuple[str, str], Moments]]:
+        """How many samples count, the size of the maps, and each measure by images and name."""
         evidence = layer_evidence(model, images, layer, at=at)
         answers = checked_labels(labelled(answers), evidence.logits.shape[1], len(images))
         right = (evidence.target == answers).nonzero().flatten()

@@ -112,7 +112,6 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str
     """
     named = named_attacks(attacks)
     model, share, rankings = compared.model, compared.share, compared.rankings()
-    names = rankings[0].layers
     means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in named}
     means[GRADIENT, None] = RunningMean()
     samples = 0
@@ -137,7 +136,7 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str
     rows: list[Record] = []
     for (quantity, under), mean in means.items():
         by_layer = mean.by_layer()
-        for layer in names:
+        for layer in rankings[0].layers:
             for (criterion, draw), mask in layer_sets(rankings, layer, share).items():
                 numbers = by_layer[layer][mask]
                 if len(numbers):
