@@ -97,7 +97,10 @@ def make_run(root: Path) -> Path:
         (home / name).mkdir()
         for file in files:
             (home / name / file).write_bytes(f"<svg>{file}</svg>".encode())
-    about = {"attacks": {ATTACK: {"fooled": 3, "bins_hardest_first": [[2, 0], [2, 1], [1, 1]]}}}
+    about = {
+        "attacks": {ATTACK: {"fooled": 3, "bins_hardest_first": [[2, 0], [2, 1], [1, 1]]}},
+        "classes": [{"label": 0, "samples": 8, "V_mean": 75.0}],
+    }
     judged = Table.of([{"predictor": "loss", "statistic": "AUROC", "value": 0.75}])
     Document("hardness", {"seed": 0}, "The attack fools the weakest.", judged, about).save(home / "hardness")
     occurrence = Table.of([{"layer": "features.0", "of": "clean", "value": 0.75}])

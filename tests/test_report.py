@@ -126,7 +126,7 @@ def test_every_part_says_what_was_found(folder: Path) -> None:
     )
     for part in ("summary", "hardness"):  # where it is first shown
         assert "V is the sum of an image's votes" in page.words[part]
-    for word in ("Images fooled, by hardness", "AUROC"):
+    for word in ("Images fooled, by hardness", "AUROC", "V_mean"):
         assert word in page.words["hardness"]
     for part, document in (
         ("evaluation", evaluation),

@@ -69,6 +69,9 @@ class PaperResult(ExperimentResult):
     def reading(self) -> str:
         return self.sentence
 
+    def summary(self) -> Table:
+        return Table((), ())
+
     def figures(self) -> Mapping[str, Figure]:
         return self.pictures
 
