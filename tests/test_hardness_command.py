@@ -75,8 +75,6 @@ def test_a_given_route_is_used_and_tables_are_shown(home: Path, tmp_path: Path) 
     with (tmp_path / "out" / "hardness-images.csv").open() as file:
         values = [float(row["V"]) for row in csv.DictReader(file)]
     assert values == ar.hardness(network, route, shown).values.tolist()
-    for word in ("predictor", "hardness V", "input gradient", "V on all neurons"):
-        assert word in result.stdout
     assert "fgsm:eps=8/255 fools the model on" in result.stdout
     quiet = hardness(home, "--attack", "fgsm:eps=1/255", "--samples", 5, "--out", tmp_path / "quiet", "--quiet")
     assert (quiet.exit_code, quiet.output) == (0, "")

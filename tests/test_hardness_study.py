@@ -81,7 +81,7 @@ def test_the_papers_route_is_a_rival_of_another(case: tuple[nn.Module, Tensor, T
     right = found.hardness.correct
     assert (found.predictors["V on the paper's route"] == plain.predictors["hardness V"]).all()
     assert (found.predictors["hardness V"] == -ar.hardness(model, other, (images, labels)).values[right].numpy()).all()
-    assert "V on the paper's route" in found.summary().column("predictor")
+    assert "V on the paper's route" in found.table.column("predictor")
     assert "V on the paper's route" not in plain.predictors
 
 
@@ -206,8 +206,7 @@ def test_json_is_plain_and_says_which_samples_count(case: tuple[nn.Module, Tenso
     assert content["samples"] == 40 and content["correctly_classified"] == 32
     assert sum(size for size, _ in content["attacks"]["fgsm:eps=1/255"]["bins_hardest_first"]) == 32
     assert {row["target"] for row in document["rows"]} == set(found.fooled)
-    sentences = found.sentences()
-    assert len(sentences) == 2 and all("AUROC of V" in sentence for sentence in sentences)
+    assert found.reading().count("AUROC of V") == 2
 
 
 def test_the_model_comes_back_and_faults_are_one_line(case: tuple[nn.Module, Tensor, Tensor, ar.Route]) -> None:

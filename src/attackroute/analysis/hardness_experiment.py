@@ -90,20 +90,16 @@ class HardnessStudy(ExperimentResult):
             rows.append((layer, *means, *medians))
         return Table(("layer", "hard_mean", "weak_mean", "hard_median", "weak_median"), tuple(rows))
 
-    def sentences(self) -> list[str]:
-        """For each attack: who is fooled at both ends of V, and how V does."""
-        sentences = []
+    def reading(self) -> str:
+        """What V is, and for each attack who is fooled at both ends of V, and how V does."""
+        sentences = [V_IS]
         for attack in self.fooled:
             (hardest, few), (weakest, many) = (self.bins(attack)[end] for end in (0, -1))
             sentences.append(
                 f"{attack} fools the model on {few} of the {hardest} hardest and {many} of the {weakest} weakest of "
                 f"{self.correct} correctly classified samples; {_verdict(self.judged(attack))}"
             )
-        return sentences
-
-    def reading(self) -> str:
-        """One line with all the sentences, and what V is."""
-        return f"{V_IS}. {'. '.join(self.sentences())}."
+        return f"{'. '.join(sentences)}."
 
     def about(self) -> dict[str, Any]:
         """Everything but the associations and the samples, as plain values."""
@@ -120,13 +116,6 @@ class HardnessStudy(ExperimentResult):
                 for attack, fooled in self.fooled.items()
             },
         }
-
-    def summary(self) -> Table:
-        """What tells best who is fooled: each predictor's AUROC by attack, a dash where it is not defined."""
-        judged = [self.judged(attack) for attack in self.fooled]
-        values = {name: [rows[name]["value"] for rows in judged] for name in self.predictors}
-        rows = tuple((name, *("-" if value is None else value for value in each)) for name, each in values.items())
-        return Table(("predictor", *(f"{attack}, {AUROC}" for attack in self.fooled)), rows)
 
     def figures(self) -> dict[str, Figure]:
         """``hardness``: Fig. 6."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from attackroute.cli.arguments import given, option, parse_path
-from attackroute.cli.console import Output
 from attackroute.cli.options import (
     ROUTE,
     ImageOptions,
@@ -83,7 +82,8 @@ def hardness(options: HardnessOptions) -> None:
             _write(folder, study)
             document.save(folder)
     options.run.output.result({**document.to_json(), "folder": str(options.out)})
-    _show(options.run.output, study, options.out)
+    options.run.output.line(document.reading)
+    options.run.output.line(f"tables and figures are in {options.out}; open {options.out / 'hardness.png'}")
 
 
 def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: Perturbation | None) -> Route:
@@ -111,15 +111,3 @@ def _write(folder: Path, study: HardnessStudy) -> None:
     replace_file(folder / "hardness-images.csv", study.hardness.table.to_csv().encode())
     for name, figure in study.figures().items():
         save_figure(figure, folder, name)
-
-
-def _show(output: Output, study: HardnessStudy, folder: Path) -> None:
-    from attackroute.analysis.hardness_experiment import V_IS
-
-    output.line(f"{V_IS}.")
-    output.line("What tells best who is fooled? (1: always, 0.5: chance)")
-    summary = study.summary()
-    output.table(summary.columns, summary.rows)
-    for sentence in study.sentences():
-        output.line(f"{sentence}.")
-    output.line(f"tables and figures are in {folder}; open {folder / 'hardness.png'}")
