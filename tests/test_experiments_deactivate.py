@@ -22,7 +22,7 @@ from experiment_samples import Case, counting, make_case
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    return make_case()
+    return make_case(18)
 
 
 def chosen(case: Case, row: Record) -> Route:
@@ -46,7 +46,7 @@ def test_every_number_is_that_of_one_sample_at_a_time(case: Case, at: str) -> No
     result = deactivate_accuracy(compared, shares=(0, 0.3, 0.8, 1.0))
     right = case.right()
     assert 0 < len(right) < len(case.images)
-    assert (result.samples, result.counted) == (30, len(right))
+    assert (result.samples, result.counted) == (18, len(right))
     ours: dict[tuple[str, float], list[bool]] = {}
     for row in result.table:
         if row["criterion"] == UNTOUCHED or row["share"] == 0:
@@ -73,7 +73,7 @@ def test_every_number_is_that_of_one_sample_at_a_time(case: Case, at: str) -> No
 
 def test_each_distinct_forward_pass_runs_once_a_batch(case: Case) -> None:
     with counting(case.model) as sizes:
-        compared = case.compared(baselines={"weight": case.weight}, seeds=(5, 6), batch_size=10)
+        compared = case.compared(baselines={"weight": case.weight}, seeds=(5, 6), batch_size=6)
         result = deactivate_accuracy(compared, shares=(0, 0.3, 1.0))
     sets = {
         (row["layers"], row["share"], chosen(case, row) if row["share"] < 1 else None)
@@ -114,7 +114,7 @@ def table_of(
 
     def row(setting: Setting, criterion: str, draw: int | None, value: int, ours: int) -> Record:
         trial = Trial(setting, criterion, draw, Route({"layer": [2]}, {"layer": 4}))
-        return trial.row(Accuracy(value, 40), max(0, ours - value), max(0, value - ours))
+        return trial.row(Accuracy(value, 40), max(0, ours - value), max(0, value - ours), network=12)
 
     rows = [row(Setting((), 0.0), UNTOUCHED, None, 40, 40)]
     settings = tuple(Setting((f"layer{number}",), 0.3) for number in range(len(route)))
@@ -160,7 +160,7 @@ def test_bad_input_is_one_line(case: Case) -> None:
     with torch.no_grad():
         wrong = (case.model(case.images).argmax(1) + 1) % 5
     attempts = [
-        ({"data": (case.images, wrong)}, {}, "none of the 30 samples right"),
+        ({"data": (case.images, wrong)}, {}, "none of the 18 samples right"),
         ({"data": case.images}, {}, "no labels"),
         ({}, {"layers": ["99"]}, "no layer '99'"),
         ({"share": -1.0}, {}, "-1.0 is outside"),

@@ -206,13 +206,15 @@ class Trial:
             return None, setting.attack, None
         return self.channels, setting.attack, setting.beta
 
-    def row(self, accuracy: Accuracy, route_only: int, control_only: int) -> Record:
-        """What was measured, as a row of an :class:`InterventionTable`."""
+    def row(self, accuracy: Accuracy, route_only: int, control_only: int, *, network: int) -> Record:
+        """What was measured, as a row of an :class:`InterventionTable`, on a network of so many channels."""
         low, high = accuracy.interval
         route = self.channels
+        neurons = route.size if route else 0
         return {
             **self.setting.cells, "criterion": self.criterion, "draw": self.draw,
-            "neurons": route.size if route else 0, "channels": sum(route.channels.values()) if route else 0,
+            "neurons": neurons, "channels": sum(route.channels.values()) if route else 0,
+            "share_of_network": neurons / network,
             "accuracy": accuracy.value, "accuracy_low": low, "accuracy_high": high, "samples": accuracy.total,
             "route_only": route_only, "control_only": control_only, "p": sign_test(route_only, control_only),
         }  # fmt: skip
@@ -298,8 +300,9 @@ def measure(
             counted += right
             sums += sums_of_batch
     require_right(counted, samples)
+    network = sum(compared.route.channels.values())
     rows = [
-        trial.row(Accuracy(right, counted), route_only, control_only)
+        trial.row(Accuracy(right, counted), route_only, control_only, network=network)
         for trial, (right, route_only, control_only) in zip(trials, sums.T.tolist(), strict=True)
     ]
     return result(
