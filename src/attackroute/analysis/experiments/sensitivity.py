@@ -167,6 +167,6 @@ def _figure(result: Sensitivity) -> Figure:
         tidy(axes)
     upright_layers(axes, layers)
     title = f"Means over the neurons on the route ({result.share:.0%} of each layer) and off it"
-    figure.suptitle(f"{title}, {result.samples} images", fontsize=9)
+    figure.suptitle(f"{title}\n{result.samples} images", fontsize=9)
     shared_legend(figure, handles, 3)
     return figure
