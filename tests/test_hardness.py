@@ -277,12 +277,3 @@ def test_overflowing_gradients_are_refused() -> None:
     images = torch.stack([torch.rand(1, 2, 2), torch.zeros(1, 2, 2)])  # the root's slope at zero
     with pytest.raises(UserError, match="not finite"):
         ar.hardness(model, route, (images, torch.tensor([0, 1])))
-
-
-def test_progress_counts_samples(case: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, images, labels = case
-    seen: list[tuple[int, int | None]] = []
-    ar.hardness(
-        model, every_other(model, images), (images, labels), batch_size=4, progress=lambda *step: seen.append(step)
-    )
-    assert seen == [(4, 9), (8, 9), (9, 9)]
