@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import attackroute as ar
 from attackroute.analysis import experiment
 from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import open_network
-from command_line import Result
+from command_line import Result, empty_figures
 from command_line import run as run_command
 from digit_networks import SAMPLES, digit_network
 
@@ -29,9 +30,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def no_figures() -> Iterator[None]:
+    with empty_figures():
+        yield
+
+
 def run(model: Path, out: Path, *options: str) -> Result:
     arguments = ["--model", str(model), "--weights", str(model / "weights.pt"), "--data", "mnist-sample"]
-    return run_command("analyze", *arguments, "--samples", SAMPLES, "--draws", 2, "--out", out, *options)
+    return run_command("analyze", *arguments, "--samples", SAMPLES, "--draws", 1, "--out", out, *options)
 
 
 def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Path) -> None:
@@ -73,6 +80,7 @@ def test_every_experiment_leaves_its_table_and_figures(model: Path, tmp_path: Pa
     assert row["accuracy"] == pytest.approx(int(hits) / len(right))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_interrupted_run_goes_on_with_what_is_missing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
