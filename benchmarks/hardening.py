@@ -101,7 +101,7 @@ def measure_hardening(
     """
     batch_size = plan.batch_size or BATCH_SIZE
     with small_vgg(batch_size, plan.device, plan.seed) as (model, images, labels):
-        route = rank_channels(model, images, "random", seed=plan.seed)
+        route = rank_channels(model, images, "kernel")
         deviations = {dtype: deviation(model, images, labels, route, dtype) for dtype in _DTYPES}
         steps = training_steps(model.train(), images, labels, route)
         runs = Stopclock.of(plan.device).interleaved(steps, plan.turns, advance)
@@ -223,7 +223,7 @@ def run(job: Job) -> tuple[int, int]:
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     with small_vgg(job.batch_size, device, job.seed) as (model, images, labels):
-        route = rank_channels(model, images, "random", seed=job.seed)
+        route = rank_channels(model, images, "kernel")
     step = training_steps(model.train(), images, labels, route)[job.step]
     before = memory_now(device)
     for _ in range(_MEASURED_STEPS):

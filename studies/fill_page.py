@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attackroute.analysis.hardness_experiment import LAYER, OURS, RANDOM
+from attackroute.analysis.hardness_experiment import OURS, RANDOM
 from attackroute.analysis.intervention_table import BEATS, LOSES
 from attackroute.core.document import Document
 from attackroute.core.statistics import AUROC
@@ -199,7 +199,7 @@ def _hardness(files: dict[str, Findings]) -> str:
             for row in hardness.table.select(statistic=AUROC, target=attack):
                 if row["predictor"].startswith(RANDOM):
                     draws += [] if row["value"] is None else [row["value"]]  # none if all images are alike in that
-                elif not row["predictor"].startswith(LAYER):
+                else:
                     cells[row["predictor"]] = _estimate(row)
             lines.append({**cells, RANDOM: f"{min(draws):.3f} to {max(draws):.3f}" if draws else ""})
     return (

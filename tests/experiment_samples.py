@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from architectures import chain, randomised
 from attackroute.analysis.controls import Comparison
 from attackroute.analysis.criteria import ChannelScores, channel_scores
+from attackroute.analysis.gradcam import layer_evidence
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.trace import trace_routes
@@ -74,6 +75,16 @@ def shifted(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             (gradient,) = torch.autograd.grad(loss, leaf)
         rows.append((image + 0.3 * gradient[0].sign()).clamp(0, 1))
     return torch.stack(rows)
+
+
+def grad_cam(
+    model: nn.Module, images: Tensor, layer: str, channels: Sequence[int] | Tensor | None = None, **options: Any
+) -> Tensor:
+    """Grad-CAM of some channels of a layer, or of all, ``(N, H, W)``."""
+    evidence = layer_evidence(model, images, layer, **options)
+    mask = torch.zeros(1, evidence.maps.shape[1], dtype=torch.bool)
+    mask[:, slice(None) if channels is None else list(map(int, channels))] = True
+    return evidence.cams(mask)[0]
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def test_steps_differ_by_their_penalty_alone() -> None:
         model = build_model("vgg_small", width=0.2, num_classes=3).train()
         images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
         start = torch.cat([value.detach().flatten() for value in model.parameters()])
-        training_steps(model, images, labels, rank_channels(model, images, "random"))[name]()
+        training_steps(model, images, labels, rank_channels(model, images, "kernel"))[name]()
         weights[name] = torch.cat([value.detach().flatten() for value in model.parameters()]) - start
     punished = {name: weights[name] - weights[PLAIN] for name in (GRADIENT, QUOTIENT, WEIGHT)}
     assert all(float(change.norm()) > 0 for change in punished.values())
@@ -47,7 +47,7 @@ def test_the_deviation_falls_with_eps_in_double_precision() -> None:
     torch.manual_seed(0)
     model = build_model("vgg_small", width=0.2, num_classes=3).double()
     images, labels = torch.rand(4, 3, 32, 32).double(), torch.tensor([0, 1, 2, 0])
-    route = rank_channels(model, images, "random")
+    route = rank_channels(model, images, "kernel")
     deviations = list(deviation(model, images, labels, route, torch.float64).values())
     errors = [near.relative_error for near in deviations]
     assert errors == sorted(errors, reverse=True)

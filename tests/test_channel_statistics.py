@@ -260,9 +260,9 @@ def test_bad_input() -> None:
         sensitivity(model, x)
     with pytest.raises(UserError, match="pass the attacked images x_adv, or the attack"):
         sensitivity(model, x, attacked, attack=to(attacked))
-    with pytest.raises(UserError, match=r"x has the shape \(5, 3, 16, 16\), that of x_adv \(4, 3, 16, 16\)"):
+    with pytest.raises(UserError, match="x and x_adv are no pairs"):
         sensitivity(model, x, attacked[:4])
-    with pytest.raises(UserError, match=r"x has the shape \(1, 3, 16, 16\), that of x_adv no more"):
+    with pytest.raises(UserError, match="x and x_adv are no pairs"):
         sensitivity(model, x, attacked[:4], batch_size=4)
     with pytest.raises(UserError, match="no sample"):
         sensitivity(model, [], [])

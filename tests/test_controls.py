@@ -105,8 +105,8 @@ def test_rank_puts_the_route_first_and_refuses_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
 def test_shares_outside_the_unit_interval_are_refused(share: float) -> None:
-    with pytest.raises(UserError, match="share"):
-        Comparison(model=nn.Identity(), data=torch.rand(1, 3, 4, 4), route=instances().aggregate(0.3), share=share)
+    with pytest.raises(UserError, match=r"outside \(0, 1\]: give the share"):
+        rank(instances().aggregate(0.3), {}, ())[0].route(share, ["features.3"])
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (3, 9), (9, 3), (7, 7), (0, 40), (1200, 1100)])

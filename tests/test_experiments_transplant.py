@@ -82,9 +82,6 @@ def test_every_transplant_is_that_of_one_sample_at_a_time(case: Case) -> None:
     assert seen == swept | fixed | {(name, (), 0.0) for name in attacks}
     assert len(set(result.table.column("accuracy"))) > 3
     without = {name: f"{result.untouched(name).value:.1%}" for name in attacks}
-    summary = result.summary()
-    assert {(row["attack"], row["untouched"]) for row in summary} == set(without.items())
-    assert len(summary) == len(attacks) * len(groups) and summary.distinct("layer")[-1] == "all 4 layers"
     assert f"(accuracy without: shifted {without['shifted']}, noisy {without['noisy']})" in result.reading()
     assert list(result.figures()) == ["transplant-shares", "transplant-layers"]
 
@@ -123,7 +120,7 @@ def test_weakened_connections_are_those_of_a_copy_with_smaller_kernels(case: Cas
 
     with counting(case.model) as sizes:
         compared = case.compared(baselines={"weight": case.weight}, seeds=(3,), batch_size=16)
-        table = weaken_accuracy(compared)
+        table = weaken_accuracy(compared, case.images[:2])
     right = case.right()
     routes = {ROUTE: case.route, RANDOM: case.route.random_like(3), "weight": case.weight.route(0.3)}
     for row in list(table.table)[1:]:
@@ -152,7 +149,7 @@ def test_leading_groups() -> None:
 def test_bad_input_is_one_line(case: Case) -> None:
     attempts = [
         (lambda: transplant_accuracy(case.compared(), {}), "no attack"),
-        (lambda: transplant_accuracy(case.compared(share=1.5), {"n": noisy}), "share 1.5"),
+        (lambda: transplant_accuracy(case.compared(share=1.5), {"n": noisy}), "1.5 is outside"),
         (lambda: transplant_accuracy(case.compared(), {"n": noisy}, layers=["1"]), "no layer '1'"),
         (lambda: transplant_accuracy(case.compared(), {"n": noisy}, together=[["1"]]), "no layer"),
         (lambda: transplant_accuracy(case.compared(at="out"), {"n": noisy}), "output"),

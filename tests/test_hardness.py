@@ -82,9 +82,6 @@ def test_votes_by_hand() -> None:
     assert hardness.values.tolist() == [3.5, 6.5, 7.0, 3.0]
     assert hardness.hardest(4).tolist() == [2, 1, 0, 3] and hardness.weakest(2).tolist() == [3, 0]
     assert hardness.correct.tolist() == [True, True, False, True]
-    first, second = hardness.by_class()
-    assert (first["label"], first["samples"], first["correct"], first["V_mean"]) == (0, 2, 1, 5.25)
-    assert second["V_quartiles"] == [3.875, 4.75, 5.625]
 
 
 def test_votes_are_ranks() -> None:
@@ -280,12 +277,3 @@ def test_overflowing_gradients_are_refused() -> None:
     images = torch.stack([torch.rand(1, 2, 2), torch.zeros(1, 2, 2)])  # the root's slope at zero
     with pytest.raises(UserError, match="not finite"):
         ar.hardness(model, route, (images, torch.tensor([0, 1])))
-
-
-def test_progress_counts_samples(case: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, images, labels = case
-    seen: list[tuple[int, int | None]] = []
-    ar.hardness(
-        model, every_other(model, images), (images, labels), batch_size=4, progress=lambda *step: seen.append(step)
-    )
-    assert seen == [(4, 9), (8, 9), (9, 9)]

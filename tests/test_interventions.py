@@ -17,22 +17,13 @@ from attackroute.analysis.interventions import deactivate
 from attackroute.core.errors import UserError
 from attackroute.routes.route import Route
 from attackroute.tracing import oracle
+from tracing import every_other, same
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images(samples: int = 3) -> Tensor:
     return torch.rand(samples, 3, 16, 16)
-
-
-def named(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def every_other(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)) -> Route:
-    """About half of the channels of every layer."""
-    counts = {name: module.weight.shape[0] for name, module in named(model, kinds).items()}
-    return Route({name: range(index % 2, count, 2) for index, (name, count) in enumerate(counts.items())}, counts)
 
 
 def operated(model: nn.Module, route: Route, layers: Iterable[str] | None = None) -> nn.Module:
@@ -45,10 +36,6 @@ def operated(model: nn.Module, route: Route, layers: Iterable[str] | None = None
                 if parameter is not None:
                     parameter[route[layer]] = 0
     return model
-
-
-def same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def shifted_norm(scale: list[float], shift: list[float]) -> nn.BatchNorm2d:
@@ -162,10 +149,10 @@ def test_gradients_are_those_of_the_operated_model() -> None:
     found, x.grad = x.grad, None
     other(x).square().sum().backward()
     same(found, x.grad)
-    kernels = {name: module.weight.grad for name, module in named(model).items()}
-    for name, module in named(other).items():
-        same(kernels[name][1 - route[name][0] :: 2], module.weight.grad[1 - route[name][0] :: 2])
-        assert not kernels[name][route[name]].any()
+    for name in route:
+        kernels, expected = (net.get_submodule(name).weight.grad for net in (model, other))
+        same(kernels[1 - route[name][0] :: 2], expected[1 - route[name][0] :: 2])
+        assert not kernels[route[name]].any()
 
 
 def test_train_mode_takes_the_statistics_of_what_is_left() -> None:

@@ -217,7 +217,7 @@ def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_true_effects_go_on_where_they_were(tmp_path: Path) -> None:
-    model, pairs = some_pairs(Residual)
+    model, pairs = some_pairs()
     channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
     every = all_tries(channels)
 

@@ -28,7 +28,7 @@ def measured() -> Deactivation:
         for criterion, draw, values in accuracies
     ]
     return Deactivation(
-        table=Table.of(rows), settings=settings, main_share=0.3, at="activation", samples=120, counted=100, batches=1
+        table=Table.of(rows), settings=settings, main_share=0.3, at="activation", samples=120, counted=100
     )
 
 

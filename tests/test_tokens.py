@@ -32,7 +32,7 @@ def _global_state_comes_back() -> Iterator[None]:
 
 def halves(model: nn.Module, x: Tensor) -> ar.Route:
     """About half of every layer's channels, no two layers alike."""
-    return ar.rank_channels(model, x, "random", 0.5, linear=True)
+    return ar.rank_channels(model, x, "kernel", 0.5, linear=True)
 
 
 def attacked(x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_hardness_is_eq_16_of_one_image_at_a_time(name: str) -> None:
     torch.testing.assert_close(found.values, votes.sum(1).double())
 
 
-@pytest.mark.parametrize("by", ["activation", "gradient", "sensitivity", "attribution", "random"])
+@pytest.mark.parametrize("by", ["activation", "gradient", "sensitivity", "attribution", "kernel"])
 def test_routes_by_every_criterion_have_all_layers(by: str) -> None:
     model, x, y = made(Attentive)
     attack = ar.parse_attack("fgsm") if by in NEED_ATTACK else None

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.gradcam import grad_cam, layer_evidence, layer_maps
+from attackroute.analysis.gradcam import layer_evidence, layer_maps
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall
+from experiment_samples import grad_cam
 from token_networks import CLASSES, GATED, TOKENS, Attentive, made, vit
 from tracing import state
 
@@ -99,25 +100,18 @@ def call_of(values: Tensor, *, folded: bool = False) -> LayerCall:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "seen", "given", "expected", "leading"),
+    ("tokens", "seen", "expected", "leading"),
     [
-        (16, [], None, (4, 4), 0),
-        (17, [], None, (4, 4), 1),
-        (18, [], None, (4, 4), 2),
-        (24, [(4, 6)], None, (4, 6), 0),
-        (25, [(4, 6)], None, (4, 6), 1),  # not 5 x 5: the patches are seen
-        (29, [(8, 12), (4, 6)], None, (4, 6), 5),  # a class token and four registers
-        (25, [(50, 50)], None, (5, 5), 0),
-        (17, [(4, 4), (1, 1)], None, (4, 4), 1),  # the map of a gate is none of patches
-        (25, [(4, 6)], (5, 5), (5, 5), 0),
-        (25, [], (2, 11), (2, 11), 3),
+        (24, [(4, 6)], (4, 6), 0),
+        (25, [(4, 6)], (4, 6), 1),  # not 5 x 5: the patches are seen
+        (29, [(8, 12), (4, 6)], (4, 6), 5),  # a class token and four registers
+        (17, [(4, 4), (1, 1)], (4, 4), 1),  # the map of a gate is none of patches
+        (25, [(2, 11)], (2, 11), 3),
     ],
 )
-def test_the_grid_of_tokens(
-    tokens: int, seen: list[tuple[int, int]], given: tuple[int, int] | None, expected: tuple[int, int], leading: int
-) -> None:
+def test_the_grid_of_tokens(tokens: int, seen: list[tuple[int, int]], expected: tuple[int, int], leading: int) -> None:
     values = torch.rand(2, tokens, 3)
-    maps = layer_maps(call_of(values), values, seen, given)
+    maps = layer_maps(call_of(values), values, seen)
     assert maps.shape == (2, 3, *expected)
     for row in range(expected[0]):
         for column in range(expected[1]):
@@ -125,23 +119,21 @@ def test_the_grid_of_tokens(
 
 
 @pytest.mark.parametrize(
-    ("shape", "seen", "given", "folded", "message"),
+    ("shape", "seen", "folded"),
     [
-        ((2, 23, 3), [], None, False, r"23 tokens .* give grid=\(rows, columns\)"),
-        ((2, 23, 3), [(2, 2)], None, False, r"give grid"),
-        ((2, 10, 3), [], (4, 3), False, "too few for a grid of 4 x 3"),
-        ((2, 4, 5, 3), [(8, 10)], (5, 4), False, "a grid of 4 x 5 tokens, not 5 x 4"),
-        ((2, 4, 49, 3), [(14, 14)], None, False, r"windows\?"),
-        ((2, 4, 4, 3), [], None, True, "tokens in windows"),
-        ((2, 3), [], None, False, "no tokens"),
+        ((2, 23, 3), [], False),
+        ((2, 23, 3), [(2, 2)], False),
+        ((2, 10, 3), [(4, 3)], False),
+        ((2, 4, 5, 3), [(5, 4)], False),
+        ((2, 4, 49, 3), [(14, 14)], False),
+        ((2, 4, 4, 3), [(4, 4)], True),
+        ((2, 3), [(1, 1)], False),
     ],
 )
-def test_tokens_without_a_grid_are_one_line(
-    shape: tuple[int, ...], seen: list[tuple[int, int]], given: tuple[int, int] | None, folded: bool, message: str
-) -> None:
+def test_tokens_without_a_grid_are_one_line(shape: tuple[int, ...], seen: list[tuple[int, int]], folded: bool) -> None:
     values = torch.rand(shape)
-    with pytest.raises(UserError, match=message) as error:
-        layer_maps(call_of(values, folded=folded), values, seen, given)
+    with pytest.raises(UserError, match=r"no tokens whose places .* give grid=\(rows, columns\)") as error:
+        layer_maps(call_of(values, folded=folded), values, seen)
     assert "\n" not in str(error.value)
 
 
@@ -151,10 +143,8 @@ def test_what_has_no_map_says_what_to_take() -> None:
         grad_cam(model, images, "encoder.layers.encoder_layer_1.mlp.3")
     with pytest.raises(UserError, match=r'before any activation.*at="output"'):
         grad_cam(model, images, "encoder.layers.encoder_layer_0.self_attention", at="activation")
-    with pytest.raises(UserError, match="a grid is for tokens"):
-        grad_cam(model, images, "conv_proj", grid=(2, 8))
     model, images, _ = made(TOKENS["swin"])
-    with pytest.raises(UserError, match="in windows"):
+    with pytest.raises(UserError, match="tokens in windows"):
         grad_cam(model, images, "features.1.0.attn#2")
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from architectures import randomised
 from attackroute.core.loss import Loss
 from attackroute.routes.instance_routes import InstanceRoutes
+from attackroute.routes.route import Route
 from attackroute.tracing import oracle
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.influence import influence
@@ -145,6 +146,18 @@ def small(channels: Sequence[int] = (3, 4, 4), classes: int = 5) -> nn.Module:
         nn.Conv2d(first, second, 3), nn.ReLU(), nn.Conv2d(second, third, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, classes),
     )  # fmt: skip
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    """Equal in float64 but for rounding."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def every_other(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)) -> Route:
+    """About half of the channels of every layer."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    counts = {name: module.weight.shape[0] for name, module in modules.items()}
+    return Route({name: range(index % 2, count, 2) for index, (name, count) in enumerate(counts.items())}, counts)
 
 
 def require_slopes(model: nn.Module, gradients: Iterable[Tensor], value: Callable[[], Tensor]) -> None:

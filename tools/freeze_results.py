@@ -69,7 +69,7 @@ ROUNDED: set[str] = set()
 NOT_TABLES = {"measurements.jsonl", "model.json", "settings.json", "training.json", "route.json"}
 ROUTE, ROUTES, WEIGHTS, LOG = "route.json", "routes.safetensors", "last.safetensors", "log.jsonl"
 SKETCH_NOTES = ("draws", "overlap", "packed", "errors")
-CRITERIA = ("activation", "gradient", "sensitivity", "attribution", "weight", "random")
+CRITERIA = ("activation", "gradient", "sensitivity", "attribution", "weight", "kernel")
 
 TRAIN = ["train", "--model", "vgg_small", "--data", "mnist-sample", "--epochs", "1"]
 DIGITS = ["--model", "digits", "--data", "mnist-sample"]
@@ -291,7 +291,7 @@ def channels(place: Workplace) -> Results:
     results: Results = {}
     for name in CRITERIA:
         needed = {"attack": attack} if name in ("sensitivity", "attribution") else {}
-        results |= route_of(name, ar.rank_channels(model, data, by=name, seed=0, **needed))
+        results |= route_of(name, ar.rank_channels(model, data, by=name, **needed))
     results |= tensors("sensitivity values", sensitivity(model, data, attack))
     results |= tensors("gradient values", loss_gradient(model, data))
     route = traced(model, data).aggregate(width=0.3)

@@ -13,6 +13,7 @@ from attackroute.analysis.criteria import channel_scores
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
+from attackroute.core.random import channel_uniforms
 from attackroute.routes.masks import top_k
 from attackroute.tracing.config import NOISE, TraceConfig
 from attackroute.tracing.recorder import record
@@ -73,7 +74,8 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
       that noise of either sign cancels, and so do weights; for chains of convolutions without groups.
     * ``"noise x gradient"``: how often a channel is among a sample's best by ``sum of (Z(x') - Z(x)) dL/dZ(x')``, which
       is the noise route's seed at every layer instead of its recursion.
-    * ``"attribution"``, ``"sensitivity"``, ``"random"``: as :func:`attackroute.analysis.channel_scores`.
+    * ``"attribution"``, ``"sensitivity"``: as :func:`attackroute.analysis.channel_scores`.
+    * ``"random"``: a number in [0, 1) that depends on nothing but the seed, the layer's name and the channel.
 
     Args:
         model: The network.
@@ -104,7 +106,8 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
         data = (pairs.clean, pairs.labels)
         return channel_scores(model, data, by, attack=_Replayed(pairs), batch_size=_BATCH).values
     if by == RANDOM:
-        return channel_scores(model, (pairs.clean[:2], pairs.labels[:2]), by, seed=seed).values
+        layers = channel_scores(model, (pairs.clean[:2], pairs.labels[:2]), "kernel").values
+        return {layer: channel_uniforms(seed, layer, len(values)) for layer, values in layers.items()}
     raise UserError(f"unknown criterion {by!r}")
 
 

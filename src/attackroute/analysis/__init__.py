@@ -10,7 +10,7 @@ from __future__ import annotations
 from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.analysis.criteria import ChannelScores, channel_scores, rank_channels
 from attackroute.analysis.experiment import analyze
-from attackroute.analysis.gradcam import grad_cam
+from attackroute.analysis.gradcam import layer_evidence
 from attackroute.analysis.hardness import Hardness, hardness
 from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
 from attackroute.analysis.study import Study
@@ -22,8 +22,8 @@ __all__ = [
     "analyze",
     "channel_scores",
     "deactivate",
-    "grad_cam",
     "hardness",
+    "layer_evidence",
     "loss_gradient",
     "rank_channels",
     "record_outputs",

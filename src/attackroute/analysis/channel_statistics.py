@@ -86,10 +86,7 @@ def loss_gradient(
     Args:
         model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
-        batch_size: As for :func:`sensitivity`, as are ``linear`` and ``progress``.
-
-    Returns:
-        For each route layer in forward order, float64 ``(C,)`` on the CPU.
+        batch_size: As for :func:`sensitivity`, as are ``linear``, ``progress`` and what it returns.
 
     Raises:
         UserError: There is no route layer, or an input does not fit the model.
@@ -351,8 +348,5 @@ def _paired(
     """Clean images with the attacked ones in the place of labels."""
     for first, second in zip_longest(clean, attacked):
         if first is None or second is None or first[0].shape != second[0].shape:
-            here, there = ("no more" if batch is None else str(tuple(batch[0].shape)) for batch in (first, second))
-            raise UserError(
-                f"a batch of x has the shape {here}, that of x_adv {there}: give one attacked image for each image"
-            )
+            raise UserError("x and x_adv are no pairs: give one attacked image for each image, in batches of one size")
         yield first[0], second[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -25,9 +25,6 @@ from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import Progress, Tracer
 
 ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
-
-Router = Callable[[Tensor, "Tensor | None"], dict[str, InstanceRoutes]]
-"""``(images, labels) -> routes`` by criterion, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +65,8 @@ class Ranking:
         chosen = set(layers)
         channels = {layer: count for layer, count in self.channels.items() if layer in chosen}
         sizes = {layer: kept(share, count) if share else 0 for layer, count in channels.items()}
-        for layer, size in sizes.items():
-            if size > len(self.order[layer]):
-                return None
+        if any(size > len(self.order[layer]) for layer, size in sizes.items()):
+            return None
         origin = Provenance(0, share, seed=self.draw, criterion=self.criterion) if share else None
         return Route({layer: self.order[layer][:size] for layer, size in sizes.items()}, channels, None, origin)
 
@@ -88,10 +84,6 @@ class Comparison:
     at: str = OUTPUT  # where channels are changed and maps taken: the layers' output, or after their activation
     batch_size: int = 128
     progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:  # false for NaN too
-            raise UserError(f"share {self.share} is outside [0, 1]: give the share of a layer's channels, such as 0.3")
 
     def rankings(self, layers: Iterable[str] | None = None) -> list[Ranking]:
         """The route's ranking first, then random ones off it, then the baselines'; on some of the route's layers."""
@@ -162,36 +154,22 @@ def sample_routes(
     noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        routes_of = batch_router(model, stream.first[0], width, noise_of=noise_of, config=config, baselines=baselines)
+        tracer = Tracer.probe(model, stream.first[0], width, attack=noise_of, config=config)
 
-        def work(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
-            return routes_of(*((images, labels) if made_by is None else attacked(model, made_by, images, labels)))
+        def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
+            if made_by is not None:
+                images, labels = attacked(model, made_by, images, labels)
+            routes = {ROUTE: tracer.trace(images, labels)}
+            answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
+            for by in baselines:
+                values = MEASURES[by](model, images, labels, linear=config.linear).values
+                masks = {layer: top_k(sizes, width) for layer, sizes in values.items()}
+                origin = Provenance(len(images), width, criterion=by)
+                routes[by] = InstanceRoutes.from_masks(masks, origin, labels=answers)
+            return routes
 
-        return joined_routes([routes for _, routes in worked_on(stream, work, progress)])
-
-
-def batch_router(
-    model: nn.Module,
-    probe: Tensor,
-    width: float,
-    *,
-    noise_of: Attack | None = None,
-    config: TraceConfig,
-    baselines: Sequence[str] = tuple(MEASURES),
-) -> Router:
-    """Routes of one batch after another, as :func:`sample_routes` has them; a probe shows the frozen model's layers."""
-    tracer = Tracer.probe(model, probe, width, attack=noise_of, config=config)
-
-    def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
-        routes = {ROUTE: tracer.trace(images, labels)}
-        answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
-        for by in baselines:
-            values = MEASURES[by](model, images, labels, linear=config.linear).values
-            masks = {layer: top_k(sizes, width) for layer, sizes in values.items()}
-            routes[by] = InstanceRoutes.from_masks(masks, Provenance(len(images), width, criterion=by), labels=answers)
-        return routes
-
-    return routes_of
+        batches = [routes for _, routes in worked_on(stream, routes_of, progress)]
+    return {by: InstanceRoutes.concatenate([routes[by] for routes in batches]) for by in batches[0]}
 
 
 def require_right(right: int, samples: int) -> None:
@@ -201,8 +179,3 @@ def require_right(right: int, samples: int) -> None:
             f"the network gets none of the {samples} samples right when they are clean, so that nothing can be "
             "counted: check its weights and its labels, or give more samples"
         )
-
-
-def joined_routes(batches: Sequence[Mapping[str, InstanceRoutes]]) -> dict[str, InstanceRoutes]:
-    """The samples of several batches, one after another."""
-    return {by: InstanceRoutes.concatenate([routes[by] for routes in batches]) for by in batches[0]}

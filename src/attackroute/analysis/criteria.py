@@ -18,7 +18,6 @@ from attackroute.analysis.channel_statistics import (
     attributions,
     changes,
     gradients,
-    layer_channels,
     mean_over,
     under_attack,
 )
@@ -26,7 +25,6 @@ from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.layers import two_of
 from attackroute.core.model_state import frozen
-from attackroute.core.random import channel_uniforms
 from attackroute.robustness.attack import Attack, attack_name
 from attackroute.robustness.registry import as_attack
 from attackroute.routes.masks import check_width, top_k
@@ -38,7 +36,7 @@ from attackroute.tracing.trace import Progress
 MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
 """The criteria that rank the channels for one sample, too."""
 _COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {"sensitivity": changes, "attribution": attributions}
-CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "kernel", "random")
+CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "kernel")
 NEED_ATTACK = tuple(_COMPARISONS)
 """The criteria that compare images with attacked ones."""
 
@@ -51,19 +49,17 @@ class ChannelScores:
         by: The criterion.
         values: For each layer, in forward order, one score per channel: float64 ``(C,)`` on the CPU; larger is better.
         samples: How many samples were read; 0 for a criterion that needs none.
-        seed: The seed of a random criterion, else None.
         attack: The attack of a criterion that compares images with attacked ones, else None.
     """
 
     by: str
     values: Mapping[str, Tensor]
     samples: int = 0
-    seed: int | None = None
     attack: str | None = None
 
     def route(self, width: float = 0.3) -> Route:
         """The channels with the largest scores, ``max(1, round(width * C))`` of each layer, ties to the lower index."""
-        origin = Provenance(self.samples, width, attack=self.attack, seed=self.seed, criterion=self.by)
+        origin = Provenance(self.samples, width, attack=self.attack, criterion=self.by)
         return Route.from_masks({layer: top_k(scores, width) for layer, scores in self.values.items()}, None, origin)
 
 
@@ -75,7 +71,6 @@ def rank_channels(
     *,
     attack: Attack | str | None = None,
     batch_size: int = 128,
-    seed: int = 0,
     linear: bool = False,
     progress: Progress | None = None,
 ) -> Route:
@@ -89,7 +84,6 @@ def rank_channels(
         attack: What ``by="sensitivity"`` and ``by="attribution"`` compare the images with: a specification such as
             ``"pgd"``, or any ``(model, images, labels) -> images``; the other criteria read the images as they are.
         batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
-        seed: Seed of ``by="random"``.
         linear: Whether linear maps are route layers too; their neurons are output features.
         progress: Called with (samples done, samples in all or None) after every batch.
 
@@ -100,9 +94,8 @@ def rank_channels(
         UserError: As :func:`channel_scores`, or the width is outside (0, 1].
     """
     check_width(width)
-    return channel_scores(
-        model, data, by, attack=attack, batch_size=batch_size, seed=seed, linear=linear, progress=progress
-    ).route(width)
+    scores = channel_scores(model, data, by, attack=attack, batch_size=batch_size, linear=linear, progress=progress)
+    return scores.route(width)
 
 
 def channel_scores(
@@ -112,7 +105,6 @@ def channel_scores(
     *,
     attack: Attack | str | None = None,
     batch_size: int = 128,
-    seed: int = 0,
     linear: bool = False,
     progress: Progress | None = None,
 ) -> ChannelScores:
@@ -125,18 +117,16 @@ def channel_scores(
     * ``"attribution"``: attribution patching, mean over samples of ``- sum over positions of (Z^m(x) - Z^m(x')) *
       dL/dZ^m(x')``: the first-order estimate of the loss on x' that a transplant of the channel takes away, with L as
       for ``"gradient"``. Below zero for channels whose clean values would raise the loss.
-    * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain,
-      :func:`outgoing_weight_norms`.
+    * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain, :func:`outgoing_weight_norms`.
     * ``"kernel"``: plain norm of the channel's own kernel, ``sum over i, u of |W^l[m, i, u]|``.
     * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross
       entropy for the sample's label, or for the model's own prediction where there is none. Right at any confidence;
       only if every sample's ``1 - p_y`` is below 1e-260, the scores share a factor that keeps them above zero.
-    * ``"random"``: a number in [0, 1) that depends on nothing but the seed, the layer's name and the channel.
 
-    ``"weight"``, ``"kernel"`` and ``"random"`` read no more than two samples, to see which layers run.
+    ``"weight"`` and ``"kernel"`` read no more than two samples, to see which layers run.
 
     Args:
-        model: As for :func:`rank_channels`, and so are ``data``, ``by``, ``batch_size``, ``seed`` and ``linear``.
+        model: As for :func:`rank_channels`, and so are ``data``, ``by``, ``batch_size`` and ``linear``.
         attack: For the criteria that compare images with attacked ones. A sample without a label is attacked for the
             model's prediction on its clean image, and L is that of this label.
         progress: Called after every batch that is read in full.
@@ -147,27 +137,22 @@ def channel_scores(
     """
     if by not in CRITERIA:
         raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
-    measure = MEASURES.get(by)
+    measure, named = MEASURES.get(by), None
     if by in NEED_ATTACK:
         if attack is None:
             raise UserError(
                 f"criterion {by!r} compares images with attacked ones: pass attack=..., such as attack='pgd'"
             )
-        attack = as_attack(attack)
-        measure = under_attack(_COMPARISONS[by], attack)
+        made = as_attack(attack)
+        measure, named = under_attack(_COMPARISONS[by], made), attack_name(made)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
         if measure is not None:
             mean = mean_over(stream, model, measure, linear, progress)
-            compared = None if isinstance(attack, str | None) or by not in NEED_ATTACK else attack_name(attack)
-            return ChannelScores(by, mean.by_layer(), mean.samples, attack=compared)
-        probe = two_of(stream.first[0])
-        if by in ("weight", "kernel"):
-            layers = record_first(model, probe, linear=linear).layers
-            own = {layer.name: _kernel_norms(layer) for layer in layers}
-            return ChannelScores(by, own if by == "kernel" else outgoing_weight_norms(layers))
-        channels = layer_channels(model, probe, linear=linear).items()
-        return ChannelScores(by, {layer: channel_uniforms(seed, layer, count) for layer, count in channels}, seed=seed)
+            return ChannelScores(by, mean.by_layer(), mean.samples, attack=named)
+        layers = record_first(model, two_of(stream.first[0]), linear=linear).layers
+    own = {layer.name: _kernel_norms(layer) for layer in layers}
+    return ChannelScores(by, own if by == "kernel" else outgoing_weight_norms(layers))
 
 
 class MixedChannelsError(UserError):

@@ -24,7 +24,7 @@ from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document, Result
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import made_folder
-from attackroute.core.table import Table, plain
+from attackroute.core.table import plain
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
@@ -46,10 +46,6 @@ class ExperimentResult(Result):
     def criteria(self) -> tuple[str, ...]:
         """What chose the table's channels, in the order in which it was measured: the route first."""
         return tuple(self.table.distinct("criterion"))
-
-    @abstractmethod
-    def summary(self) -> Table:
-        """The few numbers that are worth a look, as a small table of text."""
 
     @abstractmethod
     def figures(self) -> Mapping[str, Figure]:
@@ -192,9 +188,8 @@ def _announce(study: Study, experiments: Sequence[Experiment]) -> None:
     if not experiments:
         return
     images = len(study.halves[1]) / current().count
-    units = study.price.attacks, study.price.forward * study.sets, study.price.trace * len(study.named_attacks)
     works = {"routes and controls": Work(2, traces=1), **{each.name: each.work for each in experiments}}
-    parts = {name: sum(map(mul, work, units)) for name, work in works.items()}
+    parts = {name: sum(map(mul, work, study.unit_seconds)) for name, work in works.items()}
     if (total := images * sum(parts.values())) >= _WORTH_SAYING:
         times = ", ".join(f"{name} {timedelta(seconds=round(images * each))}" for name, each in parts.items())
         study.note(f"note: it takes about {timedelta(seconds=round(total))}, by a try on a few images: {times}")

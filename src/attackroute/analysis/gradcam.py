@@ -10,7 +10,6 @@ Class tokens are no positions: they are left out of the maps and of the means ov
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +25,6 @@ from attackroute.core.model_state import frozen
 
 _MAP_DIMS = 4
 _MOST_LEADING = 16  # class, distillation and register tokens before those of the image
-_UNSEEN_LEADING = 2  # of them, where no convolution shows the grid: a class token, and one of distillation
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
@@ -41,51 +39,14 @@ class Evidence:
     logits: Tensor  # (N, classes)
     target: Tensor  # the class of each image, (N,)
 
-    def __getitem__(self, rows: Tensor) -> Evidence:
-        """The evidence of some of the images."""
-        return Evidence(self.maps[rows], self.weights[rows], self.logits[rows], self.target[rows])
-
     def cams(self, sets: Tensor) -> Tensor:
-        """Of each set of channels, bool ``(S, C)``: ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``."""
+        """Of each set of channels, bool ``(S, C)``: ``relu(sum over the set of alpha_c A^c)``, ``(S, N, H, W)``.
+
+        The maps are at the layer's own resolution, and not normalised; ``cams(route.mask(layer)[None])`` is a route's.
+        """
         chosen = sets.to(self.maps.device, self.maps.dtype)
         weights = self.weights[None] * chosen[:, None]  # (S, N, C)
         return torch.einsum("snc,nchw->snhw", weights, self.maps).relu_()
-
-
-def grad_cam(
-    model: nn.Module,
-    images: Tensor,
-    layer: str,
-    channels: Sequence[int] | Tensor | None = None,
-    *,
-    target: Tensor | None = None,
-    at: str = OUTPUT,
-    grid: Grid | None = None,
-) -> Tensor:
-    """Grad-CAM of some channels of a route layer.
-
-    Args:
-        model: Any network of images to logits. It runs in eval mode and comes back as it was.
-        images: ``(N, C, H, W)`` on the model's device.
-        layer: A convolution, or a linear map over tokens, as traced.
-        channels: Indices of the channels to sum over; None for all, which is the usual Grad-CAM.
-        target: ``(N,)`` classes; None for those that the model predicts.
-        at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
-        grid: Rows and columns of the tokens; None to find out, see :func:`layer_maps`. Tokens before are left out.
-
-    Returns:
-        ``(N, H, W)`` at the layer's own resolution, at least 0, not normalised.
-
-    Raises:
-        UserError: The layer does not run or has no maps, its tokens have no grid, the logits depend on none of them, a
-            channel or class is out of range, or ``at`` is unknown.
-    """
-    evidence = layer_evidence(model, images, layer, target=target, at=at, grid=grid)
-    count = evidence.maps.shape[1]
-    index = torch.as_tensor(range(count) if channels is None else channels, dtype=torch.int64).cpu().flatten()
-    if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
-        raise UserError(f"a channel of layer {layer!r} is out of range: it has channels 0 to {count - 1}")
-    return evidence.cams(torch.zeros(1, count, dtype=torch.bool).index_fill_(1, index, True))[0]
 
 
 def layer_evidence(
@@ -97,10 +58,23 @@ def layer_evidence(
     at: str = OUTPUT,
     grid: Grid | None = None,
 ) -> Evidence:
-    """Maps and weights of a layer from one forward pass, for Grad-CAM of any number of sets; see :func:`grad_cam`."""
+    """Maps and weights of a route layer from one forward pass, for Grad-CAM of any number of sets of channels.
+
+    Args:
+        model: Any network of images to logits. It runs in eval mode and comes back as it was.
+        images: ``(N, C, H, W)`` on the model's device.
+        layer: A convolution, or a linear map over tokens, as traced.
+        target: ``(N,)`` classes; None for those that the model predicts.
+        at: Whether the maps are the layer's ``"output"``, before batch norm, or those after its ``"activation"``.
+        grid: Rows and columns of the tokens; None for those of the patches, see :func:`layer_maps`.
+
+    Raises:
+        UserError: The layer does not run or has no maps, its tokens have no grid, the logits depend on none of them, a
+            class is out of range, or ``at`` is unknown.
+    """
     calls: list[LayerCall] = []
     leaves: list[Tensor] = []
-    sizes: list[Grid] = []  # of the maps of the convolutions before the layer
+    grids: list[Grid] = []  # of the maps of the convolutions before the layer
 
     def run(call: LayerCall) -> Tensor:
         calls.append(call)
@@ -112,20 +86,20 @@ def layer_evidence(
 
     def note(call: LayerCall, output: Tensor) -> None:
         if call.kind == "conv2d" and not calls:
-            sizes.append((output.shape[-2], output.shape[-1]))
+            grids.append((output.shape[-2], output.shape[-1]))
 
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         with LayerEdits({layer: None}, leaf, at, run=run, seen=note).applied_to(model):
             logits = checked_logits(model(images.detach().clone()), images.shape[0])
-        maps = layer_maps(calls[-1], leaves[-1], sizes, grid)
+        grids = grids if grid is None else [grid]
+        maps = layer_maps(calls[-1], leaves[-1], grids)
         classes = logits.detach().argmax(1) if target is None else target.to(logits.device)
         classes = checked_labels(classes, logits.shape[1], images.shape[0])
         chosen = logits.gather(1, classes[:, None]).sum()
-        reached = logits.requires_grad
-        gradient = torch.autograd.grad(chosen, leaves[-1], allow_unused=True)[0] if reached else None
+        gradient = torch.autograd.grad(chosen, leaves[-1], allow_unused=True)[0] if chosen.requires_grad else None
     if gradient is None:
         raise UserError(f"the logits do not depend on layer {layer!r}: does the model's forward detach?")
-    slopes = layer_maps(calls[-1], gradient, sizes, grid)
+    slopes = layer_maps(calls[-1], gradient, grids)
     if gradient.count_nonzero() and not slopes.count_nonzero():
         raise UserError(
             f"the logits depend on the class token of layer {layer!r} alone, so the image's tokens say nothing there: "
@@ -149,63 +123,25 @@ def jointly_normalised(cams: Tensor) -> Tensor:
     return cams / largest.where(largest > 0, torch.ones_like(largest))
 
 
-def layer_maps(call: LayerCall, output: Tensor, sizes: Sequence[Grid], grid: Grid | None) -> Tensor:
+def layer_maps(call: LayerCall, output: Tensor, grids: Sequence[Grid]) -> Tensor:
     """The output of a layer as maps ``(n, C, rows, columns)``, without the tokens that are no part of the image.
 
-    Tokens ``(n, rows, columns, C)`` have their grid in their shape, if its proportions are those of a convolution's
-    maps. Those in one line, ``(n, T, C)``, lie row by row and behind the class token and its like. Their grid is the
-    one that is given, or that of the patches: of the ``sizes`` of the maps of convolutions that ran before, the last
-    that leaves at most 16 tokens, and fewer than it has itself. Without such a convolution it is square, with none,
-    one, or two tokens before it.
+    Tokens ``(n, rows, columns, C)`` have their grid in their shape, if its proportions are those of one of the
+    ``grids``: those of the maps of convolutions that ran before. Those in one line, ``(n, T, C)``, lie row by row and
+    behind the class token and its like; their grid is that of the patches, the last of these that leaves at most 16
+    tokens, and fewer than it has itself.
     """
-    name, shape = call.name, tuple(output.shape)
-    if call.kind != "linear":
-        if output.ndim != _MAP_DIMS:
-            raise UserError(f"layer {name!r} gives {shape}, no maps (N, C, H, W)")
-        if grid is not None and tuple(grid) != shape[2:]:
-            raise UserError(f"layer {name!r} has maps of {shape[2:]}: a grid is for tokens")
+    shape = tuple(output.shape)
+    if call.kind != "linear" and output.ndim == _MAP_DIMS:
         return output
-    if output.ndim < 3:
-        raise UserError(
-            f"layer {name!r} gives {shape}, no maps (N, C, H, W) and no tokens (N, T, C): Grad-CAM needs a convolution "
-            "or a linear map over tokens"
-        )
-    if call.folded or output.ndim > _MAP_DIMS:
-        raise UserError(
-            f"layer {name!r} gives {shape}, tokens in windows, whose places in the image cannot be told: take a layer "
-            "outside the windows, such as the MLP after the attention"
-        )
-    if output.ndim == _MAP_DIMS:
-        if grid is not None and tuple(grid) != shape[1:3]:
-            raise UserError(f"layer {name!r} has a grid of {shape[1]} x {shape[2]} tokens, not {grid[0]} x {grid[1]}")
-        if grid is None and sizes and not any(_alike((shape[1], shape[2]), size) for size in sizes):
-            raise UserError(
-                f"layer {name!r} gives {shape}, whose {shape[1]} x {shape[2]} tokens have not the shape of the "
-                f"convolutions' maps (windows?): if they are rows and columns, give grid=({shape[1]}, {shape[2]})"
-            )
-        return output.movedim(-1, 1)
-    rows, columns = _token_grid(name, shape[1], sizes) if grid is None else grid
-    leading = shape[1] - rows * columns
-    if rows < 1 or columns < 1 or leading < 0:
-        raise UserError(f"layer {name!r} has {shape[1]} tokens, too few for a grid of {rows} x {columns}")
-    image: Tensor = output[:, leading:].unflatten(1, (rows, columns))
-    return image.movedim(-1, 1)
-
-
-def _alike(grid: Grid, size: Grid) -> bool:
-    """Whether both have the same proportions, up to rounding to whole tokens."""
-    return abs(grid[0] * size[1] - grid[1] * size[0]) <= max(size)
-
-
-def _token_grid(name: str, tokens: int, sizes: Sequence[Grid]) -> Grid:
-    for size in reversed(sizes):
-        if 0 <= tokens - math.prod(size) <= min(_MOST_LEADING, math.prod(size) - 1):
-            return size
-    for leading in range(_UNSEEN_LEADING + 1):
-        side = math.isqrt(max(0, tokens - leading))
-        if side > 1 and side**2 == tokens - leading:
-            return side, side
+    for rows, columns in () if call.folded or call.kind != "linear" else reversed(grids):
+        if output.ndim == _MAP_DIMS and abs(shape[1] * columns - shape[2] * rows) <= max(rows, columns):
+            return output.movedim(-1, 1)
+        if output.ndim == _MAP_DIMS - 1 and 0 <= shape[1] - rows * columns <= min(_MOST_LEADING, rows * columns - 1):
+            image: Tensor = output[:, shape[1] - rows * columns :].unflatten(1, (rows, columns))
+            return image.movedim(-1, 1)
     raise UserError(
-        f"the {tokens} tokens of layer {name!r} fit no grid that the network shows: give grid=(rows, columns); tokens "
-        "that are left over count as class tokens at the front"
+        f"layer {call.name!r} gives {shape}, no maps (N, C, H, W) and no tokens whose places in the image the "
+        "convolutions before it show (tokens in windows have none): take another layer, or for tokens (N, T, C) give "
+        "grid=(rows, columns)"
     )

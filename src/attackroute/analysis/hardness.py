@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,34 +107,19 @@ class Hardness:
         sizes = f"{plural(len(self), 'sample')}, {plural(len(self.route.layers), 'layer')}"
         return f"Hardness({sizes}, V from {low:g} to {high:g})"
 
-    def hardest(self, count: int, among: Tensor | None = None) -> Tensor:
+    def hardest(self, count: int) -> Tensor:
         """Indices of the samples with the largest V, hardest first, ties to the lower index, int64 ``(count,)``.
 
         They are the ones that the model has learned best; nothing is perturbed to find them.
-
-        Args:
-            count: How many.
-            among: Bool ``(N,)``, to choose from these samples alone, such as :attr:`correct`.
         """
-        return self._first(count, among, descending=True)
+        return self._first(count, descending=True)
 
-    def weakest(self, count: int, among: Tensor | None = None) -> Tensor:
+    def weakest(self, count: int) -> Tensor:
         """Indices of the samples with the smallest V, weakest first, ties to the lower index, int64 ``(count,)``.
 
-        They are the model's criticisms: the ones that it has learned worst, as a rule misclassified ones. Arguments
-        are those of :meth:`hardest`.
+        They are the ones that the model has learned worst, as a rule misclassified ones.
         """
-        return self._first(count, among, descending=False)
-
-    def by_class(self) -> list[dict[str, Any]]:
-        """For each label: how many samples bear it, how many are classified correctly, and the spread of their V."""
-        quarters = torch.tensor([0.25, 0.5, 0.75]).double()
-        rows = []
-        for label in self.labels.unique().tolist():
-            values, right = self.values[self.labels == label], self.correct[self.labels == label]
-            spread = {"V_mean": float(values.mean()), "V_quartiles": values.quantile(quarters).tolist()}
-            rows.append({"label": label, "samples": len(values), "correct": int(right.sum()), **spread})
-        return rows
+        return self._first(count, descending=False)
 
     @property
     def table(self) -> Table:
@@ -146,12 +130,10 @@ class Hardness:
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
 
-    def _first(self, count: int, among: Tensor | None, *, descending: bool) -> Tensor:
+    def _first(self, count: int, *, descending: bool) -> Tensor:
+        if not 0 < count <= len(self):
+            raise UserError(f"{count} samples are wanted of {len(self)}: give a number from 1 to {len(self)}")
         order: Tensor = self.values.sort(descending=descending, stable=True).indices
-        if among is not None:
-            order = order[among[order]]
-        if not 0 < count <= len(order):
-            raise UserError(f"{count} samples are wanted of {len(order)}: give a number from 1 to {len(order)}")
         return order[:count]
 
 

@@ -20,7 +20,7 @@ from attackroute.analysis.channel_statistics import labelled
 from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, Ranking, require_right
 from attackroute.analysis.experiment import ExperimentResult
 from attackroute.analysis.interventions import record_outputs
-from attackroute.core.batches import BatchStream, samples_in
+from attackroute.core.batches import BatchStream
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
@@ -67,11 +67,11 @@ class InterventionTable(ExperimentResult):
     at: str  # where channels are changed: the layers' output, before batch norm, or after their activation
     samples: int
     counted: int  # of these, right when clean
-    batches: int
     targets: Sequence[str] | None = None  # layers whose kernels are weakened, where they are not all
 
     helps: ClassVar[bool] = False
     """Whether the intervention raises accuracy where it meets what matters."""
+
     opening: ClassVar[str]
     """How the reading begins, as a format of the table."""
 
@@ -81,6 +81,11 @@ class InterventionTable(ExperimentResult):
         if self.main_beta is not None:
             return "" if self.targets is None else f", into {plural(len(self.targets), 'layer')},"
         return "layers" if len(self.attacks) == 1 else "layers and attacks"
+
+    @property
+    def without(self) -> str:
+        """Accuracy under each attack where nothing is done about it."""
+        return ", ".join(f"{attack} {self.untouched(attack).value:.1%}" for attack in self.attacks)
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -101,11 +106,6 @@ class InterventionTable(ExperimentResult):
         """Accuracy of the untouched network on images of that attack."""
         row = self.table.one(criterion=UNTOUCHED, attack=attack)
         return Accuracy(round(row["accuracy"] * row["samples"]), row["samples"])
-
-    @property
-    def without(self) -> str:
-        """Accuracy under each attack where nothing is done about it."""
-        return ", ".join(f"{attack} {self.untouched(attack).value:.1%}" for attack in self.attacks)
 
     def values(self, setting: Setting, criterion: str) -> list[float]:
         """Accuracies of one criterion in one setting, one for each draw; none where it was not measured."""
@@ -151,14 +151,12 @@ class InterventionTable(ExperimentResult):
             if (setting.share, setting.beta) == (self.main_share, self.main_beta)
             and (self.main_beta is not None or len(setting.layers) == 1)
         ]
+        rows = [row for row in self.verdicts if any(cells <= row.items() for cells in main)]
         scores = []
-        for control in self.criteria[1:]:
-            rows = [row for row in self.verdicts if row["control"] == control]
-            verdicts = [row["verdict"] for row in rows if any(cells <= row.items() for cells in main)]
-            if verdicts:
-                name = "every random draw" if control == RANDOM else control
-                counts = f"{verdicts.count(BEATS)} (loses in {verdicts.count(LOSES)}) of {len(verdicts)}"
-                scores.append(f"{name} in {counts}")
+        for control in dict.fromkeys(row["control"] for row in rows):
+            verdicts = [row["verdict"] for row in rows if row["control"] == control]
+            name = "every random draw" if control == RANDOM else control
+            scores.append(f"{name} in {verdicts.count(BEATS)} (loses in {verdicts.count(LOSES)}) of {len(verdicts)}")
         beaten = f"the route beats {', '.join(scores)}" if scores else "no control"
         return f"{self.opening.format(self)} {beaten}."
 
@@ -169,33 +167,12 @@ class InterventionTable(ExperimentResult):
             "samples": self.samples,
             "counted": self.counted,
             "counted_are": "samples that the untouched network classifies correctly when clean",
-            "batches": self.batches,
             "main_share": self.main_share,
             "main_beta": self.main_beta,
             "weakened_layers": None if self.targets is None else list(self.targets),
             "clear": f"exact two-sided sign test on paired samples, p < {CLEAR}, not corrected for the number of tests",
             "verdicts": self.verdicts.to_json(),
         }
-
-    def summary(self) -> Table:
-        """Settings at the main share, or factors: the route, random channels, and which controls the route beats."""
-        rows = []
-        for setting in self.settings:
-            if self.main_beta is None and setting.share != self.main_share:
-                continue
-            row = (
-                {"layer": self.group_name(setting.layers)} if self.main_beta is None else {"beta": f"{setting.beta:g}"}
-            )
-            if setting.attack is not None:
-                untouched = self.untouched(setting.attack).value
-                row = {"attack": setting.attack, **row, UNTOUCHED: f"{untouched:.1%}"}
-            row |= {by: _spread_text(self.values(setting, by)) for by in (ROUTE, RANDOM)}
-            verdicts = [each for each in self.verdicts if setting.cells.items() <= each.items()]
-            for verdict in (BEATS, LOSES):
-                names = [each["control"] for each in verdicts if each["verdict"] == verdict]
-                row[f"route {verdict}"] = ", ".join(names) or "-"
-            rows.append(row)
-        return Table.of(rows)
 
     def group_name(self, layers: tuple[str, ...]) -> str:
         """Layers that are changed together, in a few words."""
@@ -204,13 +181,6 @@ class InterventionTable(ExperimentResult):
         if layers == self.layers[: len(layers)]:
             return f"{'all' if layers == self.layers else 'first'} {len(layers)} layers"
         return "+".join(layers) if len(layers) < 3 else f"{layers[0]} ... {layers[-1]}"
-
-
-def _spread_text(values: Sequence[float]) -> str:
-    """Accuracies for a table: one value, or the mean and range of several draws; a dash for none."""
-    if len(values) < 2:
-        return f"{values[0]:.1%}" if values else "-"
-    return f"{statistics.fmean(values):.1%} ({100 * min(values):.0f} to {100 * max(values):.0f})"
 
 
 T = TypeVar("T", bound=InterventionTable)
@@ -235,6 +205,19 @@ class Trial:
         if self.channels is None or self.channels.size == 0 or setting.beta == 1:
             return None, setting.attack, None
         return self.channels, setting.attack, setting.beta
+
+    def row(self, accuracy: Accuracy, route_only: int, control_only: int, *, network: int) -> Record:
+        """What was measured, as a row of an :class:`InterventionTable`, on a network of so many channels."""
+        low, high = accuracy.interval
+        route = self.channels
+        neurons = route.size if route else 0
+        return {
+            **self.setting.cells, "criterion": self.criterion, "draw": self.draw,
+            "neurons": neurons, "channels": sum(route.channels.values()) if route else 0,
+            "share_of_network": neurons / network,
+            "accuracy": accuracy.value, "accuracy_low": low, "accuracy_high": high, "samples": accuracy.total,
+            "route_only": route_only, "control_only": control_only, "p": sign_test(route_only, control_only),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,56 +264,50 @@ def measure(
     route = {trial.setting: position[trial.change] for trial in trials if trial.criterion == ROUTE}
     # the route in the same setting; a trial's own column where the route was not measured
     references = torch.tensor([route.get(trial.setting, position[trial.change]) for trial in trials])
-    size_of_data = samples_in(compared.data)
-    total = None if size_of_data is None else size_of_data * len(changes)
-    samples = counted = batches = 0
-    ahead = 0  # samples that this process is done with, and that are not among ``samples`` yet
+    stream = BatchStream(model, compared.data, compared.batch_size)
+    total = None if stream.total is None else stream.total * len(changes)
+    samples = counted = 0
 
     def count(images: Tensor, labels: Tensor | None) -> tuple[int, int, Tensor]:
         """The batch's samples, those that count, and of these for each trial: right, route alone, control alone."""
-        nonlocal ahead
         clean = correct_when_clean(model, images, labels, record, compared.at)
         correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
-        done = 0
+        done = samples * len(changes)
         for name in attacked_by if len(clean.images) else ():
             inputs = clean.images
             if name is not None and attacks is not None:
                 inputs, _ = attacked(model, attacks[name], clean.images, clean.labels)
-            for channels, attack, beta in changes:
+            for at, (channels, attack, beta) in enumerate(changes):
                 if attack != name:
                     continue
-                at = position[channels, attack, beta]
                 if name is None and channels is None:
                     correct[at] = True  # these are the samples that count
                 else:
                     with nullcontext() if channels is None else intervene(channels, beta, clean):
                         logits = checked_logits(model(inputs.clone()), len(inputs))
                     correct[at] = (logits.argmax(1) == clean.labels).cpu()
-                done += 1
+                done += len(images)
                 if progress is not None:
-                    progress((samples + ahead) * len(changes) + done * len(images), total)
-        ahead += len(images)
+                    progress(done, total)
         control, with_route = correct[columns], correct[references]
         outcomes = control, with_route & ~control, control & ~with_route
         return len(images), len(clean.images), torch.stack([each.sum(1) for each in outcomes])
 
     sums = torch.zeros(3, len(trials), dtype=torch.int64)
     with frozen(model), torch.inference_mode(False), torch.no_grad():
-        for size, right, sums_of_batch in BatchStream(model, compared.data, compared.batch_size).map(count):
-            batches += 1
+        for size, right, sums_of_batch in stream.map(count):
             samples += size
             counted += right
-            ahead = 0
             sums += sums_of_batch
     require_right(counted, samples)
     network = sum(compared.route.channels.values())
     rows = [
-        accuracy_row(trial, Accuracy(right, counted), route_only, control_only, network=network)
+        trial.row(Accuracy(right, counted), route_only, control_only, network=network)
         for trial, (right, route_only, control_only) in zip(trials, sums.T.tolist(), strict=True)
     ]
     return result(
         table=Table.of(rows), settings=tuple(route), main_share=compared.share, at=compared.at,
-        samples=samples, counted=counted, batches=batches,
+        samples=samples, counted=counted,
     )  # fmt: skip
 
 
@@ -350,18 +327,3 @@ def correct_when_clean(
     if len(right) == len(images):
         return CorrectSamples(images, labels, outputs)
     return CorrectSamples(images[right], labels[right], {layer: values[right] for layer, values in outputs.items()})
-
-
-def accuracy_row(trial: Trial, accuracy: Accuracy, route_only: int, control_only: int, *, network: int) -> Record:
-    """What was measured of one trial, as a row of an :class:`InterventionTable`."""
-    low, high = accuracy.interval
-    neurons, channels = 0, 0
-    if trial.channels is not None:
-        neurons, channels = trial.channels.size, sum(trial.channels.channels.values())
-    return {
-        **trial.setting.cells, "criterion": trial.criterion, "draw": trial.draw,
-        "neurons": neurons, "channels": channels, "share_of_network": neurons / network,
-        "accuracy": accuracy.value, "accuracy_low": low, "accuracy_high": high, "samples": accuracy.total,
-        "route_only": route_only, "control_only": control_only,
-        "p": sign_test(route_only, control_only),
-    }  # fmt: skip

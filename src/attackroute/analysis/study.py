@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +38,6 @@ BASELINES = ("activation", "weight", "kernel", "gradient", "sensitivity", "attri
 _TRIED = 8  # images, to see what they cost
 SAMPLE_WIDTH = 0.2
 """Share of each layer's channels on a sample's route, as the paper has it."""
-
-
-class Price(NamedTuple):
-    """Seconds an image that a forward pass takes, all attacks together, and a trace."""
-
-    forward: float
-    attacks: float
-    trace: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,15 +198,12 @@ class Study:
         )  # fmt: skip
 
     def examples(self) -> tuple[Tensor, Tensor]:
-        """A few images to measure that the network gets right, drawn by the seed, of other classes if that can be."""
+        """A few images to measure that the network gets right, drawn by the seed."""
         order = torch.randperm(len(self.halves[1]), generator=torch.Generator().manual_seed(self.seed)).tolist()
         images, labels = self._some([self.halves[1][at] for at in order])
         with frozen(self.model), torch.no_grad():
             right = checked_logits(self.model(images), len(images)).argmax(1) == labels
-        # the k-th image of every class comes before the k + 1st of any; without any it is the experiment that says so
-        rows = right.nonzero().flatten().tolist() or [0]
-        turns = [(int((labels[rows[:at]] == labels[row]).sum()), row) for at, row in enumerate(rows)]
-        chosen = [row for _, row in sorted(turns)[:4]]
+        chosen = right.nonzero().flatten().tolist()[:4] or [0]  # without any it is the experiment that says so
         return images[chosen], labels[chosen]
 
     @cached_property
@@ -223,28 +212,27 @@ class Study:
         return self._some(self.halves[0][:2])[0]
 
     @cached_property
-    def price(self) -> Price:
-        """What each step costs, by a try on a few of the images."""
+    def unit_seconds(self) -> tuple[float, ...]:
+        """About how many seconds an image each unit of an experiment's work takes, by a try on a few of the images.
+
+        Units are a round of all attacks; a forward pass for each set of channels that an intervention tries, of each
+        layer the route's and the controls'; and a trace for each attack.
+        """
         images, labels = self._some(self.halves[0][:_TRIED])
         seconds = []
         with frozen(self.model), torch.inference_mode(False):
             tracer = Tracer.probe(self.model, images, SAMPLE_WIDTH, config=self.plain_config)
-            for step in (
-                lambda: predicted(self.model, images).cpu(),
-                lambda: [attacked(self.model, attack, images, labels) for attack in self.named_attacks.values()],
-                lambda: tracer.trace(images, labels),
+            layers = self.layers or layer_channels(self.model, images, linear=self.config.linear)
+            sets = len(layers) * (1 + self.draws + len(BASELINES))
+            for times, step in (
+                (1, lambda: [attacked(self.model, attack, images, labels) for attack in self.named_attacks.values()]),
+                (sets, lambda: predicted(self.model, images).cpu()),
+                (len(self.named_attacks), lambda: tracer.trace(images, labels)),
             ):
                 started = time.perf_counter()
                 step()
-                seconds.append((time.perf_counter() - started) / len(images))
-        return Price(*seconds)
-
-    @cached_property
-    def sets(self) -> int:
-        """About how many sets of channels an intervention tries: of each layer, the route's and the controls'."""
-        with frozen(self.model):
-            layers = self.layers or layer_channels(self.model, self.pair, linear=self.config.linear)
-        return len(layers) * (1 + self.draws + len(BASELINES))
+                seconds.append(times * (time.perf_counter() - started) / len(images))
+        return tuple(seconds)
 
     @cached_property
     def all_settings(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Statistics of samples: accuracies, means with intervals, the sign test, and how well a number ranks a target.
 
-AUROC and Spearman's correlation are sums over mid-ranks, and a bootstrap resample is a set of weights: how often each
-sample is drawn. So all resamples of all predictors share one sort.
+AUROC is a sum over mid-ranks, and a bootstrap resample is a set of weights: how often each sample is drawn. So all
+resamples of all predictors share one sort.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLEAR = 0.05
 LEVEL = 0.01
 """Two shares, or two AUROCs, that differ by less are called level, however sure the difference is."""
 
-AUROC, SPEARMAN = "AUROC", "Spearman"
+AUROC = "AUROC"
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
@@ -173,30 +173,27 @@ class Moments:
 
 
 def associations(
-    predictors: Mapping[str, Floats], target: NDArray[Any], statistic: str, *, resamples: int = 1000, seed: int = 0
+    predictors: Mapping[str, Floats], events: NDArray[np.bool_], *, resamples: int = 1000, seed: int = 0
 ) -> Table:
-    """How well each predictor ranks a target, and how far it is behind the first.
+    """How well each predictor tells samples with an event from those without, and how far it is behind the first.
 
-    Predictors are ``(N,)``, without NaN; the target is ``(N,)``, bool for the ``"AUROC"``, and real for ``"Spearman"``.
-    There is a row for each ``predictor`` with the ``statistic``, its ``value`` and its 95 % bootstrap interval
-    (percentiles) ``low`` to ``high``; and ``lead``, ``lead_low``, ``lead_high``, the first predictor's statistic less
-    this one's on the same resamples. They are None where the statistic is not defined, for want of samples on one side
-    or because all values are equal.
+    Predictors are ``(N,)``, without NaN, and so are the events. There is a row for each ``predictor`` with the
+    ``statistic``, the AUROC, its ``value`` and its 95 % bootstrap interval (percentiles) ``low`` to ``high``; and
+    ``lead``, ``lead_low``, ``lead_high``, the first predictor's less this one's on the same resamples. They are None
+    where there are no samples on one side.
     """
-    compute: Callable[[Floats, NDArray[Any], Floats], Floats]
-    compute = auroc if statistic == AUROC else spearman
-    whole = np.ones((1, len(target)))
-    values = {name: float(compute(scores, target, whole)[0]) for name, scores in predictors.items()}
+    whole = np.ones((1, len(events)))
+    values = {name: float(auroc(scores, events, whole)[0]) for name, scores in predictors.items()}
     drawn: dict[str, list[Floats]] = {name: [] for name in predictors}
-    for weights in _weights(len(target), resamples, seed):
+    for weights in _weights(len(events), resamples, seed):
         for name, scores in predictors.items():
-            drawn[name].append(compute(scores, target, weights))
+            drawn[name].append(auroc(scores, events, weights))
     spread = {name: np.concatenate(parts) for name, parts in drawn.items()}
     first = next(iter(predictors))
     return Table.of(
         {
             "predictor": name,
-            "statistic": statistic,
+            "statistic": AUROC,
             **_estimate("value", "", values[name], spread[name]),
             **_estimate("lead", "lead_", values[first] - values[name], spread[first] - spread[name]),
         }
@@ -213,13 +210,6 @@ def auroc(scores: Floats, events: NDArray[np.bool_], weights: Floats) -> Floats:
     negative = weights.sum(1) - positive
     below = (mid_ranks(scores, weights) * weights * events).sum(1) - positive**2 / 2
     return _quotient(below, positive * negative)
-
-
-def spearman(scores: Floats, target: Floats, weights: Floats) -> Floats:
-    """Pearson's correlation of the mid-ranks, ``(B,)``; NaN where one of them is constant. Arguments as for `auroc`."""
-    left, right = (_centred(mid_ranks(values, weights), weights) for values in (scores, target))
-    products = [(weights * one * two).sum(1) for one, two in ((left, right), (left, left), (right, right))]
-    return _quotient(products[0], np.sqrt(products[1] * products[2]))
 
 
 def mid_ranks(values: Floats, weights: Floats) -> Floats:
@@ -241,11 +231,6 @@ def _weights(samples: int, resamples: int, seed: int) -> Iterator[Floats]:
         draws = generator.integers(0, samples, (count, samples))
         draws += np.arange(count)[:, None] * samples
         yield np.bincount(draws.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float64)
-
-
-def _centred(ranks: Floats, weights: Floats) -> Floats:
-    means: Floats = (weights * ranks).sum(1) / weights.sum(1)
-    return ranks - means[:, None]
 
 
 def _quotient(numerator: Floats, denominator: Floats) -> Floats:

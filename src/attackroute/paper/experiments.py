@@ -90,7 +90,7 @@ def swept_layers(layers: Sequence[str]) -> list[str]:
 def occurrence(study: Study, _: Progress) -> ExperimentResult:
     """Occurrence over all images, beside simple criteria and random routes."""
     routes = {"clean" if by == ROUTE else by: each for by, each in study.all_routes.items()}
-    return measure_occurrence(routes, width=study.share, seeds=study.seeds)
+    return measure_occurrence(routes, seeds=study.seeds)
 
 
 def sampling(study: Study, _: Progress) -> ExperimentResult:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import grid_of, new_figure
-from attackroute.analysis.gradcam import enlarged, jointly_normalised, layer_evidence
+from attackroute.analysis.figures.style import new_figure
+from attackroute.analysis.gradcam import Grid, enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
 from attackroute.core.checks import checked_labels
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLEAN = "clean"
-INSIDE, ENTROPY, PART, SHIFT = "energy inside", "entropy", "part of all energy", "shift"
-_Batch = tuple[int, tuple[int, int], dict[tuple[str, str], Moments]]
-"""How many samples of a batch count, the size of the maps, and each measure by images and name."""
+INSIDE, SHIFT = "energy inside", "shift"
 _SMALLEST_MAP = 4  # positions each way; maps of fewer show nothing
 
 
@@ -57,10 +55,9 @@ class GradCam(ExperimentResult):
         table: The mean over images of one measure of one set's maps, a row each. Its ``images`` are ``"clean"``, or the
             attack's name; ``criterion`` is what chose the channels, ``"off-route"`` all that are not on the route;
             ``measure`` is ``"energy inside"``, the share of the map's energy in the middle half of the image, each way,
-            ``"entropy"`` of the map as a distribution over positions, 1 where it is even, ``"part of all energy"``, the
-            set's energy in that of the set and of its complement, or ``"shift"``, half the L1 distance of an attacked
-            image's map from its clean image's, as distributions. A mean is over the images whose map is not all zero,
-            and ``route_minus_this`` is the mean of the route's measure less this set's, on the same images.
+            or ``"shift"``, half the L1 distance of an attacked image's map from its clean image's, as distributions. A
+            mean is over the images whose map is not all zero, and ``route_minus_this`` is the mean of the route's
+            measure less this set's, on the same images.
     """
 
     kind = "gradcam"
@@ -116,15 +113,6 @@ class GradCam(ExperimentResult):
             "intervals": "95 %, normal approximation; route_minus_this is paired",
         }
 
-    def summary(self) -> Table:
-        """Where the maps' energy is, and how far it moves under the first attack."""
-        cases = [(CLEAN, INSIDE), (self.attacks[0], INSIDE), (self.attacks[0], SHIFT)]
-        rows = tuple(
-            (criterion, *(f"{self._mean(images, criterion, measure):.3f}" for images, measure in cases))
-            for criterion in self.criteria
-        )
-        return Table(("set", *(f"{measure}, {images}" for images, measure in cases)), rows)
-
     def figures(self) -> dict[str, Figure]:
         """``gradcam``, the maps of a few images where there are some."""
         return {} if self.panels is None else {"gradcam": _maps_figure(self, self.panels)}
@@ -149,25 +137,23 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
     model, at = compared.model, compared.at
     masks = layer_sets(compared.rankings([layer]), layer, compared.share)
     sets = torch.stack(list(masks.values()))
-    both = torch.cat([sets, ~sets])
     moments: dict[tuple[str, str], Moments] = {}
     samples, counted = 0, 0
     size = (0, 0)
 
-    def measure_batch(images: Tensor, answers: Tensor | None) -> _Batch:
+    def measure_batch(images: Tensor, answers: Tensor | None) -> tuple[int, Grid, dict[tuple[str, str], Moments]]:
+        """How many samples count, the size of the maps, and each measure by images and name."""
         evidence = layer_evidence(model, images, layer, at=at)
         answers = checked_labels(labelled(answers), evidence.logits.shape[1], len(images))
         right = (evidence.target == answers).nonzero().flatten()
         values: dict[tuple[str, str], Tensor] = {}
         if len(right):
-            clean, measures = _map_measures(evidence[right].cams(both), *images.shape[2:])
-            values = {(CLEAN, measure): numbers for measure, numbers in measures.items()}
+            clean, values[CLEAN, INSIDE] = _spread(evidence.cams(sets)[:, right], *images.shape[2:])
             for name, attack in named.items():
                 changed, _ = attacked(model, attack, images[right], answers[right])
-                cams = layer_evidence(model, changed, layer, at=at).cams(both)
-                spread, measures = _map_measures(cams, *images.shape[2:])
-                measures[SHIFT] = (spread - clean).abs().sum(2) / 2
-                values |= {(name, measure): numbers for measure, numbers in measures.items()}
+                cams = layer_evidence(model, changed, layer, at=at).cams(sets)
+                spread, values[name, INSIDE] = _spread(cams, *images.shape[2:])
+                values[name, SHIFT] = (spread - clean).abs().sum(2) / 2
         # the numbers of each set, and by how much the route's are larger
         batch = {key: Moments.of(torch.cat([numbers, numbers[:1] - numbers])) for key, numbers in values.items()}
         height, width = evidence.maps.shape[2:]
@@ -180,7 +166,7 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
             counted += right
             size = area if right else size
             for key, each in batch.items():
-                moments.setdefault(key, Moments(len(both))).add(each)
+                moments.setdefault(key, Moments(2 * len(sets))).add(each)
     require_right(counted, samples)
     rows = []
     for (images, measure), each in moments.items():
@@ -220,25 +206,23 @@ def _mapped_layer(study: Study) -> str:
     return study.route.layers[-1]
 
 
-def _map_measures(cams: Tensor, height: int, width: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Maps ``(2 S, n, h, w)`` of sets and their complements as the sets' distributions, and what these measure.
+def _spread(cams: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Maps ``(S, n, h, w)`` as distributions ``(S, n, height * width)``, and their energy inside, ``(S, n)``.
 
-    Gives ``(S, n, height * width)``, and ``(S, n)`` for each measure; both are NaN where a map is all zero.
+    Both are NaN where a map is all zero.
     """
     energy = enlarged(cams, (height, width)).double().flatten(2)
-    total, rest = energy.sum(2).chunk(2)
-    spread = energy[: len(total)] / total[:, :, None]
+    spread = energy / energy.sum(2, keepdim=True)
     y, x = (torch.arange(side, device=cams.device) + 0.5 for side in (height, width))  # centres of pixels
     rows, columns = (y >= height / 4) & (y < 3 * height / 4), (x >= width / 4) & (x < 3 * width / 4)
-    inside = (rows[:, None] & columns).flatten()
-    entropy = -torch.special.xlogy(spread, spread).sum(2) / torch.tensor(float(height * width)).log()
-    return spread, {INSIDE: (spread * inside).sum(2), ENTROPY: entropy, PART: total / (total + rest)}
+    return spread, (spread * (rows[:, None] & columns).flatten()).sum(2)
 
 
 def _maps_figure(result: GradCam, panels: MapPanels) -> Figure:
     """Each image as two rows, clean and attacked: the image, then the route's map and the others' over it."""
     count = panels.images.shape[1]
-    rows, pairs = grid_of(count, 2)
+    pairs = min(2, count)
+    rows = -(-count // pairs)
     figure = new_figure(3.5 * pairs + 0.6, 2.45 * rows + 0.9)
     grid = figure.subplots(2 * rows, 3 * pairs, squeeze=False)
     for axes in grid.flatten():

@@ -6,10 +6,12 @@ those are used up.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
 
 from attackroute.analysis.controls import Comparison, repeated_layers
 from attackroute.analysis.experiment import Work, experiment
@@ -38,6 +40,7 @@ class Transplantation(InterventionTable):
 
     kind = "transplant"
     helps: ClassVar[bool] = True
+
     opening = (
         "Transplanting {0.main_share:.0%} of one layer's clean channels at its {0.at} (accuracy without: {0.without}); "
         "in clear effect, by {0.cases}:"
@@ -68,6 +71,7 @@ class Weakening(InterventionTable):
     """Accuracies with the connections between channels scaled down."""
 
     kind = "weaken"
+
     opening = (
         "Weakening the connections between {0.main_share:.0%} of all layers' channels{0.cases} to {0.main_beta:g}; "
         "in clear effect:"
@@ -95,7 +99,7 @@ def run_deactivate(study: Study, progress: Progress) -> InterventionTable:
 @experiment("weaken", order=5, title="Weakening the connections along the route", work=Work(passes=1))
 def run_weaken(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy with the connections between channels scaled down (Fig. 4b)."""
-    return weaken_accuracy(study.comparison(progress), targets=_joined_layers(study))
+    return weaken_accuracy(study.comparison(progress), study.pair, note=study.note)
 
 
 def transplant_accuracy(
@@ -129,8 +133,7 @@ def transplant_accuracy(
         return transplant(compared.model, clean.outputs, channels, at=compared.at)
 
     rankings = compared.rankings({*single, *(layer for group in groups for layer in group)})
-    record = rankings[0].layers
-    return measure(Transplantation, compared, rankings, settings, graft, attacks=named, record=record)
+    return measure(Transplantation, compared, rankings, settings, graft, attacks=named, record=rankings[0].layers)
 
 
 def leading_groups(layers: Sequence[str], repeats: Container[str] = ()) -> list[tuple[str, ...]]:
@@ -170,41 +173,33 @@ def deactivate_accuracy(
     return measure(Deactivation, compared, rankings, settings, silence)
 
 
-def weaken_accuracy(compared: Comparison, *, targets: Iterable[str] | None = None) -> Weakening:
+def weaken_accuracy(
+    compared: Comparison, images: Tensor, *, note: Callable[[str], None] = lambda text: None
+) -> Weakening:
     """Accuracy on clean images with the connections between chosen channels of adjacent layers multiplied by a factor.
 
-    All layers are changed together, with a falling factor; weakened are the kernels of ``targets``, or of all.
+    All layers are changed together, with a falling factor. Weakened are the kernels of those layers before which, as a
+    few ``images`` show, channels stay apart; if these are not all, a ``note`` says how many others there are.
     """
-    rankings = compared.rankings()
-    chosen = None if targets is None else list(targets)
-    connections: Connections | None = None  # the same for every batch
-
-    def intervene(channels: Route, beta: float | None, clean: CorrectSamples) -> AbstractContextManager[object]:
-        nonlocal connections
-        assert beta is not None
-        if connections is None:
-            connections = Connections.of_route(compared.model, clean.images, channels)
-        return weaken(compared.model, channels, beta, chosen, connections=connections)
-
-    settings = [Setting(rankings[0].layers, compared.share, None, beta) for beta in BETAS]
-    result = measure(Weakening, compared, rankings, settings, intervene)
-    return replace(result, main_beta=MAIN_BETA, at="weights", targets=chosen)
-
-
-def _joined_layers(study: Study) -> list[str] | None:
-    """The route's layers whose kernels can be weakened, if not all; a note says how many others there are."""
-    connections = Connections.of_route(study.model, study.pair, study.route)
-    joined = connections.joined(study.route)
+    model, route = compared.model, compared.route
+    connections = Connections.of_route(model, images, route)
+    joined, mixed = connections.joined(route), connections.mixed(route)
     if not joined:
         raise UserError(
             "no kernel slice joins channels of two layers of the route: what stands between them mixes channels or "
             "positions; leave weaken out (--only)"
         )
-    mixed = connections.mixed(study.route)
-    if not mixed:
-        return None
-    study.note(
-        f"note: weaken leaves {len(mixed)} of {len(study.route)} layers as they are, since what stands before "
-        f"them mixes channels or positions: {', '.join(mixed[:3])}{', ...' * (len(mixed) > 3)}"
-    )
-    return joined
+    if mixed:
+        note(
+            f"note: weaken leaves {len(mixed)} of {len(route)} layers as they are, since what stands before "
+            f"them mixes channels or positions: {', '.join(mixed[:3])}{', ...' * (len(mixed) > 3)}"
+        )
+    targets = joined if mixed else None
+
+    def intervene(channels: Route, beta: float | None, _: CorrectSamples) -> AbstractContextManager[object]:
+        assert beta is not None
+        return weaken(model, channels, beta, targets, connections=connections)
+
+    settings = [Setting(route.layers, compared.share, None, beta) for beta in BETAS]
+    result = measure(Weakening, compared, compared.rankings(), settings, intervene)
+    return replace(result, main_beta=MAIN_BETA, at="weights", targets=targets)

@@ -6,15 +6,16 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, labelled, worked_on
-from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, Comparison, layer_sets
+from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import label, look, new_figure, shared_legend, tidy, upright_layers
+from attackroute.analysis.figures.style import draw_spread, label, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
 from attackroute.core.errors import UserError
@@ -61,16 +62,14 @@ class Sensitivity(ExperimentResult):
     def verdicts(self) -> Table:
         """For each layer and control: the route's mean over the control's, and whether it beats every draw."""
         verdicts = []
-        for quantity, attack in self.quantities:
-            for layer in self.layers:
-                (route,) = (row["mean"] for row in self.rows(layer, quantity, attack, ROUTE))
-                for criterion in self.criteria[1:]:
-                    means = [row["mean"] for row in self.rows(layer, quantity, attack, criterion)]
-                    if means:
-                        mean = statistics.fmean(means)
-                        label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
-                        verdict = {"beats": route > max(means), "loses": route < min(means)}
-                        verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
+        for (quantity, attack), layer, criterion in product(self.quantities, self.layers, self.criteria[1:]):
+            (route,) = (row["mean"] for row in self.rows(layer, quantity, attack, ROUTE))
+            means = [row["mean"] for row in self.rows(layer, quantity, attack, criterion)]
+            if means:
+                mean = statistics.fmean(means)
+                label = {"layer": layer, "quantity": quantity, "attack": attack, "control": criterion}
+                verdict = {"beats": route > max(means), "loses": route < min(means)}
+                verdicts.append({**label, "route_over_control": route / mean if mean else None, **verdict})
         return Table.of(verdicts)
 
     def reading(self) -> str:
@@ -95,18 +94,6 @@ class Sensitivity(ExperimentResult):
             "verdicts": self.verdicts.to_json(),
         }
 
-    def summary(self) -> Table:
-        """The route's mean over that of all other neurons."""
-        head = ["layer", *(f"{_title(*each)}, route / off-route" for each in self.quantities)]
-        rows = []
-        for layer in self.layers:
-            ratios = []
-            for each in self.quantities:
-                on_route, off_route = (self.rows(layer, *each, by)[0]["mean"] for by in (ROUTE, OFF_ROUTE))
-                ratios.append(f"{on_route / off_route:.2f}" if off_route else "-")
-            rows.append((layer, *ratios))
-        return Table(tuple(head), tuple(rows))
-
     def figures(self) -> dict[str, Figure]:
         """``sensitivity``: Fig. 2."""
         return {"sensitivity": _figure(self)}
@@ -125,7 +112,6 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str
     """
     named = named_attacks(attacks)
     model, share, rankings = compared.model, compared.share, compared.rankings()
-    names = rankings[0].layers
     means: dict[_Quantity, RunningMean] = {(SENSITIVITY, attack): RunningMean() for attack in named}
     means[GRADIENT, None] = RunningMean()
     samples = 0
@@ -146,22 +132,19 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str
                 means[key].add(mean)
     if not samples:
         raise UserError("the data hold no sample: the loader is empty")
+    levels = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
     rows: list[Record] = []
     for (quantity, under), mean in means.items():
         by_layer = mean.by_layer()
-        for layer in names:
+        for layer in rankings[0].layers:
             for (criterion, draw), mask in layer_sets(rankings, layer, share).items():
                 numbers = by_layer[layer][mask]
                 if len(numbers):
-                    label = {"quantity": quantity, "attack": under, "criterion": criterion, "draw": draw}
-                    rows.append({"layer": layer, **label, **_distribution(numbers)})
+                    label: Record = {"quantity": quantity, "attack": under, "criterion": criterion, "draw": draw}
+                    quantiles = dict(zip(_QUANTILES, torch.quantile(numbers, levels).tolist(), strict=True))
+                    label |= {"neurons": len(numbers), "mean": float(numbers.mean())}
+                    rows.append({"layer": layer, **label, **quantiles})
     return Sensitivity(table=Table.of(rows), share=share, samples=samples)
-
-
-def _distribution(numbers: Tensor) -> Record:
-    """How many numbers there are, their mean and their quantiles."""
-    quantiles = torch.quantile(numbers, torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)).tolist()
-    return {"neurons": len(numbers), "mean": float(numbers.mean()), **dict(zip(_QUANTILES, quantiles, strict=True))}
 
 
 def _title(quantity: str, attack: str | None) -> str:
@@ -169,32 +152,21 @@ def _title(quantity: str, attack: str | None) -> str:
 
 
 def _figure(result: Sensitivity) -> Figure:
-    """One panel for each quantity: the spread of each set's neurons by layer."""
-    quantities, layers = result.quantities, result.layers
-    figure = new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(quantities) + 1.3)
-    panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
-    step = 0.7 / max(1, len(result.criteria) - 1)
+    """One panel for each quantity: the mean over each set's neurons by layer, random draws with their range."""
+    layers, panels = result.layers, result.quantities
+    figure = new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(panels) + 1.3)
     handles: dict[str, Any] = {}
-    for axes, (quantity, attack) in zip(panels, quantities, strict=True):
-        for index, criterion in enumerate(result.criteria):
-            sets = {place: result.rows(layer, quantity, attack, criterion) for place, layer in enumerate(layers)}
-            spread = [(place - 0.35 + index * step, row) for place, rows in sets.items() for row in rows]
-            style, places = look(criterion, line=False), [at for at, _ in spread]
-            for low, high, width in (("q05", "q95", 0.8), ("q25", "q75", 2.5)):
-                ends = [row[low] for _, row in spread], [row[high] for _, row in spread]
-                axes.vlines(places, *ends, color=style["color"], linewidth=width, alpha=0.5)
-            means = {at: statistics.fmean(row["mean"] for other, row in spread if other == at) for at in places}
-            (mark,) = axes.plot(list(means), list(means.values()), **style)
-            draws = max(map(len, sets.values()))
-            handles[label(criterion) + (f" ({draws} draws)" if draws > 1 else "")] = mark
-        for place in range(len(layers) - 1):
-            axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
+    for axes, quantity in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True):
+        for criterion in result.criteria:
+            rows = {place: result.rows(layer, *quantity, criterion) for place, layer in enumerate(layers)}
+            means = {place: [row["mean"] for row in of_layer] for place, of_layer in rows.items() if of_layer}
+            line = draw_spread(axes, list(means), list(means.values()), criterion)
+            handles[label(criterion, max(map(len, means.values())))] = line
         axes.set_yscale("log")
-        title = f"{quantity} to {attack}" if attack else f"{quantity} of the loss, clean images"
-        axes.set_title(title, fontsize=8.5, loc="left")
+        axes.set_title(_title(*quantity), fontsize=8.5, loc="left")
         tidy(axes)
-    upright_layers(panels[-1], layers)
-    title = f"Neurons on the route ({result.share:.0%} of each layer) and off it, {result.samples} images"
-    figure.suptitle(f"{title}\nmarks: means, thick lines: quartiles, thin lines: 5 to 95 % of the neurons", fontsize=9)
+    upright_layers(axes, layers)
+    title = f"Means over the neurons on the route ({result.share:.0%} of each layer) and off it"
+    figure.suptitle(f"{title}\n{result.samples} images", fontsize=9)
     shared_legend(figure, handles, 3)
     return figure

@@ -11,7 +11,6 @@ from torch import Tensor
 from attackroute.analysis.figures.style import (
     ROUTE_COLOUR,
     draw_spread,
-    grid_of,
     label,
     look,
     new_figure,
@@ -43,7 +42,8 @@ def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure
             groups.setdefault(setting.layers, []).append((at, setting))
     swept = {layers: sorted(cases, key=itemgetter(0)) for layers, cases in groups.items() if len(cases) > 1}
     swept = swept or {layers: cases for layers, cases in groups.items() if len(layers) == 1}
-    rows, columns = grid_of(len(swept), 5)
+    rows = -(-len(swept) // 5)
+    columns = -(-len(swept) // rows)
     figure = new_figure(max(4.5, 1.45 * columns + 0.6), 2.6 * rows + 1.4 if rows == 1 else 1.4 * rows + 1.3)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     untouched = table.untouched(attack).value
@@ -78,8 +78,6 @@ def layers_figure(table: InterventionTable) -> Figure:
     for axes, attack in zip(panels, table.attacks, strict=True):
         handles = _points(axes, table, [Setting(layers, table.main_share, attack) for layers in groups]) | handles
         axes.axhline(100 * table.untouched(attack).value, color="black", linewidth=0.8, linestyle=":")
-        for place in range(len(groups) - 1):
-            axes.axvline(place + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
         axes.set_title(str(attack), fontsize=8.5, loc="left", pad=3)
         tidy(axes)
         axes.set_ylim(-4, 104)

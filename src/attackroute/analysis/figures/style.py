@@ -17,7 +17,7 @@ ROUTE_COLOUR = "#D55E00"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers tell apart what is left
 _LOOKS: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("route", "clean"), (ROUTE_COLOUR, "o")),
-    **dict.fromkeys(("random off-route", "random routes", "random route"), ("#8A8A8A", "s")),
+    **dict.fromkeys(("random off-route", "random routes"), ("#8A8A8A", "s")),
     "off-route": ("#000000", "X"),
     "activation": ("#0072B2", "^"),
     "weight": ("#009E73", "D"),
@@ -25,8 +25,6 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "gradient": ("#CC79A7", "v"),
     "sensitivity": ("#B8860B", "P"),
     "attribution": ("#56B4E9", "<"),
-    "softmax": ("#6A3D9A", "*"),
-    "margin": ("#A65628", "p"),
 }
 _OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
 
@@ -81,13 +79,6 @@ def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int | Non
         list(handles.values()), list(handles), loc="outside lower center", frameon=False, fontsize=8,
         ncols=columns or min(4, len(handles)), handlelength=2.2, columnspacing=1.4,
     )  # fmt: skip
-
-
-def grid_of(count: int, columns: int) -> tuple[int, int]:
-    """Rows and columns for so many panels, without an almost empty last row where that can be helped."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    return rows, -(-count // rows)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
