@@ -224,12 +224,12 @@ def test_a_page_replaces_a_page_alone(mailed: Path) -> None:
     done("report", ".", "--quiet")
     link, pipe, kept = Path("link.html"), Path("pipe.html"), Path("kept.html")
     link.symlink_to("kept.html")
-    refused(run("report", ".", "--out", link), "link.html")  # though nothing is where it leads
+    refused(run("report", ".", "--page", link), "link.html")  # though nothing is where it leads
     kept.write_bytes(first)
     os.mkfifo(pipe)
     for target in (link, pipe, Path("/dev/null"), Path("model/best.safetensors"), Path("model")):
         for command in (("report", "."), ("compare", ".", ".")):
-            refused(run(*command, "--out", target), target)
+            refused(run(*command, "--page", target), target)
     assert link.is_symlink() and pipe.is_fifo() and kept.read_bytes() == first and Path("/dev/null").is_char_device()
 
 

@@ -297,7 +297,7 @@ def test_pictures_are_those_of_the_runs_samples(folder: Path, tmp_path: Path) ->
         shown = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
         assert torch.equal(torch.from_numpy(np.array(shown)).movedim(2, 0), (image * 255).round().byte())
     make_pictures(tmp_path / "others", 5)
-    result = run("report", folder, "--data", f"folder:{tmp_path / 'others'}", "--out", tmp_path / "page.html")
+    result = run("report", folder, "--data", f"folder:{tmp_path / 'others'}", "--page", tmp_path / "page.html")
     assert result.exit_code == 0
     (view,) = data_of(tmp_path / "page.html")["route_data"]
     assert all(item["picture"] is None for item in view["samples"]) and len(view["pictures"]) == 10
@@ -369,7 +369,7 @@ def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> Non
     refused(run("report", folder, "--model", "nonsense"), "nonsense")
     refused(run("report", folder, "--data", "nonsense"), "nonsense")
     refused(run("report", folder, "--attack", "fgsn"), "fgsn")
-    refused(run("report", folder, "--samples", 4, "--out", tmp_path / "none" / "page.html"), "cannot be written")
+    refused(run("report", folder, "--samples", 4, "--page", tmp_path / "none" / "page.html"), "cannot be written")
     for content in ("{", "[1]", "", '{"reading": NaN}'):
         for name in ("route.json", "routes.safetensors"):
             (empty / name).write_text(content)

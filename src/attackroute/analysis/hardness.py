@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,14 @@ from attackroute.analysis.channel_statistics import gradients, labelled, worked_
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import explained, frozen
-from attackroute.core.table import Table, plural
+from attackroute.core.table import Shown, Table, plural
 from attackroute.routes.layer_map import require_model, require_same
 from attackroute.routes.route import Route
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
 
@@ -55,7 +59,7 @@ def hardness(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Hardness:
+class Hardness(Shown):
     """Samples and how hard the model is to fool on each.
 
     Attributes:
@@ -106,6 +110,17 @@ class Hardness:
         low, high = (float(value) for value in self.values.aminmax())
         sizes = f"{plural(len(self), 'sample')}, {plural(len(self.route.layers), 'layer')}"
         return f"Hardness({sizes}, V from {low:g} to {high:g})"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw how V is spread over images that the model gets right, and over those that it does not."""
+        axes = self._axes(ax)
+        groups = {"classified correctly": self.correct, "misclassified": ~self.correct}
+        values = [self.values[chosen].numpy() for chosen in groups.values()]
+        axes.hist(values, bins=20, stacked=True, label=list(groups), color=["#8A8A8A", "#D55E00"])
+        axes.set_xlabel("V: larger is harder to fool")
+        axes.set_ylabel("images")
+        axes.legend(frameon=False)
+        return axes
 
     def hardest(self, count: int) -> Tensor:
         """Indices of the samples with the largest V, hardest first, ties to the lower index, int64 ``(count,)``.

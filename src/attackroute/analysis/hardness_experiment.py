@@ -22,6 +22,7 @@ from attackroute.analysis.experiment import ExperimentResult
 from attackroute.analysis.figures.style import ROUTE_COLOUR, new_figure, shared_legend, tidy
 from attackroute.analysis.hardness import GradientReader, Hardness, SampleGradients
 from attackroute.core.batches import BatchStream, Data
+from attackroute.core.journal import Journal, samples_digest
 from attackroute.core.model_state import frozen
 from attackroute.core.statistics import AUROC, LEVEL, Floats, associations
 from attackroute.core.table import Record, Table
@@ -133,6 +134,7 @@ def study_hardness(
     resamples: int = 1000,
     seed: int = 0,
     batch_size: int = 128,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> HardnessStudy:
     """Measure the samples' hardness, attack them, and see whether V tells who is fooled; the data are read once.
@@ -142,30 +144,39 @@ def study_hardness(
     the attack succeeds comes before one on which it fails.
 
     ``paper`` is the paper's route, where ``route`` is another, to compare with. Of ``draws`` sets of random neurons
-    there is none where the route takes more than half of a layer. Intervals come from bootstrap ``resamples``.
+    there is none where the route takes more than half of a layer. Intervals come from bootstrap ``resamples``. Whom an
+    attack fools is kept in the ``journal``, and taken from there where it is known.
 
     Raises:
         UserError: As :func:`attackroute.hardness`; there is no attack; images are not in [0, 1]; or no sample is
             classified correctly.
     """
     named = named_attacks(attacks)
+    journal = journal or Journal(None, {})
     routes = _routes(route, paper, draws, seed)
     with frozen(model), torch.inference_mode(False):
         reader = GradientReader(model, routes)
 
-        def judge(images: Tensor, labels: Tensor | None) -> tuple[SampleGradients, dict[str, Tensor]]:
-            gradients = reader.read(images, labels)
+        def judge(images: Tensor, labels: Tensor | None) -> tuple[SampleGradients, dict[str, list[bool]], str]:
+            gradients, digest = reader.read(images, labels), samples_digest(images, labels)
             right = (gradients.labels == gradients.predictions).to(images.device)
-            clean, answers = images[right], labelled(labels)[right]
-            return gradients, {name: _fooled(model, attack, clean, answers) for name, attack in named.items()}
+            clean, answers, fooled = images[right], labelled(labels)[right], dict[str, list[bool]]()
+            for name, attack in named.items():
+                kept = journal.recall((name, digest), digest)
+                fooled[name] = kept["fooled"] if kept else _fooled(model, attack, clean, answers).tolist()
+            return gradients, fooled, digest
 
-        stream = BatchStream(model, data, batch_size)
-        batches = [batch for _, batch in worked_on(stream, judge, progress)]
+        batches = []
+        for _, (gradients, fooled, digest) in worked_on(BatchStream(model, data, batch_size), judge, progress):
+            batches.append((gradients, fooled))
+            for name, events in fooled.items():
+                if journal.recall((name, digest), digest) is None:
+                    journal.keep((name, digest), digest, fooled=events)
     samples = SampleGradients.concatenate(gradients for gradients, _ in batches)
     hardness = Hardness.from_gradients(samples, route)
     require_right(int(hardness.correct.sum()), len(samples))
     predictors = _predictors(samples, routes, hardness)
-    success = {name: torch.cat([events[name] for _, events in batches]).numpy() for name in named}
+    success = {name: np.array([event for _, fooled in batches for event in fooled[name]], dtype=bool) for name in named}
     table = Table.of(
         {"target": name, **row}
         for name, events in success.items()

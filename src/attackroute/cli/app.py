@@ -57,7 +57,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(TrainOptions, train, resumable=True),
     "trace": Command(TraceOptions, trace, shared=True, resumable=True),
     "analyze": Command(AnalyzeOptions, analyze, shared=True, resumable=True),
-    "hardness": Command(HardnessOptions, hardness, shared=True),
+    "hardness": Command(HardnessOptions, hardness, shared=True, resumable=True),
     "harden": Command(HardenOptions, harden, resumable=True),
     "evaluate": Command(EvaluateOptions, evaluate, shared=True, resumable=True),
     "reproduce": Command(ReproduceOptions, reproduce, resumable=True),

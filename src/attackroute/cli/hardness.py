@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from attackroute.cli.arguments import given, option, parse_path
+from attackroute.cli.arguments import given, option, parse_path, switch
 from attackroute.cli.options import (
     ROUTE,
+    RUN,
     ImageOptions,
     NetworkOptions,
     RunOptions,
@@ -34,7 +35,8 @@ class HardnessOptions:
     """Say how hard the model is to fool on each image, without an attack, and then attack to see whether it is so.
 
     In each layer images are ranked by the loss gradient on the route's neurons; the lower it is, the more votes an
-    image gets, and V is the sum of its votes. Rivals are judged by the same attacks.
+    image gets, and V is the sum of its votes. Rivals are judged by the same attacks. Ctrl-C keeps what is done;
+    --resume goes on.
     """
 
     title: ClassVar[str] = "The judgement"
@@ -51,12 +53,17 @@ class HardnessOptions:
         str, "ATTACK", default=None, repeat=True, unset=", ".join(_ATTACKS),
     )  # fmt: skip
     run: RunOptions
+    resume: bool = switch(
+        "--resume", "Go on with the run in --out: batches that were attacked are not attacked again.", group=RUN
+    )
 
 
 def hardness(options: HardnessOptions) -> None:
     """Rank images by hardness, judge the ranking by attacks, and write both."""
     from attackroute.analysis.hardness_experiment import study_hardness
     from attackroute.core.distributed import leading
+    from attackroute.core.journal import MEASUREMENTS, Journal
+    from attackroute.core.model_state import weights_digest
     from attackroute.robustness.registry import parse_attack
 
     attacks = [parse_attack(text) for text in options.attacks or _ATTACKS]
@@ -66,16 +73,22 @@ def hardness(options: HardnessOptions) -> None:
         raise UserError(
             "--route is there already; leave out --linear, --sketches and --carrier, or trace the route with them"
         )
-    with results_in(options.out, ("hardness*.*", *([] if options.route else ["route.json"])), options.run) as folder:
+    files = ("hardness*.*", MEASUREMENTS, *([] if options.route else ["route.json"]))
+    settings = {**session.settings, **given(options.tracing), "attacks": list(map(str, attacks))}
+    settings["route"] = options.route and str(options.route)
+    with results_in(options.out, files, options.run, resume=options.resume) as folder:
+        terms = {"weights": weights_digest(session.network), "batch-size": options.run.batch_size}
+        journal = Journal(folder / MEASUREMENTS, settings | terms)
+        if options.resume:
+            journal.resume()
         route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
         paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
         with session.reading("images") as (batches, progress):
             study = study_hardness(
-                session.network, route, batches, attacks, paper=paper, seed=options.run.seed,
-                    progress=progress,
+                session.network, route, batches, attacks, paper=paper, seed=options.run.seed, journal=journal,
+                progress=progress,
             )  # fmt: skip
-        settings = {**session.settings, **given(options.tracing), "attacks": list(map(str, attacks))}
-        document = study.document({**settings, "route": options.route and str(options.route)})
+        document = study.document(settings)
         if leading():
             if options.route is None:
                 route.save(folder / "route.json")

@@ -64,7 +64,7 @@ class ReportOptions:
 
     title: ClassVar[str] = FILES
     folder: Path = option("", "Folder of a trace, of the demo, or above them.", parse_path, "RUN_DIR")
-    out: Path | None = option("--out", "The page; else report.html in RUN_DIR.", parse_path, "FILE", default=None)
+    page: Path | None = option("--page", "The page; else report.html in RUN_DIR.", parse_path, "FILE", default=None)
     network: ReportedNetwork
     measuring: MeasuringOptions
     run: RunOptions = shared(hide=("workers", "overwrite"))
@@ -81,8 +81,8 @@ class CompareOptions:
     title: ClassVar[str] = "The networks"
     first: Path = option("", "Folder of the one run, such as before hardening.", parse_path, "RUN_A", group=FILES)
     second: Path = option("", "Folder of the other, such as after it.", parse_path, "RUN_B", group=FILES)
-    out: Path | None = option(
-        "--out", "The page; else compare.html in RUN_B.", parse_path, "FILE", default=None, group=FILES
+    page: Path | None = option(
+        "--page", "The page; else compare.html in RUN_B.", parse_path, "FILE", default=None, group=FILES
     )
     model_a: str = option("--model-a", "The network of RUN_A.", str, "MODEL", default="")
     model_b: str = option("--model-b", "The network of RUN_B.", str, "MODEL", default="")
@@ -101,7 +101,7 @@ def report(options: ReportOptions) -> None:
     from attackroute.report.run_folder import RunFolder
 
     output = options.run.output
-    target = options.out or options.folder / "report.html"
+    target = options.page or options.folder / "report.html"
     require_page(target)
     run = RunFolder.open(options.folder)
     measured, classes, notes = _measured_or_not(options, run, "Influence between channels was not measured")
@@ -119,7 +119,7 @@ def compare(options: CompareOptions) -> None:
     from attackroute.report.two_runs import build_comparison, difference_table
 
     output = options.run.output
-    target = options.out or options.second / "compare.html"
+    target = options.page or options.second / "compare.html"
     require_page(target)
     comparison = _comparison(options.of(options.first, options.model_a), options.of(options.second, options.model_b))
     page = build_comparison(comparison)

@@ -6,11 +6,15 @@ line is only ever added. A process that is killed leaves at most one torn line a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from attackroute.core.distributed import leading
 from attackroute.core.errors import UserError
@@ -107,6 +111,14 @@ def require_same_settings(what: str, stored: object, settings: Mapping[str, Any]
                 f"{what} has {name} {before.get(name)!r}, not {settings.get(name)!r}; "
                 "give the same to resume it, or choose another folder"
             )
+
+
+def samples_digest(images: Tensor, labels: Tensor | None) -> str:
+    """What tells a batch of samples from others."""
+    answers = None if labels is None else labels.tolist()
+    digest = hashlib.sha256(f"{images.dtype}:{tuple(images.shape)}:{answers}".encode())
+    digest.update(images.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -66,9 +66,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, name, buffer, version, kept in buffers:
             module._buffers[name] = buffer
-            if kept is not None and write_count(buffer) != version:
-                with torch.no_grad():
-                    buffer.copy_(kept)
+            if kept is None:
+                continue
+            # observers of quantisation write in C++ and resize, which nothing counts; their data go back as uncounted
+            held = buffer if write_count(buffer) != version else buffer.data
+            with torch.no_grad():
+                held.resize_(kept.shape).copy_(kept) if held.shape != kept.shape else held.copy_(kept)
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -9,9 +9,12 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attackroute.core.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = dict[str, Any]
 """One row by column."""
@@ -115,6 +118,23 @@ class Table:
             return self.columns.index(name)
         except ValueError:
             raise UserError(f"the table has no column {name!r}; it has {', '.join(self.columns)}") from None
+
+
+class Shown:
+    """What a notebook shows as it prints, in columns, and what draws itself."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+    @staticmethod
+    def _axes(ax: Axes | None) -> Axes:
+        """The axes to draw on; without any, those of a new figure."""
+        if ax is not None:
+            return ax
+        from matplotlib import pyplot
+
+        axes: Axes = pyplot.subplots(layout="constrained")[1]
+        return axes
 
 
 def undefined(value: object) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.statistics import Accuracy
-from attackroute.core.table import Table, aligned, plural
+from attackroute.core.table import Shown, Table, aligned, plural
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.masking import SUSPICIOUS, Check
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CLEAN = "clean"
 EVALUATION = "evaluation"
@@ -19,7 +22,7 @@ COLUMNS = ("model", "attack", "accuracy", "95 % interval", "samples", "seconds")
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(Shown):
     """Accuracies of one or several models.
 
     Attributes:
@@ -108,6 +111,20 @@ class Evaluation:
         return f"{aligned(COLUMNS, self.cells(), words=2)}\n{self.reading()}"
 
     __repr__ = __str__
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw each model's accuracy under each attack, with its interval."""
+        axes, models, attacks = self._axes(ax), self.table.distinct("model"), self.table.distinct("attack")
+        for index, model in enumerate(models):
+            rows = list(self.table.select(model=model))
+            places = [attacks.index(row["attack"]) + 0.8 * (index + 0.5) / len(models) - 0.4 for row in rows]
+            ends = [[abs(row["accuracy"] - row[f"accuracy_{end}"]) for row in rows] for end in ("low", "high")]
+            axes.bar(places, [row["accuracy"] for row in rows], 0.75 / len(models), yerr=ends, capsize=2, label=model)
+        axes.set_xticks(range(len(attacks)), attacks, rotation=20, ha="right")
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("accuracy, with its 95 % interval")
+        axes.legend(frameon=False)
+        return axes
 
     def to_frame(self) -> Any:
         """The table as a ``pandas.DataFrame``."""

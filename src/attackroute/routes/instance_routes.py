@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, read_tensors, write_tensors
-from attackroute.core.table import layer_table, plural
+from attackroute.core.table import Shown, layer_table, plural
 from attackroute.routes.layer_map import LayerMap, channel_counts, require_layers, require_model, require_same
 from attackroute.routes.masks import (
     PackedMasks,
@@ -35,7 +35,7 @@ _MASKS, _SCORES, _SKETCHED = "masks/", "scores/", "sketched/"
 _ANSWERS, _UNRANKED = ("labels", "predictions"), "unranked"
 
 
-class SampleRoutes(ABC):
+class SampleRoutes(Shown, ABC):
     """Routes of N samples, wherever they are kept, and what follows from how many of them use each channel.
 
     Attributes:

@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attackroute.core.errors import UserError
 from attackroute.core.files import ROUTE_KIND, expect_mapping, file_errors, read_sealed_json, write_sealed_json
 from attackroute.core.random import random_order
-from attackroute.core.table import Table, layer_table, plural
+from attackroute.core.table import Shown, Table, layer_table, plural
 from attackroute.routes.layer_map import (
     LayerMap,
     channel_counts,
@@ -26,9 +26,12 @@ from attackroute.routes.layer_map import (
 from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Route:
+class Route(Shown):
     """The critical neurons of each route layer for a model, or for one class (Eq. 8).
 
     Two routes are equal when layers, channel counts and channels are; frequency and provenance are notes.
@@ -149,6 +152,33 @@ class Route:
             for channel, on_route in enumerate(self.mask(layer).tolist())
         )
         return Table.of(records).to_frame()
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw how often samples use each channel, most frequent first, and where the route's share ends.
+
+        Raises:
+            UserError: The route has no frequencies, since it was not aggregated from samples' routes.
+        """
+        if self.frequency is None:
+            raise UserError("the route has no frequencies to draw: take one that aggregate() made")
+        axes = self._axes(ax)
+        for row, layer in enumerate(self):
+            shares = self.frequency[layer].sort(descending=True).values
+            image = axes.imshow(
+                shares[None].numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest",
+                extent=(0, 1, row + 0.36, row - 0.36),
+            )  # fmt: skip
+            cut = len(self[layer]) / self.channels[layer]
+            axes.plot([cut, cut], [row - 0.46, row + 0.46], color="#D55E00", linewidth=2.2)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(len(self) - 0.4, -0.6)
+        axes.set_yticks(range(len(self)), [f"{layer} ({self.channels[layer]})" for layer in self])
+        axes.set_xlabel("share of the layer's channels (in brackets how many there are), most frequent first")
+        axes.set_title("How often images use each channel\nleft of the orange line: the model's route", fontsize=10)
+        axes.spines[:].set_visible(False)
+        bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", aspect=50, shrink=0.7)  # its own axis
+        bar.set_label("share of images that use the channel", fontsize=8)
+        return axes
 
     def mask(self, layer: str) -> Tensor:
         """The layer's channels on the route as a bool mask (C,)."""

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from attackroute.analysis.figures.style import (
-    ROUTE_COLOUR,
-    draw_spread,
-    label,
-    look,
-    new_figure,
-    shared_legend,
-    tidy,
-    upright_layers,
-)
+from attackroute.analysis.figures.style import draw_spread, label, look, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.intervention_table import InterventionTable, Setting
 from attackroute.routes.route import Route
 
@@ -93,31 +82,11 @@ def route_figure(route: Route, deactivated: InterventionTable, title: str) -> Fi
     """How often samples use each channel of a route with frequencies, and what deactivating those of a layer leaves."""
     figure = new_figure(11, 0.55 * len(route) + 2.5)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _draw_frequencies(left, route, route.frequency or {})
+    route.plot(left)
     handles = _draw_remains(right, deactivated)
     figure.suptitle(title, fontsize=12)
     shared_legend(figure, handles, len(handles))
     return figure
-
-
-def _draw_frequencies(axes: Axes, route: Route, frequency: Mapping[str, Tensor]) -> None:
-    """One strip per layer: channels by falling frequency, the route's share marked."""
-    for row, layer in enumerate(route):
-        shares = frequency[layer].sort(descending=True).values
-        image = axes.imshow(
-            shares[None].numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest",
-            extent=(0, 1, row + 0.36, row - 0.36),
-        )  # fmt: skip
-        cut = len(route[layer]) / route.channels[layer]
-        axes.plot([cut, cut], [row - 0.46, row + 0.46], color=ROUTE_COLOUR, linewidth=2.2)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(route) - 0.4, -0.6)
-    axes.set_yticks(range(len(route)), [f"{layer} ({route.channels[layer]})" for layer in route])
-    axes.set_xlabel("share of the layer's channels (in brackets how many there are), most frequent first")
-    axes.set_title("How often images use each channel\nleft of the orange line: the model's route", fontsize=10)
-    axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", aspect=50, shrink=0.7)  # its own axis, below
-    bar.set_label("share of images that use the channel", fontsize=8)
 
 
 def _draw_remains(axes: Axes, table: InterventionTable) -> dict[str, Any]:
