@@ -56,9 +56,8 @@ def run_commands(root: Path, out: Path) -> dict[str, Any]:
     printed: dict[str, Any] = {}
     for name, (command, *options) in COMMANDS.items():
         common = ("--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--out", out / name, "--json")
-        examples = ("--save-examples", out / "examples") if command == "evaluate" else ()
         started = time.perf_counter()
-        result = run(command, *common, *options, *examples)
+        result = run(command, *common, *options)
         assert result.exit_code == 0, (name, result.output)
         printed[name] = result.stdout
         print(name, round(time.perf_counter() - started, 1), file=sys.stderr)

@@ -54,7 +54,7 @@ def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path
     one, two = nets
     result = run(
         *arguments(one, pictures), "--model", two, "--attack", "fgsm", "--attack", "pgd:steps=2", "--eps", "1/10",
-        "--attack", "gaussian-noise", "--severity", 1, "--seed", 3, "--twin", two, "--out", tmp_path, "--json",
+        "--attack", "gaussian-noise", "--severity", 1, "--seed", 3, "--out", tmp_path, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
@@ -68,7 +68,7 @@ def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path
     labels = torch.tensor([label for _, label in data.dataset])
     expected = ar.evaluate(
         models, (images, labels), ["fgsm:eps=0.1", "pgd:eps=0.1,steps=2", "gaussian-noise:severity=1"],
-        batch_size=4, seed=3, checks=3, twin=models[str(two)],
+        batch_size=4, seed=3, checks=3,
     )  # fmt: skip
     for rows in (printed["rows"], json.loads((tmp_path / "evaluation.json").read_text())["rows"]):
         assert [(row["model"], row["attack"], row["correct"], row["samples"]) for row in rows] == [
@@ -97,12 +97,12 @@ def test_tables_and_default_attacks(nets, pictures):
 
 def test_eps_and_severity_fill_what_attacks_leave_open(nets, pictures):
     result = run(
-        *arguments(nets[0], pictures), "--attack", "fgsm", "--attack", "mi-fgsm:eps=0.3", "--attack", "pgd-l2:steps=1",
+        *arguments(nets[0], pictures), "--attack", "fgsm", "--attack", "mi-fgsm:eps=0.3", "--attack", "pgd:steps=1",
         "--attack", "gaussian-noise", "--attack", "gaussian-noise:severity=4", "--eps", 0.1, "--severity", 2,
         "--no-checks", "--json",
     )  # fmt: skip
     rows = json.loads(result.stdout)["rows"]
-    assert [row["eps"] for row in rows] == [None, 0.1, 0.3, 0.5, None, None]  # a radius in another norm is left alone
+    assert [row["eps"] for row in rows] == [None, 0.1, 0.3, 0.1, None, None]
     assert [row["severity"] for row in rows[-2:]] == [2, 4]
 
 
@@ -154,39 +154,6 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(nets, pictures, t
     assert timeless(broken) == timeless(whole)
 
 
-def test_examples_are_kept_and_verified(nets, pictures, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")  # so that no cell is folded
-    one, two = nets
-    folder = tmp_path / "examples"
-    attacks = ("--attack", "fgsm:eps=0.1", "--attack", "gaussian-noise")
-    made = run(*arguments(one, pictures), *attacks, "--no-checks", "--save-examples", folder)
-    assert made.exit_code == 0, made.output
-    sound = run("--model", two, "--model", one, "--verify", folder)
-    assert sound.exit_code == 0, sound.output
-    assert "2 files checked: all is as it was recorded" in sound.stdout
-    assert "fgsm:eps=0.1" in sound.stdout and "seed=" not in sound.stdout  # attacks without their defaults
-    named = run(
-        "--model", "vgg_small", "--model-width", 0.25, "--weights", one / "best.safetensors", "--verify", folder,
-        "--json",
-    )  # fmt: skip
-    content = json.loads(named.stdout)
-    assert content["passed"] is True
-    assert [file["samples"] for file in content["files"]] == [10, 10]
-    refused(run("--model", two, "--verify", folder), str(one), "--model")
-    refused(run("--model", one, "--verify", tmp_path / "none"), "none")
-    refused(run("--model", one, "--verify", folder, "--attack", "fgsm"), "--attack")
-    refused(run(*arguments(one, pictures), "--save-examples", folder), folder, "already")
-
-    damaged = min(folder.rglob("*.safetensors"))
-    content = bytearray(damaged.read_bytes())
-    content[-9] ^= 1
-    damaged.write_bytes(content)
-    result = run("--model", one, "--verify", folder)
-    assert result.exit_code == 1
-    assert str(damaged) in result.stderr
-    assert "1 fault" in result.stdout
-
-
 class TestBadInput:
     """Everything that a user can get wrong: exit code 2 and one line."""
 
@@ -204,7 +171,6 @@ class TestBadInput:
             (("--check-samples", 0), ("check-samples",)),
             (("--resume",), ("--out",)),
             (("--weights", "a.pt", "--weights", "b.pt"), ("1 --model", "2 --weights")),
-            (("--twin", "vgg16"), ("vgg16", "--weights")),
             (("--model", "vgg61"), ("vgg61",)),
             (("--image-size", 4), ("4x4",)),
         ],
@@ -221,7 +187,6 @@ class TestBadInput:
         file = tmp_path / "file"
         file.touch()
         refused(run(*arguments(nets[0], pictures), "--out", file), file)
-        refused(run(*arguments(nets[0], pictures), "--save-examples", file), file)
 
     def test_outputs_that_are_no_logits(self, pictures, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from architectures import Function
 from attackroute.core.checks import require_no_probabilities
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy
-from attackroute.robustness.attack import Ball, Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.corruptions import GaussianNoise
 from attackroute.robustness.evaluation import Evaluation
 from attackroute.robustness.gradient_attacks import FGSM
@@ -32,7 +32,7 @@ from tracing import state
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 5)
-    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 10)
+    monkeypatch.setattr("attackroute.robustness.masking._STEPS", 10)
 
 
 def counts(evaluation: Evaluation) -> dict[tuple[str, str], tuple[int, int]]:
@@ -93,7 +93,6 @@ def test_a_random_model_repeats_and_the_global_generator_is_left_alone() -> None
     torch.rand(5)
     assert counts(ar.evaluate(model, data, ATTACKS, checks=4, batch_size=8)) == counts(first)
     assert counts(ar.evaluate(model, data, ATTACKS, checks=0, batch_size=8, seed=1)) != counts(first)
-    assert [check.name for check in first.suspicious()][-1] == "random answers"
 
 
 def test_intervals_and_records() -> None:
@@ -161,15 +160,15 @@ def test_attacks_are_measured_once_and_clean_images_always() -> None:
 
 
 def test_models_come_back_as_they_were() -> None:
-    model, twin = small_model().train(), small_model(1).train()
+    model = small_model().train()
     model[0].eval()
     model[0].weight.requires_grad_(False)
-    before = state(model), state(twin)
-    ar.evaluate(model, images_and_labels(), ATTACKS, checks=6, twin=twin)
-    assert (state(model), state(twin)) == before
+    before = state(model)
+    ar.evaluate(model, images_and_labels(), ATTACKS, checks=6)
+    assert state(model) == before
     with pytest.raises(UserError):
-        ar.evaluate(model, images_and_labels(), [Shift(by=0.5)], twin=twin)
-    assert (state(model), state(twin)) == before
+        ar.evaluate(model, images_and_labels(), [Shift(by=0.5)])
+    assert state(model) == before
 
 
 def returning(change: Callable[[Tensor], Any]) -> nn.Module:
@@ -231,7 +230,7 @@ def test_probabilities_are_no_logits_anywhere(sharpness: float) -> None:
 def test_attacks_that_break_their_own_rules_are_found_out() -> None:
     images, labels = DATA
     assert ar.evaluate(small_model(), (images / 2, labels), [Shift()], checks=0).accuracy("shift").total == 6
-    with pytest.raises(UserError, match=r"shift:.* distance 0.2, outside its ball of linf 0.1"):
+    with pytest.raises(UserError, match=r"shift:.* distance of 0.2, outside its ball of radius 0.1"):
         ar.evaluate(small_model(), (images / 2, labels), [Shift(by=0.2)], checks=0)
     with pytest.raises(UserError, match=r"outside \[0, 1\]"):
         ar.evaluate(small_model(), (images * 0.01 + 0.99, labels), [Shift()], checks=0)
@@ -259,9 +258,7 @@ def test_progress_counts_images() -> None:
 
 
 def test_checks_use_the_largest_radius() -> None:
-    seen = ar.evaluate(
-        small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05", "pgd-l2:eps=0.9"], checks=20
-    )
+    seen = ar.evaluate(small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05"], checks=20)
     check = next(item for item in seen.checks if item.name == "one step against many")
     chosen = SampleChoice(20, 0)
     chosen.take(chosen.candidates(*images_and_labels()))
@@ -288,27 +285,12 @@ def test_the_choice_of_samples_is_that_of_the_smallest_hashes() -> None:
     assert not torch.equal(few.samples()[0], images[:7])
 
 
-def test_balls() -> None:
-    clean = torch.zeros(3, 1, 1, 2)
-    images = torch.tensor([[0.3, 0.4], [0.1, 0.0], [0.5, float("nan")]]).view(3, 1, 1, 2)
-    assert Ball("l2", 0.4).distances(images, clean)[:2].tolist() == pytest.approx([0.5, 0.1])
-    assert Ball("linf", 0.4).distances(images, clean)[:2].tolist() == pytest.approx([0.4, 0.1])
-    assert Ball("l2", 0.4).outside(images, clean).tolist() == [True, False, True]
-    assert Ball("linf", 0.4).outside(images, clean).tolist() == [False, False, True]
-    assert parse_attack("pgd:eps=8/255").ball == Ball("linf", 8 / 255)
-    assert parse_attack("pgd-l2:eps=0.5").ball == Ball("l2", 0.5)
-    assert parse_attack("gaussian-noise").ball is None
-    with pytest.raises(UserError, match="norm 'l7'"):
-        Ball("l7", 1.0)
-
-
 def test_one_name_for_one_attack() -> None:
     """Whoever writes it: joins of tables go by it."""
     for texts, name in (
         (("pgd:eps=4/255", "pgd:steps=10,seed=0,eps=4/255", "pgd:eps=0.01568627450980392"), "pgd:eps=4/255"),
         (("pgd:eps=0.1", "pgd:eps=25.5/255,step_size=none", "pgd:eps=1/10"), "pgd:eps=0.1"),
         (("pgd:steps=50,seed=3",), "pgd:eps=8/255,steps=50,seed=3"),
-        (("pgd-l2:eps=1", "pgd-l2:eps=1.0"), "pgd-l2:eps=1.0"),
         (("gaussian-noise", "gaussian-noise:severity=3"), "gaussian-noise:severity=3"),
     ):  # fmt: skip
         assert {str(parse_attack(text)) for text in texts} == {name}

@@ -133,7 +133,7 @@ def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
     assert rows["after", "fgsm"]["samples"] == 12
     assert [model for model, _ in rows] == ["before"] * 4 + ["after"] * 4
     checks = {(check["model"], check["check"]): check for check in found["about"]["evaluation"]["checks"]}
-    assert checks["after", "transfer from a twin"]["samples"] == 4
+    assert checks["after", "one step against many"]["samples"] == 4
     assert found["about"]["overlap_with_full_route"]["size"] == Route.load(tmp_path / "route.json").size
     again = hardened(trained, pictures, *arguments, "--check-samples", 4, "--resume", "--json")
     again_found = json.loads(again.stdout)

@@ -30,7 +30,7 @@ from attackroute.hardening.harden import HardenResult, RouteObjective, harden
 from attackroute.hardening.settings import APPROXIMATE, EXACT, GRADIENT, HardenSettings
 from attackroute.hardening.training import train
 from attackroute.paper.hardening_tables import STUDY
-from attackroute.paper.published import BASES, PAT, VANILLA
+from attackroute.paper.published import BASES, PAT
 from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.config import TraceConfig
@@ -281,11 +281,10 @@ class _Study:
         model = copy.deepcopy(networks[variant.base])
         result = self._fine_tune(model, variant, seed, lam, folder, title) if variant.tuned else None
         first = seed == self.plan.seeds[0]
-        twin = networks[VANILLA] if variant != Variant(VANILLA, tuned=False) else None
         evaluations = [
             evaluate(
                 model, DataLoader(self.test, _BATCH), self.plan.attacks,
-                checks=self.plan.check_samples if first else 0, twin=twin, folder=folder / "evaluation", resume=True,
+                checks=self.plan.check_samples if first else 0, folder=folder / "evaluation", resume=True,
             )
         ]  # fmt: skip
         if self.plan.autoattack_samples:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attackroute.cli.arguments import option, parse_number, parse_path, shared, switch
-from attackroute.cli.console import Output, print_error
+from attackroute.cli.arguments import option, parse_number, parse_path, switch
+from attackroute.cli.console import Output
 from attackroute.cli.options import (
     EXPECTED_MODELS,
-    FILES,
     RUN,
     ImageOptions,
     NetworkOptions,
@@ -25,13 +24,12 @@ from attackroute.cli.options import (
     results_in,
 )
 from attackroute.core.errors import UserError
-from attackroute.core.table import Table, plural
+from attackroute.core.table import plural
 
 if TYPE_CHECKING:
     from attackroute.robustness.attack import Perturbation
     from attackroute.robustness.evaluation import Evaluation
     from attackroute.robustness.masking import Check
-    from attackroute.zoo.data import ImageData
 
 _FILES = ("evaluation.json", "evaluation.csv", "measurements.jsonl")
 
@@ -79,16 +77,8 @@ class EvaluateOptions:
 
     title: ClassVar[str] = "The attacks"
     out: Path | None = out_option("Where the results go; without it they are only shown.", default=None)
-    save_examples: Path | None = option(
-        "--save-examples", "Where adversarial examples go; else none are kept.", parse_path, "FOLDER", default=None,
-        group=FILES,
-    )  # fmt: skip
-    verify: Path | None = option(
-        "--verify", "Check saved adversarial examples again, a file or a folder of them, and evaluate nothing; exit "
-        "code 1 if they are not what they were.", parse_path, "PATH", default=None, group=FILES,
-    )  # fmt: skip
     networks: EvaluatedNetworks
-    images: ImageOptions = shared(data="")
+    images: ImageOptions
     attacks: tuple[str, ...] = option(
         "--attack", "An attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, autoattack, fog, ... Repeat it for "
         "several.", str, "NAME", default=None, repeat=True, unset="fgsm, mi-fgsm, pgd and gaussian-noise",
@@ -100,16 +90,12 @@ class EvaluateOptions:
     severity: int | None = count("--severity", "Level, 1 to 5, of those corruptions that do not state their own.")
     checks: bool = switch("--checks", "Look for masked gradients, or do not.", off="--no-checks", default=True)
     check_samples: int = count("--check-samples", "On how many images to do that.", 256)
-    twin: str | None = option(
-        "--twin", "A network of the same task that was not defended, for the check by transfer.", str, "MODEL",
-        default=None,
-    )  # fmt: skip
     resume: bool = switch("--resume", "Go on with the evaluation in --out: what is done is not done again.", group=RUN)
     run: RunOptions
 
 
-def evaluate(options: EvaluateOptions) -> int:
-    """Evaluate networks, or verify saved examples; the exit code is 1 if these are not what they were."""
+def evaluate(options: EvaluateOptions) -> None:
+    """Evaluate networks side by side."""
     from attackroute.robustness.evaluate import DEFAULT_ATTACKS
     from attackroute.robustness.evaluate import evaluate as evaluate_networks
     from attackroute.robustness.evaluation import CLEAN
@@ -118,10 +104,6 @@ def evaluate(options: EvaluateOptions) -> int:
     output = options.run.output
     device = resolve_device(options.run.device)
     named = options.networks.each()
-    if options.verify is not None:
-        return _verify(options, options.verify, list(named.values()))
-    if not options.images.data:
-        raise UserError("there is nothing to evaluate on; name the images with --data")
     if options.resume and options.out is None:
         raise UserError("--resume goes on with the evaluation in a folder; name it with --out")
     defaults = {"seed": options.run.seed, **({} if options.severity is None else {"severity": options.severity})}
@@ -129,29 +111,22 @@ def evaluate(options: EvaluateOptions) -> int:
     attacks = parse_attacks(given, options.eps, **defaults)
     images = options.images.open(options.run, options.networks.models)
     networks = {name: network.open(images).to(device) for name, network in named.items()}
-    twin = None if options.twin is None else options.networks.one(options.twin).open(images).to(device)
     origin: dict[str, Any] = {"model_names": dict(zip(networks, options.networks.models, strict=True))}
     origin |= {"data": options.images.data, "split": images.split, "samples": options.images.samples}
     origin["images"] = [len(images), *images.shape]
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
     kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
     with ExitStack() as stack:
-        places = {options.save_examples: ("examples.json", "*/*.safetensors"), options.out: _FILES}
-        folders: dict[Path | None, Path] = {
-            path: stack.enter_context(results_in(path, files, options.run, resume=options.resume))
-            for path, files in places.items()
-            if path is not None
-        }
+        folder = options.out
+        if folder is not None:
+            folder = stack.enter_context(results_in(folder, _FILES, options.run, resume=options.resume))
         progress = stack.enter_context(output.progress("images", kept))
         evaluation = evaluate_networks(
             networks, batches, attacks, batch_size=options.run.batch_size, seed=options.run.seed,
-            checks=options.check_samples if options.checks else 0, twin=twin, folder=folders.get(options.out),
-            save_examples=folders.get(options.save_examples),
-            resume=options.resume, origin=origin,
+            checks=options.check_samples if options.checks else 0, folder=folder, resume=options.resume, origin=origin,
             progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
         )  # fmt: skip
-    _show(output, evaluation, options.out, options.save_examples)
-    return 0
+    _show(output, evaluation, options.out)
 
 
 def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> list[Perturbation]:
@@ -161,19 +136,18 @@ def parse_attacks(names: Sequence[str], eps: float | None, **defaults: Any) -> l
     attacks = []
     for text in names:
         attack = parse_attack(text, **defaults)
-        if eps is not None and attack.ball is not None and attack.ball.norm == "linf":
+        if eps is not None and attack.radius is not None:
             attack = parse_attack(text, eps=eps, **defaults)
         attacks.append(attack)
     return attacks
 
 
-def _show(output: Output, evaluation: Evaluation, out: Path | None, examples: Path | None) -> None:
+def _show(output: Output, evaluation: Evaluation, out: Path | None) -> None:
     from attackroute.core.journal import MEASUREMENTS
     from attackroute.robustness.evaluation import COLUMNS, EVALUATION
     from attackroute.robustness.masking import SKIPPED
 
-    places = {name: path and str(path) for name, path in (("folder", out), ("examples", examples))}
-    output.result({**evaluation.document().to_json(), **places})
+    output.result({**evaluation.document().to_json(), "folder": out and str(out)})
     output.table(COLUMNS, evaluation.cells())
     for model in dict.fromkeys(check.model for check in evaluation.checks):
         output.line(f"checks for masked gradients, {model}:")
@@ -186,8 +160,6 @@ def _show(output: Output, evaluation: Evaluation, out: Path | None, examples: Pa
     output.line(evaluation.reading())
     if out is not None:
         output.line(f"{EVALUATION}.json, {EVALUATION}.csv and {MEASUREMENTS} are in {out}")
-    if examples is not None:
-        output.line(f"adversarial examples are in {examples}; check them with --verify {examples}")
 
 
 def _numbers(check: Check) -> str:
@@ -196,64 +168,3 @@ def _numbers(check: Check) -> str:
     )
     p = "" if check.p is None else f", p = {check.p:.2g}"
     return f"{listed} ({plural(check.samples, 'image')}{p}). "
-
-
-# Saved adversarial examples
-
-
-def _verify(options: EvaluateOptions, path: Path, networks: Sequence[NetworkOptions]) -> int:
-    """Check saved examples with the networks; the exit code is 1 if they are not what they were."""
-    from attackroute.core.distributed import current
-    from attackroute.robustness.examples import verify_examples
-
-    evaluated = (options.images.data, options.attacks, options.out, options.save_examples, options.resume)
-    if any(evaluated):
-        raise UserError(
-            "--verify evaluates nothing: leave out --data, --attack, --out, --save-examples and --resume, or --verify"
-        )
-    device = resolve_device(options.run.device)
-
-    def verified() -> Table:
-        opened = [network.open(_images_of(path, network.model)).to(device) for network in networks]
-        return verify_examples(path, opened)
-
-    table = current().first(verified)
-    faults = [fault for row in table for fault in row["faults"]]
-    output = options.run.output
-    output.result({"files": table.to_json(), "faults": len(faults), "passed": not faults})
-    output.table(
-        ["model", "attack", "samples", "recorded", "now", "largest distance"],
-        [
-            [
-                row["model"],
-                row["attack"],
-                row["samples"],
-                f"{row['recorded_accuracy']:.2%}",
-                "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
-                "none kept" if row["largest_distance"] is None else f"{row['largest_distance']:.6g}",
-            ]
-            for row in table
-            if row["model"] is not None
-        ],
-    )
-    for fault in faults:
-        print_error(fault)
-    verdict = plural(len(faults), "fault") if faults else "all is as it was recorded"
-    output.line(f"{plural(len(table), 'file')} checked: {verdict}")
-    return 1 if faults else 0
-
-
-def _images_of(path: Path, model: str) -> ImageData:
-    """No images, of the shape and the classes that the examples have."""
-    import torch
-    from torch.utils.data import TensorDataset
-
-    from attackroute.robustness.examples import example_shape
-    from attackroute.zoo.data import ImageData
-    from attackroute.zoo.weights import find_card
-
-    shape, logits = example_shape(path)
-    card = find_card(model)
-    classes = tuple(map(str, range(logits))) if card is None else card[1].classes
-    images: Any = TensorDataset(torch.empty(0, *shape))
-    return ImageData(images, classes, shape, name="examples", split="test")

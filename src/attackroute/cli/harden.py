@@ -221,9 +221,9 @@ class _Hardening:
         run, model, seed = options.run, options.network.model, options.run.seed
         options.training.settings(run)  # before anything is loaded
         attack = None if options.training.attack is None else parse_attack(options.training.attack)
-        eps, ball = options.comparison.eps, None if attack is None else attack.ball
-        if eps is None and ball is not None and ball.norm == "linf":
-            eps = ball.eps
+        eps = options.comparison.eps
+        if eps is None and attack is not None:
+            eps = attack.radius
         attacks = parse_attacks(options.comparison.attacks or _ATTACKS, eps, seed=seed)
         autoattack = _autoattack(options.comparison, eps, seed, run.output)
         device = resolve_device(run.device)
@@ -335,7 +335,7 @@ class _Hardening:
             samples[str(autoattack[0])] = min(autoattack[1], len(images))
         with self.output.progress("images attacked") as progress:
             return evaluate(
-                models, ImageBatches(images), attacks, samples=samples, checks=checks, twin=models[BEFORE],
+                models, ImageBatches(images), attacks, samples=samples, checks=checks,
                 seed=self.options.run.seed, folder=folder, resume=self.options.training.resume, progress=progress,
             )  # fmt: skip
 

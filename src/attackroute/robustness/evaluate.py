@@ -26,7 +26,6 @@ from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.random import derived_seed, seeded
 from attackroute.robustness.attack import Attack, Perturbation, checked_result
 from attackroute.robustness.evaluation import CLEAN, EVALUATION, Evaluation
-from attackroute.robustness.examples import ExampleFolder, Examples
 from attackroute.robustness.masking import SIGNS, Candidates, Check, SampleChoice, masking_probes, probed
 from attackroute.robustness.registry import named_attacks
 
@@ -47,8 +46,6 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     checks: int = 256,
-    twin: nn.Module | None = None,
-    save_examples: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     origin: Mapping[str, Any] | None = None,
@@ -74,9 +71,7 @@ def evaluate(
         seed: Of attacks that are given as text without a seed of their own, of the choice of images for the checks, and
             of PyTorch's global generators, which random models draw from; those come back as they were.
         checks: On how many images to look for masked gradients (:mod:`attackroute.robustness.masking`), at the largest
-            L-infinity radius among the attacks; 0 for no checks. The choice does not depend on the images' order.
-        twin: A network of the same task that was not defended, for the check by transfer.
-        save_examples: A folder for the adversarial examples (:mod:`attackroute.robustness.examples`).
+            radius among the attacks; 0 for no checks. The choice does not depend on the images' order.
         folder: Where results are kept as they come, and the tables at the end; None keeps nothing.
         resume: Go on with the evaluation in ``folder``, if it holds one, to the same numbers as without a break. The
             data must come in the same batches.
@@ -108,22 +103,15 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "check_samples": checks,
-        "twin": None if twin is None else weights_digest(twin),
         "devices": {name: placement(network)[0].type for name, network in models.items()},
     }
     team = current()
-    journal = team.first(
-        lambda: _open_journal(folder, {**settings, "save_examples": save_examples is not None}, resume=resume)
-    )
-    examples = None
-    if save_examples is not None:
-        names = [*models, *map(str, chosen)]
-        examples = team.first(lambda: ExampleFolder.open(save_examples, names, resume=resume and len(journal) > 0))
-    run = _Run(models, digests, seed, journal, examples=examples, progress=progress)
+    journal = team.first(lambda: _open_journal(folder, settings, resume=resume))
+    run = _Run(models, seed, journal, progress)
     if total is not None:
         run.total = sum(limits.get(_title(attack), total) for attack in (None, *chosen)) * len(models)
     with ExitStack() as stack:
-        for network in {id(item): item for item in (*models.values(), *([twin] if twin is not None else []))}.values():
+        for network in {id(item): item for item in models.values()}.values():
             stack.enter_context(frozen(network))
         # the widest number format, so that no model gets images that were rounded for another
         reader = max(models.values(), key=lambda network: torch.finfo(placement(network)[1]).bits)
@@ -136,7 +124,8 @@ def evaluate(
         for count, subset in subsets.items():
             costly = [attack for attack in chosen if limits.get(str(attack)) == count]
             run.measure(BatchStream(reader, subset.samples(), batch_size), costly)
-        signs = run.check_masking(choice, _checked_eps(chosen), batch_size, twin)
+        eps = max((attack.radius for attack in chosen if attack.radius is not None), default=_DEFAULT_EPS)
+        signs = run.check_masking(choice, eps, batch_size)
     order = [(name, _title(attack)) for name in models for attack in (None, *chosen)]
     evaluation = Evaluation.of(
         {key: tuple(run.right[key]) for key in order},
@@ -145,11 +134,8 @@ def evaluate(
         signs,
         settings={**settings, "libraries": library_versions()},
     )
-    if team.leads:
-        if examples is not None:
-            examples.finish({key: evaluation.accuracy(key[1], key[0]) for key in evaluation.right if key[1] != CLEAN})
-        if folder is not None:
-            evaluation.document().save(folder)
+    if team.leads and folder is not None:
+        evaluation.document().save(folder)
     return evaluation
 
 
@@ -164,12 +150,11 @@ class _Batch:
 
 
 class _Measurement(NamedTuple):
-    """One model under one attack on one batch: where it is written down, and images that are to be kept."""
+    """One model under one attack on one batch, and where it is written down."""
 
     key: tuple[str, int, str, str]  # "samples", number of the batch, model, attack
     digest: str  # of the batch
     record: Mapping[str, Any]  # labels, predictions and seconds
-    examples: Examples | None
 
 
 @dataclass
@@ -177,10 +162,8 @@ class _Run:
     """The models, and what was counted so far."""
 
     models: Mapping[str, nn.Module]
-    digests: Mapping[str, str]
     seed: int
     journal: Journal
-    examples: ExampleFolder | None
     progress: Progress | None
     total: int | None = None
     done: int = 0
@@ -217,15 +200,13 @@ class _Run:
             for choice, few in zip(choices, candidates, strict=True):
                 choice.take(few)
 
-    def check_masking(
-        self, choice: SampleChoice, eps: float, batch_size: int, twin: nn.Module | None
-    ) -> tuple[Check, ...]:
+    def check_masking(self, choice: SampleChoice, eps: float, batch_size: int) -> tuple[Check, ...]:
         """Look for masked gradients of each model on the chosen images."""
         if not len(choice):
             return ()
         images, labels = choice.samples()
         digest = _digest(images, labels)
-        probes = masking_probes(eps, self.seed, twin)
+        probes = masking_probes(eps, self.seed)
         checks: list[Check] = []
         for name, model in self.models.items():
             device, dtype = placement(model)
@@ -256,21 +237,20 @@ class _Run:
                 self._tell(f"{name}: {title}")
                 key = ("samples", batch.number, name, title)
                 record = self.journal.recall(key, batch.digest)
-                examples = None
                 if record is None:
                     started = time.perf_counter()
                     with seeded(derived_seed(self.seed, f"{title}/{batch.digest}", 0)):
                         if attack is not None and not attack.uses_model and corrupted is None:
                             images = attack(model, batch.images, batch.labels)
                             corrupted = checked_result(attack, images, batch.images)
-                        predictions, examples = self._predictions(name, attack, batch, corrupted)
+                        predictions = self._predictions(name, attack, batch, corrupted)
                     seconds = round(time.perf_counter() - started, 4)
                     record = {"labels": batch.labels.tolist(), "predictions": predictions, "seconds": seconds}
-                yield _Measurement(key, batch.digest, record, examples)
+                yield _Measurement(key, batch.digest, record)
 
     def _predictions(
         self, name: str, attack: Perturbation | None, batch: _Batch, corrupted: Tensor | None
-    ) -> tuple[list[int], Examples | None]:
+    ) -> list[int]:
         model = self.models[name]
         device, dtype = placement(model)
         x, y = batch.images.to(device, dtype), batch.labels.to(device)
@@ -282,28 +262,13 @@ class _Run:
         checked_labels(y, logits.shape[1], len(y))
         if attack is None:
             require_no_probabilities(logits, f"the model {name!r}")
-        predictions = logits.argmax(1)
-        examples = None
-        if attack is not None and self.examples is not None:
-            examples = Examples(
-                model=name,
-                weights=self.digests[name],
-                attack=str(attack),
-                ball=attack.ball,
-                classes=logits.shape[1],
-                clean=x.cpu(),
-                adversarial=attacked.cpu(),
-                labels=y.cpu().long(),
-                predictions=predictions.cpu(),
-            )
-        return predictions.tolist(), examples
+        predictions: list[int] = logits.argmax(1).tolist()
+        return predictions
 
     def _take(self, measurement: _Measurement) -> None:
         """Write a measurement down, if it is new, and count it; they come in the data's order."""
-        _, batch, model, title = key = measurement.key
+        _, _, model, title = key = measurement.key
         record = measurement.record
-        if measurement.examples is not None and self.examples is not None and current().leads:
-            self.examples.save(batch, measurement.examples)
         if self.journal.recall(key, measurement.digest) is None:
             self.journal.keep(key, measurement.digest, **record)
         self.seconds[model, title] += record["seconds"]
@@ -371,12 +336,6 @@ def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: 
 
 def _title(attack: Perturbation | None) -> str:
     return CLEAN if attack is None else str(attack)
-
-
-def _checked_eps(attacks: Sequence[Perturbation]) -> float:
-    """The largest L-infinity radius among the attacks."""
-    balls = [attack.ball for attack in attacks if attack.ball is not None]
-    return max((ball.eps for ball in balls if ball.norm == "linf"), default=_DEFAULT_EPS)
 
 
 def _required(labels: Tensor | None) -> Tensor:
