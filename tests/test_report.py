@@ -187,7 +187,7 @@ def test_names_of_the_user_are_harmless(folder: Path, tmp_path: Path) -> None:
     documents = {path.stem: Document.load(path) for path in folder.rglob("*.json") if Document.is_at(path)}
     hardening = {
         "penalties": {"gradient": 1.0}, "strengths": {"gradient": 1.0}, "target": "route", "lambda": "x",
-        "route_changes": [{"epoch": 1, "changed": 2}], "evaluation": documents["evaluation"].about,
+        "evaluation": documents["evaluation"].about,
     }  # fmt: skip
     documents["hardening"] = replace(documents["evaluation"], kind="hardening", about=hardening)
     documents["novel"] = replace(documents["occurrence"], kind=attack, about={"verdicts": [{"a": "b"}]})

@@ -27,7 +27,6 @@ def write(folder: Path, target: str, after: tuple[int, int], before: tuple[int, 
         "epochs": 3,
         "penalties": {"gradient": 0.5},
         "strengths": {"gradient": 2.5},
-        "route_changes": [],
         "overlap_with_full_route": {"share": 0.8125},
         "evaluation": {"checks": []},
     }
@@ -101,15 +100,14 @@ def test_hardenings_of_other_networks_are_not_mixed(tmp_path: Path) -> None:
     assert html.count("<table>") == 2 and "controls beside them" not in html
 
 
-def test_signs_of_masking_and_changes_of_the_route_are_told(tmp_path: Path) -> None:
+def test_signs_of_masking_are_told(tmp_path: Path) -> None:
     write(tmp_path, "all", (47, 30))
     document = Document.load(tmp_path / "hardening.json")
     check = {"model": "after", "check": "no limit", "verdict": "suspicious", "samples": 8, "numbers": {"share": 0.5}}
-    more = {"evaluation": {"checks": [check]}, "route_changes": [{"epoch": 2, "changed": 7}]}
-    replace(document, about={**document.about, **more}).save(tmp_path)
+    replace(document, about={**document.about, "evaluation": {"checks": [check]}}).save(tmp_path)
     text = words(tmp_path)
     assert "on all neurons" in text and "suspicious" in text and "share: 0.5" in text
-    assert "How the route changed while it was traced anew" in text and "No check" not in text
+    assert "No check" not in text
 
 
 def test_an_evaluation_that_a_hardening_has_made_is_not_shown_twice(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def study(folder: Path, data: str) -> None:
     folder.mkdir()
     plan = replace(PAPER, seeds=(1,))
     names = ("clean", *(attack.name for attack in plan.attacks))
-    outcome = Outcome(next(iter(judged(plan))), seed=1, lam=0.5, right={}, checks=(), overlap=None, departure=None)
+    outcome = Outcome(next(iter(judged(plan))), seed=1, lam=0.5, right={}, checks=(), overlap=None)
     outcomes = [
         replace(outcome, variant=variant, right={name: (True, number % 2 == 0) for name in names})
         for number, variant in enumerate(judged(plan))

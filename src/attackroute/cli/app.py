@@ -54,11 +54,11 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "demo": Command(DemoOptions, demo),
-    "train": Command(TrainOptions, train, shared=True, resumable=True),
+    "train": Command(TrainOptions, train, resumable=True),
     "trace": Command(TraceOptions, trace, shared=True, resumable=True),
     "analyze": Command(AnalyzeOptions, analyze, shared=True, resumable=True),
     "hardness": Command(HardnessOptions, hardness, shared=True),
-    "harden": Command(HardenOptions, harden, shared=True, resumable=True),
+    "harden": Command(HardenOptions, harden, resumable=True),
     "evaluate": Command(EvaluateOptions, evaluate, shared=True, resumable=True),
     "reproduce": Command(ReproduceOptions, reproduce, resumable=True),
     "report": Command(ReportOptions, report),

@@ -6,7 +6,7 @@ import argparse
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -99,9 +99,6 @@ class PenaltyOptions:
         "--target", "The route's neurons, or for controls as many random ones off it, or all.",
         one_of("route", "random", "all"), default="route",
     )  # fmt: skip
-    approximate: bool = switch(
-        "--approximate", "Gradient penalty by finite differences (an approximation) instead of double backward."
-    )
     folded: bool = switch(
         "--folded", "Weight penalty on kernels with batch norm folded in, or on kernels as they are.", off="--raw",
         default=True,
@@ -138,7 +135,6 @@ class RouteSourceOptions:
         "--compare-full", "Trace all training images too, and say how much of the route they agree "
         "on.", off="--no-compare-full", default=True,
     )  # fmt: skip
-    refresh: int | None = count("--refresh", "Trace the route anew every N epochs.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,19 +239,17 @@ class _Hardening:
 
     def harden(self, out: Path, lam: Factor) -> None:
         """Harden into a folder, and compare."""
-        from attackroute.core.distributed import current, take_from_first
         from attackroute.hardening.harden import ROUTE_FILE
         from attackroute.zoo.weights import BEST, load_weights
 
-        team, files = current(), (*RUN_FILES, ROUTE_FILE, f"{HARDENING}.*", f"{_EVALUATION}/*")
+        files = (*RUN_FILES, ROUTE_FILE, f"{HARDENING}.*", f"{_EVALUATION}/*")
         with results_in(out, files, self.options.run, resume=self.options.training.resume) as folder:
-            team.first(lambda: self.card.save(folder))  # so that a run that is killed can be opened too
+            self.card.save(folder)  # so that a run that is killed can be opened too
             hardened = copy.deepcopy(self.network)
             result = self._train(hardened, lam, folder)
             best = result.training.best
             if best is not None:  # what other commands load
-                team.first(lambda: load_weights(hardened, folder / BEST))
-                take_from_first(hardened, team)
+                load_weights(hardened, folder / BEST)
             evaluation = None
             if self.judged_on is not None:  # what is done of it is kept for --resume
                 evaluation = self._evaluate(
@@ -263,8 +257,7 @@ class _Hardening:
                     checks=self.options.comparison.check_samples, folder=folder / _EVALUATION,
                 )  # fmt: skip
             document = self._document(result, lam, evaluation)
-            if team.leads:
-                document.save(folder)
+            document.save(folder)
         self.output.result({**document.to_json(), "folder": str(out)})
         self._show_route(result, lam)
         if best is not None:
@@ -304,13 +297,11 @@ class _Hardening:
 
     def _train(self, network: nn.Module, lam: Factor, folder: Path | None) -> HardenResult:
         from attackroute.hardening.harden import harden as harden_network
-        from attackroute.hardening.settings import APPROXIMATE, EXACT, HardenSettings
+        from attackroute.hardening.settings import HardenSettings
 
         options = self.options
         settings = HardenSettings(
-            trace=options.source.tracing.config(0),
-            method=APPROXIMATE if options.penalty.approximate else EXACT,
-            **settings_of(HardenSettings, options.penalty, options.source),
+            trace=options.source.tracing.config(0), **settings_of(HardenSettings, options.penalty, options.source)
         )
         lines = epoch_lines(options.training, self.output, kept=folder is not None)
         with self.output.progress("steps") as progress, lines as on_epoch:
@@ -362,8 +353,6 @@ class _Hardening:
         self.output.line(f"route: {result.route.size} of {sum(result.route.channels.values())} neurons")
         if result.overlap is not None:
             self.output.line(f"  the route of all training images shares {result.overlap}; the paper reports 94.6 %")
-        for change in result.changes:
-            self.output.line(f"  before epoch {change.epoch}: {change.changed} of {change.size} neurons are new")
         for name, strength in result.strengths.items():
             factor = None if lam is None else factor_of(name, lam)
             first = "" if factor is None else f", {factor * strength:.3g} of it at lambda {factor:g}"
@@ -394,7 +383,6 @@ def _outcome(result: HardenResult) -> dict[str, Any]:
         "resumed_from": result.training.resumed_from,
         "penalties": dict(last.penalties),
         "strengths": {name: value if math.isfinite(value) else None for name, value in result.strengths.items()},
-        "route_changes": [asdict(change) for change in result.changes],
         "overlap_with_full_route": None if result.overlap is None else result.overlap.to_json(),
         "accuracy": None if last.test is None else last.test.value,
         "robust_accuracy": None if last.robust is None else last.robust.value,

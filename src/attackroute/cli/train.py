@@ -53,7 +53,6 @@ def train(options: TrainOptions) -> None:
     """Train a network into a folder."""
     import torch
 
-    from attackroute.core.distributed import current, leading
     from attackroute.core.document import Document
     from attackroute.hardening.training import train as train_network
     from attackroute.robustness.registry import parse_attack
@@ -73,7 +72,7 @@ def train(options: TrainOptions) -> None:
     card = ModelCard(with_own_normalisation(spec, network), train_images.classes)
     files = (*RUN_FILES, f"{TRAINING}.json")
     with results_in(options.out, files, options.run, resume=training.resume) as folder:
-        current().first(lambda: card.save(folder))  # so that a run that is killed can be opened too
+        card.save(folder)  # so that a run that is killed can be opened too
         with output.progress("steps") as progress, epoch_lines(training, output) as on_epoch:
             result = train_network(
                 network, learnt.dataset, None if chosen_by is None else chosen_by.dataset, settings, attack=attack,
@@ -85,8 +84,7 @@ def train(options: TrainOptions) -> None:
         shown = {"model": options.model, "width": options.width, **given(options, "images", "training")}
         shown |= {"batch_size": settings.batch_size, "seed": settings.seed}
         document = Document(TRAINING, shown, reading="; ".join(lines), about=_summary(result, options))
-        if leading():
-            document.save(folder)
+        document.save(folder)
     output.result({**document.to_json(), "folder": str(options.out)})
     output.line("\n".join(lines) + f"; weights and log are in {options.out}")
     output.line(f"next: attackroute trace --model {options.out} --data ...")
