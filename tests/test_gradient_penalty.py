@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from architectures import CLOSED, Function, Perceptron, Residual, Reused, chain
 from attackroute.core.errors import UserError
-from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.hardening.gradient_penalty import GradientPenalty
 from attackroute.routes.route import Route
 from tracing import ready, require_slopes
@@ -197,9 +197,10 @@ def test_it_is_the_sum_over_the_layers_gradients(name: str) -> None:
     labels = labels % 4
     route = some_of(model, images, linear=name == "perceptron")
     outputs: dict[str, Tensor] = {}
+    dims: dict[str, int] = {}
 
     def visit(call: LayerCall) -> Tensor:
-        outputs[call.name] = call.run()
+        outputs[call.name], dims[call.name] = call.run(), CHANNEL_DIM[call.kind]
         return outputs[call.name].clone()
 
     with LayerCalls(model, visit, linear=True):
@@ -207,7 +208,7 @@ def test_it_is_the_sum_over_the_layers_gradients(name: str) -> None:
     chosen = {layer: outputs[layer] for layer in route}
     gradients = torch.autograd.grad(loss, list(chosen.values()), materialize_grads=True)
     expected = sum(
-        gradient.movedim(-1 if name == "perceptron" else 1, 0)[route[layer]].abs().sum()
+        gradient.index_select(dims[layer], route[layer]).abs().sum()
         for layer, gradient in zip(chosen, gradients, strict=True)
     )
     value, _ = penalised(GradientPenalty(model, route), model, images, labels)
