@@ -38,7 +38,7 @@ def cut(model: nn.Module) -> nn.Module:
 def test_the_standard_attacks_are_the_librarys(names, monkeypatch):
     monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 500)
     monkeypatch.setattr("attackroute.robustness.autoattack.STANDARD", names)
-    model, (x, y) = network(), images(24)
+    model, (x, y) = network(), images(14)
     library = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, seed=3)
     library.attacks_to_run = list(names)
     library.apgd_targeted.n_target_classes = library.fab.n_target_classes = 4
@@ -48,7 +48,7 @@ def test_the_standard_attacks_are_the_librarys(names, monkeypatch):
     found = AutoAttack(EPS, seed=3)(model, x, y)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     fooled = right(model, x, y) & ~right(model, found, y)
-    assert fooled.sum() >= 4
+    assert fooled.sum() >= 3
     assert torch.equal(found[~fooled], x[~fooled])  # wrong from the start, or never fooled
     assert (found - x).abs().max() <= EPS + 2e-7 and found.min() >= 0 and found.max() <= 1
 
@@ -238,6 +238,7 @@ def test_a_default_dtype_of_float64_changes_nothing_in_the_standard(dtype, float
     torch.set_default_dtype(torch.float32)
     model, (x, y) = network().to(dtype), images(12)
     monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 20)
+    monkeypatch.setattr("attackroute.robustness.autoattack._ITERATIONS", 10)
     attack = AutoAttack(EPS)
     expected = attack(model, x.to(dtype), y)
     torch.set_default_dtype(torch.float64)

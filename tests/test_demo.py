@@ -24,7 +24,7 @@ def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(data, "load_data", partial(load_few, count=FEW))
     monkeypatch.setattr(demo, "_CHECKED", 4)
     monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 3)
-    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 4)
+    monkeypatch.setattr("attackroute.robustness.masking._STEPS", 4)
     folder = tmp_path / "demo"
     # as if an earlier demo had been broken off
     for name in ("model/state.pt", "evaluation/measurements.jsonl", "random/best.safetensors", "summary.json"):

@@ -237,12 +237,7 @@ def test_attacks_that_break_their_own_rules_are_found_out() -> None:
 
 
 def test_arguments_that_are_refused() -> None:
-    for options, message in [
-        ({"checks": -1}, "checks -1"),
-        ({"resume": True}, "name the folder"),
-        ({"samples": {"pdg": 3}}, "did you mean pgd"),
-        ({"samples": {"pgd": 0}}, "at least 1, not 0"),
-    ]:
+    for options, message in [({"checks": -1}, "checks -1"), ({"resume": True}, "name the folder")]:
         with pytest.raises(UserError, match=message):
             ar.evaluate(small_model(), DATA, ["pgd"], **options)
 
@@ -297,34 +292,6 @@ def test_one_name_for_one_attack() -> None:
         assert parse_attack(name) == parse_attack(texts[0])
     assert str(FGSM(1)) == str(FGSM(1.0))  # type: ignore[arg-type]
     assert str(Counted()) == "counted"
-
-
-@pytest.mark.parametrize("batch_size", [3, 100])
-def test_an_attack_may_have_its_own_number_of_images(batch_size: int) -> None:
-    images, labels = images_and_labels()
-    models = {"one": small_model(), "two": small_model(7)}
-    attacks = ["fgsm:eps=0.1", "pgd:eps=0.1,steps=3", "gaussian-noise"]
-    whole = ar.evaluate(models, (images, labels), attacks, batch_size=batch_size, checks=4, seed=2)
-    data = DataLoader(TensorDataset(images, labels), batch_size)
-    calls = []
-    part = ar.evaluate(
-        models, data, attacks, samples={"pgd": 7, "gaussian-noise": 7}, batch_size=batch_size, checks=4, seed=2,
-        progress=lambda *call: calls.append(call),
-    )  # fmt: skip
-    choice = SampleChoice(7, 2)
-    choice.take(choice.candidates(images, labels))
-    chosen = [int((images == image).flatten(1).all(1).nonzero()) for image in choice.samples()[0]]
-    assert len(set(chosen)) == 7
-    assert part.checks == whole.checks
-    assert list(part.right) == list(whole.right)
-    for (model, attack), right in whole.right.items():
-        limited = attack.startswith(("pgd", "gaussian"))
-        expected = tuple(right[index] for index in chosen) if limited else right
-        assert part.right[model, attack] == expected
-    assert part.table.one(model="two", attack=whole.table[2]["attack"])["samples"] == 7
-    assert max(call[0] for call in calls) == 2 * (2 * 23 + 2 * 7) == calls[0][1]
-    title = str(parse_attack("pgd:eps=0.1,steps=3", seed=2))
-    assert part.settings["attack_samples"][title] == 7
 
 
 def test_the_reading_names_the_worst_attack_and_mistrust() -> None:

@@ -118,20 +118,15 @@ def test_images_are_held_out_of_the_training_and_choose_the_epoch(
     assert {name: settings[name] for name in wanted} == wanted
 
 
-@pytest.mark.filterwarnings("ignore:autoattack runs without")
-def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
-    trained: Path, pictures: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("pyautoattack")
-    arguments = ("--lam", "gradient=0.01", "--out", tmp_path, "--eps", 0.5, "--autoattack-samples", 1)
+def test_the_comparison_has_checks_and_an_overlap(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ("--lam", "gradient=0.01", "--out", tmp_path, "--eps", 0.5)
     result = hardened(trained, pictures, *arguments, "--check-samples", 4, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     rows = {(row["model"], row["attack"].partition(":")[0]): row for row in found["rows"]}
-    assert rows["after", "autoattack"]["samples"] == 1
-    assert "eps=0.5" in rows["before", "autoattack"]["attack"]
+    assert "eps=0.5" in rows["before", "fgsm"]["attack"]
     assert rows["after", "fgsm"]["samples"] == 12
-    assert [model for model, _ in rows] == ["before"] * 4 + ["after"] * 4
+    assert [model for model, _ in rows] == ["before"] * 3 + ["after"] * 3
     checks = {(check["model"], check["check"]): check for check in found["about"]["evaluation"]["checks"]}
     assert checks["after", "one step against many"]["samples"] == 4
     assert found["about"]["overlap_with_full_route"]["size"] == Route.load(tmp_path / "route.json").size
@@ -139,17 +134,6 @@ def test_the_comparison_has_a_subset_for_autoattack_checks_and_an_overlap(
     again_found = json.loads(again.stdout)
     assert again_found["rows"] == found["rows"]
     assert again_found["about"]["evaluation"] == found["about"]["evaluation"]
-
-
-def test_without_its_package_autoattack_is_left_out_unless_it_is_asked_for(
-    trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("attackroute.robustness.attack.find_spec", lambda name: None)
-    command = ("harden", "--model", trained, "--data", f"folder:{pictures}", "--epochs", 1, "--lam", 0.01)
-    result = run(*command, "--out", tmp_path / "a", "--check-samples", 0, "--evaluate-samples", 2)
-    assert result.exit_code == 0, result.output
-    assert "without AutoAttack" in result.stderr
-    refused(run(*command, "--out", tmp_path / "b", "--autoattack-samples", 2), "attackroute[autoattack]")
 
 
 def test_a_sweep_writes_nothing_and_shows_every_factor(trained: Path, pictures: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_attacks_of_one_kind_differ_by_their_radius() -> None:
         return setup.control, [pair.label for pair in setup.pairs]
 
     assert control("pgd:eps=2/255", "pgd:eps=8/255,step_size=1/255") == ("eps", ["2/255", "8/255"])
-    assert control("pgd:eps=0.5", "pgd:eps=1") == ("eps", ["0.5", "1.0"])
+    assert control("pgd:eps=0.25", "pgd:eps=0.5") == ("eps", ["0.25", "0.5"])
     assert control("pgd:eps=2/255", "fgsm:eps=8/255")[0] == "attack"
     assert control("pgd:eps=2/255", "pgd:eps=2/255,steps=50") == ("attack", ["pgd:eps=2/255", "pgd:eps=2/255,steps=50"])
     assert control("mine", "gaussian-noise:std=0.1")[0] == "attack" and control() == ("attack", [""])

@@ -55,7 +55,6 @@ BEFORE, AFTER = "before", "after"
 _GRADIENT, _WEIGHT, _STABILISATION, _BOTH, _NONE = "gradient", "weight", "stabilisation", "both", "none"
 _EVALUATION = "evaluation"  # folder of what --resume goes on from
 _ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
-_AUTOATTACK_SAMPLES = 50
 
 
 def parse_lambda(text: str) -> float | dict[str, float]:
@@ -145,17 +144,13 @@ class ComparisonOptions:
     attacks: tuple[str, ...] = option(
         "--evaluate", "An attack or corruption to compare under, as in attackroute evaluate; repeat it for several.",
         str, "NAME", default=None, repeat=True,
-        unset="fgsm, mi-fgsm, pgd, gaussian-noise, and autoattack on a subset",
+        unset="fgsm, mi-fgsm, pgd, gaussian-noise",
     )  # fmt: skip
     eps: float | None = option(
         "--eps", "Radius of those that do not state their own.", parse_number, "RADIUS", default=None,
         unset="that of --attack, or 8/255",
     )  # fmt: skip
     evaluate_samples: int | None = count("--evaluate-samples", "Only so many test images.", unset="all")
-    autoattack_samples: int | None = count(
-        "--autoattack-samples", "AutoAttack on so many of them (needs the extra autoattack); 0 leaves it out.",
-        least=0, unset="50, none with --evaluate",
-    )  # fmt: skip
     check_samples: int = count(
         "--check-samples", "On how many of them to look for masked gradients; 0 for no checks.", 128, least=0
     )
@@ -205,8 +200,7 @@ class _Hardening:
     chosen_by: ImageData | None  # choose the best epoch, and lambda in a sweep
     judged_on: ImageData | None  # before and after are compared on them
     attack: Perturbation | None  # is trained against
-    attacks: Sequence[Perturbation]  # are compared under, with AutoAttack on so many images
-    autoattack: tuple[Perturbation, int] | None
+    attacks: Sequence[Perturbation]  # are compared under
 
     @classmethod
     def open(cls, options: HardenOptions) -> _Hardening:
@@ -221,7 +215,6 @@ class _Hardening:
         if eps is None and attack is not None:
             eps = attack.radius
         attacks = parse_attacks(options.comparison.attacks or _ATTACKS, eps, seed=seed)
-        autoattack = _autoattack(options.comparison, eps, seed, run.output)
         device = resolve_device(run.device)
         train_images = options.images.open(run, [model], split="train")
         test_images = open_test_images(options.images, run, train_images, model)
@@ -232,7 +225,7 @@ class _Hardening:
         judged_on = chosen_by if test_images is None else test_images
         return cls(
             options=options, output=run.output, network=network, learnt=learnt, chosen_by=chosen_by, attack=attack,
-            attacks=attacks, autoattack=autoattack,
+            attacks=attacks,
             card=ModelCard(with_own_normalisation(spec, network), train_images.classes),
             judged_on=None if judged_on is None else _some(judged_on, options.comparison.evaluate_samples, seed),
         )  # fmt: skip
@@ -253,7 +246,7 @@ class _Hardening:
             evaluation = None
             if self.judged_on is not None:  # what is done of it is kept for --resume
                 evaluation = self._evaluate(
-                    {BEFORE: self.network, AFTER: hardened}, self.judged_on, self.autoattack,
+                    {BEFORE: self.network, AFTER: hardened}, self.judged_on,
                     checks=self.options.comparison.check_samples, folder=folder / _EVALUATION,
                 )  # fmt: skip
             document = self._document(result, lam, evaluation)
@@ -313,20 +306,15 @@ class _Hardening:
             )  # fmt: skip
 
     def _evaluate(
-        self, models: Mapping[str, nn.Module], images: ImageData, autoattack: tuple[Perturbation, int] | None = None,
-        *, checks: int = 0, folder: Path | None = None,
+        self, models: Mapping[str, nn.Module], images: ImageData, *, checks: int = 0, folder: Path | None = None,
     ) -> Evaluation:  # fmt: skip
-        """Networks on the same images, AutoAttack on some of them."""
+        """Networks on the same images."""
         from attackroute.robustness.evaluate import evaluate
         from attackroute.zoo.data import ImageBatches
 
-        attacks, samples = list(self.attacks), {}
-        if autoattack is not None:
-            attacks.append(autoattack[0])
-            samples[str(autoattack[0])] = min(autoattack[1], len(images))
         with self.output.progress("images attacked") as progress:
             return evaluate(
-                models, ImageBatches(images), attacks, samples=samples, checks=checks,
+                models, ImageBatches(images), self.attacks, checks=checks,
                 seed=self.options.run.seed, folder=folder, resume=self.options.training.resume, progress=progress,
             )  # fmt: skip
 
@@ -357,23 +345,6 @@ class _Hardening:
             factor = None if lam is None else factor_of(name, lam)
             first = "" if factor is None else f", {factor * strength:.3g} of it at lambda {factor:g}"
             self.output.line(f"{name} penalty: its gradient is {strength:.3g} times the task's at first{first}")
-
-
-def _autoattack(
-    options: ComparisonOptions, eps: float | None, seed: int, output: Output
-) -> tuple[Perturbation, int] | None:
-    """AutoAttack and on how many images it runs: on 50 beside the usual attacks, where it is installed."""
-    count = options.autoattack_samples
-    if count == 0 or (count is None and options.attacks):
-        return None
-    try:
-        (attack,) = parse_attacks(["autoattack"], eps, seed=seed)
-    except UserError as error:
-        if count is not None:
-            raise
-        output.note(f"note: the comparison is without AutoAttack: {error}")
-        return None
-    return attack, count or _AUTOATTACK_SAMPLES
 
 
 def _outcome(result: HardenResult) -> dict[str, Any]:

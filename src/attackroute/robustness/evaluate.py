@@ -19,7 +19,7 @@ from attackroute.core.batches import BatchStream, Data, samples_in
 from attackroute.core.checks import check_attackable, checked_labels, checked_logits, require_no_probabilities
 from attackroute.core.distributed import current
 from attackroute.core.document import library_versions
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError
 from attackroute.core.files import made_folder
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.core.model_state import frozen, placement, weights_digest
@@ -42,7 +42,6 @@ def evaluate(
     data: Data,
     attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str = DEFAULT_ATTACKS,
     *,
-    samples: Mapping[str, int] | None = None,
     batch_size: int = 128,
     seed: int = 0,
     checks: int = 256,
@@ -64,9 +63,6 @@ def evaluate(
         attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, attacks, callables
             ``(model, images, labels) -> images``, or objects of torchattack, torchattacks and foolbox; one, several, or
             several by name. Clean images are always measured first.
-        samples: On how many of the images a costly attack is measured, by the attack's name or its specification, as in
-            ``samples={"autoattack": 50}``; all others are measured on all. The images are drawn with the seed, whatever
-            their order, the same ones for all models, and are attacked last, ``batch_size`` at a time.
         batch_size: Rows at a time when ``data`` is tensors, and in the checks; a DataLoader brings its own.
         seed: Of attacks that are given as text without a seed of their own, of the choice of images for the checks, and
             of PyTorch's global generators, which random models draw from; those come back as they were.
@@ -92,13 +88,11 @@ def evaluate(
     if resume and folder is None:
         raise UserError("resume goes on with the evaluation in a folder; name the folder")
     total = samples_in(data)
-    limits = _limits(samples or {}, chosen, total)
     digests = {name: weights_digest(network) for name, network in models.items()}
     settings = {
         **(origin or {}),
         "models": digests,
         "attacks": [attack.to_json() for attack in chosen],
-        **({"attack_samples": limits} if limits else {}),
         "samples_in_all": total,
         "batch_size": batch_size,
         "seed": seed,
@@ -109,7 +103,7 @@ def evaluate(
     journal = team.first(lambda: _open_journal(folder, settings, resume=resume))
     run = _Run(models, seed, journal, progress)
     if total is not None:
-        run.total = sum(limits.get(_title(attack), total) for attack in (None, *chosen)) * len(models)
+        run.total = total * (1 + len(chosen)) * len(models)
     with ExitStack() as stack:
         for network in {id(item): item for item in models.values()}.values():
             stack.enter_context(frozen(network))
@@ -118,12 +112,7 @@ def evaluate(
         stream = BatchStream(reader, data, batch_size)
         run.probe_corruptions(chosen, *stream.first)
         choice = SampleChoice(checks, seed)
-        subsets = {count: SampleChoice(count, seed) for count in limits.values()}
-        everywhere = [attack for attack in chosen if str(attack) not in limits]
-        run.measure(stream, (None, *everywhere), [choice, *subsets.values()])
-        for count, subset in subsets.items():
-            costly = [attack for attack in chosen if limits.get(str(attack)) == count]
-            run.measure(BatchStream(reader, subset.samples(), batch_size), costly)
+        run.measure(stream, (None, *chosen), choice)
         eps = max((attack.radius for attack in chosen if attack.radius is not None), default=_DEFAULT_EPS)
         signs = run.check_masking(choice, eps, batch_size)
     order = [(name, _title(attack)) for name in models for attack in (None, *chosen)]
@@ -179,26 +168,21 @@ class _Run:
                 if not attack.uses_model:
                     attack(next(iter(self.models.values())), images[:1], labels[:1])
 
-    def measure(
-        self, stream: BatchStream, attacks: Sequence[Perturbation | None], choices: Sequence[SampleChoice] = ()
-    ) -> None:
-        """Measure all models under attacks (None: on clean images) by batches, while images are chosen for later."""
+    def measure(self, stream: BatchStream, attacks: Sequence[Perturbation | None], choice: SampleChoice) -> None:
+        """Measure all models under attacks (None: on clean images), and choose images for the checks."""
         alone = current().count == 1
 
-        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], list[Candidates | None]]:
+        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], Candidates | None]:
             labels = _required(given)
             check_attackable(images, labels)
             measurements = self._measured(_Batch(stream.number, images, labels, _digest(images, labels)), attacks)
             # alone, each measurement is written down before the next one is made
-            return measurements if alone else list(measurements), [
-                choice.candidates(images, labels) for choice in choices
-            ]
+            return measurements if alone else list(measurements), choice.candidates(images, labels)
 
         for measurements, candidates in stream.map(once):
             for measurement in measurements:
                 self._take(measurement)
-            for choice, few in zip(choices, candidates, strict=True):
-                choice.take(few)
+            choice.take(candidates)
 
     def check_masking(self, choice: SampleChoice, eps: float, batch_size: int) -> tuple[Check, ...]:
         """Look for masked gradients of each model on the chosen images."""
@@ -318,20 +302,6 @@ def _chosen(
         if not attacks:
             return ()
     return tuple(named_attacks(attacks, seed=seed).values())
-
-
-def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: int | None) -> dict[str, int]:
-    """How many images each attack is measured on that is not measured on all, by specification."""
-    limits: dict[str, int] = {}
-    for name, count in samples.items():
-        named = [str(attack) for attack in attacks if name in (attack.name, str(attack))]
-        if not named:
-            near = did_you_mean(name, [attack.name for attack in attacks])
-            raise UserError(f"samples names {name!r}, which is none of the attacks{near}")
-        if count < 1:
-            raise UserError(f"samples of {name} must be at least 1, not {count}")
-        limits.update(dict.fromkeys(named, count if total is None else min(count, total)))
-    return limits
 
 
 def _title(attack: Perturbation | None) -> str:
