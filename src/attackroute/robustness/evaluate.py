@@ -88,10 +88,9 @@ def evaluate(
     if resume and folder is None:
         raise UserError("resume goes on with the evaluation in a folder; name the folder")
     total = samples_in(data)
-    digests = {name: weights_digest(network) for name, network in models.items()}
     settings = {
         **(origin or {}),
-        "models": digests,
+        "models": {name: weights_digest(network) for name, network in models.items()},
         "attacks": [attack.to_json() for attack in chosen],
         "samples_in_all": total,
         "batch_size": batch_size,
