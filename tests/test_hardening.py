@@ -256,6 +256,16 @@ def test_strengths_are_ratios_of_gradient_norms() -> None:
     )
 
 
+def test_strengths_repeat_in_a_network_with_dropout() -> None:
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        objective = RouteObjective({"gradient": 1.0, "weight": 1.0}, route=HALF)
+        objective.start(toy_network(dropout=0.5), toy_data(), 3)
+        found.append(objective.strengths)
+    assert found[0] == found[1]
+
+
 def test_strengths_are_measured_over_all_classes_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data in class folders begin with one class, whose gradients are other ones."""
     module = sys.modules["attackroute.hardening.harden"]
