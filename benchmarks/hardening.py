@@ -63,7 +63,7 @@ class Job:
 def measure_hardening(
     plan: Plan, advance: Callable[[], None] = lambda: None, probe: Probe = measured
 ) -> list[Measurement]:
-    """Measure steps (attack, forward, backward, SGD) on a quarter-width VGG-16 at 32x32, penalties on a random route.
+    """Measure steps (attack, forward, backward, SGD) on a quarter-width VGG-16 at 32x32, penalties on its largest kernels.
 
     Args:
         plan: Repeats, batch size, device, seed.
@@ -75,7 +75,7 @@ def measure_hardening(
     """
     batch_size = plan.batch_size or BATCH_SIZE
     with small_vgg(batch_size, plan.device, plan.seed) as (model, images, labels):
-        route = rank_channels(model, images, "random", seed=plan.seed)
+        route = rank_channels(model, images, "kernel")
         steps = training_steps(model.train(), images, labels, route)
         runs = Stopclock.of(plan.device).interleaved(steps, plan.turns, advance)
     memory: dict[str, list[tuple[int, int]]] = {name: [] for name in steps}
@@ -170,7 +170,7 @@ def run(job: Job) -> tuple[int, int]:
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     with small_vgg(job.batch_size, device, job.seed) as (model, images, labels):
-        route = rank_channels(model, images, "random", seed=job.seed)
+        route = rank_channels(model, images, "kernel")
     step = training_steps(model.train(), images, labels, route)[job.step]
     before = memory_now(device)
     for _ in range(_MEASURED_STEPS):
