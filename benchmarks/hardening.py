@@ -63,7 +63,7 @@ class Job:
 def measure_hardening(
     plan: Plan, advance: Callable[[], None] = lambda: None, probe: Probe = measured
 ) -> list[Measurement]:
-    """Measure steps (attack, forward, backward, SGD) on a quarter-width VGG-16 at 32x32, penalties on its largest kernels.
+    """Measure steps (attack, forward, backward, SGD) of a quarter-width VGG-16 at 32x32, its largest kernels punished.
 
     Args:
         plan: Repeats, batch size, device, seed.
