@@ -1,11 +1,10 @@
-"""Time and memory of hardening's training steps against a plain step, and how far the approximate gradient is off.
+"""Time and memory of hardening's training steps against a plain step.
 
 The peak of one step is measured in a process of its own: ``python -m benchmarks.hardening JSON``.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +17,6 @@ from torch.nn import functional
 from attackroute.analysis.criteria import rank_channels
 from attackroute.core.model_state import spared_buffers
 from attackroute.hardening.gradient_penalty import GradientPenalty
-from attackroute.hardening.settings import APPROXIMATE, EXACT
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
 from attackroute.hardening.weight_penalty import WeightPenalty
 from attackroute.robustness.gradient_attacks import PGD
@@ -30,14 +28,12 @@ from benchmarks.timing import BYTES, SECONDS, Measurement, Spread, Stopclock
 BATCH_SIZE = 128
 STEPS = 10
 
-PLAIN, GRADIENT, QUOTIENT, WEIGHT = "plain", "gradient, exact", "gradient, approximation", "weight"
-PAT, PAT_GRADIENT, PAT_WEIGHT, PAT_STABLE = "PAT", "PAT, gradient, exact", "PAT, weight", "PAT, stabilisation"
-STEP_NAMES = (PLAIN, GRADIENT, QUOTIENT, WEIGHT, PAT, PAT_GRADIENT, PAT_WEIGHT, PAT_STABLE)
-LIMITS = {GRADIENT: 3.2, QUOTIENT: 2.2, WEIGHT: 1.05}
+PLAIN, GRADIENT, WEIGHT = "plain", "gradient", "weight"
+PAT, PAT_GRADIENT, PAT_WEIGHT, PAT_STABLE = "PAT", "PAT, gradient", "PAT, weight", "PAT, stabilisation"
+STEP_NAMES = (PLAIN, GRADIENT, WEIGHT, PAT, PAT_GRADIENT, PAT_WEIGHT, PAT_STABLE)
+LIMITS = {GRADIENT: 3.2, WEIGHT: 1.05}
 """Ratios to a plain step's time that are to be kept."""
 
-_EPS = (1e-2, 1e-3, 1e-4, 1e-5)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _LAM = 0.01
 _MEASURED_STEPS = 2  # the first one makes the momentum and other things that stay
 
@@ -64,32 +60,10 @@ class Job:
     seed: int
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """How far the approximate gradient is from the exact one, in double precision, of the same weights.
-
-    Attributes:
-        cosine: Between the two.
-        relative_norm: Norm of the approximate one / of the exact one.
-        relative_error: Norm of the difference / of the exact one.
-    """
-
-    cosine: float
-    relative_norm: float
-    relative_error: float
-
-    @classmethod
-    def between(cls, near: Tensor, exact: Tensor) -> Deviation:
-        """Compare two gradients, flattened."""
-        size = exact.norm()
-        cosine = functional.cosine_similarity(near, exact, dim=0)
-        return cls(float(cosine), float(near.norm() / size), float((near - exact).norm() / size))
-
-
 def measure_hardening(
     plan: Plan, advance: Callable[[], None] = lambda: None, probe: Probe = measured
 ) -> list[Measurement]:
-    """Measure steps (attack, forward, backward, SGD) on a quarter-width VGG-16 at 32x32, penalties on a random route.
+    """Measure steps (attack, forward, backward, SGD) of a quarter-width VGG-16 at 32x32, its largest kernels punished.
 
     Args:
         plan: Repeats, batch size, device, seed.
@@ -102,7 +76,6 @@ def measure_hardening(
     batch_size = plan.batch_size or BATCH_SIZE
     with small_vgg(batch_size, plan.device, plan.seed) as (model, images, labels):
         route = rank_channels(model, images, "kernel")
-        deviations = {dtype: deviation(model, images, labels, route, dtype) for dtype in _DTYPES}
         steps = training_steps(model.train(), images, labels, route)
         runs = Stopclock.of(plan.device).interleaved(steps, plan.turns, advance)
     memory: dict[str, list[tuple[int, int]]] = {name: [] for name in steps}
@@ -111,15 +84,7 @@ def measure_hardening(
             job = Job(name, batch_size, torch.get_num_threads(), str(plan.device), seed=plan.seed)
             memory[name].append(probe("benchmarks.hardening", asdict(job), HARDENING))
             advance()
-    return [
-        *step_measurements(f"{HARDENING}, {batch_size} images", runs, memory),
-        *(
-            Measurement(f"{HARDENING}, approximation, {dtype}", f"eps {eps:g}: {name.replace('_', ' ')}", Spread((it,)))
-            for dtype, by_eps in deviations.items()
-            for eps, each in by_eps.items()
-            for name, it in asdict(each).items()
-        ),
-    ]
+    return step_measurements(f"{HARDENING}, {batch_size} images", runs, memory)
 
 
 def step_measurements(
@@ -156,24 +121,24 @@ def step_measurements(
 def training_steps(model: nn.Module, images: Tensor, labels: Tensor, route: Route) -> dict[str, Callable[[], None]]:
     """One step of each kind, by name."""
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-4)
-    exact, quotient = GradientPenalty(model, route), GradientPenalty(model, route, method=APPROXIMATE)
-    weight, stabilisation = WeightPenalty(model, route, images), StabilisationPenalty(model, route)
+    gradient, weight = GradientPenalty(model, route), WeightPenalty(model, route, images)
+    stabilisation = StabilisationPenalty(model, route)
     attack = PGD(steps=STEPS)
 
     def plain(x: Tensor) -> Tensor:
         return functional.cross_entropy(model(x), labels)
 
-    def punished(penalty: GradientPenalty, x: Tensor) -> Tensor:
-        with penalty.watch():
+    def punished(x: Tensor) -> Tensor:
+        with gradient.watch():
             logits = model(x)
-        return penalty.with_task(logits, labels, _LAM)[0]
+        return functional.cross_entropy(logits, labels) + _LAM * gradient(logits, labels)
 
     def both(x: Tensor) -> Tensor:
         """Eq. (12)."""
-        total = punished(exact, x)
-        with spared_buffers(model), exact.watch():
+        total = punished(x)
+        with spared_buffers(model), gradient.watch():
             logits = model(images)
-        return total + _LAM * exact(logits, labels)
+        return total + _LAM * gradient(logits, labels)
 
     def steadied(x: Tensor) -> Tensor:
         with stabilisation.watch():
@@ -191,31 +156,13 @@ def training_steps(model: nn.Module, images: Tensor, labels: Tensor, route: Rout
 
     return {
         PLAIN: step(plain),
-        GRADIENT: step(lambda x: punished(exact, x)),
-        QUOTIENT: step(lambda x: punished(quotient, x)),
+        GRADIENT: step(punished),
         WEIGHT: step(lambda x: plain(x) + _LAM * weight()),
         PAT: step(plain, attacked=True),
         PAT_GRADIENT: step(both, attacked=True),
         PAT_WEIGHT: step(lambda x: plain(x) + _LAM * weight(), attacked=True),
         PAT_STABLE: step(steadied, attacked=True),
     }
-
-
-def deviation(
-    model: nn.Module, images: Tensor, labels: Tensor, route: Route, dtype: torch.dtype
-) -> dict[float, Deviation]:
-    """How far the approximation in that type of number is from the exact gradient in training mode, by eps."""
-    rounded = copy.deepcopy(model).train().to(dtype)
-
-    def gradient(network: nn.Module, method: str, eps: float = _EPS[0]) -> Tensor:
-        penalty = GradientPenalty(network, route, method=method, eps=eps)
-        with penalty.watch():
-            logits = network(images.to(next(network.parameters())))
-        gradients = torch.autograd.grad(penalty(logits, labels), list(network.parameters()), allow_unused=True)
-        return torch.cat([part.flatten().double() for part in gradients if part is not None])
-
-    exact = gradient(copy.deepcopy(rounded).double(), EXACT)
-    return {eps: Deviation.between(gradient(rounded, APPROXIMATE, eps), exact) for eps in _EPS}
 
 
 def run(job: Job) -> tuple[int, int]:

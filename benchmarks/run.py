@@ -80,9 +80,8 @@ the cases:
                  process
   pgd            projected gradient descent, 10 steps on a quarter-width VGG-16, against torchattack, torchattacks and
                  foolbox, where they are installed
-  hardening      training steps with penalties against plain ones, on a quarter-width VGG-16: time, peak memory
-                 (each in its own process), and how far the approximate gradient of the gradient penalty is from the
-                 exact one
+  hardening      training steps with penalties against plain ones, on a quarter-width VGG-16: time, and peak memory
+                 (each in its own process)
   architectures  EfficientNet, MobileNetV3, RegNet, DenseNet, GoogLeNet, Inception, ResNet with group norm, ConvNeXt,
                  Swin, ViT, and DeiT where timm is installed, 2 images at a time: layers, edges, time of a trace with
                  32 sketches and of an exact one (extrapolated), and distance from the oracle at reduced size. Only

@@ -1,6 +1,6 @@
 """Commands whose results must not depend on how many processes share them; run as a script, the part of one process.
 
-``python shared_commands.py FOLDER PORT PORT`` expects the environment that torchrun makes.
+``python shared_commands.py FOLDER PORT PORT EXPERIMENT,...`` expects the environment that torchrun makes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
-import shared_training
 from attackroute.core.batches import BatchStream
 from attackroute.core.distributed import Processes, joined
 from attackroute.routes import folder
@@ -50,14 +49,15 @@ def prepare(root: Path) -> None:
     make_network(root / "net")
 
 
-def run_commands(root: Path, out: Path) -> dict[str, Any]:
-    """Run all commands, and return what each printed."""
+def run_commands(root: Path, out: Path, experiments: str) -> dict[str, Any]:
+    """Run all commands, the experiments of analyze among them, and return what each printed."""
     folder._SHARD_SAMPLES = SHARD
     printed: dict[str, Any] = {}
     for name, (command, *options) in COMMANDS.items():
         common = ("--model", root / "net", "--data", f"folder:{root / 'pictures'}", "--out", out / name, "--json")
+        only = ("--only", experiments) if command == "analyze" else ()
         started = time.perf_counter()
-        result = run(command, *common, *options)
+        result = run(command, *common, *options, *only)
         assert result.exit_code == 0, (name, result.output)
         printed[name] = result.stdout
         print(name, round(time.perf_counter() - started, 1), file=sys.stderr)
@@ -119,7 +119,7 @@ CHECKS: tuple[Callable[[Path, Processes], None], ...] = (check_streams, check_re
 def main() -> None:
     """The part of one process: with all of them, then the first one alone; what came of it is written down."""
     root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    ports = [int(port) for port in sys.argv[2:]]
+    ports = [int(port) for port in sys.argv[2:4]]
     torch.set_num_threads(1)
     for count, port in zip((int(os.environ["WORLD_SIZE"]), 1), ports, strict=True):
         if rank < count:
@@ -129,10 +129,10 @@ def main() -> None:
             out.mkdir(exist_ok=True)
             with joined(timeout=timedelta(seconds=120)) as team:
                 assert (team.rank, team.count) == (rank, count)
-                for check in (*CHECKS, *shared_training.CHECKS):
+                for check in CHECKS:
                     check(root, team)
-                own = shared_training.folder_of(root, team)
-                found["printed"] = run_commands(root, own)
+                own = out if team.leads else root / f"{count}-of-process-{rank}"
+                found["printed"] = run_commands(root, own, sys.argv[4])
                 assert team.leads or not own.exists(), f"process {rank} wrote {sorted(own.rglob('*'))}"
             (out / f"process-{rank}.json").write_text(json.dumps(found))
 

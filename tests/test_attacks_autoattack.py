@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +14,19 @@ from torch import Tensor, nn
 from architectures import Function
 from attack_samples import images, network, right, untrained
 from attackroute.core.errors import UserError
-from attackroute.robustness.attack import Ball
-from attackroute.robustness.autoattack import AutoAttack, Square, _projected
+from attackroute.robustness.autoattack import STANDARD, AutoAttack, Square
 
 pyautoattack = pytest.importorskip("pyautoattack")
 np = pytest.importorskip("numpy")
 EPS = 4 / 255
 BLACK = 20 / 255
-NORMS = pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.25)], ids=["linf", "l2"])
-QUICK = AutoAttack(EPS, attacks="apgd-ce")
+QUICK = AutoAttack(EPS)
+
+
+@pytest.fixture(autouse=True)
+def first_attack_alone(monkeypatch, request):
+    if "standard" not in request.node.name:
+        monkeypatch.setattr("attackroute.robustness.autoattack.STANDARD", STANDARD[:1])
 
 
 def cut(model: nn.Module) -> nn.Module:
@@ -28,40 +34,23 @@ def cut(model: nn.Module) -> nn.Module:
     return Function(lambda parts, x: parts["inner"](x.detach()), inner=model)
 
 
-def size(change: Tensor, norm: str) -> Tensor:
-    return change.flatten(1).abs().amax(1) if norm == "linf" else change.flatten(1).norm(dim=1)
-
-
-@pytest.mark.slow
-@NORMS
-def test_the_standard_set_is_the_librarys(norm, eps, monkeypatch):
+@pytest.mark.parametrize("names", [("apgd-ce", "fab-t"), pytest.param(STANDARD, marks=pytest.mark.slow)])
+def test_the_standard_attacks_are_the_librarys(names, monkeypatch):
     monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 500)
-    model, (x, y) = network(), images(12)
-    library = pyautoattack.AutoAttack(model, norm=norm.replace("l", "L"), eps=eps, seed=3)
+    monkeypatch.setattr("attackroute.robustness.autoattack.STANDARD", names)
+    model, (x, y) = network(), images(14)
+    library = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, seed=3)
+    library.attacks_to_run = list(names)
     library.apgd_targeted.n_target_classes = library.fab.n_target_classes = 4
     library.square.n_queries = 500
     with torch.random.fork_rng():
         expected, _ = library.run_standard_evaluation(x, y, batch_size=100)
-    found = AutoAttack(eps, norm, seed=3)(model, x, y)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
-@NORMS
-@pytest.mark.parametrize("names", ["apgd-ce", "apgd-dlr+fab"])
-def test_parts_are_the_librarys(names, norm, eps):
-    model, (x, y) = network(), images(24)
-    library = pyautoattack.AutoAttack(
-        model, norm=norm.replace("l", "L"), eps=eps, seed=3, version="custom", attacks=names.split("+")
-    )
-    library.apgd.n_restarts = library.fab.n_restarts = 1
-    with torch.random.fork_rng():
-        expected, _ = library.run_standard_evaluation(x, y, batch_size=100)
-    found = AutoAttack(eps, norm, names, seed=3)(model, x, y)
+    found = AutoAttack(EPS, seed=3)(model, x, y)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     fooled = right(model, x, y) & ~right(model, found, y)
-    assert fooled.sum() >= 4
+    assert fooled.sum() >= 3
     assert torch.equal(found[~fooled], x[~fooled])  # wrong from the start, or never fooled
-    assert size(found - x, norm).max() <= eps + 2e-7 and found.min() >= 0 and found.max() <= 1
+    assert (found - x).abs().max() <= EPS + 2e-7 and found.min() >= 0 and found.max() <= 1
 
 
 class NaiveSquare:
@@ -192,7 +181,7 @@ def test_seeds_types_and_formats(attack, monkeypatch):
     model, (x, y) = network(), images(16)
     expected = attack(model, x, y)
     assert torch.equal(attack(model, x, y), expected)
-    assert not torch.equal(type(attack)(attack.eps, seed=1, **chosen(attack))(model, x, y), expected)
+    assert not torch.equal(replace(attack, seed=1)(model, x, y), expected)
     generator = torch.Generator().manual_seed(0)
     first, second = (attack(model, x, y, generator=generator) for _ in range(2))
     assert not torch.equal(first, second)
@@ -205,31 +194,20 @@ def test_seeds_types_and_formats(attack, monkeypatch):
     doubled = attack(model.double(), x.double(), y)
     assert doubled.dtype == torch.float64 and (doubled - x.double()).abs().max() <= attack.eps * (1 + 1e-9)
     assert attack(model, x[:0].double(), y[:0]).shape == (0, 3, 8, 8)
-    zero = type(attack)(0.0, **chosen(attack))
-    assert torch.equal(zero(model, x.double(), y), x.double())
+    assert torch.equal(replace(attack, eps=0.0)(model, x.double(), y), x.double())
 
 
-def chosen(attack: AutoAttack | Square) -> dict[str, object]:
-    return {"attacks": attack.attacks} if isinstance(attack, AutoAttack) else {"queries": attack.queries}
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_few_classes_leave_attacks_out_and_say_so(classes, monkeypatch):
-    assert AutoAttack().parts_for(classes) == ("apgd-ce", "fab-t", "square")
-    assert AutoAttack().parts_for(4) == AutoAttack().parts_for(1000) == ("apgd-ce", "apgd-t", "fab-t", "square")
-    assert AutoAttack(attacks="apgd-dlr+apgd-ce").parts_for(3) == ("apgd-dlr", "apgd-ce")
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes_leave_attacks_out_of_the_standard_and_say_so(classes, monkeypatch):
     monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 20)
     monkeypatch.setattr("attackroute.robustness.autoattack._ITERATIONS", 5)
     model, (x, _) = untrained(classes).eval(), images(6)
-    with pytest.warns(UserWarning, match=f"without apgd-t: {classes} classes are too few") as caught:
-        AutoAttack()(model, x, model(x).argmax(1))
-    assert caught[0].filename == __file__
-
-
-def test_no_part_is_left():
-    x, _ = images(4)
-    with pytest.raises(UserError, match=r"none of the attacks apgd-t .* 3 classes; add apgd-ce or square"):
-        AutoAttack(attacks="apgd-t")(untrained(3), x, torch.zeros(4, dtype=torch.long))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AutoAttack(1e-4)(model, x, model(x).argmax(1))
+    expected = [f"autoattack runs without apgd-t: {classes} classes are too few"] * (classes < 4)
+    assert [str(warning.message) for warning in caught] == expected
+    assert {warning.filename for warning in caught} <= {__file__}
 
 
 @pytest.mark.parametrize("attack", [QUICK, Square(EPS, 10)], ids=["autoattack", "square"])
@@ -247,36 +225,24 @@ def test_bad_input(attack, change, part):
         attack(network(), *change(*images(4)))
 
 
-@NORMS
-def test_a_model_that_cuts_the_graph_is_attacked_from_random_starts(norm, eps, monkeypatch):
+def test_a_model_that_cuts_the_graph_is_attacked_from_random_starts_by_the_standard(monkeypatch):
     monkeypatch.setattr("attackroute.robustness.autoattack._ITERATIONS", 5)
+    monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 5)
     x, y = images(16)
-    found = AutoAttack(eps, norm, attacks="apgd-ce+apgd-t+fab+fab-t")(cut(network()), x, y)
-    assert found.isfinite().all() and size(found - x, norm).max() <= eps + 2e-7
+    found = AutoAttack(EPS)(cut(network()), x, y)
+    assert found.isfinite().all() and (found - x).abs().max() <= EPS + 2e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_default_dtype_of_float64_changes_nothing(dtype, float64):
+def test_a_default_dtype_of_float64_changes_nothing_in_the_standard(dtype, float64, monkeypatch):
     torch.set_default_dtype(torch.float32)
     model, (x, y) = network().to(dtype), images(12)
-    attacks = [AutoAttack(BLACK, attacks=part) for part in ("apgd-ce", "apgd-t", "fab-t")] + [Square(BLACK, 20)]
-    expected = [attack(model, x.to(dtype), y) for attack in attacks]
+    monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 20)
+    monkeypatch.setattr("attackroute.robustness.autoattack._ITERATIONS", 10)
+    attack = AutoAttack(EPS)
+    expected = attack(model, x.to(dtype), y)
     torch.set_default_dtype(torch.float64)
     seen = set()
     model.register_forward_pre_hook(lambda *_: seen.add(torch.get_default_dtype()))
-    for attack, images_before in zip(attacks, expected, strict=True):
-        assert torch.equal(attack(model, x.to(dtype), y), images_before)
+    assert torch.equal(attack(model, x.to(dtype), y), expected)
     assert seen == {torch.get_default_dtype()} == {torch.float64}  # the model sees what it always sees
-
-
-@NORMS
-def test_projections(norm, eps):
-    clean = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    change = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    change[0] = 0
-    change[1, 0, 0, 0] = torch.nan
-    change[2] *= 1e-6
-    found = _projected(clean + change, clean, Ball(norm, eps))
-    assert torch.equal(found[:2], clean[:2])
-    torch.testing.assert_close(found[2], (clean + change)[2].clamp(0, 1), atol=1e-12, rtol=0)
-    assert size(found - clean, norm).max() <= eps * (1 + 1e-9) and 0 <= found.min() <= found.max() <= 1

@@ -16,11 +16,8 @@ from benchmarks.hardening import (
     LIMITS,
     PAT_GRADIENT,
     PLAIN,
-    QUOTIENT,
     STEP_NAMES,
     WEIGHT,
-    Deviation,
-    deviation,
     measure_hardening,
     training_steps,
 )
@@ -30,37 +27,16 @@ from benchmarks.timing import Spread
 
 def test_steps_differ_by_their_penalty_alone() -> None:
     weights = {}
-    for name in (PLAIN, GRADIENT, QUOTIENT, WEIGHT):
+    for name in (PLAIN, GRADIENT, WEIGHT):
         torch.manual_seed(0)
         model = build_model("vgg_small", width=0.2, num_classes=3).train()
         images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
         start = torch.cat([value.detach().flatten() for value in model.parameters()])
         training_steps(model, images, labels, rank_channels(model, images, "kernel"))[name]()
         weights[name] = torch.cat([value.detach().flatten() for value in model.parameters()]) - start
-    punished = {name: weights[name] - weights[PLAIN] for name in (GRADIENT, QUOTIENT, WEIGHT)}
+    punished = {name: weights[name] - weights[PLAIN] for name in (GRADIENT, WEIGHT)}
     assert all(float(change.norm()) > 0 for change in punished.values())
-    assert functional.cosine_similarity(punished[GRADIENT], punished[QUOTIENT], dim=0) > 0.95
     assert functional.cosine_similarity(punished[GRADIENT], punished[WEIGHT], dim=0).abs() < 0.95
-
-
-def test_the_deviation_falls_with_eps_in_double_precision() -> None:
-    torch.manual_seed(0)
-    model = build_model("vgg_small", width=0.2, num_classes=3).double()
-    images, labels = torch.rand(4, 3, 32, 32).double(), torch.tensor([0, 1, 2, 0])
-    route = rank_channels(model, images, "kernel")
-    deviations = list(deviation(model, images, labels, route, torch.float64).values())
-    errors = [near.relative_error for near in deviations]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.01
-    assert abs(deviations[-1].relative_norm - 1) < 0.01
-    assert deviations[-1].cosine > 0.999
-    coarse = deviation(model, images, labels, route, torch.bfloat16)
-    assert min(near.relative_error for near in coarse.values()) > 10 * errors[-1]
-
-
-def test_a_deviation_by_hand() -> None:
-    near = Deviation.between(torch.tensor([3.0, 4.0, 0.0]), torch.tensor([3.0, 0.0, 0.0]))
-    assert near == Deviation(pytest.approx(0.6), pytest.approx(5 / 3), pytest.approx(4 / 3))
 
 
 def test_the_report_has_every_ratio() -> None:
@@ -75,21 +51,18 @@ def test_the_report_has_every_ratio() -> None:
     measurements = measure_hardening(plan, lambda: turns.append(None), probe)
     assert len(turns) == plan.turns + 1 + len(STEP_NAMES) * plan.memory_repeats
     assert tuple(job["step"] for _, job, _ in jobs) == STEP_NAMES
-    costs = {f"{each.case}: {each.quantity}" if "eps" in each.quantity else each.quantity: each
-             for each in measurements}  # fmt: skip
-    assert costs[f"memory: {PAT_GRADIENT} / PAT"].spread.median == pytest.approx(700 / 600)
+    costs = {each.quantity: each for each in measurements}
+    assert costs[f"memory: {PAT_GRADIENT} / PAT"].spread.median == pytest.approx(600 / 500)
     assert costs[f"memory: {GRADIENT} / plain"].spread.median == pytest.approx(300 / 200)
     assert costs[f"{PLAIN}, beyond libraries and weights"].spread.values == (100,)
     for name, limit in LIMITS.items():
         ratio = costs[f"time: {name} / plain"]
         assert ratio.spread == Spread((costs[name].spread.median / costs[PLAIN].spread.median,))
         assert ratio.bound == f"at most {limit:.2f}"
-    for dtype in ("float64", "float32", "bfloat16"):
-        assert costs[f"hardening, approximation, torch.{dtype}: eps 0.001: cosine"].spread.median > 0
 
 
 def test_the_peak_of_a_step_grows_with_the_batch() -> None:
     job = {"step": GRADIENT, "threads": 1, "device": "cpu", "seed": 0}
-    few, many = (measured("benchmarks.hardening", {**job, "batch_size": size}, "hardening") for size in (2, 64))
+    few, many = (measured("benchmarks.hardening", {**job, "batch_size": size}, "hardening") for size in (2, 24))
     assert few[1] >= few[0] > 0
     assert many[1] - many[0] > few[1] - few[0] + 10e6

@@ -26,7 +26,6 @@ def checkpoint(number: int, best: int = 1) -> Checkpoint:
         settings={"epochs": 9},
         weights={"w": torch.full((3, 2), float(number)), "count": torch.tensor(number)},
         optimiser={"state": {0: {"m": torch.full((3, 2), 1.0 * number)}}},
-        scaler={},
         history=[record(epoch, correct=2 if epoch == best else 1) for epoch in range(1, number + 1)],
         objective={"n": 3, "x": 0.1, "none": None, "flag": True, "list": [1, "two"]},
     )

@@ -21,7 +21,6 @@ import attackroute as ar
 import token_networks
 from architectures import Dense, Residual, activations, chain, overlapping_pools, randomised
 from attackroute.core.model_state import frozen
-from attackroute.hardening.settings import METHODS
 from attackroute.tracing import oracle
 from attackroute.tracing import trace as tracing
 from attackroute.tracing.config import NOISE, TraceConfig
@@ -185,15 +184,14 @@ def test_influence_interventions_and_hardness_are_the_cpus() -> None:
 
 
 @CUDA
-@pytest.mark.parametrize("method", METHODS)
-def test_penalties_and_their_gradients_are_the_cpus(method: str) -> None:
+def test_penalties_and_their_gradients_are_the_cpus() -> None:
     model, images, labels = ready(chain, size=17)
     route = ar.trace_routes(model, (images, labels), 0.3).aggregate(0.4)
 
     def gradients(where: str) -> list[Tensor]:
         moved = copy.deepcopy(model).to(where).requires_grad_()
         here, answers = images.to(where), labels.to(where)
-        gradient = ar.GradientPenalty(moved, route, method=method)
+        gradient = ar.GradientPenalty(moved, route)
         with gradient.watch():
             logits = moved(here)
         penalty = gradient(logits, answers) + ar.WeightPenalty(moved, route, here)()

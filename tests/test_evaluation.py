@@ -18,7 +18,7 @@ from architectures import Function
 from attackroute.core.checks import require_no_probabilities
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy
-from attackroute.robustness.attack import Ball, Perturbation
+from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.corruptions import GaussianNoise
 from attackroute.robustness.evaluation import Evaluation
 from attackroute.robustness.gradient_attacks import FGSM
@@ -32,7 +32,7 @@ from tracing import state
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attackroute.robustness.masking._QUERIES", 5)
-    monkeypatch.setattr("attackroute.robustness.masking._MANY_STEPS", 10)
+    monkeypatch.setattr("attackroute.robustness.masking._STEPS", 10)
 
 
 def counts(evaluation: Evaluation) -> dict[tuple[str, str], tuple[int, int]]:
@@ -93,7 +93,6 @@ def test_a_random_model_repeats_and_the_global_generator_is_left_alone() -> None
     torch.rand(5)
     assert counts(ar.evaluate(model, data, ATTACKS, checks=4, batch_size=8)) == counts(first)
     assert counts(ar.evaluate(model, data, ATTACKS, checks=0, batch_size=8, seed=1)) != counts(first)
-    assert [check.name for check in first.suspicious()][-1] == "random answers"
 
 
 def test_intervals_and_records() -> None:
@@ -161,15 +160,15 @@ def test_attacks_are_measured_once_and_clean_images_always() -> None:
 
 
 def test_models_come_back_as_they_were() -> None:
-    model, twin = small_model().train(), small_model(1).train()
+    model = small_model().train()
     model[0].eval()
     model[0].weight.requires_grad_(False)
-    before = state(model), state(twin)
-    ar.evaluate(model, images_and_labels(), ATTACKS, checks=6, twin=twin)
-    assert (state(model), state(twin)) == before
+    before = state(model)
+    ar.evaluate(model, images_and_labels(), ATTACKS, checks=6)
+    assert state(model) == before
     with pytest.raises(UserError):
-        ar.evaluate(model, images_and_labels(), [Shift(by=0.5)], twin=twin)
-    assert (state(model), state(twin)) == before
+        ar.evaluate(model, images_and_labels(), [Shift(by=0.5)])
+    assert state(model) == before
 
 
 def returning(change: Callable[[Tensor], Any]) -> nn.Module:
@@ -231,19 +230,14 @@ def test_probabilities_are_no_logits_anywhere(sharpness: float) -> None:
 def test_attacks_that_break_their_own_rules_are_found_out() -> None:
     images, labels = DATA
     assert ar.evaluate(small_model(), (images / 2, labels), [Shift()], checks=0).accuracy("shift").total == 6
-    with pytest.raises(UserError, match=r"shift:.* distance 0.2, outside its ball of linf 0.1"):
+    with pytest.raises(UserError, match=r"shift:.* distance of 0.2, outside its ball of radius 0.1"):
         ar.evaluate(small_model(), (images / 2, labels), [Shift(by=0.2)], checks=0)
     with pytest.raises(UserError, match=r"outside \[0, 1\]"):
         ar.evaluate(small_model(), (images * 0.01 + 0.99, labels), [Shift()], checks=0)
 
 
 def test_arguments_that_are_refused() -> None:
-    for options, message in [
-        ({"checks": -1}, "checks -1"),
-        ({"resume": True}, "name the folder"),
-        ({"samples": {"pdg": 3}}, "did you mean pgd"),
-        ({"samples": {"pgd": 0}}, "at least 1, not 0"),
-    ]:
+    for options, message in [({"checks": -1}, "checks -1"), ({"resume": True}, "name the folder")]:
         with pytest.raises(UserError, match=message):
             ar.evaluate(small_model(), DATA, ["pgd"], **options)
 
@@ -259,9 +253,7 @@ def test_progress_counts_images() -> None:
 
 
 def test_checks_use_the_largest_radius() -> None:
-    seen = ar.evaluate(
-        small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05", "pgd-l2:eps=0.9"], checks=20
-    )
+    seen = ar.evaluate(small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05"], checks=20)
     check = next(item for item in seen.checks if item.name == "one step against many")
     chosen = SampleChoice(20, 0)
     chosen.take(chosen.candidates(*images_and_labels()))
@@ -288,61 +280,18 @@ def test_the_choice_of_samples_is_that_of_the_smallest_hashes() -> None:
     assert not torch.equal(few.samples()[0], images[:7])
 
 
-def test_balls() -> None:
-    clean = torch.zeros(3, 1, 1, 2)
-    images = torch.tensor([[0.3, 0.4], [0.1, 0.0], [0.5, float("nan")]]).view(3, 1, 1, 2)
-    assert Ball("l2", 0.4).distances(images, clean)[:2].tolist() == pytest.approx([0.5, 0.1])
-    assert Ball("linf", 0.4).distances(images, clean)[:2].tolist() == pytest.approx([0.4, 0.1])
-    assert Ball("l2", 0.4).outside(images, clean).tolist() == [True, False, True]
-    assert Ball("linf", 0.4).outside(images, clean).tolist() == [False, False, True]
-    assert parse_attack("pgd:eps=8/255").ball == Ball("linf", 8 / 255)
-    assert parse_attack("pgd-l2:eps=0.5").ball == Ball("l2", 0.5)
-    assert parse_attack("gaussian-noise").ball is None
-    with pytest.raises(UserError, match="norm 'l7'"):
-        Ball("l7", 1.0)
-
-
 def test_one_name_for_one_attack() -> None:
     """Whoever writes it: joins of tables go by it."""
     for texts, name in (
         (("pgd:eps=4/255", "pgd:steps=10,seed=0,eps=4/255", "pgd:eps=0.01568627450980392"), "pgd:eps=4/255"),
         (("pgd:eps=0.1", "pgd:eps=25.5/255,step_size=none", "pgd:eps=1/10"), "pgd:eps=0.1"),
         (("pgd:steps=50,seed=3",), "pgd:eps=8/255,steps=50,seed=3"),
-        (("pgd-l2:eps=1", "pgd-l2:eps=1.0"), "pgd-l2:eps=1.0"),
         (("gaussian-noise", "gaussian-noise:severity=3"), "gaussian-noise:severity=3"),
     ):  # fmt: skip
         assert {str(parse_attack(text)) for text in texts} == {name}
         assert parse_attack(name) == parse_attack(texts[0])
     assert str(FGSM(1)) == str(FGSM(1.0))  # type: ignore[arg-type]
     assert str(Counted()) == "counted"
-
-
-@pytest.mark.parametrize("batch_size", [3, 100])
-def test_an_attack_may_have_its_own_number_of_images(batch_size: int) -> None:
-    images, labels = images_and_labels()
-    models = {"one": small_model(), "two": small_model(7)}
-    attacks = ["fgsm:eps=0.1", "pgd:eps=0.1,steps=3", "gaussian-noise"]
-    whole = ar.evaluate(models, (images, labels), attacks, batch_size=batch_size, checks=4, seed=2)
-    data = DataLoader(TensorDataset(images, labels), batch_size)
-    calls = []
-    part = ar.evaluate(
-        models, data, attacks, samples={"pgd": 7, "gaussian-noise": 7}, batch_size=batch_size, checks=4, seed=2,
-        progress=lambda *call: calls.append(call),
-    )  # fmt: skip
-    choice = SampleChoice(7, 2)
-    choice.take(choice.candidates(images, labels))
-    chosen = [int((images == image).flatten(1).all(1).nonzero()) for image in choice.samples()[0]]
-    assert len(set(chosen)) == 7
-    assert part.checks == whole.checks
-    assert list(part.right) == list(whole.right)
-    for (model, attack), right in whole.right.items():
-        limited = attack.startswith(("pgd", "gaussian"))
-        expected = tuple(right[index] for index in chosen) if limited else right
-        assert part.right[model, attack] == expected
-    assert part.table.one(model="two", attack=whole.table[2]["attack"])["samples"] == 7
-    assert max(call[0] for call in calls) == 2 * (2 * 23 + 2 * 7) == calls[0][1]
-    title = str(parse_attack("pgd:eps=0.1,steps=3", seed=2))
-    assert part.settings["attack_samples"][title] == 7
 
 
 def test_the_reading_names_the_worst_attack_and_mistrust() -> None:

@@ -12,9 +12,8 @@ from torch.nn import functional
 
 from architectures import CLOSED, Function, Perceptron, Residual, Reused, chain
 from attackroute.core.errors import UserError
-from attackroute.core.layers import LayerCall, LayerCalls
+from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.hardening.gradient_penalty import GradientPenalty
-from attackroute.hardening.settings import APPROXIMATE, EXACT
 from attackroute.routes.route import Route
 from tracing import ready, require_slopes
 
@@ -99,11 +98,10 @@ def test_against_a_difference_quotient_over_the_parameters(training: bool) -> No
     require_slopes(model, gradients, lambda: penalised(penalty, model, images, labels.clamp(max=3))[0])
 
 
-@pytest.mark.parametrize("method", [EXACT, APPROXIMATE])
 @pytest.mark.parametrize("build", [chain, Residual])
-def test_halves_of_a_batch_add_up_in_eval_mode(build: Callable[[], nn.Module], method: str) -> None:
+def test_halves_of_a_batch_add_up_in_eval_mode(build: Callable[[], nn.Module]) -> None:
     model, images, labels = ready(build, samples=4, size=20)
-    penalty = GradientPenalty(model, some_of(model, images), method=method, eps=1e-8)
+    penalty = GradientPenalty(model, some_of(model, images))
     whole, gradients = penalised(penalty, model, images, labels)
     halves = [penalised(penalty, model, images[part], labels[part]) for part in (slice(2), slice(2, None))]
     torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, whole)
@@ -111,12 +109,11 @@ def test_halves_of_a_batch_add_up_in_eval_mode(build: Callable[[], nn.Module], m
     torch.testing.assert_close(mean, flat(gradients), rtol=1e-4, atol=1e-4 * float(mean.abs().max()))
 
 
-@pytest.mark.parametrize("method", [EXACT, APPROXIMATE])
-def test_writing_in_place_changes_nothing(method: str) -> None:
+def test_writing_in_place_changes_nothing() -> None:
     slopes = []
     for inplace in (False, True):
         model, images, labels = ready(lambda inplace=inplace: chain(inplace=inplace))
-        penalty = GradientPenalty(model, some_of(model, images), method=method)
+        penalty = GradientPenalty(model, some_of(model, images))
         slopes.append(penalised(penalty, model, images, labels))
     torch.testing.assert_close(slopes[1], slopes[0])
 
@@ -176,72 +173,46 @@ def test_a_model_inside_a_wrapper() -> None:
     assert penalty(logits, labels).item() == alone.item()
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", [*CLOSED, "perceptron"])
-def test_the_approximation_converges_to_the_exact_gradient(name: str, training: bool) -> None:
-    build = Perceptron if name == "perceptron" else CLOSED[name]
-    model, images, labels = ready(build, samples=6)
-    labels = labels % 4
-    model.train(training)
-    route = some_of(model, images, linear=name == "perceptron")
-    torch.manual_seed(5)
-    value, gradients = penalised(GradientPenalty(model, route), model, images, labels)
-    expected = flat(gradients)
-    errors = []
-    for eps in (1e-5, 1e-7):
-        torch.manual_seed(5)  # the same dropout
-        penalty = GradientPenalty(model, route, method=APPROXIMATE, eps=eps)
-        approximate, slopes = penalised(penalty, model, images, labels)
-        torch.testing.assert_close(approximate, value)
-        errors.append(float((flat(slopes) - expected).norm() / expected.norm()))
-    assert min(errors) < 1e-4, errors
-
-
-@pytest.mark.parametrize("method", [EXACT, APPROXIMATE])
-@pytest.mark.parametrize("lam", [0.0, 0.3])
-def test_with_task_is_the_sum(method: str, lam: float) -> None:
-    model, images, labels = ready(Residual, samples=4, size=20)
-    labels = labels % 3
-    penalty = GradientPenalty(model, some_of(model, images), method=method, eps=1e-6)
-    with penalty.watch():
-        logits = model(images)
-    loss = functional.cross_entropy(logits, labels) + lam * penalty(logits, labels)
-    expected = torch.autograd.grad(loss, list(model.parameters()))
-    with penalty.watch():
-        logits = model(images)
-    total, value = penalty.with_task(logits, labels, lam)
-    torch.testing.assert_close(total, loss)
-    torch.testing.assert_close(value, penalised(penalty, model, images, labels)[0])
-    for slope, reference in zip(torch.autograd.grad(2 * total, list(model.parameters())), expected, strict=True):
-        torch.testing.assert_close(slope, 2 * reference, rtol=1e-5, atol=1e-7)
-
-
-def test_the_approximation_counts_as_one_pass() -> None:
+def test_it_counts_as_one_pass() -> None:
     """Batch statistics and random numbers go on as after a single pass, and hooks are gone."""
     states = []
-    for method in (EXACT, APPROXIMATE):
+    for punished in (False, True):
         model, images, labels = ready(chain)
-        model.train()
-        penalty = GradientPenalty(model, some_of(model.eval(), images), method=method)
+        penalty = GradientPenalty(model, some_of(model.eval(), images))
         torch.manual_seed(3)
-        penalised(penalty, model.train(), images, labels)
+        model.train()
+        if punished:
+            penalised(penalty, model, images, labels)
+        else:
+            model(images)
         states.append(({**model.state_dict()}, torch.get_rng_state()))
         assert not model._forward_pre_hooks and not model._forward_hooks
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
 
-def test_gradients_at_shared_sums_are_kept_apart() -> None:
-    """Two layers whose outputs are added have one gradient tensor, but other neurons on the route."""
+@pytest.mark.parametrize("name", [*CLOSED, "perceptron"])
+def test_it_is_the_sum_over_the_layers_gradients(name: str) -> None:
+    """Of networks of every kind, also where the outputs of two layers are added and so have one gradient."""
+    model, images, labels = ready(Perceptron if name == "perceptron" else CLOSED[name], samples=3)
+    labels = labels % 4
+    route = some_of(model, images, linear=name == "perceptron")
+    outputs: dict[str, Tensor] = {}
+    dims: dict[str, int] = {}
 
-    def summed() -> nn.Module:
-        parts = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3), "head": nn.LazyLinear(5)}
-        return Function(lambda p, x: p["head"](torch.flatten((p["a"](x) + p["b"](x)).tanh(), 1)), **parts)
+    def visit(call: LayerCall) -> Tensor:
+        outputs[call.name], dims[call.name] = call.run(), CHANNEL_DIM[call.kind]
+        return outputs[call.name].clone()
 
-    model, images, labels = ready(summed)
-    route = Route({"parts.a": [0, 1], "parts.b": [2]}, {"parts.a": 4, "parts.b": 4})
-    _, exact = penalised(GradientPenalty(model, route), model, images, labels)
-    _, slopes = penalised(GradientPenalty(model, route, method=APPROXIMATE, eps=1e-7), model, images, labels)
-    torch.testing.assert_close(slopes, exact, rtol=1e-4, atol=1e-6)
+    with LayerCalls(model, visit, linear=True):
+        loss = functional.cross_entropy(model(images.clone()), labels)
+    chosen = {layer: outputs[layer] for layer in route}
+    gradients = torch.autograd.grad(loss, list(chosen.values()), materialize_grads=True)
+    expected = sum(
+        gradient.index_select(dims[layer], route[layer]).abs().sum()
+        for layer, gradient in zip(chosen, gradients, strict=True)
+    )
+    value, _ = penalised(GradientPenalty(model, route), model, images, labels)
+    torch.testing.assert_close(value, expected)
 
 
 def test_misuse_is_named() -> None:
@@ -270,18 +241,11 @@ def test_misuse_is_named() -> None:
         logits = model(images)
     with pytest.raises(UserError, match="label 9"):
         penalty(logits, torch.tensor([0, 9, 1]))
-    with pytest.raises(UserError, match="finite"):
-        GradientPenalty(model, route, method="finite")
-    with pytest.raises(UserError, match="eps"):
-        GradientPenalty(model, route, eps=0)
     with pytest.raises(UserError, match="no neuron"):
         GradientPenalty(model, Route({"0": []}, {"0": 4}))
     with pytest.raises(UserError, match="layer '9'"):
         GradientPenalty(model, Route({"9": [0]}, {"9": 4}))
-    approximate = GradientPenalty(model.float(), route, method=APPROXIMATE)
-    with torch.autocast("cpu", torch.bfloat16), approximate.watch(), pytest.raises(UserError, match="autocast"):
-        model(images.float())
-    exact = GradientPenalty(model, route)
+    exact = GradientPenalty(model.float(), route)
     with torch.autocast("cpu", torch.float16), exact.watch(), pytest.raises(UserError, match="float16"):
         model(images.float())
 

@@ -21,12 +21,10 @@ EPS = 0.1
 SAMPLES = 48
 
 
-def check_masking(
-    model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128, twin: nn.Module | None = None
-) -> tuple[Check, ...]:
+def check_masking(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128) -> tuple[Check, ...]:
     outcomes = {
         title: probe if isinstance(probe, str) else probed(probe, model, images, labels, batch_size)
-        for title, probe in masking_probes(EPS, 0, twin).items()
+        for title, probe in masking_probes(EPS, 0).items()
     }
     return tuple(sign.judge("model", outcomes) for sign in SIGNS)
 
@@ -89,10 +87,6 @@ def changed(model: nn.Module, change: Callable[[Tensor], Tensor] = lambda x: x, 
     return Function(lambda parts, x: parts["model"](change(x)) * scale, model=model)
 
 
-def shaken(model: nn.Module, noise: float) -> nn.Module:
-    return changed(model, lambda x: x + noise * torch.randn_like(x))
-
-
 def named(name: str, checks: tuple[Check, ...]) -> Check:
     return next(check for check in checks if check.name == name)
 
@@ -102,7 +96,7 @@ def suspicious(checks: tuple[Check, ...]) -> set[str]:
 
 
 def test_silent_for_a_plain_model(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    checks = check_masking(plain, *samples, twin=small_net(1))
+    checks = check_masking(plain, *samples)
     assert suspicious(checks) == set()
     assert all(check.samples == SAMPLES for check in checks if check.verdict == SILENT)
 
@@ -112,43 +106,21 @@ def test_silent_for_a_pgd_trained_model(plain: nn.Module, defended: nn.Module, s
     attacked = PGD(EPS, 20)(defended, images, labels)
     assert (defended(attacked).argmax(1) == labels).float().mean() > 0.5  # it is robust indeed
     assert (plain(PGD(EPS, 20)(plain, images, labels)).argmax(1) == labels).float().mean() < 0.3
-    assert suspicious(check_masking(defended, images, labels, twin=plain)) == set()
+    assert suspicious(check_masking(defended, images, labels)) == set()
 
 
 def test_loud_for_overlarge_logits(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
     images, labels = (part[:16] for part in samples)
     checks = check_masking(changed(plain, scale=1000.0), images, labels)
     assert suspicious(checks) == {"vanishing loss gradient"}  # attacks here are not fooled by it
-    assert named("transfer from a twin", checks).verdict == SKIPPED
 
 
 def test_loud_for_a_quantiser(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    checks = check_masking(changed(plain, lambda x: (x * 15).round() / 15), *samples, twin=plain)
-    found = {"no limit on the change", "transfer from a twin", "vanishing gradient of the logits"}
+    checks = check_masking(changed(plain, lambda x: (x * 15).round() / 15), *samples)
+    found = {"no limit on the change", "vanishing gradient of the logits"}
     assert found | {"vanishing loss gradient"} <= suspicious(checks)
     if named("black box against white box", checks).verdict != SKIPPED:  # it needs an extra
         assert "black box against white box" in suspicious(checks)
-
-
-def test_loud_for_random_answers(plain: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-    images, labels = (part[:4] for part in samples)
-    assert "random answers" in suspicious(check_masking(shaken(plain, 0.1), images, labels))
-    assert "random answers" not in suspicious(check_masking(shaken(plain, 1e-8), images, labels))
-
-
-def test_few_steps_beat_many_where_steps_overshoot() -> None:
-    def valley(_: nn.ModuleDict, x: Tensor) -> Tensor:
-        """Wrong between 0.06 and 0.095 of the way, where ten steps end, and right again beyond."""
-        way = (x - 0.5).flatten(1).mean(1)
-        margin = torch.where((way > 0.06) & (way < 0.095), -1.0, 1.0) - (way - way.detach())
-        return torch.stack([margin, -margin], 1)
-
-    images, labels = torch.full((40, 1, 4, 4), 0.5), torch.zeros(40, dtype=torch.long)
-    images = images + torch.linspace(0, 0.001, 40).view(-1, 1, 1, 1)
-    check = named("few steps against more", check_masking(Function(valley), images, labels))
-    assert check.numbers["accuracy under PGD-50"] == 1.0  # it runs through to the far corner
-    assert check.numbers["accuracy under PGD-10"] < 0.2
-    assert check.verdict == SUSPICIOUS
 
 
 def test_one_step_that_beats_many_is_suspicious() -> None:

@@ -115,20 +115,20 @@ def test_it_goes_on_where_it_was(whole: tuple[Path, Result], model: Path) -> Non
 def test_an_interruption_keeps_what_is_done(
     whole: tuple[Path, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = PARTS["table1"]
+    first, second = PARTS["fig4"]
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     def put(**runs: Callable[..., Any]) -> None:
-        table1 = {name: replace(each, run=runs.get(name, each.run)) for name, each in PARTS["table1"].items()}
-        monkeypatch.setattr(reproduction, "PARTS", {**PARTS, "table1": table1})
+        fig4 = {name: replace(each, run=runs.get(name, each.run)) for name, each in PARTS["fig4"].items()}
+        monkeypatch.setattr(reproduction, "PARTS", {**PARTS, "fig4": fig4})
 
     put(**{second: stopped})
-    assert run("table1", model=model, out=tmp_path).exit_code == 130
+    assert run("fig4", model=model, out=tmp_path).exit_code == 130
     assert (tmp_path / "digits-net" / f"{first}.json").exists()
     put(**{first: stopped})  # it was done before
-    result = run("table1", "--resume", model=model, out=tmp_path)
+    result = run("fig4", "--resume", model=model, out=tmp_path)
     assert result.exit_code == 0, result.output
     same = json.loads((whole[0] / "digits-net" / f"{second}.json").read_bytes())["rows"]
     assert json.loads((tmp_path / "digits-net" / f"{second}.json").read_bytes())["rows"] == same
@@ -177,7 +177,7 @@ def study(folder: Path, data: str) -> None:
     folder.mkdir()
     plan = replace(PAPER, seeds=(1,))
     names = ("clean", *(attack.name for attack in plan.attacks))
-    outcome = Outcome(next(iter(judged(plan))), seed=1, lam=0.5, right={}, checks=(), overlap=None, departure=None)
+    outcome = Outcome(next(iter(judged(plan))), seed=1, lam=0.5, right={}, checks=(), overlap=None)
     outcomes = [
         replace(outcome, variant=variant, right={name: (True, number % 2 == 0) for name in names})
         for number, variant in enumerate(judged(plan))

@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
 from attackroute.paper import hardening_tables, tables
 from attackroute.paper.claims import FAILS, HOLDS, PART, Findings, NetworkResults, by_count, markdown, verdict
-from attackroute.paper.experiments import sample_route
 from attackroute.paper.page import blocks, claims_of, fill, skeleton
 from attackroute.paper.published import reported
-from route_samples import instances
 
 LAYERS = ("features.0", "features.3", "features.7")
 
@@ -108,15 +105,6 @@ def test_table_1_has_the_papers_numbers_beside_ours() -> None:
     table = text(tables.occurrence_table, occurrence([0.8, 0.5, 0.4]))
     assert "| conv1 | 70 | 80.0 | 99.0 | 10.0 | 20.0 |" in table
     assert "| conv2 |  | 50.0 |" in table  # the paper has conv4, not conv2
-
-
-def test_how_much_a_tenth_of_the_images_shares() -> None:
-    def sampling(*shares: float) -> dict[str, Any]:
-        return {"samples": 500, "rows": [{"share": 0.1, "share_of_neurons": share} for share in shares]}
-
-    claims = [made(tables.sampling_claims, sampling(*shares))[0] for shares in ((0.95, 0.97), (0.95, 0.89), (0.8,))]
-    assert [claim.verdict for claim in claims] == [HOLDS, PART, FAILS]
-    assert "96.0 %" in claims[0].found and "50 of 500" in claims[0].found
 
 
 def responses(beats: list[bool]) -> dict[str, Any]:
@@ -316,22 +304,3 @@ def test_every_section_has_its_place() -> None:
         claims = [] if name == "networks" else claims_of(name, results, {})
         assert markdown(claim.cells for claim in claims) in page
     assert "90.0 % of 1,000" in page
-
-
-def test_shared_neurons_are_those_of_both_routes() -> None:
-    routes = instances(40, {"a": 10, "b": 7}, width=0.3, seed=3)
-    found = sample_route(routes, (0.25, 1.0), width=0.4, seeds=(0, 1))
-    assert found.table.column("samples") == [10, 10, 40, 40]
-    assert found.table.select(share=1.0).distinct("share_of_neurons") == [1.0]
-    for draw in found.table:
-        order = torch.randperm(40, generator=torch.Generator().manual_seed(draw["draw"]))[: draw["samples"]]
-        both = size = 0
-        for layer, channels in (("a", 10), ("b", 7)):
-            count = round(0.4 * channels)
-            chosen = []
-            for rows in (order, torch.arange(40)):
-                often = routes.masks[layer][rows].double().mean(0).tolist()
-                chosen.append(set(sorted(range(channels), key=lambda c, often=often: (-often[c], c))[:count]))
-            both, size = both + len(chosen[0] & chosen[1]), size + count
-        assert (draw["shared"], draw["neurons"]) == (both, size)
-    assert "100.0%" in found.reading()

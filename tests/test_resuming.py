@@ -19,7 +19,6 @@ from torch.utils.data import TensorDataset
 
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy, count_correct
-from attackroute.hardening import training
 from attackroute.hardening.checkpoint import LOG, SETTINGS, STATE
 from attackroute.hardening.training import train
 from attackroute.zoo.weights import BEST, LAST
@@ -99,19 +98,6 @@ def test_resuming_after_every_epoch(tmp_path: Path, change: dict[str, Any], epoc
     assert result.resumed_from == epoch
     assert seen == list(range(epoch + 1, 4))
     assert len((tmp_path / LOG).read_text().splitlines()) == 3
-
-
-def test_resuming_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "autocast_type", lambda device: torch.float16)
-    settings = replace(SETTINGS_USED, amp=True)
-    whole, _ = trained(settings, folder=tmp_path / "whole")
-    with pytest.raises(Killed):
-        trained(settings, folder=tmp_path / "broken", on_epoch=raises(Killed(), 2))
-    assert identical(trained(settings, folder=tmp_path / "broken", resume=True)[0], whole)
-    assert not identical(whole, weights_of(toy_model()))
-    scales = [torch.load(tmp_path / name / STATE, weights_only=True)["scaler"] for name in ("whole", "broken")]
-    assert scales[0] == scales[1]
-    assert scales[0]["scale"] > 1
 
 
 def test_resuming_with_workers_and_random_data(tmp_path: Path) -> None:

@@ -9,17 +9,7 @@ from typing import Any
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Accuracy
 from attackroute.core.table import plain
-from attackroute.hardening.settings import (
-    APPROXIMATE,
-    EXACT,
-    GRADIENT,
-    ON_ROUTE,
-    PENALTIES,
-    STABILISATION,
-    TARGETS,
-    WEIGHT,
-    TrainSettings,
-)
+from attackroute.hardening.settings import GRADIENT, ON_ROUTE, PENALTIES, STABILISATION, TARGETS, WEIGHT, TrainSettings
 from attackroute.paper.published import BASES, PAT, VANILLA
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.registry import parse_attack
@@ -46,7 +36,6 @@ class Variant:
         penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"``, or None for fine-tuning alone.
         target: Whose neurons are punished.
         carrier: What their route follows.
-        method: Of the gradient penalty.
         every_image: Whether the route is traced from all training images, not from a tenth of them.
     """
 
@@ -55,7 +44,6 @@ class Variant:
     penalty: str | None = None
     target: str = ON_ROUTE
     carrier: str = UNIT
-    method: str = EXACT
     every_image: bool = False
 
     @property
@@ -67,7 +55,6 @@ class Variant:
             return f"{self.base}, no penalty"
         route = [] if self.carrier == UNIT else ["noise route"]
         notes = route if self.target == ON_ROUTE else [self.target]
-        notes += [] if self.method == EXACT else ["approximation"]
         notes += ["route of all images"] if self.every_image else []
         return ", ".join([f"{self.base}_{_LETTERS[self.penalty]}", *notes])
 
@@ -107,7 +94,6 @@ class StudyPlan:
         step: Step of the PGD that judges, as a share of eps.
         vanilla_judge: Name of the attack that chooses the lambdas of Vanilla; PGD may leave nothing to choose by.
         noise: Standard deviation of the Gaussian noise.
-        approximation: Whether the approximation of the gradient penalty is judged too.
         every_image: Whether penalties on the route of all training images are judged too.
         autoattack_samples: Test images for AutoAttack; 0 leaves it out.
         check_samples: Test images on which the first seed's networks are checked for masked gradients; 0 for none.
@@ -130,7 +116,6 @@ class StudyPlan:
     step: float = 0.25
     vanilla_judge: str = "pgd"
     noise: float = 0.2
-    approximation: bool = True
     every_image: bool = False
     autoattack_samples: int = 16
     check_samples: int = 96
@@ -239,7 +224,6 @@ PAPER = StudyPlan(
     step=0.1,
     vanilla_judge="fgsm",
     noise=0.1,
-    approximation=False,
     every_image=True,
     autoattack_samples=64,
     check_samples=128,
@@ -299,7 +283,5 @@ def _controls(plan: StudyPlan, base: str, penalty: str) -> Iterator[Variant]:
 
 def _further(plan: StudyPlan, base: str, penalty: str) -> Iterator[Variant]:
     """Variants that take the lambda of the one on the route: how much its computation matters."""
-    if plan.approximation and penalty == GRADIENT:
-        yield replace(_ours(plan, base, penalty), method=APPROXIMATE)
     if plan.every_image:
         yield replace(_ours(plan, base, penalty), every_image=True)

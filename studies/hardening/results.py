@@ -57,8 +57,6 @@ class Outcome:
         right: For each attack, and ``"clean"``, whether each image was classified correctly.
         checks: For masked gradients, where they were made.
         overlap: How much of the route that of all images has too, where that was compared.
-        departure: For the approximation: the distance of its weights from those that the exact gradient led to, over
-            the distance of the latter from the weights without a penalty.
     """
 
     variant: Variant
@@ -67,7 +65,6 @@ class Outcome:
     right: Mapping[str, tuple[bool, ...]]
     checks: tuple[Check, ...]
     overlap: RouteOverlap | None
-    departure: float | None
 
     @property
     def label(self) -> dict[str, Any]:
@@ -165,11 +162,6 @@ class HardeningStudy:
                 {**outcome.label, **outcome.overlap.to_json()}
                 for outcome in self.outcomes
                 if outcome.overlap is not None
-            ],
-            "departure_of_approximation": [
-                {**outcome.label, "departure": outcome.departure}
-                for outcome in self.outcomes
-                if outcome.departure is not None
             ],
         }  # fmt: skip
         return Document("hardening study", settings, f"{'; '.join(self.sentences())}.", self.table(), about)

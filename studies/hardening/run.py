@@ -43,8 +43,8 @@ examples:
 the settings:
 
   --settings paper is what Tables 2 and 3 of the paper are about, with the route of all training images beside that of
-  a tenth. --settings digits tries more lambdas, and has the gradient penalty's approximation instead. What is given
-  beside it is taken instead; brackets have the default of paper, then that of digits.
+  a tenth. --settings digits tries more lambdas. What is given beside it is taken instead; brackets have the default of
+  paper, then that of digits.
 
 what is done:
 
@@ -193,14 +193,9 @@ def _show(output: Output, study: HardeningStudy) -> None:
         ],
     )
     for outcome in study.outcomes:
-        title = f"{outcome.variant.name}, seed {outcome.seed}"
         if outcome.overlap is not None:
+            title = f"{outcome.variant.name}, seed {outcome.seed}"
             output.line(f"{title}: the route of all training images shares {outcome.overlap}")
-        if outcome.departure is not None:
-            output.line(
-                f"{title}: its weights are away from those of the exact gradient by {outcome.departure:.1%} of what "
-                "the penalty changed"
-            )
 
 
 def _over_seeds(values: Sequence[float]) -> str:

@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from attackroute.core.batches import count_samples, drawn_over_classes
@@ -27,10 +26,10 @@ from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.core.statistics import Accuracy
 from attackroute.hardening.harden import HardenResult, RouteObjective, harden
-from attackroute.hardening.settings import APPROXIMATE, EXACT, GRADIENT, HardenSettings
+from attackroute.hardening.settings import GRADIENT, HardenSettings
 from attackroute.hardening.training import train
 from attackroute.paper.hardening_tables import STUDY
-from attackroute.paper.published import BASES, PAT, VANILLA
+from attackroute.paper.published import BASES, PAT
 from attackroute.robustness.evaluate import evaluate
 from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.config import TraceConfig
@@ -203,7 +202,7 @@ class _Study:
         for seed in self.plan.seeds:
             networks = {base: self._trained(base, seed) for base in BASES}
             for variant in judged(self.plan):
-                lam = chosen.get(replace(variant, method=EXACT, every_image=False), 0.0) if variant.penalty else None
+                lam = chosen.get(replace(variant, every_image=False), 0.0) if variant.penalty else None
                 yield self._judged(networks, variant, seed, lam)
 
     def _trained(self, base: str, seed: int) -> nn.Module:
@@ -267,7 +266,6 @@ class _Study:
                 route_samples=1.0 if variant.every_image else 0.1,
                 compare_full=folder.parent.name != _SCRATCH and variant == paper,
                 trace=TraceConfig(carrier=variant.carrier),
-                method=variant.method,
             ),
             train=replace(self.plan.fine_tuning, seed=seed),
             folder=folder,
@@ -281,11 +279,10 @@ class _Study:
         model = copy.deepcopy(networks[variant.base])
         result = self._fine_tune(model, variant, seed, lam, folder, title) if variant.tuned else None
         first = seed == self.plan.seeds[0]
-        twin = networks[VANILLA] if variant != Variant(VANILLA, tuned=False) else None
         evaluations = [
             evaluate(
                 model, DataLoader(self.test, _BATCH), self.plan.attacks,
-                checks=self.plan.check_samples if first else 0, twin=twin, folder=folder / "evaluation", resume=True,
+                checks=self.plan.check_samples if first else 0, folder=folder / "evaluation", resume=True,
             )
         ]  # fmt: skip
         if self.plan.autoattack_samples:
@@ -310,22 +307,7 @@ class _Study:
             right={name: right[name] for name in order},
             checks=evaluations[0].checks,
             overlap=None if result is None else result.overlap,
-            departure=self._departure(variant, seed),
         )
-
-    def _departure(self, variant: Variant, seed: int) -> float | None:
-        """How far the approximation's weights end from the exact gradient's, in units of what the penalty changed."""
-        if variant.method != APPROXIMATE:
-            return None
-        folders = [self._folder_of(seed, other.name) for other in (variant, replace(variant, method=EXACT))]
-        near, exact = (_weights(folder) for folder in folders)
-        free = _weights(self._folder_of(seed, Variant(variant.base).name))
-        return float((near - exact).norm() / (exact - free).norm())
-
-
-def _weights(folder: Path) -> Tensor:
-    stored = safetensors.torch.load_file(folder / LAST)
-    return torch.cat([value.flatten().double() for _, value in sorted(stored.items()) if value.is_floating_point()])
 
 
 def _words(name: str) -> str:

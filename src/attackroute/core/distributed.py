@@ -20,7 +20,6 @@ from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
 
 T = TypeVar("T")
 WAIT = timedelta(hours=1)
@@ -36,14 +35,13 @@ class Processes:
     """The processes of a job, seen from one of them, number ``rank``, which is number ``local_rank`` on its machine.
 
     All of them must call the same methods in the same order. Errors do not travel: a process that raises one leaves the
-    others with a :class:`LostProcessError`, as does one that is gone. The ``group`` is PyTorch's, for objects and
-    tensors on the CPU; the ``store`` knows the first one to fail. One process alone has neither.
+    others with a :class:`LostProcessError`, as does one that is gone. The ``store`` knows the first one to fail; one
+    process alone has none.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    group: Any = None
     store: Any = None
 
     @property
@@ -62,7 +60,7 @@ class Processes:
             return [value]
         gathered: list[Any] = [None] * self.count
         with _exchange() as dist:
-            dist.all_gather_object(gathered, value, group=self.group)
+            dist.all_gather_object(gathered, value)
         gathered[self.rank] = value
         return gathered
 
@@ -72,14 +70,8 @@ class Processes:
             return compute()
         values: list[Any] = [compute() if self.leads else None]
         with _exchange() as dist:
-            dist.broadcast_object_list(values, src=0, group=self.group)
+            dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
-
-    def sum_(self, values: Tensor) -> None:
-        """Replace a tensor by its sum over all processes, which is the same on each of them, bit for bit."""
-        if self.count > 1:
-            with _exchange() as dist:
-                dist.all_reduce(values)
 
     def in_turns(self, take: Callable[[], tuple[T, ...] | None]) -> Iterator[T]:
         """Values of the turns of all processes: of process 0, of process 1, ..., again of process 0, and so on.
@@ -172,18 +164,6 @@ def own_device(kind: str) -> torch.device:
     return torch.device(device.type, _current.local_rank)
 
 
-def take_from_first(model: nn.Module, team: Processes, *, buffers_alone: bool = False) -> None:
-    """Give the model the weights and buffers, or the buffers alone, that it has in the first process."""
-    if team.count == 1:
-        return
-    left_out = dict(model.named_parameters()) if buffers_alone else {}
-
-    def state() -> dict[str, Any]:
-        return {name: value.cpu() for name, value in model.state_dict().items() if name not in left_out}
-
-    model.load_state_dict(team.first(state), strict=False)
-
-
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt in the main thread, unless the caller handles it already."""
@@ -216,7 +196,6 @@ def interrupted_at_once() -> Iterator[None]:
 
 
 def _connect(timeout: timedelta) -> Processes:
-    import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
@@ -228,16 +207,13 @@ def _connect(timeout: timedelta) -> Processes:
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        devices = torch.cuda.is_available() and dist.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if devices else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-        group = dist.new_group(backend="gloo", timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"process {rank} of {count} does not find the others ({str(error).partition(chr(10))[0]}): check "
             "torchrun's --nnodes, --rdzv-endpoint and that the machines reach each other"
         ) from error
-    return Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), group=group, store=store)
+    return Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), store=store)
 
 
 def _disconnect() -> None:

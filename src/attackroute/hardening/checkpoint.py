@@ -32,7 +32,7 @@ STATE = "state.pt"
 LOG = "log.jsonl"
 SETTINGS = "settings.json"
 
-_FORMAT = 3
+_FORMAT = 4
 _LEFT_OVER = "." + "[0-9a-f]" * 16 + ".tmp"  # what a kill leaves of a file that was to be replaced
 
 
@@ -96,7 +96,6 @@ class Checkpoint:
     settings: Mapping[str, Any]  # all that must be the same for the run to go on, as plain values
     weights: Mapping[str, Tensor]  # the model's state dict, tensors only
     optimiser: Mapping[str, Any]  # its state dict
-    scaler: Mapping[str, Any]  # that of the scale of the loss; empty where it is not scaled
     history: Sequence[EpochRecord]  # the epochs so far
     objective: Mapping[str, Any]  # what the objective holds, as plain values
 
@@ -143,12 +142,6 @@ class Checkpoint:
 
     def require_fit(self, settings: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
         """Require that a run with these settings, of a model with such weights, is the one in the folder ``path``."""
-        stored, count = self.settings.get("processes"), settings.get("processes")
-        if stored != count:
-            raise UserError(
-                f"the run in {path} is trained by {stored} processes and cannot go on with {count}, since batches are "
-                f"divided among them: start {stored} (torchrun --nproc-per-node), or choose another folder"
-            )
         if self.settings.get("trainable") != settings.get("trainable"):
             raise UserError(f"the run in {path} trains other parameters of the model; choose another folder")
         require_same_settings(f"the run in {path}", self.settings, settings)

@@ -37,7 +37,7 @@ from attackroute.hardening.settings import (
     require_known,
 )
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
-from attackroute.hardening.training import Progress, TrainResult
+from attackroute.hardening.training import Progress, TrainResult, seed_device
 from attackroute.hardening.training import train as train_network
 from attackroute.hardening.weight_penalty import WeightPenalty
 from attackroute.robustness.attack import Attack
@@ -88,37 +88,20 @@ class RouteOverlap:
 
 
 @dataclass(frozen=True)
-class RouteChange:
-    """What a new trace changed."""
-
-    epoch: int  # before which it was made
-    changed: int  # neurons of the new route that were not on the old one
-    size: int  # neurons of the new route
-    overlap: float  # the least share of the old route, over layers, that is still on the new one
-
-    @classmethod
-    def between(cls, old: Route, new: Route, epoch: int) -> RouteChange:
-        """Compare two routes of one network."""
-        return cls(epoch, (new - old).size, new.size, min(old.overlap(new).values()))
-
-
-@dataclass(frozen=True)
 class HardenResult:
     """A finished hardening.
 
     Attributes:
         training: The epochs; their ``penalties`` are without the factor lambda.
-        route: The route, as it was traced last; None if nothing was punished.
-        changes: What each new trace of the route changed.
+        route: The route; None if nothing was punished.
         strengths: For each penalty, the norm of its gradient over that of the task's, before the first step and for a
             lambda of 1. Lambda times this number is the penalty's share in the first step.
-        overlap: How much of the first route that of all the training samples has too; None where it was not traced from
+        overlap: How much of the route that of all the training samples has too; None where it was not traced from
             a part of them, or the comparison was not asked for.
     """
 
     training: TrainResult
     route: Route | None = None
-    changes: tuple[RouteChange, ...] = ()
     strengths: Mapping[str, float] = field(default_factory=dict)
     overlap: RouteOverlap | None = None
 
@@ -170,7 +153,7 @@ def harden(
         note: As for training.
 
     Returns:
-        The history, the route and how it changed.
+        The history and the route.
 
     Raises:
         UserError: As for training and tracing, or a setting is unknown or out of range.
@@ -195,8 +178,7 @@ def harden(
     )  # fmt: skip
     if hardening is None:
         return HardenResult(result)
-    changes, strengths, overlap = tuple(hardening.changes), hardening.strengths, hardening.overlap
-    return HardenResult(result, hardening.route, changes=changes, strengths=strengths, overlap=overlap)
+    return HardenResult(result, hardening.route, hardening.strengths, hardening.overlap)
 
 
 class RouteObjective(Objective):
@@ -205,7 +187,7 @@ class RouteObjective(Objective):
     The gradient penalty takes the images that the network learns from, and with an attack the clean ones too (Eq.
     (12)), in a pass of their own that leaves the batch norms' running statistics alone. So does stabilisation, which
     compares the two and needs an attack. Without a route, one is traced from some of the training samples when the run
-    starts. ``changes``, ``strengths`` (infinite where the task has no gradient left) and ``overlap`` are those of
+    starts. ``strengths`` (infinite where the task has no gradient left) and ``overlap`` are those of
     :class:`HardenResult`.
 
     Raises:
@@ -230,14 +212,12 @@ class RouteObjective(Objective):
                 "the stabilisation penalty is on what an attack changes: name one to train against, such as "
                 "attack='pgd' (--attack pgd)"
             )
-        if route is not None and settings.refresh is not None:
-            raise UserError("a route that is given is not traced anew: leave out the route, or refresh")
         if settings.trace.follows_noise and self.attack is None:
             raise UserError(
                 "carrier 'noise' follows what an attack changes: train against one (attack=..., --attack), or give a "
                 "route that was traced so (route=..., --route)"
             )
-        self.route, self.changes, self.strengths = route, list[RouteChange](), dict[str, float]()
+        self.route, self.strengths = route, dict[str, float]()
         self.overlap: RouteOverlap | None = None
         self._factors, self._hardening, self._seed = dict(factors), settings, 0
         self._given = route
@@ -256,12 +236,10 @@ class RouteObjective(Objective):
             **super().settings,
             "factors": self._factors,
             "target": settings.target,
-            "method": settings.method,
             "folded": settings.folded,
             "route": route
             or {
                 "share": settings.route_samples,
-                "refresh": settings.refresh,
                 "compare_full": settings.compare_full,
                 **asdict(settings.trace),
                 "attack": str(self.attack) if settings.trace.follows_noise else None,
@@ -273,7 +251,6 @@ class RouteObjective(Objective):
         settings, self._seed = self._hardening, seed
         if state is not None:
             self.route = Route.from_json(state["route"])
-            self.changes = [RouteChange(**change) for change in state["changes"]]
             self.overlap = None if state["overlap"] is None else RouteOverlap(**state["overlap"])
         elif self.route is None:
             self.route = self._traced(model, data, settings.route_samples)
@@ -282,20 +259,11 @@ class RouteObjective(Objective):
         self._aim(self.route, model, data)
         self.strengths = self._measured_strengths(model, data) if state is None else dict(state["strengths"])
 
-    def begin_epoch(self, model: nn.Module, data: Dataset[Any], epoch: int) -> None:
-        """Trace the route anew, where that is due; the one before the first epoch is no renewal."""
-        refresh, old = self._hardening.refresh, self.route
-        if old is not None and refresh is not None and epoch > 1 and (epoch - 1) % refresh == 0:
-            self.route = self._traced(model, data, self._hardening.route_samples)
-            self.changes.append(RouteChange.between(old, self.route, epoch))
-            self._aim(self.route, model, data)
-
     def state(self) -> dict[str, Any]:
         """The route and what is known about it."""
         assert self.route is not None
         return {
             "route": self.route.to_json(),
-            "changes": [asdict(change) for change in self.changes],
             "strengths": dict(self.strengths),
             "overlap": None if self.overlap is None else asdict(self.overlap),
         }
@@ -324,10 +292,7 @@ class RouteObjective(Objective):
             values[name] = values.get(name, 0) + value.detach()
 
         if self._gradient is not None:
-            if self._stabilisation is None:
-                total, values[GRADIENT] = self._gradient.with_task(logits, batch.targets, factors[GRADIENT])
-            else:  # which needs the pass's graph, too
-                punish(GRADIENT, self._gradient(logits, batch.targets))
+            punish(GRADIENT, self._gradient(logits, batch.targets))
             if self.attack is not None:
                 punish(GRADIENT, self._clean_penalty(self._gradient, model, batch))
         if self._weight is not None:
@@ -363,7 +328,7 @@ class RouteObjective(Objective):
         elif self._hardening.target == ALL:
             route = Route({layer: range(count) for layer, count in route.channels.items()}, route.channels)
         if GRADIENT in self._factors:
-            self._gradient = GradientPenalty(model, route, method=self._hardening.method)
+            self._gradient = GradientPenalty(model, route)
         if WEIGHT in self._factors:
             images, _ = samples_of(model, data, [0, 0])
             connections = Connections.of_route(model, images, route)
@@ -392,6 +357,7 @@ class RouteObjective(Objective):
         if self._weight is not None:
             norms[WEIGHT] = norm(self._weight())  # before any pass in training mode moves running variances
         with torch.random.fork_rng(devices), kept_modes(model), spared_buffers(model):
+            seed_device(clean.device, derived_seed(self._seed, "strength", 0))  # for dropout
             model.train()
             draws = derived_generator(self._seed, "strength", 0)
             images = self.attacked(model, Batch(clean, labels, targets, draws=draws, autocast=nullcontext))

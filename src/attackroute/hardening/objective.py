@@ -59,9 +59,6 @@ class Objective:
     def start(self, model: nn.Module, data: Dataset[Any], seed: int, state: Mapping[str, Any] | None = None) -> None:
         """Called once, before the first step of a run; one that goes on gives what :meth:`state` gave."""
 
-    def begin_epoch(self, model: nn.Module, data: Dataset[Any], epoch: int) -> None:
-        """Called before every epoch, counted from 1."""
-
     def state(self) -> dict[str, Any]:
         """What a resumed run needs back, as plain values."""
         return {}
@@ -87,14 +84,12 @@ class Objective:
         return attacked.detach().to(batch.images)
 
 
-def backward_in_parts(
-    objective: Objective, model: nn.Module, batch: Batch, parts: int, scale: Callable[[Tensor], Tensor]
-) -> StepLosses:
+def backward_in_parts(objective: Objective, model: nn.Module, batch: Batch, parts: int) -> StepLosses:
     """Add a batch's gradients to those of the parameters, in so many parts, so that memory is that of one part.
 
     The losses are means over samples, so that in a network whose samples do not meet (batch norms in eval mode, no
-    dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included. Every loss is
-    scaled before its backward pass. The losses that come back are the whole batch's, all detached.
+    dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included. The losses
+    that come back are the whole batch's, all detached.
     """
     count = len(batch.images)
     shares, pieces, start = [], [], batch.draws.get_state()
@@ -104,7 +99,7 @@ def backward_in_parts(
         batch.draws.set_state(start)  # an attack's random numbers belong to the image, not to its part
         losses = objective.losses(model, replace(batch, images=images, labels=labels, targets=targets))
         share = len(images) / count
-        scale(losses.total * share).backward()  # type: ignore[no-untyped-call]
+        (losses.total * share).backward()  # type: ignore[no-untyped-call]
         shares.append(share)
         pieces.append(losses)
 

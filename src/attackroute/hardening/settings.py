@@ -16,10 +16,6 @@ GRADIENT, WEIGHT, STABILISATION = "gradient", "weight", "stabilisation"
 PENALTIES = (GRADIENT, WEIGHT)
 """The paper's."""
 
-EXACT, APPROXIMATE = "exact", "finite-difference (approximation)"
-METHODS = (EXACT, APPROXIMATE)
-"""Ways to differentiate the gradient penalty."""
-
 ON_ROUTE, RANDOM, ALL = "route", "random", "all"
 TARGETS = (ON_ROUTE, RANDOM, ALL)
 """Whose neurons are punished."""
@@ -42,10 +38,9 @@ class TrainSettings:
         schedule: ``"one-cycle"`` or ``"cosine"``, see :func:`learning_rate`.
         augment: ``"none"``, ``"crop"`` or ``"crop-flip"``, see :func:`attackroute.hardening.augmentation.augment`.
         accumulate: Take each batch in so many parts, one after the other, and step once: memory is that of a part.
-            Batch norms and the gradient penalty's approximation then see a part at a time.
+            Batch norms then see a part at a time.
         clip_norm: Largest norm of the whole gradient; None leaves it as it is.
-        amp: Mixed precision where the device has autocast: bfloat16, or float16 with a scaled loss on GPUs without
-            it.
+        amp: Mixed precision in bfloat16 where the device has it; elsewhere nothing changes.
         channels_last: Hold images and weights in PyTorch's channels_last format during training.
         seed: Decides data order, augmentation and dropout. The initial weights are the caller's.
         workers: Processes that read the data; 0 reads in this one.
@@ -101,11 +96,9 @@ class HardenSettings:
         target: Whose neurons: those of the ``"route"``, or for controls as many ``"random"`` ones off it in each layer,
             or ``"all"`` of its layers.
         route_samples: Share of the training samples, drawn with the seed, to trace the route from, in (0, 1].
-        refresh: Trace the route anew before every so manyth epoch; None traces once, before the first.
         compare_full: Trace all training samples too, and compare; False saves that trace.
         trace: How the route is traced; the seed of sketches is the training's. With the carrier ``"noise"`` it follows
             what the attack that is trained against changes in the network as it is when the route is traced.
-        method: For the gradient penalty, ``"exact"`` or ``"finite-difference (approximation)"``.
         folded: For the weight penalty, which leaves out layers with attention or normalisation over channels before
             them, whether batch norms are folded into the kernels; see :class:`WeightPenalty`.
 
@@ -115,20 +108,15 @@ class HardenSettings:
 
     target: str = ON_ROUTE
     route_samples: float = 0.1
-    refresh: int | None = None
     compare_full: bool = True
     trace: TraceConfig = field(default_factory=TraceConfig)
-    method: str = EXACT
     folded: bool = True
 
     def __post_init__(self) -> None:
-        share, refresh = self.route_samples, self.refresh
+        share = self.route_samples
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise UserError(f"a share of {share} of the samples is outside (0, 1]; the paper takes 0.1")
-        if refresh is not None and (not isinstance(refresh, int) or refresh < 1):
-            raise UserError(f"refresh {refresh!r} is not a number of epochs; give 1 or more, or None")
         require_known("target", self.target, TARGETS)
-        require_known("method", self.method, METHODS)
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, total: int) -> float:

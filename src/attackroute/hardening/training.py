@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Subset
 
 from attackroute.core.batches import Data, as_dataset, count_samples, count_steps, load, shuffled
 from attackroute.core.checks import check_logits, checked_batch, require_no_probabilities
-from attackroute.core.distributed import current, take_from_first
+from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
 from attackroute.core.files import locked
 from attackroute.core.layers import LayerCall, LayerCalls
@@ -33,7 +33,6 @@ from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
 from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, open_run
-from attackroute.hardening.data_parallel import Replicas
 from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
 from attackroute.robustness.attack import Attack, Perturbation
@@ -118,8 +117,10 @@ def train(
 
     Raises:
         UserError: Malformed data or labels outside the logits, a folder that cannot be used, a run with other
-            settings in it, or a loss or weights that are no longer finite.
+            settings in it, a loss or weights that are no longer finite, or one of several processes.
     """
+    if current().count > 1:
+        raise UserError("train and harden run in one process; start them without torchrun")
     if objective is not None and attack is not None:
         raise UserError("an objective has an attack of its own; leave out attack")
     if resume and folder is None:
@@ -137,7 +138,7 @@ def train(
                 (note or warnings.warn)(_CONTIGUOUS)
         if run.format is not None:
             stack.enter_context(in_format(model, run.format))
-        if run.folder is not None and current().leads:
+        if run.folder is not None:
             stack.enter_context(locked(run.folder))
         history = _begin(run, resume)
         _save(run, history)  # where the run goes on too, since a kill may have come between two files
@@ -181,7 +182,6 @@ class _Run:
                 raise UserError(f"the model's state {name} is not a tensor, so no checkpoint can hold it")
         # of weights and images; None leaves them as they are
         self.format = torch.channels_last if settings.channels_last else None
-        self.replicas = Replicas(model, list(self.trainable.values()), current(), self.samples // self.steps)
         self.optimiser = torch.optim.SGD(
             self.trainable.values(),
             settings.lr,
@@ -189,9 +189,8 @@ class _Run:
             nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
         )
-        kind, short = self.device.type, autocast_type(self.device) if settings.amp else None
-        self.precision = nullcontext if short is None else partial(torch.autocast, kind, dtype=short)
-        self.scaler = torch.amp.GradScaler(kind, enabled=short is torch.float16)
+        short = settings.amp and has_bfloat16(self.device)
+        self.precision = partial(torch.autocast, self.device.type, dtype=torch.bfloat16) if short else nullcontext
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -202,7 +201,6 @@ class _Run:
             "train_samples": self.samples,
             "test_samples": None if self.test_data is None else count_samples(self.test_data, _TEST),
             "trainable": list(self.trainable),
-            "processes": current().count,
         }
 
     def rate(self, number: int) -> float:
@@ -251,18 +249,15 @@ def _check_fit(model: nn.Module, data: Dataset[Any], what: str) -> bool:
 
 def _begin(run: _Run, resume: bool) -> list[EpochRecord]:
     """Go on from the folder's checkpoint, or start; gives the epochs that are done."""
-    model, folder, team = run.model, run.folder, current()
-    checkpoint = team.first(lambda: None if folder is None else open_run(folder, resume=resume))
+    model, folder = run.model, run.folder
+    checkpoint = None if folder is None else open_run(folder, resume=resume)
     if checkpoint is None or folder is None:
-        take_from_first(model, team)
         run.objective.start(model, run.train_data, run.settings.seed)
         return []
     checkpoint.require_fit(run.identity, model.state_dict(), folder)
     try:
         model.load_state_dict(dict(checkpoint.weights))
         run.optimiser.load_state_dict(dict(checkpoint.optimiser))
-        if checkpoint.scaler:
-            run.scaler.load_state_dict(dict(checkpoint.scaler))
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"the state in {folder} is of another run or damaged ({error}); choose another folder"
@@ -273,13 +268,12 @@ def _begin(run: _Run, resume: bool) -> list[EpochRecord]:
 
 def _save(run: _Run, history: Sequence[EpochRecord]) -> None:
     """Put all that a run needs in order to go on into its folder."""
-    if run.folder is None or not current().leads:
+    if run.folder is None:
         return
     checkpoint = Checkpoint(
         settings=run.identity,
         weights=dict(run.model.state_dict()),
         optimiser=run.optimiser.state_dict(),
-        scaler=run.scaler.state_dict(),
         history=history,
         objective=run.objective.state(),
     )
@@ -289,12 +283,9 @@ def _save(run: _Run, history: Sequence[EpochRecord]) -> None:
 
 def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
     """Train for one epoch and test."""
-    started, team = time.perf_counter(), current()
-    purpose = "model" if team.leads else f"model/{team.rank}"  # dropout, other in each process
-    seed_device(run.device, derived_seed(run.settings.seed, purpose, epoch))
-    run.objective.begin_epoch(run.model, run.train_data, epoch)
+    started = time.perf_counter()
+    seed_device(run.device, derived_seed(run.settings.seed, "model", epoch))  # for dropout
     loss, penalties, correct = _learn(run, epoch, progress)
-    take_from_first(run.model, team, buffers_alone=True)
     for name, value in run.model.state_dict().items():  # the last step can spoil them after its loss was computed
         if value.is_floating_point() and not value.isfinite().all():
             raise run.diverged(epoch, run.steps, f"the weights in {name} are no longer finite")
@@ -325,15 +316,15 @@ def _learn(run: _Run, epoch: int, progress: Progress | None) -> tuple[float, dic
     run.model.train()
     loader = load(
         run.train_data,
-        [batch[run.replicas.rows(len(batch))] for batch in batches],
+        batches,
         generator=derived_generator(settings.seed, "workers", epoch),
         workers=settings.workers,
         pin_memory=run.device.type == "cuda",
     )
-    for step, (batch, indices) in enumerate(zip(loader, batches, strict=True), start=1):
+    for step, batch in enumerate(loader, start=1):
         try:
             images, labels = checked_batch(batch, _TRAIN)
-            values, hits, names = _step(run, before + step, images, labels, len(indices), views)
+            values, hits, names = _step(run, before + step, images, labels, views)
         except UserError as error:
             if all(bool(value.isfinite().all()) for value in run.model.parameters()):
                 raise
@@ -359,15 +350,12 @@ def _learn(run: _Run, epoch: int, progress: Progress | None) -> tuple[float, dic
 
 
 def _step(
-    run: _Run, number: int, images: Tensor, labels: Tensor, size: int, views: torch.Generator
+    run: _Run, number: int, images: Tensor, labels: Tensor, views: torch.Generator
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Step ``number``, from 1 over the whole run, on this process's part of a batch of ``size`` images.
-
-    Gives the whole batch's losses and hits (images that are classified correctly), and the penalties' names.
-    """
+    """Step ``number``, from 1 over the whole run, on a batch; gives the losses, the hits and the penalties' names."""
     settings = run.settings
     images = images.to(run.device, run.dtype, non_blocking=True)
-    images = augment(images, settings.augment, views, start=run.replicas.rows(size).start, whole=size)
+    images = augment(images, settings.augment, views)
     if run.format is not None:
         images = images.contiguous(memory_format=run.format)
     batch = Batch(
@@ -378,19 +366,14 @@ def _step(
         autocast=run.precision,
     )
     run.optimiser.zero_grad(set_to_none=True)
-    losses = backward_in_parts(run.objective, run.model, batch, settings.accumulate, run.scaler.scale)
+    losses = backward_in_parts(run.objective, run.model, batch, settings.accumulate)
     values = torch.stack([losses.task, *losses.penalties.values()])
     hits = (losses.logits.argmax(1) == batch.targets).sum()
-    if current().count > 1:
-        values, sums = run.replicas.combine(len(labels) / size, values, hits[None])
-        hits = sums[0].long()
     if settings.clip_norm is not None:
-        run.scaler.unscale_(run.optimiser)
         nn.utils.clip_grad_norm_(run.trainable.values(), settings.clip_norm)
     for group in run.optimiser.param_groups:
         group["lr"] = run.rate(number)
-    run.scaler.step(run.optimiser)
-    run.scaler.update()
+    run.optimiser.step()
     return values, hits, list(losses.penalties)
 
 
@@ -414,13 +397,10 @@ def loss_interval(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 50
 
 
-def autocast_type(device: torch.device) -> torch.dtype | None:
-    """The short number format of mixed precision on a device; None where it has none."""
-    if not torch.amp.is_autocast_available(device.type):
-        return None
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has autocast in bfloat16, and is made for it."""
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.amp.is_autocast_available(device.type) and not emulated
 
 
 def seed_device(device: torch.device, seed: int) -> None:

@@ -151,9 +151,7 @@ class NetworkResults:
             return self.title(group)
         if names == self.layers:
             return f"all {len(names)} layers"
-        if names == self.layers[: len(names)]:
-            return f"first {len(names)} layers"
-        return f"{len(names)} layers"
+        return f"{'first ' if names == self.layers[: len(names)] else ''}{len(names)} layers"
 
 
 Results = Sequence[NetworkResults]

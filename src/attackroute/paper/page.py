@@ -17,7 +17,7 @@ DATA_OF = {"table2": "cifar10", "table3": "svhn"}
 _NETWORKS = "networks"
 HEADINGS = {
     _NETWORKS: "The networks",
-    "table1": "Table 1: occurrence, and how few images give a route",
+    "table1": "Table 1: occurrence",
     "fig2": "Fig. 2: sensitivity and gradients",
     "fig3": "Fig. 3: transplants",
     "fig4": "Fig. 4: silenced channels and weakened connections",

@@ -13,7 +13,6 @@ from attackroute.analysis.experiments.occurrence import OCCURRENCE, RANDOM_ROUTE
 from attackroute.analysis.hardness_experiment import BASELINES, OURS
 from attackroute.analysis.hardness_experiment import RANDOM as RANDOM_NEURONS
 from attackroute.analysis.intervention_table import UNTOUCHED
-from attackroute.core.layers import ACTIVATION
 from attackroute.core.statistics import AUROC
 from attackroute.core.table import Record
 from attackroute.paper.claims import (
@@ -28,17 +27,9 @@ from attackroute.paper.claims import (
     table,
     verdict,
 )
-from attackroute.paper.published import (
-    GRADIENTS,
-    OCCURRENCES,
-    SHARED_BY_A_TENTH,
-    TRANSPLANTED_FIRST,
-    TRANSPLANTED_RANDOM,
-)
+from attackroute.paper.published import GRADIENTS, OCCURRENCES, TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
 
-# --- Table 1: occurrence of the most frequent neurons; and how few images give the model's route (section 5.1.3)
-
-_TENTH = 0.1
+# --- Table 1: occurrence of the most frequent neurons
 
 
 @table("table1", "occurrence")
@@ -64,19 +55,6 @@ def occurrence_claims(network: NetworkResults, findings: Findings) -> Iterator[C
         f"(random routes {percent(statistics.fmean(chance))} %)",
         verdict=verdict(falls and above, falls or above),
         equals=tuple(of for of, values in occurrences.items() if all(map(operator.ge, values, ours))),
-    )
-
-
-@judge("table1", "sampling")
-def sampling_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    shares = findings.table.select(share=_TENTH).column("share_of_neurons")
-    yield Claim(
-        text="a tenth of the images gives the same route",
-        paper=f"{percent(SHARED_BY_A_TENTH)} %",
-        found=f"{percent(statistics.fmean(shares))} % of the neurons "
-        f"({percent(min(shares))} to {percent(max(shares))}, "
-        f"{len(shares)} draws of {round(_TENTH * findings['samples'])} of {findings['samples']})",
-        verdict=verdict(statistics.fmean(shares) >= SHARED_BY_A_TENTH, statistics.fmean(shares) >= 0.9),
     )
 
 
@@ -174,15 +152,6 @@ def transplant_layers_table(network: NetworkResults, findings: Findings) -> Iter
             yield {**head, **findings.accuracies(layers=group, attack=attack)}
 
 
-@table("fig3", "transplant-own")
-def per_image_transplant_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
-    """Each image's own route instead, 30 % of the channels, and random channels for each, under PGD:"""
-    for group in findings.distinct("layers"):
-        rows = findings.table.select(layers=group)
-        accuracies = {row["criterion"]: percent(row["accuracy"]) for row in rows}
-        yield {"layers": network.group_title(group), **accuracies}
-
-
 class _Repair:
     """Accuracies under one attack: untouched, and with clean values in a group of layers, in the route's channels or
     in random ones.
@@ -253,12 +222,6 @@ def deactivation_table(network: NetworkResults, findings: Findings) -> Iterator[
             yield {"layers": network.group_title(group), "share": f"{share:.0%}", **accuracies}
 
 
-@table("fig4", "deactivate-activation")
-def activation_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
-    """The same with zeros after the activation, where a layer has its own:"""
-    return deactivation_table(network, findings)
-
-
 @table("fig4", "weaken")
 def weakening_table(network: NetworkResults, findings: Findings) -> Iterator[Row]:
     """Fig. 4b, accuracy in percent with connections multiplied by beta:"""
@@ -266,12 +229,11 @@ def weakening_table(network: NetworkResults, findings: Findings) -> Iterator[Row
         yield {"beta": f"{beta:g}", **findings.accuracies(beta=beta)}
 
 
-@judge("fig4", "deactivate", "deactivate-activation")
+@judge("fig4", "deactivate")
 def deactivation_claims(network: NetworkResults, findings: Findings) -> Iterator[Claim]:
-    after = " after the activation" if findings["at"] == ACTIVATION else ""
     for group in findings.distinct("layers", criterion=ROUTE):
         name = network.group_title(group)
-        text = f"30 % of the route of {name}, set to zero{after}, destroy accuracy; random neurons hardly"
+        text = f"30 % of the route of {name}, set to zero, destroy accuracy; random neurons hardly"
         yield _silence_claim(text, findings, layers=group, share=findings["main_share"])
 
 

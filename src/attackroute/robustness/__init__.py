@@ -15,7 +15,6 @@ from attackroute.robustness.evaluation import Evaluation as Evaluation
 from attackroute.robustness.gradient_attacks import FGSM as FGSM
 from attackroute.robustness.gradient_attacks import MIFGSM as MIFGSM
 from attackroute.robustness.gradient_attacks import PGD as PGD
-from attackroute.robustness.gradient_attacks import PGDL2 as PGDL2
 from attackroute.robustness.gradient_attacks import StepLL as StepLL
 from attackroute.robustness.registry import attack_names as attack_names
 from attackroute.robustness.registry import parse_attack as parse_attack

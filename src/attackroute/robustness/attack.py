@@ -22,7 +22,6 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, images, labels) -> images``, as everything in :mod:`attackroute.robustness`."""
 
 _LEVELS = 255
-_ORDERS = {"linf": math.inf, "l2": 2.0}
 _ROUNDING = 1e-5  # what it may add to a value in [0, 1], at least
 
 
@@ -42,13 +41,12 @@ class Perturbation:
     name: ClassVar[str]
     uses_model: ClassVar[bool] = True
     """Whether the result depends on the model; a corruption's does not."""
-    norm = "linf"
-    """Of the ball of radius ``eps``, where the attack has one: ``"linf"``, whose radii print as n/255, or ``"l2"``."""
 
     def __post_init__(self) -> None:
         """Check those settings that many attacks have; others are the class's own to check."""
-        if hasattr(self, "eps"):
-            check_eps(self.eps, largest=1.0 if self.norm == "linf" else math.inf)
+        eps = getattr(self, "eps", 0.0)
+        if not (isinstance(eps, (int, float)) and 0 <= eps <= 1):
+            raise UserError(f"eps {eps} is out of range: it is in [0, 1] units, as in 8/255, and at most 1")
         for name in ("steps", "restarts", "queries"):
             if hasattr(self, name):
                 check_count(name, getattr(self, name))
@@ -76,66 +74,32 @@ class Perturbation:
         return {"name": self.name, **asdict(self)}
 
     @property
-    def ball(self) -> Ball | None:
-        """The ball that the attack keeps to; None for what keeps to none, as corruptions."""
-        return Ball(self.norm, float(self.eps)) if hasattr(self, "eps") else None
+    def radius(self) -> float | None:
+        """Of the L-infinity ball that the attack keeps to; None for what keeps to none, as corruptions."""
+        return float(self.eps) if hasattr(self, "eps") else None
 
     def _text(self, name: str, value: Any) -> str:
-        if name in ("eps", "step_size") and self.norm == "linf":
+        if name in ("eps", "step_size"):
             return show_eps(value)
-        return repr(float(value)) if name in ("eps", "step_size", "std", "decay") else str(value)
-
-
-@dataclass(frozen=True)
-class Ball:
-    """The images that an attack may choose from: within a distance of the clean image, and within [0, 1]."""
-
-    norm: str  # "linf" or "l2"
-    eps: float  # the radius, for values in [0, 1]
-
-    def __post_init__(self) -> None:
-        if self.norm not in _ORDERS or not (isinstance(self.eps, (int, float)) and self.eps >= 0):
-            raise UserError(f"no ball of norm {self.norm!r} and radius {self.eps!r} is known")
-
-    def __str__(self) -> str:
-        return f"{self.norm} {self.radius}"
-
-    @property
-    def radius(self) -> str:
-        """The radius as text, as ``8/255`` in the L-infinity norm."""
-        return show_eps(self.eps) if self.norm == "linf" else format(self.eps, "g")
-
-    def distances(self, images: Tensor, clean: Tensor) -> Tensor:
-        """Distance of each image from its clean one, float64 ``(N,)``."""
-        change = (images.double() - clean.double()).flatten(1)
-        distances: Tensor = torch.linalg.vector_norm(change, _ORDERS[self.norm], dim=1)
-        return distances
-
-    def outside(self, images: Tensor, clean: Tensor) -> Tensor:
-        """Which images are out of the ball by more than rounding explains, bool ``(N,)``; NaN is outside."""
-        return ~(self.distances(images, clean) <= self.eps + max(1.0, self.eps) * _tolerance(images))
-
-
-def out_of_range(images: Tensor) -> Tensor:
-    """Which images have a value outside [0, 1] by more than rounding explains, bool ``(N,)``; NaN is outside."""
-    slack = _tolerance(images)
-    values = images.flatten(1)
-    return ~((values >= -slack) & (values <= 1 + slack)).all(1)
+        return repr(float(value)) if name in ("std", "decay") else str(value)
 
 
 def checked_result(attack: Perturbation, images: object, clean: Tensor) -> Tensor:
-    """What an attack made of clean images, once it is sure to keep to the attack's own rules.
+    """What an attack made of clean images, once it is sure to keep to the attack's own rules, but for rounding.
 
     Raises:
         UserError: Another shape, values that are NaN or outside [0, 1], or images outside the attack's ball.
     """
     images = shaped_like(clean, images, str(attack))
-    if out_of_range(images).any():
+    if not len(images):
+        return images
+    slack = max(_ROUNDING, 2 * torch.finfo(images.dtype).eps)
+    if not (images.min() >= -slack and images.max() <= 1 + slack):
         raise UserError(f"{attack} returns images with NaN or values outside [0, 1]; its results cannot be trusted")
-    ball = attack.ball
-    if ball is not None and ball.outside(images, clean).any():
-        distance = float(ball.distances(images, clean).max())
-        raise UserError(f"{attack} returns images at {ball.norm} distance {distance:.6g}, outside its ball of {ball}")
+    distance = (images.double() - clean.double()).abs().max().item()
+    if attack.radius is not None and distance > attack.radius + slack:
+        ball = f"its ball of radius {show_eps(attack.radius)}"
+        raise UserError(f"{attack} returns images at a distance of {distance:.6g}, outside {ball}")
     return images
 
 
@@ -168,13 +132,6 @@ def show_eps(eps: float) -> str:
     return f"{levels}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))
 
 
-def check_eps(eps: float, *, largest: float = 1.0) -> None:
-    """Check a radius in units of the images' [0, 1]."""
-    if not (isinstance(eps, (int, float)) and 0 <= eps <= largest and eps < math.inf):
-        unit = f"it is in [0, 1] units, as in 8/255, and at most {largest:g}" if largest < math.inf else "at least 0"
-        raise UserError(f"eps {eps} is out of range: {unit}")
-
-
 def check_count(name: str, value: int) -> None:
     """Check a number of steps or restarts."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -205,7 +162,3 @@ def shaped_like(clean: Tensor, images: object, attack: str) -> Tensor:
         what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise UserError(f"{attack} returns {what} for images of shape {tuple(clean.shape)}")
     return images.detach().to(clean)
-
-
-def _tolerance(images: Tensor) -> float:
-    return max(_ROUNDING, 2 * torch.finfo(images.dtype).eps)

@@ -19,14 +19,13 @@ from attackroute.core.batches import BatchStream, Data, samples_in
 from attackroute.core.checks import check_attackable, checked_labels, checked_logits, require_no_probabilities
 from attackroute.core.distributed import current
 from attackroute.core.document import library_versions
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError
 from attackroute.core.files import made_folder
 from attackroute.core.journal import MEASUREMENTS, Journal
 from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.random import derived_seed, seeded
 from attackroute.robustness.attack import Attack, Perturbation, checked_result
 from attackroute.robustness.evaluation import CLEAN, EVALUATION, Evaluation
-from attackroute.robustness.examples import ExampleFolder, Examples
 from attackroute.robustness.masking import SIGNS, Candidates, Check, SampleChoice, masking_probes, probed
 from attackroute.robustness.registry import named_attacks
 
@@ -43,12 +42,9 @@ def evaluate(
     data: Data,
     attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str = DEFAULT_ATTACKS,
     *,
-    samples: Mapping[str, int] | None = None,
     batch_size: int = 128,
     seed: int = 0,
     checks: int = 256,
-    twin: nn.Module | None = None,
-    save_examples: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     origin: Mapping[str, Any] | None = None,
@@ -67,16 +63,11 @@ def evaluate(
         attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, attacks, callables
             ``(model, images, labels) -> images``, or objects of torchattack, torchattacks and foolbox; one, several, or
             several by name. Clean images are always measured first.
-        samples: On how many of the images a costly attack is measured, by the attack's name or its specification, as in
-            ``samples={"autoattack": 50}``; all others are measured on all. The images are drawn with the seed, whatever
-            their order, the same ones for all models, and are attacked last, ``batch_size`` at a time.
         batch_size: Rows at a time when ``data`` is tensors, and in the checks; a DataLoader brings its own.
         seed: Of attacks that are given as text without a seed of their own, of the choice of images for the checks, and
             of PyTorch's global generators, which random models draw from; those come back as they were.
         checks: On how many images to look for masked gradients (:mod:`attackroute.robustness.masking`), at the largest
-            L-infinity radius among the attacks; 0 for no checks. The choice does not depend on the images' order.
-        twin: A network of the same task that was not defended, for the check by transfer.
-        save_examples: A folder for the adversarial examples (:mod:`attackroute.robustness.examples`).
+            radius among the attacks; 0 for no checks. The choice does not depend on the images' order.
         folder: Where results are kept as they come, and the tables at the end; None keeps nothing.
         resume: Go on with the evaluation in ``folder``, if it holds one, to the same numbers as without a break. The
             data must come in the same batches.
@@ -97,46 +88,32 @@ def evaluate(
     if resume and folder is None:
         raise UserError("resume goes on with the evaluation in a folder; name the folder")
     total = samples_in(data)
-    limits = _limits(samples or {}, chosen, total)
-    digests = {name: weights_digest(network) for name, network in models.items()}
     settings = {
         **(origin or {}),
-        "models": digests,
+        "models": {name: weights_digest(network) for name, network in models.items()},
         "attacks": [attack.to_json() for attack in chosen],
-        **({"attack_samples": limits} if limits else {}),
         "samples_in_all": total,
         "batch_size": batch_size,
         "seed": seed,
         "check_samples": checks,
-        "twin": None if twin is None else weights_digest(twin),
         "devices": {name: placement(network)[0].type for name, network in models.items()},
     }
     team = current()
-    journal = team.first(
-        lambda: _open_journal(folder, {**settings, "save_examples": save_examples is not None}, resume=resume)
-    )
-    examples = None
-    if save_examples is not None:
-        names = [*models, *map(str, chosen)]
-        examples = team.first(lambda: ExampleFolder.open(save_examples, names, resume=resume and len(journal) > 0))
-    run = _Run(models, digests, seed, journal, examples=examples, progress=progress)
+    journal = team.first(lambda: _open_journal(folder, settings, resume=resume))
+    run = _Run(models, seed, journal, progress)
     if total is not None:
-        run.total = sum(limits.get(_title(attack), total) for attack in (None, *chosen)) * len(models)
+        run.total = total * (1 + len(chosen)) * len(models)
     with ExitStack() as stack:
-        for network in {id(item): item for item in (*models.values(), *([twin] if twin is not None else []))}.values():
+        for network in {id(item): item for item in models.values()}.values():
             stack.enter_context(frozen(network))
         # the widest number format, so that no model gets images that were rounded for another
         reader = max(models.values(), key=lambda network: torch.finfo(placement(network)[1]).bits)
         stream = BatchStream(reader, data, batch_size)
         run.probe_corruptions(chosen, *stream.first)
         choice = SampleChoice(checks, seed)
-        subsets = {count: SampleChoice(count, seed) for count in limits.values()}
-        everywhere = [attack for attack in chosen if str(attack) not in limits]
-        run.measure(stream, (None, *everywhere), [choice, *subsets.values()])
-        for count, subset in subsets.items():
-            costly = [attack for attack in chosen if limits.get(str(attack)) == count]
-            run.measure(BatchStream(reader, subset.samples(), batch_size), costly)
-        signs = run.check_masking(choice, _checked_eps(chosen), batch_size, twin)
+        run.measure(stream, (None, *chosen), choice)
+        eps = max((attack.radius for attack in chosen if attack.radius is not None), default=_DEFAULT_EPS)
+        signs = run.check_masking(choice, eps, batch_size)
     order = [(name, _title(attack)) for name in models for attack in (None, *chosen)]
     evaluation = Evaluation.of(
         {key: tuple(run.right[key]) for key in order},
@@ -145,11 +122,8 @@ def evaluate(
         signs,
         settings={**settings, "libraries": library_versions()},
     )
-    if team.leads:
-        if examples is not None:
-            examples.finish({key: evaluation.accuracy(key[1], key[0]) for key in evaluation.right if key[1] != CLEAN})
-        if folder is not None:
-            evaluation.document().save(folder)
+    if team.leads and folder is not None:
+        evaluation.document().save(folder)
     return evaluation
 
 
@@ -164,12 +138,11 @@ class _Batch:
 
 
 class _Measurement(NamedTuple):
-    """One model under one attack on one batch: where it is written down, and images that are to be kept."""
+    """One model under one attack on one batch, and where it is written down."""
 
     key: tuple[str, int, str, str]  # "samples", number of the batch, model, attack
     digest: str  # of the batch
     record: Mapping[str, Any]  # labels, predictions and seconds
-    examples: Examples | None
 
 
 @dataclass
@@ -177,10 +150,8 @@ class _Run:
     """The models, and what was counted so far."""
 
     models: Mapping[str, nn.Module]
-    digests: Mapping[str, str]
     seed: int
     journal: Journal
-    examples: ExampleFolder | None
     progress: Progress | None
     total: int | None = None
     done: int = 0
@@ -196,36 +167,29 @@ class _Run:
                 if not attack.uses_model:
                     attack(next(iter(self.models.values())), images[:1], labels[:1])
 
-    def measure(
-        self, stream: BatchStream, attacks: Sequence[Perturbation | None], choices: Sequence[SampleChoice] = ()
-    ) -> None:
-        """Measure all models under attacks (None: on clean images) by batches, while images are chosen for later."""
+    def measure(self, stream: BatchStream, attacks: Sequence[Perturbation | None], choice: SampleChoice) -> None:
+        """Measure all models under attacks (None: on clean images), and choose images for the checks."""
         alone = current().count == 1
 
-        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], list[Candidates | None]]:
+        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], Candidates | None]:
             labels = _required(given)
             check_attackable(images, labels)
             measurements = self._measured(_Batch(stream.number, images, labels, _digest(images, labels)), attacks)
             # alone, each measurement is written down before the next one is made
-            return measurements if alone else list(measurements), [
-                choice.candidates(images, labels) for choice in choices
-            ]
+            return measurements if alone else list(measurements), choice.candidates(images, labels)
 
         for measurements, candidates in stream.map(once):
             for measurement in measurements:
                 self._take(measurement)
-            for choice, few in zip(choices, candidates, strict=True):
-                choice.take(few)
+            choice.take(candidates)
 
-    def check_masking(
-        self, choice: SampleChoice, eps: float, batch_size: int, twin: nn.Module | None
-    ) -> tuple[Check, ...]:
+    def check_masking(self, choice: SampleChoice, eps: float, batch_size: int) -> tuple[Check, ...]:
         """Look for masked gradients of each model on the chosen images."""
         if not len(choice):
             return ()
         images, labels = choice.samples()
         digest = _digest(images, labels)
-        probes = masking_probes(eps, self.seed, twin)
+        probes = masking_probes(eps, self.seed)
         checks: list[Check] = []
         for name, model in self.models.items():
             device, dtype = placement(model)
@@ -256,21 +220,20 @@ class _Run:
                 self._tell(f"{name}: {title}")
                 key = ("samples", batch.number, name, title)
                 record = self.journal.recall(key, batch.digest)
-                examples = None
                 if record is None:
                     started = time.perf_counter()
                     with seeded(derived_seed(self.seed, f"{title}/{batch.digest}", 0)):
                         if attack is not None and not attack.uses_model and corrupted is None:
                             images = attack(model, batch.images, batch.labels)
                             corrupted = checked_result(attack, images, batch.images)
-                        predictions, examples = self._predictions(name, attack, batch, corrupted)
+                        predictions = self._predictions(name, attack, batch, corrupted)
                     seconds = round(time.perf_counter() - started, 4)
                     record = {"labels": batch.labels.tolist(), "predictions": predictions, "seconds": seconds}
-                yield _Measurement(key, batch.digest, record, examples)
+                yield _Measurement(key, batch.digest, record)
 
     def _predictions(
         self, name: str, attack: Perturbation | None, batch: _Batch, corrupted: Tensor | None
-    ) -> tuple[list[int], Examples | None]:
+    ) -> list[int]:
         model = self.models[name]
         device, dtype = placement(model)
         x, y = batch.images.to(device, dtype), batch.labels.to(device)
@@ -282,28 +245,13 @@ class _Run:
         checked_labels(y, logits.shape[1], len(y))
         if attack is None:
             require_no_probabilities(logits, f"the model {name!r}")
-        predictions = logits.argmax(1)
-        examples = None
-        if attack is not None and self.examples is not None:
-            examples = Examples(
-                model=name,
-                weights=self.digests[name],
-                attack=str(attack),
-                ball=attack.ball,
-                classes=logits.shape[1],
-                clean=x.cpu(),
-                adversarial=attacked.cpu(),
-                labels=y.cpu().long(),
-                predictions=predictions.cpu(),
-            )
-        return predictions.tolist(), examples
+        predictions: list[int] = logits.argmax(1).tolist()
+        return predictions
 
     def _take(self, measurement: _Measurement) -> None:
         """Write a measurement down, if it is new, and count it; they come in the data's order."""
-        _, batch, model, title = key = measurement.key
+        _, _, model, title = key = measurement.key
         record = measurement.record
-        if measurement.examples is not None and self.examples is not None and current().leads:
-            self.examples.save(batch, measurement.examples)
         if self.journal.recall(key, measurement.digest) is None:
             self.journal.keep(key, measurement.digest, **record)
         self.seconds[model, title] += record["seconds"]
@@ -355,28 +303,8 @@ def _chosen(
     return tuple(named_attacks(attacks, seed=seed).values())
 
 
-def _limits(samples: Mapping[str, int], attacks: Sequence[Perturbation], total: int | None) -> dict[str, int]:
-    """How many images each attack is measured on that is not measured on all, by specification."""
-    limits: dict[str, int] = {}
-    for name, count in samples.items():
-        named = [str(attack) for attack in attacks if name in (attack.name, str(attack))]
-        if not named:
-            near = did_you_mean(name, [attack.name for attack in attacks])
-            raise UserError(f"samples names {name!r}, which is none of the attacks{near}")
-        if count < 1:
-            raise UserError(f"samples of {name} must be at least 1, not {count}")
-        limits.update(dict.fromkeys(named, count if total is None else min(count, total)))
-    return limits
-
-
 def _title(attack: Perturbation | None) -> str:
     return CLEAN if attack is None else str(attack)
-
-
-def _checked_eps(attacks: Sequence[Perturbation]) -> float:
-    """The largest L-infinity radius among the attacks."""
-    balls = [attack.ball for attack in attacks if attack.ball is not None]
-    return max((ball.eps for ball in balls if ball.norm == "linf"), default=_DEFAULT_EPS)
 
 
 def _required(labels: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from attackroute.core.checks import check_attackable, checked_labels, checked_lo
 from attackroute.core.errors import UserError
 from attackroute.core.loss import cross_entropy_seed
 from attackroute.core.model_state import frozen
-from attackroute.core.random import image_keys, normals, uniforms
+from attackroute.core.random import image_keys, uniforms
 from attackroute.robustness.attack import Perturbation
 
 _EPS = 8 / 255
@@ -93,7 +93,7 @@ class MIFGSM(Perturbation):
             largest: list[Tensor] = []
             for step in range(self.steps):
                 gradient = input_gradient(model, current, labels, largest if step else None)
-                norm = _norms(gradient, 1).clamp_(min=_TINY)  # one zero gradient must not make the sum NaN
+                norm = _sizes(gradient).clamp_(min=_TINY)  # one zero gradient must not make the sum NaN
                 momentum.mul_(self.decay).add_(gradient / norm)
                 current = torch.add(current, momentum.sign(), alpha=size).clamp_(low, high)
             _require_finite(largest)
@@ -154,42 +154,6 @@ class PGD(Perturbation):
         return current
 
 
-@dataclass(frozen=True)
-class PGDL2(PGD):
-    """Projected gradient descent in the L2 ball, with steps of the given length.
-
-    Attributes:
-        eps: Radius of the ball: the L2 norm of an image's whole change, for values in [0, 1].
-        step_size: None for ``2.5 eps / steps``, as Madry et al. (2018) have it for this norm.
-        steps, restarts, random_start, seed: As for :class:`PGD`.
-    """
-
-    name: ClassVar[str] = "pgd-l2"
-    norm = "l2"
-    eps: float = 0.5
-
-    def _descend(
-        self, model: nn.Module, x: Tensor, y: Tensor, restart: int, generator: torch.Generator | None
-    ) -> Tensor:
-        size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
-        current = x.clone()
-        if self.random_start:  # uniform in the ball: the radius is the n-th root of a uniform number
-            keys = image_keys(x, self.seed, f"{self.name} {restart}", generator)
-            direction = normals(keys, x.shape[1:]).to(x.dtype)
-            keys = image_keys(x, self.seed, f"{self.name} radius {restart}", generator)
-            radius = uniforms(keys, (1,) * (x.ndim - 1)).to(x.dtype) ** (1 / math.prod(x.shape[1:]))
-            current += direction.div_(_norms(direction, 2)).mul_(radius * self.eps)
-            current.clamp_(0, 1)
-        largest: list[Tensor] = []
-        for step in range(self.steps):
-            gradient = input_gradient(model, current, y, largest if step else None)
-            change = current.add_(gradient / _norms(gradient, 2).clamp_(min=_TINY), alpha=size).sub_(x)
-            change.mul_((self.eps / _norms(change, 2).clamp_(min=_TINY)).clamp_(max=1))
-            current = change.add_(x).clamp_(0, 1)  # x is inside the box, so this never leaves the ball
-        _require_finite(largest)
-        return current
-
-
 @contextmanager
 def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Hold the model still while its images are attacked; gives images and labels that no graph knows."""
@@ -243,9 +207,9 @@ def _box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
 
 
-def _norms(values: Tensor, order: int) -> Tensor:
-    """Norm of each sample's values, ``(N, 1, 1, 1)``."""
+def _sizes(values: Tensor) -> Tensor:
+    """L1 norm of each sample's values, ``(N, 1, 1, 1)``."""
     wide = torch.promote_types(values.dtype, torch.float32)
     dims = tuple(range(1, values.ndim))
-    norms: Tensor = torch.linalg.vector_norm(values, order, dim=dims, keepdim=True, dtype=wide)
-    return norms
+    sizes: Tensor = torch.linalg.vector_norm(values, 1, dim=dims, keepdim=True, dtype=wide)
+    return sizes

@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
-from attackroute.core.model_state import placement
 from attackroute.core.random import image_keys
 from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.gradient_attacks import FGSM, PGD, attacking, input_gradient, predicted
@@ -27,16 +26,15 @@ from attackroute.robustness.registry import parse_attack
 SILENT, SUSPICIOUS, SKIPPED = "silent", "suspicious", "skipped"
 
 _CLEAR = 0.01  # below this probability a check is suspicious
-_FEW_STEPS, _MANY_STEPS = 10, 50
+_STEPS = 50
 _QUERIES = 500
 _RARE = 0.01  # share of images that may have a gradient of zero
-_REPEATS = 1e-3  # of the largest logit: far above rounding, far below what a draw changes
 
 Candidates = tuple[Tensor, Tensor, Tensor]
 """Keys, images and labels, by key."""
 
 Probe = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""``(model, images, labels) -> bool (N,)``: whether the model is right, or whether the image shows the sign."""
+"""``(model, images, labels) -> bool (N,)``: whether the model is right, or whether the gradient is zero."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Check:
     verdict: str  # "silent", "suspicious" or "skipped"
     samples: int  # images that it was made on
     numbers: Mapping[str, int | float]  # what was counted, by name
-    p: float | None  # probability of such counts, or worse, if nothing were masked; None where nothing is up to chance
+    p: float | None  # probability of such counts, or worse, if nothing were masked; None where it is skipped
     sentence: str  # what that suggests
 
     def to_json(self) -> dict[str, Any]:
@@ -61,14 +59,12 @@ class Sign:
     """A sign of masked gradients, and how it is told from chance.
 
     Without a share, the probe is a weaker attack than PGD of many steps, and must not fool images that this one does
-    not, beyond chance. Else the probe must not find more than that share of the images, beyond chance; a share of zero
-    leaves nothing to chance, so that one image is enough.
+    not, beyond chance. Else the probe must not find more than that share of the images, beyond chance.
     """
 
     name: str
     probe: str
     label: str
-    silent: str
     suspicious: str
     share: float | None = None
 
@@ -77,26 +73,22 @@ class Sign:
         flags, stronger = outcomes[self.probe], outcomes["many steps"]
         if isinstance(flags, str) or isinstance(stronger, str):
             return Check(model, self.name, SKIPPED, samples=0, numbers={}, p=None, sentence=str(flags))
-        p: float | None
+        numbers: dict[str, int | float]
         if self.share is None:
-            p, numbers = self._paired(flags, stronger)
+            pairs = list(zip(flags, stronger, strict=True))
+            wins, losses = pairs.count((0, 1)), pairs.count((1, 0))
+            p = tail(wins, wins + losses, 0.5)
+            numbers = {
+                f"accuracy under {self.label}": sum(flags) / len(flags),
+                f"accuracy under PGD-{_STEPS}": sum(stronger) / len(stronger),
+                f"fooled by {self.label} alone": wins,
+                f"fooled by PGD-{_STEPS} alone": losses,
+            }
         else:
-            p = tail(sum(flags), len(flags), self.share) if self.share else None
+            p = tail(sum(flags), len(flags), self.share)
             numbers = {self.label: sum(flags), "share": sum(flags) / len(flags)}
-        suspicious = any(flags) if p is None else p < _CLEAR
-        verdict, sentence = (SUSPICIOUS, self.suspicious) if suspicious else (SILENT, self.silent)
+        verdict, sentence = (SUSPICIOUS, self.suspicious) if p < _CLEAR else (SILENT, "As it should be.")
         return Check(model, self.name, verdict, samples=len(flags), numbers=numbers, p=p, sentence=sentence)
-
-    def _paired(self, weaker: list[int], stronger: list[int]) -> tuple[float, dict[str, int | float]]:
-        pairs = list(zip(weaker, stronger, strict=True))
-        wins, losses = pairs.count((0, 1)), pairs.count((1, 0))
-        stronger_label = f"PGD-{_MANY_STEPS}"
-        return tail(wins, wins + losses, 0.5), {
-            f"accuracy under {self.label}": sum(weaker) / len(weaker),
-            f"accuracy under {stronger_label}": sum(stronger) / len(stronger),
-            f"fooled by {self.label} alone": wins,
-            f"fooled by {stronger_label} alone": losses,
-        }
 
 
 SIGNS = (
@@ -104,109 +96,55 @@ SIGNS = (
         name="one step against many",
         probe="fgsm",
         label="FGSM",
-        silent="Many steps fool what one step fools, as they should.",
-        suspicious=(
-            "One step fools images that many do not: the gradient leads iterative attacks astray, and PGD overstates "
-            "robustness."
-        ),
-    ),
-    Sign(
-        name="few steps against more",
-        probe="few steps",
-        label=f"PGD-{_FEW_STEPS}",
-        silent="More steps do not lose what fewer have found, as it should be.",
-        suspicious=(
-            "Accuracy rises with the number of steps: the attack does not converge on this loss surface, so its "
-            "numbers are no bound."
-        ),
+        suspicious="One step fools images that many do not: the gradient misleads PGD, which overstates robustness.",
     ),
     Sign(
         name="no limit on the change",
         probe="unbounded",
         label="right under PGD with eps 1",
         share=0.05,
-        silent="With any change allowed, nearly nothing withstands PGD, as it should be.",
-        suspicious=(
-            "With any change allowed, images withstand PGD: it fails, so its numbers at a smaller eps mean nothing."
-        ),
+        suspicious="With any change allowed, images withstand PGD: its numbers at a smaller eps mean nothing.",
     ),
     Sign(
         name="black box against white box",
         probe="square",
         label=f"Square-{_QUERIES}",
-        silent="An attack without gradients finds no more than PGD does, as it should be.",
-        suspicious=(
-            "An attack that never asks for a gradient fools images that PGD does not: the gradient hides the way."
-        ),
-    ),
-    Sign(
-        name="transfer from a twin",
-        probe="transfer",
-        label="PGD on the twin",
-        silent="Images made for the undefended twin fool no more than those made for the model, as it should be.",
-        suspicious=(
-            "Images made for an undefended twin fool the model where its own gradient does not: the defence hides its"
-            " gradient."
-        ),
+        suspicious="An attack that asks for no gradient fools images that PGD does not: the gradient hides the way.",
     ),
     Sign(
         name="vanishing loss gradient",
         probe="no loss gradient",
         label="images whose cross entropy has a gradient of exactly zero",
         share=_RARE,
-        silent="The cross entropy has a gradient at the images.",
-        suspicious=(
-            "The cross entropy's gradient is exactly zero, as with overlarge logits: attacks that follow it do "
-            "nothing (those made here do not depend on its size)."
-        ),
+        suspicious="As with overlarge logits, attacks by the loss are blind (those made here do not need its size).",
     ),
     Sign(
         name="vanishing gradient of the logits",
         probe="no gradient",
         label="images at which the logits have a gradient of exactly zero",
         share=_RARE,
-        silent="The logits have a gradient at the images.",
-        suspicious=(
-            "The logits do not change with the image in any direction, as behind a quantiser: every gradient attack "
-            "is blind; trust attacks without gradients alone."
-        ),
-    ),
-    Sign(
-        name="random answers",
-        probe="random",
-        label="images whose logits differ when they are asked for twice",
-        share=0.0,
-        silent="The same image gets the same logits twice.",
-        suspicious=(
-            "The same image gets other logits each time: one gradient is one draw, so attack the average over draws "
-            "(EOT)."
-        ),
+        suspicious="As behind a quantiser, every gradient attack is blind: trust attacks without gradients alone.",
     ),
 )
 
 
-def masking_probes(eps: float, seed: int, twin: nn.Module | None) -> dict[str, Probe | str]:
+def masking_probes(eps: float, seed: int) -> dict[str, Probe | str]:
     """What is counted on each image, by title; for what cannot be counted, a sentence that says why.
 
-    Attacks are compared in the L-infinity ball of radius ``eps``; those by transfer are made for the ``twin``.
+    Attacks are compared in the L-infinity ball of radius ``eps``.
     """
-    many_steps = PGD(eps, _MANY_STEPS, seed=seed)
     probes: dict[str, Probe | str] = {
-        "few steps": _right_after(PGD(eps, _FEW_STEPS, seed=seed)),
         "fgsm": _right_after(FGSM(eps)),
-        "many steps": _right_after(many_steps),
+        "many steps": _right_after(PGD(eps, _STEPS, seed=seed)),
         # from the image itself, since a random start within [0, 1] would be another image already
-        "unbounded": _right_after(PGD(1.0, _MANY_STEPS, random_start=False)),
+        "unbounded": _right_after(PGD(1.0, _STEPS, random_start=False)),
         "no loss gradient": _no_loss_gradient,
         "no gradient": _no_gradient,
-        "random": _random,
     }
     try:
         probes["square"] = _right_after(parse_attack(f"square:queries={_QUERIES}", eps=eps, seed=seed))
     except UserError as error:
         probes["square"] = f"Skipped, since {error}."
-    no_twin = "Skipped, since no undefended twin was given."
-    probes["transfer"] = no_twin if twin is None else _right_after(many_steps, made_for=twin)
     return probes
 
 
@@ -224,16 +162,11 @@ def tail(count: int, trials: int, share: float) -> float:
     return float(binom.sf(count - 1, trials, share))
 
 
-def _right_after(attack: Perturbation, made_for: nn.Module | None = None) -> Probe:
-    """Which images the model gets right after an attack on it, or on another model."""
+def _right_after(attack: Perturbation) -> Probe:
+    """Which images the model gets right after an attack."""
 
     def right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        if made_for is None:
-            attacked = attack(model, x, y)
-        else:
-            device, dtype = placement(made_for)
-            attacked = attack(made_for, x.to(device, dtype), y.to(device)).to(x)
-        with attacking(model, attacked, y) as (images, labels):
+        with attacking(model, attack(model, x, y), y) as (images, labels):
             return predicted(model, images) == labels
 
     return right
@@ -257,13 +190,6 @@ def _no_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return _all_zero(input_gradient(model, images, labels))
 
 
-def _random(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Images whose logits differ between two passes by more than rounding."""
-    with attacking(model, x, y) as (images, _):
-        first, second = (checked_logits(model(images.clone()), len(images)).double() for _ in range(2))
-        return (first - second).abs().amax(1) > _REPEATS * first.abs().amax(1)
-
-
 def _all_zero(gradient: Tensor) -> Tensor:
     return (gradient == 0).flatten(1).all(1)
 
@@ -276,33 +202,28 @@ class SampleChoice:
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
-        self._chosen: list[Candidates] = []
+        self._chosen: Candidates | None = None
+
+    def __len__(self) -> int:
+        return 0 if self._chosen is None else len(self._chosen[0])
 
     def candidates(self, images: Tensor, labels: Tensor) -> Candidates | None:
         """What of a batch ``(N, ...)``, ``(N,)`` can still be chosen, on the CPU."""
-        if not self._count:
-            return None
         keys = image_keys(images, self._seed, "sample choice").cpu()
         rows = keys.argsort(stable=True)[: self._count]
-        if len(self) == self._count:
-            rows = rows[keys[rows] < max(int(chosen[-1]) for chosen, *_ in self._chosen)]
+        if self._chosen is not None and len(self) == self._count:
+            rows = rows[keys[rows] < self._chosen[0][-1]]
         return (keys[rows], images[rows.to(images.device)].cpu(), labels.cpu()[rows]) if len(rows) else None
-
-    def __len__(self) -> int:
-        return sum(len(keys) for keys, *_ in self._chosen)
 
     def take(self, candidates: Candidates | None) -> None:
         """Let the candidates of the next batch take part."""
         if candidates is not None:
-            self._chosen.append(candidates)
-        if len(self) > self._count:
-            self._chosen = [self._merged()]
+            pieces = [candidates] if self._chosen is None else [self._chosen, candidates]
+            keys, images, labels = (torch.cat(each) for each in zip(*pieces, strict=True))
+            order = keys.argsort(stable=True)[: self._count]
+            self._chosen = keys[order], images[order], labels[order]
 
     def samples(self) -> tuple[Tensor, Tensor]:
-        """The chosen images and labels on the CPU, by hash."""
-        return self._merged()[1:]
-
-    def _merged(self) -> Candidates:
-        keys, images, labels = (torch.cat(pieces) for pieces in zip(*self._chosen, strict=True))
-        order = keys.argsort(stable=True)[: self._count]
-        return keys[order], images[order], labels[order]
+        """The chosen images and labels on the CPU, by hash; there must be some."""
+        assert self._chosen is not None
+        return self._chosen[1:]

@@ -7,14 +7,14 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.robustness.attack import Attack, Perturbation
+from attackroute.robustness.attack import Attack, Perturbation, show_eps
 from attackroute.robustness.autoattack import AutoAttack, Square
 from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
-from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, PGDL2, StepLL
+from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, StepLL
 from attackroute.robustness.own_attack import own_attack
 
 _CLASSES: dict[str, type[Perturbation]] = {
-    **{cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, PGDL2, AutoAttack, Square, GaussianNoise)},
+    **{cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, AutoAttack, Square, GaussianNoise)},
     **dict.fromkeys(KINDS, Corruption),
 }
 
@@ -89,18 +89,18 @@ def named_attacks(
 def by_radius(attack: str) -> tuple[str, float, str]:
     """Sorts specifications: those of one attack by their radius."""
     perturbation = _parsed(attack)
-    ball = None if perturbation is None else perturbation.ball
-    return attack.partition(":")[0], 0.0 if ball is None else ball.eps, attack
+    radius = None if perturbation is None else perturbation.radius
+    return attack.partition(":")[0], radius or 0.0, attack
 
 
 def radii(attacks: Sequence[str]) -> list[str] | None:
     """The attacks' radii where nothing else tells them apart; None otherwise."""
     perturbations = [perturbation for perturbation in map(_parsed, attacks) if perturbation is not None]
-    balls = [perturbation.ball for perturbation in perturbations if perturbation.ball is not None]
+    known = [perturbation.radius for perturbation in perturbations if perturbation.radius is not None]
     others = [{**item.to_json(), "eps": None, "step_size": None} for item in perturbations]
-    if not balls or len(balls) != len(attacks) or any(settings != others[0] for settings in others):
+    if not known or len(known) != len(attacks) or any(settings != others[0] for settings in others):
         return None
-    return [ball.radius for ball in balls]
+    return list(map(show_eps, known))
 
 
 def _own(attack: object, name: str | None = None) -> Perturbation:
