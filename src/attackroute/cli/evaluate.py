@@ -148,7 +148,7 @@ def evaluate(options: EvaluateOptions) -> int:
             checks=options.check_samples if options.checks else 0, twin=twin, folder=folders.get(options.out),
             save_examples=folders.get(options.save_examples),
             resume=options.resume, origin=origin,
-            progress=lambda done, total, what: progress(done, total, f"{what}, {batches.reading}"),
+            progress=progress,
         )  # fmt: skip
     _show(output, evaluation, options.out, options.save_examples)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from attackroute.cli.arguments import (
     settings_of,
     switch,
 )
-from attackroute.cli.console import Output
+from attackroute.cli.console import Output, Progress
 from attackroute.core.distributed import current, leading, own_device
 from attackroute.core.errors import UserError
 from attackroute.tracing.config import CARRIERS, UNIT, Sketches, TraceConfig
@@ -122,7 +122,6 @@ class ImageOptions:
         "--channels", "Read image files in grey (1) or colour (3); else as the train folder has it, or in colour.",
         parse_channels, "1|3", default=None,
     )  # fmt: skip
-    skip_unreadable: bool = switch("--skip-unreadable", "Leave out image files that cannot be read.")
 
     def open(self, run: RunOptions, models: Sequence[str] = (), split: str | None = None) -> ImageData:
         """The images, of the size and channels that the first train folder among the models says."""
@@ -132,12 +131,9 @@ class ImageOptions:
         spec = next((card[1].spec for model in models if (card := find_card(model)) is not None), None)
         images = load_data(
             self.data, split=split or self.split, samples=self.samples, seed=run.seed,  # type: ignore[arg-type]
-            image_size=self.image_size or getattr(spec, "image_size", None), skip_unreadable=self.skip_unreadable,
+            image_size=self.image_size or getattr(spec, "image_size", None),
         )  # fmt: skip
-        images = with_channels(images, self.channels or getattr(spec, "in_channels", None))
-        for path in images.skipped:
-            run.output.note(f"note: left out {path}, which cannot be read")
-        return images
+        return with_channels(images, self.channels or getattr(spec, "in_channels", None))
 
 
 @dataclass(frozen=True)
@@ -256,15 +252,13 @@ class Session:
         return cls(network.open(data).to(device), data, settings, run)
 
     @contextmanager
-    def reading(
-        self, unit: str, kept: str | None = None
-    ) -> Iterator[tuple[ImageBatches, Callable[[int, int | None], None]]]:
-        """The images batch by batch, and what moves a progress bar that says how their reading goes."""
+    def reading(self, unit: str, kept: str | None = None) -> Iterator[tuple[ImageBatches, Progress]]:
+        """The images batch by batch, and what moves a progress bar."""
         from attackroute.zoo.data import ImageBatches
 
         batches = ImageBatches(self.images, self.run.batch_size, workers=self.run.workers)
         with self.run.output.progress(unit, kept) as progress:
-            yield batches, lambda done, total: progress(done, total, batches.reading)
+            yield batches, progress
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +165,7 @@ def _compare(
     from attackroute.tracing.oracle_check import verify
     from attackroute.zoo.data import ImageBatches
 
-    chosen = [[row] for row in range(len(written))]
-    batches = ImageBatches(session.images, 1, batches=chosen)
+    batches = islice(ImageBatches(session.images, 1), len(written))
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     device, dtype = placement(session.network)
     return verify(

@@ -131,12 +131,8 @@ class BatchStream:
         self.number, self.total = 0, samples_in(data)
         self._source: Iterator[tuple[int, Any]] | None = None
         self._loader = _sampled(data)
-        # data any of whose batches can be read alone, so that no process reads what belongs to another
-        self._numbered = getattr(data, "numbered", None)
         # data that can be read only one after the other: every process reads what belongs to the others, too
-        self._is_skimmed = (
-            self._loader is None and self._numbered is None and not isinstance(data, Tensor) and not _is_pair(data)
-        )
+        self._is_skimmed = self._loader is None and not isinstance(data, Tensor) and not _is_pair(data)
         self._order: list[Any] | None = None
         if self._team.count > 1 and _is_shuffled(self._loader):
             self._order = self._team.first(lambda: list(self._sample_order()))
@@ -189,13 +185,9 @@ class BatchStream:
         start = self._team.rank % step if start is None else start
         if self._numbers is None and step == 1:
             return _numbered(_raw(self._data, self._batch_size))
-        if self._numbered is not None:
-            numbers = (range(len(cast(Sized, self._data))) if self._numbers is None else self._numbers)[start::step]
-            return zip(numbers, self._numbered(numbers), strict=False)
         if self._loader is not None:
             chosen = list(islice(self._asked_for(enumerate(self._sample_order())), start, None, step))
-            workers = 0 if step == _AT_MOST else self._loader.num_workers
-            items = _reader(self._loader, [rows for _, rows in chosen], workers)
+            items = _reader(self._loader, [rows for _, rows in chosen])
             return zip((number for number, _ in chosen), items, strict=False)
         return islice(self._asked_for(_numbered(_raw(self._data, self._batch_size))), start, None, step)
 
@@ -297,10 +289,11 @@ def _is_shuffled(loader: DataLoader[Any] | None) -> bool:
     return loader is not None and not isinstance(loader.sampler, SequentialSampler)
 
 
-def _reader(loader: DataLoader[Any], batches: list[Any], workers: int) -> Iterator[Any]:
+def _reader(loader: DataLoader[Any], batches: list[Any]) -> Iterator[Any]:
     """Some batches of a loader, given by their samples, with the others unread."""
     kept = ("collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
     options = {name: getattr(loader, name) for name in kept}
+    workers = loader.num_workers if len(batches) > 1 else 0
     return iter(DataLoader(loader.dataset, batch_sampler=batches, num_workers=workers, **options))
 
 

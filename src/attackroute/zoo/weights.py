@@ -8,7 +8,6 @@ and ``training.json``, the command that made them and their accuracy.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import re
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from attackroute.core.document import read_object
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import expect_mapping, file_errors, read_weights, regular_file, user_path, write_json
-from attackroute.core.model_state import kept_modes, placement
+from attackroute.core.model_state import explained, kept_modes, placement
 from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import BUILT_IN, build
 from attackroute.zoo.spec import ModelSpec, Normalise
@@ -211,29 +210,13 @@ def load_preset(name: str) -> nn.Module:
     return model.eval()
 
 
-def preset_training(name: str) -> dict[str, Any]:
-    """How a preset was trained: command, data, accuracy on clean test images."""
-    content: dict[str, Any] = json.loads((preset_folder(name) / TRAINING).read_bytes())
-    return content
-
-
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
     """Try a model on one black image (C, H, W), in eval mode and without gradients; it comes back as it was."""
     device, dtype = placement(model)
     image = torch.zeros(1, *shape, dtype=dtype, device=device)
-    with kept_modes(model), torch.no_grad():
+    with kept_modes(model), torch.no_grad(), explained(image):
         model.eval()
-        try:
-            model(image)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
-            channels, height, width = shape
-            raise UserError(
-                f"the model cannot take images with {channels} channels of {height}x{width} pixels ({reason}); "
-                "give images of another size, or another model"
-            ) from error
+        model(image)
 
 
 def kept_weights(folder: Path) -> Path:
