@@ -19,8 +19,7 @@ from attackroute.core.model_state import frozen
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import kept, top_k
 from attackroute.tracing import oracle
-from attackroute.tracing.config import FIRST_SKETCHES, TraceConfig
-from attackroute.tracing.frozen_gates import FrozenGates
+from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import CLOSED_FORM, Structure
 from attackroute.tracing.trace import trace_routes
@@ -89,6 +88,7 @@ ARCHITECTURES = (
 )
 
 
+_SKETCHES = 32
 HEADER = [
     "network",
     "route layers",
@@ -98,15 +98,12 @@ HEADER = [
     "exact / forward",
     "deviation",
     "routes found",
-    "closed form, frozen",
-    "routes found, frozen",
 ]
 NOTE = (
-    f"trace / forward: with {FIRST_SKETCHES} sketches where an edge has no closed form (approximate), the look at the "
+    f"trace / forward: with {_SKETCHES} sketches where an edge has no closed form (approximate), the look at the "
     "structure included. exact / forward: by vector-Jacobian products instead, extrapolated from some of them. "
     "deviation: largest relative distance of the exact scores from the oracle's, at reduced size, float64. routes "
-    f"found: share of the oracle's critical channels that a trace with {FIRST_SKETCHES} sketches finds, likewise. "
-    "frozen: with statistics and gates as constants (approximate), exact otherwise."
+    f"found: share of the oracle's critical channels that a trace with {_SKETCHES} sketches finds, likewise."
 )
 
 
@@ -118,12 +115,10 @@ class ReducedComparison:
         deviation: Of the exact trace's scores from the oracle's in double precision, the largest, each relative to the
             largest of its layer.
         agreement: Share of the oracle's critical channels that the trace with 32 sketches finds.
-        frozen_agreement: The same of an exact trace with frozen gates.
     """
 
     deviation: float
     agreement: float
-    frozen_agreement: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,6 @@ class ArchitectureResult:
         name: Of the architecture.
         layers: Number of route layers.
         closed: For each edge, whether it has a closed form.
-        frozen_closed: The same with frozen gates.
         forward: Seconds of plain inference.
         trace: Of a trace with 32 sketches where an edge has no closed form, the look at the structure included.
         exact: Seconds of the exact products of one batch, extrapolated from some at each target; 0 where all is closed.
@@ -145,7 +139,6 @@ class ArchitectureResult:
     name: str
     layers: int
     closed: tuple[bool, ...]
-    frozen_closed: tuple[bool, ...]
     forward: Spread
     trace: Spread
     exact: float
@@ -165,10 +158,8 @@ class ArchitectureResult:
             "route layers": self.layers,
             "edges": len(self.closed),
             "edges in closed form": sum(self.closed),
-            "edges in closed form, frozen gates": sum(self.frozen_closed),
             "largest deviation from the oracle": self.reduced.deviation,
             "share of the oracle's routes found": self.reduced.agreement,
-            "share of the oracle's routes found, frozen gates": self.reduced.frozen_agreement,
         }
         return [
             Measurement(name, "trace / forward", self.trace / self.forward, bound=bound),
@@ -189,8 +180,6 @@ class ArchitectureResult:
             f"{self.exact_ratio:,.0f}" if self.exact else "the same",
             f"{self.reduced.deviation:.0e}",
             "all, exact" if all(self.closed) else f"{self.reduced.agreement:.0%}",
-            f"{sum(self.frozen_closed) / len(self.frozen_closed):.0%}",
-            f"{self.reduced.frozen_agreement:.0%}",
         ]
 
 
@@ -221,7 +210,7 @@ def measure_architecture(
         adapt_batch_norms(model, images)
     model.eval()
     clock = Stopclock.of(plan.device)
-    config = TraceConfig(linear=architecture.linear, sketches=FIRST_SKETCHES)
+    config = TraceConfig(linear=architecture.linear, sketches=_SKETCHES)
 
     def forward() -> None:
         with torch.no_grad():
@@ -233,19 +222,15 @@ def measure_architecture(
     with frozen(model):
         structure, _ = Structure.probe(model, images, linear=architecture.linear)
         exact = _exact_seconds(model, images, structure, architecture.linear, clock)
-        with FrozenGates():
-            frozen_structure, _ = Structure.probe(model, images, linear=architecture.linear)
-    closed, frozen_closed = (
-        tuple(method == CLOSED_FORM for method in each.methods.values()) for each in (structure, frozen_structure)
-    )
+    closed = tuple(method == CLOSED_FORM for method in structure.methods.values())
     return ArchitectureResult(
-        architecture.name, len(structure.names), closed, frozen_closed, exact=exact, **runs,
+        architecture.name, len(structure.names), closed, exact=exact, **runs,
         reduced=compare_reduced(architecture, plan.seed), limit=architecture.limit,
     )  # fmt: skip
 
 
 def compare_reduced(architecture: Architecture, seed: int = 0) -> ReducedComparison:
-    """Compare the exact trace, sketches and frozen gates with the oracle, at reduced size."""
+    """Compare the exact trace and sketches with the oracle, at reduced size."""
     size = architecture.reduced_size
     with seeded(seed):
         model = architecture.reduced().double()
@@ -265,15 +250,10 @@ def compare_reduced(architecture: Architecture, seed: int = 0) -> ReducedCompari
     )
 
     def agreement(routes: InstanceRoutes) -> float:
-        # layers that reach the logits by gates alone are on no route with frozen gates
         shared = sum(int((mask & expected.masks[layer]).sum()) for layer, mask in routes.masks.items())
         return shared / sum(int(mask.sum()) for mask in expected.masks.values())
 
-    return ReducedComparison(
-        deviation,
-        agreement(traced(replace(exact, sketches=FIRST_SKETCHES, seed=seed))),
-        agreement(traced(replace(exact, freeze_gates=True))),
-    )
+    return ReducedComparison(deviation, agreement(traced(replace(exact, sketches=_SKETCHES, seed=seed))))
 
 
 def markdown_table(results: Sequence[ArchitectureResult], environment: str) -> str:

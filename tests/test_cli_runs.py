@@ -423,17 +423,6 @@ def test_sketches_are_named_wherever_their_numbers_are_shown(pictures, tmp_path)
     refused(resumed, "has sketches 32")
 
 
-def test_frozen_gates_are_named_wherever_their_numbers_are_shown(pictures, tmp_path):
-    options = shuffled(pictures)
-    torch.manual_seed(0)
-    result = run("trace", *options, "--freeze-gates", "--check", 1, "--out", tmp_path / "shown")
-    assert result.exit_code == 0, result.output
-    assert "influence with frozen gates, approximate" in result.stdout
-    assert "frozen gates" in Route.load(tmp_path / "shown" / "route.json").provenance.criterion
-    torch.manual_seed(0)
-    refused(run("trace", *options, "--out", tmp_path / "shown", "--resume"), "has freeze-gates True")
-
-
 @pytest.mark.parametrize("text", ["7", "0", "-8", "some", "32.0"])
 def test_sketches_that_cannot_be_used_are_bad_input(pictures, text):
     result = run("trace", "--model", "vgg_small", "--data", f"folder:{pictures}", "--sketches", text)

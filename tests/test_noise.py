@@ -186,7 +186,6 @@ def test_the_model_comes_back_as_it_was(fails: str) -> None:
     [
         ({"carrier": "nose"}, "carrier 'nose' is unknown; choose from unit, noise"),
         ({"carrier": "noise", "sketches": 32}, "leave one of the two out"),
-        ({"carrier": "noise", "freeze_gates": True}, "leave one of the two out"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(options: dict[str, Any], message: str) -> None:

@@ -70,7 +70,6 @@ def test_another_carrier_does_not_go_on(trained: Path, tmp_path: Path) -> None:
     result = run("trace", trained, "--attack", ATTACK, "--carrier", "noise", "--out", folder, "--resume")
     refused(result, "carrier", "'unit'", "'noise'")
     refused(run("trace", trained, "--carrier", "noise"), "--attack")
-    refused(run("trace", trained, "--carrier", "noise", "--attack", ATTACK, "--freeze-gates"), "gates")
 
 
 def test_hardness_along_the_noise(trained: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def public(*places: str) -> Any:
 
 
 def traced(model: nn.Module, data: Any, attack: Any = None, **settings: Any) -> ar.InstanceRoutes:
-    """Instance routes with scores; ``settings`` are linear, carrier, sketches, seed, freeze_gates."""
+    """Instance routes with scores; ``settings`` are linear, carrier, sketches, seed."""
     if hasattr(ar, "TraceConfig"):
         settings = {"config": ar.TraceConfig(**settings)}
     return ar.trace_routes(model, data, attack=attack, keep_scores=True, **settings)
@@ -227,7 +227,6 @@ def trace(place: Workplace) -> Results:
     results |= routes_of("tokens exact", traced(model, data, linear=True))
     results |= routes_of("tokens sketched", traced(model, data, linear=True, sketches=32, seed=3))
     results |= routes_of("tokens auto", traced(model, data, linear=True, sketches="auto"))
-    results |= routes_of("tokens frozen", traced(model, data, linear=True, freeze_gates=True))
     results |= routes_of("tokens noise", traced(model, data, fgsm, linear=True, carrier="noise"))
     pairs = {
         "digits influence": ar.influence(place.network, place.batch[0][:4], "features.7", "features.10"),

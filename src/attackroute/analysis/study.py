@@ -255,6 +255,6 @@ class Study:
             "seed": self.seed, "batch-size": self.batch_size, "share": self.share, "at": self.at, "draws": self.draws,
             "layers": None if self.layers is None else list(self.layers),
             "linear": self.config.linear, "sketches": self.config.sketches, "sketch-seed": self.config.seed,
-            "freeze-gates": self.config.freeze_gates, "carrier": self.config.carrier,
+            "carrier": self.config.carrier,
             "attacks": [attack_name(attack) for attack in self.named_attacks.values()],
         }  # fmt: skip

@@ -179,15 +179,15 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_sketches(text: str) -> int | str:
-    """Read a number of sketches, or ``auto``."""
-    from attackroute.tracing.config import AUTO, check_sketches
+def parse_sketches(text: str) -> int:
+    """Read a number of sketches."""
+    from attackroute.tracing.config import check_sketches
 
-    value = int(text) if text.isdecimal() else text
+    value = int(text) if text.isdecimal() else -1
     try:
         check_sketches(value)
     except UserError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of sketches; write 32, 64, ... or {AUTO}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of sketches; write 32, 64, ...") from error
     return value
 
 

@@ -26,7 +26,7 @@ from attackroute.cli.arguments import (
 from attackroute.cli.console import Output, Progress
 from attackroute.core.distributed import current, leading, own_device
 from attackroute.core.errors import UserError
-from attackroute.tracing.config import CARRIERS, UNIT, Sketches, TraceConfig
+from attackroute.tracing.config import CARRIERS, UNIT, TraceConfig
 
 if TYPE_CHECKING:
     import torch
@@ -171,15 +171,14 @@ class TracingOptions:
         "--linear", "Linear maps are route layers too: in ViT and Swin the attention's projections and the MLPs. Their "
         "neurons are output features, their positions tokens.",
     )  # fmt: skip
-    sketches: Sketches = option(
+    sketches: int | None = option(
         "--sketches", "Estimate edges without a closed form (attention, layer norm) from N random products each, such "
-        "as 32: approximate, and far quicker; auto doubles N until the routes are clear.", parse_sketches, "N|auto",
-        default=None,
+        "as 32: approximate, and far quicker.", parse_sketches, "N", default=None,
     )  # fmt: skip
 
-    def config(self, seed: int, *, freeze_gates: bool = False) -> TraceConfig:
+    def config(self, seed: int) -> TraceConfig:
         """The same for the library, which refuses what cannot be combined."""
-        return TraceConfig(seed=seed, freeze_gates=freeze_gates, **given(self))
+        return TraceConfig(seed=seed, **given(self))
 
 
 @dataclass(frozen=True, kw_only=True)

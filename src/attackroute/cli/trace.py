@@ -44,7 +44,7 @@ _DOUBLE, _REDUCED = "float64", ("bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
-    """Find the critical attacking routes of images, exactly unless --sketches or --freeze-gates are given.
+    """Find the critical attacking routes of images, exactly unless --sketches is given.
 
     A sample's route holds the channels of each layer that pass on the most of what changes its loss; the model's route
     holds those that are on most samples' routes. Ctrl-C keeps the samples that are done; --resume goes on.
@@ -65,10 +65,6 @@ class TraceOptions:
         "NAME", default=None, group=ROUTE,
     )  # fmt: skip
     tracing: TracingOptions
-    freeze_gates: bool = switch(
-        "--freeze-gates", "Take statistics of layer and group norm, attention weights and squeeze-excite gates as "
-        "constants: approximate, and more edges have a closed form.", group=ROUTE,
-    )  # fmt: skip
     keep_scores: bool = switch("--keep-scores", "Keep each channel's score too; files grow 32-fold.", group=ROUTE)
     check: int | None = count(
         "--check", "Compare the first N samples with the brute-force oracle; exit code 1 if they differ beyond "
@@ -96,7 +92,7 @@ def trace(options: TraceOptions) -> int:
     if options.resume and options.out is None:
         raise UserError("--resume goes on with the trace in a folder; name it with --out")
     attack = None if options.attack is None else parse_attack(options.attack)
-    config = options.tracing.config(options.run.seed, freeze_gates=options.freeze_gates)
+    config = options.tracing.config(options.run.seed)
     config.check_attack(attack)
     session = Session.open(options.network, options.images, options.run)
     output, team = options.run.output, current()

@@ -228,7 +228,7 @@ class InstanceRoutes(SampleRoutes):
     def __repr__(self) -> str:
         sizes = [plural(len(self), "sample"), plural(len(self.channels), "layer")]
         title = ", ".join([*sizes, plural(sum(self.channels.values()), "channel"), f"width {self.width:g}"])
-        title += "" if self.sketched is None else f", {self.provenance.criterion}"
+        title += f", {self.provenance.criterion}" if "approximate" in self.provenance.criterion else ""
         title += f", {plural(len(unranked), 'layer')} without scores" if (unranked := self.unranked_layers) else ""
         targets: dict[str, list[str]] = {layer: [] for layer in self.channels}
         for (source, target), method in self.methods.items():

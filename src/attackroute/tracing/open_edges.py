@@ -17,26 +17,19 @@ from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.core.random import image_keys
 from attackroute.routes.masks import largest
 from attackroute.tracing.closed_form import chosen_rows
-from attackroute.tracing.config import AUTO, FIRST_SKETCHES
 from attackroute.tracing.noise import noise_sums
 from attackroute.tracing.recorder import RecordedLayer
 from attackroute.tracing.segments import Segments
-from attackroute.tracing.sketches import CLEAR_OVERLAP, MOST_SKETCHES, Cut, Estimate
 
 _ROWS = 256  # of a replayed batch
 
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A layer whose critical channels are known: scores ``(n, C)`` and mask, bool ``(n, C)``.
-
-    Where edges were sketched also the draws behind each sample's scores, int32 ``(n,)``, and how certain the mask is.
-    """
+    """A layer whose critical channels are known: scores ``(n, C)`` and mask, bool ``(n, C)``."""
 
     scores: Tensor
     mask: Tensor
-    draws: Tensor | None = None
-    cut: Cut | None = None
 
 
 class OpenEdges:
@@ -62,68 +55,29 @@ class OpenEdges:
         return None
 
 
-class ExactProducts(OpenEdges):
-    """Exact vector-Jacobian products over the batch's segments between layers."""
-
-    def __init__(self, segments: Segments, width: float) -> None:
-        super().__init__(width)
-        self._segments = segments
-        self._scores: dict[str, Tensor] = {}
-
-    def follow(self, target: str, critical: Tensor) -> None:
-        """Add the target's share to the scores of its sources."""
-        for source, score in self._segments.scores(target, critical).items():
-            self._scores[source] = score + self._scores[source] if source in self._scores else score
-
-    def _share(self, source: str) -> Tensor | None:
-        return self._scores.pop(source, None)
-
-
-class SketchedProducts(OpenEdges):
-    """Random products: ``sketches`` draws, or from 32 on until a layer's cut is clear (``"auto"``).
+class Products(OpenEdges):
+    """Vector-Jacobian products over the batch's segments between layers: exact, or ``sketches`` random ones an edge.
 
     Each of the images has random numbers of its own, by ``seed``.
     """
 
-    def __init__(self, segments: Segments, images: Tensor, *, sketches: int | str, seed: int, width: float) -> None:
+    def __init__(self, segments: Segments, images: Tensor, *, width: float, sketches: int | None, seed: int) -> None:
         super().__init__(width)
-        self._segments = segments
-        self._keys = image_keys(images, seed, "sketches")
-        self._first = FIRST_SKETCHES if sketches == AUTO else int(sketches)
-        self._most = MOST_SKETCHES if sketches == AUTO else self._first
-        self._critical: dict[str, Tensor] = {}
-        self._estimates: dict[str, dict[str, Estimate]] = {}
+        self._segments, self._sketches = segments, sketches
+        self._keys = None if sketches is None else image_keys(images, seed, "sketches")
+        self._scores: dict[str, Tensor] = {}
 
     def follow(self, target: str, critical: Tensor) -> None:
-        """Take the first draws of a target's critical channels, for all its sources."""
-        self._critical[target] = critical
-        drawn = self._segments.sketched(target, critical, self._keys, range(self._first))
-        for source, estimate in drawn.items():
-            self._estimates.setdefault(source, {})[target] = estimate
+        """Add the target's share to the scores of its sources."""
+        if self._sketches is None or self._keys is None:
+            shares = self._segments.scores(target, critical)
+        else:
+            shares = self._segments.sketched(target, critical, self._keys, self._sketches)
+        for source, score in shares.items():
+            self._scores[source] = score + self._scores[source] if source in self._scores else score
 
-    def rank(self, name: str, partial: Tensor) -> Ranked:
-        """Rank by estimates, with a description of their errors."""
-        targets = self._estimates.pop(name, None)
-        if targets is None:
-            return super().rank(name, partial)
-        exact = Estimate(partial, partial.new_zeros(0, *partial.shape))
-        estimate = Estimate.sum([exact, *targets.values()])
-        done = self._first
-        draws = torch.full((len(partial),), done, dtype=torch.int32, device=partial.device)
-        while True:
-            mask = largest(estimate.scores, self._width)
-            cut = Cut.of(estimate, mask, self._width)
-            unclear = (cut.overlap < CLEAR_OVERLAP) & (draws == done)
-            if done >= self._most or not unclear.any():
-                return Ranked(estimate.scores, mask, draws, cut)
-            # samples whose cut is unclear double their draws, so old and new weigh alike; others keep theirs
-            more = [self._drawn(target, name, range(done, 2 * done)) for target in targets]
-            estimate = Estimate.mean(estimate, Estimate.sum([exact, *more]), unclear / 2)
-            done *= 2
-            draws[unclear] = done
-
-    def _drawn(self, target: str, source: str, draws: range) -> Estimate:
-        return self._segments.sketched(target, self._critical[target], self._keys, draws, [source])[source]
+    def _share(self, source: str) -> Tensor | None:
+        return self._scores.pop(source, None)
 
 
 class Replays(OpenEdges):

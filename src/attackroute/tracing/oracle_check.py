@@ -12,6 +12,7 @@ from attackroute.robustness.registry import as_attack
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.tracing import oracle
 from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.structure import SKETCH
 from attackroute.tracing.trace import trace_routes
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -59,7 +60,7 @@ def verify(
     towards the input both sum over different neurons, so those scores are left out of the deviation.
 
     ``images`` and ``labels`` are on the model's device, in its dtype, in which the oracle runs also where the engine
-    does not (``autocast``). The oracle sketches and freezes nothing. Other arguments as of ``ar.trace_routes``.
+    does not (``autocast``). The oracle sketches nothing. Other arguments as of ``ar.trace_routes``.
     """
     traced = images if attack is None else attacked(model, as_attack(attack), images, labels)[0]
     noise = config.follows_noise
@@ -69,7 +70,7 @@ def verify(
     )  # fmt: skip
     expected = oracle.trace(model, traced, labels, clean=images if noise else None, width=width, linear=config.linear)
     comparable = torch.ones(len(images), dtype=torch.bool)
-    exact = autocast is None and routes.sketched is None and not config.freeze_gates
+    exact = autocast is None and SKETCH not in routes.methods.values()
     tolerance = TOLERANCES.get(images.dtype) if exact else None
     faulty, deviation, layer_of_it = torch.zeros(len(images), dtype=torch.bool), 0.0, expected.layers[-1]
     for layer in reversed(expected.layers):

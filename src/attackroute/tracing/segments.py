@@ -2,7 +2,7 @@
 
 Each route layer's output becomes a leaf, so derivatives run along direct paths only. The exact way takes one product
 per output element and critical channel, for all samples at once; sketches take a few products of
-random combinations of them; see :mod:`attackroute.tracing.sketches`.
+random combinations of them instead, which estimate the same sums.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.core.model_state import differentiated
 from attackroute.core.random import cauchies, derived_keys
-from attackroute.tracing.sketches import Estimate, ScaleSums, groups
 
 _ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
 _DRAWN_ELEMENTS = 1 << 18  # the same for sketches on a CPU: larger batches of dense cotangents leave its caches
@@ -115,14 +113,15 @@ class Segments:
                     totals[source] += sized.sum((0, 2), dtype=dtype)
         return totals
 
-    def sketched(
-        self, target: str, critical: Tensor, keys: Tensor, draws: range, sources: Iterable[str] | None = None
-    ) -> dict[str, Estimate]:
-        """An estimate of :meth:`scores` for some or all sources, from as many products as there are draws.
+    def sketched(self, target: str, critical: Tensor, keys: Tensor, draws: int) -> dict[str, Tensor]:
+        """An estimate of :meth:`scores` without bias from K = ``draws`` products, however many neurons are critical.
 
+        A sum of Cauchy numbers ``c_z`` times weights ``a_z`` is Cauchy with scale ``sum of |a_z|``. So with ``c`` over
+        the elements z of a target's critical channels, the entry of ``c^T J`` at an element s of a source is Cauchy
+        with scale ``sum over z of |dz/ds|``, which is what Eqs. (1)-(2) add up; the scores are sums of such scales.
         ``keys``, ``(n,)`` int64, are those of the samples' random numbers.
         """
-        output, names = self._outputs[target], tuple(sources or self._sources[target])
+        output, names = self._outputs[target], self._sources[target]
         leaves = [self._leaves[name] for name in names]
         source = self._inputs.get(target)
         start, dtype = (output, output.dtype) if source is None else (source.edge, source.dtype)
@@ -132,27 +131,29 @@ class Segments:
             )
         ranked, keys = _ranked(critical).expand(len(output), -1), keys.expand(len(output))
         widest = max(output.numel(), *(leaf.numel() for leaf in leaves))
-        sums: dict[str, ScaleSums] = {}
+        most = max(1, (_DRAWN_ELEMENTS if output.device.type == "cpu" else _ELEMENTS) // widest)
+        logs: dict[str, Tensor] = {}  # sum over the draws of log |gradient|
         alike: dict[str, str] = {}  # layers that add to one residual stream share one gradient
-        most = (_DRAWN_ELEMENTS if output.device.type == "cpu" else _ELEMENTS) // widest
-        for group in groups(draws, most) if output.requires_grad else []:
-            cotangents = self._random(target, ranked, derived_keys(keys, target, group)).to(dtype)
+        for first in range(0, draws, most) if output.requires_grad else ():
+            chunk = range(first, min(first + most, draws))
+            cotangents = self._random(target, ranked, derived_keys(keys, target, chunk)).to(dtype)
             gradients = {
                 name: gradient
                 for name, gradient in zip(names, _products(start, leaves, cotangents), strict=True)
                 if gradient is not None
             }
-            if not sums:  # the first draws tell which sources share a gradient, and so all that follows from it
-                first: dict[object, str] = {}
+            if not alike:  # the first draws tell which sources share a gradient, and so all that follows from it
+                places: dict[object, str] = {}
                 for name, gradient in gradients.items():
                     place = (gradient.data_ptr(), gradient.shape, gradient.stride(), self._kinds[name])
-                    alike[name] = first.setdefault(place, name)
-                sums = {name: ScaleSums(len(draws), partial(self._per_channel, name)) for name in set(alike.values())}
-            for name, total in sums.items():
-                total.add(gradients[name])
-        estimates = {name: total.estimate() for name, total in sums.items()}
+                    alike[name] = places.setdefault(place, name)
+            for name in set(alike.values()):
+                wide = gradients[name].to(torch.promote_types(gradients[name].dtype, torch.float32))
+                drawn = wide.abs().log_().sum(0)
+                logs[name] = logs[name] + drawn if name in logs else drawn
+        scores = {name: self._per_channel(name, _scale(total, draws)) for name, total in logs.items()}
         return {
-            name: estimates[alike[name]] if name in alike else Estimate.zero(self._per_channel(name, leaf.detach()))
+            name: scores[alike[name]] if name in alike else torch.zeros_like(self._per_channel(name, leaf.detach()))
             for name, leaf in zip(names, leaves, strict=True)
         }
 
@@ -208,6 +209,15 @@ class _Input(NamedTuple):
 def _ranked(critical: Tensor) -> Tensor:
     """Each sample's critical channels, ``(n, k)``."""
     return critical.nonzero()[:, 1].view(len(critical), -1)
+
+
+def _scale(logs: Tensor, draws: int) -> Tensor:
+    """The scale of Cauchy numbers from the sum of ``log |g|`` over K draws; zero where all of them are.
+
+    ``cos(pi / 2K)^K * (|g_1| * ... * |g_K|)^(1/K)``, an estimate without bias (P. Li, "Estimators and tail bounds for
+    dimension reduction in l_alpha", SODA 2008).
+    """
+    return logs.div(draws).add_(draws * math.log(math.cos(math.pi / (2 * draws)))).exp_()
 
 
 def _products(output: Tensor | GradientEdge, leaves: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:

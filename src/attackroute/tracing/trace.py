@@ -6,7 +6,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -24,15 +23,13 @@ from attackroute.robustness.attack import Attack, attack_name, attacked
 from attackroute.robustness.registry import as_attack
 from attackroute.routes.folder import RouteFolder, RouteWriter
 from attackroute.routes.instance_routes import InstanceRoutes
-from attackroute.routes.masks import check_ranked, check_width, pack
+from attackroute.routes.masks import check_ranked, check_width
 from attackroute.routes.provenance import Provenance
-from attackroute.routes.sketch_errors import SketchErrors
 from attackroute.tracing.closed_form import critical_sums, passage_sums
-from attackroute.tracing.config import AUTO, NOISE, TraceConfig
+from attackroute.tracing.config import NOISE, TraceConfig
 from attackroute.tracing.cuda_graph import GraphedPasses
-from attackroute.tracing.frozen_gates import FrozenGates
 from attackroute.tracing.noise import NoiseTracker
-from attackroute.tracing.open_edges import ExactProducts, OpenEdges, Ranked, Replays, SketchedProducts
+from attackroute.tracing.open_edges import OpenEdges, Products, Ranked, Replays
 from attackroute.tracing.recorder import RecordedLayer, record
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import AUTOGRAD, REPLAY, SKETCH, Structure
@@ -261,8 +258,7 @@ class Tracer:
         """Run the model on some images, the data's first, to learn its route layers and edges."""
         elsewhere = REPLAY if config.follows_noise else AUTOGRAD if config.sketches is None else SKETCH
         follow = NoiseTracker if config.follows_noise else None
-        with _gates(config):
-            structure, output = Structure.probe(model, images, linear=config.linear, elsewhere=elsewhere, follow=follow)
+        structure, output = Structure.probe(model, images, linear=config.linear, elsewhere=elsewhere, follow=follow)
         logits = checked_logits(output, 2)
         if loss is None:
             require_no_probabilities(logits)
@@ -274,16 +270,15 @@ class Tracer:
     def trace(self, images: Tensor, labels: Tensor | None) -> InstanceRoutes:
         """Routes of one batch, on the CPU."""
         traced, answers = (images, labels) if self.attack is None else attacked(self.model, self.attack, images, labels)
-        with _gates(self.config):
-            if answers is not None:
-                answers = checked_labels(answers, self.classes, len(images))
-            if self.config.follows_noise:
-                result = self._ranked(traced, answers, images)
-            elif images.device.type == "cuda" and not (self.structure.jacobian_edges or self.structure.passing):
-                result = self.passes.run(self._ranked, traced, answers)
-            else:
-                result = self._ranked(traced, answers)
-            result.check()
+        if answers is not None:
+            answers = checked_labels(answers, self.classes, len(images))
+        if self.config.follows_noise:
+            result = self._ranked(traced, answers, images)
+        elif images.device.type == "cuda" and not (self.structure.jacobian_edges or self.structure.passing):
+            result = self.passes.run(self._ranked, traced, answers)
+        else:
+            result = self._ranked(traced, answers)
+        result.check()
         ranked = result.layers
         return InstanceRoutes.from_masks(
             {name: layer.mask for name, layer in ranked.items()},
@@ -292,7 +287,6 @@ class Tracer:
             predictions=result.predictions,
             methods=self.structure.methods,
             scores={name: layer.scores for name, layer in ranked.items()} if self.keep_scores else None,
-            sketched=self._sketch_errors(ranked),
             unranked=torch.stack([~layer.scores.any(1) for layer in ranked.values()], 1),
         )
 
@@ -345,19 +339,14 @@ class Tracer:
         if self.config.follows_noise:
             return Replays(self.model, passed, layers=layers, edges=edges, width=self.width, linear=self.config.linear)
         segments = Segments(self.model, images, edges, linear=self.config.linear, fused=sketches is not None)
-        if sketches is None:
-            return ExactProducts(segments, self.width)
-        return SketchedProducts(segments, images, sketches=sketches, seed=self.config.seed, width=self.width)
+        return Products(segments, images, width=self.width, sketches=sketches, seed=self.config.seed)
 
     def _provenance(self, samples: int) -> Provenance:
         """Where the routes of some samples come from, with a word on what is approximate."""
         approximate = SKETCH in self.structure.methods.values()
         criterion = NOISE if self.config.follows_noise else Provenance.criterion
-        if self.config.freeze_gates:
-            criterion += " with frozen gates, approximate"
         if approximate:
-            sketches = self.config.sketches
-            criterion += f", approximate ({sketches if sketches == AUTO else f'{sketches} sketches'})"
+            criterion += f", approximate ({self.config.sketches} sketches)"
         names = [self.settings[key] for key in ("data", "split") if self.settings.get(key) is not None]
         seed = self.settings.get("seed", self.config.seed if approximate else None)
         model, data = self.settings.get("model"), " ".join(names) or None
@@ -384,26 +373,8 @@ class Tracer:
             "linear": self.config.linear,
             "sketches": self.config.sketches,
             "sketch-seed": self.config.seed,
-            "freeze-gates": self.config.freeze_gates,
             "keep-scores": self.keep_scores,
             "batch-size": rows,
             "dtype": str(autocast or dtype).removeprefix("torch."),
             "device": device.type,
         }
-
-    def _sketch_errors(self, ranked: Mapping[str, Ranked]) -> SketchErrors | None:
-        """What is known of the errors, where edges were sketched."""
-        cuts = {name: layer.cut for name, layer in ranked.items() if layer.cut is not None}
-        if not cuts:
-            return None
-        return SketchErrors(
-            self.structure.channels,
-            draws={name: layer.draws.cpu() for name, layer in ranked.items() if layer.draws is not None},
-            overlap={name: cut.overlap.float().cpu() for name, cut in cuts.items()},
-            packed={name: pack(cut.undecided) for name, cut in cuts.items()},
-            errors={name: cut.errors.cpu() for name, cut in cuts.items()} if self.keep_scores else {},
-        )
-
-
-def _gates(config: TraceConfig) -> AbstractContextManager[object]:
-    return FrozenGates() if config.freeze_gates else nullcontext()
