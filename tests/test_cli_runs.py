@@ -126,7 +126,7 @@ def test_files_and_json_agree_with_the_python_interface(trained, pictures, tmp_p
     labels = torch.tensor([label for _, label in data.dataset])
     expected = attackroute.trace_routes(model, (images, labels), 0.4, batch_size=4)
 
-    assert InstanceRoutes.load(tmp_path / "routes.safetensors", model=model) == expected
+    assert InstanceRoutes.load(tmp_path / "routes.safetensors") == expected
     assert Route.load(tmp_path / "route.json", model=model) == expected.aggregate(0.5)
     assert [row["layer"] for row in printed["layers"]] == list(expected.layers)
     for row in printed["layers"]:
@@ -322,15 +322,11 @@ class TestBadInput:
 
     def test_images(self, trained, pictures, tmp_path):
         refused(run("trace", "--model", trained, "--data", f"folder:{tmp_path / 'none'}"), "none")
-        refused(traced(trained, pictures, "--image-size", 4), "4x4")
+        refused(traced(trained, pictures, "--image-size", 4), "(1, 3, 4, 4)")
         shutil.copytree(pictures, tmp_path / "broken")
         bad = tmp_path / "broken" / "test" / "light" / "00.png"
         bad.write_bytes(b"no picture")
         refused(traced(trained, tmp_path / "broken"), bad)
-        result = traced(trained, tmp_path / "broken", "--skip-unreadable", "--json")
-        assert result.exit_code == 0
-        assert str(bad) in result.stderr
-        assert json.loads(result.stdout)["about"]["samples"] == 11
 
     def test_classes(self, trained, pictures, tmp_path):
         shutil.copytree(pictures, tmp_path / "more")

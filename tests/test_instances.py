@@ -52,19 +52,12 @@ def test_scores_not_kept() -> None:
         instances().scores["features.0"]
 
 
-def test_repr_is_a_short_table() -> None:
+def test_repr_is_a_line() -> None:
     channels = {f"features.{number}": 64 for number in range(40)}
-    lines = repr(instances(samples=3, channels=channels, width=0.2)).splitlines()
-    assert lines[0] == "InstanceRoutes(3 samples, 40 layers, 2560 channels, width 0.2)"
-    assert len(lines) == 12
-    assert lines[2].split() == ["features.0", "64", "13", "features.1", "(closed-form)"]
-    assert lines[-1].split() == ["features.39", "64", "13"]
-    single = repr(instances(samples=1, channels={"conv": 1}))
-    assert single.splitlines()[0] == "InstanceRoutes(1 sample, 1 layer, 1 channel, width 0.4)"
-
-    routes = instances(samples=2, channels={name: 4 for name in "abcde"})
-    dense = replace(routes, methods={("a", target): "closed-form" for target in "bcde"})
-    assert "b (closed-form), c (closed-form), 2 more" in repr(dense)
+    routes = instances(samples=3, channels=channels, width=0.2)
+    assert repr(routes) == "InstanceRoutes(3 samples, 40 layers, 2560 channels, width 0.2)"
+    single = instances(samples=1, channels={"conv": 1})
+    assert repr(single) == "InstanceRoutes(1 sample, 1 layer, 1 channel, width 0.4)"
 
 
 def test_from_masks_shares_nothing_with_what_it_was_given() -> None:

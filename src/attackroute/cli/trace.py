@@ -126,8 +126,9 @@ def trace(options: TraceOptions) -> int:
         document = team.first(documented)
         check = None
         if options.check is not None:
-            rows = min(options.check, len(session.images))
-            check = team.first(lambda: _compare(session, options, attack, config, autocast, routes.select(slice(rows))))
+            first = next(routes.parts()) if isinstance(routes, RouteFolder) else routes
+            written = first.select(slice(options.check))
+            check = team.first(lambda: _compare(session, options, attack, config, autocast, written))
     output.result(
         {
             **document.to_json(),

@@ -71,11 +71,9 @@ def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 def write_tensors(
     path: str | os.PathLike[str], kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> str:
-    """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all."""
-    header = _seal(kind, body, tensors)
-    replace_file(Path(path), _safetensors(tensors, {_METADATA_KEY: _compact(header)}))
-    return str(header["checksum"])
+) -> None:
+    """Write tensors as safetensors, with a header and ``body`` in the metadata."""
+    replace_file(Path(path), _safetensors(tensors, {_METADATA_KEY: _compact(_seal(kind, body, tensors))}))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -14,13 +14,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attackroute.core.document import Document
@@ -36,7 +35,6 @@ from attackroute.core.files import (
 from attackroute.core.journal import require_same_settings
 from attackroute.routes.instance_routes import Edge, InstanceRoutes, SampleRoutes, joined_methods, read_methods
 from attackroute.routes.layer_map import channel_counts, require_model, require_same
-from attackroute.routes.masks import sample_rows
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 
@@ -52,7 +50,7 @@ _AUTOSAVE_SECONDS = 60.0
 
 def has_routes(folder: Path) -> bool:
     """Whether a folder holds instance routes."""
-    return bool(_shard_files(folder))
+    return bool(_route_files(folder))
 
 
 def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, Any], **about: Any) -> Document:
@@ -73,9 +71,6 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
         )
         if unranked:  # so many samples have no score but zero, and the first channels for a route
             layers[-1]["unranked"] = unranked
-        if (sums := totals.get(f"sketches/{layer}")) is not None:  # how far the layer's routes can be trusted
-            means = (sums / origin.samples).tolist()
-            layers[-1] |= zip(("sketches", "expected_overlap", "undecided"), means, strict=True)
     about |= {
         "samples": origin.samples,
         "accuracy": accuracy,
@@ -89,78 +84,56 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
     return Document(TRACE, settings, reading, about=about)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of instance routes: where it is, the number of its first sample, and the checksum of all it holds."""
-
-    path: Path
-    start: int
-    checksum: str
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class RouteFolder(SampleRoutes):
     """Instance routes in a folder, as :class:`attackroute.InstanceRoutes` in memory; one file is read at a time.
 
     Attributes:
-        shards: The files.
-        channels: For each layer, in forward order, how many channels it has.
-        provenance: Where the routes come from.
-        methods: For each edge (source layer, target layer), how its influence was computed.
+        files: The files, in the samples' order; for the others see :class:`SampleRoutes`.
     """
 
-    shards: tuple[Shard, ...]
+    files: tuple[Path, ...]
     channels: Mapping[str, int]
     provenance: Provenance
     methods: Mapping[Edge, str]
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], model: nn.Module | None = None) -> RouteFolder:
+    def open(cls, folder: str | os.PathLike[str]) -> RouteFolder:
         """Look at a folder that a trace has written; only the files' headers are read.
-
-        Args:
-            folder: The folder.
-            model: When given, must have the routes' layers with their channel counts.
 
         Raises:
             UserError: A file is missing, damaged or something else, or the files do not belong together.
         """
         path = Path(folder)
-        names = _shard_files(path)
+        names = _route_files(path)
         if not names:
             raise UserError(f"{printable(path)} holds no instance routes: name a folder that attackroute trace wrote")
         count = len(names) if (match := _NUMBERED.search(names[0])) is None else int(match[2])
-        written = _written_checksums(path)
-        shards: list[Shard] = []
+        summary = path / f"{_SUMMARY}.json"
+        settings = Document.load(summary).settings if summary.exists() else None
+        files = [path / _file_name(number, count) for number in range(count)]
+        channels: Mapping[str, int] = {}
         origins: list[Provenance] = []
         methods: list[dict[Edge, str]] = []
-        first: dict[str, Any] = {}
-        for number in range(count):
-            file = path / _file_name(number, count)
+        for number, file in enumerate(files):
             header = read_header(file, INSTANCE_ROUTES_KIND)
             with file_errors(file):
-                channels = channel_counts(expect_mapping(header, "fingerprint"))
-                first = first or {"channels": channels, "part": header.get("part")}
-                require_same(first["channels"], channels, printable(file))
-                checksum = str(header.get("checksum"))
-                if header.get("part") != (first["part"] and {**first["part"], "file": number, "of": count}) or (
-                    written.get(file.name, checksum) != checksum
-                ):
+                counts = channel_counts(expect_mapping(header, "fingerprint"))
+                channels = channels or counts
+                require_same(channels, counts, printable(file))
+                if settings is not None and header.get("part") != _part(number, count, settings):
                     raise UserError("is not this part of the trace, but another file: trace with --resume to mend it")
                 methods.append(read_methods(header.get("methods")))
-                shards.append(Shard(file, sum(origin.samples for origin in origins), checksum))
                 origins.append(Provenance.from_json(header.get("provenance")))
-        if model is not None:
-            require_model(first["channels"], model)
-        return cls(tuple(shards), first["channels"], Provenance.merge(origins), joined_methods(methods))
+        return cls(tuple(files), channels, Provenance.merge(origins), joined_methods(methods))
 
     @property
     def path(self) -> Path:
         """The folder."""
-        return self.shards[0].path.parent
+        return self.files[0].parent
 
     def __repr__(self) -> str:
-        return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.shards)} files)"
+        return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.files)} files)"
 
     @cached_property
     def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
@@ -171,32 +144,12 @@ class RouteFolder(SampleRoutes):
 
     def parts(self) -> Iterator[InstanceRoutes]:
         """The routes file by file, in the samples' order; a `UserError` says which file is damaged."""
-        for shard in self.shards:
-            yield InstanceRoutes.load(shard.path)
+        for file in self.files:
+            yield InstanceRoutes.load(file)
 
     def load(self) -> InstanceRoutes:
         """All of them in memory: a bit for each channel of each sample."""
         return InstanceRoutes.concatenate(self.parts())
-
-    def select(self, index: slice | Sequence[int] | Tensor) -> InstanceRoutes:
-        """The routes of some samples; files that hold none of them are not read.
-
-        Args:
-            index: As for :meth:`attackroute.InstanceRoutes.select`.
-
-        Raises:
-            UserError: The index selects no sample or is out of range, or a file is damaged.
-        """
-        rows = sample_rows(index, len(self)).remainder(len(self))  # negative ones count from the end
-        starts = torch.tensor([shard.start for shard in self.shards])
-        numbers = torch.searchsorted(starts, rows, right=True) - 1
-        selected: list[InstanceRoutes] = []
-        positions: list[Tensor] = []
-        for number in numbers.unique().tolist():
-            positions.append((numbers == number).nonzero().flatten())
-            shard = self.shards[number]
-            selected.append(InstanceRoutes.load(shard.path).select(rows[positions[-1]] - shard.start))
-        return InstanceRoutes.concatenate(selected).select(torch.cat(positions).argsort())
 
     def save_route(self, width: float = 0.3) -> Document:
         """Write the model's route as ``route.json``, and what there is to say of it and of all samples.
@@ -210,8 +163,7 @@ class RouteFolder(SampleRoutes):
         settings = Document.load(self.path / f"{_SUMMARY}.json").settings
         route = self.aggregate(width)
         route.save(self.path / ROUTE)
-        checksums = {shard.path.name: shard.checksum for shard in self.shards}
-        document = trace_document(self, route, settings, finished=True, files=checksums)
+        document = trace_document(self, route, settings, finished=True)
         document.save(self.path, _SUMMARY)
         return document
 
@@ -242,7 +194,6 @@ class RouteWriter:
         self._shard = batch_size * -(-_SHARD_SAMPLES // batch_size)  # samples in every file but the last
         self._count = -(-samples // self._shard)
         self._settings = {**settings, "file-samples": self._shard}
-        self._trace = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()
         self._gaps: list[Gap] = []
         self._pending: list[InstanceRoutes] = []  # of the file under way
         self._saved = time.monotonic()
@@ -321,23 +272,21 @@ class RouteWriter:
         for path in (self._file(number), self._file(number, _PARTIAL)):
             if not path.exists():
                 continue
+            is_partial = path == self._file(number, _PARTIAL)
             try:
                 routes = InstanceRoutes.load(path)
-                part = read_header(path, INSTANCE_ROUTES_KIND).get("part")
+                samples = len(routes)
+                if read_header(path, INSTANCE_ROUTES_KIND).get("part") != self._part(number):
+                    raise UserError(f"{path} is another part, or of another trace")
+                is_begun = is_partial and samples < stop - start and samples % self._batch_size == 0
+                if samples != stop - start and not is_begun:
+                    raise UserError(f"{path} has {samples} samples, not {stop - start}")
             except UserError as error:
                 faults.append(f"{error}; its samples are traced again")
                 continue
-            is_partial = path == self._file(number, _PARTIAL)
-            is_whole = len(routes) == stop - start
-            if part != self._part(number):
-                faults.append(f"{path} is another part, or of another trace; its samples are traced again")
-                continue
-            if not is_whole and (not is_partial or len(routes) > stop - start or len(routes) % self._batch_size):
-                faults.append(f"{path} has {len(routes)} samples, not {stop - start}; they are traced again")
-                continue
             require_model(routes.channels, model)
-            if not is_whole:
-                start += len(routes)
+            if samples < stop - start:
+                start += samples
                 break
             if is_partial:  # the disk was full when it was to be written as a whole
                 self._save(number, routes)
@@ -351,8 +300,13 @@ class RouteWriter:
         return self._path / _file_name(number, self._count, stem)
 
     def _part(self, number: int) -> dict[str, Any]:
-        """What a file says of its place: its number, and a digest of the settings of the trace."""
-        return {"file": number, "of": self._count, "trace": self._trace}
+        return _part(number, self._count, self._settings)
+
+
+def _part(number: int, count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its place: its number, and a digest of the settings of the trace."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    return {"file": number, "of": count, "trace": digest.hexdigest()}
 
 
 def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:
@@ -360,7 +314,7 @@ def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05}-of-{count:05}.safetensors"
 
 
-def _shard_files(folder: Path) -> list[str]:
+def _route_files(folder: Path) -> list[str]:
     """Names of the files of routes in a folder, which must be those of one trace."""
     numbered = {file.name: _NUMBERED.search(file.name) for file in folder.glob(f"{_ROUTES}-*.safetensors")}
     counts = {name: int(match[2]) for name, match in numbered.items() if match is not None}
@@ -370,11 +324,3 @@ def _shard_files(folder: Path) -> list[str]:
     if len(set(counts.values())) > 1:
         raise UserError(f"{printable(folder)} holds files of two traces ({names[0]}, {names[-1]}): move one set away")
     return names
-
-
-def _written_checksums(folder: Path) -> Mapping[str, Any]:
-    """The checksums that a finished trace noted of its files."""
-    path = folder / f"{_SUMMARY}.json"
-    about = Document.load(path).about if path.exists() else {}
-    files = about.get("files") if about.get("finished") is True else None
-    return files if isinstance(files, dict) else {}

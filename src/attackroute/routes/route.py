@@ -23,7 +23,6 @@ from attackroute.routes.layer_map import (
     require_model,
     require_same,
 )
-from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance
 
 
@@ -74,15 +73,6 @@ class Route:
                 raise UserError(f"layer {layer!r}: a mask must be bool (C,), not {mask.dtype} {tuple(mask.shape)}")
         indices = {layer: mask.nonzero().flatten().tolist() for layer, mask in masks.items()}
         return cls(indices, {layer: mask.numel() for layer, mask in masks.items()}, frequency, provenance)
-
-    @classmethod
-    def from_frequency(cls, frequency: Mapping[str, Tensor], width: float, origin: Provenance) -> Route:
-        """The model route (Eqs. (7)-(8)): each layer's most frequent channels (C,), ties to the lower index.
-
-        It keeps a share ``width`` of each layer's channels; ``origin`` is where the instance routes come from.
-        """
-        masks = {layer: top_k(values, width) for layer, values in frequency.items()}
-        return cls.from_masks(masks, frequency, replace(origin, width=width, instance_width=origin.width))
 
     @property
     def layers(self) -> tuple[str, ...]:
