@@ -229,8 +229,8 @@ def test_an_interrupted_trace_goes_on_to_the_same_files(trained, pictures, tmp_p
         else:
             with pytest.raises(RuntimeError):
                 traced(trained, pictures, *options, "--out", broken)
-    assert sorted(path.name for path in broken.iterdir()) == ["partial.safetensors", "summary.json"]
-    assert len(InstanceRoutes.load(broken / "partial.safetensors")) == 4
+    assert sorted(path.name for path in broken.iterdir()) == ["routes.safetensors", "summary.json"]
+    assert len(InstanceRoutes.load(broken / "routes.safetensors")) == 4
 
     refused(traced(trained, pictures, *options, "--out", broken), "already holds", "--resume")
     refused(traced(trained, pictures, *options, "--width", 0.3, "--out", broken, "--resume"), "width", 0.2)

@@ -93,7 +93,7 @@ BATCH = {"a": torch.ones(2, 3, dtype=torch.bool), "b": torch.ones(2, 4, dtype=to
 @pytest.mark.parametrize(
     ("masks", "notes", "message"),
     [
-        ({**BATCH, "b": BATCH["b"][:1]}, {}, "layer 'b' have 1 rows for 2 samples"),
+        ({**BATCH, "b": BATCH["b"][:1]}, {}, r"layer 'b' must have shape \(2, 1\), not \(1, 1\)"),
         ({**BATCH, "b": BATCH["b"].float()}, {}, "layer 'b' must be bool"),
         ({**BATCH, "b": BATCH["b"][0]}, {}, "layer 'b' must be bool"),
         ({}, {}, "at least one layer"),
@@ -197,12 +197,12 @@ def test_select_is_numpy_indexing(index: object) -> None:
     ("index", "message"),
     [
         (slice(5, 5), "selects none"),
-        ([], "selects none"),
+        ([], "does not fit 12 samples"),
         (torch.zeros(12, dtype=torch.bool), "selects none"),
-        ([0, 12], "sample 12 is out of range: there are 12"),
-        ([-13], "sample -13 is out of range"),
-        (torch.ones(11, dtype=torch.bool), r"shape \(12,\), not \(11,\)"),
-        ([0.0, 1.0], "list of integers"),
+        ([0, 12], "does not fit 12 samples: index 12 is out of bounds"),
+        ([-13], "index -13 is out of bounds"),
+        (torch.ones(11, dtype=torch.bool), "does not fit 12 samples: boolean index did not match"),
+        ([0.0, 1.0], "must be of integer"),
         (torch.zeros(2, 2, dtype=torch.int64), "list of integers"),
         (torch.tensor(3), "list of integers"),
     ],
@@ -232,10 +232,16 @@ def test_cutting_and_concatenating_is_the_identity(samples: int, cuts: list[int]
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"channels": {**CHANNELS, "features.3": 9}}, "layer 'features.3' has 8 channels here but 9 in part 2"),
-        ({"channels": dict(list(CHANNELS.items())[:3])}, "layer 'features.8' is not in part 2"),
-        ({"channels": {**CHANNELS, "fc": 4}}, "layer 'fc' is only in part 2"),
-        ({"channels": dict(reversed(CHANNELS.items()))}, "layer 'features.0' stands where part 2 has 'features.8'"),
+        (
+            {"channels": {**CHANNELS, "features.3": 9}},
+            "layer 'features.3' .8 channels. stands where part 2 has layer 'features.3' .9",
+        ),
+        ({"channels": dict(list(CHANNELS.items())[:3])}, "layer 'features.8' .* stands where part 2 has nothing"),
+        ({"channels": {**CHANNELS, "fc": 4}}, "nothing stands where part 2 has layer 'fc'"),
+        (
+            {"channels": dict(reversed(CHANNELS.items()))},
+            "layer 'features.0' .* stands where part 2 has layer 'features.8'",
+        ),
         ({"width": 0.5}, r"part 2 has width 0\.5 .*'features\.0'.* 0\.4"),
         ({"labelled": False}, "part 2 has no labels"),
     ],

@@ -113,7 +113,9 @@ def test_what_is_done_of_a_file_is_kept(model: nn.Module, tmp_path: Path, monkey
     traced(model, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         traced(model, tmp_path / "broken", progress=breaking(8, KeyboardInterrupt()))
-    assert len(InstanceRoutes.load(tmp_path / "broken" / "partial.safetensors")) == 8
+    assert len(InstanceRoutes.load(tmp_path / "broken" / "routes.safetensors")) == 8
+    with pytest.raises(ar.UserError, match=r"routes\.safetensors: is not this part of the trace.*--resume"):
+        ar.RouteFolder.open(tmp_path / "broken")
     traced(model, tmp_path / "broken", resume=True)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
@@ -124,14 +126,14 @@ def test_samples_are_saved_now_and_then(model: nn.Module, tmp_path: Path, monkey
 
     def keep(writer: folder_module.RouteWriter) -> None:
         original(writer)
-        saved.append(len(InstanceRoutes.load(tmp_path / "partial.safetensors")))
+        saved.append(len(InstanceRoutes.load(tmp_path / "routes.safetensors")))
 
     monkeypatch.setattr(folder_module.RouteWriter, "keep", keep)
     monkeypatch.setattr(folder_module, "_AUTOSAVE_SECONDS", 0.0)
     monkeypatch.setattr(folder_module, "_SHARD_SAMPLES", 12)
     traced(model, tmp_path)
     assert saved == [4, 8]  # and the eleven as a whole
-    assert not (tmp_path / "partial.safetensors").exists()
+    assert len(InstanceRoutes.load(tmp_path / "routes.safetensors")) == 11
 
 
 def test_files_that_do_not_belong_are_named(model: nn.Module, tmp_path: Path) -> None:

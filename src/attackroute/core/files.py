@@ -16,7 +16,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,6 @@ def replace_file(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _keep_name(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
@@ -275,13 +274,3 @@ def _layout(document: Mapping[str, Any], indent: str = "") -> str:
         for key, value in document.items()
     )
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _keep_name(folder: Path) -> None:
-    """Let a new name in a folder outlast a power failure, where the system can promise that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,10 +1,10 @@
 """The routes of many samples in a folder: written while they are traced, read file by file.
 
-The folder holds ``summary.json`` from the start, with the settings on which the result depends, files of routes as they
-are finished, and in ``partial*.safetensors`` what is done of the one under way. All of them end where batches end, so
-a resumed trace sees the same batches and gives the same routes, bit for bit, as one that was never broken off. Each
-file says which part of which trace it is, under its checksum: one that is damaged, or another's, is traced again, and
-it alone. In the end ``route.json`` is the model's route.
+The folder holds ``summary.json`` from the start, with the settings on which the result depends, and files of routes,
+the last of which may be begun alone. All of them end where batches end, so a resumed trace sees the same batches and
+gives the same routes, bit for bit, as one that was never broken off. Each file says which part of which trace it is,
+under its checksum: one that is damaged, or another's, is traced again, and it alone. In the end ``route.json`` is the
+model's route.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROUTE = "route.json"
 TRACE = "trace"
 """Kind of the document in which a trace is summed up."""
 
-_ROUTES, _PARTIAL, _SUMMARY = "routes", "partial", "summary"
+_ROUTES, _SUMMARY = "routes", "summary"
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors")
 _SHARD_SAMPLES = 8192  # some megabytes
 _AUTOSAVE_SECONDS = 60.0
@@ -58,19 +58,18 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
     origin, totals = routes.provenance, routes.totals
     occurrence = routes.occurrence(origin.width)
     accuracy = None if "correct" not in totals else int(totals["correct"]) / origin.samples
-    layers: list[dict[str, Any]] = []
-    for (layer, count), unranked in zip(routes.channels.items(), totals["unranked"].tolist(), strict=True):
-        layers.append(
-            {
-                "layer": layer,
-                "channels": count,
-                "route_channels": list(route.indices[layer]),
-                "occurrence": occurrence[layer],
-                "incoming": {source: how for (source, target), how in routes.methods.items() if target == layer},
-            }
-        )
-        if unranked:  # so many samples have no score but zero, and the first channels for a route
-            layers[-1]["unranked"] = unranked
+    layers = [
+        {
+            "layer": layer,
+            "channels": count,
+            "route_channels": list(route.indices[layer]),
+            "occurrence": occurrence[layer],
+            "incoming": {source: how for (source, target), how in routes.methods.items() if target == layer},
+            # so many samples have no score but zero, and the first channels for a route
+            **({"unranked": unranked} if unranked else {}),
+        }
+        for (layer, count), unranked in zip(routes.channels.items(), totals["unranked"].tolist(), strict=True)
+    ]
     about |= {
         "samples": origin.samples,
         "accuracy": accuracy,
@@ -121,7 +120,7 @@ class RouteFolder(SampleRoutes):
                 counts = channel_counts(expect_mapping(header, "fingerprint"))
                 channels = channels or counts
                 require_same(channels, counts, printable(file))
-                if settings is not None and header.get("part") != _part(number, count, settings):
+                if settings is not None and header.get("part") != _part(number, settings, whole=True):
                     raise UserError("is not this part of the trace, but another file: trace with --resume to mend it")
                 methods.append(read_methods(header.get("methods")))
                 origins.append(Provenance.from_json(header.get("provenance")))
@@ -209,11 +208,10 @@ class RouteWriter:
         made_folder(self._path)
         summary = self._path / f"{_SUMMARY}.json"
         previous = Document.load(summary) if summary.exists() else None
-        present = sorted(file for stem in (_ROUTES, _PARTIAL) for file in self._path.glob(f"{stem}*.safetensors"))
+        present = sorted(self._path.glob(f"{_ROUTES}*.safetensors"))
         if resume and previous is not None:
             require_same_settings(f"the trace in {self._path}", previous.settings, self._settings)
-            expected = {self._file(number, stem) for number in range(self._count) for stem in (_ROUTES, _PARTIAL)}
-            if strays := sorted(set(present) - expected):
+            if strays := sorted(set(present) - {self._file(number) for number in range(self._count)}):
                 raise UserError(f"{printable(strays[0])} is no part of the trace in that folder: move it away")
             gaps = [self._gap(number, model) for number in range(self._count)]
             self._gaps = [gap for gap in gaps if gap is not None]
@@ -232,7 +230,7 @@ class RouteWriter:
         self._pending.append(routes)
         number, (start, stop) = self._gaps[0].number, self._range(self._gaps[0].number)
         if sum(map(len, self._pending)) == stop - start:
-            self._save(number, InstanceRoutes.concatenate(self._pending))
+            self._save(number, whole=True)
             del self._gaps[0]
             self._open_file()
         elif time.monotonic() - self._saved > _AUTOSAVE_SECONDS:
@@ -241,9 +239,7 @@ class RouteWriter:
     def keep(self) -> None:
         """Write down what is done of the file under way; when this returns, no crash loses it."""
         if self._gaps and self._pending:
-            number = self._gaps[0].number
-            self._pending = [InstanceRoutes.concatenate(self._pending)]
-            self._pending[0].save(self._file(number, _PARTIAL), self._part(number))
+            self._save(self._gaps[0].number, whole=False)
         self._saved = time.monotonic()
 
     def finish(self) -> RouteFolder:
@@ -259,59 +255,44 @@ class RouteWriter:
         """Take up what there is of the next file that is not whole."""
         self._pending = []
         if self._gaps and self._gaps[0].start % self._shard:
-            self._pending.append(InstanceRoutes.load(self._file(self._gaps[0].number, _PARTIAL)))
+            self._pending.append(InstanceRoutes.load(self._file(self._gaps[0].number)))
 
-    def _save(self, number: int, routes: InstanceRoutes) -> None:
-        routes.save(self._file(number), self._part(number))
-        self._file(number, _PARTIAL).unlink(missing_ok=True)
+    def _save(self, number: int, *, whole: bool) -> None:
+        self._pending = [InstanceRoutes.concatenate(self._pending)]
+        self._pending[0].save(self._file(number), _part(number, self._settings, whole=whole))
 
     def _gap(self, number: int, model: nn.Module) -> Gap | None:
         """What is to be traced of a file; None where it is whole."""
         start, stop = self._range(number)
-        faults: list[str] = []
-        for path in (self._file(number), self._file(number, _PARTIAL)):
-            if not path.exists():
-                continue
-            is_partial = path == self._file(number, _PARTIAL)
-            try:
-                routes = InstanceRoutes.load(path)
-                samples = len(routes)
-                if read_header(path, INSTANCE_ROUTES_KIND).get("part") != self._part(number):
-                    raise UserError(f"{path} is another part, or of another trace")
-                is_begun = is_partial and samples < stop - start and samples % self._batch_size == 0
-                if samples != stop - start and not is_begun:
-                    raise UserError(f"{path} has {samples} samples, not {stop - start}")
-            except UserError as error:
-                faults.append(f"{error}; its samples are traced again")
-                continue
-            require_model(routes.channels, model)
-            if samples < stop - start:
-                start += samples
-                break
-            if is_partial:  # the disk was full when it was to be written as a whole
-                self._save(number, routes)
-            return None
-        return Gap(number, start, stop, tuple(faults))
+        path = self._file(number)
+        if not path.exists():
+            return Gap(number, start, stop)
+        try:
+            routes = InstanceRoutes.load(path)
+            is_whole = len(routes) == stop - start
+            if read_header(path, INSTANCE_ROUTES_KIND).get("part") != _part(number, self._settings, whole=is_whole):
+                raise UserError(f"{path} is another part, or of another trace")
+        except UserError as error:
+            return Gap(number, start, stop, (f"{error}; its samples are traced again",))
+        require_model(routes.channels, model)
+        return None if is_whole else Gap(number, start + len(routes), stop)
 
     def _range(self, number: int) -> tuple[int, int]:
         return number * self._shard, min((number + 1) * self._shard, self._samples)
 
-    def _file(self, number: int, stem: str = _ROUTES) -> Path:
-        return self._path / _file_name(number, self._count, stem)
-
-    def _part(self, number: int) -> dict[str, Any]:
-        return _part(number, self._count, self._settings)
+    def _file(self, number: int) -> Path:
+        return self._path / _file_name(number, self._count)
 
 
-def _part(number: int, count: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of its place: its number, and a digest of the settings of the trace."""
+def _part(number: int, settings: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
+    """What a file says of its place: its number, a digest of the trace's settings, and if all of its samples are in."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    return {"file": number, "of": count, "trace": digest.hexdigest()}
+    return {"file": number, "trace": digest.hexdigest(), "whole": whole}
 
 
-def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:
+def _file_name(number: int, count: int) -> str:
     """Name of one of ``count`` files; a file that is the only one has no number."""
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05}-of-{count:05}.safetensors"
+    return f"{_ROUTES}.safetensors" if count == 1 else f"{_ROUTES}-{number:05}-of-{count:05}.safetensors"
 
 
 def _route_files(folder: Path) -> list[str]:

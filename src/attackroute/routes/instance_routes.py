@@ -172,8 +172,6 @@ class InstanceRoutes(SampleRoutes):
         for layer, mask in masks.items():
             if mask.dtype != torch.bool or mask.ndim != 2:
                 raise UserError(f"the masks of layer {layer!r} must be bool (n, C), not {mask.dtype} {mask.shape}")
-            if len(mask) != provenance.samples:
-                raise UserError(f"the masks of layer {layer!r} have {len(mask)} rows for {provenance.samples} samples")
         return cls(
             pack_all(masks),
             {layer: mask.shape[1] for layer, mask in masks.items()},
