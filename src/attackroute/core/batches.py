@@ -187,8 +187,8 @@ class BatchStream:
         if self._numbers is None and step == 1:
             return _numbered(_raw(self._data, self._batch_size))
         items = _numbered(_raw(self._data, self._batch_size) if self._loader is None else self._order)
-        if self._numbers is not None:
-            items = filter(lambda item: item[0] in self._numbers, items)
+        if (numbers := self._numbers) is not None:
+            items = (item for item in items if item[0] in numbers)
         items = islice(items, start, None, step)
         return items if self._loader is None else _read_alone(self._loader, list(items))
 

@@ -63,7 +63,7 @@ class ImageData:
         return len(cast(Sized, self.dataset))
 
 
-class ImageBatches(DataLoader[tuple[Tensor, Tensor]]):
+class ImageBatches(DataLoader[Any]):
     """Batches of images in their order.
 
     Args:
