@@ -58,8 +58,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_sealed_json(path: str | os.PathLike[str], kind: str, body: Mapping[str, Any]) -> None:
-    """Write a header and ``body`` as JSON text, one layer a line."""
-    replace_file(Path(path), f"{_layout(_seal(kind, body, {}))}\n".encode())
+    """Write a header and ``body`` as JSON text."""
+    write_json(Path(path), _seal(kind, body, {}))
 
 
 def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -264,13 +264,3 @@ def update_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
 
 def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _layout(document: Mapping[str, Any], indent: str = "") -> str:
-    """JSON text with one line for each key, and one for each layer of a nested object."""
-    lines = (
-        f"{indent}  {json.dumps(key)}: "
-        + (_layout(value, "  ") if isinstance(value, Mapping) and not indent else json.dumps(value))
-        for key, value in document.items()
-    )
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

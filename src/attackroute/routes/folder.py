@@ -237,7 +237,7 @@ class RouteWriter:
             self.keep()
 
     def keep(self) -> None:
-        """Write down what is done of the file under way; when this returns, no crash loses it."""
+        """Write down what is done of the file under way; when this returns, a kill does not lose it."""
         if self._gaps and self._pending:
             self._save(self._gaps[0].number, whole=False)
         self._saved = time.monotonic()
