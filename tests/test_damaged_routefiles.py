@@ -167,7 +167,7 @@ def test_wrong_contents_under_a_right_checksum(change: dict[str, Any], message: 
 def test_a_number_too_large_for_json(tmp_path: Path) -> None:
     path = tmp_path / "r"
     write_sealed_json(path, ROUTE_KIND, BODY)
-    path.write_text(path.read_text().replace("[1.0, 0, 0.5]", "[1e999, 0, 0.5]"))
+    path.write_text(path.read_text().replace("1.0", "1e999"))
     refused(Route, path)
     path.write_text(path.read_text().replace("1e999", "9" * 5000))
     refused(Route, path)
