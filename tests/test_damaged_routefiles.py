@@ -41,7 +41,7 @@ def test_truncation_at_any_length_and_trailing_bytes(saved: tuple[Any, Any, Path
     refused(kind, path)
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_never_pass_for_another_route(saved: tuple[Any, Any, Path], data: st.DataObject) -> None:
     kind, value, path = saved

@@ -133,7 +133,7 @@ def load_data(
     images = source(path, split, image_size)
     if samples is None:
         return images
-    return replace(images, dataset=Subset(images.dataset, drawn_indices(len(images), samples, seed)))
+    return replace(images, dataset=drawn(images.dataset, samples, seed))
 
 
 def _cifar10(path: Path, split: str, image_size: int | None) -> ImageData:
