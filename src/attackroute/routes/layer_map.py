@@ -62,10 +62,9 @@ def channel_counts(channels: Mapping[str, Any]) -> LayerMap[int]:
 
 def require_layers(what: str, values: Mapping[str, Any], channels: Mapping[str, int]) -> None:
     """Raise a `UserError` naming the first layer that only one of them has; ``what`` says what the values are."""
-    for layer in values:
+    for layer in dict.fromkeys((*values, *channels)):
         if layer not in channels:
             raise UserError(f"there are {what} for layer {layer!r}, but no channel count")
-    for layer in channels:
         if layer not in values:
             raise UserError(f"there are no {what} for layer {layer!r}")
 

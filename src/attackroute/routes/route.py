@@ -183,11 +183,13 @@ class Route:
 
     def overlap(self, other: Route) -> dict[str, float]:
         """``|A & B| / |A|`` for each layer, A this route and B the other, of the same layers; 1 where A is empty."""
-        return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours)))
+        return self._compare(other, lambda ours, theirs: len(ours & theirs) / len(ours) if ours else 1.0)
 
     def jaccard(self, other: Route) -> dict[str, float]:
         """``|A & B| / |A | B|`` for each layer of two routes of the same layers; 1 where both are empty."""
-        return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours | theirs)))
+        return self._compare(
+            other, lambda ours, theirs: len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0
+        )
 
     def check(self, channels: Mapping[str, int], what: str = "model") -> None:
         """Require that something, named ``what`` in the message, has the route's layers with these channel counts."""
@@ -291,7 +293,3 @@ def _shares(layer: str, values: object, count: int) -> Tensor:
 
 def _preview(chosen: Sequence[int]) -> str:
     return " ".join([*map(str, chosen[:6]), *(["..."] if len(chosen) > 6 else [])])
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0

@@ -251,18 +251,14 @@ def _read(path: Path) -> object:
 
 def _sets_of_weights(content: object, path: Path) -> dict[str, Mapping[str, Tensor]]:
     """The state dicts in a checkpoint, by their names there; a state dict alone bears none."""
-    if not isinstance(content, Mapping) or not content:
-        held = "nothing" if isinstance(content, Mapping) else f"an object of type {type(content).__name__}"
-        raise UserError(f"weights {path} hold {held}, not a state dict; save model.state_dict()")
-    if _is_state_dict(content):
-        return {"": content}
-    if sets := {str(key): values for key, values in content.items() if _is_state_dict(values)}:
+    named = content if isinstance(content, Mapping) else {}
+    if _is_state_dict(named):
+        return {"": named}
+    if sets := {str(key): values for key, values in named.items() if _is_state_dict(values)}:
         return sets
-    name, value = next((name, value) for name, value in content.items() if not isinstance(value, Tensor))
-    raise UserError(
-        f"weights {path} hold no state dict: {name!r} is of type {type(value).__name__}, not a tensor; "
-        "save model.state_dict()"
-    )
+    keys = ", ".join(list(map(str, named))[:_NAMED])
+    held = f"a {type(content).__name__}" + (f" of {keys}" if keys else "")
+    raise UserError(f"weights {path} hold {held}, not a state dict; save model.state_dict()")
 
 
 def _is_state_dict(value: object) -> bool:
