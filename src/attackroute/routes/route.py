@@ -183,13 +183,11 @@ class Route:
 
     def overlap(self, other: Route) -> dict[str, float]:
         """``|A & B| / |A|`` for each layer, A this route and B the other, of the same layers; 1 where A is empty."""
-        return self._compare(other, lambda ours, theirs: len(ours & theirs) / len(ours) if ours else 1.0)
+        return self._compare(other, lambda a, b: len(a & b) / len(a) if a else 1.0)
 
     def jaccard(self, other: Route) -> dict[str, float]:
         """``|A & B| / |A | B|`` for each layer of two routes of the same layers; 1 where both are empty."""
-        return self._compare(
-            other, lambda ours, theirs: len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0
-        )
+        return self._compare(other, lambda a, b: len(a & b) / len(a | b) if a | b else 1.0)
 
     def check(self, channels: Mapping[str, int], what: str = "model") -> None:
         """Require that something, named ``what`` in the message, has the route's layers with these channel counts."""
