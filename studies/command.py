@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from attackroute.cli.console import Output, print_error
 from attackroute.core.errors import UserError
+from attackroute.core.journal import Journal
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -38,6 +40,18 @@ class Parser(argparse.ArgumentParser):
 def output_of(options: argparse.Namespace) -> Output:
     """Where the words go."""
     return Output(options.json, options.quiet)
+
+
+def begin(journal: Journal, path: Path, *, resume: bool) -> None:
+    """Begin a study whose journal is to lie there, or, only with ``resume``, go on with the one that does."""
+    if resume:
+        journal.resume()
+    elif path.exists():
+        raise UserError(
+            f"{path.parent} already holds a study; pass --resume to go on with it, or choose another folder"
+        )
+    else:
+        journal.keep(("begun",), "")
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:

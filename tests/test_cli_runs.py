@@ -126,7 +126,7 @@ def test_files_and_json_agree_with_the_python_interface(trained, pictures, tmp_p
     labels = torch.tensor([label for _, label in data.dataset])
     expected = attackroute.trace_routes(model, (images, labels), 0.4, batch_size=4)
 
-    assert InstanceRoutes.load(tmp_path / "routes.safetensors", model=model) == expected
+    assert InstanceRoutes.load(tmp_path / "routes.safetensors") == expected
     assert Route.load(tmp_path / "route.json", model=model) == expected.aggregate(0.5)
     assert [row["layer"] for row in printed["layers"]] == list(expected.layers)
     for row in printed["layers"]:
@@ -229,8 +229,8 @@ def test_an_interrupted_trace_goes_on_to_the_same_files(trained, pictures, tmp_p
         else:
             with pytest.raises(RuntimeError):
                 traced(trained, pictures, *options, "--out", broken)
-    assert sorted(path.name for path in broken.iterdir()) == ["partial.safetensors", "summary.json"]
-    assert len(InstanceRoutes.load(broken / "partial.safetensors")) == 4
+    assert sorted(path.name for path in broken.iterdir()) == ["routes.safetensors", "summary.json"]
+    assert len(InstanceRoutes.load(broken / "routes.safetensors")) == 4
 
     refused(traced(trained, pictures, *options, "--out", broken), "already holds", "--resume")
     refused(traced(trained, pictures, *options, "--width", 0.3, "--out", broken, "--resume"), "width", 0.2)
@@ -322,7 +322,7 @@ class TestBadInput:
 
     def test_images(self, trained, pictures, tmp_path):
         refused(run("trace", "--model", trained, "--data", f"folder:{tmp_path / 'none'}"), "none")
-        refused(traced(trained, pictures, "--image-size", 4), "4x4")
+        refused(traced(trained, pictures, "--image-size", 4), "(1, 3, 4, 4)")
         shutil.copytree(pictures, tmp_path / "broken")
         bad = tmp_path / "broken" / "test" / "light" / "00.png"
         bad.write_bytes(b"no picture")

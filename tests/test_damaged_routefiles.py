@@ -41,7 +41,7 @@ def test_truncation_at_any_length_and_trailing_bytes(saved: tuple[Any, Any, Path
     refused(kind, path)
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_never_pass_for_another_route(saved: tuple[Any, Any, Path], data: st.DataObject) -> None:
     kind, value, path = saved
@@ -167,7 +167,7 @@ def test_wrong_contents_under_a_right_checksum(change: dict[str, Any], message: 
 def test_a_number_too_large_for_json(tmp_path: Path) -> None:
     path = tmp_path / "r"
     write_sealed_json(path, ROUTE_KIND, BODY)
-    path.write_text(path.read_text().replace("[1.0, 0, 0.5]", "[1e999, 0, 0.5]"))
+    path.write_text(path.read_text().replace("1.0", "1e999"))
     refused(Route, path)
     path.write_text(path.read_text().replace("1e999", "9" * 5000))
     refused(Route, path)

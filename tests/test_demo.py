@@ -50,7 +50,7 @@ def test_the_demo_is_a_run_of_the_commands(tmp_path: Path, monkeypatch: pytest.M
     network = open_network(str(folder / "model"), digits)
     right = [int(network(image[None]).argmax()) == label for image, label in digits.dataset]
     assert results["summary.json"]["about"]["accuracy"] == sum(right) / FEW
-    routes = ar.InstanceRoutes.load(folder / "routes.safetensors", model=network)
+    routes = ar.InstanceRoutes.load(folder / "routes.safetensors")
     assert routes == ar.trace_routes(network, ImageBatches(digits))
     assert ar.Route.load(folder / "route.json", model=network) == routes.aggregate(0.3)
     rows = results["evaluation/evaluation.json"]["rows"]

@@ -1,4 +1,4 @@
-"""Ten traces in a row leave nothing behind: no hooks, no tensors, no cycles, no memory."""
+"""Traces in a row leave nothing behind: no hooks, no tensors, no cycles, no memory."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def resident() -> int:
 
 
 def leaves_nothing(model: nn.Module, run: Callable[[], object]) -> None:
-    """Ten runs, after a first one that may fill caches, leave no tensor and no hook."""
+    """Five runs, after a first one that may fill caches, leave no tensor and no hook."""
     before = state(model)
     run()
     alive = tensors()
-    for _ in range(10):
+    for _ in range(5):
         run()
     assert tensors() <= alive
     assert state(model) == before
@@ -54,13 +54,13 @@ def without_collector() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_ten_traces_leave_no_tensor_and_no_hook(name: str) -> None:
+def test_traces_leave_no_tensor_and_no_hook(name: str) -> None:
     model, images, labels = ready(MODELS[name], samples=2)
     edge = next(iter(trace_routes(model, (images, labels)).methods))
     leaves_nothing(model, lambda: (trace_routes(model, (images, labels)), influence(model, images, *edge)))
 
 
-def test_ten_failures_leave_no_tensor_and_no_hook() -> None:
+def test_failures_leave_no_tensor_and_no_hook() -> None:
     def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
         parts["body"][:6](x)
         raise RuntimeError("broken")

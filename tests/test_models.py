@@ -354,5 +354,5 @@ class TestChecks:
     def test_input_that_the_users_own_model_cannot_take(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 2)).double()
         check_input(model, (3, 4, 4))
-        with pytest.raises(UserError, match=r"3 channels of 8x9 pixels \(.+\)"):
+        with pytest.raises(UserError, match=r"a batch of shape \(1, 3, 8, 9\) and type torch.float64: .+"):
             check_input(model, (3, 8, 9))

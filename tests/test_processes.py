@@ -200,7 +200,7 @@ def test_machines_share_a_trace(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_evaluation_goes_on_with_another_number(root: Path, tmp_path: Path, victim: int) -> None:
-    options = ("--batch-size", 2, "--attack", "pgd:eps=0.1,steps=2", "--no-checks", "--json")
+    options = ("--batch-size", 2, "--attack", "pgd:eps=0.1,steps=2", "--check-samples", 0, "--json")
     broken, command = tmp_path / "broken", of_pictures("evaluate", root, *options)
     where = "attackroute.robustness.evaluate:_Run._predictions"
     go_on = broken_off(2, victim, where, 3, *command, "--out", broken)

@@ -9,12 +9,9 @@ from attackroute.core.errors import UserError
 from attackroute.routes.provenance import Provenance
 
 
-def test_provenance_shows_what_is_known() -> None:
+def test_provenance_outlasts_a_file() -> None:
     origin = Provenance(samples=3, width=0.3, model="vgg16", seed=0)
-    assert origin.version == __version__
-    assert repr(origin) == (
-        f"Provenance(samples=3, width=0.3, model='vgg16', seed=0, criterion='influence', version='{__version__}')"
-    )
+    assert (origin.version, origin.criterion) == (__version__, "influence")
     assert Provenance.from_json(origin.to_json()) == origin
 
 

@@ -207,12 +207,14 @@ def test_overlap_and_jaccard_against_sets(pair: tuple[Route, Route]) -> None:
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        ({"conv1": 4, "conv2": 9, "fc": 2}, "layer 'conv2' has 8 channels here but 9 in the other route"),
-        ({"conv1": 4, "conv2": 8}, "layer 'fc' is not in the other route"),
-        ({"conv1": 4, "conv2": 8, "fc": 2, "fc2": 3}, "layer 'fc2' is only in the other route"),
-        ({"conv1": 4, "convX": 8, "fc": 2}, "layer 'conv2' is not in the other route"),
-        ({"conv1": 4, "convX": 8, "conv2": 8, "fc": 2}, "layer 'convX' is only in the other route"),
-        ({"conv2": 8, "conv1": 4, "fc": 2}, "layer 'conv1' stands where the other route has 'conv2'"),
+        (
+            {"conv1": 4, "conv2": 9, "fc": 2},
+            r"layer 'conv2' \(8 channels\) stands where the other route has layer 'conv2' \(9 channels\)",
+        ),
+        ({"conv1": 4, "conv2": 8}, "layer 'fc' .* stands where the other route has nothing"),
+        ({"conv1": 4, "conv2": 8, "fc": 2, "fc2": 3}, "nothing stands where the other route has layer 'fc2'"),
+        ({"conv1": 4, "convX": 8, "fc": 2}, "layer 'conv2' .* stands where the other route has layer 'convX'"),
+        ({"conv2": 8, "conv1": 4, "fc": 2}, "layer 'conv1' .* stands where the other route has layer 'conv2'"),
     ],
     ids=str,
 )

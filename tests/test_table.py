@@ -40,17 +40,9 @@ def test_a_table_reads_well_in_a_notebook() -> None:
     assert html == "<table><tr><th>a&lt;</th><th>b</th></tr><tr><td>x&amp;</td><td>0.25</td></tr></table>"
 
 
-@pytest.mark.parametrize(
-    ("ask", "said"),
-    [
-        (lambda: TABLE.column("acuracy"), "no column 'acuracy'; it has criterion, layer, accuracy, draw"),
-        (lambda: Table(("a", "a"), ()), "twice"),
-        (lambda: Table(("a",), ((1, 2),)), "2 cells"),
-    ],
-)
-def test_a_table_names_what_is_missing(ask: object, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        ask()  # type: ignore[operator]
+def test_a_table_names_what_is_missing() -> None:
+    with pytest.raises(UserError, match="no column 'acuracy'; it has criterion, layer, accuracy, draw"):
+        TABLE.column("acuracy")
 
 
 cells = st.none() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]))

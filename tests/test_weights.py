@@ -143,11 +143,11 @@ class TestWeights:
         ("content", "expected"),
         [
             (build_model("vgg_small", width=0.1), "not a state dict"),  # a whole model
-            ([1, 2], "type list, not a state dict"),
-            ({}, "hold nothing"),
-            ({"epoch": 3, "lr": 0.1}, "'epoch' is of type int, not a tensor"),
-            (torch.zeros(3), "type Tensor, not"),
-            ({"state_dict": {"weight": "text"}}, "'weight' is of type str"),
+            ([1, 2], "hold a list, not a state dict"),
+            ({}, "hold a dict, not a state dict"),
+            ({"epoch": 3, "lr": 0.1}, "hold a dict of epoch, lr, not a state dict"),
+            (torch.zeros(3), "hold a Tensor, not"),
+            ({"state_dict": {"weight": "text"}}, "hold a dict of state_dict, not"),
         ],
     )
     def test_refuse_what_is_no_state_dict(self, content: object, expected: str, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ class TestWeights:
             load_weights(build_model("vgg_small"), tmp_path / "none.pt")
         os.mkfifo(tmp_path / "pipe.pt")
         for path in (tmp_path / "pipe.pt", "/dev/zero", "~no-such-user/w.pt", "x" * 5000):
-            with pytest.raises(UserError, match=r"cannot be read \("):
+            with pytest.raises(UserError, match=r"cannot be read|names no file"):
                 load_weights(build_model("vgg_small"), path)
 
 

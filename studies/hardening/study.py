@@ -36,6 +36,7 @@ from attackroute.tracing.config import TraceConfig
 from attackroute.zoo.data import ImageData, held_out
 from attackroute.zoo.networks import build
 from attackroute.zoo.weights import LAST, ModelCard, spec_for, with_own_normalisation
+from studies.command import begin
 from studies.hardening.plan import StudyPlan, Trial, Variant, judged, punished
 from studies.hardening.results import HardeningStudy, Outcome, Tuning
 
@@ -81,7 +82,7 @@ def study_hardening(
     }
     terms = {**(origin or {}), **plan.terms(), **sizes}
     journal = Journal(folder / TUNING, terms)
-    journal.begin(folder, resume=resume)
+    begin(journal, folder / TUNING, resume=resume)
     learnt, validation = held_out(train_data, plan.validation, plan.tuning_seed)
     run = _Study(
         build=build,

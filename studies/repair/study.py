@@ -19,6 +19,7 @@ from attackroute.core.model_state import frozen, placement
 from attackroute.core.random import derived_generator
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.routes.masks import top_k
+from studies.command import begin
 from studies.repair.criteria import (
     FIRST_LAYERS,
     INFLUENCE,
@@ -103,7 +104,9 @@ def study_repair(
             raise UserError(
                 f"only one of networks {first!r} and {name!r} is a chain of layers: compare them one by one"
             )
-    journal.begin(folder, resume=resume)  # only now, since what cannot be compared should not take the folder
+    begin(
+        journal, folder / JOURNAL, resume=resume
+    )  # only now, since what cannot be compared should not take the folder
     for run in runs.values():
         run.rank()
     selections = {name: run.selection() for name, run in runs.items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from attackroute.analysis.channel_statistics import layer_channels
 from attackroute.analysis.controls import ROUTE, Comparison, sample_routes
@@ -121,9 +122,8 @@ class Study:
     def _batches(self, indices: Sequence[int]) -> ImageBatches:
         from attackroute.zoo.data import ImageBatches
 
-        size = self.batch_size
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return ImageBatches(self.images, size, batches=batches, workers=self.workers)
+        images = replace(self.images, dataset=Subset(self.images.dataset, indices))
+        return ImageBatches(images, self.batch_size, workers=self.workers)
 
     def _some(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The first batch of some images and their labels, on the network's device."""

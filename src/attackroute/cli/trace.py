@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from attackroute.tracing.oracle_check import OracleCheck
 
 
-_FILES = ("summary.json", "route.json", "routes*.safetensors", "partial*.safetensors")
+_FILES = ("summary.json", "route.json", "routes*.safetensors")
 _DOUBLE, _REDUCED = "float64", ("bfloat16", "float16")
 
 

@@ -126,20 +126,17 @@ class BatchStream:
 
     def __init__(self, model: nn.Module, data: Data, batch_size: int, numbers: Sequence[int] | None = None) -> None:
         data = opened(data, batch_size)
-        self._model, self._data, self._batch_size, self._numbers = model, data, batch_size, numbers
+        self._model, self._data, self._batch_size = model, data, batch_size
+        self._numbers = None if numbers is None else frozenset(numbers)
         self._team = current()
         self.number, self.total = 0, samples_in(data)
         self._source: Iterator[tuple[int, Any]] | None = None
         self._loader = _sampled(data)
-        # data any of whose batches can be read alone, so that no process reads what belongs to another
-        self._numbered = getattr(data, "numbered", None)
         # data that can be read only one after the other: every process reads what belongs to the others, too
-        self._is_skimmed = (
-            self._loader is None and self._numbered is None and not isinstance(data, Tensor) and not _is_pair(data)
-        )
-        self._order: list[Any] | None = None
+        self._is_skimmed = self._loader is None and not isinstance(data, Tensor) and not _is_pair(data)
+        self._order: Iterable[Any] = () if self._loader is None else self._loader.batch_sampler or ()
         if self._team.count > 1 and _is_shuffled(self._loader):
-            self._order = self._team.first(lambda: list(self._sample_order()))
+            self._order = self._team.first(lambda: list(self._order))
 
     @property
     def first(self) -> Batch:
@@ -189,23 +186,11 @@ class BatchStream:
         start = self._team.rank % step if start is None else start
         if self._numbers is None and step == 1:
             return _numbered(_raw(self._data, self._batch_size))
-        if self._numbered is not None:
-            numbers = (range(len(cast(Sized, self._data))) if self._numbers is None else self._numbers)[start::step]
-            return zip(numbers, self._numbered(numbers), strict=False)
-        if self._loader is not None:
-            chosen = list(islice(self._asked_for(enumerate(self._sample_order())), start, None, step))
-            workers = 0 if step == _AT_MOST else self._loader.num_workers
-            items = _reader(self._loader, [rows for _, rows in chosen], workers)
-            return zip((number for number, _ in chosen), items, strict=False)
-        return islice(self._asked_for(_numbered(_raw(self._data, self._batch_size))), start, None, step)
-
-    def _asked_for(self, items: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
-        numbers = None if self._numbers is None else frozenset(self._numbers)
-        return (item for item in items if numbers is None or item[0] in numbers)
-
-    def _sample_order(self) -> Iterable[Any]:
-        """The samples of each of the loader's batches; where it shuffles, as the first process has drawn them."""
-        return self._order if self._order is not None else getattr(self._loader, "batch_sampler", None) or ()
+        items = _numbered(_raw(self._data, self._batch_size) if self._loader is None else self._order)
+        if (numbers := self._numbers) is not None:
+            items = (item for item in items if item[0] in numbers)
+        items = islice(items, start, None, step)
+        return items if self._loader is None else _read_alone(self._loader, list(items))
 
 
 def batches(model: nn.Module, data: Data, batch_size: int) -> Iterator[Batch]:
@@ -297,11 +282,13 @@ def _is_shuffled(loader: DataLoader[Any] | None) -> bool:
     return loader is not None and not isinstance(loader.sampler, SequentialSampler)
 
 
-def _reader(loader: DataLoader[Any], batches: list[Any], workers: int) -> Iterator[Any]:
-    """Some batches of a loader, given by their samples, with the others unread."""
+def _read_alone(loader: DataLoader[Any], batches: list[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Some batches of a loader, given by their numbers and samples, with the others unread."""
     kept = ("collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
     options = {name: getattr(loader, name) for name in kept}
-    return iter(DataLoader(loader.dataset, batch_sampler=batches, num_workers=workers, **options))
+    numbers, samples = [number for number, _ in batches], [rows for _, rows in batches]
+    workers = loader.num_workers if len(batches) > 1 else 0
+    return zip(numbers, DataLoader(loader.dataset, batch_sampler=samples, num_workers=workers, **options), strict=False)
 
 
 def opened(data: Any, batch_size: int) -> Data:

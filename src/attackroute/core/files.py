@@ -16,7 +16,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,6 @@ def replace_file(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _keep_name(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
@@ -59,8 +58,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_sealed_json(path: str | os.PathLike[str], kind: str, body: Mapping[str, Any]) -> None:
-    """Write a header and ``body`` as JSON text, one layer a line."""
-    replace_file(Path(path), f"{_layout(_seal(kind, body, {}))}\n".encode())
+    """Write a header and ``body`` as JSON text."""
+    write_json(Path(path), _seal(kind, body, {}))
 
 
 def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -71,11 +70,9 @@ def read_sealed_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 def write_tensors(
     path: str | os.PathLike[str], kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> str:
-    """Write tensors as safetensors, with a header and ``body`` in the metadata; returns the checksum of it all."""
-    header = _seal(kind, body, tensors)
-    replace_file(Path(path), _safetensors(tensors, {_METADATA_KEY: _compact(header)}))
-    return str(header["checksum"])
+) -> None:
+    """Write tensors as safetensors, with a header and ``body`` in the metadata."""
+    replace_file(Path(path), _safetensors(tensors, {_METADATA_KEY: _compact(_seal(kind, body, tensors))}))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -267,23 +264,3 @@ def update_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
 
 def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _layout(document: Mapping[str, Any], indent: str = "") -> str:
-    """JSON text with one line for each key, and one for each layer of a nested object."""
-    lines = (
-        f"{indent}  {json.dumps(key)}: "
-        + (_layout(value, "  ") if isinstance(value, Mapping) and not indent else json.dumps(value))
-        for key, value in document.items()
-    )
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _keep_name(folder: Path) -> None:
-    """Let a new name in a folder outlast a power failure, where the system can promise that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -66,15 +66,6 @@ class Journal:
             if len(whole) < len(content):
                 os.truncate(self._path, len(whole))
 
-    def begin(self, folder: Path, *, resume: bool) -> None:
-        """Begin a study in a folder, or, only with ``resume``, go on with the one that is there."""
-        if resume:
-            self.resume()
-        elif self._path is not None and self._path.exists():
-            raise UserError(f"{folder} already holds a study; pass --resume to go on with it, or choose another folder")
-        else:
-            self.keep(("begun",), "")
-
     def recall(self, key: Key, samples: str) -> dict[str, Any] | None:
         """The measurement under a key, or None; it must be of the samples of this digest."""
         record = self._records.get(key)

@@ -84,10 +84,7 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def autocast_of(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast in a dtype on the model's device; None for none."""
-    if dtype is None:
-        return nullcontext()
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return torch.autocast(device.type, dtype)
+    return nullcontext() if dtype is None else torch.autocast(placement(model)[0].type, dtype)
 
 
 class RepeatablePass:

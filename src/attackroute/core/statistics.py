@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from attackroute.core.batches import count_samples, in_order, load
-from attackroute.core.checks import check_logits, checked_batch
-from attackroute.core.distributed import current
+from attackroute.core.batches import BatchStream, count_samples
+from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
-from attackroute.core.model_state import kept_modes, placement
+from attackroute.core.model_state import frozen
 from attackroute.core.table import Record, Table
 
 Floats = NDArray[np.float64]
@@ -89,30 +88,22 @@ def count_correct(
     samples = count_samples(data, "data set")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    device, dtype = placement(model)
-    team = current()
-    batches = in_order(samples, batch_size)[team.rank :: team.count]
 
-    def count() -> int:
-        correct = torch.zeros((), dtype=torch.int64, device=device)
-        broken = torch.zeros((), dtype=torch.bool, device=device)
-        for batch in load(
-            data, batches, generator=torch.Generator(), workers=workers, pin_memory=device.type == "cuda"
-        ):
-            images, labels = checked_batch(batch, "data set")
-            images = images.to(device, dtype, non_blocking=True)
-            if attack is not None:
-                images = attack(model, images, labels.to(device))
-            logits = check_logits(model(images), labels, "data set")
-            correct += (logits.argmax(1) == labels.to(device, non_blocking=True)).sum()
-            broken |= logits.isnan().any()
-        if broken:
-            raise BrokenLogits("the model's logits are NaN for some images; check the images and the weights")
-        return int(correct)
+    def count(images: Tensor, labels: Tensor | None) -> tuple[int, bool]:
+        if labels is None:
+            raise UserError("the data set must give pairs of an image and a label")
+        if attack is not None:
+            images = attack(model, images, labels)
+        logits = check_logits(model(images), labels, "data set")
+        return int((logits.argmax(1) == labels).sum()), bool(logits.isnan().any())
 
-    with kept_modes(model), torch.no_grad():
-        model.eval()
-        return Accuracy(sum(team.all(count())), samples)
+    own, cuda = torch.Generator(), torch.cuda.is_available()
+    loader = DataLoader(data, batch_size, num_workers=workers, generator=own, pin_memory=cuda)
+    with frozen(model), torch.no_grad():
+        counts = list(BatchStream(model, loader, batch_size).map(count))
+    if any(broken for _, broken in counts):
+        raise BrokenLogits("the model's logits are NaN for some images; check the images and the weights")
+    return Accuracy(sum(correct for correct, _ in counts), samples)
 
 
 @lru_cache(maxsize=100_000)

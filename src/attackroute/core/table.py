@@ -34,13 +34,6 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
 
-    def __post_init__(self) -> None:
-        if len(set(self.columns)) != len(self.columns):
-            raise UserError(f"a table names a column twice: {', '.join(self.columns)}")
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise UserError(f"a row of {len(row)} cells in a table of {len(self.columns)} columns")
-
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> Table:
         """A table of records; columns come in the order in which they first appear, absent cells are None."""

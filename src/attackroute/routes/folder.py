@@ -1,10 +1,10 @@
 """The routes of many samples in a folder: written while they are traced, read file by file.
 
-The folder holds ``summary.json`` from the start, with the settings on which the result depends, files of routes as they
-are finished, and in ``partial*.safetensors`` what is done of the one under way. All of them end where batches end, so
-a resumed trace sees the same batches and gives the same routes, bit for bit, as one that was never broken off. Each
-file says which part of which trace it is, under its checksum: one that is damaged, or another's, is traced again, and
-it alone. In the end ``route.json`` is the model's route.
+The folder holds ``summary.json`` from the start, with the settings on which the result depends, and files of routes,
+the last of which may be begun alone. All of them end where batches end, so a resumed trace sees the same batches and
+gives the same routes, bit for bit, as one that was never broken off. Each file says which part of which trace it is,
+under its checksum: one that is damaged, or another's, is traced again, and it alone. In the end ``route.json`` is the
+model's route.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attackroute.core.document import Document
@@ -36,7 +35,6 @@ from attackroute.core.files import (
 from attackroute.core.journal import require_same_settings
 from attackroute.routes.instance_routes import Edge, InstanceRoutes, SampleRoutes, joined_methods, read_methods
 from attackroute.routes.layer_map import channel_counts, require_model, require_same
-from attackroute.routes.masks import sample_rows
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
 
@@ -44,7 +42,7 @@ ROUTE = "route.json"
 TRACE = "trace"
 """Kind of the document in which a trace is summed up."""
 
-_ROUTES, _PARTIAL, _SUMMARY = "routes", "partial", "summary"
+_ROUTES, _SUMMARY = "routes", "summary"
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors")
 _SHARD_SAMPLES = 8192  # some megabytes
 _AUTOSAVE_SECONDS = 60.0
@@ -52,7 +50,7 @@ _AUTOSAVE_SECONDS = 60.0
 
 def has_routes(folder: Path) -> bool:
     """Whether a folder holds instance routes."""
-    return bool(_shard_files(folder))
+    return bool(_route_files(folder))
 
 
 def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, Any], **about: Any) -> Document:
@@ -60,22 +58,18 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
     origin, totals = routes.provenance, routes.totals
     occurrence = routes.occurrence(origin.width)
     accuracy = None if "correct" not in totals else int(totals["correct"]) / origin.samples
-    layers: list[dict[str, Any]] = []
-    for (layer, count), unranked in zip(routes.channels.items(), totals["unranked"].tolist(), strict=True):
-        layers.append(
-            {
-                "layer": layer,
-                "channels": count,
-                "route_channels": list(route.indices[layer]),
-                "occurrence": occurrence[layer],
-                "incoming": {source: how for (source, target), how in routes.methods.items() if target == layer},
-            }
-        )
-        if unranked:  # so many samples have no score but zero, and the first channels for a route
-            layers[-1]["unranked"] = unranked
-        if (sums := totals.get(f"sketches/{layer}")) is not None:  # how far the layer's routes can be trusted
-            means = (sums / origin.samples).tolist()
-            layers[-1] |= zip(("sketches", "expected_overlap", "undecided"), means, strict=True)
+    layers = [
+        {
+            "layer": layer,
+            "channels": count,
+            "route_channels": list(route.indices[layer]),
+            "occurrence": occurrence[layer],
+            "incoming": {source: how for (source, target), how in routes.methods.items() if target == layer},
+            # so many samples have no score but zero, and the first channels for a route
+            **({"unranked": unranked} if unranked else {}),
+        }
+        for (layer, count), unranked in zip(routes.channels.items(), totals["unranked"].tolist(), strict=True)
+    ]
     about |= {
         "samples": origin.samples,
         "accuracy": accuracy,
@@ -89,78 +83,56 @@ def trace_document(routes: SampleRoutes, route: Route, settings: Mapping[str, An
     return Document(TRACE, settings, reading, about=about)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of instance routes: where it is, the number of its first sample, and the checksum of all it holds."""
-
-    path: Path
-    start: int
-    checksum: str
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class RouteFolder(SampleRoutes):
     """Instance routes in a folder, as :class:`attackroute.InstanceRoutes` in memory; one file is read at a time.
 
     Attributes:
-        shards: The files.
-        channels: For each layer, in forward order, how many channels it has.
-        provenance: Where the routes come from.
-        methods: For each edge (source layer, target layer), how its influence was computed.
+        files: The files, in the samples' order; for the others see :class:`SampleRoutes`.
     """
 
-    shards: tuple[Shard, ...]
+    files: tuple[Path, ...]
     channels: Mapping[str, int]
     provenance: Provenance
     methods: Mapping[Edge, str]
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], model: nn.Module | None = None) -> RouteFolder:
+    def open(cls, folder: str | os.PathLike[str]) -> RouteFolder:
         """Look at a folder that a trace has written; only the files' headers are read.
-
-        Args:
-            folder: The folder.
-            model: When given, must have the routes' layers with their channel counts.
 
         Raises:
             UserError: A file is missing, damaged or something else, or the files do not belong together.
         """
         path = Path(folder)
-        names = _shard_files(path)
+        names = _route_files(path)
         if not names:
             raise UserError(f"{printable(path)} holds no instance routes: name a folder that attackroute trace wrote")
         count = len(names) if (match := _NUMBERED.search(names[0])) is None else int(match[2])
-        written = _written_checksums(path)
-        shards: list[Shard] = []
+        summary = path / f"{_SUMMARY}.json"
+        settings = Document.load(summary).settings if summary.exists() else None
+        files = [path / _file_name(number, count) for number in range(count)]
+        channels: Mapping[str, int] = {}
         origins: list[Provenance] = []
         methods: list[dict[Edge, str]] = []
-        first: dict[str, Any] = {}
-        for number in range(count):
-            file = path / _file_name(number, count)
+        for number, file in enumerate(files):
             header = read_header(file, INSTANCE_ROUTES_KIND)
             with file_errors(file):
-                channels = channel_counts(expect_mapping(header, "fingerprint"))
-                first = first or {"channels": channels, "part": header.get("part")}
-                require_same(first["channels"], channels, printable(file))
-                checksum = str(header.get("checksum"))
-                if header.get("part") != (first["part"] and {**first["part"], "file": number, "of": count}) or (
-                    written.get(file.name, checksum) != checksum
-                ):
+                counts = channel_counts(expect_mapping(header, "fingerprint"))
+                channels = channels or counts
+                require_same(channels, counts, printable(file))
+                if settings is not None and header.get("part") != _part(number, settings, whole=True):
                     raise UserError("is not this part of the trace, but another file: trace with --resume to mend it")
                 methods.append(read_methods(header.get("methods")))
-                shards.append(Shard(file, sum(origin.samples for origin in origins), checksum))
                 origins.append(Provenance.from_json(header.get("provenance")))
-        if model is not None:
-            require_model(first["channels"], model)
-        return cls(tuple(shards), first["channels"], Provenance.merge(origins), joined_methods(methods))
+        return cls(tuple(files), channels, Provenance.merge(origins), joined_methods(methods))
 
     @property
     def path(self) -> Path:
         """The folder."""
-        return self.shards[0].path.parent
+        return self.files[0].parent
 
     def __repr__(self) -> str:
-        return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.shards)} files)"
+        return f"RouteFolder({len(self)} samples, {len(self.channels)} layers, {len(self.files)} files)"
 
     @cached_property
     def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
@@ -171,32 +143,12 @@ class RouteFolder(SampleRoutes):
 
     def parts(self) -> Iterator[InstanceRoutes]:
         """The routes file by file, in the samples' order; a `UserError` says which file is damaged."""
-        for shard in self.shards:
-            yield InstanceRoutes.load(shard.path)
+        for file in self.files:
+            yield InstanceRoutes.load(file)
 
     def load(self) -> InstanceRoutes:
         """All of them in memory: a bit for each channel of each sample."""
         return InstanceRoutes.concatenate(self.parts())
-
-    def select(self, index: slice | Sequence[int] | Tensor) -> InstanceRoutes:
-        """The routes of some samples; files that hold none of them are not read.
-
-        Args:
-            index: As for :meth:`attackroute.InstanceRoutes.select`.
-
-        Raises:
-            UserError: The index selects no sample or is out of range, or a file is damaged.
-        """
-        rows = sample_rows(index, len(self)).remainder(len(self))  # negative ones count from the end
-        starts = torch.tensor([shard.start for shard in self.shards])
-        numbers = torch.searchsorted(starts, rows, right=True) - 1
-        selected: list[InstanceRoutes] = []
-        positions: list[Tensor] = []
-        for number in numbers.unique().tolist():
-            positions.append((numbers == number).nonzero().flatten())
-            shard = self.shards[number]
-            selected.append(InstanceRoutes.load(shard.path).select(rows[positions[-1]] - shard.start))
-        return InstanceRoutes.concatenate(selected).select(torch.cat(positions).argsort())
 
     def save_route(self, width: float = 0.3) -> Document:
         """Write the model's route as ``route.json``, and what there is to say of it and of all samples.
@@ -210,8 +162,7 @@ class RouteFolder(SampleRoutes):
         settings = Document.load(self.path / f"{_SUMMARY}.json").settings
         route = self.aggregate(width)
         route.save(self.path / ROUTE)
-        checksums = {shard.path.name: shard.checksum for shard in self.shards}
-        document = trace_document(self, route, settings, finished=True, files=checksums)
+        document = trace_document(self, route, settings, finished=True)
         document.save(self.path, _SUMMARY)
         return document
 
@@ -242,7 +193,6 @@ class RouteWriter:
         self._shard = batch_size * -(-_SHARD_SAMPLES // batch_size)  # samples in every file but the last
         self._count = -(-samples // self._shard)
         self._settings = {**settings, "file-samples": self._shard}
-        self._trace = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()
         self._gaps: list[Gap] = []
         self._pending: list[InstanceRoutes] = []  # of the file under way
         self._saved = time.monotonic()
@@ -258,11 +208,10 @@ class RouteWriter:
         made_folder(self._path)
         summary = self._path / f"{_SUMMARY}.json"
         previous = Document.load(summary) if summary.exists() else None
-        present = sorted(file for stem in (_ROUTES, _PARTIAL) for file in self._path.glob(f"{stem}*.safetensors"))
+        present = sorted(self._path.glob(f"{_ROUTES}*.safetensors"))
         if resume and previous is not None:
             require_same_settings(f"the trace in {self._path}", previous.settings, self._settings)
-            expected = {self._file(number, stem) for number in range(self._count) for stem in (_ROUTES, _PARTIAL)}
-            if strays := sorted(set(present) - expected):
+            if strays := sorted(set(present) - {self._file(number) for number in range(self._count)}):
                 raise UserError(f"{printable(strays[0])} is no part of the trace in that folder: move it away")
             gaps = [self._gap(number, model) for number in range(self._count)]
             self._gaps = [gap for gap in gaps if gap is not None]
@@ -281,18 +230,16 @@ class RouteWriter:
         self._pending.append(routes)
         number, (start, stop) = self._gaps[0].number, self._range(self._gaps[0].number)
         if sum(map(len, self._pending)) == stop - start:
-            self._save(number, InstanceRoutes.concatenate(self._pending))
+            self._save(number, whole=True)
             del self._gaps[0]
             self._open_file()
         elif time.monotonic() - self._saved > _AUTOSAVE_SECONDS:
             self.keep()
 
     def keep(self) -> None:
-        """Write down what is done of the file under way; when this returns, no crash loses it."""
+        """Write down what is done of the file under way; when this returns, a kill does not lose it."""
         if self._gaps and self._pending:
-            number = self._gaps[0].number
-            self._pending = [InstanceRoutes.concatenate(self._pending)]
-            self._pending[0].save(self._file(number, _PARTIAL), self._part(number))
+            self._save(self._gaps[0].number, whole=False)
         self._saved = time.monotonic()
 
     def finish(self) -> RouteFolder:
@@ -308,59 +255,47 @@ class RouteWriter:
         """Take up what there is of the next file that is not whole."""
         self._pending = []
         if self._gaps and self._gaps[0].start % self._shard:
-            self._pending.append(InstanceRoutes.load(self._file(self._gaps[0].number, _PARTIAL)))
+            self._pending.append(InstanceRoutes.load(self._file(self._gaps[0].number)))
 
-    def _save(self, number: int, routes: InstanceRoutes) -> None:
-        routes.save(self._file(number), self._part(number))
-        self._file(number, _PARTIAL).unlink(missing_ok=True)
+    def _save(self, number: int, *, whole: bool) -> None:
+        self._pending = [InstanceRoutes.concatenate(self._pending)]
+        self._pending[0].save(self._file(number), _part(number, self._settings, whole=whole))
 
     def _gap(self, number: int, model: nn.Module) -> Gap | None:
         """What is to be traced of a file; None where it is whole."""
         start, stop = self._range(number)
-        faults: list[str] = []
-        for path in (self._file(number), self._file(number, _PARTIAL)):
-            if not path.exists():
-                continue
-            try:
-                routes = InstanceRoutes.load(path)
-                part = read_header(path, INSTANCE_ROUTES_KIND).get("part")
-            except UserError as error:
-                faults.append(f"{error}; its samples are traced again")
-                continue
-            is_partial = path == self._file(number, _PARTIAL)
+        path = self._file(number)
+        if not path.exists():
+            return Gap(number, start, stop)
+        try:
+            routes = InstanceRoutes.load(path)
             is_whole = len(routes) == stop - start
-            if part != self._part(number):
-                faults.append(f"{path} is another part, or of another trace; its samples are traced again")
-                continue
-            if not is_whole and (not is_partial or len(routes) > stop - start or len(routes) % self._batch_size):
-                faults.append(f"{path} has {len(routes)} samples, not {stop - start}; they are traced again")
-                continue
-            require_model(routes.channels, model)
-            if not is_whole:
-                start += len(routes)
-                break
-            if is_partial:  # the disk was full when it was to be written as a whole
-                self._save(number, routes)
-            return None
-        return Gap(number, start, stop, tuple(faults))
+            if read_header(path, INSTANCE_ROUTES_KIND).get("part") != _part(number, self._settings, whole=is_whole):
+                raise UserError(f"{path} is another part, or of another trace")
+        except UserError as error:
+            return Gap(number, start, stop, (f"{error}; its samples are traced again",))
+        require_model(routes.channels, model)
+        return None if is_whole else Gap(number, start + len(routes), stop)
 
     def _range(self, number: int) -> tuple[int, int]:
         return number * self._shard, min((number + 1) * self._shard, self._samples)
 
-    def _file(self, number: int, stem: str = _ROUTES) -> Path:
-        return self._path / _file_name(number, self._count, stem)
-
-    def _part(self, number: int) -> dict[str, Any]:
-        """What a file says of its place: its number, and a digest of the settings of the trace."""
-        return {"file": number, "of": self._count, "trace": self._trace}
+    def _file(self, number: int) -> Path:
+        return self._path / _file_name(number, self._count)
 
 
-def _file_name(number: int, count: int, stem: str = _ROUTES) -> str:
+def _part(number: int, settings: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
+    """What a file says of its place: its number, a digest of the trace's settings, and if all of its samples are in."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    return {"file": number, "trace": digest.hexdigest(), "whole": whole}
+
+
+def _file_name(number: int, count: int) -> str:
     """Name of one of ``count`` files; a file that is the only one has no number."""
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05}-of-{count:05}.safetensors"
+    return f"{_ROUTES}.safetensors" if count == 1 else f"{_ROUTES}-{number:05}-of-{count:05}.safetensors"
 
 
-def _shard_files(folder: Path) -> list[str]:
+def _route_files(folder: Path) -> list[str]:
     """Names of the files of routes in a folder, which must be those of one trace."""
     numbered = {file.name: _NUMBERED.search(file.name) for file in folder.glob(f"{_ROUTES}-*.safetensors")}
     counts = {name: int(match[2]) for name, match in numbered.items() if match is not None}
@@ -370,11 +305,3 @@ def _shard_files(folder: Path) -> list[str]:
     if len(set(counts.values())) > 1:
         raise UserError(f"{printable(folder)} holds files of two traces ({names[0]}, {names[-1]}): move one set away")
     return names
-
-
-def _written_checksums(folder: Path) -> Mapping[str, Any]:
-    """The checksums that a finished trace noted of its files."""
-    path = folder / f"{_SUMMARY}.json"
-    about = Document.load(path).about if path.exists() else {}
-    files = about.get("files") if about.get("finished") is True else None
-    return files if isinstance(files, dict) else {}

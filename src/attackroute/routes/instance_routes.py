@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attackroute.core.errors import UserError
 from attackroute.core.files import INSTANCE_ROUTES_KIND, expect_mapping, file_errors, read_tensors, write_tensors
-from attackroute.core.table import Shown, layer_table, plural
-from attackroute.routes.layer_map import LayerMap, channel_counts, require_layers, require_model, require_same
+from attackroute.core.table import Shown, plural
+from attackroute.routes.layer_map import LayerMap, channel_counts, require_layers, require_same
 from attackroute.routes.masks import (
     PackedMasks,
     has_stray_bits,
@@ -23,15 +23,15 @@ from attackroute.routes.masks import (
     pack_all,
     packed_width,
     sample_rows,
+    top_k,
     usage_counts,
 )
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
-from attackroute.routes.sketch_errors import SketchErrors
 
 Edge = tuple[str, str]
 
-_MASKS, _SCORES, _SKETCHED = "masks/", "scores/", "sketched/"
+_MASKS, _SCORES = "masks/", "scores/"
 _ANSWERS, _UNRANKED = ("labels", "predictions"), "unranked"
 
 
@@ -43,9 +43,8 @@ class SampleRoutes(Shown, ABC):
         provenance: where the routes come from, with N as ``samples`` and the width of each sample's route.
         methods: for each edge (source layer, target layer), how its influence was computed.
         totals: sums over the samples, by name: ``usage/LAYER``, how many routes use each channel, int64 (C,);
-            ``unranked``, how many have no score but zero, int64 (L,); ``correct``, how many predictions are the label,
-            where there are labels; and for a layer with sketched edges ``sketches/LAYER``, the draws, the expected
-            overlap and the share of channels undecided, float64 (3,).
+            ``unranked``, how many have no score but zero, int64 (L,); and ``correct``, how many predictions are the
+            label, where there are labels.
     """
 
     channels: Mapping[str, int]
@@ -89,7 +88,9 @@ class SampleRoutes(Shown, ABC):
         Args:
             width: share of each layer's channels to keep, in (0, 1].
         """
-        return Route.from_frequency(self.frequency(), width, self.provenance)
+        frequency = self.frequency()
+        masks = {layer: top_k(values, width) for layer, values in frequency.items()}
+        return Route.from_masks(masks, frequency, replace(self.provenance, width=width, instance_width=self.width))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,13 +102,10 @@ class InstanceRoutes(SampleRoutes):
 
     Attributes:
         packed: for each layer the masks, packed to uint8 (N, ceil(C / 8)): bit b of byte k is channel 8k + b.
-        channels: for each layer, in forward order, how many channels it has.
-        provenance: where the routes come from, with N as ``samples`` and the width of each sample's route.
+        channels, provenance, methods: see :class:`SampleRoutes`.
         labels: the samples' labels, int64 (N,), or None.
         predictions: the network's predictions, int64 (N,), or None.
-        methods: for each edge (source layer, target layer), how its influence was computed.
         kept_scores: for each layer the scores that were ranked, float (N, C); None when they were not kept.
-        sketched: where edges were sketched, how far the routes can be trusted; None for exact routes.
         unranked: for each layer, the samples all of whose scores there are zero, so that its channels are no more than
             the first by index: bool (N, L); None where there is no such sample.
 
@@ -122,7 +120,6 @@ class InstanceRoutes(SampleRoutes):
     predictions: Tensor | None = None
     methods: Mapping[Edge, str] = field(default_factory=dict)
     kept_scores: Mapping[str, Tensor] | None = None
-    sketched: SketchErrors | None = None
     unranked: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -130,14 +127,21 @@ class InstanceRoutes(SampleRoutes):
         if len(self) < 1:
             raise UserError("instance routes need at least one sample: see whether the data are empty")
         require_layers("masks", self.packed, channels)
+        if self.kept_scores is not None:
+            require_layers("scores", self.kept_scores, channels)
         for layer, size in channels.items():
             what = f"the packed masks of layer {layer!r}"
-            _check_tensor(what, self.packed[layer], (len(self), packed_width(size)), "uint8 on the CPU", _is_packed)
+            _check_tensor(what, self.packed[layer], (len(self), packed_width(size)), torch.uint8)
             if has_stray_bits(self.packed[layer], size):
                 raise UserError(f"{what} have bits set beyond the last of its {size} channels")
-        for name in _ANSWERS:
+            if self.kept_scores is not None:
+                _check_tensor(f"the scores of layer {layer!r}", self.kept_scores[layer], (len(self), size))
+        for name, shape, dtype in (
+            *((answer, (len(self),), torch.int64) for answer in _ANSWERS),
+            (_UNRANKED, (len(self), len(channels)), torch.bool),
+        ):
             if (values := getattr(self, name)) is not None:
-                _check_tensor(name, values, (len(self),), "int64", lambda tensor: tensor.dtype == torch.int64)
+                _check_tensor(name, values, shape, dtype)
         for edge in self.methods:
             for layer in edge:
                 if layer not in channels:
@@ -146,16 +150,7 @@ class InstanceRoutes(SampleRoutes):
         object.__setattr__(self, "packed", LayerMap({layer: self.packed[layer] for layer in channels}))
         object.__setattr__(self, "methods", dict(self.methods))
         if self.kept_scores is not None:
-            require_layers("scores", self.kept_scores, channels)
-            for layer, size in channels.items():
-                scores, what = self.kept_scores[layer], f"the scores of layer {layer!r}"
-                _check_tensor(what, scores, (len(self), size), "floating point", torch.is_floating_point)
             object.__setattr__(self, "kept_scores", LayerMap({layer: self.kept_scores[layer] for layer in channels}))
-        if self.unranked is not None:
-            shape = (len(self), len(channels))
-            _check_tensor(_UNRANKED, self.unranked, shape, "bool", lambda tensor: tensor.dtype == torch.bool)
-        if self.sketched is not None and len(self.sketched) != len(self):
-            raise UserError(f"there are notes on {len(self.sketched)} sketched samples, and {len(self)} samples")
 
     @classmethod
     def from_masks(
@@ -167,7 +162,6 @@ class InstanceRoutes(SampleRoutes):
         predictions: Tensor | None = None,
         methods: Mapping[Edge, str] | None = None,
         scores: Mapping[str, Tensor] | None = None,
-        sketched: SketchErrors | None = None,
         unranked: Tensor | None = None,
     ) -> InstanceRoutes:
         """Routes from the masks of one batch, on any device; nothing is shared with what is given.
@@ -178,8 +172,6 @@ class InstanceRoutes(SampleRoutes):
         for layer, mask in masks.items():
             if mask.dtype != torch.bool or mask.ndim != 2:
                 raise UserError(f"the masks of layer {layer!r} must be bool (n, C), not {mask.dtype} {mask.shape}")
-            if len(mask) != provenance.samples:
-                raise UserError(f"the masks of layer {layer!r} have {len(mask)} rows for {provenance.samples} samples")
         return cls(
             pack_all(masks),
             {layer: mask.shape[1] for layer, mask in masks.items()},
@@ -187,8 +179,7 @@ class InstanceRoutes(SampleRoutes):
             labels=_on_cpu("labels", labels),
             predictions=_on_cpu("predictions", predictions),
             methods=methods or {},
-            kept_scores=scores and _moved(scores),
-            sketched=sketched,
+            kept_scores=scores and {layer: each.detach().to("cpu", copy=True) for layer, each in scores.items()},
             unranked=None if unranked is None or not unranked.any() else unranked.detach().cpu(),
         )
 
@@ -230,14 +221,7 @@ class InstanceRoutes(SampleRoutes):
         title = ", ".join([*sizes, plural(sum(self.channels.values()), "channel"), f"width {self.width:g}"])
         title += f", {self.provenance.criterion}" if "approximate" in self.provenance.criterion else ""
         title += f", {plural(len(unranked), 'layer')} without scores" if (unranked := self.unranked_layers) else ""
-        targets: dict[str, list[str]] = {layer: [] for layer in self.channels}
-        for (source, target), method in self.methods.items():
-            targets[source].append(f"{target} ({method})")
-        rows = [
-            (layer, str(count), str(kept(self.width, count)), _preview(targets[layer]))
-            for layer, count in self.channels.items()
-        ]
-        return f"InstanceRoutes({title})\n{layer_table(('layer', 'channels', 'kept', 'leads to'), rows)}"
+        return f"InstanceRoutes({title})"
 
     @property
     def totals(self) -> dict[str, Tensor]:  # type: ignore[override]
@@ -246,10 +230,6 @@ class InstanceRoutes(SampleRoutes):
         totals[_UNRANKED] = torch.zeros(len(self.channels)).long() if self.unranked is None else self.unranked.sum(0)
         if self.labels is not None and self.predictions is not None:
             totals["correct"] = (self.labels == self.predictions).sum()
-        if (errors := self.sketched) is not None:
-            for layer in errors.layers:
-                values = (errors.draws[layer], errors.overlap[layer], errors.undecided(layer).double().mean(1))
-                totals[f"sketches/{layer}"] = torch.stack([value.double().sum() for value in values])
         return totals
 
     def by_label(self, width: float = 0.3) -> dict[int, Route]:
@@ -318,47 +298,32 @@ class InstanceRoutes(SampleRoutes):
             joined_methods([routes.methods for routes in parts]),
         )
 
-    def save(self, path: str | os.PathLike[str], part: Mapping[str, Any] | None = None) -> str:
+    def save(self, path: str | os.PathLike[str], part: Mapping[str, Any] | None = None) -> None:
         """Write masks, notes and scores as safetensors, replacing a file of that name in one step.
 
         Args:
             path: the file.
             part: what the file is to say of its place in a trace, as JSON values.
-
-        Returns:
-            The checksum of all that the file holds.
         """
         body = {
             "provenance": self.provenance.to_json(),
             "fingerprint": dict(self.channels),
             "methods": [[source, target, method] for (source, target), method in self.methods.items()],
         } | ({} if part is None else {"part": part})
-        return write_tensors(path, INSTANCE_ROUTES_KIND, body, self._tensors())
+        write_tensors(path, INSTANCE_ROUTES_KIND, body, self._tensors())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> InstanceRoutes:
-        """Read instance routes that `save` wrote.
-
-        Args:
-            path: the file.
-            model: when given, must have the routes' layers with their channel counts.
-
-        Raises:
-            UserError: the file is missing, damaged or something else, or the model does not fit.
-        """
+    def load(cls, path: str | os.PathLike[str]) -> InstanceRoutes:
+        """Read instance routes that `save` wrote; a `UserError` if the file is missing, damaged or something else."""
         body, tensors = read_tensors(path, INSTANCE_ROUTES_KIND)
         with file_errors(path):
             origin, methods = Provenance.from_json(body.get("provenance")), read_methods(body.get("methods"))
-            routes = cls._of_tensors(tensors, expect_mapping(body, "fingerprint"), origin, methods)
-            if model is not None:
-                require_model(routes.channels, model)
-        return routes
+            return cls._of_tensors(tensors, expect_mapping(body, "fingerprint"), origin, methods)
 
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors, a row for each sample, by the names that they have in files."""
         tensors = {_MASKS + layer: packed for layer, packed in self.packed.items()}
         tensors |= {_SCORES + layer: values for layer, values in (self.kept_scores or {}).items()}
-        tensors |= {} if self.sketched is None else self.sketched.tensors(_SKETCHED)
         optional = (*_ANSWERS, _UNRANKED)
         return tensors | {name: values for name in optional if (values := getattr(self, name)) is not None}
 
@@ -371,12 +336,11 @@ class InstanceRoutes(SampleRoutes):
         methods: Mapping[Edge, str],
     ) -> InstanceRoutes:
         """Undo :meth:`_tensors`."""
-        packed, scores, sketched = (_with_prefix(tensors, prefix) for prefix in (_MASKS, _SCORES, _SKETCHED))
+        packed, scores = (_with_prefix(tensors, prefix) for prefix in (_MASKS, _SCORES))
         answers = {name: tensors[name] for name in (*_ANSWERS, _UNRANKED) if name in tensors}
-        if len(packed) + len(scores) + len(sketched) + len(answers) != len(tensors):
+        if len(packed) + len(scores) + len(answers) != len(tensors):
             raise UserError("has tensors that are no part of instance routes")
-        notes = SketchErrors.from_tensors(sketched, channels)
-        return cls(packed, channels, provenance, methods=methods, kept_scores=scores or None, sketched=notes, **answers)
+        return cls(packed, channels, provenance, methods=methods, kept_scores=scores or None, **answers)
 
 
 def read_methods(values: object) -> dict[Edge, str]:
@@ -396,28 +360,14 @@ def joined_methods(parts: Sequence[Mapping[Edge, str]]) -> dict[Edge, str]:
     return {edge: " + ".join(dict.fromkeys(names)) for edge, names in methods.items()}
 
 
-def _preview(targets: Sequence[str]) -> str:
-    more = len(targets) - 2
-    return ", ".join([*targets[:2], *([f"{more} more"] if more > 0 else [])])
-
-
 def _compared(routes: InstanceRoutes) -> dict[str, Tensor]:
     """What makes routes equal: masks, labels and predictions."""
-    notes = (_SCORES, _SKETCHED, _UNRANKED)
+    notes = (_SCORES, _UNRANKED)
     return {name: values for name, values in routes._tensors().items() if not name.startswith(notes)}
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _moved(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU of tensors (n, C), which leave an accelerator all at once."""
-    if not values:
-        return {}
-    together = torch.cat([each.detach() for each in values.values()], dim=1).to("cpu")
-    parts = together.split([each.shape[1] for each in values.values()], dim=1)
-    return {layer: part.clone() for layer, part in zip(values, parts, strict=True)}
 
 
 def _on_cpu(name: str, answers: Tensor | None) -> Tensor | None:
@@ -428,12 +378,10 @@ def _on_cpu(name: str, answers: Tensor | None) -> Tensor | None:
     return answers.detach().to("cpu", torch.int64, copy=True)
 
 
-def _is_packed(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.uint8 and tensor.device.type == "cpu"
-
-
-def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...], kind: str, fits: Callable[[Tensor], bool]) -> None:
+def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Require a shape and a type, by default any floating one."""
     if tuple(tensor.shape) != shape:
         raise UserError(f"{what} must have shape {shape}, not {tuple(tensor.shape)}")
-    if not fits(tensor):
-        raise UserError(f"{what} must be {kind}, not {tensor.dtype} on {tensor.device}")
+    if (dtype or tensor.dtype) != tensor.dtype or (dtype is None and not tensor.is_floating_point()):
+        kind = str(dtype or "floating point").removeprefix("torch.")
+        raise UserError(f"{what} must be {kind}, not {tensor.dtype}")

@@ -62,28 +62,19 @@ def channel_counts(channels: Mapping[str, Any]) -> LayerMap[int]:
 
 def require_layers(what: str, values: Mapping[str, Any], channels: Mapping[str, int]) -> None:
     """Raise a `UserError` naming the first layer that only one of them has; ``what`` says what the values are."""
-    for layer in values:
+    for layer in dict.fromkeys((*values, *channels)):
         if layer not in channels:
             raise UserError(f"there are {what} for layer {layer!r}, but no channel count")
-    for layer in channels:
         if layer not in values:
             raise UserError(f"there are no {what} for layer {layer!r}")
 
 
 def require_same(ours: Mapping[str, int], theirs: Mapping[str, int], other: str = "the other route") -> None:
     """Raise a `UserError` naming the first layer in which two routes' names, order or channel counts differ."""
-    for mine, yours in zip_longest(ours, theirs):
-        if mine is not None and mine not in theirs:
-            raise UserError(f"layer {mine!r} is not in {other}: both must have the same layers")
-        if yours is not None and yours not in ours:
-            raise UserError(f"layer {yours!r} is only in {other}: both must have the same layers")
-        if mine != yours:
-            raise UserError(f"layer {mine!r} stands where {other} has {yours!r}: the layers' order differs")
-        if ours[mine] != theirs[mine]:
-            raise UserError(
-                f"layer {mine!r} has {ours[mine]} channels here but {theirs[mine]} in {other}: "
-                "the two come from different networks"
-            )
+    for pair in zip_longest(ours.items(), theirs.items()):
+        if pair[0] != pair[1]:
+            here, there = ("nothing" if each is None else f"layer {each[0]!r} ({each[1]} channels)" for each in pair)
+            raise UserError(f"{here} stands where {other} has {there}: they come from different networks")
 
 
 def require_fit(ours: Mapping[str, int], theirs: Mapping[str, int], what: str) -> None:

@@ -72,9 +72,6 @@ class PackedMasks(LayerMap[Tensor]):
     def __getitem__(self, layer: str) -> Tensor:
         return unpack(super().__getitem__(layer), self._channels[layer])
 
-    def __repr__(self) -> str:
-        return f"PackedMasks({', '.join(self)})"
-
 
 def check_width(width: float) -> None:
     """Raise a `UserError` unless ``width`` is a share in (0, 1]."""
@@ -124,21 +121,12 @@ def largest(scores: Tensor, width: float) -> Tensor:
 
 
 def sample_rows(index: slice | Sequence[int] | Tensor, samples: int) -> Tensor:
-    """The samples that a slice, integers or a mask (samples,) select: int64 on the CPU, negative ones from the end."""
-    positions = range(samples)[index] if isinstance(index, slice) else index
-    rows = torch.as_tensor(positions, device="cpu")
-    if rows.dtype == torch.bool:
-        if rows.shape != (samples,):
-            raise UserError(f"a mask of samples must have shape ({samples},), not {tuple(rows.shape)}")
-        rows = rows.nonzero().flatten()
-    if rows.dim() != 1 or (rows.numel() and (rows.is_floating_point() or rows.is_complex())):
-        raise UserError(
-            f"samples are selected by a slice, a list of integers or a mask, not by {rows.dtype} {tuple(rows.shape)}"
-        )
-    rows = rows.to(torch.int64)
-    outside = rows[(rows < -samples) | (rows >= samples)]
-    if outside.numel():
-        raise UserError(f"sample {int(outside[0])} is out of range: there are {samples} samples")
-    if rows.numel() == 0:
-        raise UserError(f"the index selects none of the {samples} samples")
-    return rows
+    """The samples that a slice, integers or a mask (samples,) select: int64 on the CPU."""
+    positions = index if isinstance(index, slice) else torch.as_tensor(index, device="cpu").numpy()
+    try:
+        rows = np.arange(samples)[positions]
+    except IndexError as error:
+        raise UserError(f"the index does not fit {samples} samples: {error}") from None
+    if rows.ndim != 1 or not len(rows):
+        raise UserError(f"the index selects none of the {samples} samples, or is no slice, list of integers or mask")
+    return torch.from_numpy(rows.copy())

@@ -22,7 +22,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 """Types of the fields, which also come from files."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Provenance:
     """Where a route comes from.
 
@@ -59,10 +59,6 @@ class Provenance:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"provenance: {name} {share} is outside (0, 1]")
-
-    def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items() if value is not None)
-        return f"Provenance({given})"
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values, for a file."""

@@ -23,7 +23,6 @@ from attackroute.routes.layer_map import (
     require_model,
     require_same,
 )
-from attackroute.routes.masks import top_k
 from attackroute.routes.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -77,15 +76,6 @@ class Route(Shown):
                 raise UserError(f"layer {layer!r}: a mask must be bool (C,), not {mask.dtype} {tuple(mask.shape)}")
         indices = {layer: mask.nonzero().flatten().tolist() for layer, mask in masks.items()}
         return cls(indices, {layer: mask.numel() for layer, mask in masks.items()}, frequency, provenance)
-
-    @classmethod
-    def from_frequency(cls, frequency: Mapping[str, Tensor], width: float, origin: Provenance) -> Route:
-        """The model route (Eqs. (7)-(8)): each layer's most frequent channels (C,), ties to the lower index.
-
-        It keeps a share ``width`` of each layer's channels; ``origin`` is where the instance routes come from.
-        """
-        masks = {layer: top_k(values, width) for layer, values in frequency.items()}
-        return cls.from_masks(masks, frequency, replace(origin, width=width, instance_width=origin.width))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -223,11 +213,11 @@ class Route(Shown):
 
     def overlap(self, other: Route) -> dict[str, float]:
         """``|A & B| / |A|`` for each layer, A this route and B the other, of the same layers; 1 where A is empty."""
-        return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours)))
+        return self._compare(other, lambda a, b: len(a & b) / len(a) if a else 1.0)
 
     def jaccard(self, other: Route) -> dict[str, float]:
         """``|A & B| / |A | B|`` for each layer of two routes of the same layers; 1 where both are empty."""
-        return self._compare(other, lambda ours, theirs: _ratio(len(ours & theirs), len(ours | theirs)))
+        return self._compare(other, lambda a, b: len(a & b) / len(a | b) if a | b else 1.0)
 
     def check(self, channels: Mapping[str, int], what: str = "model") -> None:
         """Require that something, named ``what`` in the message, has the route's layers with these channel counts."""
@@ -331,7 +321,3 @@ def _shares(layer: str, values: object, count: int) -> Tensor:
 
 def _preview(chosen: Sequence[int]) -> str:
     return " ".join([*map(str, chosen[:6]), *(["..."] if len(chosen) > 6 else [])])
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0

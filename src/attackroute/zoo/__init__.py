@@ -19,4 +19,3 @@ from attackroute.zoo.weights import load_preset as load_preset
 from attackroute.zoo.weights import load_weights as load_weights
 from attackroute.zoo.weights import preset_folder as preset_folder
 from attackroute.zoo.weights import preset_names as preset_names
-from attackroute.zoo.weights import preset_training as preset_training

@@ -217,37 +217,14 @@ class ResNet18(nn.Module):
         return logits
 
 
-class BasicBlock(nn.Module):
-    """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``.
-
-    The shortcut is the identity, or a strided 1x1 convolution with batch normalisation (``downsample``) at the start of
-    a stage that halves the size.
-    """
-
-    def __init__(self, source: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(source, channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample: nn.Module | None = None
-        if stride != 1:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(source, channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps of (N, channels, H / stride, W / stride)."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += shortcut
-        activated: Tensor = self.relu(out)
-        return activated
-
-
 def _stage(source: int, channels: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(BasicBlock(source, channels, stride), BasicBlock(channels, channels, stride=1))
+    """Two basic blocks; the shortcut of one that halves the size is a 1x1 convolution with batch normalisation."""
+    from torchvision.models.resnet import BasicBlock
+
+    shortcut: nn.Module | None = None
+    if stride != 1:
+        shortcut = nn.Sequential(nn.Conv2d(source, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+    return nn.Sequential(BasicBlock(source, channels, stride, shortcut), BasicBlock(channels, channels))
 
 
 def _initialise_convolutions(network: nn.Module) -> None:

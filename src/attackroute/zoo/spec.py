@@ -31,10 +31,8 @@ class Statistics:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.std:
             raise UserError(f"mean {self.mean} and std {self.std} need one number for each channel")
-        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
-            raise UserError(f"mean {self.mean} and std {self.std} must be finite numbers")
-        if min(self.std) <= 0:
-            raise UserError(f"std {self.std} must be positive")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise UserError(f"mean {self.mean} and std {self.std} must be finite numbers, and std positive")
 
 
 CIFAR = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -88,22 +86,15 @@ class ModelSpec:
         Where nothing is known of the network's own, or that has another number of channels, they are MNIST's for one
         channel; for three, CIFAR's where images are small and ImageNet's elsewhere.
         """
-        mean, std = self.mean, self.std
+        defaults = (trained_with, MNIST, CIFAR if self.is_small else IMAGENET)
+        own = next((each for each in defaults if each is not None and len(each.mean) == self.in_channels), None)
+        mean = self.mean if self.mean is not None or own is None else own.mean
+        std = self.std if self.std is not None or own is None else own.std
         if mean is None or std is None:
-            if trained_with is None or len(trained_with.mean) != self.in_channels:
-                if self.in_channels not in (1, 3):
-                    raise UserError(
-                        f"no default normalisation for {self.in_channels} input channels; give mean and std"
-                    )
-                trained_with = MNIST if self.in_channels == 1 else CIFAR if self.is_small else IMAGENET
-            mean = trained_with.mean if mean is None else mean
-            std = trained_with.std if std is None else std
-        for what, values in (("mean", mean), ("std", std)):
-            if len(values) != self.in_channels:
-                raise UserError(
-                    f"{what} has {len(values)} values for {self.in_channels} input channels; give one a channel"
-                )
-        return Statistics(tuple(mean), tuple(std))
+            raise UserError(f"no default normalisation for {self.in_channels} input channels; give mean and std")
+        if not len(mean) == len(std) == self.in_channels:
+            raise UserError(f"mean {mean} and std {std} need one value for each of {self.in_channels} input channels")
+        return Statistics(mean, std)
 
 
 class Normalise(nn.Module):
@@ -135,10 +126,6 @@ class Normalise(nn.Module):
                 "give other images, or build the model with that many input channels"
             )
         return (images - self.mean) / self.std
-
-    def extra_repr(self) -> str:
-        """The statistics, for ``print(model)``."""
-        return f"mean={self.statistics.mean}, std={self.statistics.std}"
 
 
 def normalised(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:

@@ -8,7 +8,6 @@ and ``training.json``, the command that made them and their accuracy.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import re
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 from attackroute.core.document import read_object
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import expect_mapping, file_errors, read_weights, regular_file, user_path, write_json
-from attackroute.core.model_state import kept_modes, placement
+from attackroute.core.files import expect_mapping, file_errors, read_weights, user_path, write_json
+from attackroute.core.model_state import explained, kept_modes, placement
 from attackroute.zoo.data import ImageData
 from attackroute.zoo.networks import BUILT_IN, build
 from attackroute.zoo.spec import ModelSpec, Normalise
@@ -165,15 +164,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserError: No such file, one that is damaged or holds no weights, or several that fit, names or shapes that are
             not the model's, or a normaliser of other statistics than the model's. The model is then as it was.
     """
-    try:
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise UserError(f"weights {path} do not exist; check the path")
-        if path.is_dir():
-            raise UserError(f"weights {path} is a folder; name the .safetensors or .pt file in it")
-        regular_file(path)
-    except (OSError, RuntimeError) as error:  # no such home, a name that is too long, a pipe
-        raise UserError(f"weights {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    path = user_path(os.fspath(path))
+    if not path.exists():
+        raise UserError(f"weights {path} do not exist; check the path")
+    if path.is_dir():
+        raise UserError(f"weights {path} is a folder; name the .safetensors or .pt file in it")
     sets = _sets_of_weights(_read(path), path)
     expected = model.state_dict()
     fitting = {key: fit for key, values in sets.items() if (fit := _without_prefix(values, expected)) is not None}
@@ -211,29 +206,13 @@ def load_preset(name: str) -> nn.Module:
     return model.eval()
 
 
-def preset_training(name: str) -> dict[str, Any]:
-    """How a preset was trained: command, data, accuracy on clean test images."""
-    content: dict[str, Any] = json.loads((preset_folder(name) / TRAINING).read_bytes())
-    return content
-
-
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
     """Try a model on one black image (C, H, W), in eval mode and without gradients; it comes back as it was."""
     device, dtype = placement(model)
     image = torch.zeros(1, *shape, dtype=dtype, device=device)
-    with kept_modes(model), torch.no_grad():
+    with kept_modes(model), torch.no_grad(), explained(image):
         model.eval()
-        try:
-            model(image)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
-            channels, height, width = shape
-            raise UserError(
-                f"the model cannot take images with {channels} channels of {height}x{width} pixels ({reason}); "
-                "give images of another size, or another model"
-            ) from error
+        model(image)
 
 
 def kept_weights(folder: Path) -> Path:
@@ -272,19 +251,14 @@ def _read(path: Path) -> object:
 
 def _sets_of_weights(content: object, path: Path) -> dict[str, Mapping[str, Tensor]]:
     """The state dicts in a checkpoint, by their names there; a state dict alone bears none."""
-    if not isinstance(content, Mapping) or not content:
-        held = "nothing" if isinstance(content, Mapping) else f"an object of type {type(content).__name__}"
-        raise UserError(f"weights {path} hold {held}, not a state dict; save model.state_dict()")
-    if _is_state_dict(content):
-        return {"": content}
-    if sets := {str(key): values for key, values in content.items() if _is_state_dict(values)}:
+    named = content if isinstance(content, Mapping) else {}
+    if _is_state_dict(named):
+        return {"": named}
+    if sets := {str(key): values for key, values in named.items() if _is_state_dict(values)}:
         return sets
-    inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), content)
-    name, value = next((name, value) for name, value in inner.items() if not isinstance(value, Tensor))
-    raise UserError(
-        f"weights {path} are not a state dict: {name!r} is of type {type(value).__name__}, not a tensor; "
-        "save model.state_dict()"
-    )
+    keys = ", ".join(list(map(str, named))[:_NAMED])
+    held = f"a {type(content).__name__}" + (f" of {keys}" if keys else "")
+    raise UserError(f"weights {path} hold {held}, not a state dict; save model.state_dict()")
 
 
 def _is_state_dict(value: object) -> bool:
