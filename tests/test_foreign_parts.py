@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision import ops
 
@@ -203,3 +206,39 @@ def test_a_second_input_is_named() -> None:
     images, labels = torch.rand(3, 3, 13, 13), torch.arange(3)
     with pytest.raises(UserError, match=r"cannot run on a batch .* missing 1 required positional argument: 'scale'"):
         ar.trace_routes(Two(), (images, labels))
+
+
+def test_observers_of_quantisation_come_back_as_they_were() -> None:
+    model = chain(nn.ReLU()).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = torch.ao.quantization.prepare_qat(model)
+    images, labels = torch.rand(3, 3, 13, 13), torch.arange(3)
+    for batch in (images, images):  # observers that have seen nothing, then some that have
+        before = {name: value.clone() for name, value in prepared.state_dict().items()}
+        ar.trace_routes(prepared, (10 * images.flip(0), labels))
+        for name, after in prepared.state_dict().items():
+            torch.testing.assert_close(after, before[name], rtol=0, atol=0, msg=name)
+        prepared(batch)
+
+
+def test_results_draw_and_show_themselves() -> None:
+    model, images, labels = ready(lambda: chain(nn.ReLU()), dtype=torch.float32)
+    routes = ar.trace_routes(model, (images, labels))
+    route = routes.aggregate(0.3)
+    found = ar.hardness(model, route, (images, labels))
+    evaluation = ar.evaluate(model, (images, labels), attacks=["fgsm"], checks=0)
+    axes = route.plot()
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0 (6)", "3 (6)"]
+    assert len(axes.images) == 2
+    own = Figure().subplots()
+    assert found.plot(own) is own
+    assert sum(patch.get_height() for patch in own.patches if patch.get_height()) >= 3
+    bars = evaluation.plot().patches
+    assert [bar.get_height() for bar in bars] == evaluation.table.column("accuracy")
+    for each in (routes, route, found, evaluation):
+        assert html.escape(repr(each)) in each._repr_html_()
+    bare = ar.Route(route.indices, route.channels)
+    with pytest.raises(UserError, match="no frequencies to draw"):
+        bare.plot()

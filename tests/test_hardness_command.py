@@ -12,6 +12,7 @@ import torch
 from torchvision.utils import save_image
 
 import attackroute as ar
+from attackroute.analysis.hardness_experiment import _fooled
 from attackroute.zoo.data import ImageBatches, load_data
 from attackroute.zoo.weights import open_network
 from command_line import refused, run
@@ -44,7 +45,7 @@ def test_everything_is_written_and_agrees(home: Path, tmp_path: Path) -> None:
     assert result.stderr.startswith("note: no --route is given, so one is traced from these 24 images")
     content = json.loads(result.stdout)
     names = {f"hardness.{kind}" for kind in ("csv", "json", "png", "svg")}
-    names |= {"hardness-images.csv"}
+    names |= {"hardness-images.csv", "measurements.jsonl"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"route.json"}
     assert content == json.loads((tmp_path / "out" / "hardness.json").read_text()) | {"folder": str(tmp_path / "out")}
     data = load_data(f"folder:{home / 'pictures'}")
@@ -96,3 +97,27 @@ def test_bad_input_is_one_line(home: Path, tmp_path: Path) -> None:
     refused(run("hardness", "--model", home / "net", "--data", f"folder:{tmp_path / 'plain'}", *out), str(tmp_path))
     refused(hardness(home, "--out", tmp_path / "file"), str(tmp_path / "file"))
     refused(hardness(home), "--out")
+
+
+def test_a_broken_run_goes_on_to_the_same_result(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--attack", "pgd:eps=8/255,steps=2", "--attack", "fgsm:eps=8/255", "--batch-size", 4, "--seed", 3)
+    whole = hardness(home, *words, "--out", tmp_path / "whole", "--json")
+    attacks: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        attacks.append(1)
+        if len(attacks) == 6:
+            raise KeyboardInterrupt
+        return _fooled(*args)
+
+    monkeypatch.setattr("attackroute.analysis.hardness_experiment._fooled", counted)
+    assert hardness(home, *words, "--out", tmp_path / "broken").exit_code == 130
+    refused(hardness(home, *words, "--out", tmp_path / "broken"), "--resume")
+    refused(hardness(home, *words[2:], "--out", tmp_path / "broken", "--resume"), "has attacks")
+    attacks[:] = [1] * 10
+    resumed = hardness(home, *words, "--out", tmp_path / "broken", "--resume", "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert len(attacks) == 10 + 6 * 2 - 4  # two batches of the six were judged
+    assert json.loads(resumed.stdout)["rows"] == json.loads(whole.stdout)["rows"]
+    files = [(tmp_path / folder / "hardness-images.csv").read_bytes() for folder in ("whole", "broken")]
+    assert files[0] == files[1]

@@ -152,7 +152,7 @@ def study_hardness(
             classified correctly.
     """
     named = named_attacks(attacks)
-    journal = journal or Journal(None, {})
+    journal = Journal(None, {}) if journal is None else journal
     routes = _routes(route, paper, draws, seed)
     with frozen(model), torch.inference_mode(False):
         reader = GradientReader(model, routes)

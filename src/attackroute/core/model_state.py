@@ -66,12 +66,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, name, buffer, version, kept in buffers:
             module._buffers[name] = buffer
-            if kept is None:
-                continue
-            # observers of quantisation write in C++ and resize, which nothing counts; their data go back as uncounted
-            held = buffer if write_count(buffer) != version else buffer.data
-            with torch.no_grad():
-                held.resize_(kept.shape).copy_(kept) if held.shape != kept.shape else held.copy_(kept)
+            if kept is not None:
+                _put_back(buffer, kept, counted=write_count(buffer) != version)
+
+
+def _put_back(buffer: Tensor, values: Tensor, *, counted: bool) -> None:
+    """Give a buffer its values back, also where it was written to in C++, as by observers of quantisation.
+
+    Nothing counts such writing, so to undo it does not count either: graphs that hold the buffer stay valid.
+    """
+    strided = buffer.layout == torch.strided
+    repeats = not strided or any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape, strict=True))
+    if counted or not repeats:  # what is repeated in memory cannot be written to in C++ either
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            if buffer.shape != values.shape:
+                buffer.resize_(values.shape)
+            (buffer if counted else buffer.data).copy_(values)
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
