@@ -124,7 +124,7 @@ def test_the_page_of_an_analysis_knows_that_linear_maps_are_layers(
     out, _ = analysis
     page = tmp_path / "page.html"
     arguments = ["report", str(out), "--model", "tokens_factory:digits", "--weights", str(trained), "--samples", "4"]
-    done(*arguments, "--attack", "fgsm:eps=0.2", "--out", page, "--json")
+    done(*arguments, "--attack", "fgsm:eps=0.2", "--page", page, "--json")
     assert MLPS[0] in page.read_text()
 
 

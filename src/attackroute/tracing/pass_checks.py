@@ -103,7 +103,9 @@ def require_rows_apart(
     Raises:
         UserError: They do in some layer, or a layer has not one row per image.
     """
-    pair = torch.cat([images[:1], images[-1:]]).detach()
+    pair, kind = torch.cat([images[:1], images[-1:]]).detach(), images.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+    rounding = max(_ROUNDING, 16 * torch.finfo(dtype).eps)  # attention in steps rounds otherwise than fused
     before = _outputs(model, pair, layers) if seen is None else seen
     for row in (0, 1):
         other = pair.clone()
@@ -111,7 +113,7 @@ def require_rows_apart(
         after = _outputs(model, other, layers)
         for layer, rows in before.items():
             change = (rows[row] - after.get(layer, rows)[row]).abs().amax()
-            if change > _ROUNDING * rows[row].abs().amax():
+            if change > rounding * rows[row].abs().amax():
                 if layer == LOGITS:
                     raise UserError(STATISTIC)
                 raise UserError(
