@@ -61,6 +61,7 @@ def test_the_report_has_every_ratio() -> None:
         assert ratio.bound == f"at most {limit:.2f}"
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_step_grows_with_the_batch() -> None:
     job = {"step": GRADIENT, "threads": 1, "device": "cpu", "seed": 0}
     few, many = (measured("benchmarks.hardening", {**job, "batch_size": size}, "hardening") for size in (2, 24))

@@ -197,6 +197,7 @@ def test_numbers_are_those_of_the_networks_in_the_folder(whole: Whole) -> None:
     assert len(differences) == len(list(compared(PLAN))) * 5
 
 
+@pytest.mark.slow
 def test_routes_of_all_images_are_traced_from_all_of_them(tmp_path: Path) -> None:
     study = studied(tmp_path, replace(PLAN, penalties=("gradient",), shares=(0.1,), more=0, every_image=True))
     traced = {
@@ -221,6 +222,7 @@ def test_noise_is_followed_and_punished_where_the_plan_says_so(tmp_path: Path) -
     assert len({tuple(values.flatten().tolist()) for values in weights.values()}) == len(PLAIN)
 
 
+@pytest.mark.slow
 def test_the_test_images_choose_nothing(whole: Whole, tmp_path: Path) -> None:
     other = studied(tmp_path, replace(PLAN, penalties=("weight",)), test_seed=9)
     tuning = [each for each in whole[0].tuning if each.variant.penalty == "weight"]
@@ -230,6 +232,7 @@ def test_the_test_images_choose_nothing(whole: Whole, tmp_path: Path) -> None:
     assert [outcome.right for outcome in outcomes] != [outcome.right for outcome in other.outcomes]
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_after_kills_to_the_same_result(whole: Whole, tmp_path: Path) -> None:
     for calls in (3, 40, 90):
         with pytest.raises(Killed):

@@ -185,6 +185,7 @@ def all_tries(channels: dict[str, int]) -> int:
     return every + sum(count - step for count, number in steps for step in range(number))
 
 
+@pytest.mark.slow
 def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = some_pairs(Residual)
     channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
@@ -216,6 +217,7 @@ def test_effects_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> N
     assert {(layer, c) for layer in route for c in route.indices[layer]} == set(chosen)
 
 
+@pytest.mark.slow
 def test_true_effects_go_on_where_they_were(tmp_path: Path) -> None:
     model, pairs = some_pairs()
     channels = {layer: len(values) for layer, values in criterion_scores(model, pairs, "influence").items()}
@@ -252,6 +254,7 @@ def digits(model: nn.Module, samples: int) -> list[tuple[Tensor, int]]:
         return list(zip(images, model(images).argmax(1).tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_to_the_same_result(tmp_path: Path) -> None:
     models = {f"network {seed}": seeded(seed) for seed in (0, 1)}
     attacks = {"shaken": shaken, "dimmed": lambda _, x, __: x * 0.7}

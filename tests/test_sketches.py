@@ -99,7 +99,7 @@ def apart(scores: Tensor, exact: Tensor) -> float:
     return float(((scores - exact).mean(0) / scores.std(0) * math.sqrt(COPIES)).abs().max())
 
 
-@pytest.mark.parametrize("draws", [16, 32])
+@pytest.mark.parametrize("draws", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_scores_are_unbiased(copies: Copies, draws: int) -> None:
     found, edges, critical = copies
     keys = mixed(torch.arange(COPIES) + COPIES * draws)
@@ -140,10 +140,10 @@ def test_routes_of_many_draws_are_the_exact_ones(name: str) -> None:
     build, linear = SKETCHED[name]
     model, images, labels = ready(build, samples=2)
     expected = oracle.trace(model, images, labels, width=0.5, linear=linear)
-    config = TraceConfig(sketches=8192, linear=linear)
+    config = TraceConfig(sketches=4096, linear=linear)
     found = trace_routes(model, (images, labels), 0.5, keep_scores=True, config=config)
     for layer in reversed(found.layers):
-        assert deviation(found.scores[layer], expected.scores[layer]) < 0.08, layer
+        assert deviation(found.scores[layer], expected.scores[layer]) < 0.1, layer
         if (found.masks[layer] != expected.masks[layer]).any():
             break  # earlier layers add up over other neurons
 
