@@ -437,6 +437,15 @@ def test_the_summary_counts_which_controls_the_route_beats(empty: Path) -> None:
     assert "Told of deactivate." not in words["summary"] and "Told of deactivate." in words["experiments"]
 
 
+def test_a_trace_of_attacked_images_names_network_and_images_too(empty: Path) -> None:
+    settings = {"model": "vgg_small", "data": "folder:x", "linear": True}
+    Document("trace", settings, about={"attack": "pgd:eps=0.1"}).save(empty, "summary")
+    run = RunFolder.open(empty)
+    assert run.trace is None and (run.network, run.settings["data"], run.settings["linear"]) == (
+        "vgg_small", "folder:x", True,
+    )  # fmt: skip
+
+
 def test_images_are_chosen_as_the_trace_chose_them(empty: Path) -> None:
     Document("trace", {"data": "digits", "samples": None, "seed": 3}, about={"attack": None}).save(empty)
     Document("novel", {"data": "others", "samples": 400, "draws": 5}).save(empty)

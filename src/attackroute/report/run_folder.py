@@ -69,6 +69,7 @@ class RunFolder:
     attacked: tuple[InstanceRoutes, ...] = ()  # of attacked samples, one for each attack, by rising radius
     route: Route | None = None  # the model's, of clean samples where there are any
     trace: StoredDocument | None = None  # sums up that of samples as they are
+    attacked_traces: tuple[StoredDocument, ...] = ()
     experiments: tuple[StoredDocument, ...] = ()  # what no other command found, in the order they ask for
     hardness: StoredDocument | None = None
     evaluation: StoredDocument | None = None
@@ -85,7 +86,8 @@ class RunFolder:
             stored = StoredDocument.open(file, folder)
             kinds.setdefault(stored.document.kind, []).append(stored)
         hardenings = kinds.pop(HARDENING, [])
-        kinds[TRACE] = [stored for stored in kinds.get(TRACE, []) if stored.document.about.get("attack") is None]
+        summaries = kinds.get(TRACE, [])
+        kinds[TRACE] = [stored for stored in summaries if stored.document.about.get("attack") is None]
         traces = [RouteFolder.open(place).load() for place in places if has_routes(place)]
         clean = [routes for routes in traces if routes.provenance.attack is None]
         attacked: dict[str, InstanceRoutes] = {}
@@ -106,6 +108,7 @@ class RunFolder:
             attacked=tuple(attacked[name] for name in sorted(attacked, key=by_radius)),
             route=next(iter(model_routes), None),
             trace=firsts.pop(TRACE, None),
+            attacked_traces=tuple(stored for stored in summaries if stored not in kinds[TRACE]),
             hardness=firsts.pop(HARDNESS, None),
             evaluation=firsts.pop(EVALUATION, None),
             experiments=tuple(sorted(firsts.values(), key=lambda stored: stored.order)),
@@ -136,7 +139,7 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """What the files say of the network and the images: ``model``, ``data``, ``split``, ``weights``, ..."""
         merged: dict[str, Any] = {}
-        for stored in (self.trace, *self.experiments, self.evaluation, self.hardness):
+        for stored in (self.trace, *self.experiments, self.evaluation, self.hardness, *self.attacked_traces):
             for name, value in {} if stored is None else stored.document.settings.items():
                 merged.setdefault(name, value)  # also None, such as samples=None, all of them
         return merged
