@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,23 @@ from command_line import refused, run
 def test_version():
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"attackroute {attackroute.__version__}\n")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_and_options(tmp_path):
+    (tmp_path / "attackroute").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m attackroute "$@"\n')
+    (tmp_path / "attackroute").chmod(0o755)
+    script = """
+        eval "$(attackroute --completion)"
+        completed() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _attackroute; echo "${COMPREPLY[@]}"; }
+        completed attackroute ha; completed attackroute trace --s; completed attackroute trace ./
+    """
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    shown = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    commands, options, files = shown.stdout.split("\n")[:3]
+    assert commands.split() == ["hardness", "harden"]
+    assert options.split() == ["--samples", "--seed", "--sketches", "--split"]
+    assert not files  # left to bash
 
 
 def test_help_lists_every_command_and_every_exit_code():

@@ -95,9 +95,14 @@ def _run(words: Sequence[str]) -> int:
     if words[0] == "--version":
         print(f"{_PROGRAM} {__version__}")
         return 0
+    if words[0] == "--completion":
+        print(resources.files(__package__).joinpath("help", "completion.bash").read_text(), end="")
+        return 0
     name, *given = words
     if name not in COMMANDS:
-        what, names = ("option", ["--help", "--version"]) if name.startswith("-") else ("command", list(COMMANDS))
+        what, names = (
+            ("option", ["--help", "--version", "--completion"]) if name.startswith("-") else ("command", list(COMMANDS))
+        )
         raise UserError(f"no {what} {name}{did_you_mean(name, names)} (see {_PROGRAM} --help)")
     command = COMMANDS[name]
     epilog = _examples(name) if {"-h", "--help"} & set(given) else ""
@@ -126,7 +131,10 @@ def _help() -> str:
     for name, command in COMMANDS.items():
         summary, *_ = (inspect.getdoc(command.options) or "").split("\n\n")
         lines.append(filled(summary, width, f"  {name:<12}"))
-    options = "Options:\n  -h, --help  Show this; with a command, its options.\n  --version   Print the version."
+    options = (
+        "Options:\n  -h, --help    Show this; with a command, its options.\n  --version     Print the version.\n"
+        '  --completion  Print completion for bash: eval "$(attackroute --completion)".'
+    )
     return "\n".join([*lines, "", options]) + "\n" + _examples(_PROGRAM)
 
 
