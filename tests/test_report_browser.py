@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import time
@@ -303,6 +304,8 @@ def test_data_and_drawing_can_be_saved(browser: Any, page: str, tmp_path: Path) 
         assert json.loads(saved["json"]) == held and held["route_data"][0]["classes"] == list(NAMES)
         assert saved["png"].startswith(b"\x89PNG") and len(saved["png"]) > 10_000
         assert saved["svg"].startswith(b"<svg") and b"rgb(0, 114, 178)" in saved["svg"]
+        for text in (part(view, "says").text_content(), "clean and attacked images"):  # legend and attack go with it
+            assert text in html.unescape(saved["svg"].decode())
         view.locator("#json-details summary").click()
         playwright.expect(view.locator("#json")).to_contain_text("route_data")
 

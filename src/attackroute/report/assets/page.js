@@ -1,6 +1,7 @@
 // What the page does besides the route views: its data and its figures as files.
 
 const PAPER = 8;  // layers side by side on paper
+const TITLE = 48;  // height of what stands over a saved drawing
 const INK = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-family", "font-size", "font-weight", "text-anchor"];  // what the page's style decides
 
 function save(content, name) {
@@ -9,16 +10,32 @@ function save(content, name) {
   if (typeof content !== "string") setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-function standalone(svg) {  // a copy that looks the same without the page
+function inked(svg) {  // a copy that looks the same without the page
   const copy = svg.cloneNode(true), before = svg.querySelectorAll("*"), after = copy.querySelectorAll("*");
   before.forEach((item, index) => {
     const style = getComputedStyle(item);
     for (const name of INK) after[index].setAttribute(name, style.getPropertyValue(name));
     if (item.classList.contains("target")) after[index].setAttribute("fill", "none");
   });
-  const paper = drawn("rect", { width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor });
-  copy.prepend(paper);
-  copy.setAttribute("xmlns", svg.namespaceURI);
+  return copy;
+}
+
+function standalone(v) {  // the drawing with what it shows, the attack and the legend over it
+  const copy = inked(v.svg), body = getComputedStyle(document.body), [width, height] = ["width", "height"].map((name) => Number(v.svg.getAttribute(name)));
+  const words = { "font-family": body.fontFamily, "font-size": 12, fill: body.color };
+  copy.prepend(drawn("rect", { y: -TITLE, width, height: height + TITLE, fill: body.backgroundColor }));
+  copy.append(drawn("text", { x: 8, y: 16 - TITLE, ...words }, `${document.querySelector("h1").textContent}. ${v.part("says").textContent}`));
+  let at = 8;
+  for (const item of v.root.querySelectorAll(".legend li:not([hidden])")) {
+    if (!item.querySelector("svg")) continue;
+    const mark = inked(item.querySelector("svg"));
+    for (const [name, value] of Object.entries({ x: at, y: 25 - TITLE, width: 14, height: 14 })) mark.setAttribute(name, value);
+    copy.append(mark, drawn("text", { x: at + 20, y: 36 - TITLE, ...words }, item.textContent.trim()));
+    at += 44 + 7 * item.textContent.trim().length;
+  }
+  copy.setAttribute("viewBox", `0 ${-TITLE} ${width} ${height + TITLE}`);
+  copy.setAttribute("height", height + TITLE);
+  copy.setAttribute("xmlns", v.svg.namespaceURI);
   return new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" });
 }
 
@@ -71,8 +88,8 @@ function offerFiles() {
   for (const [number, v] of views.entries()) {
     const name = `route${number ? `-${number + 1}` : ""}`;
     v.part("files").append(
-      button("Drawing as SVG", () => save(standalone(v.svg), `${name}.svg`)),
-      button("as PNG", () => asAddress(standalone(v.svg), (source) => savePng(source, v.svg.clientWidth, v.svg.clientHeight, `${name}.png`))),
+      button("Drawing as SVG", () => save(standalone(v), `${name}.svg`)),
+      button("as PNG", () => asAddress(standalone(v), (source) => savePng(source, v.svg.clientWidth, v.svg.clientHeight + TITLE, `${name}.png`))),
     );
   }
 }
