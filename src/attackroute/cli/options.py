@@ -185,9 +185,6 @@ class TrainingOptions:
     title: ClassVar[str] = "The training"
     epochs: int = count("--epochs", "Passes over the images.", 30)
     lr: float = option("--lr", "Largest learning rate.", parse_factor, "RATE", default=0.1)
-    schedule: str = option(
-        "--schedule", "Course of the learning rate.", one_of("one-cycle", "cosine"), default="one-cycle"
-    )
     weight_decay: float = option(
         "--weight-decay", "L2 penalty on all parameters.", parse_number, "FACTOR", default=5e-4
     )
@@ -200,10 +197,6 @@ class TrainingOptions:
     )  # fmt: skip
     robust_samples: int = count(
         "--robust-samples", "Images that are attacked to choose the best epoch, with --attack.", 500
-    )
-    accumulate: int = count("--accumulate", "Take each batch in N parts, one after the other, for less memory.", 1)
-    clip_norm: float | None = option(
-        "--clip-norm", "Largest norm of a step's whole gradient.", parse_factor, "NORM", default=None, unset="no limit"
     )
     holdout: float = option(
         "--holdout", "Share of the training images that is not learnt from but chooses the best epoch; with 0, the "

@@ -112,12 +112,9 @@ def sign_test(wins: int, losses: int) -> float:
 
     Discordant are samples that only the one treatment gets right (wins), or only the other (losses).
     """
-    total, fewer = wins + losses, min(wins, losses)
-    logs = (
-        math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1) - total * math.log(2)
-        for count in range(fewer + 1)
-    )
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 class Mean(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,36 +82,6 @@ class Objective:
         with batch.autocast():
             attacked = self.attack(model, batch.images, batch.targets, generator=batch.draws)
         return attacked.detach().to(batch.images)
-
-
-def backward_in_parts(objective: Objective, model: nn.Module, batch: Batch, parts: int) -> StepLosses:
-    """Add a batch's gradients to those of the parameters, in so many parts, so that memory is that of one part.
-
-    The losses are means over samples, so that in a network whose samples do not meet (batch norms in eval mode, no
-    dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included. The losses
-    that come back are the whole batch's, all detached.
-    """
-    count = len(batch.images)
-    shares, pieces, start = [], [], batch.draws.get_state()
-    for images, labels, targets in zip(
-        *(values.tensor_split(min(parts, count)) for values in (batch.images, batch.labels, batch.targets)), strict=True
-    ):
-        batch.draws.set_state(start)  # an attack's random numbers belong to the image, not to its part
-        losses = objective.losses(model, replace(batch, images=images, labels=labels, targets=targets))
-        share = len(images) / count
-        (losses.total * share).backward()  # type: ignore[no-untyped-call]
-        shares.append(share)
-        pieces.append(losses)
-
-    def mean(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum()
-
-    return StepLosses(
-        total=mean(piece.total for piece in pieces),
-        task=mean(piece.task for piece in pieces),
-        logits=torch.cat([piece.logits for piece in pieces]),
-        penalties={name: mean(piece.penalties[name] for piece in pieces) for name in pieces[0].penalties},
-    )
 
 
 def samples_of(

@@ -33,7 +33,7 @@ from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
 from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, open_run
-from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
+from attackroute.hardening.objective import Batch, Objective, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
 from attackroute.robustness.attack import Attack, Perturbation
 
@@ -205,8 +205,7 @@ class _Run:
 
     def rate(self, number: int) -> float:
         """The learning rate of a step, counted from 1 over the whole run."""
-        settings = self.settings
-        return learning_rate(settings.schedule, settings.lr, number - 1, settings.epochs * self.steps)
+        return learning_rate(self.settings.lr, number - 1, self.settings.epochs * self.steps)
 
     def kept(self, epochs: int) -> str:
         """What is kept after so many epochs, as the end of a message."""
@@ -215,8 +214,8 @@ class _Run:
     def diverged(self, epoch: int, step: int, what: str) -> UserError:
         """The error of an epoch whose numbers are no longer finite."""
         return UserError(
-            f"epoch {epoch}, step {step}: {what}; check the images, lower lr (now {self.settings.lr}) "
-            f"or set clip_norm{self.kept(epoch - 1)}"
+            f"epoch {epoch}, step {step}: {what}; check the images, or lower lr (now {self.settings.lr})"
+            f"{self.kept(epoch - 1)}"
         )
 
 
@@ -366,11 +365,10 @@ def _step(
         autocast=run.precision,
     )
     run.optimiser.zero_grad(set_to_none=True)
-    losses = backward_in_parts(run.objective, run.model, batch, settings.accumulate)
+    losses = run.objective.losses(run.model, batch)
+    losses.total.backward()  # type: ignore[no-untyped-call]
     values = torch.stack([losses.task, *losses.penalties.values()])
     hits = (losses.logits.argmax(1) == batch.targets).sum()
-    if settings.clip_norm is not None:
-        nn.utils.clip_grad_norm_(run.trainable.values(), settings.clip_norm)
     for group in run.optimiser.param_groups:
         group["lr"] = run.rate(number)
     run.optimiser.step()
