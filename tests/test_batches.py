@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Subset, TensorDataset
 
-from attackroute.core.batches import count_steps, drawn_over_classes, in_order, load, shuffled
+from attackroute.core.batches import count_steps, drawn_over_classes, load, shuffled
 from attackroute.core.random import derived_seed
 
 
@@ -38,10 +38,6 @@ def test_derived_seeds_differ_and_fit_a_generator() -> None:
     }
     assert len(seeds) == 20 * 3 * 20
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_in_order() -> None:
-    assert in_order(5, 2) == [[0, 1], [2, 3], [4]]
 
 
 def test_samples_are_drawn_over_the_classes_by_the_seed_alone() -> None:

@@ -227,7 +227,7 @@ IMAGES = toy_data(8).tensors[0]
         (flat(4), TensorDataset(IMAGES, torch.tensor([-1] * 8)), "label -1 "),
         (flat(4), TensorDataset(IMAGES[:0], torch.tensor([], dtype=torch.int64)), "training data is empty"),
         (flat(4), TensorDataset(IMAGES[:, :1], torch.zeros(8, dtype=torch.int64)), r"does not take .*\(1, 8, 8\)"),
-        (flat(4), TensorDataset(IMAGES, torch.zeros(8)), "integers are needed"),
+        (flat(4), TensorDataset(IMAGES, torch.zeros(8)), "expected 1 integers"),
         (nn.Conv2d(3, 2, 3), TensorDataset(IMAGES, torch.zeros(8, dtype=torch.int64)), "not logits"),
         (nn.Sequential(flat(4), nn.Softmax(1)), toy_data(), "probabilities"),
         (flat(4).requires_grad_(False), toy_data(), "nothing to train"),

@@ -124,7 +124,7 @@ def compare(options: CompareOptions) -> None:
     comparison = _comparison(options.of(options.first, options.model_a), options.of(options.second, options.model_b))
     page = build_comparison(comparison)
     written = _write(page, target, output)
-    numbers = difference_table(page.data["differences"]["numbers"], comparison.names)
+    numbers = difference_table(page.data["differences"], comparison.names)
     output.table(numbers.columns, numbers.rows)
     for note in comparison.notes:
         output.line(f"  {note}")

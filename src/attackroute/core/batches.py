@@ -60,11 +60,6 @@ def shuffled(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[
     return [batch.tolist() for batch in order.tensor_split(count_steps(samples, batch_size))]
 
 
-def in_order(samples: int, batch_size: int) -> list[list[int]]:
-    """Every sample once, in the data set's own order."""
-    return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
-
-
 def drawn_over_classes(data: Dataset[Any], count: int, seed: int) -> list[int]:
     """Indices of at most ``count`` samples, as many of each class as there are, drawn by the seed alone; ascending.
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
-from attackroute.core.batches import as_dataset, count_samples, drawn_over_classes, in_order, load
+from attackroute.core.batches import as_dataset, count_samples, drawn_over_classes
 from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
@@ -46,7 +46,7 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.data import ImageData
+from attackroute.zoo.data import ImageData, drawn
 
 ROUTE_FILE = "route.json"
 Samples = Dataset[Any] | DataLoader[Any] | ImageData | tuple[Tensor, Tensor]
@@ -57,7 +57,6 @@ Factor = float | Mapping[str, float]
 
 _TRAIN = "training data"
 _INSTANCE_WIDTH, _WIDTH = 0.2, 0.3  # the paper's
-_TRACED_BATCH = 128
 _STRENGTH_SAMPLES = 128
 
 
@@ -311,14 +310,11 @@ class RouteObjective(Objective):
 
     def _traced(self, model: nn.Module, data: Dataset[Any], share: float) -> Route:
         """The model route of a share of the samples, drawn with the seed (Eqs. (1)-(8))."""
-        total = count_samples(data, _TRAIN)
-        samples = max(1, round(share * total))
-        order = torch.randperm(total, generator=derived_generator(self._seed, "route", 0))
-        drawn = Subset(data, order[:samples].sort().values.tolist())
-        loader = load(drawn, in_order(samples, _TRACED_BATCH), generator=torch.Generator())
+        count = max(1, round(share * count_samples(data, _TRAIN)))
+        samples = drawn(data, count, derived_seed(self._seed, "route", 0))
         config = replace(self._hardening.trace, seed=self._seed)
         attack = self.attack if config.follows_noise else None
-        return trace_routes(model, loader, _INSTANCE_WIDTH, attack=attack, config=config).aggregate(_WIDTH)
+        return trace_routes(model, samples, _INSTANCE_WIDTH, attack=attack, config=config).aggregate(_WIDTH)
 
     def _aim(self, route: Route, model: nn.Module, data: Dataset[Any]) -> None:
         """Make the penalties for the route as it is, or for its control."""

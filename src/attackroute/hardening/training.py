@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from attackroute.core.batches import Data, as_dataset, count_samples, count_steps, load, shuffled
 from attackroute.core.checks import check_logits, checked_batch, require_no_probabilities
@@ -36,6 +36,7 @@ from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch
 from attackroute.hardening.objective import Batch, Objective, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
 from attackroute.robustness.attack import Attack, Perturbation
+from attackroute.zoo.data import drawn
 
 Progress = Callable[[int, int, str], None]
 
@@ -381,8 +382,7 @@ def _tested(run: _Run, epoch: int, attack: Perturbation | None = None) -> Accura
     if data is None:
         return None
     if attack is not None:
-        order = torch.randperm(count_samples(data, _TEST), generator=derived_generator(settings.seed, "robust", 0))
-        data = Subset(data, order[: settings.robust_samples].sort().values.tolist())
+        data = drawn(data, settings.robust_samples, derived_seed(settings.seed, "robust", 0))
     try:
         with run.precision():
             return count_correct(run.model, data, workers=settings.workers, attack=attack)
