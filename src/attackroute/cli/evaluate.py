@@ -89,8 +89,6 @@ def evaluate(options: EvaluateOptions) -> None:
     output = options.run.output
     device = resolve_device(options.run.device)
     named = options.networks()
-    if options.resume and options.out is None:
-        raise UserError("--resume goes on with the evaluation in a folder; name it with --out")
     given = [text for text in options.attacks or DEFAULT_ATTACKS if text != CLEAN]
     attacks = parse_attacks(given, options.eps, options.run.seed)
     images = options.images.open(options.run, options.models)

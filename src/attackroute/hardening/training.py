@@ -156,21 +156,20 @@ def train(
     return TrainResult(tuple(history), resumed_from, run.folder)
 
 
+@dataclass(eq=False)
 class _Run:
     """What is trained, on what and how, and what goes with the model from step to step."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train_data: Dataset[Any],
-        test_data: Dataset[Any] | None,
-        settings: TrainSettings,
-        objective: Objective,
-        folder: Path | None,
-    ) -> None:
-        self.model, self.train_data, self.test_data = model, train_data, test_data
-        self.settings, self.objective, self.folder = settings, objective, folder
-        self.samples = count_samples(train_data, _TRAIN)
+    model: nn.Module
+    train_data: Dataset[Any]
+    test_data: Dataset[Any] | None
+    settings: TrainSettings
+    objective: Objective
+    folder: Path | None
+
+    def __post_init__(self) -> None:
+        model, settings = self.model, self.settings
+        self.samples = count_samples(self.train_data, _TRAIN)
         self.steps = count_steps(self.samples, settings.batch_size)  # of an epoch
         self.device, self.dtype = placement(model)
         self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -268,17 +267,11 @@ def _begin(run: _Run, resume: bool) -> list[EpochRecord]:
 
 def _save(run: _Run, history: Sequence[EpochRecord]) -> None:
     """Put all that a run needs in order to go on into its folder."""
-    if run.folder is None:
-        return
-    checkpoint = Checkpoint(
-        settings=run.identity,
-        weights=dict(run.model.state_dict()),
-        optimiser=run.optimiser.state_dict(),
-        history=history,
-        objective=run.objective.state(),
-    )
-    checkpoint.save(run.folder)
-    run.objective.save(run.folder)
+    if run.folder is not None:
+        weights, optimiser = dict(run.model.state_dict()), run.optimiser.state_dict()
+        state = run.objective.state()
+        Checkpoint(run.identity, weights, optimiser, history=history, objective=state).save(run.folder)
+        run.objective.save(run.folder)
 
 
 def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
@@ -289,17 +282,11 @@ def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
     for name, value in run.model.state_dict().items():  # the last step can spoil them after its loss was computed
         if value.is_floating_point() and not value.isfinite().all():
             raise run.diverged(epoch, run.steps, f"the weights in {name} are no longer finite")
-    attack = run.objective.attack
+    attack, train = run.objective.attack, Accuracy(correct, run.samples)
     test, robust = _tested(run, epoch), None if attack is None else _tested(run, epoch, attack)
+    lr, seconds = run.rate(epoch * run.steps), time.perf_counter() - started
     return EpochRecord(
-        epoch=epoch,
-        loss=loss,
-        train=Accuracy(correct, run.samples),
-        test=test,
-        lr=run.rate(epoch * run.steps),
-        seconds=time.perf_counter() - started,
-        robust=robust,
-        penalties=penalties,
+        epoch=epoch, loss=loss, train=train, test=test, lr=lr, seconds=seconds, robust=robust, penalties=penalties
     )
 
 

@@ -134,7 +134,7 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
 def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
     """The data set and the views on it, of networks whose channels correspond: over one another, then singly."""
     conditions = [run.measured.conditions for run in comparison.runs]
-    networks = [run.network(budget, name) for name, run in zip(comparison.names, comparison.runs, strict=True)]
+    networks = {name: run.measured for name, run in zip(comparison.names, comparison.runs, strict=True)}
     both = route_view(networks, comparison.first.classes, budget.limits)
     if both is None:
         return [], []

@@ -85,7 +85,7 @@ def evaluate(
     if checks < 0:
         raise UserError(f"checks {checks} is not a number of images; give 0 for no checks")
     if resume and folder is None:
-        raise UserError("resume goes on with the evaluation in a folder; name the folder")
+        raise UserError("resume goes on with the evaluation in a folder; name the folder (with --out)")
     total = samples_in(data)
     settings = {
         **(origin or {}),
