@@ -169,8 +169,8 @@ def test_the_first_process_keeps_what_it_has_when_another_is_killed(root: Path, 
     broken, command = tmp_path / "broken", of_pictures("trace", root, "--batch-size", 2)
     go_on = broken_off(3, 1, "attackroute.tracing.trace:Tracer.trace", 1, *command, "--out", broken)
     assert written_to(broken) == [
-        "partial-00001-of-00004.safetensors",
         "routes-00000-of-00004.safetensors",
+        "routes-00001-of-00004.safetensors",
         "summary.json",
     ]
     assert "6 of 16 samples are done already" in go_on(2)

@@ -227,23 +227,11 @@ class RouteObjective(Objective):
     @property
     def settings(self) -> dict[str, Any]:
         """See :class:`Objective`; a route that is traced depends on these, on the data and the seed."""
-        settings, route = self._hardening, None
+        route = None
         if self._given is not None:
             indices = {layer: list(chosen) for layer, chosen in self._given.indices.items()}
             route = hashlib.sha256(json.dumps(indices).encode()).hexdigest()
-        return {
-            **super().settings,
-            "factors": self._factors,
-            "target": settings.target,
-            "folded": settings.folded,
-            "route": route
-            or {
-                "share": settings.route_samples,
-                "compare_full": settings.compare_full,
-                **asdict(settings.trace),
-                "attack": str(self.attack) if settings.trace.follows_noise else None,
-            },
-        }
+        return {**super().settings, **asdict(self._hardening), "factors": self._factors, "route": route}
 
     def start(self, model: nn.Module, data: Dataset[Any], seed: int, state: Mapping[str, Any] | None = None) -> None:
         """Trace the route and compare the penalties' gradients with the task's, or take both back."""

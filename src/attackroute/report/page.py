@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -254,10 +254,10 @@ def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     attacks: dict[str, dict[str, Any]] = {}
     for row in rows:
         attack, accuracy = str(row.get("attack")), row.get("accuracy")
-        ends = row.get("accuracy_low"), row.get("accuracy_high")
+        low, high = row.get("accuracy_low"), row.get("accuracy_high")
+        ends = (low, high) if _is_number(low) and _is_number(high) else None
         cells = attacks.setdefault(attack, {"attack": attack, "images": row.get("samples")})
-        share = Share(accuracy, ends if all(map(_is_number, ends)) else None) if _is_number(accuracy) else None
-        cells[str(row.get("model"))] = share
+        cells[str(row.get("model"))] = Share(accuracy, ends) if _is_number(accuracy) else None
     return Table.of(attacks.values())
 
 
@@ -322,5 +322,5 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
