@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_epoch(tmp_p
         ({"penalty": "grad"}, "penalty 'grad'"),
         ({"target": "none"}, "target 'none'"),
         ({"lam": -1}, "lambda of the gradient"),
-        ({"lam": {"weight": 1.0}}, "no factor for the gradient"),
+        ({"lam": {"weight": 1.0}}, "lambda of the gradient penalty is nan"),
         ({"attack": "pdg"}, "pdg"),
         ({"route_samples": 0}, "share of 0"),
         ({"route": Route({"9": [0]}, {"9": 3})}, "'9'"),

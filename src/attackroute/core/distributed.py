@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -171,35 +171,30 @@ def own_device(kind: str) -> torch.device:
     return torch.device(device.type, _current.local_rank)
 
 
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> AbstractContextManager[None]:
     """Let SIGTERM raise KeyboardInterrupt in the main thread, unless the caller handles it already."""
-    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt("terminated")
 
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return _handled(interrupt, [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else [])
+
+
+def interrupted_at_once() -> AbstractContextManager[None]:
+    """Let SIGINT and SIGTERM end the process without a word, while nothing but modules is loaded."""
+    signals = [each for each in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(each))]
+    return _handled(lambda *_: os._exit(130), signals)
 
 
 @contextmanager
-def interrupted_at_once() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the process without a word, while nothing but modules is loaded."""
-    signals = (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ()
-    handled = {each: before for each in signals if callable(before := signal.getsignal(each))}
-    for each in handled:
-        signal.signal(each, lambda *_: os._exit(130))
+def _handled(handler: Callable[[int, Any], object], signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Handle some signals so meanwhile, where this is the main thread, which alone can."""
+    before = {each: signal.signal(each, handler) for each in signals if _in_main_thread()}
     try:
         yield
     finally:
-        for each, before in handled.items():
-            signal.signal(each, before)
+        for each, earlier in before.items():
+            signal.signal(each, earlier)
 
 
 def _connect(timeout: timedelta) -> Processes:

@@ -197,7 +197,8 @@ def auroc(scores: Floats, events: NDArray[np.bool_], weights: Floats) -> Floats:
     positive = (weights * events).sum(1)
     negative = weights.sum(1) - positive
     below = (mid_ranks(scores, weights) * weights * events).sum(1) - positive**2 / 2
-    return _quotient(below, positive * negative)
+    pairs = positive * negative
+    return np.divide(below, pairs, out=np.full_like(below, np.nan), where=pairs > 0)
 
 
 def mid_ranks(values: Floats, weights: Floats) -> Floats:
@@ -219,10 +220,6 @@ def _weights(samples: int, resamples: int, seed: int) -> Iterator[Floats]:
         draws = generator.integers(0, samples, (count, samples))
         draws += np.arange(count)[:, None] * samples
         yield np.bincount(draws.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float64)
-
-
-def _quotient(numerator: Floats, denominator: Floats) -> Floats:
-    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
 
 def _estimate(name: str, prefix: str, value: float, spread: Floats) -> Record:

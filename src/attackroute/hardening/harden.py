@@ -168,7 +168,7 @@ def harden(
     if isinstance(route, (str, os.PathLike)):
         route = Route.load(route, model)
     data, tests = as_dataset(train_data), None if test_data is None else as_dataset(test_data)
-    factors = {name: factor_of(name, lam) for name in names}
+    factors = {name: lam.get(name, math.nan) if isinstance(lam, Mapping) else lam for name in names}
     hardening = RouteObjective(factors, attack, settings, route) if names else None
     result = train_network(
         model, data, tests, train,
@@ -355,12 +355,3 @@ class RouteObjective(Objective):
                 norms[STABILISATION] = norm(self._stabilisation(clean))
             task = norm(task_loss(check_logits(model(images), labels, _TRAIN), targets))
         return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
-
-
-def factor_of(name: str, lam: Factor) -> float:
-    """Lambda of the penalty of that name."""
-    if not isinstance(lam, Mapping):
-        return lam
-    if name not in lam:
-        raise UserError(f"lam has no factor for the {name} penalty; it has {', '.join(lam) or 'none'}")
-    return lam[name]
