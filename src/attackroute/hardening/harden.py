@@ -231,7 +231,7 @@ class RouteObjective(Objective):
         if self._given is not None:
             indices = {layer: list(chosen) for layer, chosen in self._given.indices.items()}
             route = hashlib.sha256(json.dumps(indices).encode()).hexdigest()
-        return {**super().settings, **asdict(self._hardening), "factors": self._factors, "route": route}
+        return {**super().settings, "factors": self._factors, **asdict(self._hardening), "route": route}
 
     def start(self, model: nn.Module, data: Dataset[Any], seed: int, state: Mapping[str, Any] | None = None) -> None:
         """Trace the route and compare the penalties' gradients with the task's, or take both back."""
