@@ -198,7 +198,8 @@ def auroc(scores: Floats, events: NDArray[np.bool_], weights: Floats) -> Floats:
     negative = weights.sum(1) - positive
     below = (mid_ranks(scores, weights) * weights * events).sum(1) - positive**2 / 2
     pairs = positive * negative
-    return np.divide(below, pairs, out=np.full_like(below, np.nan), where=pairs > 0)
+    shares: Floats = np.divide(below, pairs, out=np.full_like(below, np.nan), where=pairs > 0)
+    return shares
 
 
 def mid_ranks(values: Floats, weights: Floats) -> Floats:

@@ -94,7 +94,7 @@ def held_out(data: Dataset[Any], share: float, seed: int) -> tuple[Subset[Any], 
     samples = count_samples(data, "training data")
     held = round(share * samples)
     if not 0 < held < samples:
-        raise UserError(f"to hold out {share:g} (--holdout {share:g}) of {samples} training images leaves one part empty")
+        raise UserError(f"a held-out share (--holdout {share:g}) of {samples} training images leaves one part empty")
     order = torch.randperm(samples, generator=derived_generator(seed, "validation", 0)).tolist()
     return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))
 
