@@ -29,6 +29,8 @@ def test_a_table_selects_lists_and_averages_by_column() -> None:
     assert TABLE.columns == ("criterion", "layer", "accuracy", "draw")
     assert TABLE.select(criterion="route").column("accuracy") == [0.5, 0.25]
     assert TABLE.distinct("criterion") == ["route", "random"]
+    assert TABLE.mean("accuracy") == 0.375
+    assert math.isnan(TABLE.select(layer="c").mean("accuracy"))
     assert TABLE.one(criterion="random")["draw"] == 1
 
 

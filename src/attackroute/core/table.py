@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -73,6 +74,11 @@ class Table:
         """The only row that holds these cells."""
         (row,) = self.select(**cells)
         return row
+
+    def mean(self, name: str) -> float:
+        """Mean of a column's defined cells; NaN where there are none."""
+        cells = [cell for cell in self.column(name) if not undefined(cell)]
+        return statistics.fmean(cells) if cells else math.nan
 
     def to_json(self) -> list[Record]:
         """The rows as JSON values; what is not defined becomes null."""

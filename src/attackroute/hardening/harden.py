@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from attackroute.core.batches import as_dataset, count_samples, drawn_over_classes
+from attackroute.core.batches import Data, as_dataset, count_samples, drawn_over_classes
 from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
@@ -46,12 +46,9 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.data import ImageData, drawn
+from attackroute.zoo.data import drawn
 
 ROUTE_FILE = "route.json"
-Samples = Dataset[Any] | DataLoader[Any] | ImageData | tuple[Tensor, Tensor]
-"""A data set, a DataLoader (for its data set), the images of ``ar.load_data``, or a pair of tensors."""
-
 Factor = float | Mapping[str, float]
 """Lambda: one for all penalties, or one for each by its name."""
 
@@ -107,8 +104,8 @@ class HardenResult:
 
 def harden(
     model: nn.Module,
-    train_data: Samples,
-    test_data: Samples | None = None,
+    train_data: Data,
+    test_data: Data | None = None,
     *,
     penalty: str | tuple[str, ...] | None = GRADIENT,
     lam: Factor = 0.01,
@@ -133,8 +130,8 @@ def harden(
 
     Args:
         model: Maps images (N, C, H, W) in [0, 1] to logits. It holds the last epoch's weights at the end.
-        train_data: What to train on, and to trace the route from, see :data:`Samples`. Order and size of the batches
-            are those of ``train``.
+        train_data: What to train on, and to trace the route from: a data set, as of :func:`attackroute.load_data`, that
+            of a DataLoader, or a pair of tensors. Order and size of the batches are those of ``train``.
         test_data: The same; tested after every epoch.
         penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
             the paper's, see :class:`StabilisationPenalty`), a tuple of some, or None for training alone.

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from attackroute.core.batches import load
 from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.model_state import placement
 from attackroute.robustness.attack import Attack, Perturbation
@@ -88,7 +87,7 @@ def samples_of(
     model: nn.Module, data: Dataset[Any], numbers: Sequence[int], what: str = "training data"
 ) -> tuple[Tensor, Tensor]:
     """Some images of a data set, as the model takes them, and their labels, on the CPU."""
-    (batch,) = load(data, [list(numbers)], generator=torch.Generator())
+    (batch,) = DataLoader(data, batch_sampler=[list(numbers)], generator=torch.Generator())  # not the global one
     images, labels = checked_batch(batch, what)
     return images.to(*placement(model)), labels
 

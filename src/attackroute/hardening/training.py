@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from attackroute.core.batches import Data, as_dataset, count_samples, count_steps, load, shuffled
+from attackroute.core.batches import Data, as_dataset, count_samples, shuffled
 from attackroute.core.checks import check_logits, checked_batch, require_no_probabilities
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
@@ -170,7 +170,7 @@ class _Run:
     def __post_init__(self) -> None:
         model, settings = self.model, self.settings
         self.samples = count_samples(self.train_data, _TRAIN)
-        self.steps = count_steps(self.samples, settings.batch_size)  # of an epoch
+        self.steps = -(-self.samples // settings.batch_size)  # of an epoch
         self.device, self.dtype = placement(model)
         self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.trainable:
@@ -301,11 +301,11 @@ def _learn(run: _Run, epoch: int, progress: Progress | None) -> tuple[float, dic
     unread: list[tuple[Tensor, Tensor]] = []  # losses and hits of the steps since, still on the device
     correct = 0
     run.model.train()
-    loader = load(
+    loader = DataLoader(  # workers that lived on would carry a random state over epochs, which cannot be resumed
         run.train_data,
-        batches,
+        batch_sampler=batches,
+        num_workers=settings.workers,
         generator=derived_generator(settings.seed, "workers", epoch),
-        workers=settings.workers,
         pin_memory=run.device.type == "cuda",
     )
     for step, batch in enumerate(loader, start=1):

@@ -40,7 +40,6 @@ class Pair:
 class RouteSetup:
     """One route view."""
 
-    data: int  # number of its data set
     pairs: tuple[Pair, ...]  # what it can show, one at a time
     control: str  # what moves between pairs: "eps" is a slider, anything else a list of that name
     first: str = "clean images only"  # words for a channel on the first route only, on the second only, on both
@@ -49,14 +48,13 @@ class RouteSetup:
     linked: bool = False  # the view before it sets its width and choices
 
 
-def run_setup(conditions: Sequence[Condition], data: int = 0, start: int = 0, *, linked: bool = False) -> RouteSetup:
-    """Clean images beside those after each attack: conditions of data set number ``data``, from number ``start``."""
+def run_setup(conditions: Sequence[Condition], start: int = 0, *, linked: bool = False) -> RouteSetup:
+    """Clean images beside those after each attack: conditions from number ``start`` on."""
     attacks = [item.attack or "" for item in conditions[1:]]
     labels = radii(attacks)
-    names = labels if labels is not None else list(attacks)
-    pairs = tuple(Pair(start, start + number, name) for number, name in enumerate(names, start=1))
+    pairs = tuple(Pair(start, start + number, name) for number, name in enumerate(labels or attacks, start=1))
     control = "attack" if labels is None else "eps"
-    return RouteSetup(data, pairs or (Pair(start, None, ""),), control, linked=linked)
+    return RouteSetup(pairs or (Pair(start, None, ""),), control, linked=linked)
 
 
 def route_view(

@@ -142,7 +142,6 @@ def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, An
     start = len(conditions[0])
     places = {condition.attack: number for number, condition in enumerate(conditions[1], start=start)}
     over_one_another = RouteSetup(
-        data=0,
         pairs=tuple(
             Pair(number, places[item.attack], "clean" if item.attack is None else f"after {item.attack}")
             for number, item in enumerate(conditions[0])
