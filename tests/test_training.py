@@ -128,11 +128,11 @@ def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(training, name, spied)
 
     spy("augment", lambda images, kind, generator, **_: generator.initial_seed())
-    spy("load", lambda *_, generator, **__: generator.initial_seed())
+    spy("DataLoader", lambda *_, generator, **__: generator.initial_seed())
     spy("seed_device", lambda device, seed: seed)
     for seed in (0, 1):
         train(toy_model(), toy_data(), None, replace(SETTINGS_USED, seed=seed))
-    assert (len(seeds["augment"]), len(seeds["load"])) == (2 * 9, 2 * 3)
+    assert (len(seeds["augment"]), len(seeds["DataLoader"])) == (2 * 9, 2 * 3)
     assert [len(set(drawn)) for drawn in seeds.values()] == [2 * 3] * 3
 
 
