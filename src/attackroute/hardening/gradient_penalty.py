@@ -68,6 +68,17 @@ class WatchingPenalty:
 
     def _visit(self, call: LayerCall) -> Tensor:
         """Run a layer, and note what is punished of it."""
+        output = call.run()
+        if self._watched is None or call.name not in self._chosen:
+            return output
+        require_channels(call.name, self._route.channels[call.name], output.shape[CHANNEL_DIM[call.kind]])
+        if not torch.is_grad_enabled():
+            raise UserError("the watched pass runs without gradients; call the model outside no_grad")
+        self._watched[call.name], output = self._noted(call, output)
+        return output
+
+    def _noted(self, call: LayerCall, output: Tensor) -> tuple[Any, Tensor]:
+        """What is watched of a layer's output, and the output that flows on."""
         raise NotImplementedError
 
     def _taken(self) -> dict[str, Any]:
@@ -142,23 +153,14 @@ class GradientPenalty(WatchingPenalty):
             self._is_checked = True
         return value
 
-    def _visit(self, call: LayerCall) -> Tensor:
-        output = call.run()
-        watched = self._watched
-        if watched is None or call.name not in self._chosen:
-            return output
-        dim = CHANNEL_DIM[call.kind]
-        require_channels(call.name, self._route.channels[call.name], output.shape[dim])
-        if not torch.is_grad_enabled():
-            raise UserError("the watched pass runs without gradients; call the model outside no_grad")
+    def _noted(self, call: LayerCall, output: Tensor) -> tuple[Any, Tensor]:
         kind = output.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             raise UserError("float16 loses the small gradients that are punished; use bfloat16, or no autocast")
         if not output.requires_grad:  # all before it is frozen
             output = output.requires_grad_().clone()  # a copy, since what follows may work in place
         # an edge of the graph, since the tensor itself may be written to by what follows
-        watched[call.name] = dim, get_gradient_edge(output)
-        return output
+        return (CHANNEL_DIM[call.kind], get_gradient_edge(output)), output
 
 
 def _twice_differentiable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

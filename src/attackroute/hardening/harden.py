@@ -46,9 +46,12 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.data import drawn
+from attackroute.zoo.data import ImageData, drawn
 
 ROUTE_FILE = "route.json"
+Samples = Data | ImageData
+"""A data set, a DataLoader (for its data set), the images of ``ar.load_data``, or a pair of tensors."""
+
 Factor = float | Mapping[str, float]
 """Lambda: one for all penalties, or one for each by its name."""
 
@@ -104,8 +107,8 @@ class HardenResult:
 
 def harden(
     model: nn.Module,
-    train_data: Data,
-    test_data: Data | None = None,
+    train_data: Samples,
+    test_data: Samples | None = None,
     *,
     penalty: str | tuple[str, ...] | None = GRADIENT,
     lam: Factor = 0.01,
@@ -130,8 +133,8 @@ def harden(
 
     Args:
         model: Maps images (N, C, H, W) in [0, 1] to logits. It holds the last epoch's weights at the end.
-        train_data: What to train on, and to trace the route from: a data set, as of :func:`attackroute.load_data`, that
-            of a DataLoader, or a pair of tensors. Order and size of the batches are those of ``train``.
+        train_data: What to train on, and to trace the route from, see :data:`Samples`. Order and size of the batches
+            are those of ``train``.
         test_data: The same; tested after every epoch.
         penalty: ``"gradient"``, ``"weight"``, ``"stabilisation"`` (what the attack changes on the route, which is not
             the paper's, see :class:`StabilisationPenalty`), a tuple of some, or None for training alone.
@@ -312,15 +315,9 @@ class RouteObjective(Objective):
             self._gradient = GradientPenalty(model, route)
         if WEIGHT in self._factors:
             images, _ = samples_of(model, data, [0, 0])
-            connections = Connections.of_route(model, images, route)
-            self._weight = WeightPenalty(
-                model,
-                route,
-                images,
-                folded=self._hardening.folded,
-                layers=connections.joined(route) or None,
-                connections=connections,
-            )
+            connections, folded = Connections.of_route(model, images, route), self._hardening.folded
+            layers = connections.joined(route) or None
+            self._weight = WeightPenalty(model, route, images, folded=folded, layers=layers, connections=connections)
         if STABILISATION in self._factors:
             self._stabilisation = StabilisationPenalty(model, route)
 

@@ -69,13 +69,8 @@ class StabilisationPenalty(WatchingPenalty):
             repeat.run(clean)
         return summed(changes.values())
 
-    def _visit(self, call: LayerCall) -> Tensor:
-        output = call.run()
-        if self._watched is not None and call.name in self._chosen:
-            if not torch.is_grad_enabled():
-                raise UserError("the watched pass runs without gradients; call the model outside no_grad")
-            self._watched[call.name] = self._route_of(call, output)
-        return output
+    def _noted(self, call: LayerCall, output: Tensor) -> tuple[Any, Tensor]:
+        return self._route_of(call, output), output
 
     def _route_of(self, call: LayerCall, output: Tensor) -> Tensor:
         """The route's channels of an output, a copy in float32 or wider, since what follows may work in place."""

@@ -182,13 +182,8 @@ class _Run:
                 raise UserError(f"the model's state {name} is not a tensor, so no checkpoint can hold it")
         # of weights and images; None leaves them as they are
         self.format = torch.channels_last if settings.channels_last else None
-        self.optimiser = torch.optim.SGD(
-            self.trainable.values(),
-            settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            weight_decay=settings.weight_decay,
-        )
+        parameters, momentum, decay = self.trainable.values(), settings.momentum, settings.weight_decay
+        self.optimiser = torch.optim.SGD(parameters, settings.lr, momentum, weight_decay=decay, nesterov=momentum > 0)
         short = settings.amp and has_bfloat16(self.device)
         self.precision = partial(torch.autocast, self.device.type, dtype=torch.bfloat16) if short else nullcontext
 
