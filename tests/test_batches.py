@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Subset, TensorDataset
 
-from attackroute.core.batches import count_steps, drawn_over_classes, in_order, load, shuffled
+from attackroute.core.batches import drawn_over_classes, shuffled
 from attackroute.core.random import derived_seed
 
 
@@ -16,7 +16,7 @@ def test_an_epoch_holds_every_sample_once_in_even_batches(samples: int, size: in
     batches = shuffled(samples, size, seed, epoch)
     sizes = [len(batch) for batch in batches]
     assert sorted(index for batch in batches for index in batch) == list(range(samples))
-    assert len(batches) == count_steps(samples, size)
+    assert len(batches) == -(-samples // size)
     assert max(sizes) <= size
     assert max(sizes) - min(sizes) <= 1
 
@@ -40,10 +40,6 @@ def test_derived_seeds_differ_and_fit_a_generator() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_in_order() -> None:
-    assert in_order(5, 2) == [[0, 1], [2, 3], [4]]
-
-
 def test_samples_are_drawn_over_the_classes_by_the_seed_alone() -> None:
     labels = torch.arange(4).repeat_interleave(50)  # in the order of class folders
     data = Subset(TensorDataset(torch.zeros(250, 1), torch.cat([torch.full((50,), 9), labels])), range(50, 250))
@@ -54,11 +50,3 @@ def test_samples_are_drawn_over_the_classes_by_the_seed_alone() -> None:
     unlabelled = drawn_over_classes(TensorDataset(torch.zeros(200)), 10, seed=3)
     assert len(set(unlabelled)) == 10
     assert max(unlabelled) > 50
-
-
-def test_loading_leaves_the_global_generator_alone() -> None:
-    data = TensorDataset(torch.arange(6.0), torch.arange(6))
-    before = torch.get_rng_state()
-    batches = [labels.tolist() for _, labels in load(data, [[3, 1], [5]], generator=torch.Generator())]
-    assert batches == [[3, 1], [5]]
-    assert torch.equal(torch.get_rng_state(), before)

@@ -300,7 +300,7 @@ def test_grey_networks_read_files_in_grey(home: Path, tmp_path: Path) -> None:
 def test_what_torchrun_sets_must_be_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "abc", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    refused(run("trace", "--model", home / "net", "--data", f"folder:{home / 'pictures'}"), "RANK is 'abc'")
+    refused(run("trace", "--model", home / "net", "--data", f"folder:{home / 'pictures'}"), "RANK is 'abc'", "torchrun")
 
 
 def test_output_that_cannot_be_written_is_one_line() -> None:

@@ -76,7 +76,7 @@ def test_differences_are_those_of_the_files(runs: Path) -> None:
         for layer in one:
             for channels in ((one - other).indices[layer], (other - one).indices[layer]):
                 assert ", ".join(map(str, channels)) in page.words["channels"]
-    numbers = {row["number"]: row for row in data["differences"]["numbers"]}
+    numbers = {row["number"]: row for row in data["differences"]}
     right = [float((routes.labels == routes.predictions).double().mean()) for routes in sides]
     assert numbers["accuracy on the 16 clean images traced"]["values"] == [right[0], right[2]]
     assert numbers["accuracy on the 16 images after fgsm:eps=0.1 traced"]["values"] == [right[1], right[3]]
@@ -84,10 +84,10 @@ def test_differences_are_those_of_the_files(runs: Path) -> None:
     evaluations = [
         json.loads((runs / name / "evaluation" / "evaluation.json").read_text()) for name in ("before", "after")
     ]
-    assert len(data["differences"]["accuracies"]) == 2
-    for row in data["differences"]["accuracies"]:
-        expected = [next(r for r in found["rows"] if r["attack"] == row["attack"])["accuracy"] for found in evaluations]
-        assert row["values"] == expected
+    assert len(evaluations[0]["rows"]) == 2
+    for rows in zip(*(found["rows"] for found in evaluations), strict=True):
+        number = f"accuracy under {rows[0]['attack']}, {rows[0]['samples']} images evaluated"
+        assert numbers[number]["values"] == [row["accuracy"] for row in rows]
     pictures = load_data(f"folder:{runs / 'pictures'}", image_size=32)
     chosen = [pictures.dataset[index] for index in (0, 4, 8, 12)]  # evenly apart
     images, labels = torch.stack([image for image, _ in chosen]), torch.tensor([label for _, label in chosen])
@@ -95,7 +95,7 @@ def test_differences_are_those_of_the_files(runs: Path) -> None:
         network = open_network(str(runs / name / "model"), pictures)
         gradient = ar.loss_gradient(network, (images, labels))
         moved = ar.sensitivity(network, (images, labels), attack=ar.parse_attack(ATTACK))
-        found = {row["number"]: row["values"][at] for row in data["differences"]["numbers"]}
+        found = {row["number"]: row["values"][at] for row in data["differences"]}
         occurrence = sides[2 * at].occurrence(0.2)
         for number, values in (
             ("gradient, mean over layers, clean images", [float(values.mean()) for values in gradient.values()]),

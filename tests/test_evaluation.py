@@ -22,7 +22,7 @@ from attackroute.robustness.attack import Perturbation
 from attackroute.robustness.corruptions import GaussianNoise
 from attackroute.robustness.evaluation import Evaluation
 from attackroute.robustness.gradient_attacks import FGSM
-from attackroute.robustness.masking import SampleChoice
+from attackroute.robustness.masking import Candidates
 from attackroute.robustness.registry import parse_attack
 from evaluated_models import ATTACKS, CLASSES, Shift, images_and_labels, noisy, small_model
 from model_checks import one_line
@@ -255,9 +255,7 @@ def test_progress_counts_images() -> None:
 def test_checks_use_the_largest_radius() -> None:
     seen = ar.evaluate(small_model(), images_and_labels(), ["fgsm:eps=0.3", "pgd:eps=0.05"], checks=20)
     check = next(item for item in seen.checks if item.name == "one step against many")
-    chosen = SampleChoice(20, 0)
-    chosen.take(chosen.candidates(*images_and_labels()))
-    images, labels = chosen.samples()
+    _, images, labels = Candidates.of(*images_and_labels(), 0).first(20)
     model = small_model().eval()
     right = (model(FGSM(0.3)(model, images, labels)).argmax(1) == labels).double().mean().item()
     assert check.numbers["accuracy under FGSM"] == right
@@ -266,18 +264,16 @@ def test_checks_use_the_largest_radius() -> None:
 
 def test_the_choice_of_samples_is_that_of_the_smallest_hashes() -> None:
     images, labels = images_and_labels(50)
-    whole = SampleChoice(50, 4)
-    whole.take(whole.candidates(images, labels))
-    few = SampleChoice(7, 4)
+    whole = Candidates.of(images, labels, 4).first(50)
+    few = whole.first(0)
     for rows in torch.randperm(50, generator=torch.Generator().manual_seed(0)).split(3):
-        few.take(few.candidates(images[rows], labels[rows]))
-    assert len(few) == 7
-    for mine, all_of_them in zip(few.samples(), whole.samples(), strict=True):
+        few = few.joined(Candidates.of(images[rows], labels[rows], 4).first(7), 7)
+    assert len(few.images) == 7
+    for mine, all_of_them in zip(few, whole, strict=True):
         assert torch.equal(mine, all_of_them[:7])
-    other = SampleChoice(7, 5)
-    other.take(other.candidates(images, labels))
-    assert not torch.equal(other.samples()[0], few.samples()[0])
-    assert not torch.equal(few.samples()[0], images[:7])
+    other = Candidates.of(images, labels, 5).first(7)
+    assert not torch.equal(other.images, few.images)
+    assert not torch.equal(few.images, images[:7])
 
 
 def test_one_name_for_one_attack() -> None:

@@ -46,7 +46,7 @@ def outputs(case: Case, image: Tensor) -> dict[str, Tensor]:
 
 def saved(result: Result, folder: Path) -> Document:
     """The result's document as its file holds it."""
-    return Document.load(result.document({}).save(folder)[-1])
+    return Document.load(result.document({}).save(folder))
 
 
 class TestOccurrence:

@@ -13,7 +13,7 @@ import attackroute as ar
 from architectures import CLOSED, MIXED
 from attackroute.core.errors import UserError
 from attackroute.report.measuring import Condition, Measured, measure, unmeasured
-from attackroute.report.route_view import Limits, Network, route_view, run_setup, spread
+from attackroute.report.route_view import Limits, route_view, run_setup, spread
 from attackroute.robustness.registry import by_radius
 from attackroute.tracing import influence, oracle
 from attackroute.tracing.influence import mean_influence
@@ -126,7 +126,7 @@ def measured() -> Measured:
 
 
 def viewed(measured: Measured, limits: Limits | None = None, classes: tuple[str, ...] = ()) -> dict[str, object] | None:
-    return route_view([Network("", measured.conditions, measured.pictures)], classes, limits)
+    return route_view({"": measured}, classes, limits)
 
 
 def test_the_view_has_the_numbers_of_the_routes(measured: Measured) -> None:

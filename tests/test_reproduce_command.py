@@ -157,7 +157,7 @@ def test_a_page_of_ones_own_is_filled(whole: tuple[Path, Result], model: Path, t
         (["table1", "--model", "vgg16"], "neither a preset nor a train folder|no weights"),
         (["table1", "--model", "preset:vgg17"], "no preset 'vgg17'"),
         (["table1"], "no preset knows the classes"),
-        (["table1", "--page", "nowhere.md"], "cannot be read"),
+        (["table1", "--page", "nowhere.md"], "nowhere.md: cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_csv_and_json_hold_every_cell(records: list[dict[str, object]]) -> None:
 
 def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:
     document = Document("transplant", {"model": "vgg16", "seed": 0}, "It repairs.", TABLE, {"verdicts": [1, 2]})
-    assert document.save(tmp_path) == [tmp_path / "transplant.csv", tmp_path / "transplant.json"]
+    assert document.save(tmp_path) == tmp_path / "transplant.json" and (tmp_path / "transplant.csv").is_file()
     assert Document.load(tmp_path / "transplant.json") == document
     assert Document.is_at(tmp_path / "transplant.json")
     assert not Document.is_at(tmp_path / "transplant.csv")

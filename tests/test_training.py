@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, TensorDataset
 
 from attackroute.core.batches import shuffled
@@ -30,18 +31,17 @@ from toy_training import SETTINGS_USED, identical, raises, toy_data, toy_model, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
-def test_weights_equal_those_of_a_plain_loop(schedule: Any) -> None:
-    """Nesterov's SGD with PyTorch's own schedulers over the same batches."""
+def test_weights_equal_those_of_a_plain_loop() -> None:
+    """Nesterov's SGD with PyTorch's own scheduler over the same batches."""
     data, epochs, size = toy_data(20), 3, 8
-    settings = TrainSettings(epochs=epochs, batch_size=size, lr=0.1, schedule=schedule, weight_decay=0.01, seed=4)
+    settings = TrainSettings(epochs=epochs, batch_size=size, lr=0.1, weight_decay=0.01, seed=4)
     model = toy_model(dropout=0.0)
     result = train(model, data, toy_data(12, seed=1), settings)
     assert result.last.test == count_correct(model, toy_data(12, seed=1))
 
     plain = toy_model(dropout=0.0).train()
     optimiser = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
-    scheduler = torch_schedule(optimiser, schedule, 0.1, epochs * 3)
+    scheduler = OneCycleLR(optimiser, 0.1, total_steps=epochs * 3, cycle_momentum=False)
     images, labels = data.tensors
     losses, accuracies = [], []
     for epoch in range(1, epochs + 1):
@@ -63,43 +63,23 @@ def test_weights_equal_those_of_a_plain_loop(schedule: Any) -> None:
     assert [record.train for record in result.history] == accuracies
 
 
-def torch_schedule(
-    optimiser: torch.optim.Optimizer, schedule: str, peak: float, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, cycle_momentum=False)
-
-
-@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
 @pytest.mark.parametrize("steps", [4, 5, 10, 97])
-def test_schedules_equal_pytorchs(schedule: Any, steps: int) -> None:
+def test_the_schedule_equals_pytorchs(steps: int) -> None:
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    scheduler = torch_schedule(optimiser, schedule, 0.3, steps)
+    scheduler = OneCycleLR(optimiser, 0.3, total_steps=steps, cycle_momentum=False)
     rates = []
     for _ in range(steps):
         rates.append(optimiser.param_groups[0]["lr"])
         optimiser.step()
         if len(rates) < steps:
             scheduler.step()
-    ours = [learning_rate(schedule, 0.3, step, steps) for step in range(steps)]
+    ours = [learning_rate(0.3, step, steps) for step in range(steps)]
     assert ours == pytest.approx(rates, rel=1e-9, abs=1e-15)
 
 
 def test_runs_of_one_or_two_steps_begin_at_the_peak() -> None:
-    assert learning_rate("one-cycle", 1.0, 0, 1) == 1.0
-    assert [learning_rate("one-cycle", 1.0, step, 2) for step in range(2)] == pytest.approx([1.0, 4e-6])
-
-
-def test_clipping_bounds_the_step() -> None:
-    model = toy_model(dropout=0.0)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    settings = TrainSettings(
-        epochs=1, batch_size=24, lr=0.5, momentum=0.0, weight_decay=0.0, schedule="cosine", clip_norm=1e-3
-    )  # fmt: skip
-    train(model, toy_data(), None, settings)
-    change = sum(float(((value.detach() - before[name]) ** 2).sum()) for name, value in model.named_parameters()) ** 0.5
-    assert change == pytest.approx(0.5 * 1e-3, rel=1e-3)
+    assert learning_rate(1.0, 0, 1) == 1.0
+    assert [learning_rate(1.0, step, 2) for step in range(2)] == pytest.approx([1.0, 4e-6])
 
 
 def test_frozen_parameters_stay() -> None:
@@ -148,11 +128,11 @@ def test_every_epoch_and_seed_draws_anew(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(training, name, spied)
 
     spy("augment", lambda images, kind, generator, **_: generator.initial_seed())
-    spy("load", lambda *_, generator, **__: generator.initial_seed())
+    spy("DataLoader", lambda *_, generator, **__: generator.initial_seed())
     spy("seed_device", lambda device, seed: seed)
     for seed in (0, 1):
         train(toy_model(), toy_data(), None, replace(SETTINGS_USED, seed=seed))
-    assert (len(seeds["augment"]), len(seeds["load"])) == (2 * 9, 2 * 3)
+    assert (len(seeds["augment"]), len(seeds["DataLoader"])) == (2 * 9, 2 * 3)
     assert [len(set(drawn)) for drawn in seeds.values()] == [2 * 3] * 3
 
 
@@ -206,7 +186,7 @@ def test_a_nan_is_located_however_rarely_the_loss_is_read(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("finite", [False, True])
 def test_weights_that_are_spoilt_by_the_last_step_or_useless_are_not_kept(tmp_path: Path, finite: bool) -> None:
-    settings = TrainSettings(epochs=1, batch_size=24, lr=1e38, schedule="cosine")
+    settings = TrainSettings(epochs=1, batch_size=24, lr=1e38)
     model, images, labels = toy_model() if finite else flat(4), *toy_data().tensors
     before, data = weights_of(model), TensorDataset(images if finite else images * 1e4, labels)
     spoilt = r"the weights in 1.weight .*lr \(now 1e\+38\).* keeps epoch 0"
@@ -223,9 +203,8 @@ def test_weights_that_are_spoilt_by_the_last_step_or_useless_are_not_kept(tmp_pa
         ({"batch_size": 0}, "batch_size"), ({"lr": 0.0}, "lr"),
         ({"lr": float("nan")}, "lr"), ({"lr": 1e300}, "lr"), ({"lr": "1"}, "lr"),
         ({"momentum": 1.0}, "momentum"), ({"momentum": -0.1}, "momentum"), ({"weight_decay": -1.0}, "weight_decay"),
-        ({"schedule": "step"}, "schedule is 'step'; give one of 'one-cycle', 'cosine'"),
-        ({"augment": "flip"}, "augment"),
-        ({"clip_norm": 0.0}, "clip_norm"), ({"amp": 1}, "amp"), ({"channels_last": None}, "channels_last"),
+        ({"augment": "flip"}, "augment is 'flip'; give one of 'none', 'crop', 'crop-flip'"),
+        ({"amp": 1}, "amp"), ({"channels_last": None}, "channels_last"),
         ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"), ({"workers": -1}, "workers"),
     ],
 )  # fmt: skip
@@ -248,7 +227,7 @@ IMAGES = toy_data(8).tensors[0]
         (flat(4), TensorDataset(IMAGES, torch.tensor([-1] * 8)), "label -1 "),
         (flat(4), TensorDataset(IMAGES[:0], torch.tensor([], dtype=torch.int64)), "training data is empty"),
         (flat(4), TensorDataset(IMAGES[:, :1], torch.zeros(8, dtype=torch.int64)), r"does not take .*\(1, 8, 8\)"),
-        (flat(4), TensorDataset(IMAGES, torch.zeros(8)), "integers are needed"),
+        (flat(4), TensorDataset(IMAGES, torch.zeros(8)), "expected 1 integers"),
         (nn.Conv2d(3, 2, 3), TensorDataset(IMAGES, torch.zeros(8, dtype=torch.int64)), "not logits"),
         (nn.Sequential(flat(4), nn.Softmax(1)), toy_data(), "probabilities"),
         (flat(4).requires_grad_(False), toy_data(), "nothing to train"),

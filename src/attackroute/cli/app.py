@@ -49,18 +49,17 @@ class Command:
     options: type  # a dataclass, whose docstring is the help
     run: Callable[[Any], int | None]  # returns an exit code other than 0 if there is one
     shared: bool = False  # processes that torchrun started can share the work
-    resumable: bool = False  # --resume goes on with what is in --out
 
 
 COMMANDS: Mapping[str, Command] = {
     "demo": Command(DemoOptions, lambda options: demo(options, _call)),
-    "train": Command(TrainOptions, train, resumable=True),
-    "trace": Command(TraceOptions, trace, shared=True, resumable=True),
-    "analyze": Command(AnalyzeOptions, analyze, shared=True, resumable=True),
-    "hardness": Command(HardnessOptions, hardness, shared=True, resumable=True),
-    "harden": Command(HardenOptions, harden, resumable=True),
-    "evaluate": Command(EvaluateOptions, evaluate, shared=True, resumable=True),
-    "reproduce": Command(ReproduceOptions, reproduce, resumable=True),
+    "train": Command(TrainOptions, train),
+    "trace": Command(TraceOptions, trace, shared=True),
+    "analyze": Command(AnalyzeOptions, analyze, shared=True),
+    "hardness": Command(HardnessOptions, hardness, shared=True),
+    "harden": Command(HardenOptions, harden),
+    "evaluate": Command(EvaluateOptions, evaluate, shared=True),
+    "reproduce": Command(ReproduceOptions, reproduce),
     "report": Command(ReportOptions, report),
     "compare": Command(CompareOptions, compare),
 }
@@ -112,9 +111,7 @@ def _run(words: Sequence[str]) -> int:
         return 0
     with interrupted_at_once():
         import torch  # noqa: F401  # takes seconds
-    resumable = command.resumable and options.out is not None
-    hint = "; what is finished is kept, so give the same command with --resume to go on" if resumable else ""
-    with joined(hint=hint):
+    with joined():
         if not command.shared and started_by_torchrun():
             raise UserError(f"{name} runs in one process; start it without torchrun")
         return command.run(options) or 0

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attackroute.cli.arguments import option, parse_number, parse_path, switch
+from attackroute.cli.arguments import option, parse_number, parse_path, shared, switch
 from attackroute.cli.console import Output
 from attackroute.cli.options import (
     EXPECTED_MODELS,
+    NETWORK,
     RUN,
     ImageOptions,
     NetworkOptions,
     RunOptions,
-    classes_option,
     count,
-    model_width_option,
     out_option,
     resolve_device,
     results_in,
@@ -33,37 +32,6 @@ _FILES = ("evaluation.json", "evaluation.csv", "measurements.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatedNetworks:
-    """The networks that are evaluated side by side."""
-
-    title: ClassVar[str] = "The network"
-    models: tuple[str, ...] = option(
-        "--model", EXPECTED_MODELS + " Repeat it for several networks side by side.", str, "MODEL", repeat=True
-    )
-    weights: tuple[Path, ...] = option(
-        "--weights", "A state dict as .safetensors or .pt, one for each --model or none. A train folder brings its "
-        "own.", parse_path, "FILE", default=None, repeat=True,
-    )  # fmt: skip
-    model_width: float | None = model_width_option()
-    classes: int | None = classes_option()
-
-    def each(self) -> dict[str, NetworkOptions]:
-        """The networks by the names that the table gives them: of their weights, where these were given."""
-        if self.weights and len(self.weights) != len(self.models):
-            raise UserError(
-                f"there are {len(self.models)} --model and {len(self.weights)} --weights; give one for each, in that "
-                "order, or none"
-            )
-        files = self.weights or [None] * len(self.models)
-        return {
-            model if file is None else str(file): NetworkOptions(
-                model=model, weights=file, model_width=self.model_width, classes=self.classes
-            )
-            for model, file in zip(self.models, files, strict=True)
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """Measure accuracy under attacks and corruptions, with signs of masked gradients.
 
@@ -73,7 +41,15 @@ class EvaluateOptions:
 
     title: ClassVar[str] = "The attacks"
     out: Path | None = out_option("Where the results go; without it they are only shown.", default=None)
-    networks: EvaluatedNetworks
+    models: tuple[str, ...] = option(
+        "--model", EXPECTED_MODELS + " Repeat it for several networks side by side.", str, "MODEL", repeat=True,
+        group=NETWORK,
+    )  # fmt: skip
+    weights: tuple[Path, ...] = option(
+        "--weights", "A state dict as .safetensors or .pt, one for each --model or none. A train folder brings its "
+        "own.", parse_path, "FILE", default=None, repeat=True, group=NETWORK,
+    )  # fmt: skip
+    network: NetworkOptions = shared(model="", hide=("model", "weights"))
     images: ImageOptions
     attacks: tuple[str, ...] = option(
         "--attack", "An attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, autoattack, fog, ... Repeat it for "
@@ -89,6 +65,19 @@ class EvaluateOptions:
     resume: bool = switch("--resume", "Go on with the evaluation in --out: what is done is not done again.", group=RUN)
     run: RunOptions
 
+    def networks(self) -> dict[str, NetworkOptions]:
+        """The networks by the names that the table gives them: of their weights, where these were given."""
+        if self.weights and len(self.weights) != len(self.models):
+            raise UserError(
+                f"there are {len(self.models)} --model and {len(self.weights)} --weights; give one for each, in that "
+                "order, or none"
+            )
+        files = self.weights or [None] * len(self.models)
+        return {
+            model if file is None else str(file): replace(self.network, model=model, weights=file)
+            for model, file in zip(self.models, files, strict=True)
+        }
+
 
 def evaluate(options: EvaluateOptions) -> None:
     """Evaluate networks side by side."""
@@ -99,23 +88,19 @@ def evaluate(options: EvaluateOptions) -> None:
 
     output = options.run.output
     device = resolve_device(options.run.device)
-    named = options.networks.each()
-    if options.resume and options.out is None:
-        raise UserError("--resume goes on with the evaluation in a folder; name it with --out")
+    named = options.networks()
     given = [text for text in options.attacks or DEFAULT_ATTACKS if text != CLEAN]
     attacks = parse_attacks(given, options.eps, options.run.seed)
-    images = options.images.open(options.run, options.networks.models)
+    images = options.images.open(options.run, options.models)
     networks = {name: network.open(images).to(device) for name, network in named.items()}
     origin: dict[str, Any] = {"model_names": {name: network.model for name, network in named.items()}}
     origin |= {"data": options.images.data, "split": images.split, "samples": options.images.samples}
     origin["images"] = [len(images), *images.shape]
     batches = ImageBatches(images, options.run.batch_size, workers=options.run.workers)
     kept = "nothing is kept without --out" if options.out is None else "what is done is kept; go on with --resume"
-    with ExitStack() as stack:
-        folder = options.out
-        if folder is not None:
-            folder = stack.enter_context(results_in(folder, _FILES, options.run, resume=options.resume))
-        progress = stack.enter_context(output.progress("images", kept))
+    out = options.out
+    results = nullcontext() if out is None else results_in(out, _FILES, options.run, resume=options.resume)
+    with results as folder, output.progress("images", kept) as progress:
         evaluation = evaluate_networks(
             networks, batches, attacks, batch_size=options.run.batch_size, seed=options.run.seed,
             checks=options.check_samples, folder=folder, resume=options.resume, origin=origin,

@@ -22,7 +22,6 @@ from attackroute.core.errors import UserError
 from attackroute.tracing.config import UNIT, TraceConfig
 
 if TYPE_CHECKING:
-    from attackroute.analysis.hardness_experiment import HardnessStudy
     from attackroute.robustness.attack import Perturbation
     from attackroute.routes.route import Route
 
@@ -60,8 +59,10 @@ class HardnessOptions:
 
 def hardness(options: HardnessOptions) -> None:
     """Rank images by hardness, judge the ranking by attacks, and write both."""
+    from attackroute.analysis.figures.style import save_figure
     from attackroute.analysis.hardness_experiment import study_hardness
     from attackroute.core.distributed import leading
+    from attackroute.core.files import replace_file
     from attackroute.core.journal import MEASUREMENTS, Journal
     from attackroute.core.model_state import weights_digest
     from attackroute.robustness.registry import parse_attack
@@ -92,7 +93,9 @@ def hardness(options: HardnessOptions) -> None:
         if leading():
             if options.route is None:
                 route.save(folder / "route.json")
-            _write(folder, study)
+            replace_file(folder / "hardness-images.csv", study.hardness.table.to_csv().encode())
+            for name, figure in study.figures().items():
+                save_figure(figure, folder, name)
             document.save(folder)
     options.run.output.result({**document.to_json(), "folder": str(options.out)})
     options.run.output.line(document.reading)
@@ -114,13 +117,3 @@ def _route(session: Session, file: Path | None, config: TraceConfig, noise_of: P
     with session.reading("images traced") as (batches, progress):
         routes = trace_routes(session.network, batches, _WIDTH, attack=noise_of, config=config, progress=progress)
     return routes.aggregate(_ROUTE_WIDTH)
-
-
-def _write(folder: Path, study: HardnessStudy) -> None:
-    """Write the table of all images and the figure."""
-    from attackroute.analysis.figures.style import save_figure
-    from attackroute.core.files import replace_file
-
-    replace_file(folder / "hardness-images.csv", study.hardness.table.to_csv().encode())
-    for name, figure in study.figures().items():
-        save_figure(figure, folder, name)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from attackroute.robustness.attack import Perturbation
     from attackroute.zoo.data import ImageBatches, ImageData
 
-ROUTE, RUN, FILES = "The route", "The run", "The files"  # headings in the help
+NETWORK, ROUTE, RUN, FILES = "The network", "The route", "The run", "The files"  # headings in the help
 _BESIDE = ".new"  # folder of what is to replace the files above it
 
 EXPECTED_MODELS = (
@@ -52,17 +52,6 @@ def count(flags: str, help: str, default: int | None = None, *, least: int = 1, 
 def out_option(help: str, **how: Any) -> Any:
     """The field of ``--out FOLDER``."""
     return option("--out", help, parse_path, "FOLDER", group=FILES, **how)
-
-
-def model_width_option() -> Any:
-    """The field of ``--model-width``."""
-    text = "Factor on the channels of a built-in network; a train folder knows its own."
-    return option("--model-width", text, parse_factor, "FACTOR", default=None)
-
-
-def classes_option() -> Any:
-    """The field of ``--classes``."""
-    return count("--classes", "Outputs of the network; else as the data has.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +76,17 @@ class RunOptions:
 class NetworkOptions:
     """The network that is looked at."""
 
-    title: ClassVar[str] = "The network"
+    title: ClassVar[str] = NETWORK
     model: str = option("--model", EXPECTED_MODELS, str, "MODEL")
     weights: Path | None = option(
         "--weights", "A state dict as .safetensors or .pt. A train folder brings its own.", parse_path, "FILE",
         default=None,
     )  # fmt: skip
-    model_width: float | None = model_width_option()
-    classes: int | None = classes_option()
+    model_width: float | None = option(
+        "--model-width", "Factor on the channels of a built-in network; a train folder knows its own.", parse_factor,
+        "FACTOR", default=None,
+    )  # fmt: skip
+    classes: int | None = count("--classes", "Outputs of the network; else as the data has.")
 
     def open(self, images: ImageData) -> nn.Module:
         """The network for the images, with its weights, on the CPU."""
@@ -130,7 +122,10 @@ class ImageOptions:
             self.data, split=split or self.split, samples=self.samples, seed=run.seed,  # type: ignore[arg-type]
             image_size=self.image_size or getattr(spec, "image_size", None),
         )  # fmt: skip
-        return in_grey(images) if self.grey or getattr(spec, "in_channels", None) == 1 else images
+        if images.shape[0] != 3 or not (self.grey or getattr(spec, "in_channels", None) == 1):
+            return images
+        dataset: Any = _Grey(images.dataset)
+        return replace(images, dataset=dataset, shape=(1, *images.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -145,14 +140,6 @@ class _Grey:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self.images[index]
         return (0.299 * image[:1] + 0.587 * image[1:2] + 0.114 * image[2:]), label
-
-
-def in_grey(images: ImageData) -> ImageData:
-    """The images in grey where they were read in colour; else as they are."""
-    if images.shape[0] != 3:
-        return images
-    dataset: Any = _Grey(images.dataset)
-    return replace(images, dataset=dataset, shape=(1, *images.shape[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +172,6 @@ class TrainingOptions:
     title: ClassVar[str] = "The training"
     epochs: int = count("--epochs", "Passes over the images.", 30)
     lr: float = option("--lr", "Largest learning rate.", parse_factor, "RATE", default=0.1)
-    schedule: str = option(
-        "--schedule", "Course of the learning rate.", one_of("one-cycle", "cosine"), default="one-cycle"
-    )
     weight_decay: float = option(
         "--weight-decay", "L2 penalty on all parameters.", parse_number, "FACTOR", default=5e-4
     )
@@ -200,10 +184,6 @@ class TrainingOptions:
     )  # fmt: skip
     robust_samples: int = count(
         "--robust-samples", "Images that are attacked to choose the best epoch, with --attack.", 500
-    )
-    accumulate: int = count("--accumulate", "Take each batch in N parts, one after the other, for less memory.", 1)
-    clip_norm: float | None = option(
-        "--clip-norm", "Largest norm of a step's whole gradient.", parse_factor, "NORM", default=None, unset="no limit"
     )
     holdout: float = option(
         "--holdout", "Share of the training images that is not learnt from but chooses the best epoch; with 0, the "

@@ -49,23 +49,17 @@ class MeasuringOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportedNetwork(NetworkOptions):
-    """The network of a run; without a name, that which its files say."""
-
-    model: str = option("--model", "The network of the run; else as its files say.", str, "MODEL", default="")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Put a run into one HTML page: the route to explore, figures, tables and all numbers as JSON.
 
-    The page needs no server and no network, so that it can be mailed as it is.
+    The page needs no server and no connection, so that it can be mailed as it is. Network and images are those that the
+    run's files name, unless others are given.
     """
 
     title: ClassVar[str] = FILES
     folder: Path = option("", "Folder of a trace, of the demo, or above them.", parse_path, "RUN_DIR")
     page: Path | None = option("--page", "The page; else report.html in RUN_DIR.", parse_path, "FILE", default=None)
-    network: ReportedNetwork
+    network: NetworkOptions = shared(model="")
     measuring: MeasuringOptions
     run: RunOptions = shared(hide=("workers", "overwrite"))
 
@@ -91,7 +85,7 @@ class CompareOptions:
 
     def of(self, folder: Path, model: str) -> ReportOptions:
         """What is said of one run, as for a page of its own."""
-        network = ReportedNetwork(model=model)
+        network = NetworkOptions(model=model)
         return ReportOptions(folder=folder, network=network, measuring=self.measuring, run=self.run)
 
 
@@ -124,7 +118,7 @@ def compare(options: CompareOptions) -> None:
     comparison = _comparison(options.of(options.first, options.model_a), options.of(options.second, options.model_b))
     page = build_comparison(comparison)
     written = _write(page, target, output)
-    numbers = difference_table(page.data["differences"]["numbers"], comparison.names)
+    numbers = difference_table(page.data["differences"], comparison.names)
     output.table(numbers.columns, numbers.rows)
     for note in comparison.notes:
         output.line(f"  {note}")
@@ -166,47 +160,41 @@ def _measured_or_not(
     options: ReportOptions, run: RunFolder, otherwise: str | None, attacks: Mapping[str, Perturbation] | None = None,
     images_of: RunFolder | None = None,
 ) -> tuple[Measured, tuple[str, ...], list[str]]:  # fmt: skip
-    """What is measured of a run, on its own images or those of another run; the classes of the images; and notes.
+    """What is measured of a run, on some of its own images or those of another run; the images' classes; and notes.
 
-    Where it cannot be measured and the user named nothing, a note that begins with ``otherwise`` says why.
+    Traces that the run lacks are made. Where it cannot be measured and the user named nothing, a note that begins with
+    ``otherwise`` says why.
     """
-    from attackroute.report.measuring import unmeasured
-
-    named = options.network
-    classes: tuple[str, ...] = ()
-    try:
-        network, images = _opened(options, run, images_of or run)
-        classes = tuple(images.classes)
-        measured = _measured(options, run, network, images, _attacks(options, run) if attacks is None else attacks)
-    except UserError as error:
-        if otherwise is None or named.model or named.weights or options.measuring.data or options.measuring.attacks:
-            raise
-        note = f"{otherwise}: {error}."
-        options.run.output.note(f"note: {note}")
-        return unmeasured(run.routes, run.attacked, run.route), classes, [note]
-    return measured, classes, []
-
-
-def _measured(
-    options: ReportOptions, run: RunFolder, network: nn.Module, images: ImageData, attacks: Mapping[str, Perturbation]
-) -> Measured:
-    """Influence, gradients and sensitivities on some of the images, and the traces that the run lacks."""
     from torch.utils.data import Subset
 
     from attackroute.report.measuring import measure, unmeasured
     from attackroute.report.route_view import Limits, spread
     from attackroute.zoo.data import ImageBatches
 
-    rows = spread(len(images), options.measuring.samples)
-    chosen = replace(images, dataset=Subset(images.dataset, rows))
-    traced = run.routes if run.routes is not None else next(iter(run.attacked), None)
-    with options.run.output.progress("images") as progress:
-        return measure(
-            network, ImageBatches(chosen, options.run.batch_size), unmeasured(run.routes, run.attacked, run.route),
-            attacks, rows=rows if _are_samples(chosen, len(images), rows, traced) else None,
-            linear=run.settings.get("linear") is True, width=_WIDTH if run.routes is None else run.routes.width,
-            shown=Limits().samples, progress=progress,
-        )  # fmt: skip
+    named = options.network
+    classes: tuple[str, ...] = ()
+    known = unmeasured(run.routes, run.attacked, run.route)
+    try:
+        network, images = _opened(options, run, images_of or run)
+        classes = tuple(images.classes)
+        rows = spread(len(images), options.measuring.samples)
+        chosen = replace(images, dataset=Subset(images.dataset, rows))
+        traced = run.routes if run.routes is not None else next(iter(run.attacked), None)
+        with options.run.output.progress("images") as progress:
+            measured = measure(
+                network, ImageBatches(chosen, options.run.batch_size), known,
+                _attacks(options, run) if attacks is None else attacks,
+                rows=rows if _are_samples(chosen, len(images), rows, traced) else None,
+                linear=run.settings.get("linear") is True, width=_WIDTH if run.routes is None else run.routes.width,
+                shown=Limits().samples, progress=progress,
+            )  # fmt: skip
+    except UserError as error:
+        if otherwise is None or named.model or named.weights or options.measuring.data or options.measuring.attacks:
+            raise
+        note = f"{otherwise}: {error}."
+        options.run.output.note(f"note: {note}")
+        return known, classes, [note]
+    return measured, classes, []
 
 
 def _opened(options: ReportOptions, run: RunFolder, images_of: RunFolder) -> tuple[nn.Module, ImageData]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -100,10 +100,8 @@ def trace(options: TraceOptions) -> int:
     autocast: torch.dtype | None = getattr(torch, options.dtype) if options.dtype in _REDUCED else None
     started, counts = time.perf_counter(), [] if options.out else [0]  # into a folder, what is done is counted first
     kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
-    with ExitStack() as stack:
-        folder = options.out
-        if folder is not None:
-            folder = stack.enter_context(results_in(folder, _FILES, options.run, resume=options.resume))
+    out = options.out
+    with nullcontext() if out is None else results_in(out, _FILES, options.run, resume=options.resume) as folder:
         with session.reading("images", kept) as (batches, progress):
 
             def advance(count: int, total: int | None) -> None:

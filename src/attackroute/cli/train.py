@@ -18,7 +18,6 @@ from attackroute.cli.options import (
     resolve_device,
     results_in,
 )
-from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
     from attackroute.hardening.checkpoint import EpochRecord
@@ -118,8 +117,6 @@ def divided(
     """The images to learn from, and those that choose the best epoch: held out of the former, or the test images."""
     if not holdout:
         return train_images, test_images
-    if not 0 < holdout < 1:
-        raise UserError(f"--holdout {holdout:g} is not a share of the training images; give 0.1, or 0 for none")
     from attackroute.zoo.data import held_out
 
     learnt, kept = held_out(train_images.dataset, holdout, seed)

@@ -46,23 +46,13 @@ def count_samples(data: Dataset[Any], what: str) -> int:
     return len(data)
 
 
-def count_steps(samples: int, batch_size: int) -> int:
-    """Batches in an epoch, the smaller ones included."""
-    return -(-samples // batch_size)
-
-
 def shuffled(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of one epoch: every sample once, in an order drawn from the seed and the epoch alone.
 
     Their sizes differ by no more than one: no sample is dropped, and no tiny last batch upsets batch normalisation.
     """
     order = torch.randperm(samples, generator=derived_generator(seed, "order", epoch))
-    return [batch.tolist() for batch in order.tensor_split(count_steps(samples, batch_size))]
-
-
-def in_order(samples: int, batch_size: int) -> list[list[int]]:
-    """Every sample once, in the data set's own order."""
-    return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
+    return [batch.tolist() for batch in order.tensor_split(-(-samples // batch_size))]
 
 
 def drawn_over_classes(data: Dataset[Any], count: int, seed: int) -> list[int]:
@@ -95,22 +85,6 @@ def _known_labels(data: object) -> list[int] | None:
         return [int(label) for label in cast("Iterable[Any]", stored)]
     except (TypeError, ValueError):  # several labels an image, or something else of that name
         return None
-
-
-def load(
-    data: Dataset[Any],
-    batches: Sequence[list[int]],
-    *,
-    generator: torch.Generator,
-    workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader[Any]:
-    """A loader of the given batches that leaves the global random generators alone.
-
-    Workers are started afresh for every pass: a worker that lived on would carry its random state from epoch to
-    epoch, and a resumed run could not get it back.
-    """
-    return DataLoader(data, batch_sampler=batches, num_workers=workers, generator=generator, pin_memory=pin_memory)
 
 
 class BatchStream:

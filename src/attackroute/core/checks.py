@@ -41,11 +41,7 @@ def checked_batch(batch: Any, what: str) -> tuple[Tensor, Tensor]:
             f"the {what} gives images of shape {tuple(images.shape[1:])} and type {images.dtype}; "
             "floating tensors (channels, height, width) are needed"
         )
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
-        raise UserError(
-            f"the {what} gives labels of shape {tuple(labels.shape[1:])} and type {labels.dtype}; integers are needed"
-        )
-    return images, labels.long()
+    return images, checked_labels(labels, None, len(images))
 
 
 def check_attackable(x: Tensor, y: Tensor) -> None:
@@ -55,9 +51,7 @@ def check_attackable(x: Tensor, y: Tensor) -> None:
         raise UserError(f"images to attack are {what}; floating tensors (N, C, H, W) are needed")
     if not isinstance(y, Tensor):
         raise UserError("an attack needs the labels: pass (images, labels)")
-    if y.shape != (len(x),) or y.is_floating_point():
-        raise UserError(f"labels have shape {tuple(y.shape)} and type {y.dtype}; expected {len(x)} integers")
-    if len(x) and int(y.min()) < 0:
+    if len(checked_labels(y, None, len(x))) and int(y.min()) < 0:
         raise UserError(f"label {int(y.min())} is negative; labels count from 0")
     if x.numel():
         low, high = (float(value) for value in x.detach().aminmax())
@@ -103,7 +97,7 @@ def require_no_probabilities(logits: Tensor, what: str = "the model") -> None:
 
 def checked_labels(labels: Tensor, classes: int | None, samples: int, where: str = "") -> Tensor:
     """Labels as int64 ``(n,)`` within ``0 .. classes - 1``; None where that is a loss's own business."""
-    if labels.shape != (samples,) or labels.is_floating_point():
+    if labels.shape != (samples,) or labels.is_floating_point() or labels.is_complex():
         raise UserError(f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected {samples} integers")
     wrong = labels[:0] if classes is None else labels[(labels < 0) | (labels >= classes)]
     if classes is not None and len(wrong):

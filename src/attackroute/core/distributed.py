@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +27,7 @@ WAIT = timedelta(hours=1)
 
 
 class LostProcessError(Exception):
-    """Another process of the job is gone, or does not answer."""
+    """Another process of the job is gone, as one that was killed is, or does not answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,25 @@ class Processes:
         """How messages call this process."""
         return f"process {self.rank} of {self.count}"
 
+    @contextmanager
+    def _exchange(self) -> Iterator[Any]:
+        """PyTorch's module for what processes exchange; its errors say that one of them is gone."""
+        import torch.distributed
+
+        try:
+            yield torch.distributed
+        except RuntimeError as error:
+            raise LostProcessError(
+                f"{self.name} lost another one (killed, or out of memory): torchrun says which; what is in --out is "
+                "kept, so give the same command with --resume to go on"
+            ) from error
+
     def all(self, value: T) -> list[T]:
         """The values of all processes, by rank; they are pickled."""
         if self.count == 1:
             return [value]
         gathered: list[Any] = [None] * self.count
-        with _exchange() as dist:
+        with self._exchange() as dist:
             dist.all_gather_object(gathered, value)
         gathered[self.rank] = value
         return gathered
@@ -69,7 +82,7 @@ class Processes:
         if self.count == 1:
             return compute()
         values: list[Any] = [compute() if self.leads else None]
-        with _exchange() as dist:
+        with self._exchange() as dist:
             dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
 
@@ -100,12 +113,11 @@ def leading() -> bool:
 
 
 @contextmanager
-def joined(*, timeout: timedelta = WAIT, hint: str = "") -> Iterator[Processes]:
+def joined(*, timeout: timedelta = WAIT) -> Iterator[Processes]:
     """Share work with the other processes of the job that ``torchrun`` started, until the block ends.
 
     Without ``torchrun``, or where it starts a single process, nothing changes. The first process to fail raises its
-    error, and those that fail in consequence end without a word; only where a process ended without a word of its own,
-    as one that is killed does, there is a :class:`LostProcessError`, whose message ends with the ``hint``.
+    error, and those that fail in consequence end without a word.
     """
     global _current  # noqa: PLW0603  # one job, one group: as PyTorch has it
     if not started_by_torchrun() or _current.count > 1:
@@ -116,14 +128,9 @@ def joined(*, timeout: timedelta = WAIT, hint: str = "") -> Iterator[Processes]:
     try:
         yield team
         team.all(None)  # the first process may hold the store
-    except BaseException as error:
+    except BaseException:
         if not _fails_first(team):
             raise SystemExit(1) from None  # what it says is an effect of what was said
-        if isinstance(error, LostProcessError):
-            raise LostProcessError(
-                f"{team.name} lost another one, which ended without a word (killed, or out of memory): torchrun says "
-                f"which{hint}"
-            ) from error
         raise
     finally:
         _current = _ALONE
@@ -164,56 +171,48 @@ def own_device(kind: str) -> torch.device:
     return torch.device(device.type, _current.local_rank)
 
 
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> AbstractContextManager[None]:
     """Let SIGTERM raise KeyboardInterrupt in the main thread, unless the caller handles it already."""
-    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt("terminated")
 
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return _handled(interrupt, [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else [])
+
+
+def interrupted_at_once() -> AbstractContextManager[None]:
+    """Let SIGINT and SIGTERM end the process without a word, while nothing but modules is loaded."""
+    signals = [each for each in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(each))]
+    return _handled(lambda *_: os._exit(130), signals)
 
 
 @contextmanager
-def interrupted_at_once() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the process without a word, while nothing but modules is loaded."""
-    signals = (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ()
-    handled = {each: before for each in signals if callable(before := signal.getsignal(each))}
-    for each in handled:
-        signal.signal(each, lambda *_: os._exit(130))
+def _handled(handler: Callable[[int, Any], object], signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Handle some signals so meanwhile, where this is the main thread, which alone can."""
+    before = {each: signal.signal(each, handler) for each in signals if _in_main_thread()}
     try:
         yield
     finally:
-        for each, before in handled.items():
-            signal.signal(each, before)
+        for each, earlier in before.items():
+            signal.signal(each, earlier)
 
 
 def _connect(timeout: timedelta) -> Processes:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    numbers = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    for name, value in numbers.items():
-        if not value.isdecimal():
-            raise UserError(f"{name} is {value!r} and no number; leave it to torchrun to set it")
-    rank, count = int(numbers["RANK"]), int(numbers["WORLD_SIZE"])
+    rank, local_rank = os.environ["RANK"], os.environ.get("LOCAL_RANK")
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store, number, count = next(rendezvous("env://", timeout=timeout))
+        team = Processes(number, count, number if local_rank is None else int(local_rank), store=store)
         store.set_timeout(timeout)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"process {rank} of {count} does not find the others ({str(error).partition(chr(10))[0]}): check "
+            f"this process (its RANK is {rank!r}) does not find the others ({str(error).partition(chr(10))[0]}): check "
             "torchrun's --nnodes, --rdzv-endpoint and that the machines reach each other"
         ) from error
-    return Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), store=store)
+    return team
 
 
 def _disconnect() -> None:
@@ -222,17 +221,6 @@ def _disconnect() -> None:
     with suppress(RuntimeError):  # after a loss, there may be nothing left to take leave of
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-@contextmanager
-def _exchange() -> Iterator[Any]:
-    """PyTorch's module for what processes exchange; its errors say that one of them is gone."""
-    import torch.distributed
-
-    try:
-        yield torch.distributed
-    except RuntimeError as error:
-        raise LostProcessError(str(error).partition("\n")[0]) from error
 
 
 def _fails_first(team: Processes) -> bool:

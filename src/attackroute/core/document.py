@@ -57,15 +57,15 @@ class Document:
             "rows": self.table.to_json(),
         }
 
-    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> list[Path]:
-        """Write ``NAME.csv``, where there are rows, and then ``NAME.json``; NAME is the kind unless it is given."""
-        stem = name or self.kind
-        paths = [Path(folder) / f"{stem}.json"]
+    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Write ``NAME.csv``, where there are rows, and then ``NAME.json``, whose path comes back; NAME is the kind
+        unless it is given.
+        """
+        path = Path(folder) / f"{name or self.kind}.json"
         if len(self.table):
-            paths.insert(0, Path(folder) / f"{stem}.csv")
-            replace_file(paths[0], self.table.to_csv().encode())
-        replace_file(paths[-1], (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
-        return paths
+            replace_file(path.with_suffix(".csv"), self.table.to_csv().encode())
+        replace_file(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Document:

@@ -122,10 +122,9 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{printable(path)}: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{printable(path)}: cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, SafetensorError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{printable(path)}: cannot be read: {' '.join(str(reason).split())}") from None
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:

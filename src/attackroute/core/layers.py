@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils.hooks import RemovableHandle
 
 from attackroute.core.errors import UserError
 
@@ -163,18 +162,16 @@ class LayerCalls(TorchFunctionMode):
         self._names: dict[nn.Module, str] = {}
         self._running: list[str] = []
         self._calls: dict[str, int] = {}
-        self._handles: list[RemovableHandle] = []
-        self._eager: AbstractContextManager[object] = nullcontext()
+        self._stack = ExitStack()
         self._level = pass_level()
         self._samples: int | None = None
 
     def __enter__(self) -> LayerCalls:
         # two global hooks, since two for every module would take longer to set than a small network to run
         self._names = {module: unwrapped(self._model, name) or "model" for name, module in self._model.named_modules()}
-        self._handles.append(register_module_forward_pre_hook(self._enter_module))
-        self._handles.append(register_module_forward_hook(self._leave_module, always_call=True))
-        self._eager = _without_compilation()
-        self._eager.__enter__()
+        self._stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
+        self._stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
+        self._stack.enter_context(_without_compilation())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -182,9 +179,7 @@ class LayerCalls(TorchFunctionMode):
         try:
             super().__exit__(*exc)  # type: ignore[no-untyped-call]
         finally:
-            self._eager.__exit__(None, None, None)
-            while self._handles:
-                self._handles.pop().remove()
+            self._stack.close()
 
     def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self._names.get(module)

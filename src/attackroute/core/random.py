@@ -50,13 +50,6 @@ def drawn_number(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
 
-def drawn_indices(samples: int, count: int, seed: int) -> list[int]:
-    """At most ``count`` of ``samples`` indices, drawn without replacement, in ascending order."""
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    indices: list[int] = order[:count].sort().values.tolist()
-    return indices
-
-
 def random_order(seed: int, layer: str, channels: Iterable[int]) -> list[int]:
     """A layer's channels in random order, as :meth:`attackroute.Route.random_like` draws them."""
     return sorted(channels, key=lambda channel: _digest(seed, layer, channel))

@@ -112,12 +112,9 @@ def sign_test(wins: int, losses: int) -> float:
 
     Discordant are samples that only the one treatment gets right (wins), or only the other (losses).
     """
-    total, fewer = wins + losses, min(wins, losses)
-    logs = (
-        math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1) - total * math.log(2)
-        for count in range(fewer + 1)
-    )
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 class Mean(NamedTuple):
@@ -200,7 +197,9 @@ def auroc(scores: Floats, events: NDArray[np.bool_], weights: Floats) -> Floats:
     positive = (weights * events).sum(1)
     negative = weights.sum(1) - positive
     below = (mid_ranks(scores, weights) * weights * events).sum(1) - positive**2 / 2
-    return _quotient(below, positive * negative)
+    pairs = positive * negative
+    shares: Floats = np.divide(below, pairs, out=np.full_like(below, np.nan), where=pairs > 0)
+    return shares
 
 
 def mid_ranks(values: Floats, weights: Floats) -> Floats:
@@ -222,10 +221,6 @@ def _weights(samples: int, resamples: int, seed: int) -> Iterator[Floats]:
         draws = generator.integers(0, samples, (count, samples))
         draws += np.arange(count)[:, None] * samples
         yield np.bincount(draws.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float64)
-
-
-def _quotient(numerator: Floats, denominator: Floats) -> Floats:
-    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
 
 def _estimate(name: str, prefix: str, value: float, spread: Floats) -> Record:

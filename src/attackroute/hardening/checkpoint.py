@@ -71,10 +71,9 @@ class EpochRecord:
     def log_line(self) -> str:
         """The record as one line of JSON for readers."""
         line: dict[str, Any] = {"epoch": self.epoch, "loss": self.loss, "train_accuracy": self.train.value}
-        if self.test is not None:
-            line |= {"test_accuracy": self.test.value, "test_interval": self.test.interval}
-        if self.robust is not None:
-            line |= {"robust_accuracy": self.robust.value, "robust_interval": self.robust.interval}
+        for name, accuracy in (("test", self.test), ("robust", self.robust)):
+            if accuracy is not None:
+                line |= {f"{name}_accuracy": accuracy.value, f"{name}_interval": accuracy.interval}
         line |= {f"{name}_penalty": value for name, value in self.penalties.items()}
         return json.dumps({**line, "lr": self.lr, "seconds": round(self.seconds, 3)})
 

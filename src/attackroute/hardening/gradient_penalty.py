@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,19 +26,8 @@ _HARD_SIGMOID_ = frozenset({_nn.hardsigmoid_, _aten.hardsigmoid_, _aten.hardsigm
 _WITHOUT_DERIVATIVE = ("torch::autograd::NotImplemented", "torch::autograd::Error")
 
 
-class GradientPenalty:
-    """``L_g``, the sum of ``|dL/dZ|`` over a route's neurons and their positions, averaged over the batch (Eq. (10)).
-
-    For use in any training loop::
-
-        penalty = GradientPenalty(model, route)
-        with penalty.watch():
-            logits = model(images)
-        loss = functional.cross_entropy(logits, labels) + lam * penalty(logits, labels)
-
-    L is the cross entropy (Eq. (9)) and Z a layer's own output, before normalisation and activation. The mode of the
-    model is the caller's. Where samples meet each other in a layer, as in batch norm in training, ``dL/dZ`` is that of
-    the batch's mean loss, through these meetings too; elsewhere the penalty is the mean over the samples of theirs.
+class WatchingPenalty:
+    """A penalty on what a route's neurons do in a forward pass that is watched, for use in any training loop.
 
     Args:
         model: Any network; call it as a whole inside :meth:`watch`, or through a wrapper.
@@ -53,28 +42,85 @@ class GradientPenalty:
         self._model, self._route = model, route
         self._chosen = [layer for layer in route if len(route.indices[layer])]
         if not self._chosen:
-            raise UserError("the route has no neuron, so there is no gradient to punish")
+            raise UserError("the route has no neuron, so there is nothing to punish")
         self._on_route = cache(lambda layer, device: route[layer].to(device))
-        self._watched: dict[str, GradientEdge] | None = None  # where the layers' outputs stand in the pass's graph
-        self._dims: dict[str, int] = {}  # of the channels, by layer
+        self._watched: dict[str, Any] | None = None  # of the route's layers in the pass, by name
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Context for the forward pass that is punished; of several passes, the last one counts."""
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is self._model:  # a copy of the model made meanwhile copies its hooks
+                self._begin(args, kwargs)
+
+        self._watched = None
+        handle = self._model.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            with LayerCalls(self._model, self._visit, linear=True):
+                yield
+        finally:
+            handle.remove()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass begins with these arguments."""
+        self._watched = {}
+
+    def _visit(self, call: LayerCall) -> Tensor:
+        """Run a layer, and note what is punished of it."""
+        output = call.run()
+        if self._watched is None or call.name not in self._chosen:
+            return output
+        require_channels(call.name, self._route.channels[call.name], output.shape[CHANNEL_DIM[call.kind]])
+        if not torch.is_grad_enabled():
+            raise UserError("the watched pass runs without gradients; call the model outside no_grad")
+        self._watched[call.name], output = self._noted(call, output)
+        return output
+
+    def _noted(self, call: LayerCall, output: Tensor) -> tuple[Any, Tensor]:
+        """What is watched of a layer's output, and the output that flows on."""
+        raise NotImplementedError
+
+    def _taken(self) -> dict[str, Any]:
+        """What was watched; each pass serves once."""
+        watched, self._watched = self._watched, None
+        if watched is None:
+            raise UserError("no forward pass was watched: call the model inside penalty.watch(), once for each penalty")
+        for layer in self._chosen:
+            if layer not in watched:
+                raise UserError(
+                    f"layer {layer!r} of the route did not run in the model's forward pass: use the model that the "
+                    "route was made for, uncompiled, or leave the layer out (route.restrict)"
+                )
+        return watched
+
+
+class GradientPenalty(WatchingPenalty):
+    """``L_g``, the sum of ``|dL/dZ|`` over a route's neurons and their positions, averaged over the batch (Eq. (10)).
+
+    For use in any training loop::
+
+        penalty = GradientPenalty(model, route)
+        with penalty.watch():
+            logits = model(images)
+        loss = functional.cross_entropy(logits, labels) + lam * penalty(logits, labels)
+
+    L is the cross entropy (Eq. (9)) and Z a layer's own output, before normalisation and activation. The mode of the
+    model is the caller's. Where samples meet each other in a layer, as in batch norm in training, ``dL/dZ`` is that of
+    the batch's mean loss, through these meetings too; elsewhere the penalty is the mean over the samples of theirs.
+    Model, route and errors are those of :class:`WatchingPenalty`.
+    """
+
+    def __init__(self, model: nn.Module, route: Route) -> None:
+        super().__init__(model, route)
         self._is_checked = False
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Context for the forward pass whose gradients are to be punished; of several passes, the last one counts."""
-
-        def begin(module: nn.Module, _: object) -> None:
-            if module is self._model:  # a copy of the model made meanwhile copies its hooks
-                self._watched = {}
-
-        self._watched = None
-        handle = self._model.register_forward_pre_hook(begin)
-        try:
-            # first, since what is entered after LayerCalls does not see the attention that it opens up
-            with FunctionCalls(_twice_differentiable), LayerCalls(self._model, self._visit, linear=True):
-                yield
-        finally:
-            handle.remove()
+        """See :class:`WatchingPenalty`."""
+        # first, since what is entered after LayerCalls does not see the attention that it opens up
+        with FunctionCalls(_twice_differentiable), super().watch():
+            yield
 
     def __call__(self, logits: Any, labels: Tensor) -> Tensor:
         """``L_g`` of the pass that was watched, a scalar that can be differentiated.
@@ -87,20 +133,17 @@ class GradientPenalty:
             UserError: No pass was watched, it had no gradient, a layer of the route did not run in it, or an operation
                 of the model has no second derivative.
         """
-        watched, self._watched = self._watched, None  # each pass serves once
-        if watched is None:
-            raise UserError("no forward pass was watched: call the model inside penalty.watch(), once for each penalty")
-        require_ran(self._chosen, watched)
+        watched = self._taken()
         logits = check_logits(logits, labels, "batch")
         task = task_loss(logits, labels.to(logits.device))
         if not task.requires_grad:
             raise UserError("the logits have no gradient: call the model outside no_grad, and do not detach its output")
-        edges: Any = list(watched.values())
+        edges = [edge for _, edge in watched.values()]
         sums = []
         gradients = torch.autograd.grad(task, edges, create_graph=True, allow_unused=True)  # Eq. (9)
-        for name, gradient in zip(watched, gradients, strict=True):
+        for (name, (dim, _)), gradient in zip(watched.items(), gradients, strict=True):
             if gradient is not None:
-                chosen = gradient.index_select(self._dims[name], self._on_route(name, gradient.device))
+                chosen = gradient.index_select(dim, self._on_route(name, gradient.device))
                 sums.append(chosen.abs().sum(dtype=torch.promote_types(gradient.dtype, torch.float32)))
         if not sums:
             raise UserError("the logits do not depend on any layer of the route: are they those of the watched pass?")
@@ -110,24 +153,14 @@ class GradientPenalty:
             self._is_checked = True
         return value
 
-    def _visit(self, call: LayerCall) -> Tensor:
-        output = call.run()
-        watched = self._watched
-        if watched is None or call.name not in self._chosen:
-            return output
-        dim = CHANNEL_DIM[call.kind]
-        require_channels(call.name, self._route.channels[call.name], output.shape[dim])
-        if not torch.is_grad_enabled():
-            raise UserError("the watched pass runs without gradients; call the model outside no_grad")
+    def _noted(self, call: LayerCall, output: Tensor) -> tuple[Any, Tensor]:
         kind = output.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             raise UserError("float16 loses the small gradients that are punished; use bfloat16, or no autocast")
         if not output.requires_grad:  # all before it is frozen
             output = output.requires_grad_().clone()  # a copy, since what follows may work in place
-        self._dims[call.name] = dim
         # an edge of the graph, since the tensor itself may be written to by what follows
-        watched[call.name] = get_gradient_edge(output)
-        return output
+        return (CHANNEL_DIM[call.kind], get_gradient_edge(output)), output
 
 
 def _twice_differentiable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,13 +193,3 @@ def _require_second_derivatives(value: Tensor) -> None:
             further = {parent for parent, _ in node.next_functions} - seen
             seen |= further
             nodes += further
-
-
-def require_ran(layers: Iterable[str], ran: Container[str]) -> None:
-    """Raise a `UserError` naming the first of a route's layers that did not run in a watched pass."""
-    for layer in layers:
-        if layer not in ran:
-            raise UserError(
-                f"layer {layer!r} of the route did not run in the model's forward pass: use the model that the route "
-                "was made for, uncompiled, or leave the layer out (route.restrict)"
-            )

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
-from attackroute.core.batches import as_dataset, count_samples, drawn_over_classes, in_order, load
+from attackroute.core.batches import Data, as_dataset, count_samples, drawn_over_classes
 from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import kept_modes, spared_buffers
@@ -46,10 +46,10 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import trace_routes
-from attackroute.zoo.data import ImageData
+from attackroute.zoo.data import ImageData, drawn
 
 ROUTE_FILE = "route.json"
-Samples = Dataset[Any] | DataLoader[Any] | ImageData | tuple[Tensor, Tensor]
+Samples = Data | ImageData
 """A data set, a DataLoader (for its data set), the images of ``ar.load_data``, or a pair of tensors."""
 
 Factor = float | Mapping[str, float]
@@ -57,7 +57,6 @@ Factor = float | Mapping[str, float]
 
 _TRAIN = "training data"
 _INSTANCE_WIDTH, _WIDTH = 0.2, 0.3  # the paper's
-_TRACED_BATCH = 128
 _STRENGTH_SAMPLES = 128
 
 
@@ -169,7 +168,7 @@ def harden(
     if isinstance(route, (str, os.PathLike)):
         route = Route.load(route, model)
     data, tests = as_dataset(train_data), None if test_data is None else as_dataset(test_data)
-    factors = {name: factor_of(name, lam) for name in names}
+    factors = {name: lam.get(name, math.nan) if isinstance(lam, Mapping) else lam for name in names}
     hardening = RouteObjective(factors, attack, settings, route) if names else None
     result = train_network(
         model, data, tests, train,
@@ -228,23 +227,11 @@ class RouteObjective(Objective):
     @property
     def settings(self) -> dict[str, Any]:
         """See :class:`Objective`; a route that is traced depends on these, on the data and the seed."""
-        settings, route = self._hardening, None
+        route = None
         if self._given is not None:
             indices = {layer: list(chosen) for layer, chosen in self._given.indices.items()}
             route = hashlib.sha256(json.dumps(indices).encode()).hexdigest()
-        return {
-            **super().settings,
-            "factors": self._factors,
-            "target": settings.target,
-            "folded": settings.folded,
-            "route": route
-            or {
-                "share": settings.route_samples,
-                "compare_full": settings.compare_full,
-                **asdict(settings.trace),
-                "attack": str(self.attack) if settings.trace.follows_noise else None,
-            },
-        }
+        return {**super().settings, "factors": self._factors, **asdict(self._hardening), "route": route}
 
     def start(self, model: nn.Module, data: Dataset[Any], seed: int, state: Mapping[str, Any] | None = None) -> None:
         """Trace the route and compare the penalties' gradients with the task's, or take both back."""
@@ -311,14 +298,11 @@ class RouteObjective(Objective):
 
     def _traced(self, model: nn.Module, data: Dataset[Any], share: float) -> Route:
         """The model route of a share of the samples, drawn with the seed (Eqs. (1)-(8))."""
-        total = count_samples(data, _TRAIN)
-        samples = max(1, round(share * total))
-        order = torch.randperm(total, generator=derived_generator(self._seed, "route", 0))
-        drawn = Subset(data, order[:samples].sort().values.tolist())
-        loader = load(drawn, in_order(samples, _TRACED_BATCH), generator=torch.Generator())
+        count = max(1, round(share * count_samples(data, _TRAIN)))
+        samples = drawn(data, count, derived_seed(self._seed, "route", 0))
         config = replace(self._hardening.trace, seed=self._seed)
         attack = self.attack if config.follows_noise else None
-        return trace_routes(model, loader, _INSTANCE_WIDTH, attack=attack, config=config).aggregate(_WIDTH)
+        return trace_routes(model, samples, _INSTANCE_WIDTH, attack=attack, config=config).aggregate(_WIDTH)
 
     def _aim(self, route: Route, model: nn.Module, data: Dataset[Any]) -> None:
         """Make the penalties for the route as it is, or for its control."""
@@ -331,15 +315,9 @@ class RouteObjective(Objective):
             self._gradient = GradientPenalty(model, route)
         if WEIGHT in self._factors:
             images, _ = samples_of(model, data, [0, 0])
-            connections = Connections.of_route(model, images, route)
-            self._weight = WeightPenalty(
-                model,
-                route,
-                images,
-                folded=self._hardening.folded,
-                layers=connections.joined(route) or None,
-                connections=connections,
-            )
+            connections, folded = Connections.of_route(model, images, route), self._hardening.folded
+            layers = connections.joined(route) or None
+            self._weight = WeightPenalty(model, route, images, folded=folded, layers=layers, connections=connections)
         if STABILISATION in self._factors:
             self._stabilisation = StabilisationPenalty(model, route)
 
@@ -371,12 +349,3 @@ class RouteObjective(Objective):
                 norms[STABILISATION] = norm(self._stabilisation(clean))
             task = norm(task_loss(check_logits(model(images), labels, _TRAIN), targets))
         return {name: value / task if task > 0 else math.inf for name, value in norms.items()}
-
-
-def factor_of(name: str, lam: Factor) -> float:
-    """Lambda of the penalty of that name."""
-    if not isinstance(lam, Mapping):
-        return lam
-    if name not in lam:
-        raise UserError(f"lam has no factor for the {name} penalty; it has {', '.join(lam) or 'none'}")
-    return lam[name]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from attackroute.core.batches import load
 from attackroute.core.checks import check_logits, checked_batch
 from attackroute.core.model_state import placement
 from attackroute.robustness.attack import Attack, Perturbation
@@ -84,41 +83,11 @@ class Objective:
         return attacked.detach().to(batch.images)
 
 
-def backward_in_parts(objective: Objective, model: nn.Module, batch: Batch, parts: int) -> StepLosses:
-    """Add a batch's gradients to those of the parameters, in so many parts, so that memory is that of one part.
-
-    The losses are means over samples, so that in a network whose samples do not meet (batch norms in eval mode, no
-    dropout) the parts' gradients, weighted by size, add up to those of the whole batch, attacks included. The losses
-    that come back are the whole batch's, all detached.
-    """
-    count = len(batch.images)
-    shares, pieces, start = [], [], batch.draws.get_state()
-    for images, labels, targets in zip(
-        *(values.tensor_split(min(parts, count)) for values in (batch.images, batch.labels, batch.targets)), strict=True
-    ):
-        batch.draws.set_state(start)  # an attack's random numbers belong to the image, not to its part
-        losses = objective.losses(model, replace(batch, images=images, labels=labels, targets=targets))
-        share = len(images) / count
-        (losses.total * share).backward()  # type: ignore[no-untyped-call]
-        shares.append(share)
-        pieces.append(losses)
-
-    def mean(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum()
-
-    return StepLosses(
-        total=mean(piece.total for piece in pieces),
-        task=mean(piece.task for piece in pieces),
-        logits=torch.cat([piece.logits for piece in pieces]),
-        penalties={name: mean(piece.penalties[name] for piece in pieces) for name in pieces[0].penalties},
-    )
-
-
 def samples_of(
     model: nn.Module, data: Dataset[Any], numbers: Sequence[int], what: str = "training data"
 ) -> tuple[Tensor, Tensor]:
     """Some images of a data set, as the model takes them, and their labels, on the CPU."""
-    (batch,) = load(data, [list(numbers)], generator=torch.Generator())
+    (batch,) = DataLoader(data, batch_sampler=[list(numbers)], generator=torch.Generator())  # not the global one
     images, labels = checked_batch(batch, what)
     return images.to(*placement(model)), labels
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 
@@ -20,8 +20,6 @@ ON_ROUTE, RANDOM, ALL = "route", "random", "all"
 TARGETS = (ON_ROUTE, RANDOM, ALL)
 """Whose neurons are punished."""
 
-Schedule = Literal["one-cycle", "cosine"]
-
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # tensors take no larger factor
 
 
@@ -32,14 +30,10 @@ class TrainSettings:
     Attributes:
         epochs: Passes over the training data.
         batch_size: Most images in one step; an epoch is split into batches of nearly equal size.
-        lr: The schedule's largest learning rate.
+        lr: The largest learning rate, see :func:`learning_rate`.
         momentum: In [0, 1), in Nesterov's form.
         weight_decay: L2 penalty on all parameters.
-        schedule: ``"one-cycle"`` or ``"cosine"``, see :func:`learning_rate`.
         augment: ``"none"``, ``"crop"`` or ``"crop-flip"``, see :func:`attackroute.hardening.augmentation.augment`.
-        accumulate: Take each batch in so many parts, one after the other, and step once: memory is that of a part.
-            Batch norms then see a part at a time.
-        clip_norm: Largest norm of the whole gradient; None leaves it as it is.
         amp: Mixed precision in bfloat16 where the device has it; elsewhere nothing changes.
         channels_last: Hold images and weights in PyTorch's channels_last format during training.
         seed: Decides data order, augmentation and dropout. The initial weights are the caller's.
@@ -56,10 +50,7 @@ class TrainSettings:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Schedule = "one-cycle"
     augment: Augment = "none"
-    accumulate: int = 1
-    clip_norm: float | None = None
     amp: bool = False
     channels_last: bool = False
     seed: int = 0
@@ -67,19 +58,14 @@ class TrainSettings:
     robust_samples: int = 500
 
     def __post_init__(self) -> None:
-        counts, flags = ("epochs", "batch_size", "accumulate", "robust_samples"), ("amp", "channels_last")
+        counts, flags = ("epochs", "batch_size", "robust_samples"), ("amp", "channels_last")
         rules = {
             **{name: (_is_integer(getattr(self, name), 1), "an integer of at least 1") for name in counts},
             **{name: (isinstance(getattr(self, name), bool), "True or False") for name in flags},
             "lr": (_is_number(self.lr) and self.lr > 0, "a number above 0"),
             "momentum": (_is_number(self.momentum) and 0 <= self.momentum < 1, "a number in [0, 1)"),
             "weight_decay": (_is_number(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
-            "schedule": (self.schedule in get_args(Schedule), _one_of(Schedule)),
-            "augment": (self.augment in get_args(Augment), _one_of(Augment)),
-            "clip_norm": (
-                self.clip_norm is None or (_is_number(self.clip_norm) and self.clip_norm > 0),
-                "a number above 0, or None",
-            ),
+            "augment": (self.augment in get_args(Augment), "one of " + ", ".join(map(repr, get_args(Augment)))),
             "seed": (_is_integer(self.seed, 0) and self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
             "workers": (_is_integer(self.workers, 0), "an integer of at least 0"),
         }
@@ -119,25 +105,19 @@ class HardenSettings:
         require_known("target", self.target, TARGETS)
 
 
-def learning_rate(schedule: Schedule, peak: float, step: int, total: int) -> float:
-    """The learning rate of optimiser step ``step``, counted from 0, of ``total``.
+def learning_rate(peak: float, step: int, total: int) -> float:
+    """The learning rate of optimiser step ``step``, counted from 0, of ``total``: PyTorch's ``OneCycleLR``.
 
-    ``"one-cycle"`` climbs from peak / 25 to the peak within the first 30 % of the steps and falls to peak / 250,000,
-    each along half a cosine; ``"cosine"`` falls from the peak along ``peak / 2 * (1 + cos(pi * step / total))``. The
-    values are those of PyTorch's ``OneCycleLR`` and ``CosineAnnealingLR``; one-cycle runs of one to three steps, which
-    have no room to climb, start at the peak.
+    It climbs from peak / 25 to the peak within the first 30 % of the steps and falls to peak / 250,000, each along half
+    a cosine; runs of one to three steps, which have no room to climb, start at the peak.
     """
-    if schedule == "cosine":
-        return _half_cosine(peak, 0.0, step / total)
-    start, top = 1 / 25, max(0.3 * total - 1, 0.0)
-    if step < top:
-        return _half_cosine(peak * start, peak, step / top)
     if total == 1:
         return peak
-    return _half_cosine(peak, peak * (start / 1e4), (step - top) / (total - 1 - top))
-
-
-def _half_cosine(first: float, last: float, share: float) -> float:
+    start, top = 1 / 25, max(0.3 * total - 1, 0.0)
+    if step < top:
+        first, last, share = peak * start, peak, step / top
+    else:
+        first, last, share = peak, peak * (start / 1e4), (step - top) / (total - 1 - top)
     return last + (first - last) / 2 * (1 + math.cos(math.pi * share))
 
 
@@ -147,10 +127,6 @@ def _is_integer(value: object, least: int) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
-
-
-def _one_of(choices: Any) -> str:
-    return "one of " + ", ".join(repr(choice) for choice in get_args(choices))
 
 
 def require_known(what: str, name: str, names: tuple[str, ...]) -> None:

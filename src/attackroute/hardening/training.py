@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
-from attackroute.core.batches import Data, as_dataset, count_samples, count_steps, load, shuffled
+from attackroute.core.batches import Data, as_dataset, count_samples, shuffled
 from attackroute.core.checks import check_logits, checked_batch, require_no_probabilities
 from attackroute.core.distributed import current
 from attackroute.core.errors import UserError
@@ -33,9 +33,10 @@ from attackroute.core.random import derived_generator, derived_seed
 from attackroute.core.statistics import Accuracy, BrokenLogits, count_correct
 from attackroute.hardening.augmentation import augment
 from attackroute.hardening.checkpoint import Checkpoint, EpochRecord, best_epoch, open_run
-from attackroute.hardening.objective import Batch, Objective, backward_in_parts, samples_of
+from attackroute.hardening.objective import Batch, Objective, samples_of
 from attackroute.hardening.settings import TrainSettings, learning_rate
 from attackroute.robustness.attack import Attack, Perturbation
+from attackroute.zoo.data import drawn
 
 Progress = Callable[[int, int, str], None]
 
@@ -155,22 +156,21 @@ def train(
     return TrainResult(tuple(history), resumed_from, run.folder)
 
 
+@dataclass(eq=False)
 class _Run:
     """What is trained, on what and how, and what goes with the model from step to step."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train_data: Dataset[Any],
-        test_data: Dataset[Any] | None,
-        settings: TrainSettings,
-        objective: Objective,
-        folder: Path | None,
-    ) -> None:
-        self.model, self.train_data, self.test_data = model, train_data, test_data
-        self.settings, self.objective, self.folder = settings, objective, folder
-        self.samples = count_samples(train_data, _TRAIN)
-        self.steps = count_steps(self.samples, settings.batch_size)  # of an epoch
+    model: nn.Module
+    train_data: Dataset[Any]
+    test_data: Dataset[Any] | None
+    settings: TrainSettings
+    objective: Objective
+    folder: Path | None
+
+    def __post_init__(self) -> None:
+        model, settings = self.model, self.settings
+        self.samples = count_samples(self.train_data, _TRAIN)
+        self.steps = -(-self.samples // settings.batch_size)  # of an epoch
         self.device, self.dtype = placement(model)
         self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.trainable:
@@ -182,13 +182,8 @@ class _Run:
                 raise UserError(f"the model's state {name} is not a tensor, so no checkpoint can hold it")
         # of weights and images; None leaves them as they are
         self.format = torch.channels_last if settings.channels_last else None
-        self.optimiser = torch.optim.SGD(
-            self.trainable.values(),
-            settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            weight_decay=settings.weight_decay,
-        )
+        parameters, momentum, decay = self.trainable.values(), settings.momentum, settings.weight_decay
+        self.optimiser = torch.optim.SGD(parameters, settings.lr, momentum, weight_decay=decay, nesterov=momentum > 0)
         short = settings.amp and has_bfloat16(self.device)
         self.precision = partial(torch.autocast, self.device.type, dtype=torch.bfloat16) if short else nullcontext
 
@@ -205,8 +200,7 @@ class _Run:
 
     def rate(self, number: int) -> float:
         """The learning rate of a step, counted from 1 over the whole run."""
-        settings = self.settings
-        return learning_rate(settings.schedule, settings.lr, number - 1, settings.epochs * self.steps)
+        return learning_rate(self.settings.lr, number - 1, self.settings.epochs * self.steps)
 
     def kept(self, epochs: int) -> str:
         """What is kept after so many epochs, as the end of a message."""
@@ -215,8 +209,8 @@ class _Run:
     def diverged(self, epoch: int, step: int, what: str) -> UserError:
         """The error of an epoch whose numbers are no longer finite."""
         return UserError(
-            f"epoch {epoch}, step {step}: {what}; check the images, lower lr (now {self.settings.lr}) "
-            f"or set clip_norm{self.kept(epoch - 1)}"
+            f"epoch {epoch}, step {step}: {what}; check the images, or lower lr (now {self.settings.lr})"
+            f"{self.kept(epoch - 1)}"
         )
 
 
@@ -268,17 +262,11 @@ def _begin(run: _Run, resume: bool) -> list[EpochRecord]:
 
 def _save(run: _Run, history: Sequence[EpochRecord]) -> None:
     """Put all that a run needs in order to go on into its folder."""
-    if run.folder is None:
-        return
-    checkpoint = Checkpoint(
-        settings=run.identity,
-        weights=dict(run.model.state_dict()),
-        optimiser=run.optimiser.state_dict(),
-        history=history,
-        objective=run.objective.state(),
-    )
-    checkpoint.save(run.folder)
-    run.objective.save(run.folder)
+    if run.folder is not None:
+        weights, optimiser = dict(run.model.state_dict()), run.optimiser.state_dict()
+        state = run.objective.state()
+        Checkpoint(run.identity, weights, optimiser, history=history, objective=state).save(run.folder)
+        run.objective.save(run.folder)
 
 
 def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
@@ -289,17 +277,11 @@ def _epoch(run: _Run, epoch: int, progress: Progress | None) -> EpochRecord:
     for name, value in run.model.state_dict().items():  # the last step can spoil them after its loss was computed
         if value.is_floating_point() and not value.isfinite().all():
             raise run.diverged(epoch, run.steps, f"the weights in {name} are no longer finite")
-    attack = run.objective.attack
+    attack, train = run.objective.attack, Accuracy(correct, run.samples)
     test, robust = _tested(run, epoch), None if attack is None else _tested(run, epoch, attack)
+    lr, seconds = run.rate(epoch * run.steps), time.perf_counter() - started
     return EpochRecord(
-        epoch=epoch,
-        loss=loss,
-        train=Accuracy(correct, run.samples),
-        test=test,
-        lr=run.rate(epoch * run.steps),
-        seconds=time.perf_counter() - started,
-        robust=robust,
-        penalties=penalties,
+        epoch=epoch, loss=loss, train=train, test=test, lr=lr, seconds=seconds, robust=robust, penalties=penalties
     )
 
 
@@ -314,11 +296,11 @@ def _learn(run: _Run, epoch: int, progress: Progress | None) -> tuple[float, dic
     unread: list[tuple[Tensor, Tensor]] = []  # losses and hits of the steps since, still on the device
     correct = 0
     run.model.train()
-    loader = load(
+    loader = DataLoader(  # workers that lived on would carry a random state over epochs, which cannot be resumed
         run.train_data,
-        batches,
+        batch_sampler=batches,
+        num_workers=settings.workers,
         generator=derived_generator(settings.seed, "workers", epoch),
-        workers=settings.workers,
         pin_memory=run.device.type == "cuda",
     )
     for step, batch in enumerate(loader, start=1):
@@ -366,11 +348,10 @@ def _step(
         autocast=run.precision,
     )
     run.optimiser.zero_grad(set_to_none=True)
-    losses = backward_in_parts(run.objective, run.model, batch, settings.accumulate)
+    losses = run.objective.losses(run.model, batch)
+    losses.total.backward()  # type: ignore[no-untyped-call]
     values = torch.stack([losses.task, *losses.penalties.values()])
     hits = (losses.logits.argmax(1) == batch.targets).sum()
-    if settings.clip_norm is not None:
-        nn.utils.clip_grad_norm_(run.trainable.values(), settings.clip_norm)
     for group in run.optimiser.param_groups:
         group["lr"] = run.rate(number)
     run.optimiser.step()
@@ -383,8 +364,7 @@ def _tested(run: _Run, epoch: int, attack: Perturbation | None = None) -> Accura
     if data is None:
         return None
     if attack is not None:
-        order = torch.randperm(count_samples(data, _TEST), generator=derived_generator(settings.seed, "robust", 0))
-        data = Subset(data, order[: settings.robust_samples].sort().values.tolist())
+        data = drawn(data, settings.robust_samples, derived_seed(settings.seed, "robust", 0))
     try:
         with run.precision():
             return count_correct(run.model, data, workers=settings.workers, attack=attack)

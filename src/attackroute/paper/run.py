@@ -18,7 +18,7 @@ from torch import nn
 from attackroute.analysis.study import Study
 from attackroute.core.document import Document, read_object
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.core.files import replace_file, write_json
+from attackroute.core.files import file_errors, replace_file, write_json
 from attackroute.core.model_state import weights_digest
 from attackroute.core.statistics import count_correct
 from attackroute.paper.claims import Claim, Findings, NetworkResults
@@ -216,10 +216,8 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _text(page: Path) -> str:
-    try:
+    with file_errors(page):
         return page.read_text()
-    except OSError as error:
-        raise UserError(f"--page {page} cannot be read ({error.strerror}); name a Markdown file") from error
 
 
 def _name(model: str) -> str:

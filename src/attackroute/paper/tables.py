@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import statistics
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE
 from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT
@@ -75,16 +75,12 @@ _RESPONSE_CLAIMS = {
 }
 
 
-class _Response(NamedTuple):
-    """The sensitivity or the gradient on one network, under an attack or none."""
+def _responses(findings: Findings) -> Iterator[tuple[str, str | None, list[float], dict[str, int]]]:
+    """Sensitivities and gradients, each with its attack, if there is one.
 
-    quantity: str
-    attack: str | None
-    factors: list[float]  # by layer, the mean over the route / over all other neurons
-    higher: dict[str, int]  # by control, in how many layers the route's mean is above that of every set of it
-
-
-def _responses(findings: Findings) -> Iterator[_Response]:
+    The factors are by layer, the mean over the route / over all other neurons; then, by control, in how many layers the
+    route's mean is above that of every set of it.
+    """
     for quantity, attack in dict.fromkeys((row["quantity"], row["attack"]) for row in findings.table):
         factors = []
         for layer in findings.distinct("layer"):
@@ -98,7 +94,7 @@ def _responses(findings: Findings) -> Iterator[_Response]:
             control: sum(each["beats"] for each in verdicts if each["control"] == control)
             for control in (OFF_ROUTE, RANDOM, *findings.rivals)
         }
-        yield _Response(quantity, attack, factors, higher)
+        yield quantity, attack, factors, higher
 
 
 @table("fig2", "sensitivity")
@@ -293,8 +289,9 @@ def attention_claims(network: NetworkResults, findings: Findings) -> Iterator[Cl
             findings.mean("mean", images=images, criterion=criterion, measure=measure) or 0.0
             for criterion in (ROUTE, OFF_ROUTE)
         )
-        more = {
-            control: _clearly_more(findings, images, measure, control)
+        sets = findings.table.select(images=images, measure=measure)
+        more = {  # clearly more than every set of a control, by the paired 95 % interval
+            control: all(low > 0 for low in sets.select(criterion=control).column("route_minus_this_low"))
             for control in (OFF_ROUTE, RANDOM, *findings.rivals)
         }
         area = f" ({percent(_MIDDLE)} % of the area)" if measure == INSIDE else ""
@@ -309,12 +306,6 @@ def attention_claims(network: NetworkResults, findings: Findings) -> Iterator[Cl
 
 def _attack(findings: Findings) -> str:
     return str(next(name for name in findings.distinct("images") if name != CLEAN))
-
-
-def _clearly_more(findings: Findings, images: str, measure: str, control: str) -> bool:
-    """Whether the route has clearly more than every set of a control, by the paired 95 % interval."""
-    sets = findings.table.select(images=images, measure=measure, criterion=control)
-    return all(low > 0 for low in sets.column("route_minus_this_low"))
 
 
 # --- Table 4 and Fig. 6: do weak images have larger gradients on the route, and does V tell who is fooled?

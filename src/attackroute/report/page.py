@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -25,7 +25,7 @@ from attackroute.core.files import printable
 from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
 from attackroute.report.pictures import inline_figures
-from attackroute.report.route_view import Limits, Network, route_view, run_setup
+from attackroute.report.route_view import Limits, route_view, run_setup
 from attackroute.report.run_folder import RunFolder, StoredDocument
 from attackroute.routes.route import Route
 
@@ -89,9 +89,7 @@ class Content:
         if measured.traced is not None:
             numbers.append(("samples traced", len(measured.traced)))
             numbers.append(("of a layer's channels on a sample's route", percent(measured.traced.width)))
-        if measured.clean.accuracy is not None:
-            numbers.append(("accuracy on them", percent(measured.clean.accuracy)))
-        for condition in measured.attacked:
+        for condition in measured.conditions:
             if condition.routes is not None and condition.accuracy is not None:
                 numbers.append((f"accuracy on {len(condition.routes)} {condition.name}", percent(condition.accuracy)))
         if route is not None:
@@ -149,12 +147,7 @@ class Content:
         for stored in run.documents:
             seconds = stored.document.about.get("seconds")
             pairs.append(("file", f"{stored.path}{f' ({seconds:.1f} s)' if _is_number(seconds) else ''}"))
-        if run.left_out:
-            pairs.append(("not shown", run.left_out))
-        return list({(name, _text(value)): (name, value) for name, value in pairs}.values())
-
-    def network(self, budget: Budget, name: str = "") -> Network:
-        return Network(name, self.measured.conditions, self.measured.pictures if budget.pictures else ())
+        return [*pairs, *([("not shown", run.left_out)] if run.left_out else [])]
 
     def data(self, budget: Budget) -> dict[str, Any]:
         """The run's files as plain values."""
@@ -184,7 +177,6 @@ class Budget:
     figure_bytes: int = 2_000_000  # of the largest figure's file
     table_rows: int = 400  # of each table
     data_rows: bool = True  # the JSON holds the rows and verdicts of documents
-    pictures: bool = True  # images of the samples are in it
     view: bool = True  # the route is drawn
     limits: Limits = field(default_factory=Limits)
 
@@ -193,8 +185,8 @@ _BUDGETS = (
     Budget(),
     Budget(200_000, 100, limits=Limits(pairs=40_000, samples=40)),
     Budget(100_000, 100, data_rows=False, limits=Limits(128, 16_000, 20)),
-    Budget(0, 50, data_rows=False, pictures=False, limits=Limits(32, 4_000, 5)),
-    Budget(0, 20, data_rows=False, pictures=False, view=False),
+    Budget(0, 50, data_rows=False, limits=Limits(32, 4_000, 5, pictures=False)),
+    Budget(0, 20, data_rows=False, view=False),
 )
 
 
@@ -257,30 +249,23 @@ def mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The 95 % interval of an accuracy; None where the row has none."""
-    low, high = row.get("accuracy_low"), row.get("accuracy_high")
-    return (low, high) if isinstance(low, (int, float)) and isinstance(high, (int, float)) else None
-
-
 def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Accuracies of an evaluation's rows with their 95 % intervals: a row an attack, a column a network."""
     attacks: dict[str, dict[str, Any]] = {}
-    images: dict[str, Any] = {}
     for row in rows:
         attack, accuracy = str(row.get("attack")), row.get("accuracy")
-        cells = attacks.setdefault(attack, {"attack": attack})
-        share = Share(accuracy, interval(row)) if isinstance(accuracy, (int, float)) else None
-        cells[str(row.get("model"))] = share
-        images[attack] = row.get("samples")
-    return Table.of({**cells, "images": images[attack]} for attack, cells in attacks.items())
+        low, high = row.get("accuracy_low"), row.get("accuracy_high")
+        ends = (low, high) if _is_number(low) and _is_number(high) else None
+        cells = attacks.setdefault(attack, {"attack": attack, "images": row.get("samples")})
+        cells[str(row.get("model"))] = Share(accuracy, ends) if _is_number(accuracy) else None
+    return Table.of(attacks.values())
 
 
 def build_page(content: Content, most_bytes: int = MOST_BYTES) -> Page:
     """Fill the page; where that is too large, with less and less, and a sentence that says so."""
 
     def fill(budget: Budget, pruned: bool) -> Page:
-        view = route_view([content.network(budget)], content.classes, budget.limits) if budget.view else None
+        view = route_view({"": content.measured}, content.classes, budget.limits) if budget.view else None
         data = {
             **content.data(budget),
             "route_data": [] if view is None else [view],
@@ -304,8 +289,8 @@ def _environment() -> Environment:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {
         "percent": percent, "records": records, "mapping": mapping, "inlined": inline_figures,
-        "accuracies": accuracy_table, "occurrence": occurrence_table, "responses": response_table, "columns": _columns,
-        "plural": plural, "zip": zip,
+        "accuracies": accuracy_table, "occurrence": occurrence_table, "responses": response_table, "plural": plural,
+        "zip": zip,
     }  # fmt: skip
     environment.tests |= {"numeric": _is_number, "share": lambda cell: isinstance(cell, Share)}
     return environment
@@ -337,10 +322,5 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _columns(table: Table, names: Mapping[str, str]) -> Table:
-    """Some columns of a table under other names."""
-    return Table.of({title: row.get(name) for name, title in names.items()} for row in table)

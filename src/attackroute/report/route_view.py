@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attackroute.report.measuring import Condition, same_samples
+from attackroute.report.measuring import Condition, Measured, same_samples
 from attackroute.robustness.registry import radii
 from attackroute.tracing.influence import MeanInfluence
 
@@ -24,15 +24,7 @@ class Limits:
     channels: int = 256  # of a layer, the most frequent ones, whose edges and pictures are kept
     pairs: int = 80_000  # of channels, kept for their influence alone, over the whole network and all conditions
     samples: int = 64  # whose own routes are kept, with their pictures
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network under its conditions, and images; the name tells it from others, and is empty where it is alone."""
-
-    name: str
-    conditions: Sequence[Condition]
-    pictures: Sequence[str] = ()
+    pictures: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,6 @@ class Pair:
 class RouteSetup:
     """One route view."""
 
-    data: int  # number of its data set
     pairs: tuple[Pair, ...]  # what it can show, one at a time
     control: str  # what moves between pairs: "eps" is a slider, anything else a list of that name
     first: str = "clean images only"  # words for a channel on the first route only, on the second only, on both
@@ -57,25 +48,25 @@ class RouteSetup:
     linked: bool = False  # the view before it sets its width and choices
 
 
-def run_setup(conditions: Sequence[Condition], data: int = 0, start: int = 0, *, linked: bool = False) -> RouteSetup:
-    """Clean images beside those after each attack: conditions of data set number ``data``, from number ``start``."""
+def run_setup(conditions: Sequence[Condition], start: int = 0, *, linked: bool = False) -> RouteSetup:
+    """Clean images beside those after each attack: conditions from number ``start`` on."""
     attacks = [item.attack or "" for item in conditions[1:]]
     labels = radii(attacks)
-    names = labels if labels is not None else list(attacks)
-    pairs = tuple(Pair(start, start + number, name) for number, name in enumerate(names, start=1))
+    pairs = tuple(Pair(start, start + number, name) for number, name in enumerate(labels or attacks, start=1))
     control = "attack" if labels is None else "eps"
-    return RouteSetup(data, pairs or (Pair(start, None, ""),), control, linked=linked)
+    return RouteSetup(pairs or (Pair(start, None, ""),), control, linked=linked)
 
 
 def route_view(
-    networks: Sequence[Network], classes: Sequence[str] = (), limits: Limits | None = None
+    networks: Mapping[str, Measured], classes: Sequence[str] = (), limits: Limits | None = None
 ) -> dict[str, Any] | None:
     """The route view's data; None where there is neither a trace nor a route.
 
-    The networks have the same layers, and pictures of the same images; ``classes`` are the labels' names.
+    The networks have the same layers, and pictures of the same images. They are by name, which is empty where there is
+    but one; ``classes`` are the labels' names.
     """
     limits = limits or Limits()
-    conditions = [condition for network in networks for condition in network.conditions]
+    conditions = [condition for measured in networks.values() for condition in measured.conditions]
     channels = next((condition.channels for condition in conditions if condition.channels), None)
     if channels is None:
         return None
@@ -83,24 +74,24 @@ def route_view(
     frequencies = [_frequency(condition) for condition in conditions]
     influences = [condition.influence for condition in conditions]
     methods = next((dict(methods) for methods in map(_methods, conditions) if methods), {})
-    measured = sum(influence is not None for influence in influences)
-    most = max(_FEWEST, limits.pairs // max(1, len(methods) * measured))
+    count = sum(influence is not None for influence in influences)
+    most = max(_FEWEST, limits.pairs // max(1, len(methods) * count))
     candidates = {layer: _candidates(conditions, frequencies, layer, limits.channels) for layer in channels}
-    pictures = next((network.pictures for network in networks if network.pictures), ())
+    pictures = next((each.pictures for each in networks.values() if each.pictures and limits.pictures), ())
     origins = (condition.route.provenance for condition in conditions if condition.route is not None)
     return {
         "width": next((origin.width for origin in origins if origin is not None), 0.3),
         "classes": list(classes),
-        "networks": [network.name for network in networks],
+        "networks": list(networks),
         "conditions": [
             {
-                "name": f"{network.name}: {condition.name}" if network.name else condition.name,
+                "name": f"{name}: {condition.name}" if name else condition.name,
                 "network": number,
                 "trace": _origin(condition),
                 "influence_samples": None if condition.influence is None else condition.influence.samples,
             }
-            for number, network in enumerate(networks)
-            for condition in network.conditions
+            for number, (name, measured) in enumerate(networks.items())
+            for condition in measured.conditions
         ],
         "layers": [
             {

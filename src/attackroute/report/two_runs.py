@@ -5,16 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from attackroute.core.table import Table, plural
-from attackroute.report.measuring import Condition, Measured
-from attackroute.report.page import MOST_BYTES, SECTIONS, Budget, Content, Page, fitting, interval, percent, render
+from attackroute.report.measuring import Measured
+from attackroute.report.page import MOST_BYTES, SECTIONS, Budget, Content, Page, fitting, percent, render
 from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
 from attackroute.routes.route import Route
 
 _WIDTH = 0.3  # the paper's
 _POINTS, _FACTOR = "points", "factor"  # how a difference is told
+_RESPONSES = ("sensitivity", "gradient")  # their differences are factors
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ class RunComparison:
         first, second = (list(run.measured.channels.items()) for run in self.runs)
         return bool(first) and first == second
 
-    @property
-    def matched(self) -> list[tuple[Condition, Condition]]:
-        """Conditions of the same kind of images."""
-        others = {condition.attack: condition for condition in self.second.measured.conditions}
+    @cached_property
+    def changes(self) -> list[LayerChange]:
+        """What became of the route on each kind of images of which both runs have one, in networks that are alike."""
+        first, second = ({item.name: item.model_route(_WIDTH) for item in run.measured.conditions} for run in self.runs)
         return [
-            (condition, others[condition.attack])
-            for condition in self.first.measured.conditions
-            if condition.attack in others
+            LayerChange(images, before, after)
+            for images, before in (first.items() if self.alike else ())
+            if before is not None and (after := second.get(images)) is not None
         ]
 
 
@@ -111,8 +113,7 @@ def comparable_note(first: Measured, *, traced: bool) -> str:
 def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
     first, second = comparison.names
     data_sets, views = _views(comparison, budget) if budget.view and comparison.alike else ([], [])
-    changes = _route_changes(comparison) if comparison.alike else []
-    differences = {"numbers": _number_differences(comparison), "accuracies": _accuracy_differences(comparison)}
+    differences = _differences(comparison)
     runs = zip(comparison.names, comparison.runs, strict=True)
     data = {
         "runs": [{"name": name, **run.data(budget)} for name, run in runs],
@@ -124,8 +125,8 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
     return render(
         "two_runs.html.j2", data, comparison.notes, pruned=pruned,
         title=f"Critical attacking routes: {first} and {second}", comparison=comparison, views=bool(views),
-        sections={"route": "The routes", **channels, "differences": "What changed", **SECTIONS}, route_changes=changes,
-        differences={name: difference_table(rows, comparison.names) for name, rows in differences.items()},
+        sections={"route": "The routes", **channels, "differences": "What changed", **SECTIONS},
+        differences=difference_table(differences, comparison.names),
         budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
     )  # fmt: skip
 
@@ -133,7 +134,7 @@ def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
 def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
     """The data set and the views on it, of networks whose channels correspond: over one another, then singly."""
     conditions = [run.measured.conditions for run in comparison.runs]
-    networks = [run.network(budget, name) for name, run in zip(comparison.names, comparison.runs, strict=True)]
+    networks = {name: run.measured for name, run in zip(comparison.names, comparison.runs, strict=True)}
     both = route_view(networks, comparison.first.classes, budget.limits)
     if both is None:
         return [], []
@@ -141,7 +142,6 @@ def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, An
     start = len(conditions[0])
     places = {condition.attack: number for number, condition in enumerate(conditions[1], start=start)}
     over_one_another = RouteSetup(
-        data=0,
         pairs=tuple(
             Pair(number, places[item.attack], "clean" if item.attack is None else f"after {item.attack}")
             for number, item in enumerate(conditions[0])
@@ -156,80 +156,46 @@ def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, An
     return [both], [over_one_another, *singly]
 
 
-def _route_changes(comparison: RunComparison) -> list[LayerChange]:
-    """Which channels stayed on the route, left it and entered it, under each condition that both runs have."""
-    pairs = ((ours, ours.model_route(_WIDTH), theirs.model_route(_WIDTH)) for ours, theirs in comparison.matched)
-    return [
-        LayerChange(condition.name, before, after)
-        for condition, before, after in pairs
-        if before is not None and after is not None
-    ]
-
-
-def _number_differences(comparison: RunComparison) -> list[dict[str, Any]]:
-    """Differences of the whole."""
+def _differences(comparison: RunComparison) -> list[dict[str, Any]]:
+    """Numbers that both runs have, and what became of the first's: points of per cent, or a factor."""
+    first, second = map(_numbers, comparison.runs)
     rows = []
-    for ours, theirs in comparison.matched:
-        if ours.routes is not None and theirs.routes is not None:
-            about = {"number": f"accuracy on the {len(ours.routes)} {ours.name} traced"}
-            rows.append(_difference(about, (ours.accuracy, theirs.accuracy)))
-        before, after = _means(ours), _means(theirs)
-        for name in (name for name in before if name in after):
-            kind = _POINTS if name == "occurrence" else _FACTOR
-            about = {"number": f"{name}, mean over layers, {ours.name}"}
-            rows.append(_difference(about, (before[name], after[name]), kind))
-    overlaps = comparison.first.overlap, comparison.second.overlap
-    if None not in overlaps:
-        rows.append(_difference({"number": "of clean and attacked route shared (Jaccard index)"}, overlaps))
-    return rows
-
-
-def _accuracy_differences(comparison: RunComparison) -> list[dict[str, Any]]:
-    """Differences under attack, where both evaluations are of one network."""
-    sides = []
-    for run in comparison.runs:
-        table = Table((), ()) if run.run.evaluation is None else run.run.evaluation.document.table
-        if len({str(row.get("model")) for row in table}) != 1:
-            return []
-        sides.append({(row.get("attack"), row.get("samples")): row for row in table})
-    rows = []
-    for attack, images in (key for key in sides[0] if key in sides[1]):
-        pair = [side[attack, images] for side in sides]
-        values = [row.get("accuracy") for row in pair]
-        if all(isinstance(value, (int, float)) for value in values):
-            row = _difference({"attack": str(attack), "images": images}, values)
-            rows.append({**row, "intervals": [interval(row) for row in pair]})
-    return rows
-
-
-def _means(condition: Condition) -> dict[str, float]:
-    """Means over layers of what is known; responses are means over all of a layer's channels."""
-    layers = {"occurrence": list(condition.occurrence.values())}
-    for name, responses in (("sensitivity", condition.sensitivity), ("gradient", condition.gradient)):
-        layers[name] = [channels.mean().item() for channels in (responses or {}).values()]
-    return {name: statistics.fmean(values) for name, values in layers.items() if values}
-
-
-def _difference(about: Mapping[str, Any], pair: Sequence[float | None], kind: str = _POINTS) -> dict[str, Any]:
-    """Two values, and what became of the first: points of per cent, or a factor."""
-    before, after = pair
-    change = None
-    if before is not None and after is not None:
+    for number in (number for number in first if number in second):
+        before, after = first[number], second[number]
+        kind = _FACTOR if number.startswith(_RESPONSES) else _POINTS
         change = 100 * (after - before) if kind == _POINTS else after / before if before else None
-    return {**about, "values": [before, after], "change": change, "kind": kind}
+        rows.append({"number": number, "values": [before, after], "change": change, "kind": kind})
+    return rows
+
+
+def _numbers(run: Content) -> dict[str, float]:
+    """What is known of a run, by name; accuracies that were evaluated are of one network."""
+    numbers: dict[str, float] = {}
+    for condition in run.measured.conditions:
+        if condition.routes is not None and condition.accuracy is not None:
+            numbers[f"accuracy on the {len(condition.routes)} {condition.name} traced"] = condition.accuracy
+        layers = {"occurrence": list(condition.occurrence.values())}
+        for name, responses in zip(_RESPONSES, (condition.sensitivity, condition.gradient), strict=True):
+            layers[name] = [channels.mean().item() for channels in (responses or {}).values()]
+        for name, values in layers.items():
+            if values:
+                numbers[f"{name}, mean over layers, {condition.name}"] = statistics.fmean(values)
+    if run.overlap is not None:
+        numbers["of clean and attacked route shared (Jaccard index)"] = run.overlap
+    evaluated = () if run.run.evaluation is None else run.run.evaluation.document.table
+    if len({str(row.get("model")) for row in evaluated}) == 1:
+        for row in evaluated:
+            if isinstance(accuracy := row.get("accuracy"), (int, float)):
+                numbers[f"accuracy under {row.get('attack')}, {row.get('samples')} images evaluated"] = accuracy
+    return numbers
 
 
 def difference_table(differences: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
     """Differences as a table shows them."""
     rows = []
-    for difference in differences:
-        in_points, change = difference["kind"] == _POINTS, difference["change"]
-        row = {name: difference[name] for name in ("number", "attack", "images") if name in difference}
-        for name, value, ends in zip(
-            names, difference["values"], difference.get("intervals", (None, None)), strict=True
-        ):
-            text = None if value is None else percent(value) if in_points else f"{value:.3g}"
-            row[name] = text if ends is None else f"{text} ({percent(ends[0], 0)} to {percent(ends[1], 0)})"
-        row["change"] = None if change is None else f"{change:+.1f} points" if in_points else f"times {change:.3g}"
-        rows.append(row)
+    for each in differences:
+        in_points, change = each["kind"] == _POINTS, each["change"]
+        texts = [percent(value) if in_points else f"{value:.3g}" for value in each["values"]]
+        told = None if change is None else f"{change:+.1f} points" if in_points else f"times {change:.3g}"
+        rows.append({"number": each["number"], **dict(zip(names, texts, strict=True)), "change": told})
     return Table.of(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import defaultdict
@@ -21,12 +20,12 @@ from attackroute.core.distributed import current
 from attackroute.core.document import library_versions
 from attackroute.core.errors import UserError
 from attackroute.core.files import made_folder
-from attackroute.core.journal import MEASUREMENTS, Journal
+from attackroute.core.journal import MEASUREMENTS, Journal, samples_digest
 from attackroute.core.model_state import frozen, placement, weights_digest
 from attackroute.core.random import derived_seed, seeded
 from attackroute.robustness.attack import Attack, Perturbation, checked_result
 from attackroute.robustness.evaluation import CLEAN, EVALUATION, Evaluation
-from attackroute.robustness.masking import SIGNS, Candidates, Check, SampleChoice, masking_probes, probed
+from attackroute.robustness.masking import SIGNS, Candidates, Check, masking_probes, probed
 from attackroute.robustness.registry import named_attacks
 
 DEFAULT_ATTACKS = ("fgsm", "mi-fgsm", "pgd", "gaussian-noise")
@@ -86,7 +85,7 @@ def evaluate(
     if checks < 0:
         raise UserError(f"checks {checks} is not a number of images; give 0 for no checks")
     if resume and folder is None:
-        raise UserError("resume goes on with the evaluation in a folder; name the folder")
+        raise UserError("resume goes on with the evaluation in a folder; name the folder (with --out)")
     total = samples_in(data)
     settings = {
         **(origin or {}),
@@ -110,10 +109,9 @@ def evaluate(
         reader = max(models.values(), key=lambda network: torch.finfo(placement(network)[1]).bits)
         stream = BatchStream(reader, data, batch_size)
         run.probe_corruptions(chosen, *stream.first)
-        choice = SampleChoice(checks, seed)
-        run.measure(stream, (None, *chosen), choice)
+        to_check = run.measure(stream, (None, *chosen), checks)
         eps = max((attack.radius for attack in chosen if attack.radius is not None), default=_DEFAULT_EPS)
-        signs = run.check_masking(choice, eps, batch_size)
+        signs = run.check_masking(to_check, eps, batch_size)
     order = [(name, _title(attack)) for name in models for attack in (None, *chosen)]
     evaluation = Evaluation.of(
         {key: tuple(run.right[key]) for key in order},
@@ -167,28 +165,33 @@ class _Run:
                 if not attack.uses_model:
                     attack(next(iter(self.models.values())), images[:1], labels[:1])
 
-    def measure(self, stream: BatchStream, attacks: Sequence[Perturbation | None], choice: SampleChoice) -> None:
-        """Measure all models under attacks (None: on clean images), and choose images for the checks."""
+    def measure(self, stream: BatchStream, attacks: Sequence[Perturbation | None], checks: int) -> Candidates:
+        """Measure all models under attacks (None: on clean images), and choose some images for the checks."""
         alone = current().count == 1
 
-        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], Candidates | None]:
+        def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], Candidates]:
             labels = _required(given)
             check_attackable(images, labels)
-            measurements = self._measured(_Batch(stream.number, images, labels, _digest(images, labels)), attacks)
+            batch = _Batch(stream.number, images, labels, samples_digest(images, labels))
+            measurements = self._measured(batch, attacks)
             # alone, each measurement is written down before the next one is made
-            return measurements if alone else list(measurements), choice.candidates(images, labels)
+            candidates = Candidates.of(images, labels, self.seed).first(checks)
+            return measurements if alone else list(measurements), candidates
 
+        chosen: Candidates | None = None
         for measurements, candidates in stream.map(once):
             for measurement in measurements:
                 self._take(measurement)
-            choice.take(candidates)
+            chosen = candidates if chosen is None else chosen.joined(candidates, checks)
+        assert chosen is not None  # the stream has a first batch
+        return chosen
 
-    def check_masking(self, choice: SampleChoice, eps: float, batch_size: int) -> tuple[Check, ...]:
+    def check_masking(self, chosen: Candidates, eps: float, batch_size: int) -> tuple[Check, ...]:
         """Look for masked gradients of each model on the chosen images."""
-        if not len(choice):
+        _, images, labels = chosen
+        if not len(images):
             return ()
-        images, labels = choice.samples()
-        digest = _digest(images, labels)
+        digest = samples_digest(images, labels)
         probes = masking_probes(eps, self.seed)
         checks: list[Check] = []
         for name, model in self.models.items():
@@ -311,9 +314,3 @@ def _required(labels: Tensor | None) -> Tensor:
     if labels is None:
         raise UserError("the data have no labels, and accuracy needs them: give (images, labels)")
     return labels
-
-
-def _digest(images: Tensor, labels: Tensor) -> str:
-    digest = hashlib.sha256(f"{images.dtype}:{tuple(images.shape)}:{labels.tolist()}".encode())
-    digest.update(images.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ _CLEAR = 0.01  # below this probability a check is suspicious
 _STEPS = 50
 _QUERIES = 500
 _RARE = 0.01  # share of images that may have a gradient of zero
-
-Candidates = tuple[Tensor, Tensor, Tensor]
-"""Keys, images and labels, by key."""
 
 Probe = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, images, labels) -> bool (N,)``: whether the model is right, or whether the gradient is zero."""
@@ -194,36 +191,26 @@ def _all_zero(gradient: Tensor) -> Tensor:
     return (gradient == 0).flatten(1).all(1)
 
 
-class SampleChoice:
-    """A random choice of at most ``count`` samples that belongs to the images and the seed, whatever their order.
+class Candidates(NamedTuple):
+    """Samples on the CPU, by hash of image and seed.
 
-    Batches pass one by one; of all that have passed, those with the smallest hashes are held, and no others.
+    Those with the smallest hashes are a random choice that belongs to the images and the seed, whatever their order.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
-        self._chosen: Candidates | None = None
+    keys: Tensor
+    images: Tensor
+    labels: Tensor
 
-    def __len__(self) -> int:
-        return 0 if self._chosen is None else len(self._chosen[0])
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, seed: int) -> Candidates:
+        """All samples of a batch ``(N, ...)``, ``(N,)``."""
+        return cls(image_keys(images, seed, "sample choice").cpu(), images.cpu(), labels.cpu())
 
-    def candidates(self, images: Tensor, labels: Tensor) -> Candidates | None:
-        """What of a batch ``(N, ...)``, ``(N,)`` can still be chosen, on the CPU."""
-        keys = image_keys(images, self._seed, "sample choice").cpu()
-        rows = keys.argsort(stable=True)[: self._count]
-        if self._chosen is not None and len(self) == self._count:
-            rows = rows[keys[rows] < self._chosen[0][-1]]
-        return (keys[rows], images[rows.to(images.device)].cpu(), labels.cpu()[rows]) if len(rows) else None
+    def first(self, count: int) -> Candidates:
+        """At most ``count`` of them, by rising hash."""
+        rows = self.keys.argsort(stable=True)[:count]
+        return Candidates(*(values[rows] for values in self))
 
-    def take(self, candidates: Candidates | None) -> None:
-        """Let the candidates of the next batch take part."""
-        if candidates is not None:
-            pieces = [candidates] if self._chosen is None else [self._chosen, candidates]
-            keys, images, labels = (torch.cat(each) for each in zip(*pieces, strict=True))
-            order = keys.argsort(stable=True)[: self._count]
-            self._chosen = keys[order], images[order], labels[order]
-
-    def samples(self) -> tuple[Tensor, Tensor]:
-        """The chosen images and labels on the CPU, by hash; there must be some."""
-        assert self._chosen is not None
-        return self._chosen[1:]
+    def joined(self, others: Candidates, count: int) -> Candidates:
+        """The first of these and others."""
+        return Candidates(*map(torch.cat, zip(self, others, strict=True))).first(count)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from attackroute.core.batches import count_samples
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import regular_file, user_path
-from attackroute.core.random import derived_generator, drawn_indices
+from attackroute.core.random import derived_generator
 
 Split = Literal["train", "test"]
 Sample = tuple[str, int]
@@ -82,7 +82,8 @@ class ImageBatches(DataLoader[Any]):
 
 def drawn(data: Dataset[Any], count: int, seed: int) -> Subset[Any]:
     """At most so many samples, drawn without replacement, in the data's order."""
-    return Subset(data, drawn_indices(count_samples(data, "data"), count, seed))
+    order = torch.randperm(count_samples(data, "data"), generator=torch.Generator().manual_seed(seed))
+    return Subset(data, order[:count].sort().values.tolist())
 
 
 def held_out(data: Dataset[Any], share: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
@@ -93,7 +94,7 @@ def held_out(data: Dataset[Any], share: float, seed: int) -> tuple[Subset[Any], 
     samples = count_samples(data, "training data")
     held = round(share * samples)
     if not 0 < held < samples:
-        raise UserError(f"a share of {share:g} of {samples} training images to hold out leaves one part empty")
+        raise UserError(f"a held-out share (--holdout {share:g}) of {samples} training images leaves one part empty")
     order = torch.randperm(samples, generator=derived_generator(seed, "validation", 0)).tolist()
     return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))
 

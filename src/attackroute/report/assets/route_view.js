@@ -6,7 +6,7 @@ let scheduled = false;
 function openViews(data) {
   const states = new Map();  // views of one data set move together
   for (const [number, setup] of data.route_views.entries()) {
-    const root = document.querySelector(`.route-view[data-view="${number}"]`), view = data.route_data[setup.data];
+    const root = document.querySelector(`.route-view[data-view="${number}"]`), view = data.route_data[0];
     if (!states.has(setup.data)) states.set(setup.data, { width: view.width, rows: 20, share: 0.3, order: "frequency", channel: null, sample: null });
     const v = {
       root, setup, data: view, shared: states.get(setup.data), own: { pair: setup.control === "eps" ? setup.pairs.length - 1 : 0, side: "first" },
