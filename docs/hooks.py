@@ -1,0 +1,57 @@
+"""What the site makes while it is built: the command line's page, equations as MathML."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND_LINE = "reference/command-line.md"
+_EQUATION = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+_COLUMNS = "96"
+
+sys.path.insert(0, str(ROOT / "src"))
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the page of the command line."""
+    files.append(File.generated(config, COMMAND_LINE, content=command_line()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Turn ``$$`` blocks into MathML, which browsers draw by themselves."""
+    return _EQUATION.sub(lambda found: f'<div class="equation">{convert(found[1], display="block")}</div>', markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Leave out scripts that notebooks would fetch from elsewhere; nothing here needs them."""
+    return re.sub(r'<script[^>]*src="https?://[^"]*"[^>]*>\s*</script>', "", output)
+
+
+def command_line() -> str:
+    """All commands' help, as the commands print it."""
+    from attackroute.cli.app import COMMANDS, run
+
+    os.environ["COLUMNS"] = _COLUMNS
+
+    def helped(words: list[str]) -> str:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            run(words)
+        return f'<pre class="help"><code>{escape(text.getvalue().strip())}</code></pre>'
+
+    parts = ["# Command line", "What the commands say about themselves (`attackroute COMMAND --help`).", helped(["--help"])]
+    for name in COMMANDS:
+        parts += [f"## attackroute {name}", helped([name, "--help"])]
+    return "\n\n".join(parts)
