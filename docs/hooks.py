@@ -17,8 +17,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_LINE = "reference/command-line.md"
 _EQUATION = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.DOTALL | re.MULTILINE)
-_CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
-_COLUMNS = "96"
+_ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<)")
+_COLUMNS = "86"
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -34,9 +34,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return _EQUATION.sub(lambda found: f'<div class="equation">{convert(found[1], display="block")}</div>', markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Drop the roles of reStructuredText in front of names in docstrings."""
+    return _ROLE.sub("", html)
+
+
 def on_post_page(output: str, **_: Any) -> str:
-    """Leave out scripts that notebooks would fetch from elsewhere; nothing here needs them."""
-    return re.sub(r'<script[^>]*src="https?://[^"]*"[^>]*>\s*</script>', "", output)
+    """Leave out scripts that would be fetched from elsewhere, and let the search run in pages opened as files."""
+    output = re.sub(r'<script[^>]*src="https?://[^"]*"[^>]*>\s*</script>', "", output)
+    earlier = r'\1\2theme/offline-worker.js"></script>\1\2\3'
+    return re.sub(r'(<script src=")([^"]*)(assets/javascripts/bundle)', earlier, output)
 
 
 def command_line() -> str:
@@ -51,7 +58,8 @@ def command_line() -> str:
             run(words)
         return f'<pre class="help"><code>{escape(text.getvalue().strip())}</code></pre>'
 
-    parts = ["# Command line", "What the commands say about themselves (`attackroute COMMAND --help`).", helped(["--help"])]
+    about = "What the commands say about themselves (`attackroute COMMAND --help`)."
+    parts = ["# Command line", about, helped(["--help"])]
     for name in COMMANDS:
         parts += [f"## attackroute {name}", helped([name, "--help"])]
     return "\n\n".join(parts)
