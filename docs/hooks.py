@@ -17,6 +17,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_LINE = "reference/command-line.md"
 _EQUATION = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.DOTALL | re.MULTILINE)
+_DETAILS = re.compile(r"(<details>.*?</details>)", re.DOTALL)
+_LONG_TABLE = re.compile(r"(?:^\|.*\|\n){17,}", re.MULTILINE)  # header, rule and 15 rows or more
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<)")
 _COLUMNS = "86"
 
@@ -30,8 +32,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Turn ``$$`` blocks into MathML, which browsers draw by themselves."""
+    """Turn ``$$`` blocks into MathML, which browsers draw by themselves, and fold long tables."""
+    open_parts = _DETAILS.split(markdown)  # every second one is folded already
+    open_parts[::2] = [_LONG_TABLE.sub(_folded, part) for part in open_parts[::2]]
+    markdown = "".join(open_parts).replace("<details>", "<details markdown>")
     return _EQUATION.sub(lambda found: f'<div class="equation">{convert(found[1], display="block")}</div>', markdown)
+
+
+def _folded(table: re.Match[str]) -> str:
+    rows = table[0].count("\n") - 2
+    return f"<details><summary>Table of {rows} rows</summary>\n\n{table[0]}\n</details>\n"
 
 
 def on_page_content(html: str, **_: Any) -> str:
