@@ -56,6 +56,9 @@ def on_post_page(output: str, **_: Any) -> str:
     return re.sub(r'(<script src=")([^"]*)(assets/javascripts/bundle)', earlier, output)
 
 
+on_post_template = on_post_page  # of the page for what is not found
+
+
 def command_line() -> str:
     """All commands' help, as the commands print it."""
     from attackroute.cli.app import COMMANDS, run
