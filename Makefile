@@ -36,7 +36,7 @@ format: $(STAMP) ## let ruff rewrite the code
 install: $(STAMP) ## make .venv with the package and its development tools
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache .coverage
 	find src studies benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/mkdocs: $(STAMP)
