@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test benchmark lint format install clean
+.PHONY: help demo test benchmark docs lint format install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ test: $(STAMP) ## run the tests that are quick
 benchmark: $(STAMP) ## measure what a trace costs here (about ten minutes)
 	@$(BIN)/python -m benchmarks
 
+docs: $(BIN)/mkdocs ## build the site into build/site, strictly (opens as files, no network needed to read it)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 lint: $(STAMP) ## check style (ruff) and types (mypy)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -32,8 +36,12 @@ format: $(STAMP) ## let ruff rewrite the code
 install: $(STAMP) ## make .venv with the package and its development tools
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache .coverage
 	find src studies benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/mkdocs: $(STAMP)
+	$(BIN)/python -m pip install -e ".[docs]"
+	@touch $@
 
 # The stamp is touched last: an installation that broke off is started again.
 $(STAMP): pyproject.toml
