@@ -6,11 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras extras benchmark lint format dist install clean
-
-# Tests that need a package which `make test` does without, by what they import.
-EXTRAS := demo,timm,autoattack,corruptions,browser,peers
-EXTRA_TESTS = $(shell grep -lE 'playwright|timm|foolbox|torchattacks|imagecorruptions|\.needs|PEERS' tests/test_*.py)
+.PHONY: help demo test benchmark lint format install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +16,11 @@ demo: $(STAMP) ## train a small network, trace it and ask what its route is wort
 
 test: $(STAMP) ## run the tests that are quick
 	@$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
+
+# Tests that need a package which `make test` does without, by what they import.
+EXTRAS := demo,timm,autoattack,corruptions,browser,peers
+EXTRA_TESTS = $(shell grep -lE 'playwright|timm|foolbox|torchattacks|imagecorruptions|\.needs|PEERS' tests/test_*.py)
+.PHONY: test-all test-extras extras dist
 
 test-all: extras ## run every test, those of optional packages, of pages in Chromium and the slow ones too (an hour)
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal
