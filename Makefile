@@ -9,13 +9,31 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test benchmark docs lint format install clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train a small network, trace it and ask what its route is worth (two to four minutes)
 	@$(BIN)/attackroute demo
 
 test: $(STAMP) ## run the tests that are quick
 	@$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
+
+# Tests that need a package which `make test` does without, by what they import.
+EXTRAS := demo,timm,autoattack,corruptions,browser,peers
+EXTRA_TESTS = $(shell grep -lE 'playwright|timm|foolbox|torchattacks|imagecorruptions|\.needs|PEERS' tests/test_*.py)
+.PHONY: test-all test-extras extras dist
+
+test-all: extras ## run every test, those of optional packages, of pages in Chromium and the slow ones too (an hour)
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+test-extras: extras ## run the quick tests of the files that need optional packages or Chromium
+	@$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal $(EXTRA_TESTS)
+
+extras: $(STAMP) ## install the optional packages, and Chromium where this may be done
+	$(BIN)/python -m pip install -e ".[dev,$(EXTRAS)]"
+	@$(BIN)/python -c 'import foolbox, imagecorruptions, playwright, timm, torchattacks'
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq --yes chromium; } \
+		|| echo "note: no Chromium here (Debian: apt-get install chromium): the tests of pages in a browser are skipped"
 
 benchmark: $(STAMP) ## measure what a trace costs here (about ten minutes)
 	@$(BIN)/python -m benchmarks
@@ -32,6 +50,12 @@ lint: $(STAMP) ## check style (ruff) and types (mypy)
 format: $(STAMP) ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+dist: $(STAMP) ## build the packages for an index into dist/ and check them
+	@rm -rf dist
+	$(BIN)/python -m pip install -q build twine
+	@$(BIN)/python -m build
+	@$(BIN)/python -m twine check --strict dist/*
 
 install: $(STAMP) ## make .venv with the package and its development tools
 

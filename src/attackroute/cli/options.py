@@ -249,7 +249,7 @@ def resolve_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return own_device("cpu" if accelerator is None else accelerator.type)
     try:
         device = torch.device(name)

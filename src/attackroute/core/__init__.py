@@ -4,5 +4,5 @@ In come users' models and data; out go batches on the model's device, checked va
 written. Read `layers.py` first, then `batches.py`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """The version, in the one place that the build, the package and the files it writes read it from."""
