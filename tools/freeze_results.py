@@ -68,7 +68,6 @@ ROUNDED: set[str] = set()
 """Columns that are compared to 12 digits, where a formula was replaced by a library's on purpose."""
 NOT_TABLES = {"measurements.jsonl", "model.json", "settings.json", "training.json", "route.json"}
 ROUTE, ROUTES, WEIGHTS, LOG = "route.json", "routes.safetensors", "last.safetensors", "log.jsonl"
-SKETCH_NOTES = ("draws", "overlap", "packed", "errors")
 CRITERIA = ("activation", "gradient", "sensitivity", "attribution", "weight", "kernel")
 
 TRAIN = ["train", "--model", "vgg_small", "--data", "mnist-sample", "--epochs", "1"]
@@ -354,9 +353,6 @@ def routes_of(name: str, routes: ar.InstanceRoutes) -> Results:
     for note in ("labels", "predictions"):
         values = getattr(routes, note)
         results[f"{name} {note}"] = None if values is None else values.tolist()
-    if routes.sketched is not None:
-        for note in SKETCH_NOTES:
-            results |= tensors(f"{name} sketches, {note}", getattr(routes.sketched, note))
     return results
 
 
