@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from attackroute.tracing.attention import Heads, attention_sums
+from attackroute.tracing.attention import Heads, attention_sums, pulled_sums
 from attackroute.tracing.normalisation import Slopes, Stage
-from attackroute.tracing.trails import Factor, Strand, Trail, holds, joined, samples_first, whole
+from attackroute.tracing.token_maps import TokenMap
+from attackroute.tracing.trails import Factor, Strand, Trail, holds, samples_first, whole
 
 
 class Held:
@@ -20,7 +21,7 @@ class Held:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self.edge: GradientEdge | None = get_gradient_edge(tensor) if tensor.grad_fn is not None else None
+        self.edge: GradientEdge | None = get_gradient_edge(tensor) if tensor.requires_grad else None
         self._version = tensor._version
 
     @property
@@ -87,23 +88,18 @@ class Crossing:
         """Whether a layer that reads ``strand`` has a closed form through it."""
         raise NotImplementedError
 
-    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
+    def shares(
+        self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor], leaves: Mapping[int, Tensor]
+    ) -> list[Share]:
         """Absolute influence of what it reads on a layer's critical neurons.
 
         Args:
             strands: What the layer reads of its output.
             rows: The layer's critical rows.
             reads: For each kernel offset, how often each element of the output is read, if that differs.
+            leaves: The outputs of the route layers that are asked about.
         """
         raise NotImplementedError
-
-
-def mixed(trails: Sequence[Trail]) -> Trail:
-    """The trail of all that an operation reads, less other crossings."""
-    together = joined(trails)
-    nested = frozenset[int]().union(*(each.sources for each in together.strands if not isinstance(each.origin, int)))
-    strands = (each for each in together.strands if isinstance(each.origin, int) and each.origin not in nested)
-    return Trail(tuple(strands), together.lost | nested)
 
 
 class Deviation(NamedTuple):
@@ -160,7 +156,9 @@ class Normalisation(Crossing):
         rows_apart = strand.axes is not None and strand.axes[0] == whole(self.output.shape)[0]
         return plain and rows_apart and last == ("cat", len(shape) - 1, strand.block, tuple(shape))
 
-    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
+    def shares(
+        self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor], leaves: Mapping[int, Tensor]
+    ) -> list[Share]:
         stream = self.deviations[-1].stream
         if stream.edge is None:
             return []
@@ -225,9 +223,16 @@ class Attended(Crossing):
 
     Attributes:
         scale: What the logits were multiplied by: a number, or one for each head, (b,).
+        maps: For queries, keys and values the maps, by layer, through which they go back to layers' outputs token by
+            token; empty where their elements are those of layers.
     """
 
     scale: Tensor | float
+    maps: tuple[Mapping[int, TokenMap], ...] = ({}, {}, {})
+
+    @property
+    def sources(self) -> frozenset[int]:
+        return super().sources.union(*self.maps)
 
     def carries(self, strand: Strand, kind: str, samples: int, channels: int) -> bool:
         """A linear map over tokens, which reads whole heads side by side."""
@@ -236,21 +241,35 @@ class Attended(Crossing):
         if kind != "linear" or strand.gained or strand.merged or channels % features or heads % (samples * count):
             return False
         side_by_side = holds(strand.axes, -1, [Factor(0, 1, count), Factor(2, 1, features)])
-        return side_by_side and samples_first(strand.axes, self.output.shape, samples)
+        copies = [each.copies // count for maps in self.maps for each in maps.values()]
+        together = all(bool((windows == windows[:, :1]).all()) for windows in copies)
+        return side_by_side and together and samples_first(strand.axes, self.output.shape, samples)
 
-    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
-        queries, keys, values, weights = self.held
+    def shares(
+        self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor], leaves: Mapping[int, Tensor]
+    ) -> list[Share]:
         dtype, read = rows.weight.dtype, next(reads, None)
-        features = values.values.shape[2]
-        heads = Heads(
-            queries.values.to(dtype), keys.values.to(dtype).transpose(1, 2), values.values.to(dtype),
-            weights.values.to(dtype), self.scale
-        )  # fmt: skip
+        keys, features = self.held[1].values.to(dtype).transpose(1, 2), self.held[2].values.shape[2]
+        queries, values, weights = (self.held[place].values.to(dtype) for place in (0, 2, 3))
+        heads = Heads(queries, keys, values, weights, self.scale)
         by_head = rows.weight[..., 0].unflatten(2, (-1, features))
         read = None if read is None else read[..., 0].to(dtype)
-        of_queries, of_keys, of_values = attention_sums(heads, by_head, read)
-        parts = ((queries, of_queries), (keys, of_keys.transpose(1, 2)), (values, of_values))
-        return [(held, sums) for held, sums in parts if held.edge is not None]
+        direct = [not maps and held.edge is not None for maps, held in zip(self.maps, self.held, strict=False)]
+        sums = attention_sums(heads, by_head, read, direct)
+        shares = [
+            (held, each.transpose(1, 2) if held is self.held[1] else each)
+            for held, each in zip(self.held, sums, strict=False)
+            if each is not None
+        ]
+        for side, maps in enumerate(self.maps):
+            held = self.held[side]
+            for source in maps.keys() & leaves.keys() if held.edge is not None else ():
+                jacobian = (
+                    maps[source].jacobian(held.edge, held.values, 2 if side == 1 else 1, leaves[source]).to(dtype)
+                )
+                each = pulled_sums(side, heads, by_head, read, maps[source].copies, jacobian)
+                shares.append((Held(leaves[source]), maps[source].put_back(each)))
+        return shares
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,12 @@ elements are mixed in a way that has a closed form of its own.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 
 class Origin(Protocol):
@@ -98,11 +101,23 @@ class Trail:
         strands: Element by element.
         lost: Route layers that reach it in other ways too.
         form: What the tensor is on the way to a crossing, such as the logits of attention.
+        reach: Of some layers, lost or not, which of their elements those of the tensor can depend on, in whatever way.
     """
 
     strands: tuple[Strand, ...] = ()
     lost: frozenset[int] = frozenset()
     form: object = None
+    reach: Mapping[int, Reach] = field(default_factory=dict)
+
+    @classmethod
+    def of_layer(cls, index: int, shape: Sequence[int]) -> Trail:
+        """The trail of a route layer's output."""
+        return cls((Strand(index),), reach={index: Reach.whole(shape)})
+
+    @property
+    def followed(self) -> bool:
+        """Whether more is known than the sources."""
+        return bool(self.strands or self.reach) or self.form is not None
 
     @property
     def sources(self) -> frozenset[int]:
@@ -115,7 +130,7 @@ class Trail:
         return self.changed(strand if isinstance(strand.origin, int) else None for strand in self.strands)
 
     def changed(self, strands: Iterable[Strand | None]) -> Trail:
-        """The trail with its strands replaced, in order; where one becomes None, its sources are lost."""
+        """The trail with its strands replaced, in order, and no reach; where one becomes None, its sources are lost."""
         new = tuple(strands)
         gone = (old.sources for old, strand in zip(self.strands, new, strict=True) if strand is None)
         return Trail(tuple(strand for strand in new if strand is not None), self.lost.union(*gone))
@@ -147,9 +162,16 @@ def joined(trails: Sequence[Trail]) -> Trail:
             gone |= strand.sources
         else:
             others.append(strand)
-    return Trail(
-        tuple(strand for strands in kept.values() for strand in strands if not strand.sources <= gone), frozenset(gone)
-    )
+    left = tuple(strand for strands in kept.values() for strand in strands if not strand.sources <= gone)
+    return Trail(left, frozenset(gone), reach=reach_by(trails))
+
+
+def mixed(trails: Sequence[Trail]) -> Trail:
+    """The trail of all that an operation reads, less other crossings."""
+    together = joined(trails)
+    nested = frozenset[int]().union(*(each.sources for each in together.strands if not isinstance(each.origin, int)))
+    strands = (each for each in together.strands if isinstance(each.origin, int) and each.origin not in nested)
+    return Trail(tuple(strands), together.lost | nested)
 
 
 # --- what dimensions are made of
@@ -210,3 +232,139 @@ def holds(axes: Axes | None, dim: int, factors: Iterable[Factor]) -> bool:
 def samples_first(axes: Axes | None, shape: Sequence[int], samples: int) -> bool:
     """Whether the first dimension counts samples, which come first in the origin's ``shape`` too."""
     return shape[0] % samples == 0 and holds(axes, 0, [Factor(0, shape[0] // samples, samples)])
+
+
+# --- which elements a tensor can depend on
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which elements of a route layer's output the elements of a tensor can depend on, however they do.
+
+    A factor is a digit of the layer's indices of one dimension, ``index // stride % size``. An element of the tensor
+    depends on no other elements than those whose digits are the ones that its own indices spell.
+
+    Attributes:
+        shape: Of the layer's output.
+        axes: For each dimension of the tensor the digits that its indices spell, the outermost first, and the number
+            that its first index stands for; None where the indices say nothing.
+        within: Digits that are in a range, from a start to a stop, in all elements that the tensor depends on.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[tuple[tuple[Factor, ...], int] | None, ...]
+    within: frozenset[tuple[Factor, int, int]] = frozenset()
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Reach:
+        """That of the layer's own output."""
+        return cls(tuple(shape), tuple((group, 0) for group in whole(shape)))
+
+    def mixed(self, dims: Iterable[int]) -> Reach:
+        """Where each index of some dimensions may depend on all."""
+        changed = set(dims)
+        return replace(self, axes=tuple(None if dim in changed else axis for dim, axis in enumerate(self.axes)))
+
+    def permuted(self, dims: Sequence[int]) -> Reach:
+        """With dimensions in another order."""
+        return replace(self, axes=tuple(self.axes[dim] for dim in dims))
+
+    def cut(self, dim: int, taken: range) -> Reach:
+        """Within a range of one dimension."""
+        axis = self.axes[dim]
+        if axis is None or taken.step != 1:
+            return self.mixed([dim])
+        within, (group, start) = self.within, axis
+        if len(group) == 1 and group[0].dim >= 0:
+            within |= {(group[0], start + taken.start, start + taken.stop)}
+        return replace(self.shifted(dim, -taken.start), within=within)
+
+    def shifted(self, dim: int, places: int) -> Reach:
+        """With the indices of a dimension moved up."""
+        axis = self.axes[dim]
+        moved = None if axis is None else (axis[0], axis[1] - places)
+        return replace(self, axes=(*self.axes[:dim], moved, *self.axes[dim + 1 :]))
+
+    def viewed(self, old: Sequence[int], new: Sequence[int]) -> Reach:
+        """After a reshape, which dimensions at either end may not take part in."""
+        first = last = 0
+        while first < min(len(old), len(new)) and old[first] == new[first]:
+            first += 1
+        while last < min(len(old), len(new)) - first and old[-1 - last] == new[-1 - last]:
+            last += 1
+        changed = range(first, len(old) - last)
+        groups = regrouped(tuple(self.digits(dim, old[dim]) for dim in changed), new[first : len(new) - last])
+        between = [None] * (len(new) - last - first) if groups is None else [(group, 0) for group in groups]
+        return replace(self, axes=(*self.axes[:first], *between, *self.axes[len(old) - last :]))
+
+    def spread(self, old: Sequence[int], new: Sequence[int]) -> Reach:
+        """After an expansion."""
+        if tuple(old) == tuple(new):
+            return self
+        missing = len(new) - len(old)
+        padded = replace(self, axes=(None,) * missing + self.axes)
+        return padded.mixed(dim for dim, size in enumerate(old, missing) if size != new[dim])
+
+    def digits(self, dim: int, size: int) -> tuple[Factor, ...]:
+        """What the indices of a dimension of this size spell; those of which nothing is known have dimension -1."""
+        group, start = self.axes[dim] or ((), 0)
+        if start == 0 and math.prod(factor.size for factor in group) == size:
+            return group
+        if len(group) == 1 and start % size == 0 and group[0].size % size == 0 and 0 <= start < group[0].size:
+            return _merged([group[0]._replace(size=size)])
+        return _merged([Factor(-1, 1, size)])
+
+    def apart(self, other: Reach) -> bool:
+        """Whether no element of the layer is in both."""
+        pairs = ((one[1:], two[1:]) for one in self.within for two in other.within if one[0] == two[0])
+        return any(one[1] <= two[0] or two[1] <= one[0] for one, two in pairs)
+
+    def arranged(self, values: Tensor, *groups: Sequence[Factor]) -> Tensor | None:
+        """A tensor of the layer's shape, with a dimension for the digits of each group and one for all others.
+
+        Elements on which nothing depends may be left out. None where one digit tells of another.
+        """
+        used = [factor for group in groups for factor in group]
+        for (dim, stride, size), *ends in sorted(self.within):
+            bounds = [max(0, ends[0] * stride), min(ends[1] * stride, self.shape[dim])]
+            steps = [factor.stride * factor.size for factor in used if factor.dim == dim]
+            untouched = stride * size == self.shape[dim] == values.shape[dim]
+            if untouched and not any(bound % step for bound in bounds for step in steps):
+                values = values.narrow(dim, bounds[0], bounds[1] - bounds[0])
+        sizes, labels = list[int](), list[Factor | None]()
+        for dim, length in enumerate(values.shape):
+            rest = length
+            for factor in sorted((each for each in used if each.dim == dim), key=lambda each: -each.stride):
+                sizes += [rest // (factor.stride * factor.size), factor.size]
+                labels += [None, factor]
+                rest = factor.stride
+            sizes.append(rest)
+            labels.append(None)
+        if math.prod(sizes) != values.numel():
+            return None
+        order = [labels.index(factor) for factor in used]
+        order += [place for place, label in enumerate(labels) if label is None]
+        counts = (math.prod(factor.size for factor in group) for group in groups)
+        return values.reshape(sizes).permute(order).reshape(*counts, -1)
+
+
+def reach_by(trails: Sequence[Trail]) -> dict[int, Reach]:
+    """What is known of layers that reach a tensor by several trails, each of which brings elements to its places."""
+    together: dict[int, Reach] = {}
+    ways = [(trail.reach, trail.sources) for trail in trails]
+    for source in frozenset[int]().union(*(reach for reach, _ in ways)):
+        known = [reach.get(source) for reach, sources in ways if source in sources]
+        first = known[0]
+        for other in known[1:]:
+            first = None if first is None or other is None else _common(first, other)
+        if first is not None:
+            together[source] = first
+    return together
+
+
+def _common(first: Reach, second: Reach) -> Reach:
+    """What holds of an element whichever of two it depends by."""
+    if first is second or first == second:
+        return first
+    axes = (one if one == two else None for one, two in zip(first.axes, second.axes, strict=True))
+    return Reach(first.shape, tuple(axes), first.within & second.within)
