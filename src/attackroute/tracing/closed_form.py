@@ -53,14 +53,14 @@ def passage_sums(
     ``leaves`` are the outputs of the sources that the recording was made with, and their kinds.
     """
     for passage in layer.passages:
+        shares = _shares(layer, passage, critical)
         sources = sorted(passage.sources)
-        shares = _shares(layer, passage, critical, {source: leaves[source][0] for source in sources})
         if not shares or not sources:
             continue
         largest = torch.stack([sums.amax() for _, sums in shares]).amax().clamp(min=torch.finfo(torch.float32).tiny)
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             [held.edge for held, _ in shares if held.edge is not None], [leaves[source][0] for source in sources],
-            [(sums / largest).to(held.values.dtype) for held, sums in shares],  # in the range of any dtype
+            [(sums / largest).to(held.dtype) for held, sums in shares],  # in the range of any dtype
             retain_graph=True, allow_unused=True
         )  # fmt: skip
         alike: dict[object, Tensor] = {}  # layers that add to one residual stream share one gradient
@@ -87,7 +87,7 @@ def passage_matrix(layer: RecordedLayer, source: int, leaves: Mapping[int, tuple
     return matrix
 
 
-def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor, leaves: Mapping[int, Tensor]) -> list[Share]:
+def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor) -> list[Share]:
     """Absolute influence on a layer's critical neurons, of each element that is the last before they are mixed."""
     assert layer.read is not None
     read = layer.read
@@ -103,12 +103,12 @@ def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor, leaves: Ma
         # depthwise: what matters of a kernel is how often, and how strongly, it reads each position
         rows = Rows(functional.one_hot(ranked, layer.channels).to(dtype).unsqueeze(3), ranked)
         seen = _spread(layer, weight.to(dtype).abs().transpose(0, 1)).expand(read.values.shape)
-        return passage.crossing.shares(passage.strands, rows, _pulled(read, output, [seen]), leaves)
+        return passage.crossing.shares(passage.strands, rows, _pulled(read, output, [seen]))
     kernel = _signed(weight, layer.groups)
     rows = Rows((kernel.reshape(layer.channels, -1, 1) if layer.axes is None else kernel.flatten(2))[ranked].to(dtype))
     altered = any(strand.partial or strand.gained for strand in passage.strands)
     offsets = _offsets(layer, read) if altered or rows.weight.shape[3] > 1 else ()
-    return passage.crossing.shares(passage.strands, rows, _pulled(read, output, offsets), leaves)
+    return passage.crossing.shares(passage.strands, rows, _pulled(read, output, offsets))
 
 
 def _spread(layer: RecordedLayer, reached: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from attackroute.tracing.attention import Heads, attention_sums, pulled_sums
+from attackroute.tracing.factors import Factor, holds, samples_first, whole
 from attackroute.tracing.normalisation import Slopes, Stage
+from attackroute.tracing.reach import Base
 from attackroute.tracing.token_maps import TokenMap
-from attackroute.tracing.trails import Factor, Strand, Trail, holds, samples_first, whole
+from attackroute.tracing.trails import Strand, Trail
 
 
 class Held:
@@ -21,8 +23,8 @@ class Held:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self.edge: GradientEdge | None = get_gradient_edge(tensor) if tensor.requires_grad else None
-        self._version = tensor._version
+        self.edge: GradientEdge | None = get_gradient_edge(tensor) if tensor.grad_fn is not None else None
+        self.dtype, self._version = tensor.dtype, tensor._version
 
     @property
     def values(self) -> Tensor:
@@ -46,7 +48,7 @@ class Rows(NamedTuple):
     own: Tensor | None = None  # (n, k), the only channel that each reads, where offsets are counted in what is read
 
 
-Share = tuple[Held, Tensor]
+Share = tuple[Held | Base, Tensor]
 """A tensor on the way to a layer, and the absolute influence of each of its elements."""
 
 
@@ -88,16 +90,13 @@ class Crossing:
         """Whether a layer that reads ``strand`` has a closed form through it."""
         raise NotImplementedError
 
-    def shares(
-        self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor], leaves: Mapping[int, Tensor]
-    ) -> list[Share]:
+    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
         """Absolute influence of what it reads on a layer's critical neurons.
 
         Args:
             strands: What the layer reads of its output.
             rows: The layer's critical rows.
             reads: For each kernel offset, how often each element of the output is read, if that differs.
-            leaves: The outputs of the route layers that are asked about.
         """
         raise NotImplementedError
 
@@ -156,9 +155,7 @@ class Normalisation(Crossing):
         rows_apart = strand.axes is not None and strand.axes[0] == whole(self.output.shape)[0]
         return plain and rows_apart and last == ("cat", len(shape) - 1, strand.block, tuple(shape))
 
-    def shares(
-        self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor], leaves: Mapping[int, Tensor]
-    ) -> list[Share]:
+    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
         stream = self.deviations[-1].stream
         if stream.edge is None:
             return []
@@ -245,9 +242,7 @@ class Attended(Crossing):
         together = all(bool((windows == windows[:, :1]).all()) for windows in copies)
         return side_by_side and together and samples_first(strand.axes, self.output.shape, samples)
 
-    def shares(
-        self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor], leaves: Mapping[int, Tensor]
-    ) -> list[Share]:
+    def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
         dtype, read = rows.weight.dtype, next(reads, None)
         keys, features = self.held[1].values.to(dtype).transpose(1, 2), self.held[2].values.shape[2]
         queries, values, weights = (self.held[place].values.to(dtype) for place in (0, 2, 3))
@@ -256,19 +251,16 @@ class Attended(Crossing):
         read = None if read is None else read[..., 0].to(dtype)
         direct = [not maps and held.edge is not None for maps, held in zip(self.maps, self.held, strict=False)]
         sums = attention_sums(heads, by_head, read, direct)
-        shares = [
+        shares: list[Share] = [
             (held, each.transpose(1, 2) if held is self.held[1] else each)
             for held, each in zip(self.held, sums, strict=False)
             if each is not None
         ]
-        for side, maps in enumerate(self.maps):
-            held = self.held[side]
-            for source in maps.keys() & leaves.keys() if held.edge is not None else ():
-                jacobian = (
-                    maps[source].jacobian(held.edge, held.values, 2 if side == 1 else 1, leaves[source]).to(dtype)
-                )
-                each = pulled_sums(side, heads, by_head, read, maps[source].copies, jacobian)
-                shares.append((Held(leaves[source]), maps[source].put_back(each)))
+        for side, (held, maps) in enumerate(zip(self.held, self.maps, strict=False)):
+            for each in maps.values() if held.edge is not None else ():
+                jacobian = each.jacobian(held.edge, held.values, 1 + (side == 1)).to(dtype)
+                of_base = pulled_sums(side, heads, by_head, read, each.copies, jacobian)
+                shares.append((each.reach.base, each.put_back(of_base)))
         return shares
 
 

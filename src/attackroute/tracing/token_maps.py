@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from attackroute.tracing.trails import Factor, Reach, Trail, mixed
+from attackroute.tracing.factors import Factor
+from attackroute.tracing.reach import Reach
+from attackroute.tracing.trails import Trail, mixed
 
 
 class TokenMap(NamedTuple):
@@ -31,7 +33,7 @@ class TokenMap(NamedTuple):
     tokens: tuple[Factor, ...]
 
     def arranged(self, values: Tensor) -> Tensor | None:
-        """A tensor of the layer's shape as (rows of heads, tokens, elements)."""
+        """A tensor of the base's shape as (rows of heads, tokens, elements)."""
         return self.reach.arranged(values, [factor for factor in self.heads if factor.dim >= 0], self.tokens)
 
     @property
@@ -43,21 +45,20 @@ class TokenMap(NamedTuple):
         return numbers.reshape(-1, torch.Size(factor.size for factor in self.heads if factor.dim < 0).numel())
 
     def put_back(self, sums: Tensor) -> Tensor:
-        """Such a tensor in the layer's shape, zero elsewhere."""
-        total = sums.new_zeros(self.reach.shape)
+        """Such a tensor in the base's shape."""
+        total = sums.new_empty(self.reach.base.shape)
         places = self.arranged(torch.arange(total.numel(), device=sums.device).view(total.shape))
-        assert places is not None
         total.view(-1)[places] = sums
         return total
 
-    def jacobian(self, edge: GradientEdge, read: Tensor, dim: int, leaf: Tensor) -> Tensor:
+    def jacobian(self, edge: GradientEdge, read: Tensor, dim: int) -> Tensor:
         """Derivatives of ``read``, (b, T, E) with tokens in dimension ``dim``: (rows, copies, T, E, elements)."""
-        parts = []
+        parts, base = [], self.reach.base.edge
         for heads in self.copies.T:
             for feature in range(read.shape[3 - dim]):
                 seed = torch.zeros_like(read, memory_format=torch.contiguous_format)
                 seed.select(3 - dim, feature)[heads] = 1
-                (gradient,) = torch.autograd.grad([edge], [leaf], [seed], retain_graph=True, materialize_grads=True)
+                gradient = torch.autograd.grad([edge], [base], [seed], retain_graph=True, materialize_grads=True)[0]
                 parts.append(self.arranged(gradient))
         return torch.stack(parts, 2).unflatten(2, (-1, read.shape[3 - dim])).transpose(1, 2)
 
@@ -66,7 +67,7 @@ def _token_map(reach: Reach, shape: Sequence[int], dim: int) -> TokenMap | None:
     """The map to a tensor of heads with tokens in dimension ``dim``; None where tokens do not stay apart."""
     found = TokenMap(reach, reach.digits(0, shape[0]), reach.digits(dim, shape[dim]))
     whole = all(factor.dim >= 0 for factor in found.tokens)
-    return found if whole and found.arranged(torch.empty(reach.shape, device="meta")) is not None else None
+    return found if whole and found.arranged(torch.empty(reach.base.shape, device="meta")) is not None else None
 
 
 def apart(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from attackroute.tracing.crossings import Crossing
+from attackroute.tracing.factors import Axes, regrouped, unfollowed, whole
+from attackroute.tracing.reach import Reach
 from attackroute.tracing.rules.mixing import changed_form, mean_form, multiplied_by_deviation
 from attackroute.tracing.rules.operation import (
     COPIES,
@@ -25,7 +27,7 @@ from attackroute.tracing.rules.operation import (
     tensors_in,
     trail_rule,
 )
-from attackroute.tracing.trails import Axes, Reach, Strand, Trail, joined, lost, reach_by, regrouped, unfollowed, whole
+from attackroute.tracing.trails import Strand, Trail, joined, lost, reach_by
 
 
 def followed(
@@ -38,7 +40,15 @@ def followed(
         rule = pointwise
     if rule is None:
         return [(tensor, lost(trails.values())) for tensor in results]
-    return list(zip(results, rule(Reading(operation, trails, layout), output), strict=False))
+    read = [(tensor, reach) for tensor in operation.operands for reach in trails[id(tensor)].reach.values()]
+    based = [reach.base for tensor, reach in read if reach.base.holds(tensor)]
+    pairs = list(zip(results, rule(Reading(operation, trails, layout), output), strict=False))
+    if not based or rule not in _PLACES or operation.func._schema.is_mutable:
+        return pairs
+    return [
+        (tensor, replace(trail, reach={source: each.based(tensor) for source, each in trail.reach.items()}))
+        for tensor, trail in pairs
+    ]
 
 
 # --- values
@@ -320,3 +330,7 @@ def reduced(reading: Reading, output: Tensor) -> list[Trail]:
     trail = _viewed(replace(changed, reach=reach), kept, output.shape)
     last = dims == [values.ndim - 1] and output.ndim == values.ndim and reading.name == "mean"
     return [replace(trail, form=mean_form(reading.first.form)) if last else trail]
+
+
+_PLACES = (copies, view, permute, cut)
+"""Rules of operations that give elements of what they read, each once, and nothing else."""
