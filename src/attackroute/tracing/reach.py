@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -79,24 +80,27 @@ class Reach:
         changed = set(dims)
         return replace(self, axes=tuple(None if dim in changed else axis for dim, axis in enumerate(self.axes)))
 
-    def permuted(self, dims: Sequence[int]) -> Reach:
-        """With dimensions in another order."""
-        return replace(self, axes=tuple(self.axes[dim] for dim in dims))
+    def moved(self, move: tuple[Any, ...]) -> Reach:
+        """After one move of a strand."""
+        name, *details = move
+        if name == "view":
+            return self.viewed(*details)
+        if name == "permute":
+            return replace(self, axes=tuple(self.axes[dim] for dim in details[0]))
+        if name == "cat":
+            return self._shifted(details[0], -details[1])
+        if name == "cut" and details[3] == 1:
+            (dim, _), start, stop, _ = details
+            group, first = self.axes[dim] or ((), 0)
+            known = len(group) == 1 and group[0].dim >= 0
+            within = self.within | ({(group[0], first + start, first + stop)} if known else set())
+            return replace(self._shifted(dim, start), within=within)
+        return self.mixed([details[0][0]] if name == "cut" else range(len(self.axes)))
 
-    def cut(self, dim: int, taken: range) -> Reach:
-        """Within a range of one dimension."""
+    def _shifted(self, dim: int, places: int) -> Reach:
+        """With the number of a dimension's first index moved up."""
         axis = self.axes[dim]
-        if axis is None or taken.step != 1:
-            return self.mixed([dim])
-        within, (group, start) = self.within, axis
-        if len(group) == 1 and group[0].dim >= 0:
-            within |= {(group[0], start + taken.start, start + taken.stop)}
-        return replace(self.shifted(dim, -taken.start), within=within)
-
-    def shifted(self, dim: int, places: int) -> Reach:
-        """With the indices of a dimension moved up."""
-        axis = self.axes[dim]
-        moved = None if axis is None else (axis[0], axis[1] - places)
+        moved = None if axis is None else (axis[0], axis[1] + places)
         return replace(self, axes=(*self.axes[:dim], moved, *self.axes[dim + 1 :]))
 
     def viewed(self, old: Sequence[int], new: Sequence[int]) -> Reach:

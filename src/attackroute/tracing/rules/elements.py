@@ -14,7 +14,6 @@ from torch import Tensor
 
 from attackroute.tracing.crossings import Crossing
 from attackroute.tracing.factors import Axes, regrouped, unfollowed, whole
-from attackroute.tracing.reach import Reach
 from attackroute.tracing.rules.mixing import changed_form, mean_form, multiplied_by_deviation
 from attackroute.tracing.rules.operation import (
     COPIES,
@@ -128,25 +127,19 @@ def copy(reading: Reading, output: Tensor) -> list[Trail]:
 
 
 def _placed(
-    trail: Trail,
-    move: tuple[Any, ...],
-    axes: Callable[[Axes], Axes | None],
-    reach: Callable[[Reach], Reach],
-    *,
-    partial: bool = False,
+    trail: Trail, move: tuple[Any, ...], axes: Callable[[Axes], Axes | None], *, partial: bool = False
 ) -> Trail:
     changed = trail.changed(
         strand.moved(move, None if strand.axes is None else axes(strand.axes), partial=partial)
         for strand in trail.strands
     )
-    return replace(changed, reach={source: reach(each) for source, each in trail.reach.items()})
+    return replace(changed, reach={source: reach.moved(move) for source, reach in trail.reach.items()})
 
 
 def _viewed(trail: Trail, old: Sequence[int], new: Sequence[int]) -> Trail:
     if tuple(old) == tuple(new):
         return trail
-    move = ("view", tuple(old), tuple(new))
-    placed = _placed(trail, move, lambda axes: regrouped(axes, new), lambda reach: reach.viewed(old, new))
+    placed = _placed(trail, ("view", tuple(old), tuple(new)), lambda axes: regrouped(axes, new))
     if trail.form is not None and tuple(old[-2:]) == tuple(new[-2:]):
         return replace(placed, form=trail.form)
     return placed
@@ -217,8 +210,7 @@ def permute(reading: Reading, output: Tensor) -> list[Trail]:
     else:
         first, second = (dim % output.ndim for dim in reading.operation.args[1:3])
         dims[first], dims[second] = second, first
-    move, trail = ("permute", tuple(dims)), reading.first
-    return [_placed(trail, move, lambda axes: tuple(axes[dim] for dim in dims), lambda reach: reach.permuted(dims))]
+    return [_placed(reading.first, ("permute", tuple(dims)), lambda axes: tuple(axes[dim] for dim in dims))]
 
 
 def _cut(trail: Trail, shape: Sequence[int], dim: int, taken: range) -> Trail:
@@ -228,9 +220,7 @@ def _cut(trail: Trail, shape: Sequence[int], dim: int, taken: range) -> Trail:
     new = [*shape]
     new[dim] = len(taken)
     move = ("cut", (dim, tuple(shape)), taken.start, taken.stop, taken.step)
-    return _placed(
-        trail, move, lambda axes: unfollowed(axes, [dim], new), lambda reach: reach.cut(dim, taken), partial=True
-    )
+    return _placed(trail, move, lambda axes: unfollowed(axes, [dim], new), partial=True)
 
 
 @trail_rule("slice.Tensor", "select.int", "split", "split_with_sizes", "chunk", "unbind.int")
@@ -266,10 +256,7 @@ def cat(reading: Reading, output: Tensor) -> list[Trail]:
         if stacked:
             trail = _viewed(trail, tensor.shape, [*tensor.shape[:dim], 1, *tensor.shape[dim:]])
         move = ("cat", dim, start, tuple(output.shape))
-        placed = _placed(
-            trail, move, lambda axes: unfollowed(axes, [dim], output.shape),
-            lambda reach, start=start: reach.shifted(dim, start), partial=True
-        )  # fmt: skip
+        placed = _placed(trail, move, lambda axes: unfollowed(axes, [dim], output.shape), partial=True)
         # channels that are whole and stand beside others begin a block, of which the move tells the place
         blocks = [start if each.axes and _is_channels(each, each.axes, dim) else -1 for each in trail.strands]
         begun = placed.changed(map(lambda each, block: replace(each, block=block), placed.strands, blocks))
@@ -284,12 +271,7 @@ def pad(reading: Reading, output: Tensor) -> list[Trail]:
     widths = tuple(int(width) for width in reading.operation.args[1])
     dims = [output.ndim - 1 - place // 2 for place, width in enumerate(widths) if width]
     move = ("pad", tuple(reading.operation.args[0].shape), widths)
-    return [
-        _placed(
-            reading.first, move, lambda axes: unfollowed(axes, dims, output.shape),
-            lambda reach: reach.mixed(dims), partial=True
-        )
-    ]  # fmt: skip
+    return [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape), partial=True)]
 
 
 @trail_rule("roll", "flip")
@@ -300,8 +282,7 @@ def turned(reading: Reading, output: Tensor) -> list[Trail]:
         return [lost([reading.first])]
     dims = [dim % output.ndim for dim in numbers[-1]]
     move = (reading.name, tuple(output.shape), *numbers)
-    trail = reading.first
-    return [_placed(trail, move, lambda axes: unfollowed(axes, dims, output.shape), lambda reach: reach.mixed(dims))]
+    return [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape))]
 
 
 @trail_rule(
