@@ -54,19 +54,10 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        heads: int,
-        style: str,
-        window: int,
-        shift: int,
-        bias: bool,
-        tokens: int,
-        turn: str,
-        shared: bool,
+        self, channels: int, heads: int, style: str, window: tuple[int, int], bias: int, turn: str, shared: bool
     ) -> None:
         super().__init__()
-        self.heads, self.style, self.window, self.shift, self.turn = heads, style, window, shift, turn
+        self.heads, self.style, (self.window, self.shift), self.turn = heads, style, window, turn
         if style == "module":
             self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
             return

@@ -179,7 +179,7 @@ def test_others_stay_exact_beside_closed_forms(name: str) -> None:
     assert found.methods["parts.embed", "parts.a"] == found.methods["parts.b", "parts.head"] == "closed-form"
 
 
-@pytest.mark.parametrize("name", ["fused, layer norm, then halves", "shared heads, repeated, turned"])
+@pytest.mark.parametrize("name", ["windows, layer norm, then halves", "shared heads, repeated, turned"])
 def test_samples_alone_and_less_precision(name: str) -> None:
     model, images, labels = made(CLOSED[name], samples=3, size=12)
     config = TraceConfig(linear=True)

@@ -98,7 +98,7 @@ def pulled_sums(side: int, heads: Heads, rows: Tensor, read: Tensor | None, copi
         kernel = rows[group[0] // of_sample][:, group % count].transpose(0, 1)  # (g, k, D)
         counted = heads.weights[group] if read is None else heads.weights[group] * read[group].unsqueeze(2)
         counted = counted if side == 2 else counted * scale[group].view(-1, 1, 1)
-        one = Heads(*(each[group] for each in heads[:4]), scale=1.0)
+        one = Heads(heads.queries[group], heads.keys[group], heads.values[group], heads.weights[group], 1.0)
         total[number] = pull(one, kernel, counted, jacobian[number])
     return total
 

@@ -82,20 +82,23 @@ class Reach:
 
     def moved(self, move: tuple[Any, ...]) -> Reach:
         """After one move of a strand."""
-        name, *details = move
+        name: str = move[0]
         if name == "view":
-            return self.viewed(*details)
+            return self.viewed(move[1], move[2])
         if name == "permute":
-            return replace(self, axes=tuple(self.axes[dim] for dim in details[0]))
+            return replace(self, axes=tuple(self.axes[dim] for dim in move[1]))
         if name == "cat":
-            return self._shifted(details[0], -details[1])
-        if name == "cut" and details[3] == 1:
-            (dim, _), start, stop, _ = details
-            group, first = self.axes[dim] or ((), 0)
-            known = len(group) == 1 and group[0].dim >= 0
-            within = self.within | ({(group[0], first + start, first + stop)} if known else set())
-            return replace(self._shifted(dim, start), within=within)
-        return self.mixed([details[0][0]] if name == "cut" else range(len(self.axes)))
+            return self._shifted(move[1], -move[2])
+        if name != "cut":
+            return self.mixed(range(len(self.axes)))
+        dim, (start, stop, step) = move[1][0], move[2:]
+        axis = self.axes[dim]
+        if axis is None or step != 1:
+            return self.mixed([dim])
+        within, (group, first) = self.within, axis
+        if len(group) == 1 and group[0].dim >= 0:
+            within |= {(group[0], first + start, first + stop)}
+        return replace(self._shifted(dim, start), within=within)
 
     def _shifted(self, dim: int, places: int) -> Reach:
         """With the number of a dimension's first index moved up."""
@@ -162,7 +165,7 @@ class Reach:
             way = reach.base.way
             assert way is not None
             axes = map(reach._axis_of_way, reach.axes)
-            bounds = ((reach._of_way(factor), *ends) for factor, *ends in reach.within)
+            bounds = ((reach._of_way(factor), start, stop) for factor, start, stop in reach.within)
             within = {(group[0], start, stop) for group, start, stop in bounds if len(group) == 1}
             reach = Reach(way.base, tuple(axes), way.within | within)
         return reach

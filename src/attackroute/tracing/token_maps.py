@@ -32,9 +32,11 @@ class TokenMap(NamedTuple):
     heads: tuple[Factor, ...]
     tokens: tuple[Factor, ...]
 
-    def arranged(self, values: Tensor) -> Tensor | None:
+    def arranged(self, values: Tensor) -> Tensor:
         """A tensor of the base's shape as (rows of heads, tokens, elements)."""
-        return self.reach.arranged(values, [factor for factor in self.heads if factor.dim >= 0], self.tokens)
+        arranged = self.reach.arranged(values, [factor for factor in self.heads if factor.dim >= 0], self.tokens)
+        assert arranged is not None  # which was seen when the map was found
+        return arranged
 
     @property
     def copies(self) -> Tensor:
@@ -53,21 +55,25 @@ class TokenMap(NamedTuple):
 
     def jacobian(self, edge: GradientEdge, read: Tensor, dim: int) -> Tensor:
         """Derivatives of ``read``, (b, T, E) with tokens in dimension ``dim``: (rows, copies, T, E, elements)."""
-        parts, base = [], self.reach.base.edge
+        parts, base = list[Tensor](), self.reach.base.edge
+        assert base is not None  # operations have read it
         for heads in self.copies.T:
             for feature in range(read.shape[3 - dim]):
                 seed = torch.zeros_like(read, memory_format=torch.contiguous_format)
                 seed.select(3 - dim, feature)[heads] = 1
                 gradient = torch.autograd.grad([edge], [base], [seed], retain_graph=True, materialize_grads=True)[0]
                 parts.append(self.arranged(gradient))
-        return torch.stack(parts, 2).unflatten(2, (-1, read.shape[3 - dim])).transpose(1, 2)
+        stacked = torch.stack(parts, 2)
+        return stacked.view(*stacked.shape[:2], -1, read.shape[3 - dim], stacked.shape[3]).transpose(1, 2)
 
 
 def _token_map(reach: Reach, shape: Sequence[int], dim: int) -> TokenMap | None:
     """The map to a tensor of heads with tokens in dimension ``dim``; None where tokens do not stay apart."""
-    found = TokenMap(reach, reach.digits(0, shape[0]), reach.digits(dim, shape[dim]))
-    whole = all(factor.dim >= 0 for factor in found.tokens)
-    return found if whole and found.arranged(torch.empty(reach.base.shape, device="meta")) is not None else None
+    heads, tokens = reach.digits(0, shape[0]), reach.digits(dim, shape[dim])
+    followed, elements = [each for each in heads if each.dim >= 0], torch.empty(reach.base.shape, device="meta")
+    if any(each.dim < 0 for each in tokens) or reach.arranged(elements, followed, tokens) is None:
+        return None
+    return TokenMap(reach, heads, tokens)
 
 
 def apart(
