@@ -32,21 +32,40 @@ class Residual(nn.Module):
         return y
 
 
-class Attention(nn.Module):
-    """Self-attention in one of several styles, on windows of ``window`` tokens that are shifted, or on all tokens."""
+def turned(x: Tensor, kind: str) -> Tensor:
+    """Queries or keys ``(n, heads, T, E)``, normalised, or rotated but for the first token, or both."""
+    for step in kind.split(" and "):
+        if step == "normalised":
+            x = F.normalize(x, dim=-1)
+        elif step == "standardised":
+            x = F.layer_norm(x, x.shape[-1:], eps=0.1)
+        elif step == "rotated" and x.shape[-1] > 1:
+            first, (left, right) = x[:, :, :1], x[:, :, 1:].chunk(2, -1)
+            angles = torch.arange(left.shape[2] * left.shape[3]).view(left.shape[2:]).to(x)
+            rotated = [left * angles.cos() - right * angles.sin(), left * angles.sin() + right * angles.cos()]
+            x = torch.cat([first, torch.cat(rotated, -1)], 2)
+    return x
 
-    def __init__(self, channels: int, heads: int, style: str, window: int, shift: int, bias: bool, tokens: int) -> None:
+
+class Attention(nn.Module):
+    """Self-attention in one of several styles, on windows of a size that are shifted, or on all tokens.
+
+    There may be biases, of the size ``bias``; queries and keys are ``turned``; keys and values may be one head's.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, style: str, window: tuple[int, int], bias: int, turn: str, shared: bool
+    ) -> None:
         super().__init__()
-        self.heads, self.style, self.window, self.shift = heads, style, window, shift
+        self.heads, self.style, (self.window, self.shift), self.turn = heads, style, window, turn
         if style == "module":
             self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
             return
-        self.qkv = nn.ModuleList(
-            [nn.Linear(channels, 3 * channels)] if style == "fused" else [nn.Linear(channels, channels) for _ in "qkv"]
-        )
+        self.sizes = [channels] + [channels // heads if shared else channels] * 2
+        sizes = [sum(self.sizes)] if style == "fused" else self.sizes
+        self.qkv = nn.ModuleList([nn.Linear(channels, size) for size in sizes])
         self.proj = nn.Linear(channels, channels)
-        count = window or tokens
-        self.bias = nn.Parameter(torch.randn(heads, count, count)) if bias else None
+        self.bias = nn.Parameter(torch.randn(heads, bias, bias)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.style == "module":
@@ -54,8 +73,11 @@ class Attention(nn.Module):
         samples, tokens, channels = x.shape
         if self.window:
             x = x.roll(-self.shift, 1).reshape(-1, self.window, channels)
-        split = self.qkv[0](x).chunk(3, -1) if self.style == "fused" else [each(x) for each in self.qkv]
-        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in split)
+        split = self.qkv[0](x).split(self.sizes, -1) if self.style == "fused" else [each(x) for each in self.qkv]
+        q, k, v = (each.unflatten(-1, (-1, channels // self.heads)).transpose(1, 2) for each in split)
+        q, k = turned(q, self.turn), turned(k, self.turn)
+        if k.shape[1] < self.heads:
+            k, v = k.expand(-1, self.heads, -1, -1), v.repeat_interleave(self.heads, 1)
         if self.style == "written":
             logits = q @ k.transpose(-2, -1) / 1.3
             logits = logits if self.bias is None else logits + self.bias
@@ -100,7 +122,10 @@ def attention(draw: Draw, channels: int, tokens: int) -> nn.Module:
     style = draw(st.sampled_from(["module", "fused", "separate", "written"]))
     window = draw(st.sampled_from([0, 2])) if style != "module" and tokens % 2 == 0 else 0
     heads, shift = draw(st.sampled_from([1, 2])), draw(st.integers(0, 1))
-    return Attention(channels, heads, style, window, shift, draw(st.booleans()), tokens)
+    turn = draw(st.sampled_from(["left", "left", "rotated", "normalised", "standardised and rotated"]))
+    shared = draw(st.integers(0, 3)) == 0
+    bias = (window or tokens) if draw(st.booleans()) else 0
+    return Attention(channels, heads, style, (window, shift), bias, turn, shared)
 
 
 def convolution(draw: Draw, channels: int, height: int) -> nn.Module:

@@ -87,11 +87,6 @@ CLOSED: dict[str, Callable[[], nn.Module]] = {
     "cross attention": network(
         lambda p, x: attend(p["q"](x[:, :3]), p["k"](F.gelu(x[:, 3:])), p["v"](x[:, 3:])), **QKV
     ),
-    "a learned query": network(token_of, query=nn.Linear(6, 1), **QKV),
-}  # fmt: skip
-"""What must have a closed form between ``a`` (or the projections) and the next linear map."""
-
-OPEN: dict[str, Callable[[], nn.Module]] = {
     "normalised queries and keys": network(
         lambda p, x: attend(F.layer_norm(p["q"](x), (6,)), F.rms_norm(p["k"](x), (6,)), p["v"](x)), **QKV
     ),
@@ -99,6 +94,11 @@ OPEN: dict[str, Callable[[], nn.Module]] = {
     "keys and values shared by heads": network(
         lambda p, x: attend(p["q"](x), p["k"](x)[..., :3].repeat(1, 1, 2), p["v"](x)[..., :3].repeat(1, 1, 2)), **QKV
     ),
+    "a learned query": network(token_of, query=nn.Linear(6, 1), **QKV),
+}  # fmt: skip
+"""What must have a closed form between ``a`` (or the projections) and the next linear map."""
+
+OPEN: dict[str, Callable[[], nn.Module]] = {
     "queries that are keys": network(lambda p, x: attend(q := p["q"](x), q, p["v"](x)), **QKV),
     "attention to itself": network(lambda p, x: attend(x, x, x)),
     "softmax over queries": network(

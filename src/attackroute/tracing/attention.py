@@ -14,6 +14,7 @@ are added to the logits (position biases, masks) change P alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,16 +38,19 @@ class Heads(NamedTuple):
     scale: Tensor | float  # a number, or one for each head, (b,)
 
 
-def attention_sums(heads: Heads, rows: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def attention_sums(
+    heads: Heads, rows: Tensor, read: Tensor | None = None, asked: Sequence[bool] = (True, True, True)
+) -> list[Tensor | None]:
     """Sums over rows j and target tokens t of ``|dz_j[t]|`` for each element of queries, keys and values.
 
     Args:
         heads: The heads; of the b heads those of one sample follow one another, and of these those of one window.
         rows: ``(n, k, h, D)``, each sample's rows of the map, by the head whose output they read.
         read: How much each head's output tokens count, ``(b, T)``; None for one.
+        asked: Whether sums are asked for, of queries, keys and values.
 
     Returns:
-        Sums shaped like queries, keys and values.
+        Sums shaped like queries, keys and values; None for what is not asked for.
     """
     queries, keys, values, weights, scale = heads
     samples, _, count, _ = rows.shape
@@ -57,12 +61,15 @@ def attention_sums(heads: Heads, rows: Tensor, read: Tensor | None = None) -> tu
     of_values = (columns * sizes.unsqueeze(3)).view(values.shape)
     outputs = weights @ values
     of_queries, of_keys = torch.empty_like(queries), torch.empty_like(keys)
-    for start in range(count * samples):
+    for start in range(count * samples) if asked[0] or asked[1] else ():
         sample, head = divmod(start, count)
         own = slice(sample * len(queries) // samples + head, (sample + 1) * len(queries) // samples, count)
         kernel = rows[sample, :, head].T.contiguous()
         projected, at_outputs = values[own] @ kernel, outputs[own] @ kernel  # (w, T', k), (w, T, k)
-        of_keys[own] = _of_keys(queries[own], projected, at_outputs, counted[own])
+        if asked[1]:
+            of_keys[own] = _of_keys(queries[own], projected, at_outputs, counted[own])
+        if not asked[0]:
+            continue
         length, features = values.shape[1:]
         parts = keys[own], weights[own]
         if kernel.shape[1] * length <= features * (length + kernel.shape[1]):  # fewer products in this order
@@ -70,7 +77,86 @@ def attention_sums(heads: Heads, rows: Tensor, read: Tensor | None = None) -> tu
         else:
             of_queries[own] = _of_queries(*parts, values[own], outputs[own], kernel)
     of_queries *= scale.abs().view(-1, 1, 1) if read is None else (scale.abs().unsqueeze(1) * read).unsqueeze(2)
-    return of_queries, of_keys * scale.abs().view(-1, 1, 1), of_values
+    sums = of_queries, of_keys * scale.abs().view(-1, 1, 1), of_values
+    return [each if wanted else None for each, wanted in zip(sums, asked, strict=True)]
+
+
+def pulled_sums(side: int, heads: Heads, rows: Tensor, read: Tensor | None, copies: Tensor, jacobian: Tensor) -> Tensor:
+    """The same for elements before a map of each token by itself, which may go to several heads: (rows, T, m).
+
+    Args:
+        side: 0 for queries, 1 for keys, 2 for values.
+        heads, rows, read: As above.
+        copies: The heads that the elements of each row reach, of one sample and window, (rows, g).
+        jacobian: Derivatives of those heads' queries, keys or values, (rows, g, T, E, m).
+    """
+    count, of_sample = rows.shape[2], len(heads.weights) // len(rows)
+    scale = torch.as_tensor(heads.scale, dtype=rows.dtype, device=rows.device).expand(len(heads.weights))
+    total = jacobian.new_empty(len(copies), *jacobian.shape[2::2])
+    pull = (_pulled_to_queries, _pulled_to_keys, _pulled_to_values)[side]
+    for number, group in enumerate(copies):
+        kernel = rows[group[0] // of_sample][:, group % count].transpose(0, 1)  # (g, k, D)
+        counted = heads.weights[group] if read is None else heads.weights[group] * read[group].unsqueeze(2)
+        counted = counted if side == 2 else counted * scale[group].view(-1, 1, 1)
+        one = Heads(heads.queries[group], heads.keys[group], heads.values[group], heads.weights[group], 1.0)
+        total[number] = pull(one, kernel, counted, jacobian[number])
+    return total
+
+
+def _pulled_to_queries(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: Tensor) -> Tensor:
+    """``sum_j |sum_{g, e, d} J[g, t, e, m] M[g, t, e, d] W[g, j, d]|``, (T, m)."""
+    _, keys, values, weights, _ = heads
+    features, (copies, tokens, _, width) = values.shape[2], jacobian.shape
+    moments = jacobian.new_empty(tokens, width, copies, features)
+    step = max(1, 2 * _block(values) // (keys[0].numel()))  # features of the values at a time
+    for copy, (key, value, weight, slope) in enumerate(zip(keys, values, weights, counted, strict=True)):
+        means, outputs = slope @ key, weight @ value
+        for start in range(0, features, step):
+            part = slice(start, start + step)
+            products = (key.unsqueeze(2) * value[:, None, part]).flatten(1)
+            each = (slope @ products).view(tokens, key.shape[1], -1)
+            each.addcmul_(means.unsqueeze(2), outputs[:, None, part], value=-1)
+            moments[:, :, copy, part] = jacobian[copy].transpose(1, 2) @ each
+    return _row_sums(moments.flatten(2).flatten(0, 1), kernel.transpose(1, 2).flatten(0, 1)).view(tokens, width)
+
+
+def _pulled_to_keys(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: Tensor) -> Tensor:
+    """``sum_{t, j} |sum_g P[g, t, t'] W_gj (v[t'] - o[t]) sum_e q[g, t, e] J[g, t', e, m]|``, (T', m)."""
+    queries, _, values, weights, _ = heads
+    wide = torch.promote_types(values.dtype, torch.float32)  # there are no distances of shorter numbers
+    projected = (values @ kernel.transpose(1, 2)).to(wide)  # (g, T', k)
+    at_outputs = weights @ projected.to(weights.dtype)
+    copies, tokens, _, width = jacobian.shape
+    if copies == 1:
+        distances = torch.cdist(at_outputs.to(wide), projected, p=1).to(counted.dtype) * counted.abs()
+    total = jacobian.new_empty(tokens, width)
+    rows = 1 if copies == 1 else kernel.shape[1]
+    step = max(1, _block(values) // (queries.shape[1] * width * rows))
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        pulled = queries.unsqueeze(1) @ jacobian[:, part]  # (g, t', T, m)
+        if copies == 1:
+            total[part] = (distances[0, :, part].T.unsqueeze(1) @ pulled[0].abs_()).squeeze(1)
+            continue
+        slopes = (projected[:, part].unsqueeze(2) - at_outputs.unsqueeze(1)) * counted[:, :, part].mT.unsqueeze(3)
+        total[part] = (slopes.permute(1, 2, 3, 0) @ pulled.permute(1, 2, 0, 3)).abs_().sum((1, 2))
+    return total
+
+
+def _pulled_to_values(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: Tensor) -> Tensor:
+    """``sum_{t, j} |sum_g P[g, t, t'] sum_d W[g, j, d] J[g, t', d, m]|``, (T', m)."""
+    copies, tokens, _, width = jacobian.shape
+    total = jacobian.new_empty(tokens, width)
+    step = max(1, _block(kernel) // (kernel.shape[1] * width * (1 if copies == 1 else counted.shape[1])))
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        pulled = kernel.unsqueeze(1) @ jacobian[:, part]  # (g, t', k, m)
+        if copies == 1:
+            total[part] = pulled[0].abs_().sum(1) * counted[0, :, part].abs().sum(0).unsqueeze(1)
+            continue
+        sums = counted[:, :, part].permute(2, 1, 0) @ pulled.permute(1, 0, 2, 3).flatten(2)
+        total[part] = sums.abs_().sum(1).view(-1, kernel.shape[1], width).sum(1)
+    return total
 
 
 def _block(values: Tensor) -> int:

@@ -60,7 +60,7 @@ def passage_sums(
         largest = torch.stack([sums.amax() for _, sums in shares]).amax().clamp(min=torch.finfo(torch.float32).tiny)
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             [held.edge for held, _ in shares if held.edge is not None], [leaves[source][0] for source in sources],
-            [(sums / largest).to(held.values.dtype) for held, sums in shares],  # in the range of any dtype
+            [(sums / largest).to(held.dtype) for held, sums in shares],  # in the range of any dtype
             retain_graph=True, allow_unused=True
         )  # fmt: skip
         alike: dict[object, Tensor] = {}  # layers that add to one residual stream share one gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from attackroute.tracing.attention import Heads, attention_sums
+from attackroute.tracing.attention import Heads, attention_sums, pulled_sums
+from attackroute.tracing.factors import Factor, holds, samples_first, whole
 from attackroute.tracing.normalisation import Slopes, Stage
-from attackroute.tracing.trails import Factor, Strand, Trail, holds, joined, samples_first, whole
+from attackroute.tracing.reach import Base
+from attackroute.tracing.token_maps import TokenMap
+from attackroute.tracing.trails import Strand, Trail
 
 
 class Held:
@@ -21,7 +24,7 @@ class Held:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self.edge: GradientEdge | None = get_gradient_edge(tensor) if tensor.grad_fn is not None else None
-        self._version = tensor._version
+        self.dtype, self._version = tensor.dtype, tensor._version
 
     @property
     def values(self) -> Tensor:
@@ -45,7 +48,7 @@ class Rows(NamedTuple):
     own: Tensor | None = None  # (n, k), the only channel that each reads, where offsets are counted in what is read
 
 
-Share = tuple[Held, Tensor]
+Share = tuple[Held | Base, Tensor]
 """A tensor on the way to a layer, and the absolute influence of each of its elements."""
 
 
@@ -96,14 +99,6 @@ class Crossing:
             reads: For each kernel offset, how often each element of the output is read, if that differs.
         """
         raise NotImplementedError
-
-
-def mixed(trails: Sequence[Trail]) -> Trail:
-    """The trail of all that an operation reads, less other crossings."""
-    together = joined(trails)
-    nested = frozenset[int]().union(*(each.sources for each in together.strands if not isinstance(each.origin, int)))
-    strands = (each for each in together.strands if isinstance(each.origin, int) and each.origin not in nested)
-    return Trail(tuple(strands), together.lost | nested)
 
 
 class Deviation(NamedTuple):
@@ -225,9 +220,16 @@ class Attended(Crossing):
 
     Attributes:
         scale: What the logits were multiplied by: a number, or one for each head, (b,).
+        maps: For queries, keys and values the maps, by layer, through which they go back to layers' outputs token by
+            token; empty where their elements are those of layers.
     """
 
     scale: Tensor | float
+    maps: tuple[Mapping[int, TokenMap], ...] = ({}, {}, {})
+
+    @property
+    def sources(self) -> frozenset[int]:
+        return super().sources.union(*self.maps)
 
     def carries(self, strand: Strand, kind: str, samples: int, channels: int) -> bool:
         """A linear map over tokens, which reads whole heads side by side."""
@@ -236,21 +238,32 @@ class Attended(Crossing):
         if kind != "linear" or strand.gained or strand.merged or channels % features or heads % (samples * count):
             return False
         side_by_side = holds(strand.axes, -1, [Factor(0, 1, count), Factor(2, 1, features)])
-        return side_by_side and samples_first(strand.axes, self.output.shape, samples)
+        copies = [each.copies // count for maps in self.maps for each in maps.values()]
+        together = all(bool((windows == windows[:, :1]).all()) for windows in copies)
+        return side_by_side and together and samples_first(strand.axes, self.output.shape, samples)
 
     def shares(self, strands: Sequence[Strand], rows: Rows, reads: Iterator[Tensor]) -> list[Share]:
-        queries, keys, values, weights = self.held
         dtype, read = rows.weight.dtype, next(reads, None)
-        features = values.values.shape[2]
-        heads = Heads(
-            queries.values.to(dtype), keys.values.to(dtype).transpose(1, 2), values.values.to(dtype),
-            weights.values.to(dtype), self.scale
-        )  # fmt: skip
+        keys, features = self.held[1].values.to(dtype).transpose(1, 2), self.held[2].values.shape[2]
+        queries, values, weights = (self.held[place].values.to(dtype) for place in (0, 2, 3))
+        heads = Heads(queries, keys, values, weights, self.scale)
         by_head = rows.weight[..., 0].unflatten(2, (-1, features))
         read = None if read is None else read[..., 0].to(dtype)
-        of_queries, of_keys, of_values = attention_sums(heads, by_head, read)
-        parts = ((queries, of_queries), (keys, of_keys.transpose(1, 2)), (values, of_values))
-        return [(held, sums) for held, sums in parts if held.edge is not None]
+        direct = [not maps and held.edge is not None for maps, held in zip(self.maps, self.held, strict=False)]
+        sums = attention_sums(heads, by_head, read, direct)
+        shares: list[Share] = [
+            (held, each.transpose(1, 2) if held is self.held[1] else each)
+            for held, each in zip(self.held, sums, strict=False)
+            if each is not None
+        ]
+        for side, (held, maps) in enumerate(zip(self.held, self.maps, strict=False)):
+            for token_map in maps.values():
+                if held.edge is None:
+                    break
+                jacobian = token_map.jacobian(held.edge, held.values, 1 + (side == 1)).to(dtype)
+                of_base = pulled_sums(side, heads, by_head, read, token_map.copies, jacobian)
+                shares.append((token_map.reach.base, token_map.put_back(of_base)))
+        return shares
 
 
 @dataclass(frozen=True, eq=False)

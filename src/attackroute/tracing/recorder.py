@@ -24,7 +24,7 @@ from attackroute.tracing.flow import EMPTY, Flow, Term, opaque
 from attackroute.tracing.pass_checks import GraphWalk, Separation
 from attackroute.tracing.rules.elements import followed
 from attackroute.tracing.rules.operation import RULES, Operation, without_rule
-from attackroute.tracing.trails import UNTOUCHED, Strand, Trail
+from attackroute.tracing.trails import UNTOUCHED, Trail
 from attackroute.tracing.windows import Axes, Axis, GainSums, PatternSums
 
 aten = torch.ops.aten
@@ -300,8 +300,8 @@ class Tracker(TorchDispatchMode):
 
     def take_over(self, leaf: Tensor, output: Tensor) -> None:
         """Let a layer's output, cut off from what is before it, be followed as the output is."""
-        record: _Followed = self._flows[output]
-        self._flows[leaf] = record._replace(version=leaf._version, storage=leaf.untyped_storage()._cdata)
+        trail, storage = Trail.of_layer(len(self.layers) - 1, leaf), leaf.untyped_storage()._cdata
+        self._flows[leaf] = self._flows[output]._replace(version=leaf._version, storage=storage, trail=trail)
 
     # --- execution
 
@@ -341,7 +341,7 @@ class Tracker(TorchDispatchMode):
         first = operation.args[0] if operation.args else None
         layout = tuple(zip(first.shape, first.stride(), strict=True)) if isinstance(first, Tensor) else ()
         output = RULES.get(operation.func, without_rule)(operation)
-        if any(trail.strands or trail.form is not None for trail in trails.values()):
+        if any(trail.followed for trail in trails.values()):
             for tensor, trail in followed(operation, trails, layout, output):
                 self._lay(tensor, trail)
         return output
@@ -416,7 +416,7 @@ class Tracker(TorchDispatchMode):
                 factors[term.span] = 1.0 if term.scale is None else term.scale.to(factors.dtype)
             self.layers[index] = replace(layer, weight=layer.weight * factors[:, None, None, None])
         self.record(output, Flow(tuple(output.shape[1:]), (Term(index, 0, 0, layer.channels),)))
-        self._lay(output, Trail((Strand(index),)))
+        self._lay(output, Trail.of_layer(index, output))
 
     def _keep_kernel(self, weight: Tensor) -> None:
         if self._call is not None and not weight.is_inference():
@@ -475,7 +475,7 @@ class Tracker(TorchDispatchMode):
             self.record(out, opaque((index,)))
         else:
             self.record(out, Flow(tuple(out.shape[1:]), (Term(index, 0, 0, channels),)))
-        self._lay(out, Trail((Strand(index),)))
+        self._lay(out, Trail.of_layer(index, out))
 
     def _pieces(
         self, call: LayerCall, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]

@@ -8,9 +8,14 @@ elements are mixed in a way that has a closed form of its own.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from attackroute.tracing.factors import Axes
+from attackroute.tracing.reach import Reach
 
 
 class Origin(Protocol):
@@ -19,21 +24,6 @@ class Origin(Protocol):
     @property
     def sources(self) -> frozenset[int]:
         """The route layers that have a closed form through it."""
-
-
-class Factor(NamedTuple):
-    """Part of a dimension: ``size`` indices of the origin's dimension ``dim``, which are ``stride`` apart there.
-
-    Dimension -1 stands for indices that are not followed any more.
-    """
-
-    dim: int
-    stride: int
-    size: int
-
-
-Axes = tuple[tuple[Factor, ...], ...]
-"""For each dimension of a tensor, what it is made of, the outermost first."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +88,23 @@ class Trail:
         strands: Element by element.
         lost: Route layers that reach it in other ways too.
         form: What the tensor is on the way to a crossing, such as the logits of attention.
+        reach: Of some layers, lost or not, which of their elements those of the tensor can depend on, in whatever way.
     """
 
     strands: tuple[Strand, ...] = ()
     lost: frozenset[int] = frozenset()
     form: object = None
+    reach: Mapping[int, Reach] = field(default_factory=dict)
+
+    @classmethod
+    def of_layer(cls, index: int, output: Tensor) -> Trail:
+        """The trail of a route layer's output."""
+        return cls((Strand(index),), reach={index: Reach.whole(output)})
+
+    @property
+    def followed(self) -> bool:
+        """Whether more is known than the sources."""
+        return bool(self.strands or self.reach) or self.form is not None
 
     @property
     def sources(self) -> frozenset[int]:
@@ -115,7 +117,7 @@ class Trail:
         return self.changed(strand if isinstance(strand.origin, int) else None for strand in self.strands)
 
     def changed(self, strands: Iterable[Strand | None]) -> Trail:
-        """The trail with its strands replaced, in order; where one becomes None, its sources are lost."""
+        """The trail with its strands replaced, in order, and no reach; where one becomes None, its sources are lost."""
         new = tuple(strands)
         gone = (old.sources for old, strand in zip(self.strands, new, strict=True) if strand is None)
         return Trail(tuple(strand for strand in new if strand is not None), self.lost.union(*gone))
@@ -147,66 +149,27 @@ def joined(trails: Sequence[Trail]) -> Trail:
             gone |= strand.sources
         else:
             others.append(strand)
-    return Trail(
-        tuple(strand for strands in kept.values() for strand in strands if not strand.sources <= gone), frozenset(gone)
-    )
+    left = tuple(strand for strands in kept.values() for strand in strands if not strand.sources <= gone)
+    return Trail(left, frozenset(gone), reach=reach_by(trails))
 
 
-# --- what dimensions are made of
+def mixed(trails: Sequence[Trail]) -> Trail:
+    """The trail of all that an operation reads, less other crossings."""
+    together = joined(trails)
+    nested = frozenset[int]().union(*(each.sources for each in together.strands if not isinstance(each.origin, int)))
+    strands = (each for each in together.strands if isinstance(each.origin, int) and each.origin not in nested)
+    return Trail(tuple(strands), together.lost | nested)
 
 
-def whole(shape: Sequence[int]) -> Axes:
-    """The axes of an origin's own output."""
-    return tuple(_merged([Factor(dim, 1, size)]) for dim, size in enumerate(shape))
-
-
-def unfollowed(axes: Axes, dims: Iterable[int], shape: Sequence[int]) -> Axes:
-    """Axes with some dimensions, now of other sizes, no longer followed."""
-    changed = set(dims)
-    return tuple(
-        _merged([Factor(-1, 1, shape[dim])]) if dim in changed else factors for dim, factors in enumerate(axes)
-    )
-
-
-def regrouped(axes: Axes, shape: Sequence[int]) -> Axes | None:
-    """Axes after a reshape; None where a dimension is cut at a place that is not a multiple."""
-    factors = [factor for group in axes for factor in group][::-1]
-    groups = []
-    for size in shape:
-        group: list[Factor] = []
-        missing = size
-        while missing > 1:
-            dim, stride, count = factors.pop() if factors else Factor(-1, 1, 0)
-            if count == 0 or (count % missing and missing % count):
-                return None
-            if count > missing:  # the outer part belongs here, the inner one to the next dimension
-                factors.append(Factor(dim, stride, count // missing))
-                stride, count = stride * (count // missing), missing
-            group.append(Factor(dim, stride, count))
-            missing //= count
-        groups.append(_merged(group))
-    return tuple(groups)
-
-
-def _merged(factors: Iterable[Factor]) -> tuple[Factor, ...]:
-    """Factors without those of size one, neighbours that belong together as one."""
-    merged: list[Factor] = []
-    for factor in factors:
-        if factor.size == 1:
-            continue
-        last = merged[-1] if merged else None
-        if last is not None and last.dim == factor.dim >= 0 and last.stride == factor.stride * factor.size:
-            merged[-1] = Factor(factor.dim, factor.stride, last.size * factor.size)
-        else:
-            merged.append(factor)
-    return tuple(merged)
-
-
-def holds(axes: Axes | None, dim: int, factors: Iterable[Factor]) -> bool:
-    """Whether a dimension is made of just these factors."""
-    return axes is not None and axes[dim] == _merged(factors)
-
-
-def samples_first(axes: Axes | None, shape: Sequence[int], samples: int) -> bool:
-    """Whether the first dimension counts samples, which come first in the origin's ``shape`` too."""
-    return shape[0] % samples == 0 and holds(axes, 0, [Factor(0, shape[0] // samples, samples)])
+def reach_by(trails: Sequence[Trail]) -> dict[int, Reach]:
+    """What is known of layers that reach a tensor by several trails, each of which brings elements to its places."""
+    together: dict[int, Reach] = {}
+    ways = [(trail.reach, trail.sources) for trail in trails]
+    for source in frozenset[int]().union(*(reach for reach, _ in ways)):
+        known = [reach.get(source) for reach, sources in ways if source in sources]
+        first = known[0]
+        for other in known[1:]:
+            first = None if first is None or other is None else first.common(other)
+        if first is not None:
+            together[source] = first
+    return together

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attackroute.tracing.crossings import Crossing
+from attackroute.tracing.factors import Axes, regrouped, unfollowed, whole
 from attackroute.tracing.rules.mixing import changed_form, mean_form, multiplied_by_deviation
 from attackroute.tracing.rules.operation import (
     COPIES,
@@ -25,7 +26,7 @@ from attackroute.tracing.rules.operation import (
     tensors_in,
     trail_rule,
 )
-from attackroute.tracing.trails import Axes, Strand, Trail, joined, lost, regrouped, unfollowed, whole
+from attackroute.tracing.trails import Strand, Trail, joined, lost, reach_by
 
 
 def followed(
@@ -38,7 +39,15 @@ def followed(
         rule = pointwise
     if rule is None:
         return [(tensor, lost(trails.values())) for tensor in results]
-    return list(zip(results, rule(Reading(operation, trails, layout), output), strict=False))
+    read = [(tensor, reach) for tensor in operation.operands for reach in trails[id(tensor)].reach.values()]
+    based = [reach.base for tensor, reach in read if reach.base.holds(tensor)]
+    pairs = list(zip(results, rule(Reading(operation, trails, layout), output), strict=False))
+    if not based or rule not in _PLACES or operation.func._schema.is_mutable:
+        return pairs
+    return [
+        (tensor, replace(trail, reach={source: each.based(tensor) for source, each in trail.reach.items()}))
+        for tensor, trail in pairs
+    ]
 
 
 # --- values
@@ -50,23 +59,26 @@ def pointwise(reading: Reading, output: Tensor) -> list[Trail]:
     operands = {id(value): value for value in reading.operation.operands}
     trails = {key: reading.trail(value) for key, value in operands.items()}
     dependent = [key for key, trail in trails.items() if trail.sources]
+    reach = {
+        key: {source: each.spread(operands[key].shape, output.shape) for source, each in trail.reach.items()}
+        for key, trail in trails.items()
+    }
     if len(dependent) == 1:
         form = changed_form(reading, operands[dependent[0]], output)
         if form is not None:
-            return [replace(trails[dependent[0]].of_layers, form=form)]
-    if (normalised := multiplied_by_deviation(reading, output)) is not None:
-        return [normalised]
+            return [replace(trails[dependent[0]].of_layers, form=form, reach=reach[dependent[0]])]
+    normalised = multiplied_by_deviation(reading, output)
 
     def kept(strand: Strand, operand: Tensor) -> Strand | None:
         if operand.shape != output.shape:
             return None
         return strand if isinstance(strand.origin, int) else _scaled(reading, strand, operand, len(dependent) == 1)
 
-    return [
-        joined(
-            [trail.changed([kept(strand, operands[key]) for strand in trail.strands]) for key, trail in trails.items()]
-        )
+    changed = [
+        replace(trail.changed([kept(strand, operands[key]) for strand in trail.strands]), reach=reach[key])
+        for key, trail in trails.items()
     ]
+    return [joined(changed) if normalised is None else replace(normalised, reach=reach_by(changed))]
 
 
 def _scaled(reading: Reading, strand: Strand, operand: Tensor, alone: bool) -> Strand | None:
@@ -117,10 +129,11 @@ def copy(reading: Reading, output: Tensor) -> list[Trail]:
 def _placed(
     trail: Trail, move: tuple[Any, ...], axes: Callable[[Axes], Axes | None], *, partial: bool = False
 ) -> Trail:
-    return trail.changed(
+    changed = trail.changed(
         strand.moved(move, None if strand.axes is None else axes(strand.axes), partial=partial)
         for strand in trail.strands
     )
+    return replace(changed, reach={source: reach.moved(move) for source, reach in trail.reach.items()})
 
 
 def _viewed(trail: Trail, old: Sequence[int], new: Sequence[int]) -> Trail:
@@ -153,11 +166,37 @@ def restride(reading: Reading, output: Tensor) -> list[Trail]:
 
 @trail_rule("expand")
 def expand(reading: Reading, output: Tensor) -> list[Trail]:
-    """Expansion to the same size."""
+    """Expansion, also to the same size."""
     values = reading.operation.args[0]
     if values.numel() == output.numel():
         return [_viewed(reading.first, values.shape, output.shape)]
-    return [lost([reading.first])]
+    reach = {source: each.spread(values.shape, output.shape) for source, each in reading.first.reach.items()}
+    return [replace(lost([reading.first]), reach=reach)]
+
+
+@trail_rule("repeat")
+def repeat(reading: Reading, output: Tensor) -> list[Trail]:
+    """Copies one after another, along some dimensions."""
+    values, counts = reading.operation.args[:2]
+    shape = [1] * (len(counts) - values.ndim) + [*values.shape]
+    apart = [size for pair in zip([1] * len(shape), shape, strict=True) for size in pair]
+    copied = [size for pair in zip(counts, shape, strict=True) for size in pair]
+    reach = {
+        source: each.viewed(values.shape, apart).spread(apart, copied).viewed(copied, output.shape)
+        for source, each in reading.first.reach.items()
+    }
+    return [replace(lost([reading.first]), reach=reach)]
+
+
+@trail_rule("view_as_complex", "view_as_real")
+def complex_view(reading: Reading, output: Tensor) -> list[Trail]:
+    """Pairs of numbers as one complex number, and back."""
+    ends = (None,) if reading.name == "view_as_real" else ()
+    reach = {
+        source: replace(each, axes=each.axes[: output.ndim - len(ends)] + ends)
+        for source, each in reading.first.reach.items()
+    }
+    return [replace(lost([reading.first]), reach=reach)]
 
 
 @trail_rule("permute", "transpose.int", "t", "transpose_")
@@ -220,7 +259,8 @@ def cat(reading: Reading, output: Tensor) -> list[Trail]:
         placed = _placed(trail, move, lambda axes: unfollowed(axes, [dim], output.shape), partial=True)
         # channels that are whole and stand beside others begin a block, of which the move tells the place
         blocks = [start if each.axes and _is_channels(each, each.axes, dim) else -1 for each in trail.strands]
-        trails.append(placed.changed(map(lambda each, block: replace(each, block=block), placed.strands, blocks)))
+        begun = placed.changed(map(lambda each, block: replace(each, block=block), placed.strands, blocks))
+        trails.append(replace(begun, reach=placed.reach))
         start += size
     return [joined(trails)]
 
@@ -245,16 +285,19 @@ def turned(reading: Reading, output: Tensor) -> list[Trail]:
     return [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape))]
 
 
-@trail_rule("mean.dim", "sum.dim_IntList")
+@trail_rule(
+    "mean.dim", "sum.dim_IntList", "linalg_vector_norm", "norm.ScalarOpt_dim", "var.correction", "std.correction"
+)
 def reduced(reading: Reading, output: Tensor) -> list[Trail]:
     """Several elements in one."""
-    values = reading.operation.args[0]
-    dims = [dim % values.ndim for dim in reading.argument(1, "dim") or range(values.ndim)]
+    values, sums = reading.operation.args[0], reading.name in ("mean", "sum")
+    given = reading.argument(2 if "norm" in reading.name else 1, "dim")
+    dims = [dim % values.ndim for dim in given or range(values.ndim)]
     kept = [1 if dim in dims else size for dim, size in enumerate(values.shape)]
 
     def merged(strand: Strand) -> Strand | None:
         axes = strand.axes
-        if axes is not None and any(_is_channels(strand, axes, dim) for dim in dims):
+        if not sums or (axes is not None and any(_is_channels(strand, axes, dim) for dim in dims)):
             return None
         moved = strand.moved(
             ("reduce", tuple(values.shape), tuple(dims)),
@@ -263,6 +306,12 @@ def reduced(reading: Reading, output: Tensor) -> list[Trail]:
         )
         return replace(moved, merged=True)
 
-    trail = _viewed(reading.first.changed(map(merged, reading.first.strands)), kept, output.shape)
+    changed = reading.first.changed(map(merged, reading.first.strands))
+    reach = {source: each.mixed(dims) for source, each in reading.first.reach.items()}
+    trail = _viewed(replace(changed, reach=reach), kept, output.shape)
     last = dims == [values.ndim - 1] and output.ndim == values.ndim and reading.name == "mean"
     return [replace(trail, form=mean_form(reading.first.form)) if last else trail]
+
+
+_PLACES = (copies, view, permute, cut)
+"""Rules of operations that give elements of what they read, each once, and nothing else."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from attackroute.tracing.crossings import Attended, Crossing, Deviation, Held, Normalisation, mixed
+from attackroute.tracing.crossings import Attended, Crossing, Deviation, Held, Normalisation
 from attackroute.tracing.rules.operation import COPIES, FILLS, PRODUCTS, SUMS, Reading, trail_rule
-from attackroute.tracing.trails import Trail, lost
+from attackroute.tracing.token_maps import apart
+from attackroute.tracing.trails import Trail, lost, mixed
 
 
 @trail_rule("native_layer_norm")
@@ -21,7 +22,9 @@ def layer_norm(reading: Reading, output: Any) -> list[Trail]:
         return [lost(reading.trails.values())] * 3
     normalised, mean, reciprocal = output
     deviation = Deviation(Held(values), reciprocal.detach(), mean.detach(), scale)
-    return [_normalised(reading.first, values, deviation, normalised), lost([reading.first]), lost([reading.first])]
+    reach = {source: each.mixed([values.ndim - 1]) for source, each in reading.first.reach.items()}
+    trail = replace(_normalised(reading.first, values, deviation, normalised), reach=reach)
+    return [trail, lost([reading.first]), lost([reading.first])]
 
 
 def _normalised(trail: Trail, values: Tensor, deviation: Deviation, output: Tensor) -> Trail:
@@ -153,5 +156,6 @@ def product(reading: Reading, output: Tensor) -> list[Trail]:
     if not form.weights or not (form.queries.kept and form.keys.kept):
         return [everything]
     held = (form.queries, form.keys, Held(right), Held(left))
-    trail = mixed([*form.trails, trails[1]])
-    return [Crossing.behind(Attended(trail, output, held, scale=form.scale), lost=trail.lost)]
+    trail, maps = apart(((form.trails[0], 1), (form.trails[1], 2), (trails[1], 1)), [each.values for each in held])
+    attended = Attended(trail, output, held, scale=form.scale, maps=maps)
+    return [Crossing.behind(attended, lost=trail.lost - attended.sources)]
