@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from attackroute.analysis.criteria import channel_scores
 from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
-from attackroute.core.random import channel_uniforms
 from attackroute.routes.masks import top_k
 from attackroute.tracing.config import NOISE, TraceConfig
 from attackroute.tracing.recorder import record
@@ -107,8 +107,14 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
         return channel_scores(model, data, by, attack=_Replayed(pairs), batch_size=_BATCH).values
     if by == RANDOM:
         layers = channel_scores(model, (pairs.clean[:2], pairs.labels[:2]), "kernel").values
-        return {layer: channel_uniforms(seed, layer, len(values)) for layer, values in layers.items()}
+        return {layer: _uniforms(seed, layer, len(values)) for layer, values in layers.items()}
     raise UserError(f"unknown criterion {by!r}")
+
+
+def _uniforms(seed: int, layer: str, channels: int) -> Tensor:
+    """A number in [0, 1) for each channel of a layer, float64 ``(channels,)``."""
+    digests = [hashlib.sha256(f"rank/{seed}/{layer}/{channel}".encode()).digest() for channel in range(channels)]
+    return torch.tensor([(int.from_bytes(digest[:8], "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)
 
 
 def first_layers(others: Layers) -> dict[str, Tensor]:

@@ -134,7 +134,11 @@ def joined(*, timeout: timedelta = WAIT) -> Iterator[Processes]:
         raise
     finally:
         _current = _ALONE
-        _disconnect()
+        import torch.distributed as dist
+
+        with suppress(RuntimeError):  # after a loss, there may be nothing left to take leave of
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @contextmanager
@@ -213,14 +217,6 @@ def _connect(timeout: timedelta) -> Processes:
             "torchrun's --nnodes, --rdzv-endpoint and that the machines reach each other"
         ) from error
     return team
-
-
-def _disconnect() -> None:
-    import torch.distributed as dist
-
-    with suppress(RuntimeError):  # after a loss, there may be nothing left to take leave of
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _fails_first(team: Processes) -> bool:

@@ -55,12 +55,6 @@ def random_order(seed: int, layer: str, channels: Iterable[int]) -> list[int]:
     return sorted(channels, key=lambda channel: _digest(seed, layer, channel))
 
 
-def channel_uniforms(seed: int, layer: str, channels: int) -> Tensor:
-    """A number in [0, 1) for each channel of a layer, float64 ``(channels,)``, unrelated to other uses of the seed."""
-    digests = [_digest("rank", seed, layer, channel) for channel in range(channels)]
-    return torch.tensor([(int.from_bytes(digest[:8], "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)
-
-
 def image_keys(images: Tensor, seed: int, purpose: str, generator: torch.Generator | None = None) -> Tensor:
     """One key for each image, int64 ``(N,)``, from the image's values, the seed and what the numbers are for.
 

@@ -71,9 +71,13 @@ def route_view(
     if channels is None:
         return None
     names = list(channels)
-    frequencies = [_frequency(condition) for condition in conditions]
+    frequencies = [
+        each.routes.frequency() if each.routes is not None else None if each.route is None else each.route.frequency
+        for each in conditions
+    ]
     influences = [condition.influence for condition in conditions]
-    methods = next((dict(methods) for methods in map(_methods, conditions) if methods), {})
+    known = [each.routes if each.influence is None else each.influence for each in conditions]
+    methods = next((dict(each.methods) for each in known if each is not None and each.methods), {})
     count = sum(influence is not None for influence in influences)
     most = max(_FEWEST, limits.pairs // max(1, len(methods) * count))
     candidates = {layer: _candidates(conditions, frequencies, layer, limits.channels) for layer in channels}
@@ -87,11 +91,12 @@ def route_view(
             {
                 "name": f"{name}: {condition.name}" if name else condition.name,
                 "network": number,
-                "trace": _origin(condition),
+                "trace": None if origin is None or origin.provenance is None else origin.provenance.to_json(),
                 "influence_samples": None if condition.influence is None else condition.influence.samples,
             }
             for number, (name, measured) in enumerate(networks.items())
             for condition in measured.conditions
+            for origin in [condition.route if condition.routes is None else condition.routes]
         ],
         "layers": [
             {
@@ -128,18 +133,6 @@ def spread(count: int, most: int) -> list[int]:
     """At most ``most`` of ``count`` rows, evenly apart, since data often come sorted by class."""
     most = min(count, most)
     return [number * count // most for number in range(most)]
-
-
-def _frequency(condition: Condition) -> Mapping[str, Tensor] | None:
-    if condition.routes is not None:
-        return condition.routes.frequency()
-    return None if condition.route is None else condition.route.frequency
-
-
-def _methods(condition: Condition) -> Mapping[tuple[str, str], str]:
-    if condition.influence is not None:
-        return condition.influence.methods
-    return {} if condition.routes is None else condition.routes.methods
 
 
 def _candidates(
@@ -224,11 +217,6 @@ def _rows(conditions: Sequence[Condition], limit: int) -> list[Sequence[int] | N
         return [None for _ in conditions]
     rows = spread(len(main), limit)
     return [rows if item.routes is main or same_samples(main, item.routes) else None for item in conditions]
-
-
-def _origin(condition: Condition) -> Mapping[str, Any] | None:
-    routes = condition.routes if condition.routes is not None else condition.route
-    return None if routes is None or routes.provenance is None else routes.provenance.to_json()
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -93,7 +93,9 @@ class MIFGSM(Perturbation):
             largest: list[Tensor] = []
             for step in range(self.steps):
                 gradient = input_gradient(model, current, labels, largest if step else None)
-                norm = _sizes(gradient).clamp_(min=_TINY)  # one zero gradient must not make the sum NaN
+                dims, wide = tuple(range(1, gradient.ndim)), torch.promote_types(gradient.dtype, torch.float32)
+                norm = torch.linalg.vector_norm(gradient, 1, dims, keepdim=True, dtype=wide)
+                norm.clamp_(min=_TINY)  # one zero gradient must not make the sum NaN
                 momentum.mul_(self.decay).add_(gradient / norm)
                 current = torch.add(current, momentum.sign(), alpha=size).clamp_(low, high)
             _require_finite(largest)
@@ -205,11 +207,3 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 def _box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds of the L-infinity ball within [0, 1]."""
     return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
-
-
-def _sizes(values: Tensor) -> Tensor:
-    """L1 norm of each sample's values, ``(N, 1, 1, 1)``."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    dims = tuple(range(1, values.ndim))
-    sizes: Tensor = torch.linalg.vector_norm(values, 1, dim=dims, keepdim=True, dtype=wide)
-    return sizes

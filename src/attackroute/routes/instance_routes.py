@@ -336,7 +336,10 @@ class InstanceRoutes(SampleRoutes):
         methods: Mapping[Edge, str],
     ) -> InstanceRoutes:
         """Undo :meth:`_tensors`."""
-        packed, scores = (_with_prefix(tensors, prefix) for prefix in (_MASKS, _SCORES))
+        packed, scores = (
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in (_MASKS, _SCORES)
+        )
         answers = {name: tensors[name] for name in (*_ANSWERS, _UNRANKED) if name in tensors}
         if len(packed) + len(scores) + len(answers) != len(tensors):
             raise UserError("has tensors that are no part of instance routes")
@@ -364,10 +367,6 @@ def _compared(routes: InstanceRoutes) -> dict[str, Tensor]:
     """What makes routes equal: masks, labels and predictions."""
     notes = (_SCORES, _UNRANKED)
     return {name: values for name, values in routes._tensors().items() if not name.startswith(notes)}
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _on_cpu(name: str, answers: Tensor | None) -> Tensor | None:

@@ -128,8 +128,13 @@ class Route(Shown):
             title += [origin.criterion, f"width {origin.width:g}", plural(origin.samples, "sample")]
         header = ("layer", "channels", "on route", "which")
         rows = [
-            (layer, str(self.channels[layer]), str(len(chosen)), _preview(chosen))
-            for layer, chosen in self.indices.items()
+            (
+                layer,
+                str(self.channels[layer]),
+                str(len(route)),
+                " ".join(map(str, route[:6])) + " ..." * (len(route) > 6),
+            )
+            for layer, route in self.indices.items()
         ]
         return f"Route({', '.join(title)})\n{layer_table(header, rows)}"
 
@@ -317,7 +322,3 @@ def _shares(layer: str, values: object, count: int) -> Tensor:
     if not bool(((shares >= 0) & (shares <= 1)).all()):
         raise UserError(f"layer {layer!r}: a frequency lies outside [0, 1]")
     return shares
-
-
-def _preview(chosen: Sequence[int]) -> str:
-    return " ".join([*map(str, chosen[:6]), *(["..."] if len(chosen) > 6 else [])])

@@ -150,7 +150,7 @@ def influence_matrix(layer: RecordedLayer, source: int, channels: int, samples: 
             continue
         score = matrix.new_zeros(())
         for kernel, sums in _kernels(layer, piece, dtype):
-            dense = _dense(kernel.to(dtype), layer.groups)[:, piece.dst : piece.dst + piece.length]
+            dense = _signed(kernel.to(dtype), layer.groups).abs()[:, piece.dst : piece.dst + piece.length]
             each = sums.to(dtype).expand(samples, *dense.shape[1:])
             score = score + torch.einsum("oiuv,niuv->noi", dense, each)
         matrix[:, :, piece.src : piece.src + piece.length] += _scaled(score, piece)
@@ -191,13 +191,8 @@ def chosen_rows(chosen: Tensor, weight: Tensor, groups: int) -> Tensor:
     return total.view(samples, -1, kh, kw) if dense else total.view(samples, kh, kw, -1).permute(0, 3, 1, 2)
 
 
-def _dense(weight: Tensor, groups: int) -> Tensor:
-    """``|W|`` of a grouped convolution as ``(C_out, C_in, kh, kw)``, zero where a group does not look."""
-    return _signed(weight, groups).abs()
-
-
 def _signed(weight: Tensor, groups: int) -> Tensor:
-    """The same with its signs."""
+    """``W`` of a grouped convolution as ``(C_out, C_in, kh, kw)``, zero where a group does not look."""
     if groups == 1:
         return weight
     blocks = weight.unflatten(0, (groups, -1))
