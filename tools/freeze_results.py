@@ -225,7 +225,6 @@ def trace(place: Workplace) -> Results:
     fgsm = ar.parse_attack("fgsm:eps=0.1")
     results |= routes_of("tokens exact", traced(model, data, linear=True))
     results |= routes_of("tokens sketched", traced(model, data, linear=True, sketches=32, seed=3))
-    results |= routes_of("tokens auto", traced(model, data, linear=True, sketches="auto"))
     results |= routes_of("tokens noise", traced(model, data, fgsm, linear=True, carrier="noise"))
     pairs = {
         "digits influence": ar.influence(place.network, place.batch[0][:4], "features.7", "features.10"),
