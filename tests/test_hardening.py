@@ -398,7 +398,7 @@ KILLED: dict[str, Any] = {"attack": ATTACK, "penalty": ("gradient", "weight")}
 
 
 @pytest.mark.filterwarnings("ignore:all scores of layer")  # after many epochs
-@pytest.mark.parametrize(("kills", "epochs"), [(2, 8), pytest.param(20, 80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 5), pytest.param(20, 80, marks=pytest.mark.slow)])
 def test_resuming_after_sigkill(tmp_path: Path, kills: int, epochs: int) -> None:
     folder = tmp_path / "run"
     settings = replace(SETTINGS, epochs=epochs)

@@ -209,6 +209,7 @@ def test_routes_of_all_images_are_traced_from_all_of_them(tmp_path: Path) -> Non
     assert lams["PAT_g, route of all images"] == lams["PAT_g"]
 
 
+@pytest.mark.slow
 def test_noise_is_followed_and_punished_where_the_plan_says_so(tmp_path: Path) -> None:
     plan = replace(PLAN, carrier="noise", penalties=("stabilisation",), shares=(0.1,), more=0, seeds=(1,))
     study = studied(tmp_path, plan)

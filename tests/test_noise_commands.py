@@ -120,6 +120,6 @@ def test_hardening_along_the_noise(trained: Path, tmp_path: Path, monkeypatch: p
     ]  # fmt: skip
     done(*options, "--attack", ATTACK, "--out", tmp_path / "hardened")
     assert followed(tmp_path / "hardened") == ("noise", str(ar.parse_attack(ATTACK)))
-    assert json.loads((tmp_path / "hardened" / "settings.json").read_text())["route"]["carrier"] == "noise"
+    assert json.loads((tmp_path / "hardened" / "settings.json").read_text())["trace"]["carrier"] == "noise"
     plain = run_command(*options, "--out", tmp_path / "plain")
     refused(plain, "--attack", "--route")

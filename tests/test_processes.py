@@ -48,8 +48,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("count", "experiments"),
-    [(2, "sensitivity,gradcam"), pytest.param(3, ",".join(all_experiments()), marks=pytest.mark.slow)],
+    ("count", "experiments"), [(2, "sensitivity"), pytest.param(3, ",".join(all_experiments()), marks=pytest.mark.slow)]
 )
 def test_any_number_of_processes_gives_what_one_gives(tmp_path: Path, count: int, experiments: str) -> None:
     """One test, since starting the processes takes most of its time."""

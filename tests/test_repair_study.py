@@ -130,6 +130,7 @@ def test_areas_by_hand() -> None:
     assert gain.over_seeds == pytest.approx((0.15 - 12.706 * 0.15, 0.15 + 12.706 * 0.15), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_transplants_are_those_of_a_plain_loop() -> None:
     model, pairs = some_pairs(Residual)
     wrong = Pairs(pairs.clean, pairs.attacked, torch.where(torch.arange(12) < 2, (pairs.labels + 1) % 5, pairs.labels))
