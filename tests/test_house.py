@@ -25,7 +25,7 @@ MAY_IMPORT |= {room: MAY_IMPORT["analysis"] | {"analysis", "hardening"} for room
 MAY_IMPORT["cli"] = MAY_IMPORT["report"] | {"report", "paper"}
 MAY_IMPORT[""] = {"cli", *MAY_IMPORT["cli"]}  # the root: public names, and python -m attackroute
 
-AT_ROOT = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}
+AT_ROOT = {"__init__.py", "__main__.py", "py.typed"}
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "shared", "stuff", "base"}
 MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FILE, MOST_PARAMETERS = 135, 23_000, 500, 15
 

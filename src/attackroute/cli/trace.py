@@ -170,15 +170,16 @@ def _compare(
 
 
 def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float) -> None:
+    counts = [Counter(layer["incoming"].values()) for layer in summary["layers"]]  # how edges into it were computed
     layers = Table.of(
         {
             "layer": layer["layer"],
             "channels": layer["channels"],
             "on route": len(layer["route_channels"]),
             "occurrence": f"{layer['occurrence']:.1%}",
-            "computed": _methods(layer["incoming"]),
+            "computed": ", ".join(f"{how} ({n})" if ways.total() > 1 else how for how, n in ways.items()) or "no edge",
         }
-        for layer in summary["layers"]
+        for layer, ways in zip(summary["layers"], counts, strict=True)
     )
     output.table(layers.columns, layers.rows)
     pace = f" in {seconds:.1f} s ({1000 * seconds / count:.1f} ms each)" if count else ", all of them traced before"
@@ -188,10 +189,3 @@ def _show(output: Output, summary: Mapping[str, Any], count: int, seconds: float
     )
     if "approximate" in summary["criterion"]:
         output.line(f"criterion: {summary['criterion']}")
-
-
-def _methods(incoming: Mapping[str, str]) -> str:
-    """How the edges into a layer were computed: ``"closed-form (2), sketch (1)"``."""
-    counts = Counter(incoming.values())
-    listed = (f"{method} ({count})" if len(incoming) > 1 else method for method, count in counts.items())
-    return ", ".join(listed) or "no edge"

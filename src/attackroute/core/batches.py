@@ -123,7 +123,7 @@ class BatchStream:
             batch = _prepared(self._model, *item)
             if batch is not None:
                 if belongs_here:  # it is to be worked on, too
-                    self._source = chain(_handed_over(read), source)
+                    self._source = chain((read.pop(0) for _ in range(len(read))), source)  # none is held for longer
                 return batch
         raise UserError("the data hold no sample: the loader is empty")
 
@@ -239,12 +239,6 @@ def _numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
         yield item
         del item
         number += 1
-
-
-def _handed_over(items: list[T]) -> Iterator[T]:
-    """The items, none of which is held any longer than it takes to pass it on."""
-    while items:
-        yield items.pop(0)
 
 
 def _sampled(data: object) -> DataLoader[Any] | None:

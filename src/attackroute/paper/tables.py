@@ -318,7 +318,9 @@ def gradients_table(network: NetworkResults, findings: Findings) -> Iterator[Row
     """Gradients towards the loss, summed over the layer's route neurons; hard images withstand `fgsm:eps=1/255`, weak
     ones do not.
     """
-    for row in _table4_layers(network, findings):
+    rows: list[Record] = next(iter(findings["attacks"].values()))["gradients"]
+    named = [row for row in rows if network.title(row["layer"]) in GRADIENTS] if network.family == "vgg16" else []
+    for row in named or rows[:: max(1, len(rows) // (_LAYERS - 1))]:  # the paper's layers, else spread ones
         paper = GRADIENTS.get(network.title(row["layer"])) if network.family == "vgg16" else None
         yield {
             "layer": network.title(row["layer"]),
@@ -384,13 +386,6 @@ def prediction_claims(network: NetworkResults, findings: Findings) -> Iterator[C
                 name for name, rival in rivals.items() if rival is not None and not rival["lead_low"] > 0
             ),
         )
-
-
-def _table4_layers(network: NetworkResults, findings: Findings) -> list[Record]:
-    """The paper's layers where the network has them, else spread ones."""
-    rows: list[Record] = next(iter(findings["attacks"].values()))["gradients"]
-    named = [row for row in rows if network.title(row["layer"]) in GRADIENTS] if network.family == "vgg16" else []
-    return named or rows[:: max(1, len(rows) // (_LAYERS - 1))]
 
 
 def _auroc(findings: Findings, attack: str, predictor: str) -> Record | None:

@@ -101,6 +101,7 @@ class RunFolder:
         model_routes = [route for route in map(Route.load, files) if _fits(route, clean)]
         model_routes = [route for route in model_routes if route.provenance is None or not route.provenance.attack]
         counts = {**{kind: len(documents) - 1 for kind, documents in kinds.items()}, "routes": len(clean) - 1}
+        cards = [place for place in places if (place / CARD).is_file()]  # hardened ones among them
         firsts = {kind: documents[0] for kind, documents in kinds.items() if documents}
         run = cls(
             path=folder,
@@ -113,7 +114,7 @@ class RunFolder:
             evaluation=firsts.pop(EVALUATION, None),
             experiments=tuple(sorted(firsts.values(), key=lambda stored: stored.order)),
             hardenings=tuple(hardenings),
-            model=_network(folder, places),
+            model=next((place for place in (folder, folder / "model", *cards) if place in cards), None),
             left_out=tuple(f"{count} more {kind}" for kind, count in counts.items() if count > 0),
         )
         if run == cls(folder):
@@ -152,12 +153,6 @@ def _places(folder: Path) -> list[Path]:
     with file_errors(folder):
         below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return [folder, *below]
-
-
-def _network(folder: Path, places: list[Path]) -> Path | None:
-    """The folder of the run's network: the run's own, or the one called so beside others such as hardened ones."""
-    cards = [place for place in places if (place / CARD).is_file()]
-    return next((place for place in (folder, folder / "model", *cards) if place in cards), None)
 
 
 def _fits(routes: InstanceRoutes | Route, others: list[InstanceRoutes]) -> bool:

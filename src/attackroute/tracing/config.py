@@ -10,8 +10,7 @@ UNIT, NOISE = "unit", "noise"
 CARRIERS = (UNIT, NOISE)
 """What is pushed through the segments between layers: ones, which is the paper's influence, or an attack's noise."""
 
-LEAST_SKETCHES = 8
-"""With fewer draws an estimate says next to nothing."""
+LEAST_SKETCHES = 8  # with fewer draws an estimate says next to nothing
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ class GraphSources(NamedTuple):
     custom: frozenset[str]  # those of them that a path through a custom autograd function joins
 
 
-_FOREIGN = ("CppNode", "torch::jit")
-"""In the names of autograd functions that are not PyTorch's own: extensions in C++, and scripted ones."""
+_FOREIGN = ("CppNode", "torch::jit")  # in the names of autograd functions of extensions in C++, and of scripted ones
 
 
 class GraphWalk:
@@ -82,8 +81,7 @@ _ROWS_MIXED = (
     "so there are no numbers per image: let the model keep the images in the first dimension (batch_first=True), or "
     "leave linear maps out"
 )
-LOGITS = ""
-"""Stands for the model's answer among the names of layers."""
+LOGITS = ""  # stands for the model's answer among the names of layers
 STATISTIC = (
     "the model's answer for one image depends on another image of the batch (a statistic over the batch?), "
     "so there is no route per sample: give the model statistics of its own"

@@ -108,9 +108,8 @@ def changed_form(reading: Reading, operand: Tensor, output: Tensor) -> object:
 def _moment(reading: Reading, form: _Moment) -> _Moment | None:
     """The form of a mean of squares plus a number, or of its reciprocal root."""
     adds = reading.name in ("add", "add_") and not isinstance(reading.operation.args[1], Tensor)
-    if form.step != "mean" or not (adds or reading.name == "rsqrt"):
-        return None
-    return form if adds else _Moment(form.stream, "root")
+    root = form.step == "mean" and reading.name == "rsqrt"
+    return form if form.step == "mean" and adds else _Moment(form.stream, "root") if root else None
 
 
 def _logits(reading: Reading, form: object, operand: Tensor) -> _Logits | None:

@@ -116,11 +116,6 @@ def adaptive_avg_pool(operation: Operation, flow: Flow) -> Any:
     return operation.emit(operation.run(), result)
 
 
-def _without_positions(term: Term) -> Term:
-    mask = term.mask
-    return replace(term, mask=mask.reshape(mask.shape[:2])) if isinstance(mask, Tensor) else term
-
-
 @flow_rule(*overloads("mean.dim", "sum.dim_IntList"))
 def mean(operation: Operation, flow: Flow) -> Any:
     """Mean or sum over all positions."""
@@ -133,5 +128,7 @@ def mean(operation: Operation, flow: Flow) -> Any:
     pool = lambda map_: reduce(map_, dim=positions, keepdim=True)  # noqa: E731
     result = _averaged(operation, flow, pool, many=False)
     if not operation.argument(2, "keepdim", False):
-        result = replace(mapped(result, _without_positions), shape=result.shape[:1])
+        masks = [each.mask.flatten(1) if isinstance(each.mask, Tensor) else each.mask for each in result.terms]
+        terms = tuple(replace(term, mask=mask) for term, mask in zip(result.terms, masks, strict=True))
+        result = replace(result, terms=terms, shape=result.shape[:1])
     return operation.emit(operation.run(), result)
