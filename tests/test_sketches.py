@@ -135,6 +135,7 @@ def test_only_edges_without_a_closed_form_are_sketched(name: str) -> None:
     assert found.provenance.seed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SKETCHED)
 def test_routes_of_many_draws_are_the_exact_ones(name: str) -> None:
     build, linear = SKETCHED[name]
