@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torchvision import ops
 
 import attackroute as ar
@@ -41,7 +41,7 @@ def chain(between: nn.Module) -> nn.Module:
     )  # fmt: skip
 
 
-@torch.library.custom_op("attackroute_tests::twice", mutates_args=())
+@library.custom_op("attackroute_tests::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     return x * 2
 
@@ -242,3 +242,9 @@ def test_results_draw_and_show_themselves() -> None:
     bare = ar.Route(route.indices, route.channels)
     with pytest.raises(UserError, match="no frequencies to draw"):
         bare.plot()
+
+
+def test_an_answer_without_rows_is_named_among_tokens() -> None:
+    model, images, labels = ready(Pooled, size=12)
+    with pytest.raises(UserError, match=r"returns a tensor of shape \(\) for 2 images, not logits"):
+        ar.trace_routes(Wrapped(model, lambda x: model(x).sum()), (images, labels), config=LINEAR)

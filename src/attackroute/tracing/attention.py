@@ -123,12 +123,11 @@ def _pulled_to_queries(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: 
 def _pulled_to_keys(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: Tensor) -> Tensor:
     """``sum_{t, j} |sum_g P[g, t, t'] W_gj (v[t'] - o[t]) sum_e q[g, t, e] J[g, t', e, m]|``, (T', m)."""
     queries, _, values, weights, _ = heads
-    wide = torch.promote_types(values.dtype, torch.float32)  # there are no distances of shorter numbers
-    projected = (values @ kernel.transpose(1, 2)).to(wide)  # (g, T', k)
-    at_outputs = weights @ projected.to(weights.dtype)
+    projected = values @ kernel.transpose(1, 2)  # (g, T', k)
+    at_outputs = weights @ projected
     copies, tokens, _, width = jacobian.shape
     if copies == 1:
-        distances = torch.cdist(at_outputs.to(wide), projected, p=1).to(counted.dtype) * counted.abs()
+        distances = _distances(at_outputs, projected) * counted.abs()
     total = jacobian.new_empty(tokens, width)
     rows = 1 if copies == 1 else kernel.shape[1]
     step = max(1, _block(values) // (queries.shape[1] * width * rows))
@@ -190,6 +189,10 @@ def _row_sums(left: Tensor, right: Tensor) -> Tensor:
 
 def _of_keys(queries: Tensor, projected: Tensor, at_outputs: Tensor, counted: Tensor) -> Tensor:
     """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``, of one head of w windows."""
-    wide = torch.promote_types(projected.dtype, torch.float32)  # there are no distances of shorter numbers
-    distances = torch.cdist(at_outputs.to(wide), projected.to(wide), p=1).to(counted.dtype)
-    return (distances * counted).transpose(1, 2) @ queries.abs()
+    return (_distances(at_outputs, projected) * counted).transpose(1, 2) @ queries.abs()
+
+
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    """L1 distances of rows, ``(w, T, T')``."""
+    wide = torch.promote_types(first.dtype, torch.float32)  # there are none of shorter numbers
+    return torch.cdist(first.to(wide), second.to(wide), p=1).to(first.dtype)

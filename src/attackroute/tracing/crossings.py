@@ -257,9 +257,9 @@ class Attended(Crossing):
             if each is not None
         ]
         for side, (held, maps) in enumerate(zip(self.held, self.maps, strict=False)):
+            if held.edge is None:
+                continue
             for token_map in maps.values():
-                if held.edge is None:
-                    break
                 jacobian = token_map.jacobian(held.edge, held.values, 1 + (side == 1)).to(dtype)
                 of_base = pulled_sums(side, heads, by_head, read, token_map.copies, jacobian)
                 shares.append((token_map.reach.base, token_map.put_back(of_base)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +64,14 @@ class Products(OpenEdges):
 
     def __init__(self, segments: Segments, images: Tensor, *, width: float, sketches: int | None, seed: int) -> None:
         super().__init__(width)
-        self._segments, self._sketches = segments, sketches
-        self._keys = None if sketches is None else image_keys(images, seed, "sketches")
+        self._products: Callable[[str, Tensor], dict[str, Tensor]] = segments.scores
+        if sketches is not None:
+            self._products = partial(segments.sketched, keys=image_keys(images, seed, "sketches"), draws=sketches)
         self._scores: dict[str, Tensor] = {}
 
     def follow(self, target: str, critical: Tensor) -> None:
         """Add the target's share to the scores of its sources."""
-        if self._sketches is None or self._keys is None:
-            shares = self._segments.scores(target, critical)
-        else:
-            shares = self._segments.sketched(target, critical, self._keys, self._sketches)
-        for source, score in shares.items():
+        for source, score in self._products(target, critical).items():
             self._scores[source] = score + self._scores[source] if source in self._scores else score
 
     def _share(self, source: str) -> Tensor | None:

@@ -96,7 +96,7 @@ def require_rows_apart(
 
     They would where positions stand first, and where windows of several images take turns in the batch. The first and
     the last image run together, and once more with either of them changed. ``layers`` leaves out the other linear maps;
-    ``seen`` is what :func:`_outputs` gives for the two as they are, where that is known.
+    ``seen`` is what the two give as they are (:func:`with_logits`), where that is known.
 
     Raises:
         UserError: They do in some layer, or a layer has not one row per image.
@@ -133,8 +133,14 @@ def _outputs(model: nn.Module, images: Tensor, layers: Container[str] | None) ->
 
     with torch.no_grad(), LayerCalls(model, visit, linear=True):
         answer = model(images.clone())
+    return with_logits(answer, outputs)
+
+
+def with_logits(answer: object, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layers' outputs for two images, behind the model's answer where that has a row for each."""
     logits = getattr(answer, "logits", answer)
-    return ({LOGITS: logits} if isinstance(logits, Tensor) and len(logits) == 2 else {}) | outputs
+    rows = {LOGITS: logits.detach()} if isinstance(logits, Tensor) and logits.shape[:1] == (2,) else {}
+    return {**rows, **outputs}
 
 
 _OPERAND = {aten.addmm.default: 1, aten.mm.default: 0, aten.convolution.default: 0}

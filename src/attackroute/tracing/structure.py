@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 from attackroute.core.layers import two_of
-from attackroute.tracing.pass_checks import LOGITS, STATISTIC, GraphWalk, Separation, require_rows_apart
+from attackroute.tracing.pass_checks import STATISTIC, GraphWalk, Separation, require_rows_apart, with_logits
 from attackroute.tracing.recorder import RecordedLayer, Tracker, record_first
 
 CLOSED_FORM, AUTOGRAD, SKETCH, REPLAY = "closed-form", "autograd", "sketch", "replay"
@@ -65,9 +65,7 @@ class Structure:
         recording = record_first(model, images, linear=linear, graph=graph, separation=separation, follow=follow)
         if not separation.proven:
             if linear:
-                logits = getattr(recording.output, "logits", recording.output)
-                seen = {LOGITS: logits.detach()} if isinstance(logits, Tensor) and len(logits) == 2 else {}
-                require_rows_apart(model, images, graph.outputs.keys(), seen | graph.outputs)
+                require_rows_apart(model, images, graph.outputs, with_logits(recording.output, graph.outputs))
             else:
                 _require_independent(images, recording.output)
         layers = recording.layers

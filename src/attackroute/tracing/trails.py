@@ -111,11 +111,6 @@ class Trail:
         """Every route layer that reaches the tensor."""
         return self.lost.union(*(strand.sources for strand in self.strands))
 
-    @property
-    def of_layers(self) -> Trail:
-        """The trail with the strands of route layers alone; what comes through crossings is lost."""
-        return self.changed(strand if isinstance(strand.origin, int) else None for strand in self.strands)
-
     def changed(self, strands: Iterable[Strand | None]) -> Trail:
         """The trail with its strands replaced, in order, and no reach; where one becomes None, its sources are lost."""
         new = tuple(strands)

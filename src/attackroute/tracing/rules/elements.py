@@ -66,7 +66,9 @@ def pointwise(reading: Reading, output: Tensor) -> list[Trail]:
     if len(dependent) == 1:
         form = changed_form(reading, operands[dependent[0]], output)
         if form is not None:
-            return [replace(trails[dependent[0]].of_layers, form=form, reach=reach[dependent[0]])]
+            trail = trails[dependent[0]]  # what came through crossings is lost
+            layers = trail.changed(strand if isinstance(strand.origin, int) else None for strand in trail.strands)
+            return [replace(layers, form=form, reach=reach[dependent[0]])]
     normalised = multiplied_by_deviation(reading, output)
 
     def kept(strand: Strand, operand: Tensor) -> Strand | None:
