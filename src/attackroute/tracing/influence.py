@@ -94,6 +94,7 @@ def mean_influence(
     data: Data,
     *,
     linear: bool = False,
+    units: str | Deviations = RAW,
     batch_size: int = 128,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> MeanInfluence:
@@ -128,6 +129,9 @@ def mean_influence(
             raise UserError(
                 f"the influence of {source!r} on {target!r} is not finite: look for inf or NaN in images and weights"
             )
+    deviations = TraceConfig(units=units).measured(model, data, batch_size).deviations
+    if deviations is not None:
+        matrices = {edge: per_deviation_of_both(matrix, *edge, deviations) for edge, matrix in matrices.items()}
     unmeasured = tuple(edge for edge in structure.methods if edge not in matrices)
     return MeanInfluence(done, structure.channels, methods=structure.methods, matrices=matrices, unmeasured=unmeasured)
 

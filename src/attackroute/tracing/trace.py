@@ -171,7 +171,7 @@ def _remark_unranked(routes: InstanceRoutes | RouteFolder, note: Note | None) ->
     if not routes.provenance.criterion.startswith(NOISE) and all(counts[sink] == len(routes) for sink in sinks):
         raise UserError(
             f"all scores of the last layers ({', '.join(sorted(sinks))}) are zero, so nothing is left to start from: "
-            "is the network dead, or the loss without a gradient?"
+            "is the network dead, the loss without a gradient, or, with units='std', no neuron different over the data?"
         )
     for layer, count in counts.items():
         text = f"all scores of layer {layer!r} are zero for {count} of {len(routes)} samples: there, their routes are "
