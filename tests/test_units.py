@@ -16,6 +16,9 @@ import attackroute as ar
 from architectures import CLOSED, MIXED, Head, chain
 from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.analysis.criteria import CRITERIA, channel_scores
+from attackroute.analysis.experiment import analyze
+from attackroute.analysis.experiments.rescaling import rescaled as in_other_parameters
+from attackroute.analysis.study import BASELINES, Study
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.hardening.gradient_penalty import GradientPenalty
@@ -28,10 +31,12 @@ from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.influence import influence, mean_influence
 from attackroute.tracing.oracle_check import verify
 from attackroute.tracing.trace import trace_routes
+from attackroute.zoo.data import ImageData
+from experiment_samples import make_case
 from random_networks import networks, steady
 from random_transformers import transformers
 from token_networks import made, swin, vit
-from tracing import agree_up_to_ties, deviation, ready, same_routes, shaken, worst
+from tracing import agree_up_to_ties, deviation, ready, same_routes, shaken, state, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of layer")
 
@@ -268,6 +273,37 @@ def test_penalties_have_no_slope_along_what_changes_no_function() -> None:
         torch.testing.assert_close(two, one, rtol=1e-9, atol=0)
     assert all(slope.abs().max() <= 1e-9 * value for slope, value in zip(along, values, strict=True))
     assert all(slope.abs().max() > 1e-3 * value for slope, value in zip(raw_along, raw, strict=True))
+
+
+# The sanity check of criteria
+
+
+def test_rescaling_finds_what_depends_on_the_parametrisation() -> None:
+    case = make_case(12)
+    pairs = list(zip(case.images, case.labels.tolist(), strict=True))
+    images = ImageData(pairs, tuple("abcde"), (3, 13, 13), "pictures", "test")  # type: ignore[arg-type]
+    study = Study(model=case.model, images=images, attacks="fgsm:eps=0.1", share=0.5)
+    before = state(case.model)
+    document = analyze(study, ["rescaling"])["rescaling"]
+    assert state(case.model) == before
+    for row in document.table:
+        kept, chosen = row["kept"], row["channels"]
+        assert kept == chosen if row["units"] == "std" or row["criterion"] == "attribution" else kept < chosen, row
+    assert {row["criterion"] for row in document.table} == {"route", *BASELINES}
+
+
+def test_a_copy_in_other_parameters_computes_the_same_or_is_refused() -> None:
+    model, images, labels = ready(chain)
+    route = trace_routes(model, (images, labels)).aggregate(0.3)
+    other = in_other_parameters(model, route, images, 10.0)
+    assert deviation(other(images), model(images)) <= 1e-12
+    first = next(iter(route))
+    convolutions = [dict(each.named_modules())[first].weight for each in (other, model)]
+    expected = torch.where(route.mask(first), 10.0, 1.0).double()
+    torch.testing.assert_close((convolutions[0] / convolutions[1]).mean((1, 2, 3)), expected)
+    nn.utils.parametrizations.weight_norm(dict(model.named_modules())[first])
+    with pytest.raises(UserError, match="shares or computes kernels"):
+        in_other_parameters(model, route, images, 10.0)
 
 
 # Bad input

@@ -112,14 +112,15 @@ class Study:
     @property
     def reference(self) -> ImageBatches:
         """The images that decide on routes and ranks."""
-        return self._batches(self.halves[0])
+        return self.batches(self.halves[0])
 
     @property
     def measured(self) -> ImageBatches:
         """The images that are measured."""
-        return self._batches(self.halves[1])
+        return self.batches(self.halves[1])
 
-    def _batches(self, indices: Sequence[int]) -> ImageBatches:
+    def batches(self, indices: Sequence[int]) -> ImageBatches:
+        """Some of the images."""
         from attackroute.zoo.data import ImageBatches
 
         images = replace(self.images, dataset=Subset(self.images.dataset, indices))
@@ -127,7 +128,7 @@ class Study:
 
     def _some(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The first batch of some images and their labels, on the network's device."""
-        images, labels = next(iter(self._batches(indices)))
+        images, labels = next(iter(self.batches(indices)))
         device, dtype = placement(self.model)
         return images.to(device, dtype), labels.to(device)
 
@@ -139,7 +140,7 @@ class Study:
     @cached_property
     def all_routes(self) -> dict[str, InstanceRoutes]:
         """Routes by influence of all images, those that are measured too, by criterion."""
-        return self._sample_routes(self._batches(range(len(self.images))), self.plain_config)
+        return self._sample_routes(self.batches(range(len(self.images))), self.plain_config)
 
     @cached_property
     def traced(self) -> TraceConfig:

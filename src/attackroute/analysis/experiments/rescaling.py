@@ -26,12 +26,13 @@ from attackroute.tracing.trace import Progress, trace_routes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FACTOR = 0.1  # on the channels off each route
+FACTORS = (0.1, 10.0)  # on the channels that are not chosen, and that may so gain or lose
+_SAMPLES = 64  # images at most: it is what stays that counts, not what is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rescaling(ExperimentResult):
-    """For each criterion and layer the share of its channels that it still chooses, and the network's change."""
+    """For each criterion and layer the ``channels`` that it chooses, and how many are ``kept`` at the least."""
 
     kind = "rescaling"
     table: Table
@@ -45,13 +46,12 @@ class Rescaling(ExperimentResult):
             rows = self.table.select(criterion=criterion, units=units)
             kept[criterion, units] = sum(rows.column("kept")) / sum(rows.column("channels"))
         parts = ", ".join(f"{by} ({units}) {share:.0%}" for (by, units), share in kept.items())
-        return (
-            f"With the kernels of all channels off it times {FACTOR:g}, undone behind them, of a choice stay: {parts}."
-        )
+        factors = " or ".join(f"{factor:g}" for factor in FACTORS)
+        return f"With all other channels' kernels times {factors}, undone behind them, of a choice stay: {parts}."
 
     def about(self) -> dict[str, Any]:
         """What the numbers have in common."""
-        return {"share": self.share, "samples": self.samples, "factor": FACTOR}
+        return {"share": self.share, "samples": self.samples, "factors": list(FACTORS)}
 
     def figures(self) -> Mapping[str, Figure]:
         """None: it is one number for each criterion."""
@@ -61,7 +61,7 @@ class Rescaling(ExperimentResult):
 @experiment("rescaling", order=9, title="The same function in other parameters", work=Work(1, traces=6))
 def run(study: Study, progress: Progress) -> Rescaling:
     """Which criteria choose the same channels when the network is written down in other parameters."""
-    config, attack, images = study.config, study.attack, study.reference
+    config, attack, images = study.config, study.attack, study.batches(study.halves[0][:_SAMPLES])
 
     def chosen(model: nn.Module, by: str, units: str) -> Route:
         if by == ROUTE:
@@ -80,14 +80,15 @@ def run(study: Study, progress: Progress) -> Rescaling:
             before = chosen(study.model, by, units)
         except MixedChannelsError:  # of weights, which then belong to no channel
             continue
-        after = chosen(rescaled(study.model, before.complement(), study.pair), by, units)
+        others = [rescaled(study.model, before.complement(), study.pair, factor) for factor in FACTORS]
+        kept = [(before & chosen(other, by, units)).indices for other in others]
         for layer, indices in before.indices.items():
-            stay = len((before & after).indices[layer])
+            stay = min(len(each[layer]) for each in kept)
             rows.append({"criterion": by, "units": units, "layer": layer, "channels": len(indices), "kept": stay})
-    return Rescaling(table=Table.of(rows), share=study.share, samples=len(study.halves[0]))
+    return Rescaling(table=Table.of(rows), share=study.share, samples=len(study.halves[0][:_SAMPLES]))
 
 
-def rescaled(model: nn.Module, channels: Route, images: Tensor, factor: float = FACTOR) -> nn.Module:
+def rescaled(model: nn.Module, channels: Route, images: Tensor, factor: float) -> nn.Module:
     """A copy of a network that computes the same: the kernels of some channels are scaled, their outputs scaled back.
 
     Batch norm behind a layer, or a ReLU before a linear map, hides such a factor in just this way. Layers whose kernel
