@@ -20,7 +20,7 @@ from attackroute.robustness.gradient_attacks import FGSM
 from attackroute.zoo.data import ImageData
 from experiment_samples import Case, make_case
 
-NAMES = ["occurrence", "sensitivity", "transplant", "deactivate", "weaken", "gradcam"]
+NAMES = ["occurrence", "sensitivity", "transplant", "deactivate", "weaken", "gradcam", "rescaling"]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from attackroute.core.model_state import explained, frozen
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import as_attack
 from attackroute.routes.layer_map import require_channels
+from attackroute.tracing.config import RAW, TraceConfig
+from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
@@ -42,6 +44,7 @@ def sensitivity(
     attack: Attack | str | None = None,
     batch_size: int = 128,
     linear: bool = False,
+    units: str | Deviations = RAW,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Neuron sensitivity (Fig. 2a): mean over pairs of ``||Z^m(x) - Z^m(x')||_1 / dim Z^m``, Z the layer's own output.
@@ -56,6 +59,7 @@ def sensitivity(
             specification such as ``"pgd"``, or any ``(model, images, labels) -> images``.
         batch_size: Rows per forward pass of tensors.
         linear: Whether linear maps are layers too; their neurons are output features.
+        units: As of :class:`attackroute.TraceConfig`; ``"std"`` takes the deviations over ``x``.
         progress: Called with (samples done, samples in all or None) after every batch.
 
     Returns:
@@ -72,11 +76,18 @@ def sensitivity(
         data = x if x_adv is None else _paired(batches(model, x, batch_size), batches(model, x_adv, batch_size))
         stream = BatchStream(model, data, batch_size)
         stream.total = samples_in(x)  # which the pairs do not tell
-        return mean_over(stream, model, measure, linear, progress).by_layer()
+        means = mean_over(stream, model, measure, linear, progress).by_layer()
+        return in_units(means, TraceConfig(units=units).measured(model, x, batch_size).deviations, -1)
 
 
 def loss_gradient(
-    model: nn.Module, data: Data, *, batch_size: int = 128, linear: bool = False, progress: Progress | None = None
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 128,
+    linear: bool = False,
+    units: str | Deviations = RAW,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Loss gradient at each neuron (Fig. 2b): mean over samples of ``sum over positions of |dL/dZ^m|``.
 
@@ -86,13 +97,24 @@ def loss_gradient(
     Args:
         model: Any network of images ``(N, C, H, W)`` to logits ``(N, classes)``.
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
-        batch_size: As for :func:`sensitivity`, as are ``linear``, ``progress`` and what it returns.
+        batch_size: As for :func:`sensitivity`, as are ``linear``, ``units``, ``progress`` and what it returns.
 
     Raises:
         UserError: There is no route layer, or an input does not fit the model.
     """
     with frozen(model), torch.inference_mode(False):
-        return mean_over(BatchStream(model, data, batch_size), model, gradients, linear, progress).by_layer()
+        means = mean_over(BatchStream(model, data, batch_size), model, gradients, linear, progress).by_layer()
+        return in_units(means, TraceConfig(units=units).measured(model, data, batch_size).deviations, 1)
+
+
+def in_units(values: Mapping[str, Tensor], deviations: Deviations | None, power: int) -> dict[str, Tensor]:
+    """Numbers of each layer's channels, ``(..., C)``, times a power of the neurons' deviations; None for raw units.
+
+    What is divided by the deviation of a neuron that never varies is zero.
+    """
+    if deviations is None or not power:
+        return dict(values)
+    return {layer: each * deviations.factors(layer, each)[0 if power > 0 else 1] for layer, each in values.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,7 +150,7 @@ def sample_routes(
     where the routes follow noise, its noise, and the baselines are those of the images themselves. Each of these, names
     of :data:`MEASURES`, costs one more forward pass.
     """
-    config = config or TraceConfig()
+    config = (config or TraceConfig()).measured(model, data, batch_size)
     noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)

@@ -18,6 +18,7 @@ from attackroute.analysis.channel_statistics import (
     attributions,
     changes,
     gradients,
+    in_units,
     mean_over,
     under_attack,
 )
@@ -30,6 +31,9 @@ from attackroute.robustness.registry import as_attack
 from attackroute.routes.masks import check_width, top_k
 from attackroute.routes.provenance import Provenance
 from attackroute.routes.route import Route
+from attackroute.tracing.closed_form import per_deviation
+from attackroute.tracing.config import RAW, TraceConfig
+from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.recorder import RecordedLayer, record_first
 from attackroute.tracing.trace import Progress
 
@@ -37,6 +41,7 @@ MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients
 """The criteria that rank the channels for one sample, too."""
 _COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {"sensitivity": changes, "attribution": attributions}
 CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "kernel")
+_POWERS = {"gradient": 1, "attribution": 0}  # of the neurons' deviations, by which raw values are multiplied
 NEED_ATTACK = tuple(_COMPARISONS)
 """The criteria that compare images with attacked ones."""
 
@@ -72,6 +77,7 @@ def rank_channels(
     attack: Attack | str | None = None,
     batch_size: int = 128,
     linear: bool = False,
+    units: str | Deviations = RAW,
     progress: Progress | None = None,
 ) -> Route:
     """A route of the paper's size by another criterion: in each layer the channels with the largest scores.
@@ -85,6 +91,7 @@ def rank_channels(
             ``"pgd"``, or any ``(model, images, labels) -> images``; the other criteria read the images as they are.
         batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
         linear: Whether linear maps are route layers too; their neurons are output features.
+        units: Of the scores, as of :class:`attackroute.TraceConfig`.
         progress: Called with (samples done, samples in all or None) after every batch.
 
     Returns:
@@ -94,7 +101,9 @@ def rank_channels(
         UserError: As :func:`channel_scores`, or the width is outside (0, 1].
     """
     check_width(width)
-    scores = channel_scores(model, data, by, attack=attack, batch_size=batch_size, linear=linear, progress=progress)
+    scores = channel_scores(
+        model, data, by, attack=attack, batch_size=batch_size, linear=linear, units=units, progress=progress
+    )
     return scores.route(width)
 
 
@@ -106,6 +115,7 @@ def channel_scores(
     attack: Attack | str | None = None,
     batch_size: int = 128,
     linear: bool = False,
+    units: str | Deviations = RAW,
     progress: Progress | None = None,
 ) -> ChannelScores:
     """The scores that :func:`rank_channels` ranks; one call serves routes of several widths.
@@ -123,10 +133,13 @@ def channel_scores(
       entropy for the sample's label, or for the model's own prediction where there is none. Right at any confidence;
       only if every sample's ``1 - p_y`` is below 1e-260, the scores share a factor that keeps them above zero.
 
-    ``"weight"`` and ``"kernel"`` read no more than two samples, to see which layers run.
+    ``"weight"`` and ``"kernel"`` read no more than two samples, to see which layers run. With ``units="std"`` gradients
+    are times the neurons' deviations, attributions what they are, weight norms as influence, and all else over the
+    deviations.
 
     Args:
-        model: As for :func:`rank_channels`, and so are ``data``, ``by``, ``batch_size`` and ``linear``.
+        model: As for :func:`rank_channels`, and so are ``data``, ``by``, ``batch_size``, ``linear``
+            and ``units``.
         attack: For the criteria that compare images with attacked ones. A sample without a label is attacked for the
             model's prediction on its clean image, and L is that of this label.
         progress: Called after every batch that is read in full.
@@ -146,20 +159,22 @@ def channel_scores(
         made = as_attack(attack)
         measure, named = under_attack(_COMPARISONS[by], made), attack_name(made)
     with frozen(model), torch.inference_mode(False):
+        deviations = TraceConfig(units=units).measured(model, data, batch_size).deviations
         stream = BatchStream(model, data, batch_size)
         if measure is not None:
             mean = mean_over(stream, model, measure, linear, progress)
-            return ChannelScores(by, mean.by_layer(), mean.samples, attack=named)
+            values = in_units(mean.by_layer(), deviations, _POWERS.get(by, -1))
+            return ChannelScores(by, values, mean.samples, attack=named)
         layers = record_first(model, two_of(stream.first[0]), linear=linear).layers
-    own = {layer.name: _kernel_norms(layer) for layer in layers}
-    return ChannelScores(by, own if by == "kernel" else outgoing_weight_norms(layers))
+    own = in_units({layer.name: _kernel_norms(layer) for layer in layers}, deviations, -1)
+    return ChannelScores(by, own if by == "kernel" else outgoing_weight_norms(layers, deviations))
 
 
 class MixedChannelsError(UserError):
     """What stands between two layers mixes channels, so that no weight belongs to a channel."""
 
 
-def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
+def outgoing_weight_norms(layers: Sequence[RecordedLayer], deviations: Deviations | None = None) -> dict[str, Tensor]:
     """Weight norm ``|W|_1`` by which each channel is read: the influence of Eqs. (1)-(2) with its masks left out.
 
     For channel i of layer l it is the sum, over the layers l' directly after l, of
@@ -167,8 +182,10 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
     batch norm's ``gamma / sigma``. Derivatives that differ between positions (activations, pooling, gates) count as
     one. A sink, which no route layer follows, is scored by its own kernel, ``sum over i, u of |W_l[m, i, u]|``.
 
-    For each layer, float64 ``(C,)`` on the CPU.
+    For each layer, float64 ``(C,)`` on the CPU, per one of the ``deviations`` as influence is, if there are any.
     """
+    if deviations is not None:
+        layers = [per_deviation(layer, deviations) for layer in layers]
     norms = {index: torch.zeros(layer.channels, dtype=torch.float64) for index, layer in enumerate(layers)}
     sinks = set(norms)
     for layer in layers:
@@ -185,9 +202,8 @@ def outgoing_weight_norms(layers: Sequence[RecordedLayer]) -> dict[str, Tensor]:
             if piece.scale is not None:
                 norm = norm * _wide(piece.scale).abs()
             norms[piece.source][piece.src : piece.src + piece.length] += norm
-    for index in sinks:
-        norms[index] = _kernel_norms(layers[index])
-    return {layer.name: norms[index] for index, layer in enumerate(layers)}
+    of_layers = in_units({layer.name: norms[index] for index, layer in enumerate(layers)}, deviations, 1)
+    return of_layers | {layers[index].name: _kernel_norms(layers[index]) for index in sinks}
 
 
 def _kernel_norms(layer: RecordedLayer) -> Tensor:

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import gradients, labelled, worked_on
+from attackroute.analysis.channel_statistics import gradients, in_units, labelled, worked_on
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import explained, frozen
 from attackroute.core.table import Shown, Table, plural
 from attackroute.routes.layer_map import require_model, require_same
 from attackroute.routes.route import Route
+from attackroute.tracing.config import RAW, TraceConfig
+from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
 
@@ -33,7 +35,13 @@ _LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
 
 
 def hardness(
-    model: nn.Module, route: Route, data: Data, *, batch_size: int = 128, progress: Progress | None = None
+    model: nn.Module,
+    route: Route,
+    data: Data,
+    *,
+    batch_size: int = 128,
+    units: str | Deviations = RAW,
+    progress: Progress | None = None,
 ) -> Hardness:
     """Rank samples by how hard the model is to fool on them, from one forward and one backward pass.
 
@@ -45,6 +53,7 @@ def hardness(
         route: A route of the model, such as :meth:`attackroute.InstanceRoutes.aggregate` gives.
         data: A DataLoader (any iterable) of ``(images, labels)``, or one such pair of tensors; at least two samples.
         batch_size: Rows per pass when ``data`` is tensors; a DataLoader brings its own.
+        units: Of the gradients, as of :class:`attackroute.TraceConfig`; ``"std"`` takes the deviations over ``data``.
         progress: Called with (samples done, samples in all or None) after every batch.
 
     Raises:
@@ -53,7 +62,8 @@ def hardness(
     """
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        read = GradientReader(model, {"route": route}).read
+        deviations = TraceConfig(units=units).measured(model, data, batch_size).deviations
+        read = GradientReader(model, {"route": route}, deviations).read
         samples = SampleGradients.concatenate(batch for _, batch in worked_on(stream, read, progress))
     return Hardness.from_gradients(samples, route)
 
@@ -178,16 +188,19 @@ class SampleGradients:
 
 
 class GradientReader:
-    """Reads batches of a frozen model with one forward and one backward pass each, all layers and routes at once."""
+    """Reads batches of a frozen model with one forward and one backward pass each, all layers and routes at once.
 
-    def __init__(self, model: nn.Module, routes: Mapping[str, Route]) -> None:
+    Gradients are per deviation of each neuron, or with None per raw unit.
+    """
+
+    def __init__(self, model: nn.Module, routes: Mapping[str, Route], deviations: Deviations | None = None) -> None:
         first = next(iter(routes.values()))
         for name, route in routes.items():
             require_same(first.channels, route.channels, f"route {name!r}")
             if not route.size:
                 raise UserError(f"route {name!r} has no neuron in any layer: give one with neurons")
         require_model(first.channels, model)
-        self._model = model
+        self._model, self._deviations = model, deviations
         self._channels = first.channels
         self._apart = False  # whether samples were seen to stand in the first dimension of tokens
         self._neurons = {layer: [route[layer] for route in routes.values()] for layer in first}
@@ -202,6 +215,7 @@ class GradientReader:
         self._apart = True
         assert measured.logits is not None and measured.at_images is not None
         wide = {layer: sizes.cpu().double() for layer, sizes in measured.on(self._channels).values.items()}
+        wide = in_units(wide, self._deviations, 1)
         # each row alone, where a product of matrices might round equal rows in different ways
         by_layer = [
             torch.stack([wide[layer][:, on_route].sum(1) for on_route in neurons], dim=1)

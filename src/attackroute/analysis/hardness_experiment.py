@@ -30,6 +30,7 @@ from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.gradient_attacks import predicted
 from attackroute.robustness.registry import named_attacks
 from attackroute.routes.route import Route
+from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def study_hardness(
     attacks: Mapping[str, Attack | str] | Sequence[Attack | str] | Attack | str,
     *,
     paper: Route | None = None,
+    deviations: Deviations | None = None,
     draws: int = 5,
     resamples: int = 1000,
     seed: int = 0,
@@ -143,6 +145,8 @@ def study_hardness(
     neurons of the route's layers and on random ones off the route. The AUROC is the probability that a sample on which
     the attack succeeds comes before one on which it fails.
 
+    Gradients are per one of the ``deviations``, if there are any.
+
     ``paper`` is the paper's route, where ``route`` is another, to compare with. Of ``draws`` sets of random neurons
     there is none where the route takes more than half of a layer. Intervals come from bootstrap ``resamples``. Whom an
     attack fools is kept in the ``journal``, and taken from there where it is known.
@@ -155,7 +159,7 @@ def study_hardness(
     journal = Journal(None, {}) if journal is None else journal
     routes = _routes(route, paper, draws, seed)
     with frozen(model), torch.inference_mode(False):
-        reader = GradientReader(model, routes)
+        reader = GradientReader(model, routes, deviations)
 
         def judge(images: Tensor, labels: Tensor | None) -> tuple[SampleGradients, dict[str, list[bool]], str]:
             gradients, digest = reader.read(images, labels), samples_digest(images, labels)

@@ -112,14 +112,15 @@ class Study:
     @property
     def reference(self) -> ImageBatches:
         """The images that decide on routes and ranks."""
-        return self._batches(self.halves[0])
+        return self.batches(self.halves[0])
 
     @property
     def measured(self) -> ImageBatches:
         """The images that are measured."""
-        return self._batches(self.halves[1])
+        return self.batches(self.halves[1])
 
-    def _batches(self, indices: Sequence[int]) -> ImageBatches:
+    def batches(self, indices: Sequence[int]) -> ImageBatches:
+        """Some of the images."""
         from attackroute.zoo.data import ImageBatches
 
         images = replace(self.images, dataset=Subset(self.images.dataset, indices))
@@ -127,24 +128,29 @@ class Study:
 
     def _some(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The first batch of some images and their labels, on the network's device."""
-        images, labels = next(iter(self._batches(indices)))
+        images, labels = next(iter(self.batches(indices)))
         device, dtype = placement(self.model)
         return images.to(device, dtype), labels.to(device)
 
     @cached_property
     def routes(self) -> dict[str, InstanceRoutes]:
         """Routes of the reference images by criterion; where routes follow noise, that of the first attack."""
-        return self._sample_routes(self.reference, self.config, self.attack if self.config.follows_noise else None)
+        return self._sample_routes(self.reference, self.traced, self.attack if self.config.follows_noise else None)
 
     @cached_property
     def all_routes(self) -> dict[str, InstanceRoutes]:
         """Routes by influence of all images, those that are measured too, by criterion."""
-        return self._sample_routes(self._batches(range(len(self.images))), self.plain_config)
+        return self._sample_routes(self.batches(range(len(self.images))), self.plain_config)
+
+    @cached_property
+    def traced(self) -> TraceConfig:
+        """How routes are traced, with the deviations over the reference images where units are of these."""
+        return self.config.measured(self.model, self.reference, self.batch_size)
 
     @property
     def plain_config(self) -> TraceConfig:
         """How routes by influence are traced, whatever the study's follow."""
-        return replace(self.config, carrier=UNIT)
+        return replace(self.traced, carrier=UNIT)
 
     def _sample_routes(
         self, data: ImageBatches, config: TraceConfig, attack: Attack | None = None
@@ -184,8 +190,9 @@ class Study:
             with self.progress(f"images ranked by {by}") as progress:
                 try:
                     scores[by] = channel_scores(
-                        self.model, self.reference, by, attack=attack, linear=self.config.linear, progress=progress
-                    )
+                        self.model, self.reference, by, attack=attack, linear=self.config.linear,
+                        units=self.traced.units, progress=progress,
+                    )  # fmt: skip
                 except MixedChannelsError as error:
                     self.note(f"note: no control by {by}: {error}")
         return scores
@@ -243,6 +250,6 @@ class Study:
             "seed": self.seed, "batch-size": self.batch_size, "share": self.share, "at": self.at, "draws": self.draws,
             "layers": None if self.layers is None else list(self.layers),
             "linear": self.config.linear, "sketches": self.config.sketches, "sketch-seed": self.config.seed,
-            "carrier": self.config.carrier,
+            "carrier": self.config.carrier, "units": self.config.units_name,
             "attacks": [attack_name(attack) for attack in self.named_attacks.values()],
         }  # fmt: skip

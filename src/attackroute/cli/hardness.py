@@ -70,7 +70,7 @@ def hardness(options: HardnessOptions) -> None:
     attacks = [parse_attack(text) for text in options.attacks or _ATTACKS]
     config = options.tracing.config(options.run.seed)
     session = Session.open(options.network, options.images, options.run)
-    if options.route is not None and config != TraceConfig(seed=config.seed):
+    if options.route is not None and config != TraceConfig(seed=config.seed, units=config.units):
         raise UserError(
             "--route is there already; leave out --linear, --sketches and --carrier, or trace the route with them"
         )
@@ -82,12 +82,13 @@ def hardness(options: HardnessOptions) -> None:
         journal = Journal(folder / MEASUREMENTS, settings | terms)
         if options.resume:
             journal.resume()
+        config = session.measured(config)
         route = _route(session, options.route, config, attacks[0] if config.follows_noise else None)
         paper = _route(session, None, replace(config, carrier=UNIT), None) if config.follows_noise else None
         with session.reading("images") as (batches, progress):
             study = study_hardness(
-                session.network, route, batches, attacks, paper=paper, seed=options.run.seed, journal=journal,
-                progress=progress,
+                session.network, route, batches, attacks, paper=paper, deviations=config.deviations,
+                seed=options.run.seed, journal=journal, progress=progress,
             )  # fmt: skip
         document = study.document(settings)
         if leading():

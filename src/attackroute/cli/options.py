@@ -24,7 +24,7 @@ from attackroute.cli.arguments import (
 from attackroute.cli.console import Output, Progress
 from attackroute.core.distributed import current, leading, own_device
 from attackroute.core.errors import UserError
-from attackroute.tracing.config import CARRIERS, UNIT, TraceConfig
+from attackroute.tracing.config import CARRIERS, RAW, UNIT, UNITS, TraceConfig
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,10 @@ class TracingOptions:
         "--carrier", "What a traced route follows: unit, how strongly channels could act on the next layer's (the "
         "paper's), or noise, how much of what --attack changes they pass on.", one_of(*CARRIERS), default=UNIT,
     )  # fmt: skip
+    units: str = option(
+        "--units", "In what neurons are measured: raw, their values (the paper's), or std, their standard deviation "
+        "over the images, so that nothing depends on how the network is written down.", one_of(*UNITS), default=RAW,
+    )  # fmt: skip
     linear: bool = switch(
         "--linear", "Linear maps are route layers too: in ViT and Swin the attention's projections and the MLPs. Their "
         "neurons are output features, their positions tokens.",
@@ -242,6 +246,13 @@ class Session:
         batches = ImageBatches(self.images, self.run.batch_size, workers=self.run.workers)
         with self.run.output.progress(unit, kept) as progress:
             yield batches, progress
+
+    def measured(self, config: TraceConfig) -> TraceConfig:
+        """The config with the images' deviations, where it asks for such units."""
+        if config.units == RAW:
+            return config
+        with self.reading("images measured for their units") as (batches, progress):
+            return config.measured(self.network, batches, progress=progress)
 
 
 def resolve_device(name: str) -> torch.device:

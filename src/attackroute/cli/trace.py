@@ -98,6 +98,7 @@ def trace(options: TraceOptions) -> int:
     output, team = options.run.output, current()
     network = session.network.double() if options.dtype == _DOUBLE else session.network
     autocast: torch.dtype | None = getattr(torch, options.dtype) if options.dtype in _REDUCED else None
+    config = session.measured(config)
     started, counts = time.perf_counter(), [] if options.out else [0]  # into a folder, what is done is counted first
     kept = "finished samples are kept; go on with --resume" if options.out else "nothing is kept without --out"
     out = options.out

@@ -17,8 +17,10 @@ from attackroute.core.checks import check_logits
 from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, FunctionCalls, LayerCall, LayerCalls
 from attackroute.hardening.objective import summed, task_loss
+from attackroute.hardening.settings import require_known
 from attackroute.routes.layer_map import require_channels, require_model
 from attackroute.routes.route import Route
+from attackroute.tracing.config import RAW, UNITS
 
 _aten, _nn = torch.ops.aten, torch._C._nn
 _HARD_SIGMOID = frozenset({functional.hardsigmoid, _nn.hardsigmoid, _aten.hardsigmoid, _aten.hardsigmoid.default})
@@ -32,14 +34,17 @@ class WatchingPenalty:
     Args:
         model: Any network; call it as a whole inside :meth:`watch`, or through a wrapper.
         route: The neurons, as traced; linear maps may be among the layers.
+        units: ``"raw"``, or ``"std"`` for the neurons' standard deviations over the batch and its positions, which are
+            differentiated too, since else the penalty would fall by scaling kernels up.
 
     Raises:
-        UserError: The model cannot carry the route, or the route has no neuron.
+        UserError: The model cannot carry the route, the route has no neuron, or the units are unknown.
     """
 
-    def __init__(self, model: nn.Module, route: Route) -> None:
+    def __init__(self, model: nn.Module, route: Route, *, units: str = RAW) -> None:
         require_model(route.channels, model)
-        self._model, self._route = model, route
+        require_known("units", units, UNITS)
+        self._model, self._route, self._units = model, route, units
         self._chosen = [layer for layer in route if len(route.indices[layer])]
         if not self._chosen:
             raise UserError("the route has no neuron, so there is nothing to punish")
@@ -81,6 +86,14 @@ class WatchingPenalty:
         """What is watched of a layer's output, and the output that flows on."""
         raise NotImplementedError
 
+    def _sizes(self, chosen: Tensor, dim: int) -> Tensor | None:
+        """Deviations of chosen channels over a batch, to be broadcast against it; None for raw units."""
+        if self._units == RAW:
+            return None
+        others = [axis for axis in range(chosen.ndim) if axis != dim % chosen.ndim]
+        # no slope at zero, where a channel does not vary
+        return chosen.var(others, correction=0, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny).sqrt()
+
     def _taken(self) -> dict[str, Any]:
         """What was watched; each pass serves once."""
         watched, self._watched = self._watched, None
@@ -111,8 +124,8 @@ class GradientPenalty(WatchingPenalty):
     Model, route and errors are those of :class:`WatchingPenalty`.
     """
 
-    def __init__(self, model: nn.Module, route: Route) -> None:
-        super().__init__(model, route)
+    def __init__(self, model: nn.Module, route: Route, *, units: str = RAW) -> None:
+        super().__init__(model, route, units=units)
         self._is_checked = False
 
     @contextmanager
@@ -138,12 +151,13 @@ class GradientPenalty(WatchingPenalty):
         task = task_loss(logits, labels.to(logits.device))
         if not task.requires_grad:
             raise UserError("the logits have no gradient: call the model outside no_grad, and do not detach its output")
-        edges = [edge for _, edge in watched.values()]
+        edges = [edge for _, edge, _ in watched.values()]
         sums = []
         gradients = torch.autograd.grad(task, edges, create_graph=True, allow_unused=True)  # Eq. (9)
-        for (name, (dim, _)), gradient in zip(watched.items(), gradients, strict=True):
+        for (name, (dim, _, sizes)), gradient in zip(watched.items(), gradients, strict=True):
             if gradient is not None:
                 chosen = gradient.index_select(dim, self._on_route(name, gradient.device))
+                chosen = chosen if sizes is None else chosen * sizes
                 sums.append(chosen.abs().sum(dtype=torch.promote_types(gradient.dtype, torch.float32)))
         if not sums:
             raise UserError("the logits do not depend on any layer of the route: are they those of the watched pass?")
@@ -159,8 +173,11 @@ class GradientPenalty(WatchingPenalty):
             raise UserError("float16 loses the small gradients that are punished; use bfloat16, or no autocast")
         if not output.requires_grad:  # all before it is frozen
             output = output.requires_grad_().clone()  # a copy, since what follows may work in place
-        # an edge of the graph, since the tensor itself may be written to by what follows
-        return (CHANNEL_DIM[call.kind], get_gradient_edge(output)), output
+        dim = CHANNEL_DIM[call.kind]
+        sizes = None
+        if self._units != RAW:  # of a copy, since the tensor itself may be written to by what follows
+            sizes = self._sizes(output.index_select(dim, self._on_route(call.name, output.device)), dim)
+        return (dim, get_gradient_edge(output), sizes), output
 
 
 def _twice_differentiable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

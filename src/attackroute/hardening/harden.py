@@ -43,7 +43,7 @@ from attackroute.hardening.weight_penalty import WeightPenalty
 from attackroute.robustness.attack import Attack
 from attackroute.routes.layer_map import require_model
 from attackroute.routes.route import Route
-from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.config import UNITS, TraceConfig
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import trace_routes
 from attackroute.zoo.data import ImageData, drawn
@@ -159,7 +159,7 @@ def harden(
     """
     settings = settings or HardenSettings()
     names = (penalty,) if isinstance(penalty, str) else tuple(penalty or ())
-    if route is not None and settings.trace != TraceConfig():
+    if route is not None and settings.trace != TraceConfig(units=settings.trace.units):
         raise UserError(
             "a route is given, so none is traced; leave out linear, sketches and carrier, or trace it with them"
         )
@@ -216,6 +216,8 @@ class RouteObjective(Objective):
                 "carrier 'noise' follows what an attack changes: train against one (attack=..., --attack), or give a "
                 "route that was traced so (route=..., --route)"
             )
+        if settings.trace.units not in UNITS:
+            raise UserError("hardening measures deviations by itself: give units='raw' or units='std'")
         self.route, self.strengths = route, dict[str, float]()
         self.overlap: RouteOverlap | None = None
         self._factors, self._hardening, self._seed = dict(factors), settings, 0
@@ -312,14 +314,14 @@ class RouteObjective(Objective):
         elif self._hardening.target == ALL:
             route = Route({layer: range(count) for layer, count in route.channels.items()}, route.channels)
         if GRADIENT in self._factors:
-            self._gradient = GradientPenalty(model, route)
+            self._gradient = GradientPenalty(model, route, units=self._hardening.trace.units_name)
         if WEIGHT in self._factors:
             images, _ = samples_of(model, data, [0, 0])
             connections, folded = Connections.of_route(model, images, route), self._hardening.folded
             layers = connections.joined(route) or None
             self._weight = WeightPenalty(model, route, images, folded=folded, layers=layers, connections=connections)
         if STABILISATION in self._factors:
-            self._stabilisation = StabilisationPenalty(model, route)
+            self._stabilisation = StabilisationPenalty(model, route, units=self._hardening.trace.units_name)
 
     def _measured_strengths(self, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
         """For each penalty, the norm of its gradient over that of the task's; the model and the generators stay."""

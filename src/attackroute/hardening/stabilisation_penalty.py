@@ -62,7 +62,10 @@ class StabilisationPenalty(WatchingPenalty):
                         f"{tuple(attacked.shape)} for the attacked ones: both must be the same images"
                     )
                 # summed over channels, averaged over samples and positions
-                changes[call.name] = (attacked - chosen).abs().mean() * attacked.shape[CHANNEL_DIM[call.kind]]
+                dim = CHANNEL_DIM[call.kind]
+                sizes = self._sizes(chosen, dim)
+                change = (attacked - chosen).abs() if sizes is None else ((attacked - chosen) / sizes).abs()
+                changes[call.name] = change.mean() * attacked.shape[dim]
             return output
 
         with LayerCalls(self._model, compare, linear=True):

@@ -20,7 +20,7 @@ from attackroute.robustness.registry import by_radius
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.layer_map import require_same
 from attackroute.routes.route import Route
-from attackroute.tracing.config import TraceConfig
+from attackroute.tracing.config import RAW, STD, TraceConfig
 from attackroute.tracing.influence import MeanInfluence, mean_influence
 from attackroute.tracing.trace import Progress, trace_routes
 
@@ -179,19 +179,21 @@ def measure(
     run's traced samples, where they are some of them. Attacks bear the names that they have in the run's traces. New
     traces take a ``width``, and the first ``shown`` images become pictures.
     """
-    influence = mean_influence(model, data, linear=linear, progress=progress)
-    for condition in run.conditions:
-        for routes in (condition.routes, condition.route):
-            if routes is not None:
-                require_same(routes.channels, influence.channels, "the model")
-    trace = partial(trace_routes, model, width=width, config=TraceConfig(linear=linear), progress=progress)
+    routes_of = [each for condition in run.conditions for each in (condition.routes, condition.route) if each]
+    std = any(each.provenance and each.provenance.criterion.endswith(STD) for each in routes_of)
+    config = TraceConfig(linear=linear, units=STD if std else RAW).measured(model, data)
+    how: dict[str, Any] = {"linear": linear, "units": config.units, "progress": progress}
+    influence = mean_influence(model, data, **how)
+    for each in routes_of:
+        require_same(each.channels, influence.channels, "the model")
+    trace = partial(trace_routes, model, width=width, config=config, progress=progress)
     is_traced = run.clean.routes is not None
     clean = replace(
         run.clean,
         routes=run.clean.routes if is_traced else trace(data),
         rows=rows if is_traced else range(influence.samples),
         influence=influence,
-        gradient=loss_gradient(model, data, linear=linear, progress=progress),
+        gradient=loss_gradient(model, data, **how),
         traced=not is_traced,
     )
     stored = {condition.attack: condition for condition in run.attacked if condition.routes is not None}
@@ -208,9 +210,9 @@ def measure(
             routes = replace(routes, provenance=replace(routes.provenance, attack=attack_name(attack)))
             condition = Condition(name, routes, rows=range(influence.samples), traced=True)
         responses: dict[str, Any] = {
-            "influence": mean_influence(model, images, linear=linear, progress=progress),
-            "gradient": loss_gradient(model, images, linear=linear, progress=progress),
-            "sensitivity": sensitivity(model, clean_images, images, linear=linear, progress=progress),
+            "influence": mean_influence(model, images, **how),
+            "gradient": loss_gradient(model, images, **how),
+            "sensitivity": sensitivity(model, clean_images, images, **how),
         }
         measured.append(replace(condition, **responses))
     attacked_conditions = sorted([*stored.values(), *measured], key=lambda condition: by_radius(condition.attack or ""))

@@ -7,6 +7,7 @@ over j is one matrix product of a 0/1 matrix with |W|, shared by all sources of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -15,10 +16,18 @@ from torch.nn import functional
 
 from attackroute.core.layers import CHANNEL_DIM
 from attackroute.tracing.crossings import Held, Passage, Rows, Share
+from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.recorder import Piece, RecordedLayer
 from attackroute.tracing.windows import indicator, pattern_kernel
 
 _BLOCK = 1 << 18  # weights per block: their absolute values stay in the processor's cache
+
+
+def per_deviation(layer: RecordedLayer, deviations: Deviations) -> RecordedLayer:
+    """The layer with its neurons in units of their deviations: all that follows is linear in a kernel's rows."""
+    weight = layer.weight.detach()
+    inverse = deviations.factors(layer.name, weight)[1]
+    return replace(layer, weight=weight * inverse.view(-1, *(1,) * (weight.ndim - 1)))
 
 
 def critical_sums(layer: RecordedLayer, critical: Tensor, totals: dict[int, Tensor]) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from attackroute.core.errors import UserError
+from torch import nn
+
+from attackroute.core.batches import Data
+from attackroute.core.errors import UserError, did_you_mean
+from attackroute.tracing.deviations import Deviations
 
 UNIT, NOISE = "unit", "noise"
 CARRIERS = (UNIT, NOISE)
 """What is pushed through the segments between layers: ones, which is the paper's influence, or an attack's noise."""
+
+RAW, STD = "raw", "std"
+UNITS = (RAW, STD)
+"""What neurons are measured in: their own values, which is the paper's way, or their deviation over the data."""
 
 LEAST_SKETCHES = 8  # with fewer draws an estimate says next to nothing
 
@@ -21,6 +30,9 @@ class TraceConfig:
         linear: Whether linear maps are route layers too; their neurons are output features.
         carrier: What is pushed through the segments between layers: ``"unit"``, ones, which is the paper's influence,
             or ``"noise"``, what an attack changes at each layer's input, exact as well; see docs/definitions.md.
+        units: In what influence is measured: ``"raw"``, the paper's, which depends on how the network's function is
+            written down in parameters, or ``"std"``, each neuron's standard deviation over the data that are traced,
+            which does not. Deviations measured elsewhere, ``Deviations.of(model, data)``, can stand for the latter.
         sketches: Estimate edges that have no closed form from so many random products each, such as 32, instead of one
             product per element, which can take thousands of times as long. **Approximate**: such an edge's method is
             ``"sketch"``. None computes these edges exactly.
@@ -32,6 +44,7 @@ class TraceConfig:
 
     linear: bool = False
     carrier: str = UNIT
+    units: str | Deviations = RAW
     sketches: int | None = None
     seed: int = 0
 
@@ -39,6 +52,9 @@ class TraceConfig:
         check_sketches(self.sketches)
         if self.carrier not in CARRIERS:
             raise UserError(f"carrier {self.carrier!r} is unknown; choose from {', '.join(CARRIERS)}")
+        if self.units not in UNITS and not isinstance(self.units, Deviations):
+            close = did_you_mean(str(self.units), UNITS)
+            raise UserError(f"units {self.units!r} are unknown{close}; choose from {', '.join(UNITS)}")
         if self.carrier == NOISE and self.sketches is not None:
             raise UserError(
                 "sketches estimate derivatives, and carrier 'noise' takes none between layers: leave one of the two out"
@@ -48,6 +64,30 @@ class TraceConfig:
     def follows_noise(self) -> bool:
         """Whether routes follow what an attack changes."""
         return self.carrier == NOISE
+
+    def measured(
+        self,
+        model: nn.Module,
+        data: Data,
+        batch_size: int = 128,
+        progress: Callable[[int, int | None], None] | None = None,
+    ) -> TraceConfig:
+        """The same config with the data's deviations in place of ``units="std"``, from one pass over them."""
+        if self.units != STD:
+            return self
+        return replace(self, units=Deviations.of(model, data, batch_size=batch_size, progress=progress))
+
+    @property
+    def deviations(self) -> Deviations | None:
+        """The deviations in whose units routes are traced; None for raw ones."""
+        if self.units == STD:
+            raise UserError("the data's deviations were not measured: call config.measured(model, data)")
+        return self.units if isinstance(self.units, Deviations) else None
+
+    @property
+    def units_name(self) -> str:
+        """``"raw"`` or ``"std"``."""
+        return RAW if self.units == RAW else STD
 
     def check_attack(self, attack: object) -> None:
         """Raise a `UserError` where the carrier needs an attack and there is none."""

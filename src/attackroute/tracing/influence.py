@@ -13,6 +13,8 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 from attackroute.tracing.closed_form import influence_matrix, passage_matrix
+from attackroute.tracing.config import RAW, TraceConfig
+from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.recorder import RecordedLayer, record
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import AUTOGRAD, Structure
@@ -23,7 +25,9 @@ Edge = tuple[str, str]
 _PRODUCTS = 4096  # vector-Jacobian products that one layer may cost per batch, when its edges have no closed form
 
 
-def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False) -> Tensor:
+def influence(
+    model: nn.Module, x: Tensor, source: str, target: str, *, linear: bool = False, units: str | Deviations = RAW
+) -> Tensor:
     """Influence of every channel of one route layer on every channel of an adjacent one (Eqs. (1)-(2)).
 
     Args:
@@ -32,6 +36,7 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
         source: Name of the earlier layer.
         target: Name of a layer that follows it directly.
         linear: Whether linear maps are route layers too.
+        units: As of :class:`attackroute.TraceConfig`: raw, or of standard deviations, over these images or given.
 
     Returns:
         ``(N, C_target, C_source)``: the sum over both channels' positions of ``|dZ_target / dZ_source|``.
@@ -41,6 +46,18 @@ def influence(model: nn.Module, x: Tensor, source: str, target: str, *, linear: 
     """
     if not isinstance(x, Tensor):
         raise UserError(f"x is {type(x).__name__}: pass the images as one tensor (N, C, H, W)")
+    matrix = _influence(model, x, source, target, linear)
+    deviations = TraceConfig(units=units).measured(model, x, len(x)).deviations
+    return matrix if deviations is None else per_deviation_of_both(matrix, source, target, deviations)
+
+
+def per_deviation_of_both(matrix: Tensor, source: str, target: str, deviations: Deviations) -> Tensor:
+    """``C[j, i] * sigma_i / sigma_j`` for influence ``(..., C_target, C_source)``."""
+    return matrix * deviations.factors(source, matrix)[0] * deviations.factors(target, matrix)[1].unsqueeze(-1)
+
+
+def _influence(model: nn.Module, x: Tensor, source: str, target: str, linear: bool) -> Tensor:
+    """The same in raw units."""
     with frozen(model):
         for images, _ in batches(model, x, x.shape[0] or 1):
             structure, _ = Structure.probe(model, images, linear=linear)
@@ -77,6 +94,7 @@ def mean_influence(
     data: Data,
     *,
     linear: bool = False,
+    units: str | Deviations = RAW,
     batch_size: int = 128,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> MeanInfluence:
@@ -111,6 +129,9 @@ def mean_influence(
             raise UserError(
                 f"the influence of {source!r} on {target!r} is not finite: look for inf or NaN in images and weights"
             )
+    deviations = TraceConfig(units=units).measured(model, data, batch_size).deviations
+    if deviations is not None:
+        matrices = {edge: per_deviation_of_both(matrix, *edge, deviations) for edge, matrix in matrices.items()}
     unmeasured = tuple(edge for edge in structure.methods if edge not in matrices)
     return MeanInfluence(done, structure.channels, methods=structure.methods, matrices=matrices, unmeasured=unmeasured)
 

@@ -45,10 +45,14 @@ class OpenEdges:
     def follow(self, target: str, critical: Tensor) -> None:
         """Take note of a target's critical neurons, bool ``(n, C)``, for all its sources."""
 
-    def rank(self, name: str, partial: Tensor) -> Ranked:
-        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share."""
+    def rank(self, name: str, partial: Tensor, unit: Tensor | None = None) -> Ranked:
+        """Rank a layer all of whose targets have been followed; ``partial`` ``(n, C)`` is the other edges' share.
+
+        Scores are per ``unit``, ``(C,)``, of the layer's own neurons; None for one.
+        """
         share = self._share(name)
         scores = partial if share is None else partial + share
+        scores = scores if unit is None else scores * unit
         return Ranked(scores, largest(scores, self._width))
 
     def _share(self, source: str) -> Tensor | None:

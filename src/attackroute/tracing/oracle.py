@@ -67,6 +67,7 @@ def trace(
     width: float = 0.2,
     loss: Loss | None = None,
     linear: bool = False,
+    deviations: Mapping[str, Tensor] | None = None,
 ) -> OracleTrace:
     """Critical attacking routes of single samples, Eqs. (1)-(5).
 
@@ -78,6 +79,7 @@ def trace(
         width: Share of each layer's neurons that is critical, in (0, 1].
         loss: Maps (logits, y) to losses per sample, (N,); None is cross entropy, scaled as `_cross_entropy_seed` says.
         linear: Whether linear layers are route layers too.
+        deviations: For each layer (C,), of which everything is in units; None for raw values.
 
     Raises:
         UserError: If an argument is out of range, or the model has no route layer or no logits.
@@ -96,6 +98,12 @@ def trace(
     else:
         before = {name: call.leaf.detach() for name, call in _run(model, clean, linear)[0].items()}
         influences = _noise_influences(model, x, every_call, before, edges, linear)
+    if deviations is not None:
+        for source, target in influences:
+            # noise comes in its source's own units, whatever these are
+            own = torch.ones(()) if clean is not None else deviations[source]
+            factor = (own / deviations[target].unsqueeze(1)).nan_to_num(0, 0, 0)
+            influences[source, target] = influences[source, target] * factor.to(x)
     scores: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for name in reversed(calls):
@@ -109,6 +117,8 @@ def trace(
             gradient = torch.zeros_like(leaf) if gradient is None else gradient
             size = gradient.abs() if clean is None else (leaf.detach() - before[name]) * gradient
             scores[name] = _per_channel(size)
+            if deviations is not None and clean is None:
+                scores[name] = scores[name] * deviations[name].to(size)
         masks[name] = _top(scores[name], width)
     return OracleTrace(
         tuple(calls),

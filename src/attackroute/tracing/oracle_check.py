@@ -62,6 +62,7 @@ def verify(
     ``images`` and ``labels`` are on the model's device, in its dtype, in which the oracle runs also where the engine
     does not (``autocast``). The oracle sketches nothing. Other arguments as of ``ar.trace_routes``.
     """
+    config = config.measured(model, images)
     traced = images if attack is None else attacked(model, as_attack(attack), images, labels)[0]
     noise = config.follows_noise
     routes = trace_routes(
@@ -70,7 +71,10 @@ def verify(
     )  # fmt: skip
     rows = list(range(len(images))) * (2 if len(images) == 1 else 1)  # two show which rows are images
     clean = images[rows] if noise else None
-    expected = oracle.trace(model, traced[rows], labels[rows], clean=clean, width=width, linear=config.linear)
+    expected = oracle.trace(
+        model, traced[rows], labels[rows], clean=clean, width=width, linear=config.linear,
+        deviations=None if config.deviations is None else config.deviations.values,
+    )  # fmt: skip
     comparable = torch.ones(len(images), dtype=torch.bool)
     exact = autocast is None and SKETCH not in routes.methods.values()
     tolerance = TOLERANCES.get(images.dtype) if exact else None

@@ -21,6 +21,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import CHANNEL_DIM, LayerCall, LayerCalls
 from attackroute.core.model_state import differentiated
 from attackroute.core.random import cauchies, derived_keys
+from attackroute.tracing.deviations import Deviations
 
 _ELEMENTS = 1 << 24  # largest cotangent batch, in elements of the widest tensor involved
 _DRAWN_ELEMENTS = 1 << 18  # the same for sketches on a CPU: larger batches of dense cotangents leave its caches
@@ -30,7 +31,7 @@ class Segments:
     """The graph between route layers of one batch, cut at every layer's output.
 
     Of a frozen model, for the ``edges``, ``target -> sources``, that will be asked for. ``fused`` runs attention fused:
-    quicker for single products, but its backward pass cannot be batched.
+    quicker for single products, but its backward pass cannot be batched. Targets are in units of ``deviations``.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Segments:
         *,
         linear: bool = False,
         fused: bool = False,
+        deviations: Deviations | None = None,
     ) -> None:
         # PyTorch's batched products through batch norm are wrong for one row whose gradient comes permuted (torch 2.14)
         self._samples = len(images)
@@ -56,9 +58,14 @@ class Segments:
             output = call.run()
             self._kinds[call.name] = call.kind
             if call.name in self._sources:
+                weight = call.weight
                 self._outputs[call.name] = output
+                if deviations is not None:
+                    factor = deviations.factors(call.name, output)[1]
+                    self._outputs[call.name] = output * factor.view(-1, *(1,) * (-1 - CHANNEL_DIM[call.kind]))
+                    weight = weight * factor.to(weight.dtype).view(-1, *(1,) * (weight.ndim - 1))
                 if call.kind == "linear" and call.input.requires_grad and not call.weight.requires_grad:
-                    self._inputs[call.name] = _Input(get_gradient_edge(call.input), call.input.dtype, call.weight)
+                    self._inputs[call.name] = _Input(get_gradient_edge(call.input), call.input.dtype, weight)
             if call.name not in cut_layers:
                 return output.detach()
             leaf = self._leaves[call.name] = output.detach().requires_grad_()  # no derivative goes on beyond it

@@ -25,8 +25,8 @@ from attackroute.routes.folder import RouteFolder, RouteWriter
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import check_ranked, check_width
 from attackroute.routes.provenance import Provenance
-from attackroute.tracing.closed_form import critical_sums, passage_sums
-from attackroute.tracing.config import NOISE, TraceConfig
+from attackroute.tracing.closed_form import critical_sums, passage_sums, per_deviation
+from attackroute.tracing.config import NOISE, STD, TraceConfig
 from attackroute.tracing.cuda_graph import GraphedPasses
 from attackroute.tracing.noise import NoiseTracker
 from attackroute.tracing.open_edges import OpenEdges, Products, Ranked, Replays
@@ -131,6 +131,7 @@ def trace_routes(
         raise UserError("resume=True goes on with the trace in a folder: give folder=...")
     samples, rows = (0, batch_size) if folder is None else batches_in_order(data, batch_size)
     with frozen(model), autocast_of(model, autocast):
+        config = config.measured(model, data, batch_size)
         # for a folder always the first batch, whatever is missing there, so that nothing depends on it
         stream = BatchStream(model, data, batch_size, None if folder is None else [0])
         images = stream.first[0]
@@ -170,7 +171,7 @@ def _remark_unranked(routes: InstanceRoutes | RouteFolder, note: Note | None) ->
     if not routes.provenance.criterion.startswith(NOISE) and all(counts[sink] == len(routes) for sink in sinks):
         raise UserError(
             f"all scores of the last layers ({', '.join(sorted(sinks))}) are zero, so nothing is left to start from: "
-            "is the network dead, or the loss without a gradient?"
+            "is the network dead, the loss without a gradient, or, with units='std', no neuron different over the data?"
         )
     for layer, count in counts.items():
         text = f"all scores of layer {layer!r} are zero for {count} of {len(routes)} samples: there, their routes are "
@@ -301,7 +302,10 @@ class Tracer:
         with explained(images):
             leaves = sinks | self.structure.cut
             recording = record(self.model, passed, linear=linear, leaves=leaves, expected=names, follow=follow)
+        deviations = self.config.deviations
         layers = self.structure.applied(recording.layers)
+        if deviations is not None:
+            layers = tuple(per_deviation(layer, deviations) for layer in layers)
         logits = checked_logits(recording.output, passed.shape[0], finite=False)
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode, the seeds need the graph
             logits = logits[-samples:]
@@ -322,7 +326,9 @@ class Tracer:
             layer = layers[index]
             if index in self.structure.idle:
                 continue
-            ranked[layer.name] = open_edges.rank(layer.name, scores[index])
+            # noise comes in the neuron's own units, whatever these are
+            own = None if deviations is None or clean is not None else deviations.factors(layer.name, scores[index])[0]
+            ranked[layer.name] = open_edges.rank(layer.name, scores[index], own)
             critical = ranked[layer.name].mask
             critical_sums(layer, critical, scores)  # Eq. (5)
             passage_sums(layer, critical, scores, outputs)
@@ -338,13 +344,17 @@ class Tracer:
             return OpenEdges(self.width)
         if self.config.follows_noise:
             return Replays(self.model, passed, layers=layers, edges=edges, width=self.width, linear=self.config.linear)
-        segments = Segments(self.model, images, edges, linear=self.config.linear, fused=sketches is not None)
+        segments = Segments(
+            self.model, images, edges, linear=self.config.linear, fused=sketches is not None,
+            deviations=self.config.deviations,
+        )  # fmt: skip
         return Products(segments, images, width=self.width, sketches=sketches, seed=self.config.seed)
 
     def _provenance(self, samples: int) -> Provenance:
         """Where the routes of some samples come from, with a word on what is approximate."""
         approximate = SKETCH in self.structure.methods.values()
         criterion = NOISE if self.config.follows_noise else Provenance.criterion
+        criterion += f", units {STD}" if self.config.deviations else ""
         if approximate:
             criterion += f", approximate ({self.config.sketches} sketches)"
         names = [self.settings[key] for key in ("data", "split") if self.settings.get(key) is not None]
@@ -371,6 +381,7 @@ class Tracer:
             "loss": None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "carrier": self.config.carrier,
             "linear": self.config.linear,
+            "units": deviations.digest if (deviations := self.config.deviations) else self.config.units,
             "sketches": self.config.sketches,
             "sketch-seed": self.config.seed,
             "keep-scores": self.keep_scores,

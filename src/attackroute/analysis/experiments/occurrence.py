@@ -83,7 +83,7 @@ def run(study: Study, progress: Progress) -> Occurrence:
     routes = {first if follows else "clean": study.routes[ROUTE]}
     for name in others if follows else attacks:
         routes[name] = sample_routes(
-            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.config, baselines=(),
+            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.traced, baselines=(),
             progress=progress,
         )[ROUTE]  # fmt: skip
     routes |= {by: each for by, each in study.routes.items() if by != ROUTE}

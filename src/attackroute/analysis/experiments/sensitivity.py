@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, labelled, worked_on
+from attackroute.analysis.channel_statistics import (
+    ChannelMeans,
+    RunningMean,
+    changes,
+    gradients,
+    in_units,
+    labelled,
+    worked_on,
+)
 from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import draw_spread, label, new_figure, shared_legend, tidy, upright_layers
@@ -23,6 +31,7 @@ from attackroute.core.model_state import frozen
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import named_attacks
+from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
@@ -102,13 +111,15 @@ class Sensitivity(ExperimentResult):
 @experiment("sensitivity", order=2, title="Sensitivity and gradients of the route's channels", work=Work(1))
 def run(study: Study, progress: Progress) -> Sensitivity:
     """How much neurons move under attack, and the loss with them (Fig. 2)."""
-    return measure_sensitivity(study.comparison(progress), study.named_attacks)
+    return measure_sensitivity(study.comparison(progress), study.named_attacks, study.traced.deviations)
 
 
-def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str]) -> Sensitivity:
+def measure_sensitivity(
+    compared: Comparison, attacks: Mapping[str, Attack | str], deviations: Deviations | None = None
+) -> Sensitivity:
     """Distributions of sensitivity and gradient over the route's neurons, over all others, and over controls.
 
-    All images count, also those that the network gets wrong.
+    All images count, also those that the network gets wrong. With deviations, both are in units of these.
     """
     named = named_attacks(attacks)
     model, share, rankings = compared.model, compared.share, compared.rankings()
@@ -135,7 +146,7 @@ def measure_sensitivity(compared: Comparison, attacks: Mapping[str, Attack | str
     levels = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
     rows: list[Record] = []
     for (quantity, under), mean in means.items():
-        by_layer = mean.by_layer()
+        by_layer = in_units(mean.by_layer(), deviations, 1 if quantity == GRADIENT else -1)
         for layer in rankings[0].layers:
             for (criterion, draw), mask in layer_sets(rankings, layer, share).items():
                 numbers = by_layer[layer][mask]
