@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
+import attackroute.analysis.channel_statistics as statistics
 from architectures import CLOSED, MIXED, Function, Head, Perceptron, chain, conv, randomised
 from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
 from attackroute.analysis.criteria import channel_scores, rank_channels
@@ -53,13 +54,17 @@ def test_every_architecture(name: str) -> None:
     clean, changed = outputs(model, x, y), outputs(model, attacked, y)
     moved, slope = sensitivity(model, x, attacked, batch_size=2), loss_gradient(model, (x, y), batch_size=2)
     by = channel_scores(model, (x, y), "attribution", attack=to(attacked)).values
-    assert list(moved) == list(slope) == list(by)
+    path = channel_scores(model, (x, y), "path", attack=to(attacked)).values
+    assert list(moved) == list(slope) == list(by) == list(path)
+    between = [outputs(model, x + (2 * step + 1) / 16 * (attacked - x), y) for step in range(8)]
     assert set(clean) == set(moved) - {"model"}
     for layer, (z, dz) in clean.items():
         other, other_dz = changed[layer]
         same(moved[layer], (z - other).abs().mean((0, 2, 3)))
         same(slope[layer], dz.abs().sum((2, 3)).mean(0))
         same(by[layer], -((z - other) * other_dz).sum((2, 3)).mean(0))
+        slopes = sum(point[layer][1] for point in between) / 8
+        same(path[layer], -((z - other) * slopes).sum((2, 3)).mean(0))
 
 
 def test_by_hand() -> None:
@@ -98,6 +103,33 @@ def test_attribution_is_the_loss_that_a_transplant_takes_away() -> None:
     assert (scores["conv1"] > 0).any() and (scores["conv1"] < 0).any()
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_path_of_one_point_is_attribution(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, attacked, y) = Perceptron(), batch()
+    model(x)
+    model = randomised(model).eval()
+
+    def scores(by: str) -> dict[str, Tensor]:
+        return dict(channel_scores(model, (x, y), by, attack=to(attacked), linear=linear).values)
+
+    whole = scores("path")
+    monkeypatch.setattr(statistics, "PATH_POINTS", (1.0,))
+    for layer, values in scores("attribution").items():
+        same(scores("path")[layer], values)
+        assert not torch.allclose(whole[layer], values)
+
+
+def test_the_path_of_a_linear_map_adds_up_to_the_change_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What lies before the layer is linear, so that its outputs lie on the path too, and the integral is the difference.
+    monkeypatch.setattr(statistics, "PATH_POINTS", [(step + 0.5) / 200 for step in range(200)])
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 144, 5)).eval()
+    x, attacked, y = batch()
+    found = channel_scores(model, (x, y), "path", attack=to(attacked)).values["0"].sum()
+    torch.testing.assert_close(
+        found, F.cross_entropy(model(attacked), y) - F.cross_entropy(model(x), y), rtol=1e-4, atol=0
+    )
+
+
 def test_equal_images_are_no_change() -> None:
     model, (x, _, y) = randomised(chain(inplace=True)).eval().float(), batch()
     x = x.float()
@@ -117,11 +149,14 @@ def test_two_forward_passes_a_batch() -> None:
         channel_scores(model, (x, y), by, attack=lambda model, images, labels: images / 2, batch_size=4)
         assert sizes == [*looked, 4, 4, 2, 2]
     sizes.clear()
+    channel_scores(model, (x, y), "path", attack=to(attacked))
+    assert sizes == [*looked, *[6] * 10]
+    sizes.clear()
     loss_gradient(model, (x, y))
     assert sizes == [*looked, 6]
 
 
-@pytest.mark.parametrize("measure", ["sensitivity", "attribution"])
+@pytest.mark.parametrize("measure", ["sensitivity", "attribution", "path"])
 def test_real_attacks_and_data_without_labels(measure: str) -> None:
     model, (x, _, y) = randomised(chain()).eval(), batch()
     attack = ar.parse_attack("pgd:eps=0.1,steps=3")
@@ -188,6 +223,28 @@ def test_attribution_of_confident_samples(dtype: torch.dtype) -> None:
             attack=lambda model, images, labels: attacked[[0]] if images[0, 0] else attacked[[1]],
         ).values["parts.a"]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_point_of_a_path_counts_with_its_own_doubt(dtype: torch.dtype) -> None:
+    # Logits (z ** 2, 0), label 0, z = 12 and 10 at x and x': the doubt at z is 1 / (1 + exp(z ** 2)), below 1e-43, and
+    # -(12 - 10) dL/dz = 2 * 2 z * doubt.
+    model = Function(lambda p, x: p["b"](p["a"](x) ** 2).sum((2, 3)), a=conv([[1.0]]), b=conv([[1.0], [0.0]])).to(dtype)
+    x = torch.full((1, 1, 1, 1), 12.0, dtype=dtype)
+    found = channel_scores(model, (x, torch.tensor([0])), "path", attack=lambda model, images, labels: images - 2)
+    points = [12 - 2 * (step + 0.5) / 8 for step in range(8)]
+    expected = torch.tensor([sum(4 * z / (1 + math.exp(z**2)) for z in points) / 8])
+    torch.testing.assert_close(found.values["parts.a"], expected, rtol=1e-4, atol=0)
+
+
+def test_a_layer_that_runs_between_the_images_alone_is_named() -> None:
+    def forward(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        between = parts["b"](parts["a"](x)) if 0.1 < float(x.detach().mean()) < 0.9 else parts["a"](x)
+        return between.sum((2, 3))
+
+    model = Function(forward, a=conv([[1.0], [2.0]]), b=conv([[1.0, 0.0], [0.0, 1.0]]))
+    with pytest.raises(UserError, match="structure must not vary"):
+        channel_scores(model, torch.zeros(1, 1, 1, 1), "path", attack=lambda model, images, labels: images + 1)
 
 
 def test_what_lies_before_a_cut_has_no_attribution() -> None:

@@ -53,17 +53,21 @@ def trial(lam: float, clean: int, attacked: int) -> Trial:
 
 
 def test_the_rule_by_hand() -> None:
-    reference = Accuracy(90, 100)
+    reference = trial(0, 90, 40)
     trials = [trial(0.1, 90, 40), trial(0.3, 89, 50), trial(1, 88, 50), trial(3, 87, 70)]
     assert PLAN.choose(trials, reference) == trials[1]
     assert replace(PLAN, tolerance=0.03).choose(trials, reference) == trials[3]
-    assert PLAN.choose([trial(0.1, 50, 10), trial(0.3, 50, 90)], reference).lam == 0.1
+    assert PLAN.choose(trials[:1], reference) is reference  # equals: the smaller one, which is no penalty
+    assert PLAN.choose([trial(0.1, 90, 39), trial(0.3, 89, 38)], reference) is reference
+    assert PLAN.choose([trial(0.1, 87, 70), trial(0.3, 50, 90)], reference) is reference  # too dear everywhere
+    assert "of 0, the same fine-tuning without a penalty, and" in PLAN.rule
 
 
 def test_larger_lambdas_are_tried_while_the_largest_wins() -> None:
-    reference = Accuracy(90, 100)
+    reference = trial(0, 90, 40)
     trials = [trial(0.1, 90, 40), trial(0.3, 90, 50)]
     assert PLAN.larger(trials, reference) == 0.9
+    assert PLAN.larger(trials[:1], reference) is None
     assert PLAN.larger([*trials, trial(0.9, 90, 45)], reference) is None
     assert PLAN.larger([*trials, trial(0.9, 80, 95)], reference) is None
     rising = [trial(lam, 90, round(40 + lam)) for lam in (1, 2, 3, 4, 5, 6)]
@@ -187,6 +191,13 @@ def test_numbers_are_those_of_the_networks_in_the_folder(whole: Whole) -> None:
     chosen = {tuning.variant.name: tuning.chosen.lam for tuning in study.tuning}
     assert {outcome.variant.name: outcome.lam for outcome in study.outcomes if outcome.variant.name in chosen} == chosen
     assert [outcome.variant for outcome in study.outcomes] == list(judged(PLAN))
+    for outcome in (outcome for outcome in study.outcomes if outcome.lam == 0):
+        both = [Variant(outcome.variant.base), outcome.variant]
+        assert (
+            len({tuple(study.of(variant)[0].right.items()) for variant in both}) == 1
+        )  # no penalty, whatever the name
+    unpunished = [tuning for tuning in study.tuning if tuning.chosen is tuning.reference]
+    assert 0 < len(unpunished) < len(study.tuning) and {tuning.chosen.lam for tuning in unpunished} == {0.0}
     overlaps = [outcome.variant.name for outcome in study.outcomes if outcome.overlap is not None]
     assert overlaps == ["Vanilla_g", "PAT_g"]
     assert not (folder / "tuning").exists()
@@ -210,7 +221,8 @@ def test_routes_of_all_images_are_traced_from_all_of_them(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_noise_is_followed_and_punished_where_the_plan_says_so(tmp_path: Path) -> None:
+def test_noise_is_followed_and_punished_where_the_plan_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StudyPlan, "choose", lambda _, trials, __: trials[-1])
     plan = replace(PLAN, carrier="noise", penalties=("stabilisation",), shares=(0.1,), more=0, seeds=(1,))
     study = studied(tmp_path, plan)
     assert [found.variant.name for found in study.tuning] == list(WAYS)

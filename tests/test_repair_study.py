@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch.nn import functional
 import attackroute as ar
 from architectures import Residual
 from attackroute.analysis import record_outputs
-from attackroute.analysis.channel_statistics import attributions
+from attackroute.analysis.channel_statistics import PATH_POINTS, attributions
+from attackroute.analysis.criteria import channel_scores
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k
@@ -80,7 +82,9 @@ def test_signed_noise_by_convolution() -> None:
         signed_scores(*some_pairs(Residual))
 
 
-@pytest.mark.parametrize("by", ["influence", "influence, attacked", "attribution", "sensitivity", "noise x gradient"])
+@pytest.mark.parametrize(
+    "by", ["influence", "influence, attacked", "attribution", "path", "sensitivity", "noise x gradient"]
+)
 def test_other_criteria_are_the_packages_own(by: str) -> None:
     model, pairs = some_pairs(Residual)
     found = criterion_scores(model, pairs, by)
@@ -97,6 +101,59 @@ def test_other_criteria_are_the_packages_own(by: str) -> None:
             assert torch.equal(top_k(scores, 0.3), route.mask(layer))
         return
     assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+
+
+def test_equal_compute_is_the_mean_over_as_many_attacks_as_a_path_has_points(tmp_path: Path) -> None:
+    model = seeded(0)
+    attack = ar.parse_attack("pgd:eps=0.1,steps=2,seed=5")
+    criteria = ["attribution", "attribution, equal compute", "path"]
+    run = study._Network(
+        name="a", model=model, data=digits(model, 6), attacks={"pgd": attack}, journal=Journal(None, {}), samples=6,
+        seed=0, criteria=criteria, oracle=False, index=0, advance=lambda: None,
+    )  # fmt: skip
+    run.rank()
+    pairs = run._ranked["pgd"]
+    data, expected = (pairs.clean, pairs.labels), []
+    for seed in range(5, 13):
+        started = ar.parse_attack(f"pgd:eps=0.1,steps=2,seed={seed}")
+        expected.append(channel_scores(model, data, "attribution", attack=started).values)
+    for layer, values in run._scores["pgd"]["attribution, equal compute"].items():
+        torch.testing.assert_close(values, sum(each[layer] for each in expected) / 8)
+        assert torch.equal(run._scores["pgd"]["attribution"][layer], expected[0][layer])
+    assert len(pairs.restarts) + 1 == len(PATH_POINTS) and len(pairs.part(0, 2).restarts[0]) == 2
+    plain = Pairs(pairs.clean, pairs.attacked, pairs.labels)
+    for layer, values in criterion_scores(model, plain, "attribution, equal compute").items():
+        assert torch.equal(values, expected[0][layer])
+
+
+def test_what_path_beats_on_every_network_by_hand() -> None:
+    def network(path: list[float], other: list[float]) -> NetworkRepair:
+        curves = {by: {"a": np.tile(right, (6, 1))} for by, right in (("path", path), ("attribution", other))}
+        repaired = Repaired(np.zeros(4), {"a": np.zeros(4)}, curves)
+        return NetworkRepair(repaired, {"pgd": repaired}, {})
+
+    # a curve that is 1 from 0.05 to 0.7, and 0 at 0 and 1, has the area 0.65 + 0.05 / 2 + 0.3 / 2
+    better, mixed = network([1, 1, 1, 1], [0, 0, 1, 0]), network([1, 1, 0, 0], [0, 1, 0, 0])
+    for networks, verdict in (([better], "beats"), ([better, mixed], "undecided against")):
+        found = RepairStudy("noise", dict(zip("ab", networks, strict=False)), {})
+        ((attack, said, other, gains),) = found.path_verdicts()
+        assert (attack, said, other) == ("pgd", verdict, "attribution")
+        assert [gain.value for gain in gains] == pytest.approx([0.75 * 0.825, 0.25 * 0.825][: len(networks)])
+    deviation = math.sqrt(3 * (0.25 * 0.825) ** 2 + (0.75 * 0.825) ** 2) / math.sqrt(3)
+    assert gains[0].over_images[0] == pytest.approx(0.75 * 0.825 - 1.96 * deviation / 2, abs=1e-4)
+    assert gains[1].over_images[0] < 0 < gains[1].over_images[1]
+
+
+def test_only_what_is_asked_for_is_judged(tmp_path: Path) -> None:
+    model = seeded(0)
+    found = study.study_repair(
+        {"a": model}, digits(model, 6), {"shaken": shaken}, tmp_path, samples=4, criteria=["path", "attribution"]
+    )
+    assert found.criteria("shaken") == ("noise", "attribution", "path", "random")
+    assert found.picked == "noise"
+    known = {by for row in found.document().about["differences"] for by in (row["first"], row["second"])}
+    assert known == {*found.criteria("shaken"), "first layers"}
+    assert [row["second"] for row in found.document().about["path"]] == ["attribution", "noise", "random"]
 
 
 def test_results_depend_on_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,7 +235,7 @@ def test_hardness_is_eq_16_of_one_image_at_a_time(name: str) -> None:
     torch.testing.assert_close(found.values, votes.sum(1).double())
 
 
-@pytest.mark.parametrize("by", ["activation", "gradient", "sensitivity", "attribution", "kernel"])
+@pytest.mark.parametrize("by", ["activation", "gradient", "sensitivity", "attribution", "path", "kernel"])
 def test_routes_by_every_criterion_have_all_layers(by: str) -> None:
     model, x, y = made(Attentive)
     attack = ar.parse_attack("fgsm") if by in NEED_ATTACK else None

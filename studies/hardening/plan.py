@@ -16,10 +16,10 @@ from attackroute.robustness.registry import parse_attack
 from attackroute.tracing.config import CARRIERS, NOISE, UNIT
 
 RULE = (
-    "of the lambdas with which clean accuracy on the validation images is at most {tolerance:.0%} below that of the "
-    "same fine-tuning without a penalty, the one with the highest accuracy under {judges} there, the smaller one of "
-    "equals; if there is none, the smallest. Where the largest lambda that was tried is chosen, {step:g} times as much "
-    "is tried too, at most {more} times"
+    "of 0, the same fine-tuning without a penalty, and the lambdas with which clean accuracy on the validation images "
+    "is at most {tolerance:.0%} below that, the one with the highest accuracy under {judges} there, the smaller one of "
+    "equals. Where the largest lambda that was tried is chosen, {step:g} times as much is tried too, at most {more} "
+    "times"
 )
 _STEP = 3.0
 
@@ -64,7 +64,7 @@ class Trial:
     """One lambda that was tried.
 
     Attributes:
-        lam: The factor.
+        lam: The factor; 0 without a penalty.
         clean: On clean validation images.
         attacked: On the same under the attack that judges.
     """
@@ -83,7 +83,7 @@ class StudyPlan:
         seeds: One network is trained, fine-tuned and judged for each.
         tuning_seed: The network on which lambda is chosen; none of the above.
         shares: Lambda is tried where it makes the penalty's gradient these shares of the task's, for the route's
-            neurons; the same lambdas are tried for the controls.
+            neurons; the same lambdas are tried for the controls. 0, no penalty, is on every list.
         more: Larger lambdas that the rule may ask for.
         penalties: Which are compared.
         carrier: What the routes follow that are judged; where it is not the paper's, that one is a control.
@@ -185,17 +185,18 @@ class StudyPlan:
             judges = " and ".join(f"{self.judge_of(base)} ({base})" for base in self.bases)
         return RULE.format(tolerance=self.tolerance, judges=judges, step=_STEP, more=self.more)
 
-    def choose(self, trials: Sequence[Trial], reference: Accuracy) -> Trial:
+    def choose(self, trials: Sequence[Trial], reference: Trial) -> Trial:
         """Apply the rule.
 
         Args:
-            trials: At least one, by rising lambda.
-            reference: Clean accuracy without a penalty.
+            trials: By rising lambda.
+            reference: Without a penalty, which may be chosen too.
         """
-        allowed = [trial for trial in trials if trial.clean.value >= reference.value - self.tolerance]
-        return max(allowed or trials[:1], key=lambda trial: (trial.attacked.value, -trial.lam))
+        least = reference.clean.value - self.tolerance
+        allowed = [reference, *(trial for trial in trials if trial.clean.value >= least)]
+        return max(allowed, key=lambda trial: (trial.attacked.value, -trial.lam))
 
-    def larger(self, trials: Sequence[Trial], reference: Accuracy) -> float | None:
+    def larger(self, trials: Sequence[Trial], reference: Trial) -> float | None:
         """A further lambda to try, where the rule asks for one."""
         at_edge = self.choose(trials, reference) is trials[-1]
         return (

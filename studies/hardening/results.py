@@ -21,9 +21,9 @@ class Tuning:
 
     Attributes:
         variant: Which.
-        reference: The same fine-tuning without a penalty.
-        trials: What was tried.
-        chosen: What the rule took.
+        reference: The same fine-tuning without a penalty, lambda 0.
+        trials: What was tried beside it.
+        chosen: What the rule took; the reference where no penalty did better.
     """
 
     variant: Variant

@@ -107,7 +107,9 @@ def _parser() -> Parser:
     add("--fine-epochs", type=positive, metavar="N", help="Of the fine-tuning. [1; 2]")
     add("--eps", type=number, metavar="RADIUS", help="Of all attacks. [8/255; 0.1]")
     add("--noise", type=number, metavar="STD", help="Standard deviation of the Gaussian noise. [0.1; 0.2]")
-    shares = "Try the lambdas that make the penalty's gradient these shares of the task's. [0.1,0.3; 0.03,0.1,0.3,1,3]"
+    shares = (
+        "Try 0 and the lambdas that make the penalty's gradient these shares of the task's. [0.1,0.3; 0.03,0.1,0.3,1,3]"
+    )
     add("--shares", type=_numbers, metavar="F,F,...", help=shares)
     add("--train-samples", type=at_least(2), metavar="N", help="Only so many. [all]")
     add("--test-samples", type=positive, metavar="N", help="Only so many. [2000; all]")

@@ -193,10 +193,10 @@ class _Study:
                 for variant in punished(self.plan):
                     if (variant.base, variant.penalty) == (base, penalty):
                         trials = [self._trial(network, variant, lam) for lam in grid]
-                        while (lam := self.plan.larger(trials, reference.clean)) is not None:
+                        while (lam := self.plan.larger(trials, reference)) is not None:
                             self.count.expect()
                             trials.append(self._trial(network, variant, lam))
-                        yield Tuning(variant, reference, tuple(trials), self.plan.choose(trials, reference.clean))
+                        yield Tuning(variant, reference, tuple(trials), self.plan.choose(trials, reference))
 
     def outcomes(self, chosen: Mapping[Variant, float]) -> Iterator[Outcome]:
         """Every variant of every seed, on the test images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from attackroute.tracing.windows import Axis
 INFLUENCE, INFLUENCE_ATTACKED = "influence", "influence, attacked"
 NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT = "noise", "noise, mean", "noise, signed", "noise x gradient"
 ATTRIBUTION, SENSITIVITY, RANDOM = "attribution", "sensitivity", "random"
+PATH, EQUAL_COMPUTE = "path", "attribution, equal compute"
+"""Attribution with its gradients averaged along the path of one attack, and over as many attacks: the control."""
 FIRST_LAYERS = "first layers"
 """A control for budgets of any layer: layer after layer from the input on, since clean values in all of the first layer
 make the image clean."""
@@ -43,18 +45,21 @@ class Pairs:
         clean: ``(N, ...)``.
         attacked: The same images after it.
         labels: ``(N,)``.
+        restarts: The same images after the same attack from other random starts, for ``"attribution, equal compute"``.
     """
 
     clean: Tensor
     attacked: Tensor
     labels: Tensor
+    restarts: Sequence[Tensor] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> Pairs:
         """Some of the images."""
-        return Pairs(self.clean[start:stop], self.attacked[start:stop], self.labels[start:stop])
+        restarts = [each[start:stop] for each in self.restarts]
+        return Pairs(self.clean[start:stop], self.attacked[start:stop], self.labels[start:stop], restarts)
 
     def parts(self, rows: int | None = None) -> list[Pairs]:
         """All of them, in batches."""
@@ -74,7 +79,9 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
       that noise of either sign cancels, and so do weights; for chains of convolutions without groups.
     * ``"noise x gradient"``: how often a channel is among a sample's best by ``sum of (Z(x') - Z(x)) dL/dZ(x')``, which
       is the noise route's seed at every layer instead of its recursion.
-    * ``"attribution"``, ``"sensitivity"``: as :func:`attackroute.analysis.channel_scores`.
+    * ``"attribution"``, ``"path"``, ``"sensitivity"``: as :func:`attackroute.analysis.channel_scores`.
+    * ``"attribution, equal compute"``: the mean of attribution over the attack and its restarts, of which the study has
+      seven: as many gradients as ``"path"`` has, and seven attacks more. Attribution itself where nothing is random.
     * ``"random"``: a number in [0, 1) that depends on nothing but the seed, the layer's name and the channel.
 
     Args:
@@ -94,17 +101,22 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
         return trace_routes(model, (images, pairs.labels), _WIDTH, batch_size=_BATCH).frequency()
     if by in (NOISE_ROUTE, NOISE_MEAN):
         routes = trace_routes(
-            model, (pairs.clean, pairs.labels), _WIDTH, attack=_Replayed(pairs), config=TraceConfig(carrier=NOISE),
-            keep_scores=by == NOISE_MEAN, batch_size=_BATCH,
+            model, (pairs.clean, pairs.labels), _WIDTH, attack=_Replayed(pairs.attacked),
+            config=TraceConfig(carrier=NOISE), keep_scores=by == NOISE_MEAN, batch_size=_BATCH,
         )  # fmt: skip
         if by == NOISE_ROUTE:
             return routes.frequency()
         return {layer: _shares(routes.scores[layer].double()).mean(0) for layer in routes.layers}
     if by in _EACH:
         return _frequencies(model, pairs, _EACH[by])
-    if by in (ATTRIBUTION, SENSITIVITY):
+    if by in (ATTRIBUTION, EQUAL_COMPUTE, PATH, SENSITIVITY):
+        starts, own = (pairs.restarts, ATTRIBUTION) if by == EQUAL_COMPUTE else ((), by)
         data = (pairs.clean, pairs.labels)
-        return channel_scores(model, data, by, attack=_Replayed(pairs), batch_size=_BATCH).values
+        each = [
+            channel_scores(model, data, own, attack=_Replayed(images), batch_size=_BATCH).values
+            for images in (pairs.attacked, *starts)
+        ]
+        return {layer: torch.stack([scores[layer] for scores in each]).mean(0) for layer in each[0]}
     if by == RANDOM:
         layers = channel_scores(model, (pairs.clean[:2], pairs.labels[:2]), "kernel").values
         return {layer: _uniforms(seed, layer, len(values)) for layer, values in layers.items()}
@@ -174,8 +186,8 @@ def _cut(axis: Axis, offset: int) -> slice:
 class _Replayed:
     """An attack whose result is known: it answers batch after batch, in order."""
 
-    def __init__(self, pairs: Pairs) -> None:
-        self._attacked = pairs.attacked
+    def __init__(self, attacked: Tensor) -> None:
+        self._attacked = attacked
         self._done = 0
 
     def __call__(self, _: nn.Module, images: Tensor, __: Tensor) -> Tensor:

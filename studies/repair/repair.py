@@ -21,12 +21,14 @@ from attackroute.routes.masks import top_k
 from attackroute.routes.route import Route
 from studies.repair.criteria import (
     ATTRIBUTION,
+    EQUAL_COMPUTE,
     INFLUENCE,
     INFLUENCE_ATTACKED,
     NOISE_GRADIENT,
     NOISE_MEAN,
     NOISE_ROUTE,
     NOISE_SIGNED,
+    PATH,
     RANDOM,
     SENSITIVITY,
     VARIANTS,
@@ -39,13 +41,19 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 """Of all channels: the same share of every layer, or the best ones wherever they are."""
 CRITERIA = (
-    INFLUENCE, INFLUENCE_ATTACKED, NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT, ATTRIBUTION, SENSITIVITY,
-    RANDOM,
+    INFLUENCE, INFLUENCE_ATTACKED, NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT, ATTRIBUTION, EQUAL_COMPUTE,
+    PATH, SENSITIVITY, RANDOM,
 )  # fmt: skip
 RULE = (
     "of the variants of the noise route, the one with the largest area under the curve of accuracy over the share of a "
     "layer replaced, averaged over layers and networks, under the first attack, on images that neither rank nor judge; "
     "within 0.1 points the plainer one"
+)
+
+PATH_RULE = (
+    "path beats a criterion on a network if the paired 95 % interval over images of the difference of their mean areas "
+    "is above 0, and loses to it if it is below; on an architecture if it does so on every network. It is worth its "
+    "price only where it beats attribution of equal compute"
 )
 
 EVERY, ANY = "every layer", "any layer"

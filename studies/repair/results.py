@@ -8,12 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from attackroute.analysis.intervention_table import BEATS, LOSES, UNDECIDED
 from attackroute.core.document import Document
 from attackroute.core.table import Table
 from studies.paired import PairedDifference
-from studies.repair.criteria import ATTRIBUTION, FIRST_LAYERS, INFLUENCE, NOISE_ROUTE, RANDOM, SENSITIVITY
+from studies.repair.criteria import (
+    ATTRIBUTION,
+    EQUAL_COMPUTE,
+    FIRST_LAYERS,
+    INFLUENCE,
+    NOISE_ROUTE,
+    PATH,
+    RANDOM,
+    SENSITIVITY,
+)
 from studies.repair.oracle import ORACLES
-from studies.repair.repair import ANY, BUDGETS, EVERY, RULE, SHARES, Repaired, Values
+from studies.repair.repair import ANY, BUDGETS, EVERY, PATH_RULE, RULE, SHARES, Repaired, Values
 
 AREA = "mean area"
 
@@ -119,14 +129,29 @@ class RepairStudy:
         return (network.judged[attack] for network in self.networks.values())
 
     def compared(self, attack: str) -> Iterator[tuple[str, str]]:
-        """Pairs of criteria whose difference is looked at, apart from :data:`FIRST_LAYERS`."""
-        for one in dict.fromkeys([self.picked, NOISE_ROUTE]):
-            for other in (INFLUENCE, ATTRIBUTION, SENSITIVITY, RANDOM):
-                yield one, other
-        yield from ((ATTRIBUTION, INFLUENCE), (SENSITIVITY, INFLUENCE), (INFLUENCE, RANDOM))
-        for oracle in ORACLES:
-            if oracle in self.criteria(attack):
-                yield from ((oracle, other) for other in (self.picked, ATTRIBUTION))
+        """Pairs of criteria whose difference is looked at, apart from :data:`FIRST_LAYERS`, where both were judged."""
+        rivals = (INFLUENCE, ATTRIBUTION, SENSITIVITY, RANDOM)
+        pairs = [(one, other) for one in dict.fromkeys([self.picked, NOISE_ROUTE]) for other in rivals]
+        pairs += [(ATTRIBUTION, INFLUENCE), (SENSITIVITY, INFLUENCE), (INFLUENCE, RANDOM)]
+        pairs += [(PATH, other) for other in self._against_path()] + [(EQUAL_COMPUTE, ATTRIBUTION)]
+        pairs += [(oracle, other) for oracle in ORACLES for other in (self.picked, ATTRIBUTION)]
+        return (pair for pair in pairs if set(pair) <= set(self.criteria(attack)))
+
+    def _against_path(self) -> list[str]:
+        return list(dict.fromkeys([ATTRIBUTION, EQUAL_COMPUTE, self.picked, NOISE_ROUTE, INFLUENCE, RANDOM]))
+
+    def path_verdicts(self) -> Iterator[tuple[str, str, str, list[PairedDifference]]]:
+        """What :data:`PATH_RULE` says: attack, verdict, criterion, and the difference of mean areas on each network."""
+        for attack in self.attacks:
+            for other in self._against_path():
+                if {PATH, other} <= set(self.criteria(attack)):
+                    gains = [
+                        PairedDifference.across([repaired.areas(PATH) - repaired.areas(other)])
+                        for repaired in self._networks(attack)
+                    ]
+                    above = all(gain.over_images[0] > 0 for gain in gains)
+                    below = all(gain.over_images[1] < 0 for gain in gains)
+                    yield attack, BEATS if above else LOSES if below else UNDECIDED, other, gains
 
     def document(self) -> Document:
         """All of it."""
@@ -153,6 +178,7 @@ class RepairStudy:
         return {
             "picked": self.picked,
             "rule": RULE,
+            "path_rule": PATH_RULE,
             "shares": list(SHARES),
             "budgets": list(BUDGETS),
             "untouched": {attack: self.untouched(attack) for attack in self.attacks},
@@ -175,6 +201,16 @@ class RepairStudy:
                 }
                 for attack, one, other, what, share, difference in self.differences()
             ],
+            "path": [
+                {
+                    "attack": attack, "second": other, "verdict": verdict,
+                    "networks": {
+                        name: {"difference": gain.value, "over_images": list(gain.over_images)}
+                        for name, gain in zip(self.networks, gains, strict=True)
+                    },
+                }
+                for attack, verdict, other, gains in self.path_verdicts()
+            ],
             "transfers": [
                 dict(zip(("attack", "criterion", "ranked_by", "kept", "accuracies"), row, strict=True))
                 for row in self.transfers()
@@ -192,7 +228,8 @@ class RepairStudy:
                 for place in (EVERY, ANY):
                     yield from self._gains(attack, one, other, place)
             for one in (self.picked, ATTRIBUTION):
-                yield from self._gains(attack, one, FIRST_LAYERS, ANY)
+                if one in self.criteria(attack):
+                    yield from self._gains(attack, one, FIRST_LAYERS, ANY)
 
     def _gains(
         self, attack: str, one: str, other: str, place: str

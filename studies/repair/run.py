@@ -15,7 +15,7 @@ from attackroute.robustness.registry import parse_attack
 from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import find_card, open_network
 from studies.command import Parser, at_least, number, output_of, run_command
-from studies.repair.repair import BUDGETS, EVERY, RULE
+from studies.repair.repair import BUDGETS, CRITERIA, EVERY, PATH_RULE, RULE
 from studies.repair.results import AREA, RepairStudy
 from studies.repair.study import study_repair
 
@@ -24,7 +24,7 @@ STUDY = "repair"
 
 _ABOUT = """Compare criteria by what transplanting clean values into their channels repairs, per channel replaced.
 
-Among them are the paper's route, the one that follows the noise and its variants, attribution patching,
+Among them are the paper's route, the one that follows the noise and its variants, attribution patching, path,
 sensitivity, and random channels.
 """
 _EXAMPLES = """
@@ -81,6 +81,8 @@ def _parser() -> Parser:
         metavar="NAME",
         help="An attack or corruption; may be repeated. The first one picks the variant. [pgd, fgsm, gaussian-noise]",
     )
+    only = "Judge this criterion, beside noise and random; may be repeated. [all]"
+    add("--criterion", action="append", choices=CRITERIA, metavar="NAME", help=only)
     add("--oracle", action="store_true", help="Choose by true effects too, which is slow.")
     add("--resume", action="store_true", help="Go on with the study in --out.")
     add("--seed", type=at_least(0), default=0, metavar="N", help="Which images are drawn. [0]")
@@ -118,7 +120,8 @@ def repair(arguments: Sequence[str] | None) -> None:
     with output.progress("steps") as progress:
         study = study_repair(
             networks, images.dataset, attacks, folder, samples=options.samples, seed=options.seed,
-            oracle=options.oracle, resume=options.resume, origin=origin, progress=progress,
+            criteria=options.criterion or CRITERIA, oracle=options.oracle, resume=options.resume, origin=origin,
+            progress=progress,
         )  # fmt: skip
     document = study.document()
     document.save(folder, STUDY)
@@ -179,6 +182,14 @@ def _show(output: Output, study: RepairStudy) -> None:
             for attack, one, other, what, share, difference in study.differences()
         ],
     )  # fmt: skip
+    output.line(f"Mean area of path less others in points, network by network, with 95 % intervals. {PATH_RULE}:")
+    output.table(
+        ["attack", "verdict", "second", *study.networks],
+        [
+            [attack, verdict, other, *(gain.text() for gain in gains)]
+            for attack, verdict, other, gains in study.path_verdicts()
+        ],
+    )
     output.line("Channels ranked elsewhere, under the attack on the left, in points of accuracy:")
     output.table(
         ["attack", "criterion", "ranked by", "kept", *(f"{share} of every layer" for share in budgets)],

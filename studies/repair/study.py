@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from attackroute.analysis.channel_statistics import PATH_POINTS
 from attackroute.core.batches import count_samples
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.core.model_state import frozen, placement
 from attackroute.core.random import derived_generator
-from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.attack import Attack, Perturbation, attacked
 from attackroute.routes.masks import top_k
 from studies.command import begin
 from studies.repair.criteria import (
+    EQUAL_COMPUTE,
     FIRST_LAYERS,
     INFLUENCE,
     NOISE_ROUTE,
@@ -50,6 +52,7 @@ def study_repair(
     *,
     samples: int,
     seed: int = 0,
+    criteria: Sequence[str] = CRITERIA,
     oracle: bool = False,
     resume: bool = False,
     origin: Mapping[str, Any] | None = None,
@@ -65,6 +68,7 @@ def study_repair(
         folder: Where the measurements are kept; it exists.
         samples: Images that rank, that pick, and that judge, for each network.
         seed: Which images these are.
+        criteria: What is judged, beside the noise route and random channels, which always are.
         oracle: Whether channels are also chosen by their true effect, alone and greedily, under the first attack.
         resume: Go on with the study in the folder.
         origin: What else must be the same to go on, as JSON values.
@@ -75,9 +79,10 @@ def study_repair(
         UserError: The folder holds a study although ``resume`` is false, or one on other terms; or the networks do not
             have the same layers.
     """
+    criteria = [by for by in CRITERIA if by in (*criteria, NOISE_ROUTE, RANDOM)]
     terms = {
         **(origin or {}), "networks": list(models), "samples": samples, "seed": seed, "attacks": list(attacks),
-        "oracle": oracle,
+        "criteria": criteria, "oracle": oracle,
     }  # fmt: skip
     journal = Journal(folder / JOURNAL, terms)
     done = count(1)
@@ -90,6 +95,7 @@ def study_repair(
             journal=journal,
             samples=samples,
             seed=seed,
+            criteria=criteria,
             oracle=oracle,
             index=index,
             advance=lambda: progress(next(done), None),
@@ -126,25 +132,25 @@ class _Network:
     journal: Journal
     samples: int
     seed: int
+    criteria: list[str]
     oracle: bool
     index: int
     advance: Callable[[], None]
     channels: dict[str, int] = field(init=False)
-    criteria: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self._sets = _sets(self.model, self.data, self.samples, self.seed, self.index)
         self._first = next(iter(self.attacks))
         some = self._pairs(self._first, *(part[:2] for part in self._sets[0]))
         self.channels = {layer: len(values) for layer, values in criterion_scores(self.model, some, INFLUENCE).items()}
-        self.criteria = _defined(self.model, some)
+        self.criteria = _defined(self.model, some, self.criteria)
 
     def rank(self) -> None:
         """Score the channels by every criterion under every attack."""
         self._ranked: dict[str, Pairs] = {}
         self._scores: dict[str, dict[str, Layers]] = {}
         for name in self.attacks:
-            self._ranked[name] = pairs = self._pairs(name, *self._sets[0])
+            self._ranked[name] = pairs = self._restarted(name, *self._sets[0])
             self._scores[name] = {by: self._scored(pairs, by) for by in self.criteria}
 
     def _scored(self, pairs: Pairs, by: str) -> Layers:
@@ -154,6 +160,14 @@ class _Network:
 
     def _pairs(self, attack: str, images: Tensor, labels: Tensor) -> Pairs:
         return _attacked(self.model, self.attacks[attack], images, labels)
+
+    def _restarted(self, attack: str, images: Tensor, labels: Tensor) -> Pairs:
+        """Images with as many attacks, where these are random, as a path has points."""
+        pairs, first = self._pairs(attack, images, labels), self.attacks[attack]
+        if EQUAL_COMPUTE not in self.criteria or not isinstance(first, Perturbation) or not hasattr(first, "seed"):
+            return pairs
+        others = [replace(first, seed=first.seed + start) for start in range(1, len(PATH_POINTS))]  # type: ignore[call-arg]
+        return replace(pairs, restarts=[_attacked(self.model, other, images, labels).attacked for other in others])
 
     def _repair(self, pairs: Pairs, *key: str) -> Repair:
         return Repair(self.model, pairs, self.journal, (self.name, *key), self.advance)
@@ -231,13 +245,13 @@ def _attacked(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor) 
     return Pairs(images, torch.cat(parts), labels)
 
 
-def _defined(model: nn.Module, some: Pairs) -> list[str]:
+def _defined(model: nn.Module, some: Pairs, criteria: list[str]) -> list[str]:
     """The criteria, without the signed noise where the network is no chain."""
     try:
         criterion_scores(model, some, NOISE_SIGNED)
     except UserError:
-        return [by for by in CRITERIA if by != NOISE_SIGNED]
-    return list(CRITERIA)
+        return [by for by in criteria if by != NOISE_SIGNED]
+    return criteria
 
 
 def _kept(one: Layers, other: Layers) -> float:

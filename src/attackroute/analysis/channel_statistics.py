@@ -33,6 +33,8 @@ from attackroute.tracing.trace import Progress
 
 T = TypeVar("T")
 
+PATH_POINTS = tuple((step - 0.5) / 8 for step in range(1, 9))
+"""Where :func:`path_attributions` takes gradients between an image (0) and the attacked one (1): midpoints."""
 _LOG_SMALLEST = -600.0  # exp(-600) and quotients of it are far above float64's smallest number
 
 
@@ -180,6 +182,34 @@ def attributions(
     """
     change = _change_from(model, images, linear=linear)
     return _differentiated(model, attacked, labels, lambda *output: change(*output).neg_().mul_, linear=linear)
+
+
+def path_attributions(
+    model: nn.Module, images: Tensor, attacked: Tensor, labels: Tensor, *, linear: bool = False
+) -> ChannelMeans:
+    """Noise times gradient averaged along the straight path from the images to the attacked ones.
+
+    ``- sum over positions of (Z^m(x) - Z^m(x')) * mean over t of dL/dZ^m(x + t (x' - x))``, L the cross entropy: the
+    gradient's mean is that of integrated gradients (Sundararajan et al., 2017), at a layer instead of the image. With
+    one point at x' it is :func:`attributions`. From a forward pass of either image, and a forward and a backward pass
+    at each of :data:`PATH_POINTS`, which counts with its own ``1 - p_y``; the largest of these is kept apart.
+    """
+    change = _change_from(model, images, linear=linear)
+    noise = _read(model, attacked, lambda call, output: change(call.name, output).neg_(), linear=linear)
+    each = [
+        _differentiated(
+            model, images.lerp(attacked, at), labels, lambda *output: _matching(noise, *output).mul, linear=linear
+        )
+        for at in PATH_POINTS
+    ]
+    doubts = torch.stack([point.log_factor for point in each])
+    largest = doubts.amax(0)
+    shares = (doubts - largest).exp() / len(each)  # of float64, on the CPU
+    values = {
+        layer: torch.einsum("pn,pnc->nc", shares, torch.stack([point.values[layer].cpu().double() for point in each]))
+        for layer in each[0].values
+    }
+    return ChannelMeans(values, largest, tokens=each[0].tokens)
 
 
 def _differentiated(
@@ -343,12 +373,19 @@ def _change_from(model: nn.Module, images: Tensor, *, linear: bool) -> Callable[
     clean = _read(model, images, lambda _, output: output.clone(), linear=linear)  # what follows may work in place
 
     def change(layer: str, output: Tensor) -> Tensor:
-        if layer not in clean or clean[layer].shape != output.shape:
-            raise UserError("the model ran other layers on the attacked images: its structure must not vary")
         dtype = torch.promote_types(output.dtype, torch.float32)
-        return clean.pop(layer).to(dtype).sub_(output.detach())
+        difference = _matching(clean, layer, output).to(dtype).sub_(output.detach())
+        del clean[layer]
+        return difference
 
     return change
+
+
+def _matching(values: Mapping[str, Tensor], layer: str, output: Tensor) -> Tensor:
+    """A layer's values, one for each of those in an output of other images."""
+    if layer not in values or values[layer].shape != output.shape:
+        raise UserError("the model ran other layers on the attacked images: its structure must not vary")
+    return values[layer]
 
 
 def _position_means(values: Tensor, kind: str) -> Tensor:

@@ -20,6 +20,7 @@ from attackroute.analysis.channel_statistics import (
     gradients,
     in_units,
     mean_over,
+    path_attributions,
     under_attack,
 )
 from attackroute.core.batches import BatchStream, Data
@@ -39,7 +40,11 @@ from attackroute.tracing.trace import Progress
 
 MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
 """The criteria that rank the channels for one sample, too."""
-_COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {"sensitivity": changes, "attribution": attributions}
+_COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {
+    "sensitivity": changes,
+    "attribution": attributions,
+    "path": path_attributions,
+}
 CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "kernel")
 _POWERS = {"gradient": 1, "attribution": 0}  # of the neurons' deviations, by which raw values are multiplied
 NEED_ATTACK = tuple(_COMPARISONS)
@@ -87,8 +92,8 @@ def rank_channels(
         data: A DataLoader (any iterable) of ``(images, labels)`` or of images, or one such pair or batch of tensors.
         by: The criterion, see :func:`channel_scores`.
         width: Share of each layer's channels to keep, in (0, 1].
-        attack: What ``by="sensitivity"`` and ``by="attribution"`` compare the images with: a specification such as
-            ``"pgd"``, or any ``(model, images, labels) -> images``; the other criteria read the images as they are.
+        attack: What the criteria of :data:`NEED_ATTACK` compare the images with: a specification such as ``"pgd"``, or
+            any ``(model, images, labels) -> images``; the other criteria read the images as they are.
         batch_size: Rows per forward pass when ``data`` is tensors; a DataLoader brings its own.
         linear: Whether linear maps are route layers too; their neurons are output features.
         units: Of the scores, as of :class:`attackroute.TraceConfig`.
@@ -127,6 +132,8 @@ def channel_scores(
     * ``"attribution"``: attribution patching, mean over samples of ``- sum over positions of (Z^m(x) - Z^m(x')) *
       dL/dZ^m(x')``: the first-order estimate of the loss on x' that a transplant of the channel takes away, with L as
       for ``"gradient"``. Below zero for channels whose clean values would raise the loss.
+    * ``"path"``: the same with the mean of dL/dZ^m over eight points of the path from x to x', ``x + t (x' - x)`` with
+      ``t = 1/16, 3/16, ..., 15/16``, instead of dL/dZ^m(x'): eight times the backward passes.
     * ``"weight"``: outgoing weight norm ``|W|_1`` times the batch-norm gain, :func:`outgoing_weight_norms`.
     * ``"kernel"``: plain norm of the channel's own kernel, ``sum over i, u of |W^l[m, i, u]|``.
     * ``"gradient"``: mean over samples of ``sum over positions of |dL/dZ^m|``, through all paths, with L the cross

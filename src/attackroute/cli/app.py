@@ -39,7 +39,7 @@ _EXPERIMENTS = "{experiments}"  # their place in the help of analyze
 _ABOUT = """Find the channels that carry an attack through a convolutional network.
 
 A critical attacking route is the chain of channels, layer by layer, that pass on the most of what changes the loss.
-attackroute trace finds it exactly, for every image, at about the cost of running the network."""
+attackroute trace finds it for every image, at about the cost of running the network where closed forms are known."""
 
 
 @dataclass(frozen=True)
