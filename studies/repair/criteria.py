@@ -15,12 +15,12 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 from attackroute.routes.masks import top_k
-from attackroute.tracing.config import NOISE, TraceConfig
+from attackroute.tracing.config import NOISE, RAW, STD, TraceConfig
 from attackroute.tracing.recorder import record
 from attackroute.tracing.trace import trace_routes
 from attackroute.tracing.windows import Axis
 
-INFLUENCE, INFLUENCE_ATTACKED = "influence", "influence, attacked"
+INFLUENCE, INFLUENCE_ATTACKED, INFLUENCE_STD = "influence", "influence, attacked", "influence, std"
 NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT = "noise", "noise, mean", "noise, signed", "noise x gradient"
 ATTRIBUTION, SENSITIVITY, RANDOM = "attribution", "sensitivity", "random"
 PATH, EQUAL_COMPUTE = "path", "attribution, equal compute"
@@ -71,7 +71,7 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
     """Scores of every layer's channels on some images, larger is better.
 
     * ``"influence"``, ``"influence, attacked"``: how often a channel is on the paper's routes of the clean or of the
-      attacked images (Eqs. (3)-(8)).
+      attacked images (Eqs. (3)-(8)). ``"influence, std"``: of the clean ones, per standard deviation of the neurons.
     * ``"noise"``: how often it is on the routes that follow the noise.
     * ``"noise, mean"``: the mean of the scores that rank these, each sample's divided by the sum of their absolute
       values in the layer.
@@ -96,9 +96,10 @@ def criterion_scores(model: nn.Module, pairs: Pairs, by: str, *, seed: int = 0) 
     Raises:
         UserError: The criterion is unknown, or not defined for the network.
     """
-    if by in (INFLUENCE, INFLUENCE_ATTACKED):
-        images = pairs.clean if by == INFLUENCE else pairs.attacked
-        return trace_routes(model, (images, pairs.labels), _WIDTH, batch_size=_BATCH).frequency()
+    if by in (INFLUENCE, INFLUENCE_ATTACKED, INFLUENCE_STD):
+        images = pairs.attacked if by == INFLUENCE_ATTACKED else pairs.clean
+        config = TraceConfig(units=STD if by == INFLUENCE_STD else RAW)
+        return trace_routes(model, (images, pairs.labels), _WIDTH, config=config, batch_size=_BATCH).frequency()
     if by in (NOISE_ROUTE, NOISE_MEAN):
         routes = trace_routes(
             model, (pairs.clean, pairs.labels), _WIDTH, attack=_Replayed(pairs.attacked),

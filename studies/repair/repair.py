@@ -24,6 +24,7 @@ from studies.repair.criteria import (
     EQUAL_COMPUTE,
     INFLUENCE,
     INFLUENCE_ATTACKED,
+    INFLUENCE_STD,
     NOISE_GRADIENT,
     NOISE_MEAN,
     NOISE_ROUTE,
@@ -41,8 +42,8 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 """Of all channels: the same share of every layer, or the best ones wherever they are."""
 CRITERIA = (
-    INFLUENCE, INFLUENCE_ATTACKED, NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT, ATTRIBUTION, EQUAL_COMPUTE,
-    PATH, SENSITIVITY, RANDOM,
+    INFLUENCE, INFLUENCE_ATTACKED, INFLUENCE_STD, NOISE_ROUTE, NOISE_MEAN, NOISE_SIGNED, NOISE_GRADIENT, ATTRIBUTION,
+    EQUAL_COMPUTE, PATH, SENSITIVITY, RANDOM,
 )  # fmt: skip
 RULE = (
     "of the variants of the noise route, the one with the largest area under the curve of accuracy over the share of a "

@@ -17,6 +17,7 @@ from studies.repair.criteria import (
     EQUAL_COMPUTE,
     FIRST_LAYERS,
     INFLUENCE,
+    INFLUENCE_STD,
     NOISE_ROUTE,
     PATH,
     RANDOM,
@@ -132,6 +133,7 @@ class RepairStudy:
         """Pairs of criteria whose difference is looked at, apart from :data:`FIRST_LAYERS`, where both were judged."""
         rivals = (INFLUENCE, ATTRIBUTION, SENSITIVITY, RANDOM)
         pairs = [(one, other) for one in dict.fromkeys([self.picked, NOISE_ROUTE]) for other in rivals]
+        pairs += [(INFLUENCE_STD, other) for other in (INFLUENCE, NOISE_ROUTE, ATTRIBUTION, RANDOM)]
         pairs += [(ATTRIBUTION, INFLUENCE), (SENSITIVITY, INFLUENCE), (INFLUENCE, RANDOM)]
         pairs += [(PATH, other) for other in self._against_path()] + [(EQUAL_COMPUTE, ATTRIBUTION)]
         pairs += [(oracle, other) for oracle in ORACLES for other in (self.picked, ATTRIBUTION)]

@@ -46,7 +46,7 @@ _COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {
     "path": path_attributions,
 }
 CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "kernel")
-_POWERS = {"gradient": 1, "attribution": 0}  # of the neurons' deviations, by which raw values are multiplied
+_POWERS = {"gradient": 1, "attribution": 0, "path": 0}  # of the neurons' deviations, by which raw values are multiplied
 NEED_ATTACK = tuple(_COMPARISONS)
 """The criteria that compare images with attacked ones."""
 
