@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Perceptron, chain, conv, randomised
-from attackroute.analysis import Hardness
-from attackroute.analysis.hardness import GradientReader, log_loss_and_margin
+from attackroute.analysis.hardness import GradientReader, Hardness, log_loss_and_margin
 from attackroute.core.errors import UserError
 
 

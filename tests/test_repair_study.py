@@ -17,8 +17,8 @@ from torch.nn import functional
 
 import attackroute as ar
 from architectures import Residual
-from attackroute.analysis import record_outputs
 from attackroute.analysis.channel_statistics import attributions
+from attackroute.analysis.interventions import record_outputs
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k

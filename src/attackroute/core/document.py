@@ -20,10 +20,7 @@ from attackroute.core.files import file_errors, printable, regular_file, replace
 from attackroute.core.table import Table, plain
 
 _FORMAT, _VERSION = "attackroute document", 1
-_LIBRARIES = (
-    *("attackroute", "torch", "torchvision", "numpy", "scipy", "safetensors"),
-    *("pyautoattack", "imagecorruptions-imaug"),
-)
+_LIBRARIES = ("attackroute", "torch", "torchvision", "numpy", "scipy", "safetensors", "pyautoattack")
 _FIELDS = {"kind": str, "settings": dict, "reading": str, "about": dict, "rows": list}
 
 

@@ -1,4 +1,4 @@
-"""What every attack and corruption is: a callable ``(model, images, labels) -> perturbed images``, and its ball."""
+"""What every attack is: a callable ``(model, images, labels) -> perturbed images``, and its ball."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROUNDING = 1e-5  # what it may add to a value in [0, 1], at least
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Base of attacks and corruptions: parameters that print, serialise and compare.
+    """Base of attacks, of Gaussian noise too: parameters that print, serialise and compare.
 
     ``perturbation(model, images, labels, generator=None)`` returns perturbed images of the same shape, dtype, device
     and memory format, detached. The model is run in eval mode and comes back as it was. What is random depends on the
@@ -35,12 +35,10 @@ class Perturbation:
     another package's and draw for a whole batch); with a ``generator`` every call draws anew, as training wants it.
 
     ``str()`` gives the specification that names the attack everywhere, and that
-    :func:`attackroute.robustness.parse_attack` reads back.
+    :func:`attackroute.parse_attack` reads back.
     """
 
     name: ClassVar[str]
-    uses_model: ClassVar[bool] = True
-    """Whether the result depends on the model; a corruption's does not."""
 
     def __post_init__(self) -> None:
         """Check those settings that many attacks have; others are the class's own to check."""
@@ -64,7 +62,7 @@ class Perturbation:
     def __str__(self) -> str:
         """Radius or level, and what is not the attack's own default: one name for one attack, wherever it stands."""
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
-        usual = {item.name: item.default for item in fields(self) if item.name not in ("eps", "severity")}
+        usual = {item.name: item.default for item in fields(self) if item.name not in ("eps", "std")}
         named = [name for name, value in given.items() if value is not None and value != usual.get(name)]
         settings = ",".join(f"{name}={self._text(name, given[name])}" for name in named)
         return f"{self.name}:{settings}" if settings else self.name
@@ -75,7 +73,7 @@ class Perturbation:
 
     @property
     def radius(self) -> float | None:
-        """Of the L-infinity ball that the attack keeps to; None for what keeps to none, as corruptions."""
+        """Of the L-infinity ball that the attack keeps to; None for what keeps to none, as noise."""
         return float(self.eps) if hasattr(self, "eps") else None
 
     def _text(self, name: str, value: Any) -> str:

@@ -42,7 +42,7 @@ MNIST = Statistics((0.1307,), (0.3081,))
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The arguments of :func:`attackroute.zoo.build_model`, checked; plain values that JSON can hold."""
+    """The arguments of :func:`attackroute.build_model`, checked; plain values that JSON can hold."""
 
     name: str
     num_classes: int = 10
