@@ -81,26 +81,6 @@ class Content:
         return self.run.path.resolve().name
 
     @property
-    def key_numbers(self) -> list[tuple[str, object]]:
-        """What a reader wants to know first."""
-        measured, route = self.measured, self.route
-        numbers: list[tuple[str, object]] = []
-        if measured.traced is not None:
-            numbers.append(("samples traced", len(measured.traced)))
-            numbers.append(("of a layer's channels on a sample's route", percent(measured.traced.width)))
-        for condition in measured.conditions:
-            if condition.routes is not None and condition.accuracy is not None:
-                numbers.append((f"accuracy on {len(condition.routes)} {condition.name}", percent(condition.accuracy)))
-        if route is not None:
-            numbers.append(("channels on the model's route", f"{route.size} of {sum(route.channels.values())}"))
-        if measured.traced is not None and (unranked := measured.traced.unranked_layers):
-            numbers.append(("layers where all scores of some samples are zero", unranked))
-        if self.overlap is not None:
-            what = "of clean and attacked route shared (Jaccard index, mean over layers)"
-            numbers.append((what, percent(self.overlap)))
-        return numbers
-
-    @property
     def won(self) -> Table:
         """In how many comparisons the route beats each control, by experiment, as far as verdicts say."""
         rows = []
@@ -128,25 +108,6 @@ class Content:
         stored = self.run.evaluation
         checks = records(None if stored is None else stored.document.about.get("checks"))
         return {str(check.get("model")).rstrip("/").rpartition("/")[2] for check in checks}
-
-    @property
-    def origin(self) -> list[tuple[str, object]]:
-        """Commands, versions, seeds, sizes and times, as the files have them."""
-        run = self.run
-        pairs: list[tuple[str, object]] = [("page", f"attackroute {__version__}")]
-        for condition in self.measured.conditions:
-            if condition.routes is not None:
-                provenance = condition.routes.provenance.to_json()
-                origin = {name: value for name, value in provenance.items() if value is not None}
-                pairs.append((f"trace, {condition.name}", origin))
-        about = {} if run.trace is None else run.trace.document.about
-        pairs += [pair for pair in {**run.settings, **about}.items() if isinstance(pair[1], (str, int, float))]
-        if run.evaluation is not None and "libraries" in run.evaluation.document.settings:
-            pairs.append(("libraries of the evaluation", run.evaluation.document.settings["libraries"]))
-        for stored in run.documents:
-            seconds = stored.document.about.get("seconds")
-            pairs.append(("file", f"{stored.path}{f' ({seconds:.1f} s)' if _is_number(seconds) else ''}"))
-        return [*pairs, *([("not shown", run.left_out)] if run.left_out else [])]
 
     @property
     def data(self) -> dict[str, Any]:
