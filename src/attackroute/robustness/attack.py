@@ -46,8 +46,9 @@ class Perturbation:
         if not (isinstance(eps, (int, float)) and 0 <= eps <= 1):
             raise UserError(f"eps {eps} is out of range: it is in [0, 1] units, as in 8/255, and at most 1")
         for name in ("steps", "restarts", "queries"):
-            if hasattr(self, name):
-                check_count(name, getattr(self, name))
+            value = getattr(self, name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} {value!r} is not a positive number of times; give 1 or more")
         size = getattr(self, "step_size", None)
         if size is not None and not (isinstance(size, (int, float)) and 0 < size < math.inf):
             raise UserError(f"step_size {size} is not above 0; leave it out for the attack's own")
@@ -128,12 +129,6 @@ def show_eps(eps: float) -> str:
     """``8/255`` for 8/255, and a plain number for what is no whole number of grey levels."""
     levels = round(eps * _LEVELS)
     return f"{levels}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))
-
-
-def check_count(name: str, value: int) -> None:
-    """Check a number of steps or restarts."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} {value!r} is not a positive number of times; give 1 or more")
 
 
 def require_extra(module: str, extra: str, what: str) -> None:
