@@ -81,7 +81,9 @@ def evaluate(
             is unknown or breaks its own rules, or the folder holds something else.
     """
     models = _named_models(model)
-    chosen = _chosen(attacks, seed)
+    if isinstance(attacks, Iterable) and not isinstance(attacks, (str, Mapping)):
+        attacks = [attack for attack in attacks if attack != CLEAN]
+    chosen = () if attacks == [] else tuple(named_attacks(attacks, seed=seed).values())
     if checks < 0:
         raise UserError(f"checks {checks} is not a number of images; give 0 for no checks")
     if resume and folder is None:
@@ -265,17 +267,6 @@ def _named_models(model: object) -> dict[str, nn.Module]:
         if not isinstance(name, str) or not name:
             raise UserError(f"a model's name must be a text, not {name!r}")
     return models
-
-
-def _chosen(
-    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str, seed: int
-) -> tuple[Perturbation, ...]:
-    """The attacks, each once, in the order in which they were given."""
-    if isinstance(attacks, Iterable) and not isinstance(attacks, (str, Mapping)):
-        attacks = [attack for attack in attacks if attack != CLEAN]
-        if not attacks:
-            return ()
-    return tuple(named_attacks(attacks, seed=seed).values())
 
 
 def _title(attack: Perturbation | None) -> str:
