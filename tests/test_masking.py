@@ -45,7 +45,7 @@ def small_net(seed: int = 0) -> nn.Sequential:
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
     data = load_data("mnist-sample", split=split, image_size=22).dataset
-    return data.tensors
+    return data.images.float() / 255, torch.tensor(data.labels)
 
 
 def fitted(eps: float, epochs: int) -> nn.Sequential:

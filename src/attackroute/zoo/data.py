@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from attackroute.core.batches import count_samples
 from attackroute.core.errors import UserError, did_you_mean
@@ -233,7 +233,7 @@ def _mnist_sample(_: Path, split: str, image_size: int | None) -> ImageData:
     images, labels = (each[:train] if split == "train" else each[train:] for each in _interleaved_digits())
     if image_size is not None and image_size != _SIZE:
         images = functional.interpolate(images, size=(image_size,) * 2, mode="bilinear", antialias=True)
-    digits: Any = TensorDataset(images.float() / 255, labels)
+    digits = _StoredImages(images, labels.tolist())
     return ImageData(digits, _DIGITS, (1, *images.shape[2:]), "mnist-sample", split=split)
 
 
@@ -253,6 +253,19 @@ def _source(spec: str) -> tuple[Callable[[Path, str, int | None], ImageData], Pa
         raise UserError(f"data {spec!r} is a folder; write folder:{spec} for images in class folders")
     known = ", ".join(each if each == _EMBEDDED else f"{each}:PATH" for each in _SOURCES)
     raise UserError(f"no data {spec!r}{did_you_mean(name, _SOURCES)} (known: {known})")
+
+
+class _StoredImages(Dataset[tuple[Tensor, int]]):
+    """Images held in memory as bytes, uint8 (N, C, H, W)."""
+
+    def __init__(self, images: Tensor, labels: Sequence[int]) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index].float() / 255, self.labels[index]
 
 
 class UnreadableImageError(UserError):
