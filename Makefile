@@ -18,8 +18,8 @@ test: $(STAMP) ## run the tests that are quick
 	@$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
 # Tests that need a package which `make test` does without, by what they import.
-EXTRAS := demo,timm,autoattack,corruptions,browser,peers
-EXTRA_TESTS = $(shell grep -lE 'playwright|timm|foolbox|torchattacks|imagecorruptions|\.needs|PEERS' tests/test_*.py)
+EXTRAS := demo,timm,autoattack,browser,peers
+EXTRA_TESTS = $(shell grep -lE 'playwright|timm|foolbox|torchattacks|\.needs|PEERS' tests/test_*.py)
 .PHONY: test-all test-extras extras dist
 
 test-all: extras ## run every test, those of optional packages, of pages in Chromium and the slow ones too (an hour)
@@ -30,7 +30,7 @@ test-extras: extras ## run the quick tests of the files that need optional packa
 
 extras: $(STAMP) ## install the optional packages, and Chromium where this may be done
 	$(BIN)/python -m pip install -e ".[dev,$(EXTRAS)]"
-	@$(BIN)/python -c 'import foolbox, imagecorruptions, playwright, timm, torchattacks'
+	@$(BIN)/python -c 'import foolbox, playwright, timm, torchattacks'
 	@command -v chromium || command -v chromium-browser || command -v google-chrome \
 		|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq --yes chromium; } \
 		|| echo "note: no Chromium here (Debian: apt-get install chromium): the tests of pages in a browser are skipped"

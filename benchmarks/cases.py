@@ -40,7 +40,7 @@ class Case:
 
 SPEED_CASES = (
     Case("vgg16", "vgg16", limit=1.20, image_size=32, classes=10, batch_size=128),
-    Case("resnet18", "resnet18", limit=1.30),
+    Case("resnet18", "torchvision:resnet18", limit=1.30),
     Case("resnet50", "torchvision:resnet50", limit=1.30),
     Case("mobilenet_v2", "torchvision:mobilenet_v2", limit=1.40),
     Case("efficientnet_b0", "torchvision:efficientnet_b0", limit=1.80),

@@ -12,7 +12,7 @@ from architectures import Function
 from attackroute.robustness.attack import Perturbation
 
 CLASSES = 4
-ATTACKS = ("fgsm:eps=0.1", "pgd:eps=0.1,steps=3", "gaussian-noise:severity=2")
+ATTACKS = ("fgsm:eps=0.1", "pgd:eps=0.1,steps=3", "gaussian-noise:std=0.12")
 
 
 def small_model(seed: int = 0) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from architectures import Function
 from attack_samples import images, network, right, untrained
 from attackroute.core.errors import UserError
-from attackroute.robustness.autoattack import STANDARD, AutoAttack, Square
+from attackroute.robustness.autoattack import AutoAttack, Square
 
 pyautoattack = pytest.importorskip("pyautoattack")
 np = pytest.importorskip("numpy")
@@ -26,7 +26,7 @@ QUICK = AutoAttack(EPS)
 @pytest.fixture(autouse=True)
 def first_attack_alone(monkeypatch, request):
     if "standard" not in request.node.name:
-        monkeypatch.setattr("attackroute.robustness.autoattack.STANDARD", STANDARD[:1])
+        monkeypatch.setattr(AutoAttack, "attacks", AutoAttack.attacks[:1])
 
 
 def cut(model: nn.Module) -> nn.Module:
@@ -34,10 +34,10 @@ def cut(model: nn.Module) -> nn.Module:
     return Function(lambda parts, x: parts["inner"](x.detach()), inner=model)
 
 
-@pytest.mark.parametrize("names", [("apgd-ce", "fab-t"), pytest.param(STANDARD, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [("apgd-ce", "fab-t"), pytest.param(AutoAttack.attacks, marks=pytest.mark.slow)])
 def test_the_standard_attacks_are_the_librarys(names, monkeypatch):
     monkeypatch.setattr("attackroute.robustness.autoattack._QUERIES", 500)
-    monkeypatch.setattr("attackroute.robustness.autoattack.STANDARD", names)
+    monkeypatch.setattr(AutoAttack, "attacks", names)
     model, (x, y) = network(), images(14)
     library = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, seed=3)
     library.attacks_to_run = list(names)

@@ -25,7 +25,7 @@ PAYLOAD = """
 import os
 open(os.environ["PAYLOAD"], "a").close()
 def make():
-    from attackroute.zoo import build_model
+    from attackroute import build_model
     return build_model("vgg_small", width=0.25, num_classes=2)
 """
 

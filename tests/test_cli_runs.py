@@ -23,7 +23,7 @@ from attackroute.routes.route import Route
 from attackroute.tracing import oracle_check
 from attackroute.tracing.oracle import OracleTrace
 from attackroute.tracing.trace import Tracer
-from attackroute.zoo import load_weights
+from attackroute.zoo.weights import load_weights
 from command_line import refused, run
 
 SIZE = 32
@@ -340,7 +340,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_values_of_pixels(self, trained, pictures, monkeypatch, value):
-        load_data = attackroute.zoo.load_data
+        load_data = attackroute.load_data
 
         def spoilt(*arguments, **options):
             data = load_data(*arguments, **options)

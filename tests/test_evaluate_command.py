@@ -11,7 +11,7 @@ import torch
 
 import attackroute as ar
 from attackroute.robustness import evaluate
-from attackroute.zoo import load_weights
+from attackroute.zoo.weights import load_weights
 from command_line import refused
 from command_line import run as run_command
 from report_runs import make_network, make_pictures
@@ -53,7 +53,7 @@ def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path
     one, two = nets
     result = run(
         *arguments(one, pictures), "--model", two, "--attack", "fgsm", "--attack", "pgd:steps=2", "--eps", "1/10",
-        "--attack", "gaussian-noise:severity=1", "--seed", 3, "--out", tmp_path, "--json",
+        "--attack", "gaussian-noise:std=0.08", "--seed", 3, "--out", tmp_path, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
@@ -66,7 +66,7 @@ def test_files_and_json_agree_with_the_python_interface(nets, pictures, tmp_path
     images = torch.stack([image for image, _ in data.dataset])
     labels = torch.tensor([label for _, label in data.dataset])
     expected = ar.evaluate(
-        models, (images, labels), ["fgsm:eps=0.1", "pgd:eps=0.1,steps=2", "gaussian-noise:severity=1"],
+        models, (images, labels), ["fgsm:eps=0.1", "pgd:eps=0.1,steps=2", "gaussian-noise:std=0.08"],
         batch_size=4, seed=3, checks=3,
     )  # fmt: skip
     for rows in (printed["rows"], json.loads((tmp_path / "evaluation.json").read_text())["rows"]):
@@ -166,7 +166,7 @@ class TestBadInput:
             (("--attack", "pgd:steps=0"), ("steps",)),
             (("--attack", "pdg"), ("pdg", "did you mean pgd")),
             (("--attack", "pgd:step=3"), ("step", "did you mean")),
-            (("--attack", "gaussian-noise:severity=6"), ("severity", "6")),
+            (("--attack", "gaussian-noise:severity=6"), ("severity", "with std")),
             (("--check-samples", -1), ("check-samples",)),
             (("--resume",), ("--out",)),
             (("--weights", "a.pt", "--weights", "b.pt"), ("1 --model", "2 --weights")),
@@ -197,16 +197,3 @@ class TestBadInput:
         data = ("--data", f"folder:{pictures}", *QUICK)
         refused(run("--model", "odd_outputs:maps", *data), "logits")
         refused(run("--model", "odd_outputs:shares", *data), "softmax")
-
-    def test_a_corruption_that_does_not_take_the_images(self, pictures, tmp_path, monkeypatch):
-        pytest.importorskip("imagecorruptions")
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "flat_nets.py").write_text(
-            "from torch import nn\ndef flat(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 2))\n"
-        )
-        result = run(
-            "--model", "flat_nets:flat", "--data", f"folder:{pictures}", "--image-size", 16, "--attack", "fgsm",
-            "--attack", "fog", "--out", tmp_path / "out", *QUICK,
-        )  # fmt: skip
-        refused(result, "fog", "32x32")
-        assert not list((tmp_path / "out").iterdir())

@@ -179,7 +179,6 @@ def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
     journal.keep(("x", 1), "digest", values=[0.1 + 0.2, 1e-300, "ü"])
     again = Journal(path, {"a": [1, None, 0.1]})
     again.resume()
-    assert len(again) == 1
     assert again.recall(("x", 1), "digest") == {"samples": "digest", "values": [0.1 + 0.2, 1e-300, "ü"]}
     assert again.recall(("x", 2), "digest") is None
     with pytest.raises(UserError, match="x / 1 of other images"):

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.controls import OFF_ROUTE, RANDOM, ROUTE, sample_routes
+from attackroute.analysis.experiment import ExperimentResult
 from attackroute.analysis.experiments.gradcam import CLEAN, INSIDE, SHIFT, map_panels, measure_gradcam
 from attackroute.analysis.experiments.interventions import transplant_accuracy
 from attackroute.analysis.experiments.occurrence import RANDOM_ROUTES, measure_occurrence
 from attackroute.analysis.experiments.sensitivity import GRADIENT, SENSITIVITY, measure_sensitivity
-from attackroute.core.document import Document, Result
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import Moments
 from attackroute.core.table import Table
@@ -44,7 +45,7 @@ def outputs(case: Case, image: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def saved(result: Result, folder: Path) -> Document:
+def saved(result: ExperimentResult, folder: Path) -> Document:
     """The result's document as its file holds it."""
     return Document.load(result.document({}).save(folder))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import attackroute
 from attackroute.routes.route import Route
-from attackroute.zoo import load_weights
+from attackroute.zoo.weights import load_weights
 from command_line import refused, run
 from report_runs import make_pictures
 

@@ -28,8 +28,9 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 class TestBuiltIn:
-    @pytest.mark.parametrize("name", BUILT_IN)
-    @pytest.mark.parametrize("image_size", [32, 64, 224])
+    @pytest.mark.parametrize(
+        ("name", "image_size"), [*((name, size) for name in BUILT_IN for size in (32, 64)), ("vgg_small", 224)]
+    )
     @pytest.mark.parametrize("in_channels", [1, 3])
     def test_gives_logits_for_images_of_its_size(self, name: str, image_size: int, in_channels: int) -> None:
         model = build_model(name, width=0.05, num_classes=7, image_size=image_size, in_channels=in_channels).eval()
@@ -40,27 +41,33 @@ class TestBuiltIn:
         assert logits.isfinite().all()
         assert not torch.equal(logits[0], logits[1])
 
-    @pytest.mark.parametrize(
-        ("name", "theirs"), [("vgg16", "vgg16_bn"), ("alexnet", "alexnet"), ("resnet18", "resnet18")]
-    )
-    def test_has_torchvisions_names_and_shapes_at_224(self, name: str, theirs: str) -> None:
-        with torch.device("meta"):
-            ours = build_model(name, num_classes=1000, image_size=224)
-            reference = torchvision.models.get_model(theirs, weights=None)
-        assert list(shapes(ours).items()) == list(shapes(reference).items())
-
-    @pytest.mark.parametrize(("name", "size"), [("resnet18", 96), ("alexnet", 224)])
-    def test_computes_what_torchvisions_does(self, name: str, size: int) -> None:
-        ours = build_model(name, num_classes=5, image_size=224).eval()
-        reference = torchvision.models.get_model(name, weights=None, num_classes=5).eval()
+    def test_resnet18_computes_what_torchvisions_does_behind_another_stem(self) -> None:
+        ours = build_model("resnet18", num_classes=5, width=1.0).eval()
+        reference = torchvision.models.resnet18(num_classes=5).eval()
+        reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        reference.maxpool = nn.Identity()
         randomise(reference)
         ours.load_state_dict(reference.state_dict())
-        images = torch.rand(2, 3, size, size)
+        images = torch.rand(2, 3, 32, 32)
         with torch.no_grad():
-            expected = reference((images - IMAGENET_MEAN) / IMAGENET_STD)
-            torch.testing.assert_close(ours(images), expected)
+            torch.testing.assert_close(ours(images), reference(ours.get_submodule("normalise")(images)))
 
-    @pytest.mark.parametrize("image_size", [32, 224])
+    def test_alexnet_features_compute_what_torchvisions_do_behind_another_stem(self) -> None:
+        ours = build_model("alexnet").eval().get_submodule("features")
+        reference = torchvision.models.alexnet().features.eval()
+        reference[0] = nn.Conv2d(3, 64, 5, padding=2)
+        randomise(reference)
+        ours.load_state_dict(reference.state_dict())
+        images = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), reference(images))
+
+    @pytest.mark.parametrize(("name", "other"), [("vgg16", "vgg16_bn"), ("alexnet", ""), ("resnet18", "")])
+    def test_large_images_are_for_torchvisions(self, name: str, other: str) -> None:
+        with one_line(match=f"{name} is for images of at most 64 pixels, not 65.*torchvision:{other or name}"):
+            build_model(name, image_size=65)
+
+    @pytest.mark.parametrize("image_size", [32, 64])
     def test_vgg16_features_compute_what_torchvisions_do(self, image_size: int) -> None:
         plan = [step if step == "M" else int(step) // 16 for step in torchvision.models.vgg.cfgs["D"]]
         reference = torchvision.models.vgg.make_layers(plan, batch_norm=True).eval()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import attackroute as ar
 from attack_samples import images, network
 from attackroute.core.errors import UserError
-from attackroute.hardening import TrainSettings, train
+from attackroute.hardening.settings import TrainSettings
+from attackroute.hardening.training import train
 from attackroute.robustness.gradient_attacks import FGSM, PGD
 from attackroute.robustness.registry import as_attack, named_attacks
 from attackroute.tracing.oracle_check import verify

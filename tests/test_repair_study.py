@@ -18,9 +18,9 @@ from torch.nn import functional
 
 import attackroute as ar
 from architectures import Residual
-from attackroute.analysis import record_outputs
 from attackroute.analysis.channel_statistics import PATH_POINTS, attributions
 from attackroute.analysis.criteria import channel_scores
+from attackroute.analysis.interventions import record_outputs
 from attackroute.core.errors import UserError
 from attackroute.core.journal import Journal
 from attackroute.routes.masks import kept, top_k

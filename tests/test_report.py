@@ -278,8 +278,8 @@ def test_a_network_alone_is_traced_for_the_page(folder: Path, empty: Path) -> No
     result = run("report", empty, "--data", pictures, "--samples", 6, "--attack", "fgsm:eps=0.2", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told["bytes"] == (empty / "report.html").stat().st_size and told["pruned"] is False
-    assert {"page", "bytes", "pruned", "missing", *data_of(empty / "report.html")} == set(told)
+    assert told["bytes"] == (empty / "report.html").stat().st_size
+    assert {"page", "bytes", "missing", *data_of(empty / "report.html")} == set(told)
     clean, attacked = (condition["trace"] for condition in told["route_data"][0]["conditions"])
     assert (clean["samples"], clean["attack"]) == (6, None)
     assert attacked["attack"].startswith("fgsm:eps=") and attacked["samples"] == 6
@@ -332,33 +332,19 @@ def test_other_weights_are_not_taken_in_silence(folder: Path, tmp_path: Path) ->
     assert all(found is None for edge in view["edges"] for found in edge["influence"])
 
 
-@pytest.mark.parametrize(
-    ("most", "left_out", "data_rows"),
-    [(450_000, "", True), (200_000, "occurrence-more", False), (100_000, "occurrence, occurrence-more", False)],
-)
-def test_a_page_that_is_too_large_is_pruned(
-    folder: Path, tmp_path: Path, most: int, left_out: str, data_rows: bool
-) -> None:
+def test_large_figures_and_long_tables_are_shortened(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run")
-    for name, size in (("occurrence.svg", 450_000), ("occurrence.png", 60_000), ("occurrence-more.svg", 150_000)):
+    for name, size in (("occurrence.svg", 600_000), ("occurrence.png", 400_000), ("occurrence-more.svg", 500_001)):
         (tmp_path / "run" / "analysis" / name).write_text("x" * size)
     rows = Table.of([{"layer": "conv", "number": number} for number in range(2_000)])
     Document("novel", {}, "Told.", rows, {"verdicts": [{"sign": "p"}]}).save(tmp_path / "run")
     found = RunFolder.open(tmp_path / "run")
-    content = Content(found, unmeasured(found.routes, found.attacked))
-    whole = build_page(content)
-    assert not whole.pruned and len(whole.html.encode()) > most
-    page = build_page(content, most)
-    assert page.pruned and len(page.html.encode()) <= most
-    words = Elements(page.html).words
-    assert "left out to keep the page small" in words["made"] and "more rows are in the data" in words["experiments"]
-    (told,) = re.findall("Left out, to keep the page small: (.*?)[.]", words["experiments"]) or [""]
-    assert told == left_out
-    held, everything = page.data["experiments"]["novel"], whole.data["experiments"]["novel"]
-    assert ("rows" in held) == ("verdicts" in held["about"]) == data_rows and held["reading"] == "Told."
-    assert len(everything["rows"]) == 2_000 and everything["about"] == {"verdicts": [{"sign": "p"}]}
-    assert page.data["summary"]["about"] == whole.data["summary"]["about"]
-    assert Elements(page.html).sections == list(PARTS)
+    page = build_page(Content(found, unmeasured(found.routes, found.attacked)))
+    words = Elements(page.html).words["experiments"]
+    assert "1600 more rows are in the data" in words
+    assert re.findall("Left out, to keep the page small: (.*?)[.]", words) == ["occurrence-more"]
+    assert "data:image/png;base64,eHh4" in page.html and "data:image/svg+xml;base64,eHh4" not in page.html
+    assert len(page.data["experiments"]["novel"]["rows"]) == 2_000
 
 
 def test_bad_input_is_one_line(folder: Path, empty: Path, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_a_route_without_samples_is_drawn_from_its_file() -> None:
 def test_attacks_of_one_kind_differ_by_their_radius() -> None:
     def control(*attacks: str) -> tuple[str, list[str]]:
         setup = run_setup([Condition(None), *map(Condition, attacks)])
-        return setup.control, [pair.label for pair in setup.pairs]
+        return setup["control"], [pair["label"] for pair in setup["pairs"]]
 
     assert control("pgd:eps=2/255", "pgd:eps=8/255,step_size=1/255") == ("eps", ["2/255", "8/255"])
     assert control("pgd:eps=0.5", "pgd:eps=0.75") == ("eps", ["0.5", "0.75"])

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attackroute.analysis import hardness as hardness
     from attackroute.analysis.channel_statistics import loss_gradient as loss_gradient
     from attackroute.analysis.channel_statistics import sensitivity as sensitivity
     from attackroute.analysis.criteria import rank_channels as rank_channels
+    from attackroute.analysis.hardness import hardness as hardness
     from attackroute.analysis.interventions import deactivate as deactivate
     from attackroute.analysis.interventions import transplant as transplant
     from attackroute.analysis.interventions import weaken as weaken

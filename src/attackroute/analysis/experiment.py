@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import pkgutil
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from operator import mul
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.figures.style import save_figure
 from attackroute.analysis.study import Study
 from attackroute.core.distributed import current, leading
-from attackroute.core.document import Document, Result
+from attackroute.core.document import Document
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.core.files import made_folder
-from attackroute.core.table import plain
+from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
 
 if TYPE_CHECKING:
@@ -34,8 +34,28 @@ _WORTH_SAYING = 60  # seconds
 _FOLDER = "attackroute.analysis.experiments"
 
 
-class ExperimentResult(Result):
-    """What an experiment found: a :class:`Result` that can be shown."""
+class ExperimentResult(ABC):
+    """What an experiment found: a table, a sentence about it, and what all its rows have in common.
+
+    Attributes:
+        kind: What was measured; the name of the document.
+        table: The measurements.
+    """
+
+    kind: str
+    table: Table
+
+    @abstractmethod
+    def reading(self) -> str:
+        """One sentence that says what came out."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What all rows have in common, and the verdicts, as plain values."""
+
+    def document(self, settings: Mapping[str, Any], **about: Any) -> Document:
+        """The result as a document, with what else there is to say about it, such as the seconds that it took."""
+        return Document(self.kind, settings, self.reading(), table=self.table, about={**about, **self.about()})
 
     @property
     def layers(self) -> tuple[str, ...]:

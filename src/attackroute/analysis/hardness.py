@@ -105,7 +105,10 @@ class Hardness(Shown):
 
     @property
     def values(self) -> Tensor:
-        """V (Eq. (18)), the sum of a sample's votes over the layers, ``(N,)`` float64: larger is harder to fool."""
+        """V (Eq. (18)), the sum of a sample's votes over the layers, ``(N,)`` float64: larger is harder to fool.
+
+        ``values.argsort()`` begins with the samples that the model has learned worst, as a rule misclassified ones.
+        """
         return self.votes.sum(1)
 
     @property
@@ -132,20 +135,6 @@ class Hardness(Shown):
         axes.legend(frameon=False)
         return axes
 
-    def hardest(self, count: int) -> Tensor:
-        """Indices of the samples with the largest V, hardest first, ties to the lower index, int64 ``(count,)``.
-
-        They are the ones that the model has learned best; nothing is perturbed to find them.
-        """
-        return self._first(count, descending=True)
-
-    def weakest(self, count: int) -> Tensor:
-        """Indices of the samples with the smallest V, weakest first, ties to the lower index, int64 ``(count,)``.
-
-        They are the ones that the model has learned worst, as a rule misclassified ones.
-        """
-        return self._first(count, descending=False)
-
     @property
     def table(self) -> Table:
         """One row a sample: index, label, prediction, V, and ``votes:LAYER`` for each layer in forward order."""
@@ -154,12 +143,6 @@ class Hardness(Shown):
             ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.route.layers)),
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
-
-    def _first(self, count: int, *, descending: bool) -> Tensor:
-        if not 0 < count <= len(self):
-            raise UserError(f"{count} samples are wanted of {len(self)}: give a number from 1 to {len(self)}")
-        order: Tensor = self.values.sort(descending=descending, stable=True).indices
-        return order[:count]
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ class AnalyzeOptions:
         "--only", "Some of the experiments; else all.", parse_names, "NAME,NAME", default=None
     )
     attacks: tuple[str, ...] = option(
-        "--attack", "An attack or corruption, such as pgd:eps=4/255; else pgd. May be repeated; shares grow for the "
+        "--attack", "An attack, such as pgd:eps=4/255; else pgd. May be repeated; shares grow for the "
         "first.", str, "NAME", default=None, repeat=True,
     )  # fmt: skip
     layers: tuple[str, ...] | None = option(

@@ -6,46 +6,17 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import ClassVar
 
 from attackroute.cli.arguments import shared
 from attackroute.cli.options import FILES, RunOptions, count, out_option, refuse_earlier
 
-_FINE_TUNED = (
-    "harden --model {out}/model --data mnist-sample --epochs 2 --augment crop --no-compare-full --evaluate "
-    "fgsm:eps=0.1 --evaluate-samples 100 --check-samples 0"
-)
-_STEPS = {  # a radius of 0.1 is what fools a network on digits; the paper's 8/255 is for natural images
-    "A small network learns to read digits:": (
-        "train --model vgg_small --data mnist-sample --epochs {epochs} --augment crop --out {out}/model"
-    ),
-    "Which channels pass on the most of what changes its loss, on digits that it has not seen?": (
-        "trace --model {out}/model --data mnist-sample --out {out}"
-    ),
-    "What do they carry? Section 4 of the paper; half of 300 digits decide on the route, the others are measured:": (
-        "analyze --model {out}/model --data mnist-sample --samples 300 --only deactivate,transplant,gradcam "
-        "--attack pgd:eps=0.1 --draws 3 --out {out}/analysis"
-    ),
-    "Which digits are easy to attack? V from loss gradients on the route, without an attack:": (
-        "hardness --model {out}/model --data mnist-sample --route {out}/route.json --attack fgsm:eps=16/255 "
-        "--attack gaussian-noise:std=0.15 --out {out}/hardness"
-    ),
-    "Can the route be hardened? Fine-tuning with a penalty on its loss gradients:": (
-        _FINE_TUNED + " --penalty gradient --lam 0.1 --out {out}/hardened"
-    ),
-    "A control: the same penalty on as many random neurons.": (
-        _FINE_TUNED + " --penalty gradient --lam 0.1 --target random --out {out}/random"
-    ),
-    "Another control: fine-tuning without a penalty.": _FINE_TUNED + " --penalty none --out {out}/longer",
-    "All four side by side, with signs of masked gradients. They are one network, and one lambda for both penalties,\n"
-    "chosen for neither; docs/hardening.md compares them with a lambda chosen for each, on several networks:": (
-        "evaluate --model {out}/model --model {out}/longer --model {out}/hardened --model {out}/random "
-        "--data mnist-sample --samples 500 --attack fgsm:eps=0.1 --attack pgd:eps=0.1 "
-        "--attack gaussian-noise:std=0.1 --check-samples 32 --out {out}/evaluation"
-    ),
-    "All of it on one page:": "report {out} --attack pgd:eps=8/255 --attack pgd:eps=16/255 --attack pgd:eps=0.1",
-}
+_TEXT = resources.files(__package__).joinpath("help", "demo_steps.txt").read_text().replace("\\\n", "")
+_STEPS = dict(step.rstrip().split("\n$ attackroute ") for step in _TEXT.split("\n\n"))
+"""Commands by the questions that they answer. A radius of 0.1 is what fools a network on digits; the paper's 8/255 is
+for natural images."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""``attackroute evaluate``: accuracy under attacks and corruptions, and whether it can be trusted."""
+"""``attackroute evaluate``: accuracy under attacks, and whether it can be trusted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FILES = ("evaluation.json", "evaluation.csv", "measurements.jsonl")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Measure accuracy under attacks and corruptions, with signs of masked gradients.
+    """Measure accuracy under attacks, with signs of masked gradients.
 
     Clean accuracy comes first, every accuracy has its 95 % interval, and several networks see the same images. Ctrl-C
     keeps what is done; --resume goes on.
@@ -52,8 +52,8 @@ class EvaluateOptions:
     network: NetworkOptions = shared(model="", hide=("model", "weights"))
     images: ImageOptions
     attacks: tuple[str, ...] = option(
-        "--attack", "An attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, autoattack, fog, ... Repeat it for "
-        "several.", str, "NAME", default=None, repeat=True, unset="fgsm, mi-fgsm, pgd and gaussian-noise",
+        "--attack", "An attack: fgsm, pgd, pgd:eps=4/255,steps=20, autoattack, gaussian-noise:std=0.1, ... Repeat it "
+        "for several.", str, "NAME", default=None, repeat=True, unset="fgsm, mi-fgsm, pgd and gaussian-noise",
     )  # fmt: skip
     eps: float | None = option(
         "--eps", "Radius of those attacks that do not state their own, as 8/255 or 0.1.", parse_number,

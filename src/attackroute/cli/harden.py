@@ -99,7 +99,7 @@ class ComparisonOptions:
 
     title: ClassVar[str] = "Before and after"
     attacks: tuple[str, ...] = option(
-        "--evaluate", "An attack or corruption to compare under, as in attackroute evaluate; repeat it for several.",
+        "--evaluate", "An attack to compare under, as in attackroute evaluate; repeat it for several.",
         str, "NAME", default=None, repeat=True, unset=", ".join(_ATTACKS),
     )  # fmt: skip
     eps: float | None = option(

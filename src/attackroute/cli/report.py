@@ -130,8 +130,8 @@ def _write(page: Page, target: Path, output: Output) -> dict[str, Any]:
 
     encoded = page.html.encode()
     replace_file(target, encoded)
-    output.line(f"{target}: {len(encoded) / 1e6:.2f} MB{', with some parts left out for its size' * page.pruned}")
-    return {"page": str(target), "bytes": len(encoded), "pruned": page.pruned}
+    output.line(f"{target}: {len(encoded) / 1e6:.2f} MB")
+    return {"page": str(target), "bytes": len(encoded)}
 
 
 # The network and the images behind a run's files

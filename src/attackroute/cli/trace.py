@@ -61,7 +61,7 @@ class TraceOptions:
         parse_share, "SHARE", default=0.3, group=ROUTE,
     )  # fmt: skip
     attack: str | None = option(
-        "--attack", "Trace the images after this attack or corruption: fgsm, pgd, pgd:eps=4/255,steps=20, ...", str,
+        "--attack", "Trace the images after this attack: fgsm, pgd, pgd:eps=4/255,steps=20, ...", str,
         "NAME", default=None, group=ROUTE,
     )  # fmt: skip
     tracing: TracingOptions

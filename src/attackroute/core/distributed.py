@@ -49,11 +49,6 @@ class Processes:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    @property
-    def name(self) -> str:
-        """How messages call this process."""
-        return f"process {self.rank} of {self.count}"
-
     @contextmanager
     def _exchange(self) -> Iterator[Any]:
         """PyTorch's module for what processes exchange; its errors say that one of them is gone."""
@@ -63,8 +58,8 @@ class Processes:
             yield torch.distributed
         except RuntimeError as error:
             raise LostProcessError(
-                f"{self.name} lost another one (killed, or out of memory): torchrun says which; what is in --out is "
-                "kept, so give the same command with --resume to go on"
+                f"process {self.rank} of {self.count} lost another one (killed, or out of memory): torchrun says "
+                "which; what is in --out is kept, so give the same command with --resume to go on"
             ) from error
 
     def all(self, value: T) -> list[T]:
@@ -168,8 +163,8 @@ def own_device(kind: str) -> torch.device:
     module = torch.get_device_module(device)
     if _current.local_rank >= module.device_count():
         raise UserError(
-            f"{_current.name} finds {module.device_count()} {device.type} devices on its machine, fewer than there are "
-            "processes: give torchrun a smaller --nproc-per-node, or take --device cpu"
+            f"process {_current.rank} of {_current.count} finds {module.device_count()} {device.type} devices on its "
+            "machine, fewer than there are processes: give torchrun a smaller --nproc-per-node, or take --device cpu"
         )
     module.set_device(_current.local_rank)
     return torch.device(device.type, _current.local_rank)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,10 +19,7 @@ from attackroute.core.files import file_errors, printable, regular_file, replace
 from attackroute.core.table import Table, plain
 
 _FORMAT, _VERSION = "attackroute document", 1
-_LIBRARIES = (
-    *("attackroute", "torch", "torchvision", "numpy", "scipy", "safetensors"),
-    *("pyautoattack", "imagecorruptions-imaug"),
-)
+_LIBRARIES = ("attackroute", "torch", "torchvision", "numpy", "scipy", "safetensors", "pyautoattack")
 _FIELDS = {"kind": str, "settings": dict, "reading": str, "about": dict, "rows": list}
 
 
@@ -95,30 +91,6 @@ class Document:
             return False
 
 
-class Result(ABC):
-    """What a measurement gives: a table, a sentence about it, and what all its rows have in common.
-
-    Attributes:
-        kind: What was measured; the name of the document.
-        table: The measurements.
-    """
-
-    kind: str
-    table: Table
-
-    @abstractmethod
-    def reading(self) -> str:
-        """One sentence that says what came out."""
-
-    @abstractmethod
-    def about(self) -> dict[str, Any]:
-        """What all rows have in common, and the verdicts, as plain values."""
-
-    def document(self, settings: Mapping[str, Any], **about: Any) -> Document:
-        """The result as a document, with what else there is to say about it, such as the seconds that it took."""
-        return Document(self.kind, settings, self.reading(), table=self.table, about={**about, **self.about()})
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a `UserError` says if it cannot be read, or holds something else."""
     with file_errors(path):
@@ -136,13 +108,9 @@ def library_versions() -> dict[str, str]:
     """Versions of those libraries on which results depend, as far as they are installed."""
     import torch
 
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {**versions, "torch": torch.__version__}  # with the accelerator that it was built for
+    installed = {each.name: each.version for each in metadata.distributions()}
+    installed["torch"] = torch.__version__  # with the accelerator that it was built for
+    return {name: installed[name] for name in _LIBRARIES if name in installed}
 
 
 def _refuse(constant: str) -> None:

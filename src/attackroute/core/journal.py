@@ -41,9 +41,6 @@ class Journal:
         self._records: dict[Key, dict[str, Any]] = {}
         self._started = False
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     def resume(self) -> None:
         """Take over what the file holds, if there is one that was made with the same settings."""
         if self._path is None or not self._path.exists():

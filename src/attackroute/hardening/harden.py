@@ -126,7 +126,7 @@ def harden(
 
     Without an attack this trains the paper's Vanilla_g (``penalty="gradient"``, Eq. (11)) and Vanilla_w (``"weight"``,
     Eq. (14)); with ``attack="pgd"``, PAT_g (Eq. (12)) and PAT_w (Eq. (15)). All that
-    :func:`attackroute.hardening.train` promises holds: runs repeat bit for bit, and go on after a kill.
+    :func:`attackroute.train` promises holds: runs repeat bit for bit, and go on after a kill.
 
     To choose lambda, look at the result's ``strengths``: lambda times the strength is the penalty's share in the first
     step's gradient. Begin where that is about 0.1 and go up by factors of 3 until clean accuracy suffers.

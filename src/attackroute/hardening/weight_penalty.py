@@ -78,7 +78,7 @@ class WeightPenalty:
                     "no layer of the route follows another one on it, with channels apart in between, so no weight "
                     "joins two of its neurons; take a route of adjacent layers, or the gradient penalty"
                 )
-            norms = following_norms(model, probe) if folded else {}
+            norms = _following_norms(model, probe) if folded else {}
             sources = _weights(model, probe, masks)
         self._model = model
         self._sums = [_LayerSum(sources[layer], mask, norms.get(layer)) for layer, mask in masks.items()]
@@ -94,7 +94,7 @@ class _LayerSum:
 
     weight: Callable[[], Tensor]  # gives the layer's kernel
     mask: Tensor  # which of its entries count, (outputs, inputs)
-    norm: FollowingNorm | None  # the batch norm to fold in
+    gain: Callable[[nn.Module], Tensor] | None  # of the batch norm to fold in
     _placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def value(self, model: nn.Module) -> Tensor:
@@ -107,8 +107,8 @@ class _LayerSum:
         rows, entries = self._placed[key]
         sizes = weight.index_select(0, rows).abs().flatten(2) if weight.ndim > 2 else weight[rows].abs()[..., None]
         sums = sizes.mul(entries[..., None]).sum((1, 2))
-        if self.norm is not None:
-            sums = sums * self.norm.gain(model).to(sums).index_select(0, rows)
+        if self.gain is not None:
+            sums = sums * self.gain(model).to(sums).index_select(0, rows)
         total: Tensor = sums.sum()
         return total
 
@@ -152,29 +152,24 @@ def _computed(module: nn.Module) -> Any:
     return getattr(module, _WEIGHT, None)
 
 
-@dataclass(frozen=True)
-class FollowingNorm:
-    """A batch norm that reads a layer's output and nothing else."""
+def _gain(weight: str | None, variance: str, eps: float, model: nn.Module) -> Tensor:
+    """A batch norm's ``|gamma / sigma|``, ``(C,)``, with sigma as in eval mode; gamma can be differentiated.
 
-    weight: str | None  # name of the parameter gamma; None for a gain of one
-    variance: str  # name of the buffer of running variances
-    eps: float  # what is added to the variance
-
-    def gain(self, model: nn.Module) -> Tensor:
-        """``|gamma / sigma|``, ``(C,)``, with sigma as in eval mode; gamma can be differentiated."""
-        sigma = (model.get_buffer(self.variance).detach() + self.eps).sqrt()
-        return 1 / sigma if self.weight is None else model.get_parameter(self.weight).abs() / sigma
+    Given are the names of its parameter gamma, None for a gain of one, and of its buffer of running variances.
+    """
+    sigma = (model.get_buffer(variance).detach() + eps).sqrt()
+    return 1 / sigma if weight is None else model.get_parameter(weight).abs() / sigma
 
 
-def following_norms(model: nn.Module, images: Tensor) -> dict[str, FollowingNorm]:
-    """The batch norms that read a layer's output directly, by layer, as a frozen model runs on ``(n, ...)`` images.
+def _following_norms(model: nn.Module, images: Tensor) -> dict[str, Callable[[nn.Module], Tensor]]:
+    """The gains of batch norms that read a layer's output and nothing else, by layer, as a frozen model runs on images.
 
     Raises:
         UserError: A batch norm has running variances, or a gain, that are not the model's own.
     """
     # by output, held, so that no other tensor takes its identity: a layer, and how its output was when it was made
     layers: dict[Tensor, tuple[str, int, Tensor]] = {}
-    norms: dict[str, FollowingNorm] = {}
+    norms: dict[str, Callable[[nn.Module], Tensor]] = {}
     parameters = {value: name for name, value in model.named_parameters()}
     buffers = {value: name for name, value in model.named_buffers()}
 
@@ -201,7 +196,7 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, FollowingNorm
                         "so they cannot be folded into its kernel; pass folded=False"
                     )
                 name = None if gamma is None else parameters[gamma]
-                norms[layer] = FollowingNorm(name, buffers[variance], float(bound.arguments["eps"]))
+                norms[layer] = partial(_gain, name, buffers[variance], float(bound.arguments["eps"]))
         return func(*args, **kwargs)
 
     with torch.no_grad(), LayerCalls(model, visit, linear=True), FunctionCalls(see):

@@ -1,4 +1,4 @@
-"""The page of one run: the values of its sections, its data as JSON, and a limit on its size.
+"""The page of one run: the values of its sections, and its data as JSON.
 
 What the page says stands in the templates in ``assets/``; here are the numbers and tables that they show.
 """
@@ -9,10 +9,10 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,11 +25,10 @@ from attackroute.core.files import printable
 from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
 from attackroute.report.pictures import inline_figures
-from attackroute.report.route_view import Limits, route_view, run_setup
+from attackroute.report.route_view import route_view, run_setup
 from attackroute.report.run_folder import RunFolder, StoredDocument
 from attackroute.routes.route import Route
 
-MOST_BYTES = 10_000_000
 SECTIONS = {
     "summary": "Summary",
     "occurrence": "Occurrence",
@@ -41,9 +40,9 @@ SECTIONS = {
     "made": "How it was made",
 }
 """Headings of a run's sections below its route, by their addresses in the page."""
-PRUNED = "Some figures, rows, channels or images are left out to keep the page small; the run's files have them."
 _FORMAT, _VERSION = "attackroute report", 3
 _ROUTE_WIDTH = 0.3
+_FIGURE_BYTES = 500_000  # of the largest figure's file
 _ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = (  # one after another, as one script
     "route_numbers.js", "route_columns.js", "route_drawing.js", "route_panel.js", "route_controls.js", "route_view.js",
@@ -82,26 +81,6 @@ class Content:
         return self.run.path.resolve().name
 
     @property
-    def key_numbers(self) -> list[tuple[str, object]]:
-        """What a reader wants to know first."""
-        measured, route = self.measured, self.route
-        numbers: list[tuple[str, object]] = []
-        if measured.traced is not None:
-            numbers.append(("samples traced", len(measured.traced)))
-            numbers.append(("of a layer's channels on a sample's route", percent(measured.traced.width)))
-        for condition in measured.conditions:
-            if condition.routes is not None and condition.accuracy is not None:
-                numbers.append((f"accuracy on {len(condition.routes)} {condition.name}", percent(condition.accuracy)))
-        if route is not None:
-            numbers.append(("channels on the model's route", f"{route.size} of {sum(route.channels.values())}"))
-        if measured.traced is not None and (unranked := measured.traced.unranked_layers):
-            numbers.append(("layers where all scores of some samples are zero", unranked))
-        if self.overlap is not None:
-            what = "of clean and attacked route shared (Jaccard index, mean over layers)"
-            numbers.append((what, percent(self.overlap)))
-        return numbers
-
-    @property
     def won(self) -> Table:
         """In how many comparisons the route beats each control, by experiment, as far as verdicts say."""
         rows = []
@@ -131,34 +110,12 @@ class Content:
         return {str(check.get("model")).rstrip("/").rpartition("/")[2] for check in checks}
 
     @property
-    def origin(self) -> list[tuple[str, object]]:
-        """Commands, versions, seeds, sizes and times, as the files have them."""
-        run = self.run
-        pairs: list[tuple[str, object]] = [("page", f"attackroute {__version__}")]
-        for condition in self.measured.conditions:
-            if condition.routes is not None:
-                provenance = condition.routes.provenance.to_json()
-                origin = {name: value for name, value in provenance.items() if value is not None}
-                pairs.append((f"trace, {condition.name}", origin))
-        about = {} if run.trace is None else run.trace.document.about
-        pairs += [pair for pair in {**run.settings, **about}.items() if isinstance(pair[1], (str, int, float))]
-        if run.evaluation is not None and "libraries" in run.evaluation.document.settings:
-            pairs.append(("libraries of the evaluation", run.evaluation.document.settings["libraries"]))
-        for stored in run.documents:
-            seconds = stored.document.about.get("seconds")
-            pairs.append(("file", f"{stored.path}{f' ({seconds:.1f} s)' if _is_number(seconds) else ''}"))
-        return [*pairs, *([("not shown", run.left_out)] if run.left_out else [])]
-
-    def data(self, budget: Budget) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """The run's files as plain values."""
         run = self.run
 
         def plain(stored: StoredDocument | None) -> dict[str, Any] | None:
-            content = None if stored is None else stored.document.to_json()
-            if content is not None and not budget.data_rows:
-                del content["rows"]
-                content["about"].pop("verdicts", None)
-            return content
+            return None if stored is None else stored.document.to_json()
 
         return {
             "run": self.name,
@@ -171,57 +128,23 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much a page carries."""
-
-    figure_bytes: int = 2_000_000  # of the largest figure's file
-    table_rows: int = 400  # of each table
-    data_rows: bool = True  # the JSON holds the rows and verdicts of documents
-    view: bool = True  # the route is drawn
-    limits: Limits = field(default_factory=Limits)
-
-
-_BUDGETS = (
-    Budget(),
-    Budget(200_000, 100, limits=Limits(pairs=40_000, samples=40)),
-    Budget(100_000, 100, data_rows=False, limits=Limits(128, 16_000, 20)),
-    Budget(0, 50, data_rows=False, limits=Limits(32, 4_000, 5, pictures=False)),
-    Budget(0, 20, data_rows=False, view=False),
-)
-
-
-@dataclass(frozen=True)
 class Page:
-    """A finished page, its data as plain values, and whether something was left out for its size."""
+    """A finished page, and its data as plain values."""
 
     html: str
     data: Mapping[str, Any]
-    pruned: bool
 
 
-def fitting(fill: Callable[[Budget, bool], Page], most_bytes: int) -> Page:
-    """The page of the largest budget that fits, or the barest one; ``fill(budget, pruned)`` makes it."""
-    page = fill(_BUDGETS[0], False)
-    for budget in _BUDGETS[1:]:
-        if len(page.html.encode()) <= most_bytes:
-            break
-        page = fill(budget, True)
-    return page
-
-
-def render(template: str, data: Mapping[str, Any], notes: Sequence[str], *, pruned: bool, **values: Any) -> Page:
+def render(template: str, data: Mapping[str, Any], notes: Sequence[str], **values: Any) -> Page:
     """A whole page of a template, which shows ``values`` and loads and sends nothing."""
-    left_out = PRUNED if pruned else None
-    marked = {"format": _FORMAT, "version": _VERSION, "attackroute": __version__, **data}
-    marked["notes"] = [*notes, *([PRUNED] if pruned else [])]
+    marked = {"format": _FORMAT, "version": _VERSION, "attackroute": __version__, **data, "notes": list(notes)}
     script, style = ("\n".join((_ASSETS / name).read_text("utf-8") for name in names) for names in (_SCRIPTS, _STYLES))
     policy = _POLICY.format(script=_digest(script), style=_digest(style))
     html = _environment().get_template(template).render(
-        data=marked, policy=policy, script=Markup(script), style=Markup(style), version=__version__, left_out=left_out,
-        notes=notes,
+        data=marked, policy=policy, script=Markup(script), style=Markup(style), version=__version__, notes=notes,
         **values,
     )  # fmt: skip
-    return Page(html, marked, pruned)
+    return Page(html, marked)
 
 
 def require_page(path: Path) -> None:
@@ -261,22 +184,18 @@ def accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return Table.of(attacks.values())
 
 
-def build_page(content: Content, most_bytes: int = MOST_BYTES) -> Page:
-    """Fill the page; where that is too large, with less and less, and a sentence that says so."""
-
-    def fill(budget: Budget, pruned: bool) -> Page:
-        view = route_view({"": content.measured}, content.classes, budget.limits) if budget.view else None
-        data = {
-            **content.data(budget),
-            "route_data": [] if view is None else [view],
-            "route_views": [] if view is None else [asdict(run_setup(content.measured.conditions))],
-        }
-        return render(
-            "run.html.j2", data, content.notes, pruned=pruned, title=f"Critical attacking route: {content.name}",
-            sections={"route": "The route", **SECTIONS}, view=view is not None, budget=budget, content=content,
-        )  # fmt: skip
-
-    return fitting(fill, most_bytes)
+def build_page(content: Content) -> Page:
+    """Fill the page."""
+    view = route_view({"": content.measured}, content.classes)
+    data = {
+        **content.data,
+        "route_data": [] if view is None else [view],
+        "route_views": [] if view is None else [run_setup(content.measured.conditions)],
+    }
+    return render(
+        "run.html.j2", data, content.notes, title=f"Critical attacking route: {content.name}",
+        sections={"route": "The route", **SECTIONS}, view=view is not None, content=content,
+    )  # fmt: skip
 
 
 @cache
@@ -288,9 +207,9 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {
-        "percent": percent, "records": records, "mapping": mapping, "inlined": inline_figures,
-        "accuracies": accuracy_table, "occurrence": occurrence_table, "responses": response_table, "plural": plural,
-        "zip": zip,
+        "percent": percent, "records": records, "mapping": mapping, "plural": plural, "zip": zip,
+        "inlined": partial(inline_figures, largest=_FIGURE_BYTES), "accuracies": accuracy_table,
+        "occurrence": occurrence_table, "responses": response_table,
     }  # fmt: skip
     environment.tests |= {"numeric": _is_number, "share": lambda cell: isinstance(cell, Share)}
     return environment

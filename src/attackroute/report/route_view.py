@@ -24,37 +24,30 @@ class Limits:
     channels: int = 256  # of a layer, the most frequent ones, whose edges and pictures are kept
     pairs: int = 80_000  # of channels, kept for their influence alone, over the whole network and all conditions
     samples: int = 64  # whose own routes are kept, with their pictures
-    pictures: bool = True
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two conditions, by number, whose routes are laid over one another; without a second, one is drawn alone."""
+def setup(
+    pairs: Sequence[tuple[int, int | None, str]], control: str, words: tuple[str, str, str], *, linked: bool = False
+) -> dict[str, Any]:
+    """One route view, as plain values.
 
-    first: int
-    second: int | None
-    label: str
-
-
-@dataclass(frozen=True)
-class RouteSetup:
-    """One route view."""
-
-    pairs: tuple[Pair, ...]  # what it can show, one at a time
-    control: str  # what moves between pairs: "eps" is a slider, anything else a list of that name
-    first: str = "clean images only"  # words for a channel on the first route only, on the second only, on both
-    second: str = "attacked images only"
-    both: str = "clean and attacked images"
-    linked: bool = False  # the view before it sets its width and choices
+    It can show pairs, one at a time: two conditions, by number, whose routes are laid over one another, and a label;
+    without a second, one is drawn alone. What moves between them is ``control``: ``"eps"`` is a slider, anything else a
+    list of that name. The words are for a channel on the first route only, on the second only, and on both. A linked
+    view has its width and choices from the view before it.
+    """
+    named = [dict(zip(("first", "second", "label"), pair, strict=True)) for pair in pairs]
+    told = dict(zip(("first", "second", "both"), words, strict=True))
+    return {"pairs": named, "control": control, **told, "linked": linked}
 
 
-def run_setup(conditions: Sequence[Condition], start: int = 0, *, linked: bool = False) -> RouteSetup:
+def run_setup(conditions: Sequence[Condition], start: int = 0, *, linked: bool = False) -> dict[str, Any]:
     """Clean images beside those after each attack: conditions from number ``start`` on."""
     attacks = [item.attack or "" for item in conditions[1:]]
     labels = radii(attacks)
-    pairs = tuple(Pair(start, start + number, name) for number, name in enumerate(labels or attacks, start=1))
-    control = "attack" if labels is None else "eps"
-    return RouteSetup(pairs or (Pair(start, None, ""),), control, linked=linked)
+    pairs = [(start, start + number, name) for number, name in enumerate(labels or attacks, start=1)]
+    words = ("clean images only", "attacked images only", "clean and attacked images")
+    return setup(pairs or [(start, None, "")], "attack" if labels is None else "eps", words, linked=linked)
 
 
 def route_view(
@@ -81,7 +74,7 @@ def route_view(
     count = sum(influence is not None for influence in influences)
     most = max(_FEWEST, limits.pairs // max(1, len(methods) * count))
     candidates = {layer: _candidates(conditions, frequencies, layer, limits.channels) for layer in channels}
-    pictures = next((each.pictures for each in networks.values() if each.pictures and limits.pictures), ())
+    pictures = next((each.pictures for each in networks.values() if each.pictures), ())
     origins = (condition.route.provenance for condition in conditions if condition.route is not None)
     return {
         "width": next((origin.width for origin in origins if origin is not None), 0.3),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Measured
-from attackroute.report.page import MOST_BYTES, SECTIONS, Budget, Content, Page, fitting, percent, render
-from attackroute.report.route_view import Pair, RouteSetup, route_view, run_setup
+from attackroute.report.page import SECTIONS, Content, Page, percent, render
+from attackroute.report.route_view import route_view, run_setup, setup
 from attackroute.routes.route import Route
 
 _WIDTH = 0.3  # the paper's
@@ -96,11 +96,6 @@ class LayerChange:
         return Table.of({"layer": layer, "left": left[layer], "entered": entered[layer]} for layer in self.before)
 
 
-def build_comparison(comparison: RunComparison, most_bytes: int = MOST_BYTES) -> Page:
-    """Fill the page; where that is too large, with less and less, and a sentence that says so."""
-    return fitting(lambda budget, pruned: _filled(comparison, budget, pruned=pruned), most_bytes)
-
-
 def comparable_note(first: Measured, *, traced: bool) -> str:
     """How two runs were made comparable: by traces, the page's or their own, of as many images and the same attacks."""
     names = ", ".join(item.attack for item in first.attacked if item.attack is not None)
@@ -110,48 +105,44 @@ def comparable_note(first: Measured, *, traced: bool) -> str:
     return f"Both routes {how}, on the same {plural(count, 'image')}{after}."
 
 
-def _filled(comparison: RunComparison, budget: Budget, *, pruned: bool) -> Page:
+def build_comparison(comparison: RunComparison) -> Page:
+    """Fill the page."""
     first, second = comparison.names
-    data_sets, views = _views(comparison, budget) if budget.view and comparison.alike else ([], [])
+    data_sets, views = _views(comparison) if comparison.alike else ([], [])
     differences = _differences(comparison)
     runs = zip(comparison.names, comparison.runs, strict=True)
     data = {
-        "runs": [{"name": name, **run.data(budget)} for name, run in runs],
+        "runs": [{"name": name, **run.data} for name, run in runs],
         "differences": differences,
         "route_data": data_sets,
-        "route_views": [asdict(view) for view in views],
+        "route_views": views,
     }
     channels = {"channels": "Channels that left and entered"} if comparison.alike else {}
     return render(
-        "two_runs.html.j2", data, comparison.notes, pruned=pruned,
+        "two_runs.html.j2", data, comparison.notes,
         title=f"Critical attacking routes: {first} and {second}", comparison=comparison, views=bool(views),
         sections={"route": "The routes", **channels, "differences": "What changed", **SECTIONS},
         differences=difference_table(differences, comparison.names),
-        budget=replace(budget, figure_bytes=budget.figure_bytes // 2),
     )  # fmt: skip
 
 
-def _views(comparison: RunComparison, budget: Budget) -> tuple[list[dict[str, Any]], list[RouteSetup]]:
+def _views(comparison: RunComparison) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The data set and the views on it, of networks whose channels correspond: over one another, then singly."""
     conditions = [run.measured.conditions for run in comparison.runs]
     networks = {name: run.measured for name, run in zip(comparison.names, comparison.runs, strict=True)}
-    both = route_view(networks, comparison.first.classes, budget.limits)
+    both = route_view(networks, comparison.first.classes)
     if both is None:
         return [], []
     first, second = comparison.names
     start = len(conditions[0])
     places = {condition.attack: number for number, condition in enumerate(conditions[1], start=start)}
-    over_one_another = RouteSetup(
-        pairs=tuple(
-            Pair(number, places[item.attack], "clean" if item.attack is None else f"after {item.attack}")
-            for number, item in enumerate(conditions[0])
-            if item.attack in places
-        ),
-        control="images",
-        first=f"left: on the route of {first} only",
-        second=f"entered: on that of {second} only",
-        both="stayed: on both",
-    )
+    pairs = [
+        (number, places[item.attack], "clean" if item.attack is None else f"after {item.attack}")
+        for number, item in enumerate(conditions[0])
+        if item.attack in places
+    ]
+    words = (f"left: on the route of {first} only", f"entered: on that of {second} only", "stayed: on both")
+    over_one_another = setup(pairs, "images", words)
     singly = run_setup(conditions[0], linked=True), run_setup(conditions[1], start=start, linked=True)
     return [both], [over_one_another, *singly]
 

@@ -1,4 +1,4 @@
-"""Attacks, corruptions, and accuracy under them.
+"""Attacks, and accuracy under them.
 
 In come a model, images in [0, 1] and labels; out go perturbed images (``attack(model, images, labels) -> images``),
 and an :class:`Evaluation`: accuracies by model and attack, with signs of masked gradients. Read `attack.py` first,
@@ -9,9 +9,8 @@ from attackroute.robustness.attack import Perturbation as Perturbation
 from attackroute.robustness.attack import show_eps as show_eps
 from attackroute.robustness.autoattack import AutoAttack as AutoAttack
 from attackroute.robustness.autoattack import Square as Square
-from attackroute.robustness.corruptions import Corruption as Corruption
-from attackroute.robustness.corruptions import GaussianNoise as GaussianNoise
 from attackroute.robustness.evaluation import Evaluation as Evaluation
+from attackroute.robustness.gaussian_noise import GaussianNoise as GaussianNoise
 from attackroute.robustness.gradient_attacks import FGSM as FGSM
 from attackroute.robustness.gradient_attacks import MIFGSM as MIFGSM
 from attackroute.robustness.gradient_attacks import PGD as PGD

@@ -1,4 +1,4 @@
-"""What every attack and corruption is: a callable ``(model, images, labels) -> perturbed images``, and its ball."""
+"""What every attack is: a callable ``(model, images, labels) -> perturbed images``, and its ball."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROUNDING = 1e-5  # what it may add to a value in [0, 1], at least
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Base of attacks and corruptions: parameters that print, serialise and compare.
+    """Base of attacks, of Gaussian noise too: parameters that print, serialise and compare.
 
     ``perturbation(model, images, labels, generator=None)`` returns perturbed images of the same shape, dtype, device
     and memory format, detached. The model is run in eval mode and comes back as it was. What is random depends on the
@@ -35,12 +35,10 @@ class Perturbation:
     another package's and draw for a whole batch); with a ``generator`` every call draws anew, as training wants it.
 
     ``str()`` gives the specification that names the attack everywhere, and that
-    :func:`attackroute.robustness.parse_attack` reads back.
+    :func:`attackroute.parse_attack` reads back.
     """
 
     name: ClassVar[str]
-    uses_model: ClassVar[bool] = True
-    """Whether the result depends on the model; a corruption's does not."""
 
     def __post_init__(self) -> None:
         """Check those settings that many attacks have; others are the class's own to check."""
@@ -48,8 +46,9 @@ class Perturbation:
         if not (isinstance(eps, (int, float)) and 0 <= eps <= 1):
             raise UserError(f"eps {eps} is out of range: it is in [0, 1] units, as in 8/255, and at most 1")
         for name in ("steps", "restarts", "queries"):
-            if hasattr(self, name):
-                check_count(name, getattr(self, name))
+            value = getattr(self, name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} {value!r} is not a positive number of times; give 1 or more")
         size = getattr(self, "step_size", None)
         if size is not None and not (isinstance(size, (int, float)) and 0 < size < math.inf):
             raise UserError(f"step_size {size} is not above 0; leave it out for the attack's own")
@@ -64,7 +63,7 @@ class Perturbation:
     def __str__(self) -> str:
         """Radius or level, and what is not the attack's own default: one name for one attack, wherever it stands."""
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
-        usual = {item.name: item.default for item in fields(self) if item.name not in ("eps", "severity")}
+        usual = {item.name: item.default for item in fields(self) if item.name not in ("eps", "std")}
         named = [name for name, value in given.items() if value is not None and value != usual.get(name)]
         settings = ",".join(f"{name}={self._text(name, given[name])}" for name in named)
         return f"{self.name}:{settings}" if settings else self.name
@@ -75,7 +74,7 @@ class Perturbation:
 
     @property
     def radius(self) -> float | None:
-        """Of the L-infinity ball that the attack keeps to; None for what keeps to none, as corruptions."""
+        """Of the L-infinity ball that the attack keeps to; None for what keeps to none, as noise."""
         return float(self.eps) if hasattr(self, "eps") else None
 
     def _text(self, name: str, value: Any) -> str:
@@ -130,12 +129,6 @@ def show_eps(eps: float) -> str:
     """``8/255`` for 8/255, and a plain number for what is no whole number of grey levels."""
     levels = round(eps * _LEVELS)
     return f"{levels}/{_LEVELS}" if levels / _LEVELS == eps else repr(float(eps))
-
-
-def check_count(name: str, value: int) -> None:
-    """Check a number of steps or restarts."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} {value!r} is not a positive number of times; give 1 or more")
 
 
 def require_extra(module: str, extra: str, what: str) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,6 @@ from attackroute.robustness.attack import Perturbation, kept_generators, require
 from attackroute.robustness.gradient_attacks import attacking, predicted
 
 Logits = Callable[[Tensor], Tensor]
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 _EPS = 8 / 255
 _ITERATIONS, _QUERIES, _MOST_TARGETS = 100, 5000, 9  # of the standard version
@@ -33,48 +32,17 @@ _LOGGER.addHandler(logging.NullHandler())  # told of zero gradients by the packa
 
 
 @dataclass(frozen=True)
-class Square(Perturbation):
-    """Square attack (Andriushchenko et al., 2020): random squares at the ball's corners, kept where they help.
-
-    It asks for the model's logits alone, so that it finds what masked gradients hide.
-
-    Attributes:
-        eps: Radius of the L-infinity ball.
-        queries: Rounds of the search, each one forward pass.
-        seed: Of the squares.
-    """
-
-    name: ClassVar[str] = "square"
-    eps: float = _EPS
-    queries: int = _QUERIES
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_extra("pyautoattack", "autoattack", self.name)
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """See :class:`Perturbation`; images that the model gets wrong are not changed."""
-        seed = self.seed + drawn_number(generator)
-        return _in_a_row([self.name], model, x, y, self.eps, seed, self.queries)
-
-
-@dataclass(frozen=True)
-class AutoAttack(Perturbation):
-    """Several attacks in a row, each on the images that the model still gets right (Croce and Hein, 2020).
-
-    The standard set is APGD on the cross entropy, APGD on the targeted DLR loss, targeted FAB and Square, with the
-    authors' settings. The targeted DLR loss needs four classes; with fewer it is left out with a warning, and the
-    result is weaker than the standard.
+class _PackageAttacks(Perturbation):
+    """Some of the package's attacks in a row, each on the images that the model still gets right.
 
     Attributes:
         eps: Radius of the L-infinity ball.
         seed: Of all random numbers.
     """
 
-    name: ClassVar[str] = "autoattack"
+    attacks: ClassVar[tuple[str, ...]]
     eps: float = _EPS
-    seed: int = 0
+    seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,36 +50,59 @@ class AutoAttack(Perturbation):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Perturbation`; images that the model gets wrong are not changed."""
-        return _in_a_row(STANDARD, model, x, y, self.eps, self.seed + drawn_number(generator), _QUERIES)
+        eps, seed, queries = self.eps, self.seed + drawn_number(generator), getattr(self, "queries", _QUERIES)
+        with attacking(model, x, y) as (images, given), kept_generators():
+            if images.ndim != 4:
+                raise UserError(f"images to attack have shape {tuple(x.shape)}; these attacks need (N, C, H, W)")
+            output = checked_logits(model(images.clone()), len(images))
+            classes = output.shape[1]
+            labels = checked_labels(given, classes, len(images))
+            right = output.argmax(1) == labels
+            makers = _makers(_logits_of(model, x.dtype), classes, eps, seed % 2**63, queries)
+            for name in self.attacks:
+                rows = right.nonzero().flatten()
+                if not len(rows) or eps == 0:
+                    break
+                if name not in makers:
+                    warnings.warn(f"{self.name} runs without {name}: {classes} classes are too few", stacklevel=2)
+                    continue
+                clean = images[rows]
+                with _default_dtype(torch.float32):  # which the package takes for granted
+                    perturbed = makers[name]().perturb(clean.to(torch.float32).contiguous(), labels[rows].clone())
+                change = (perturbed.detach().to(x.dtype) - clean).clamp_(-eps, eps)  # is there but for rounding
+                candidates = (clean + change.nan_to_num_(0)).clamp_(0, 1)
+                fooled = predicted(model, candidates) != labels[rows]
+                images[rows[fooled]] = candidates[fooled]
+                right[rows[fooled]] = False
+            return images
 
 
-def _in_a_row(
-    names: Sequence[str], model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int, queries: int
-) -> Tensor:
-    """Run some of the package's attacks, each on the images that the model still gets right."""
-    with attacking(model, x, y) as (images, given), kept_generators():
-        if images.ndim != 4:
-            raise UserError(f"images to attack have shape {tuple(x.shape)}; these attacks need (N, C, H, W)")
-        output = checked_logits(model(images.clone()), len(images))
-        labels = checked_labels(given, output.shape[1], len(images))
-        right = output.argmax(1) == labels
-        makers = _makers(_logits_of(model, x.dtype), output.shape[1], eps, seed % 2**63, queries)
-        for name in names:
-            rows = right.nonzero().flatten()
-            if not len(rows) or eps == 0:
-                break
-            if name not in makers:
-                warnings.warn(f"autoattack runs without {name}: {output.shape[1]} classes are too few", stacklevel=3)
-                continue
-            clean = images[rows]
-            with _default_dtype(torch.float32):  # which the package takes for granted
-                perturbed = makers[name]().perturb(clean.to(torch.float32).contiguous(), labels[rows].clone())
-            change = (perturbed.detach().to(x.dtype) - clean).clamp_(-eps, eps)  # is there but for rounding
-            candidates = (clean + change.nan_to_num_(0)).clamp_(0, 1)
-            fooled = predicted(model, candidates) != labels[rows]
-            images[rows[fooled]] = candidates[fooled]
-            right[rows[fooled]] = False
-        return images
+@dataclass(frozen=True)
+class Square(_PackageAttacks):
+    """Square attack (Andriushchenko et al., 2020): random squares at the ball's corners, kept where they help.
+
+    It asks for the model's logits alone, so that it finds what masked gradients hide.
+
+    Attributes:
+        queries: Rounds of the search, each one forward pass.
+    """
+
+    name: ClassVar[str] = "square"
+    attacks: ClassVar[tuple[str, ...]] = ("square",)
+    queries: int = _QUERIES
+
+
+@dataclass(frozen=True)
+class AutoAttack(_PackageAttacks):
+    """Several attacks in a row, each on the images that the model still gets right (Croce and Hein, 2020).
+
+    The standard set is APGD on the cross entropy, APGD on the targeted DLR loss, targeted FAB and Square, with the
+    authors' settings. The targeted DLR loss needs four classes; with fewer it is left out with a warning, and the
+    result is weaker than the standard.
+    """
+
+    name: ClassVar[str] = "autoattack"
+    attacks: ClassVar[tuple[str, ...]] = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
 def _makers(logits: Logits, classes: int, eps: float, seed: int, queries: int) -> dict[str, Callable[[], Any]]:

@@ -1,4 +1,4 @@
-"""Robustness evaluation: accuracy under attacks and corruptions, of one model or of several side by side."""
+"""Robustness evaluation: accuracy under attacks, of one model or of several side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +54,12 @@ def evaluate(
     Models run in eval mode on the devices of their parameters and come back as they were. Random numbers belong to the
     image and the seed, so that accuracies depend neither on batch size nor on order, but for rounding; ``autoattack``
     and ``square`` alone draw for a batch as a whole, and models that draw random numbers do so too. All models see the
-    same corrupted images.
+    same noise.
 
     Args:
         model: Maps images ``(N, C, H, W)`` in [0, 1] to logits ``(N, classes)``; or several of them by name.
         data: A DataLoader (any iterable) of ``(images, labels)``, or one such pair of tensors.
-        attacks: Specifications as :func:`attackroute.robustness.parse_attack` reads them, attacks, callables
+        attacks: Specifications as :func:`attackroute.parse_attack` reads them, attacks, callables
             ``(model, images, labels) -> images``, or objects of torchattack, torchattacks and foolbox; one, several, or
             several by name. Clean images are always measured first.
         batch_size: Rows at a time when ``data`` is tensors, and in the checks; a DataLoader brings its own.
@@ -81,7 +81,9 @@ def evaluate(
             is unknown or breaks its own rules, or the folder holds something else.
     """
     models = _named_models(model)
-    chosen = _chosen(attacks, seed)
+    if isinstance(attacks, Iterable) and not isinstance(attacks, (str, Mapping)):
+        attacks = [attack for attack in attacks if attack != CLEAN]
+    chosen = () if attacks == [] else tuple(named_attacks(attacks, seed=seed).values())
     if checks < 0:
         raise UserError(f"checks {checks} is not a number of images; give 0 for no checks")
     if resume and folder is None:
@@ -108,7 +110,6 @@ def evaluate(
         # the widest number format, so that no model gets images that were rounded for another
         reader = max(models.values(), key=lambda network: torch.finfo(placement(network)[1]).bits)
         stream = BatchStream(reader, data, batch_size)
-        run.probe_corruptions(chosen, *stream.first)
         to_check = run.measure(stream, (None, *chosen), checks)
         eps = max((attack.radius for attack in chosen if attack.radius is not None), default=_DEFAULT_EPS)
         signs = run.check_masking(to_check, eps, batch_size)
@@ -125,22 +126,9 @@ def evaluate(
     return evaluation
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """A batch of the data: its number in their order, images ``(N, ...)``, labels ``(N,)``, and the digest of both."""
-
-    number: int
-    images: Tensor
-    labels: Tensor
-    digest: str
-
-
-class _Measurement(NamedTuple):
-    """One model under one attack on one batch, and where it is written down."""
-
-    key: tuple[str, int, str, str]  # "samples", number of the batch, model, attack
-    digest: str  # of the batch
-    record: Mapping[str, Any]  # labels, predictions and seconds
+_Measurement = tuple[tuple[str, int, str, str], str, Mapping[str, Any]]
+"""Of one model under one attack on one batch: ``("samples", number of the batch, model, attack)``, under which it is
+written down; the batch's digest; and labels, predictions and seconds."""
 
 
 @dataclass
@@ -156,15 +144,6 @@ class _Run:
     right: defaultdict[tuple[str, str], list[bool]] = field(default_factory=lambda: defaultdict(list))
     seconds: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
 
-    def probe_corruptions(self, attacks: Iterable[Perturbation], images: Tensor, given: Tensor | None) -> None:
-        """Let a corruption that cannot take such images say so before any work is done."""
-        labels = _required(given)
-        check_attackable(images, labels)
-        with seeded(self.seed):
-            for attack in attacks:
-                if not attack.uses_model:
-                    attack(next(iter(self.models.values())), images[:1], labels[:1])
-
     def measure(self, stream: BatchStream, attacks: Sequence[Perturbation | None], checks: int) -> Candidates:
         """Measure all models under attacks (None: on clean images), and choose some images for the checks."""
         alone = current().count == 1
@@ -172,8 +151,7 @@ class _Run:
         def once(images: Tensor, given: Tensor | None) -> tuple[Iterable[_Measurement], Candidates]:
             labels = _required(given)
             check_attackable(images, labels)
-            batch = _Batch(stream.number, images, labels, samples_digest(images, labels))
-            measurements = self._measured(batch, attacks)
+            measurements = self._measured(stream.number, images, labels, attacks)
             # alone, each measurement is written down before the next one is made
             candidates = Candidates.of(images, labels, self.seed).first(checks)
             return measurements if alone else list(measurements), candidates
@@ -183,7 +161,8 @@ class _Run:
             for measurement in measurements:
                 self._take(measurement)
             chosen = candidates if chosen is None else chosen.joined(candidates, checks)
-        assert chosen is not None  # the stream has a first batch
+        if chosen is None:
+            raise UserError("the data hold no sample: the loader is empty")
         return chosen
 
     def check_masking(self, chosen: Candidates, eps: float, batch_size: int) -> tuple[Check, ...]:
@@ -214,35 +193,30 @@ class _Run:
             checks += [sign.judge(name, outcomes) for sign in SIGNS]
         return tuple(checks)
 
-    def _measured(self, batch: _Batch, attacks: Sequence[Perturbation | None]) -> Iterator[_Measurement]:
-        """Each attack on each model, made now or before."""
+    def _measured(
+        self, number: int, images: Tensor, labels: Tensor, attacks: Sequence[Perturbation | None]
+    ) -> Iterator[_Measurement]:
+        """Each attack on each model, made now or before, on the batch of that number in the data's order."""
+        digest = samples_digest(images, labels)
         for attack in attacks:
-            corrupted: Tensor | None = None  # the same images for all models
-            for name, model in self.models.items():
+            for name in self.models:
                 title = _title(attack)
                 self._tell(f"{name}: {title}")
-                key = ("samples", batch.number, name, title)
-                record = self.journal.recall(key, batch.digest)
+                key = ("samples", number, name, title)
+                record = self.journal.recall(key, digest)
                 if record is None:
                     started = time.perf_counter()
-                    with seeded(derived_seed(self.seed, f"{title}/{batch.digest}", 0)):
-                        if attack is not None and not attack.uses_model and corrupted is None:
-                            images = attack(model, batch.images, batch.labels)
-                            corrupted = checked_result(attack, images, batch.images)
-                        predictions = self._predictions(name, attack, batch, corrupted)
+                    with seeded(derived_seed(self.seed, f"{title}/{digest}", 0)):
+                        predictions = self._predictions(name, attack, images, labels)
                     seconds = round(time.perf_counter() - started, 4)
-                    record = {"labels": batch.labels.tolist(), "predictions": predictions, "seconds": seconds}
-                yield _Measurement(key, batch.digest, record)
+                    record = {"labels": labels.tolist(), "predictions": predictions, "seconds": seconds}
+                yield key, digest, record
 
-    def _predictions(
-        self, name: str, attack: Perturbation | None, batch: _Batch, corrupted: Tensor | None
-    ) -> list[int]:
+    def _predictions(self, name: str, attack: Perturbation | None, images: Tensor, labels: Tensor) -> list[int]:
         model = self.models[name]
         device, dtype = placement(model)
-        x, y = batch.images.to(device, dtype), batch.labels.to(device)
-        attacked = x if corrupted is None else corrupted.to(device, dtype)
-        if attack is not None and attack.uses_model:
-            attacked = checked_result(attack, attack(model, x, y), x)
+        x, y = images.to(device, dtype), labels.to(device)
+        attacked = x if attack is None else checked_result(attack, attack(model, x, y), x)
         with torch.no_grad():
             logits = checked_logits(model(attacked.clone()), len(attacked))
         checked_labels(y, logits.shape[1], len(y))
@@ -253,10 +227,10 @@ class _Run:
 
     def _take(self, measurement: _Measurement) -> None:
         """Write a measurement down, if it is new, and count it; they come in the data's order."""
-        _, _, model, title = key = measurement.key
-        record = measurement.record
-        if self.journal.recall(key, measurement.digest) is None:
-            self.journal.keep(key, measurement.digest, **record)
+        key, digest, record = measurement
+        _, _, model, title = key
+        if self.journal.recall(key, digest) is None:
+            self.journal.keep(key, digest, **record)
         self.seconds[model, title] += record["seconds"]
         self.right[model, title] += map(int.__eq__, record["labels"], record["predictions"])
         self.done += len(record["labels"])
@@ -293,17 +267,6 @@ def _named_models(model: object) -> dict[str, nn.Module]:
         if not isinstance(name, str) or not name:
             raise UserError(f"a model's name must be a text, not {name!r}")
     return models
-
-
-def _chosen(
-    attacks: Mapping[str, Attack | str] | Iterable[Attack | str] | Attack | str, seed: int
-) -> tuple[Perturbation, ...]:
-    """The attacks, each once, in the order in which they were given."""
-    if isinstance(attacks, Iterable) and not isinstance(attacks, (str, Mapping)):
-        attacks = [attack for attack in attacks if attack != CLEAN]
-        if not attacks:
-            return ()
-    return tuple(named_attacks(attacks, seed=seed).values())
 
 
 def _title(attack: Perturbation | None) -> str:

