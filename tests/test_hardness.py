@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import attackroute as ar
 from architectures import CLOSED, MIXED, Function, Perceptron, chain, conv, randomised
-from attackroute.analysis.hardness import GradientReader, Hardness, log_loss_and_margin
+from attackroute.analysis import Hardness
+from attackroute.analysis.hardness import GradientReader, log_loss_and_margin
 from attackroute.core.errors import UserError
 
 
@@ -79,6 +80,7 @@ def test_votes_by_hand() -> None:
     )
     assert hardness.votes.tolist() == expected
     assert hardness.values.tolist() == [3.5, 6.5, 7.0, 3.0]
+    assert hardness.hardest(4).tolist() == [2, 1, 0, 3] and hardness.weakest(2).tolist() == [3, 0]
     assert hardness.correct.tolist() == [True, True, False, True]
 
 
@@ -90,11 +92,15 @@ def test_votes_are_ranks() -> None:
     assert torch.equal(votes, torch.from_numpy(rankdata(-logs.numpy(), axis=0)))
 
 
-def test_equal_samples_have_equal_votes() -> None:
+def test_equal_samples_keep_the_lower_index_first() -> None:
     hardness = Hardness(
         ar.Route({"a": [0]}, {"a": 1}), torch.zeros(5, 1).double(), torch.zeros(5).long(), torch.zeros(5).long()
     )
     assert hardness.values.tolist() == [3.0] * 5
+    assert hardness.hardest(3).tolist() == hardness.weakest(3).tolist() == [0, 1, 2]
+    for count in (0, 6):
+        with pytest.raises(UserError, match="from 1 to 5"):
+            hardness.hardest(count)
 
 
 # gradients
@@ -151,7 +157,7 @@ def test_confident_samples_keep_their_place_in_float32() -> None:
     torch.testing.assert_close(found.log_gradients, expected, rtol=1e-5, atol=1e-5)
     truth = slow_log_gradients(model, route, images[[1, 2, 4]], torch.zeros(3).long())  # float64 can hold these
     torch.testing.assert_close(found.log_gradients[[1, 2, 4]], truth, rtol=1e-5, atol=1e-5)
-    assert found.values.argsort(descending=True).tolist() == [3, 0, 1, 2, 4]
+    assert found.hardest(5).tolist() == [3, 0, 1, 2, 4]
     model, images = saturated(scales)
     found = ar.hardness(model, route, (images, torch.ones(5).long()))  # confidently wrong: dL/dZ_a is 2 s p
     torch.testing.assert_close(found.log_gradients[3], torch.tensor([60.0, 2.0]).double().log(), rtol=1e-6, atol=1e-6)
@@ -191,7 +197,7 @@ def test_neither_batches_nor_order_matter(case: tuple[nn.Module, Tensor, Tensor]
     order = torch.tensor([4, 0, 8, 2, 6, 1, 3, 5, 7])
     shuffled = ar.hardness(model, route, (images[order], labels[order]), batch_size=4)
     assert torch.equal(shuffled.votes, whole.votes[order])
-    assert torch.equal(shuffled.values, whole.values[order])
+    assert torch.equal(shuffled.values[shuffled.hardest(9)], whole.values[whole.hardest(9)])
 
 
 def test_equal_samples_without_a_gradient_have_equal_votes() -> None:

@@ -140,17 +140,24 @@ def test_aggregate_remembers_where_it_comes_from() -> None:
     assert route.frequency["features.8"].tolist() == routes.frequency()["features.8"].tolist()
 
 
-def test_a_class_has_the_aggregate_of_its_samples() -> None:
-    routes = instances(samples=13)
-    for label in range(3):
+def test_by_label_is_the_aggregate_of_each_labels_samples() -> None:
+    routes = instances(samples=13, provenance=Provenance(samples=13, width=0.4, data="digits"))
+    by_label = routes.by_label(width=0.3)
+    assert list(by_label) == [0, 1, 2]
+    for label, route in by_label.items():
         rows = [row for row in range(13) if row % 3 == label]
-        assert routes.select(routes.labels == label).aggregate() == routes.select(rows).aggregate()
+        assert route == routes.select(rows).aggregate(0.3)
+        assert route.provenance is not None
+        assert (route.provenance.samples, route.provenance.data) == (len(rows), f"digits, label {label}")
+
+    with pytest.raises(UserError, match="no labels"):
+        instances(labelled=False).by_label()
 
 
 @pytest.mark.parametrize("width", [0, 1.5, float("nan")])
 def test_bad_widths_are_refused(width: float) -> None:
     routes = instances()
-    for call in (routes.aggregate, routes.occurrence):
+    for call in (routes.aggregate, routes.by_label, routes.occurrence):
         with pytest.raises(UserError, match=r"outside \(0, 1\]"):
             call(width)
     with pytest.raises(UserError, match=r"outside \(0, 1\]"):

@@ -135,6 +135,20 @@ class Hardness(Shown):
         axes.legend(frameon=False)
         return axes
 
+    def hardest(self, count: int) -> Tensor:
+        """Indices of the samples with the largest V, hardest first, ties to the lower index, int64 ``(count,)``.
+
+        They are the ones that the model has learned best; nothing is perturbed to find them.
+        """
+        return self._first(count, descending=True)
+
+    def weakest(self, count: int) -> Tensor:
+        """Indices of the samples with the smallest V, weakest first, ties to the lower index, int64 ``(count,)``.
+
+        They are the ones that the model has learned worst, as a rule misclassified ones.
+        """
+        return self._first(count, descending=False)
+
     @property
     def table(self) -> Table:
         """One row a sample: index, label, prediction, V, and ``votes:LAYER`` for each layer in forward order."""
@@ -143,6 +157,12 @@ class Hardness(Shown):
             ("index", "label", "prediction", "V", *(f"votes:{layer}" for layer in self.route.layers)),
             tuple(zip(range(len(self)), *columns, strict=True)),
         )
+
+    def _first(self, count: int, *, descending: bool) -> Tensor:
+        if not 0 < count <= len(self):
+            raise UserError(f"{count} samples are wanted of {len(self)}: give a number from 1 to {len(self)}")
+        order: Tensor = self.values.sort(descending=descending, stable=True).indices
+        return order[:count]
 
 
 @dataclass(frozen=True, eq=False)

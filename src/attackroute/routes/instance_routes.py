@@ -232,6 +232,21 @@ class InstanceRoutes(SampleRoutes):
             totals["correct"] = (self.labels == self.predictions).sum()
         return totals
 
+    def by_label(self, width: float = 0.3) -> dict[int, Route]:
+        """One route for each label, aggregated over the samples that bear it.
+
+        Raises:
+            UserError: the routes have no labels, or the width is outside (0, 1].
+        """
+        if self.labels is None:
+            raise UserError("these routes have no labels to group by: trace (image, label) pairs")
+        routes = {}
+        for label in sorted(set(self.labels.tolist())):
+            labelled = self.select(self.labels == label)
+            data = f"label {label}" if self.provenance.data is None else f"{self.provenance.data}, label {label}"
+            routes[label] = replace(labelled, provenance=replace(labelled.provenance, data=data)).aggregate(width)
+        return routes
+
     def select(self, index: slice | Sequence[int] | Tensor) -> InstanceRoutes:
         """The routes of some samples.
 
