@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, ClassVar, TypeVar
 
@@ -27,7 +27,7 @@ from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
 from attackroute.core.statistics import CLEAR, Accuracy, sign_test
 from attackroute.core.table import Record, Table, plural
-from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.attack import Attack, attack_name, attacked
 from attackroute.routes.route import Route
 
 UNTOUCHED = "untouched"
@@ -209,7 +209,7 @@ class Trial:
     channels: Route | None
 
     def change(self, injects: bool) -> Change:
-        """The intervention that it comes to: none without any channel, or with a factor of 1."""
+        """The intervention that it comes to: none without any channel (in clean images if it injects), or by 1."""
         setting = self.setting
         if self.channels is None or self.channels.size == 0 or setting.beta == 1:
             return None, None if injects and self.channels is not None else setting.attack, None
@@ -231,9 +231,9 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class CorrectSamples:
-    """Samples of a batch that the untouched model gets right when clean, and what layers to record gave for them."""
+    """Samples of a batch that the untouched model gets right when clean, and outputs of layers that belong to them."""
 
-    images: Tensor
+    images: Tensor  # clean, or after an attack
     labels: Tensor
     outputs: Mapping[str, Tensor]
 
@@ -264,9 +264,6 @@ def measure(
     forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in images times
     interventions. ``attacks`` bear the names that the settings use, ``record`` names the layers whose outputs
     ``intervene`` needs: those of the clean images, or of the attacked ones if the ``result`` injects.
-
-    Where the attack is made on the changed network, it may run images that are attacked together in any number, but in
-    their order; one that runs only some of them is made on one image at a time.
     """
     model, progress = compared.model, compared.progress
     settings = list(dict.fromkeys(settings))
@@ -285,38 +282,24 @@ def measure(
     total = None if stream.total is None else stream.total * len(changes)
     samples = counted = 0
 
-    def is_right(change: Change, recorded: CorrectSamples, images: Tensor) -> Tensor:
-        """Which of the samples the changed model gets right, on these images or on those that it is attacked with."""
-        channels, name, beta = change
-        try:
-            with nullcontext() if channels is None else intervene(channels, beta, recorded):
-                if result.adapts and channels is not None and name is not None and attacks is not None:
-                    images, _ = attacked(model, attacks[name], recorded.images, recorded.labels)
-                return (checked_logits(model(images.clone()), len(images)).argmax(1) == recorded.labels).cpu()
-        except OtherRowsError as error:
-            if len(images) == 1:
-                raise UserError(f"{name} cannot be made on a network with held channels: {error}") from error
-            rows = torch.arange(len(images), device=images.device).split(1)
-            return torch.cat([is_right(change, recorded.select(row), images[row]) for row in rows])
-
     def count(images: Tensor, labels: Tensor | None) -> tuple[int, int, Tensor]:
         """The batch's samples, those that count, and of these for each trial: right, route alone, control alone."""
-        clean = recorded = correct_when_clean(model, images, labels, () if result.injects else record, compared.at)
+        clean = correct_when_clean(model, images, labels, () if result.injects else record, compared.at)
         correct = torch.ones(len(changes), len(clean.images), dtype=torch.bool)
         done = samples * len(changes)
         for name in dict.fromkeys(attack for _, attack, _ in changes) if len(clean.images) else ():
-            inputs = clean.images
-            if name is not None and attacks is not None:
-                inputs, _ = attacked(model, attacks[name], clean.images, clean.labels)
-                if result.injects:
-                    recorded = replace(clean, outputs=record_outputs(model, inputs, record, at=compared.at))
-            for at, change in enumerate(changes):
-                channels, attack, _ = change
-                if attack != name:
+            attack = None if name is None or attacks is None else attacks[name]
+            inputs = clean.images if attack is None else attacked(model, attack, clean.images, clean.labels)[0]
+            outputs = record_outputs(model, inputs, record, at=compared.at) if result.injects else clean.outputs
+            given = replace(clean, images=clean.images if result.injects or result.adapts else inputs, outputs=outputs)
+            for at, (channels, made_by, beta) in enumerate(changes):
+                if made_by != name:
                     continue
-                if (channels, name) != (None, None):  # those that count are right when clean
-                    run = clean.images if result.injects and channels is not None else inputs
-                    correct[at] = is_right(change, recorded, run)
+                if channels is not None:
+                    change, within = partial(intervene, channels, beta), attack if result.adapts else None
+                    correct[at] = right_within(model, change, given, within)
+                elif name is not None:  # without an attack these are the samples that count
+                    correct[at] = right_within(model, nullcontext, replace(given, images=inputs))
                 done += len(images)
                 if progress is not None:
                     progress(done, total)
@@ -340,6 +323,32 @@ def measure(
         table=Table.of(rows), settings=tuple(route), main_share=compared.share, at=compared.at,
         samples=samples, counted=counted,
     )  # fmt: skip
+
+
+def right_within(
+    model: nn.Module,
+    context: Callable[[CorrectSamples], AbstractContextManager[object]],
+    samples: CorrectSamples,
+    attack: Attack | None = None,
+) -> Tensor:
+    """Which samples the model gets right in a context of theirs, after an attack that is made in there too.
+
+    The attack may run all images together as often as it likes, in their order; one that runs some of them, or all
+    several times over, is made on one image at a time.
+    """
+    images = samples.images
+    try:
+        with context(samples):
+            if attack is not None:
+                images, _ = attacked(model, attack, images, samples.labels)
+            return (checked_logits(model(images.clone()), len(images)).argmax(1) == samples.labels).cpu()
+    except OtherRowsError as error:
+        if attack is None:
+            raise
+        if len(images) == 1:
+            raise UserError(f"{attack_name(attack)} cannot be made on a network with held channels: {error}") from error
+        rows = torch.arange(len(images), device=images.device).split(1)
+        return torch.cat([right_within(model, context, samples.select(row), attack) for row in rows])
 
 
 def correct_when_clean(
