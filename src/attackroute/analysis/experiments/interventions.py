@@ -196,11 +196,11 @@ def hold_accuracy(
 ) -> Holding:
     """Accuracy with clean values held in some channels, each time under attacks on the network that is held so.
 
-    Gradients flow around the held channels alone. This is an oracle, not a defence, since it needs the clean image: it
-    bounds from above what a defence could gain that keeps these channels clean, as far as the attack is strong. Held
-    channels tell of the clean class too, and all of a layer give the clean answer on a chain under any attack, so that
-    only the difference to controls of the same size speaks for a route. Layers are as for :func:`transplant_accuracy`,
-    at the share of ``compared``. Attacks that run only some of the images at a time are made image by image.
+    Gradients flow around the held channels alone. This is an oracle that needs the clean image, not a defence: an upper
+    bound of what restoring these channels could save, which a stronger attack may lower. Held channels also tell of the
+    clean class (all of a layer give the clean answer on a chain), so that only the difference to controls of the same
+    size speaks for a route. Layers are as for :func:`transplant_accuracy`, at the share of ``compared``. Attacks that
+    run only some of the images at a time are made image by image, which takes as many times longer.
     """
     return _exchanged(Holding, compared, attacks, layers, (), together)
 
