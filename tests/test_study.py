@@ -20,7 +20,7 @@ from attackroute.robustness.gradient_attacks import FGSM
 from attackroute.zoo.data import ImageData
 from experiment_samples import Case, make_case
 
-NAMES = ["occurrence", "sensitivity", "transplant", "deactivate", "weaken", "gradcam", "rescaling"]
+NAMES = ["occurrence", "sensitivity", "transplant", "inject", "hold", "deactivate", "weaken", "gradcam", "rescaling"]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,9 @@ def test_how_long_it_takes_is_said_before_it_starts(case: Case, images: ImageDat
 
     notes: list[str] = []
     study = Study(model=case.model, images=images, attacks={"slow": slow}, draws=1, note=notes.append)
-    attack, passes, _ = study.unit_seconds
-    assert attack > 0.4 / 8 > passes / (4 * (1 + 1 + len(BASELINES))) > 0  # layers, and sets of channels of each
+    attack, passes, _, held = study.unit_seconds
+    sets = 4 * (1 + 1 + len(BASELINES))  # layers, and sets of channels of each
+    assert attack > 0.4 / 8 > passes / sets > 0 and held == sets * attack
     study.__dict__["unit_seconds"] = (4.0, 20.0, 3.0)
     analyze(study, ["weaken"])
     half = len(study.halves[1])

@@ -78,6 +78,7 @@ class Work(NamedTuple):
     attacks: int = 0  # rounds of all attacks
     passes: int = 0  # forward passes for each layer and set of channels
     traces: int = 0  # for each attack
+    held: int = 0  # rounds of all attacks for each layer and set of channels
 
 
 _UNKNOWN = Work()

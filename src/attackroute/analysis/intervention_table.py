@@ -8,8 +8,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, ClassVar, TypeVar
 
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import labelled
 from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, Ranking, require_right
 from attackroute.analysis.experiment import ExperimentResult
-from attackroute.analysis.interventions import record_outputs
+from attackroute.analysis.interventions import OtherRowsError, record_outputs
 from attackroute.core.batches import BatchStream
 from attackroute.core.checks import checked_labels, checked_logits
+from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
 from attackroute.core.statistics import CLEAR, Accuracy, sign_test
 from attackroute.core.table import Record, Table, plural
-from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.attack import Attack, attack_name, attacked
 from attackroute.routes.route import Route
 
 UNTOUCHED = "untouched"
@@ -71,6 +72,15 @@ class InterventionTable(ExperimentResult):
 
     helps: ClassVar[bool] = False
     """Whether the intervention raises accuracy where it meets what matters."""
+
+    injects: ClassVar[bool] = False
+    """Whether clean images run, with values of the attacked ones; else attacked ones, if there is an attack."""
+
+    adapts: ClassVar[bool] = False
+    """Whether the attack is made on the changed network; else on the untouched one."""
+
+    done: ClassVar[str] = "changed"
+    """What is done to the channels, in a picture's title."""
 
     opening: ClassVar[str]
     """How the reading begins, as a format of the table."""
@@ -198,12 +208,11 @@ class Trial:
     draw: int | None
     channels: Route | None
 
-    @cached_property
-    def change(self) -> Change:
-        """The intervention that it comes to: none without any channel, or with a factor of 1."""
+    def change(self, injects: bool) -> Change:
+        """The intervention that it comes to: none without any channel (in clean images if it injects), or by 1."""
         setting = self.setting
         if self.channels is None or self.channels.size == 0 or setting.beta == 1:
-            return None, setting.attack, None
+            return None, None if injects and self.channels is not None else setting.attack, None
         return self.channels, setting.attack, setting.beta
 
     def row(self, accuracy: Accuracy, route_only: int, control_only: int, *, network: int) -> Record:
@@ -222,11 +231,16 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class CorrectSamples:
-    """Samples of a batch that the untouched model gets right when clean, and what layers to record gave for them."""
+    """Samples of a batch that the untouched model gets right when clean, and outputs of layers that belong to them."""
 
-    images: Tensor
+    images: Tensor  # clean, or after an attack
     labels: Tensor
     outputs: Mapping[str, Tensor]
+
+    def select(self, rows: Tensor) -> CorrectSamples:
+        """Some of the samples, by index."""
+        outputs = {layer: values[rows] for layer, values in self.outputs.items()}
+        return CorrectSamples(self.images[rows], self.labels[rows], outputs)
 
 
 Intervene = Callable[[Route, "float | None", CorrectSamples], AbstractContextManager[object]]
@@ -248,8 +262,8 @@ def measure(
     The untouched network comes first, under every attack, and the route's ranking before the others. Batches are
     outermost: each is attacked once per attack and then forgotten. Trials that come to the same intervention share one
     forward pass; a share of 0, or a factor of 1, comes to the untouched network. Progress is in images times
-    interventions. ``attacks`` bear the names that the settings use, ``record`` names the layers whose clean outputs
-    ``intervene`` needs.
+    interventions. ``attacks`` bear the names that the settings use, ``record`` names the layers whose outputs
+    ``intervene`` needs: those of the clean images, or of the attacked ones if the ``result`` injects.
     """
     model, progress = compared.model, compared.progress
     settings = list(dict.fromkeys(settings))
@@ -258,34 +272,34 @@ def measure(
     for setting, ranking in product(settings, rankings):
         if (channels := ranking.route(setting.share, setting.layers)) is not None:
             trials.append(Trial(setting, ranking.criterion, ranking.draw, channels))
-    changes = list(dict.fromkeys(trial.change for trial in trials))
-    position = {change: index for index, change in enumerate(changes)}
-    columns = torch.tensor([position[trial.change] for trial in trials])
-    route = {trial.setting: position[trial.change] for trial in trials if trial.criterion == ROUTE}
+    asked = [trial.change(result.injects) for trial in trials]
+    position = {change: index for index, change in enumerate(dict.fromkeys(asked))}
+    changes, columns = list(position), [position[change] for change in asked]
+    route = {trial.setting: at for trial, at in zip(trials, columns, strict=True) if trial.criterion == ROUTE}
     # the route in the same setting; a trial's own column where the route was not measured
-    references = torch.tensor([route.get(trial.setting, position[trial.change]) for trial in trials])
+    references = [route.get(trial.setting, at) for trial, at in zip(trials, columns, strict=True)]
     stream = BatchStream(model, compared.data, compared.batch_size)
     total = None if stream.total is None else stream.total * len(changes)
     samples = counted = 0
 
     def count(images: Tensor, labels: Tensor | None) -> tuple[int, int, Tensor]:
         """The batch's samples, those that count, and of these for each trial: right, route alone, control alone."""
-        clean = correct_when_clean(model, images, labels, record, compared.at)
-        correct = torch.zeros(len(changes), len(clean.images), dtype=torch.bool)
+        clean = correct_when_clean(model, images, labels, () if result.injects else record, compared.at)
+        correct = torch.ones(len(changes), len(clean.images), dtype=torch.bool)
         done = samples * len(changes)
-        for name in attacked_by if len(clean.images) else ():
-            inputs = clean.images
-            if name is not None and attacks is not None:
-                inputs, _ = attacked(model, attacks[name], clean.images, clean.labels)
-            for at, (channels, attack, beta) in enumerate(changes):
-                if attack != name:
+        for name in dict.fromkeys(attack for _, attack, _ in changes) if len(clean.images) else ():
+            attack = None if name is None or attacks is None else attacks[name]
+            inputs = clean.images if attack is None else attacked(model, attack, clean.images, clean.labels)[0]
+            outputs = record_outputs(model, inputs, record, at=compared.at) if result.injects else clean.outputs
+            given = replace(clean, images=clean.images if result.injects or result.adapts else inputs, outputs=outputs)
+            for at, (channels, made_by, beta) in enumerate(changes):
+                if made_by != name:
                     continue
-                if name is None and channels is None:
-                    correct[at] = True  # these are the samples that count
-                else:
-                    with nullcontext() if channels is None else intervene(channels, beta, clean):
-                        logits = checked_logits(model(inputs.clone()), len(inputs))
-                    correct[at] = (logits.argmax(1) == clean.labels).cpu()
+                if channels is not None:
+                    change, within = partial(intervene, channels, beta), attack if result.adapts else None
+                    correct[at] = right_within(model, change, given, within)
+                elif name is not None:  # without an attack these are the samples that count
+                    correct[at] = right_within(model, nullcontext, replace(given, images=inputs))
                 done += len(images)
                 if progress is not None:
                     progress(done, total)
@@ -311,6 +325,32 @@ def measure(
     )  # fmt: skip
 
 
+def right_within(
+    model: nn.Module,
+    context: Callable[[CorrectSamples], AbstractContextManager[object]],
+    samples: CorrectSamples,
+    attack: Attack | None = None,
+) -> Tensor:
+    """Which samples the model gets right in a context of theirs, after an attack that is made in there too.
+
+    The attack may run all images together as often as it likes, in their order; one that runs some of them, or all
+    several times over, is made on one image at a time.
+    """
+    images = samples.images
+    try:
+        with context(samples):
+            if attack is not None:
+                images, _ = attacked(model, attack, images, samples.labels)
+            return (checked_logits(model(images.clone()), len(images)).argmax(1) == samples.labels).cpu()
+    except OtherRowsError as error:
+        if attack is None:
+            raise
+        if len(images) == 1:
+            raise UserError(f"{attack_name(attack)} cannot be made on a network with held channels: {error}") from error
+        rows = torch.arange(len(images), device=images.device).split(1)
+        return torch.cat([right_within(model, context, samples.select(row), attack) for row in rows])
+
+
 def correct_when_clean(
     model: nn.Module, images: Tensor, labels: Tensor | None, record: Sequence[str] = (), at: str = OUTPUT
 ) -> CorrectSamples:
@@ -323,7 +363,5 @@ def correct_when_clean(
         handle.remove()
     logits = checked_logits(answers[-1], len(images))
     labels = checked_labels(labelled(labels), logits.shape[1], len(images))
-    right = (logits.argmax(1) == labels).nonzero().flatten()
-    if len(right) == len(images):
-        return CorrectSamples(images, labels, outputs)
-    return CorrectSamples(images[right], labels[right], {layer: values[right] for layer, values in outputs.items()})
+    samples, right = CorrectSamples(images, labels, outputs), (logits.argmax(1) == labels).nonzero().flatten()
+    return samples if len(right) == len(images) else samples.select(right)

@@ -27,6 +27,10 @@ from attackroute.tracing.connections import Connections
 from attackroute.tracing.recorder import is_recording
 
 
+class OtherRowsError(UserError):
+    """A forward pass is on other images than those whose outputs are put into it."""
+
+
 @contextmanager
 def deactivate(
     model: nn.Module, route: Route, layers: Iterable[str] | None = None, *, at: str = OUTPUT
@@ -99,7 +103,7 @@ def transplant(
     def grafted(layer: str, dim: int, values: Tensor) -> Tensor:
         index, kept = indices(layer, values.device), outputs[layer]
         if kept.shape != values.shape:
-            raise UserError(
+            raise OtherRowsError(
                 f"layer {layer!r} gives {tuple(values.shape)} here but {tuple(kept.shape)} for the clean images: "
                 "both batches must have the same images in the same order"
             )

@@ -223,7 +223,7 @@ class Study:
         """About how many seconds an image each unit of an experiment's work takes, by a try on a few of the images.
 
         Units are a round of all attacks; a forward pass for each set of channels that an intervention tries, of each
-        layer the route's and the controls'; and a trace for each attack.
+        layer the route's and the controls'; a trace for each attack; and a round of all attacks for each such set.
         """
         images, labels = self._some(self.halves[0][:_TRIED])
         seconds = []
@@ -239,7 +239,7 @@ class Study:
                 started = time.perf_counter()
                 step()
                 seconds.append(times * (time.perf_counter() - started) / len(images))
-        return tuple(seconds)
+        return *seconds, sets * seconds[0]
 
     @cached_property
     def all_settings(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class GradCam(ExperimentResult):
         return {} if self.panels is None else {"gradcam": _maps_figure(self, self.panels)}
 
 
-@experiment("gradcam", order=6, title="Grad-CAM: where the channels look", work=Work(1))
+@experiment("gradcam", order=8, title="Grad-CAM: where the channels look", work=Work(1))
 def run(study: Study, progress: Progress) -> GradCam:
     """Where the route's channels look, and the others (Fig. 5)."""
     layer = _mapped_layer(study)

@@ -1,4 +1,7 @@
-"""Transplant, deactivate, weaken: accuracy with the route's channels changed (Figs. 3 and 4 of Li et al., 2021).
+"""Transplant, inject, hold, deactivate, weaken: accuracy with the route's channels changed (Figs. 3 and 4).
+
+The paper's claim is that "perturbations are mainly propagated via this route". Transplant and inject ask it in both
+directions, hold under an attack that knows what is done; docs/definitions.md has the formulas.
 
 Sets of channels grow by rank, each within the next. Random channels are off the given route, so their sets end where
 those are used up.
@@ -16,7 +19,7 @@ from torch import Tensor
 from attackroute.analysis.controls import Comparison, repeated_layers
 from attackroute.analysis.experiment import Work, experiment
 from attackroute.analysis.figures.accuracy import curves_figure, layers_figure, route_figure
-from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, measure
+from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, T, measure
 from attackroute.analysis.interventions import deactivate, transplant, weaken
 from attackroute.analysis.study import Study
 from attackroute.core.errors import UserError
@@ -40,6 +43,7 @@ class Transplantation(InterventionTable):
 
     kind = "transplant"
     helps: ClassVar[bool] = True
+    done: ClassVar[str] = "transplanted"
 
     opening = (
         "Transplanting {0.main_share:.0%} of one layer's clean channels at its {0.at} (accuracy without: {0.without}); "
@@ -51,11 +55,47 @@ class Transplantation(InterventionTable):
         return {"transplant-shares": curves_figure(self, self.attacks[0]), "transplant-layers": layers_figure(self)}
 
 
+class Injection(InterventionTable):
+    """Accuracies on clean images with attacked values in some channels; untouched, those on the attacked images."""
+
+    kind = "inject"
+    injects: ClassVar[bool] = True
+    done: ClassVar[str] = "injected into clean images"
+
+    opening = (
+        "Injecting {0.main_share:.0%} of one layer's attacked channels at its {0.at} into clean images (accuracy on "
+        "the attacked images: {0.without}); in clear effect, by {0.cases}:"
+    )
+
+    def figures(self) -> dict[str, Figure]:
+        """``inject-layers`` and ``inject-shares``, as for transplants."""
+        return {"inject-layers": layers_figure(self), "inject-shares": curves_figure(self, self.attacks[0])}
+
+
+class Holding(InterventionTable):
+    """Accuracies under an attack on the network with clean values held in some channels."""
+
+    kind = "hold"
+    helps: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
+    done: ClassVar[str] = "held clean, attacked through the held network"
+
+    opening = (
+        "Holding {0.main_share:.0%} of one layer's channels clean at its {0.at} while the network is attacked "
+        "(accuracy without: {0.without}); in clear effect, by {0.cases}:"
+    )
+
+    def figures(self) -> dict[str, Figure]:
+        """``hold``: single layers, and several together."""
+        return {"hold": layers_figure(self)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Deactivation(InterventionTable):
     """Accuracies with channels set to zero."""
 
     kind = "deactivate"
+    done: ClassVar[str] = "set to zero"
     route: Route | None = None  # with its frequencies, to draw beside what its deactivation costs
     title: str = ""  # of that picture
 
@@ -88,7 +128,19 @@ def run_transplant(study: Study, progress: Progress) -> InterventionTable:
     return transplant_accuracy(study.comparison(progress), study.named_attacks)
 
 
-@experiment("deactivate", order=4, title="Deactivation: channels set to zero", work=Work(passes=6))
+@experiment("inject", order=4, title="Injection: attacked values in clean images' channels", work=Work(1, 6))
+def run_inject(study: Study, progress: Progress) -> InterventionTable:
+    """Accuracy on clean images with attacked values in some channels."""
+    return inject_accuracy(study.comparison(progress), study.named_attacks)
+
+
+@experiment("hold", order=5, title="Held features: clean values, and an attack around them", work=Work(1, held=1))
+def run_hold(study: Study, progress: Progress) -> InterventionTable:
+    """Accuracy with clean values held in some channels, under attacks that know."""
+    return hold_accuracy(study.comparison(progress), study.named_attacks)
+
+
+@experiment("deactivate", order=6, title="Deactivation: channels set to zero", work=Work(passes=6))
 def run_deactivate(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy with channels set to zero (Fig. 4a)."""
     model, images = study.settings.get("model", type(study.model).__name__), len(study.halves[0])
@@ -96,7 +148,7 @@ def run_deactivate(study: Study, progress: Progress) -> InterventionTable:
     return replace(deactivate_accuracy(study.comparison(progress)), route=study.route, title=title)
 
 
-@experiment("weaken", order=5, title="Weakening the connections along the route", work=Work(passes=1))
+@experiment("weaken", order=7, title="Weakening the connections along the route", work=Work(passes=1))
 def run_weaken(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy with the connections between channels scaled down (Fig. 4b)."""
     return weaken_accuracy(study.comparison(progress), study.pair, note=study.note)
@@ -116,6 +168,52 @@ def transplant_accuracy(
     of ``compared``, at which all attacks are tried; ``shares`` grow for the first. Changed alone are ``layers``, or all
     of the route's; together the groups in ``together``, or the first two, three, ... half, and all of ``layers``.
     """
+    return _exchanged(Transplantation, compared, attacks, layers, shares, together)
+
+
+def inject_accuracy(
+    compared: Comparison,
+    attacks: Mapping[str, Attack | str],
+    *,
+    layers: Iterable[str] | None = None,
+    shares: Sequence[float] = TRANSPLANTED,
+    together: Iterable[Sequence[str]] | None = None,
+) -> Injection:
+    """Accuracy on clean images with attacked values in some channels: the other direction of a transplant.
+
+    If the attack is carried by the route, accuracy falls, and falls less with as many other channels. Layers, shares
+    and attacks are those of :func:`transplant_accuracy`.
+    """
+    return _exchanged(Injection, compared, attacks, layers, shares, together)
+
+
+def hold_accuracy(
+    compared: Comparison,
+    attacks: Mapping[str, Attack | str],
+    *,
+    layers: Iterable[str] | None = None,
+    together: Iterable[Sequence[str]] | None = None,
+) -> Holding:
+    """Accuracy with clean values held in some channels, each time under attacks on the network that is held so.
+
+    Gradients flow around the held channels alone. This is an oracle that needs the clean image, not a defence: an upper
+    bound of what restoring these channels could save, which a stronger attack may lower. Held channels also tell of the
+    clean class (all of a layer give the clean answer on a chain), so that only the difference to controls of the same
+    size speaks for a route. Layers are as for :func:`transplant_accuracy`, at the share of ``compared``. Attacks that
+    run only some of the images at a time are made image by image, which takes as many times longer.
+    """
+    return _exchanged(Holding, compared, attacks, layers, (), together)
+
+
+def _exchanged(
+    result: type[T],
+    compared: Comparison,
+    attacks: Mapping[str, Attack | str],
+    layers: Iterable[str] | None,
+    shares: Sequence[float],
+    together: Iterable[Sequence[str]] | None,
+) -> T:
+    """Accuracy where some channels have the values of another pass."""
     named = named_attacks(attacks)
     share, route = compared.share, compared.route
     single = tuple(route if layers is None else route.restrict(layers))
@@ -129,11 +227,11 @@ def transplant_accuracy(
         settings += [Setting((layer,), level, attack) for layer in single for level in used]
         settings += [Setting(group, share, attack) for group in groups]
 
-    def graft(channels: Route, _: float | None, clean: CorrectSamples) -> AbstractContextManager[None]:
-        return transplant(compared.model, clean.outputs, channels, at=compared.at)
+    def graft(channels: Route, _: float | None, recorded: CorrectSamples) -> AbstractContextManager[None]:
+        return transplant(compared.model, recorded.outputs, channels, at=compared.at)
 
     rankings = compared.rankings({*single, *(layer for group in groups for layer in group)})
-    return measure(Transplantation, compared, rankings, settings, graft, attacks=named, record=rankings[0].layers)
+    return measure(result, compared, rankings, settings, graft, attacks=named, record=rankings[0].layers)
 
 
 def leading_groups(layers: Sequence[str], repeats: Container[str] = ()) -> list[tuple[str, ...]]:

@@ -38,7 +38,8 @@ def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure
     untouched = table.untouched(attack).value
     handles: dict[str, Any] = {}
     for axes, (layers, cases) in zip(panels, swept.items(), strict=False):
-        handles = _curves(axes, table, cases, None if weakened else untouched) | handles
+        start = None if weakened else untouched if table.helps else 1.0
+        handles = _curves(axes, table, cases, start) | handles
         axes.axhline(100 * untouched, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(table.group_name(layers), fontsize=8, pad=3)
         tidy(axes)
@@ -50,9 +51,9 @@ def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(r"factor $\beta$" if weakened else "share in %", fontsize=8)
     figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
-    title = f"A share of the channels transplanted, {attack}" if attack else "A share of the channels set to zero"
+    title = f"A share of the channels {table.done}{f', {attack}' if attack else ''}"
     title = f"{table.main_share:.0%} of the channels" if weakened else title
-    dotted = "attacked, nothing transplanted" if attack else "untouched network"
+    dotted = f"untouched network{', attacked images' if attack else ''}"
     figure.suptitle(f"{title}\n{_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
     shared_legend(figure, handles, min(3, len(handles)))
     return figure
@@ -72,8 +73,8 @@ def layers_figure(table: InterventionTable) -> Figure:
         axes.set_ylim(-4, 104)
     upright_layers(panels[-1], [table.group_name(layers) for layers in groups])
     figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
-    title = f"{table.main_share:.0%} of the channels transplanted, {_PLACES[table.at]}"
-    figure.suptitle(f"{title}\ndotted: attacked, nothing transplanted", fontsize=9.5)
+    title = f"{table.main_share:.0%} of the channels {table.done},\n{_PLACES[table.at]}"
+    figure.suptitle(f"{title}\ndotted: untouched network, attacked images", fontsize=9.5)
     shared_legend(figure, handles, 3)
     return figure
 
@@ -126,15 +127,15 @@ def _points(
 
 
 def _curves(
-    axes: Axes, table: InterventionTable, cases: Sequence[tuple[float, Setting]], untouched: float | None = None
+    axes: Axes, table: InterventionTable, cases: Sequence[tuple[float, Setting]], start: float | None = None
 ) -> dict[str, Any]:
-    """A line for each criterion, from the untouched network's if it is given on; gives the legend's lines."""
+    """A line for each criterion, from the accuracy without any channel if it is given; gives the legend's lines."""
     handles: dict[str, Any] = {}
     for criterion in table.criteria:
         points = [(at, [100 * value for value in table.values(setting, criterion)]) for at, setting in cases]
         points = [(at, values) for at, values in points if values]
-        if untouched is not None and 0 not in (at for at, _ in points):
-            points = [(0.0, [100 * untouched]), *points]
+        if start is not None and 0 not in (at for at, _ in points):
+            points = [(0.0, [100 * start]), *points]
         if not points:
             continue
         places, values_at = zip(*points, strict=True)
