@@ -11,7 +11,18 @@ from attackroute.core.document import Document
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
 from attackroute.paper import hardening_tables, tables
-from attackroute.paper.claims import FAILS, HOLDS, PART, Findings, NetworkResults, by_count, markdown, verdict
+from attackroute.paper.claims import (
+    FAILS,
+    HOLDS,
+    NOTHING,
+    PART,
+    UNDECIDED,
+    Findings,
+    NetworkResults,
+    by_count,
+    markdown,
+    verdict,
+)
 from attackroute.paper.page import blocks, claims_of, fill, skeleton
 from attackroute.paper.published import reported
 
@@ -222,7 +233,13 @@ def test_hardness_by_hand() -> None:
     (claim,) = made(tables.prediction_claims, content)
     assert claim.verdict == HOLDS and claim.equals == () and "fooled 1 of 10 hardest, 8 of 10 weakest" in claim.found
     (claim,) = made(tables.prediction_claims, hardness_content(low=0.4, lead=-0.01))
-    assert claim.verdict == PART and claim.equals == ("loss", "margin", "input gradient", "V on all neurons")
+    assert claim.verdict == PART and claim.equals == (
+        "loss",
+        "margin",
+        "input gradient",
+        "V on all neurons",
+        "V on random neurons",
+    )
     assert "| conv1 | 0.0046 / 4.5565 | 1 / 10 | 1 / 2 |" in text(tables.gradients_table, content)
     assert "| 10 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 8 |" in text(tables.bins_table, content)
 
@@ -254,8 +271,24 @@ def test_hardening_must_beat_the_same_without_a_penalty() -> None:
     assert claims[2].found == "FGSM +2.0, PGD +2.0, Gaussian +2.0"
     assert claims[0].equals == ()
     claims = list(hardening_tables.hardening_claims(study_content(0.02, "undecided against"), "cifar10"))
+    assert [claim.verdict for claim in claims] == [UNDECIDED] * 4 + [FAILS]
+    assert claims[0].equals == ("random", "all") and claims[4].equals is None
+    claims = list(hardening_tables.hardening_claims(study_content(-0.02, "loses to"), "cifar10"))
     assert [claim.verdict for claim in claims] == [FAILS] * 5
-    assert claims[0].equals == ("random", "all")
+
+
+@pytest.mark.parametrize(("penalty", "expected"), [("beats", HOLDS), ("undecided against", NOTHING)])
+def test_a_penalty_that_does_nothing_tells_no_route_from_another(penalty: str, expected: str) -> None:
+    study = study_content(0.02, penalty)
+    other = "PAT_g, route of all images"
+    more = [
+        {"first": other, "second": "PAT_g", "attack": attack, "difference": 0.001, "verdict": "undecided against"}
+        for attack in ("clean", "pgd")
+    ]
+    rows = [*study.table, {**study.table[0], "variant": other}]
+    study = findings({**study.facts, "rows": rows, "differences": [*study["differences"], *more]})
+    (claim,) = [each for each in hardening_tables.hardening_claims(study, "cifar10") if "all training" in each.text]
+    assert claim.verdict == expected and claim.cells["controls that do as well"] == "no control was run"
 
 
 def test_the_papers_numbers_are_those_of_its_tables() -> None:

@@ -147,13 +147,13 @@ def all_experiments() -> dict[str, Experiment]:
 
 
 def chosen_experiments(names: Sequence[str] | None) -> list[Experiment]:
-    """Some experiments, in order; all where ``names`` is None."""
+    """Some experiments, in order; where ``names`` is None, all that do not attack anew for each set of channels."""
     experiments = all_experiments()
     for name in names or ():
         if name not in experiments:
             close, names_text = did_you_mean(name, experiments), ", ".join(experiments)
             raise UserError(f"unknown experiment {name!r}{close}; choose from {names_text}")
-    return [each for each in experiments.values() if names is None or each.name in names]
+    return [each for each in experiments.values() if (not each.work.held if names is None else each.name in names)]
 
 
 def analyze(
@@ -171,7 +171,7 @@ def analyze(
     Args:
         study: The network, its images and the settings; ``study.folder``, made if need be, takes tables, figures and
             the route.
-        experiments: Names of experiments; None for all.
+        experiments: Names of experiments; None for all but ``"hold"``, which takes longer than the others together.
         resume: Leave out experiments that the folder holds already, on the same settings.
         done: Called after each with its document, and its result if it was run now.
 

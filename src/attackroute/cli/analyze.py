@@ -35,7 +35,7 @@ class AnalyzeOptions:
     network: NetworkOptions
     images: ImageOptions
     only: tuple[str, ...] | None = option(
-        "--only", "Some of the experiments; else all.", parse_names, "NAME,NAME", default=None
+        "--only", "Some of the experiments; else all but hold, a long one.", parse_names, "NAME,NAME", default=None
     )
     attacks: tuple[str, ...] = option(
         "--attack", "An attack, such as pgd:eps=4/255; else pgd. May be repeated; shares grow for the "

@@ -14,20 +14,22 @@ from attackroute.core.document import Document
 from attackroute.core.table import Record, Table
 
 HOLDS, PART, FAILS = "holds", "holds in part", "does not hold"
+UNDECIDED, NOTHING = "undecided", "says nothing"
+"""Where no interval decides; and where what is asked cannot be told from what was measured."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """One claim of the paper on one network: what it says, the paper's figure, if it gives one, and the one found here.
 
-    Controls that did as well as the route, or better, are its ``equals``.
+    Controls that did as well as the route, or better, are its ``equals``; None where no control was run.
     """
 
     text: str
     paper: str
     found: str
     verdict: str
-    equals: tuple[str, ...] = ()
+    equals: tuple[str, ...] | None = None
     network: str = ""
 
     def __str__(self) -> str:
@@ -37,9 +39,10 @@ class Claim:
     @property
     def cells(self) -> dict[str, str]:
         """The claim as a row of a table."""
+        equals = "no control was run" if self.equals is None else ", ".join(self.equals)
         return {
             "claim": self.text, "paper": self.paper, "network": self.network, "found": self.found,
-            "verdict": f"**{self.verdict}**", "controls that do as well": ", ".join(self.equals),
+            "verdict": f"**{self.verdict}**", "controls that do as well": equals,
         }  # fmt: skip
 
 

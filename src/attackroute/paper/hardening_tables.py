@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from attackroute.analysis.intervention_table import BEATS, LOSES
 from attackroute.core.table import Record
-from attackroute.paper.claims import Claim, Findings, Row, percent, verdict
+from attackroute.paper.claims import NOTHING, UNDECIDED, Claim, Findings, Row, percent, verdict
 from attackroute.paper.published import BASES, PAT, SHARED_BY_A_TENTH, VANILLA, reported
 
 STUDY = "study"
@@ -90,7 +90,9 @@ def _penalty_claim(study: Findings, data: str, base: str, letter: str) -> Claim:
         text=f"{ours} (penalty on {_LETTERS[letter]}) beats the same fine-tuning without a penalty",
         paper=", ".join(f"{_title(name)} {_points(paper[name] - before[name])}" for name in claimed),
         found=_listed(differences),
-        verdict=verdict(set(verdicts) == {BEATS}, BEATS in verdicts and LOSES not in verdicts),
+        verdict=verdict(set(verdicts) == {BEATS}, BEATS in verdicts and LOSES not in verdicts)
+        if {BEATS, LOSES} & {*verdicts}
+        else UNDECIDED,
         equals=tuple(controls),
     )
 
@@ -109,7 +111,9 @@ def _same_defence(study: Findings, ours: str) -> Iterator[Claim]:
         verdict=verdict(
             all(abs(each["difference"]) <= _SAME for each in differences.values()),
             all(each["verdict"] not in (BEATS, LOSES) for each in differences.values()),
-        ),
+        )
+        if _difference(study, ours, f"{ours.partition('_')[0]}, no penalty", attack)["verdict"] == BEATS
+        else NOTHING,  # a penalty that does nothing tells no route from another
     )
 
 

@@ -39,6 +39,8 @@ GRADIENTS: Mapping[str, tuple[float, float]] = {
     "conv10": (0.0001, 0.4096),
 }
 """Table 4: gradients of hard and of weak samples, by layer; the paper does not say of which network."""
+LEAST_RATIO = 990
+"""Of the gradients of weak samples over those of hard ones, in Table 4."""
 SHARED_BY_A_TENTH = 0.946
 """Section 5.1.3: how much the route of a tenth of the samples shares with that of all."""
 TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM = 0.5368, 0.0463

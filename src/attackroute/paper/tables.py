@@ -16,6 +16,7 @@ from attackroute.analysis.intervention_table import UNTOUCHED
 from attackroute.core.statistics import AUROC
 from attackroute.core.table import Record
 from attackroute.paper.claims import (
+    FAILS,
     Claim,
     Findings,
     NetworkResults,
@@ -27,7 +28,7 @@ from attackroute.paper.claims import (
     table,
     verdict,
 )
-from attackroute.paper.published import GRADIENTS, OCCURRENCES, TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
+from attackroute.paper.published import GRADIENTS, LEAST_RATIO, OCCURRENCES, TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
 
 # --- Table 1: occurrence of the most frequent neurons
 
@@ -53,7 +54,7 @@ def occurrence_claims(network: NetworkResults, findings: Findings) -> Iterator[C
         paper=f"{paper[0]:.0f} to {paper[-1]:.0f} %" if paper else "",
         found=f"{percent(ours[0])} to {percent(ours[-1])} %, lowest {percent(min(ours))} % "
         f"(random routes {percent(statistics.fmean(chance))} %)",
-        verdict=verdict(falls and above, falls or above),
+        verdict=verdict(falls and above and (not paper or 100 * ours[0] >= paper[0]), falls or above),
         equals=tuple(of for of, values in occurrences.items() if all(map(operator.ge, values, ours))),
     )
 
@@ -299,7 +300,10 @@ def attention_claims(network: NetworkResults, findings: Findings) -> Iterator[Cl
             text=text,
             paper="yes",
             found=f"{percent(ours)} %; others {percent(theirs)} %{area}",
-            verdict=verdict(more[OFF_ROUTE] and (measure != INSIDE or ours > _MIDDLE), ours > theirs),
+            # where random channels do as well, it is not the route
+            verdict=verdict(more[OFF_ROUTE] and (measure != INSIDE or ours > _MIDDLE), ours > theirs)
+            if more[RANDOM]
+            else FAILS,
             equals=tuple(control for control, clear in more.items() if control != OFF_ROUTE and not clear),
         )
 
@@ -339,9 +343,9 @@ def gradient_claims(network: NetworkResults, findings: Findings) -> Iterator[Cla
         ratio = statistics.median(row["weak_mean"] / row["hard_mean"] for row in layers)
         yield Claim(
             text=f"images that {first} fools have larger gradients on the route",
-            paper="990 to 4,338 times",
+            paper=f"{LEAST_RATIO} to 4,338 times",
             found=f"in {good} of {len(layers)} layers, {ratio:.3g} times in the median",
-            verdict=by_count(good, len(layers)),
+            verdict=verdict(good == len(layers) and ratio >= LEAST_RATIO, 2 * good > len(layers)),
         )
 
 
@@ -375,16 +379,20 @@ def prediction_claims(network: NetworkResults, findings: Findings) -> Iterator[C
         if ours is None:
             continue
         hardest, weakest = about["bins_hardest_first"][0], about["bins_hardest_first"][-1]
-        rivals = {name: _auroc(findings, attack, name) for name in BASELINES}
+        predictors = findings.distinct("predictor", target=attack, statistic=AUROC)
+        leads = [  # of V over each; random draws are one control
+            (RANDOM_NEURONS if name.startswith(RANDOM_NEURONS) else name, row["lead_low"])
+            for name in predictors
+            if name.startswith((*BASELINES, RANDOM_NEURONS)) and (row := _auroc(findings, attack, name)) is not None
+        ]
         yield Claim(
             text=f"V predicts whom {attack} fools",
             paper="yes",
             found=f"AUROC {_auroc_cell(findings, attack, OURS)}; fooled {hardest[1]} of {hardest[0]} hardest, "
             f"{weakest[1]} of {weakest[0]} weakest",
             verdict=verdict(ours["low"] > 0.5, ours["value"] > 0.5),
-            equals=tuple(  # those that V is not clearly ahead of, by the bootstrap interval of its lead
-                name for name, rival in rivals.items() if rival is not None and not rival["lead_low"] > 0
-            ),
+            # those that V is not clearly ahead of, by the bootstrap interval of its lead
+            equals=tuple(dict.fromkeys(name for name, low in leads if not low > 0)),
         )
 
 
