@@ -103,13 +103,13 @@ def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor) -> list[Sh
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     if passage.crossing is None:
         reached = chosen_rows(critical.to(dtype), layer.weight, layer.groups)
-        return [(read, _spread(layer, reached).expand(read.values.shape))]
+        return [(read, _spread(layer, read, reached))]
     ranked = critical.nonzero()[:, 1].view(len(critical), -1)
     weight, output = layer.weight.detach(), passage.crossing.output
     if layer.axes is not None and layer.groups == weight.shape[0] == layer.channels and weight.shape[1] == 1:
         # depthwise: what matters of a kernel is how often, and how strongly, it reads each position
         rows = Rows(functional.one_hot(ranked, layer.channels).to(dtype).unsqueeze(3), ranked)
-        seen = _spread(layer, weight.to(dtype).abs().transpose(0, 1)).expand(read.values.shape)
+        seen = _spread(layer, read, weight.to(dtype).abs().transpose(0, 1))
         return passage.crossing.shares(passage.strands, rows, _pulled(read, output, [seen]))
     kernel = _signed(weight, layer.groups)
     rows = Rows((kernel.reshape(layer.channels, -1, 1) if layer.axes is None else kernel.flatten(2))[ranked].to(dtype))
@@ -118,13 +118,13 @@ def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor) -> list[Sh
     return passage.crossing.shares(passage.strands, rows, _pulled(read, output, offsets))
 
 
-def _spread(layer: RecordedLayer, reached: Tensor) -> Tensor:
+def _spread(layer: RecordedLayer, read: Held, reached: Tensor) -> Tensor:
     """What is read at each position, for what is at each kernel offset: ``(n, C_in, H, W)`` or ``(n, ..., F)``."""
+    shape = read.values.shape
     if layer.axes is None:
-        assert layer.read is not None
-        return reached.reshape(len(reached), *(1,) * (layer.read.values.ndim - 2), -1)
+        return reached.reshape(len(reached), *(1,) * (len(shape) - 2), -1).expand(shape)
     rows, columns = (indicator(axis, reached.dtype, reached.device) for axis in layer.axes)
-    return rows.T @ reached @ columns
+    return (rows.T @ reached @ columns).expand(shape)
 
 
 def _offsets(layer: RecordedLayer, read: Held) -> Iterator[Tensor]:

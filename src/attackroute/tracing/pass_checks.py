@@ -104,11 +104,8 @@ def require_rows_apart(
         for layer, rows in before.items():
             change = (rows[row] - after.get(layer, rows)[row]).abs().amax()
             if change > rounding * rows[row].abs().amax():
-                if layer == LOGITS:
-                    raise UserError(STATISTIC)
-                raise UserError(
-                    f"the rows of one image in the output of layer {layer!r} depend on another image, {_ROWS_MIXED}"
-                )
+                mixed = f"the rows of one image in the output of layer {layer!r} depend on another image, {_ROWS_MIXED}"
+                raise UserError(STATISTIC if layer == LOGITS else mixed)
 
 
 def _outputs(model: nn.Module, images: Tensor, layers: Container[str] | None) -> dict[str, Tensor]:

@@ -28,8 +28,7 @@ def followed(reading: Reading, output: Any) -> list[tuple[Tensor, Trail]]:
         rule = pointwise
     if rule is None:
         return [(tensor, lost(reading.trails.values())) for tensor in results]
-    read = [(tensor, reach) for tensor in reading.operands for reach in reading.trail(tensor).reach.values()]
-    based = [reach.base for tensor, reach in read if reach.base.holds(tensor)]
+    based = [one for value in reading.operands for one in reading.trail(value).reach.values() if one.base.holds(value)]
     pairs = list(zip(results, rule(reading, output), strict=False))
     if not based or rule not in _PLACES or reading.func._schema.is_mutable:
         return pairs
@@ -227,8 +226,8 @@ def cat(reading: Reading, output: Tensor) -> list[Trail]:
         placed = _placed(trail, move, lambda axes: unfollowed(axes, [dim], output.shape), partial=True)
         # channels that are whole and stand beside others begin a block, of which the move tells the place
         blocks = [start if _is_channels(each, dim) else -1 for each in trail.strands]
-        begun = placed.changed(map(lambda each, block: replace(each, block=block), placed.strands, blocks))
-        trails.append(replace(begun, reach=placed.reach))
+        begun = tuple(replace(each, block=block) for each, block in zip(placed.strands, blocks, strict=True))
+        trails.append(replace(placed, strands=begun))
         start += size
     return [joined(trails)]
 
