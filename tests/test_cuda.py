@@ -62,7 +62,7 @@ def test_no_layer_waits_for_the_device_or_leaves_it(name: str) -> None:
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, **options).eval()
     with frozen(model):
-        tracer = tracing.Tracer.probe(model, torch.rand(2, 3, 64, 64), 0.2)
+        tracer = tracing.Tracer(model, torch.rand(2, 3, 64, 64), 0.2)
     # a model cannot be probed on meta, so the structure is the CPU's
     images, labels = torch.empty(3, 3, 64, 64, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
     with frozen(moved := on_meta(model)):

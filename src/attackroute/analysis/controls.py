@@ -154,7 +154,7 @@ def sample_routes(
     noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        tracer = Tracer.probe(model, stream.first[0], width, attack=noise_of, config=config)
+        tracer = Tracer(model, stream.first[0], width, attack=noise_of, config=config)
 
         def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
             if made_by is not None:

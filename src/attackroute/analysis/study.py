@@ -228,7 +228,7 @@ class Study:
         images, labels = self._some(self.halves[0][:_TRIED])
         seconds = []
         with frozen(self.model), torch.inference_mode(False):
-            tracer = Tracer.probe(self.model, images, SAMPLE_WIDTH, config=self.plain_config)
+            tracer = Tracer(self.model, images, SAMPLE_WIDTH, config=self.plain_config)
             layers = self.layers or layer_channels(self.model, images, linear=self.config.linear)
             sets = len(layers) * (1 + self.draws + len(BASELINES))
             for times, step in (

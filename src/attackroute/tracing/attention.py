@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 19  # elements per block: temporaries that stay in the processor's cache
-_DEVICE_BLOCK = 1 << 25  # the same where memory is quick and launches are dear
+from attackroute.tracing.normalisation import block_size
 
 
 class Heads(NamedTuple):
@@ -67,7 +66,9 @@ def attention_sums(
         kernel = rows[sample, :, head].T.contiguous()
         projected, at_outputs = values[own] @ kernel, outputs[own] @ kernel  # (w, T', k), (w, T, k)
         if asked[1]:
-            of_keys[own] = _of_keys(queries[own], projected, at_outputs, counted[own])
+            # sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1
+            distances = _distances(at_outputs, projected) * counted[own]
+            of_keys[own] = distances.transpose(1, 2) @ queries[own].abs()
         if not asked[0]:
             continue
         length, features = values.shape[1:]
@@ -108,7 +109,7 @@ def _pulled_to_queries(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: 
     _, keys, values, weights, _ = heads
     features, (copies, tokens, _, width) = values.shape[2], jacobian.shape
     moments = jacobian.new_empty(tokens, width, copies, features)
-    step = max(1, 2 * _block(values) // (keys[0].numel()))  # features of the values at a time
+    step = max(1, 2 * block_size(values) // (keys[0].numel()))  # features of the values at a time
     for copy, (key, value, weight, slope) in enumerate(zip(keys, values, weights, counted, strict=True)):
         means, outputs = slope @ key, weight @ value
         for start in range(0, features, step):
@@ -130,7 +131,7 @@ def _pulled_to_keys(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: Ten
         distances = _distances(at_outputs, projected) * counted.abs()
     total = jacobian.new_empty(tokens, width)
     rows = 1 if copies == 1 else kernel.shape[1]
-    step = max(1, _block(values) // (queries.shape[1] * width * rows))
+    step = max(1, block_size(values) // (queries.shape[1] * width * rows))
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         pulled = queries.unsqueeze(1) @ jacobian[:, part]  # (g, t', T, m)
@@ -146,7 +147,7 @@ def _pulled_to_values(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: T
     """``sum_{t, j} |sum_g P[g, t, t'] sum_d W[g, j, d] J[g, t', d, m]|``, (T', m)."""
     copies, tokens, _, width = jacobian.shape
     total = jacobian.new_empty(tokens, width)
-    step = max(1, _block(kernel) // (kernel.shape[1] * width * (1 if copies == 1 else counted.shape[1])))
+    step = max(1, block_size(kernel) // (kernel.shape[1] * width * (1 if copies == 1 else counted.shape[1])))
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         pulled = kernel.unsqueeze(1) @ jacobian[:, part]  # (g, t', k, m)
@@ -158,10 +159,6 @@ def _pulled_to_values(heads: Heads, kernel: Tensor, counted: Tensor, jacobian: T
     return total
 
 
-def _block(values: Tensor) -> int:
-    return _BLOCK if values.device.type == "cpu" else _DEVICE_BLOCK
-
-
 def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, kernel: Tensor | None = None) -> Tensor:
     """``sum_j |sum_d M[t, e, d] W[j, d]|``, ``(w, T, E)``, of one head of w windows, with ``kernel`` ``W^T`` (D, k).
 
@@ -169,7 +166,7 @@ def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, 
     """
     means, width = weights @ keys, values.shape[2]
     total = torch.empty_like(means)
-    step = max(1, 2 * _block(values) // (keys.shape[1] * width))  # features of the queries at a time
+    step = max(1, 2 * block_size(values) // (keys.shape[1] * width))  # features of the queries at a time
     for start in range(0, keys.shape[2], step):
         part = slice(start, start + step)
         products = (keys[:, :, part].unsqueeze(3) * values.unsqueeze(2)).flatten(2)
@@ -183,13 +180,8 @@ def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, 
 
 def _row_sums(left: Tensor, right: Tensor) -> Tensor:
     """``sum over columns of |left @ right|``, for ``left`` (m, d) and ``right`` (d, k)."""
-    parts = left.split(max(1, _block(left) // right.shape[1]))
+    parts = left.split(max(1, block_size(left) // right.shape[1]))
     return torch.cat([(part @ right).abs_().sum(1) for part in parts])
-
-
-def _of_keys(queries: Tensor, projected: Tensor, at_outputs: Tensor, counted: Tensor) -> Tensor:
-    """``sum_t |q[t, e]| P[t, t'] |W_J v[t'] - W_J o[t]|_1``, ``(w, T', E)``, of one head of w windows."""
-    return (_distances(at_outputs, projected) * counted).transpose(1, 2) @ queries.abs()
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ over j is one matrix product of a 0/1 matrix with |W|, shared by all sources of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 from attackroute.core.layers import CHANNEL_DIM
 from attackroute.tracing.crossings import Held, Passage, Rows, Share
 from attackroute.tracing.deviations import Deviations
-from attackroute.tracing.recorder import Piece, RecordedLayer
+from attackroute.tracing.recorder import Piece, RecordedLayer, Recording
 from attackroute.tracing.windows import indicator, pattern_kernel
 
 _BLOCK = 1 << 18  # weights per block: their absolute values stay in the processor's cache
@@ -54,45 +54,43 @@ def critical_sums(layer: RecordedLayer, critical: Tensor, totals: dict[int, Tens
         totals[piece.source].narrow(1, piece.src, piece.length).add_(_scaled(shared[key], piece))
 
 
-def passage_sums(
-    layer: RecordedLayer, critical: Tensor, totals: dict[int, Tensor], leaves: Mapping[int, tuple[Tensor, str]]
-) -> None:
+def passage_sums(layer: RecordedLayer, critical: Tensor, totals: dict[int, Tensor], recording: Recording) -> None:
     """The same as :func:`critical_sums` for the sources whose closed form goes element by element.
 
-    ``leaves`` are the outputs of the sources that the recording was made with, and their kinds.
+    Their outputs are leaves of the ``recording``.
     """
     for passage in layer.passages:
-        shares = _shares(layer, passage, critical)
-        sources = sorted(passage.sources)
+        shares, sources = _shares(layer, passage, critical), sorted(passage.sources)
         if not shares or not sources:
             continue
+        leaves = [recording.leaf(source) for source in sources]
         largest = torch.stack([sums.amax() for _, sums in shares]).amax().clamp(min=torch.finfo(torch.float32).tiny)
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            [held.edge for held, _ in shares if held.edge is not None], [leaves[source][0] for source in sources],
+            [held.edge for held, _ in shares if held.edge is not None], [leaf for leaf, _ in leaves],
             [(sums / largest).to(held.dtype) for held, sums in shares],  # in the range of any dtype
             retain_graph=True, allow_unused=True
         )  # fmt: skip
         alike: dict[object, Tensor] = {}  # layers that add to one residual stream share one gradient
-        for source, gradient in zip(sources, gradients, strict=True):
+        for source, (_, kind), gradient in zip(sources, leaves, gradients, strict=True):
             if gradient is None:
                 continue
-            place = (gradient.data_ptr(), gradient.shape, gradient.stride(), leaves[source][1])
+            place = (gradient.data_ptr(), gradient.shape, gradient.stride(), kind)
             if place not in alike:
-                rows = gradient.abs().movedim(CHANNEL_DIM[leaves[source][1]], -1).flatten(1, -2)
+                rows = gradient.abs().movedim(CHANNEL_DIM[kind], -1).flatten(1, -2)
                 alike[place] = (rows.sum(1, dtype=totals[source].dtype) if gradient.ndim > 2 else rows) * largest
             totals[source].add_(alike[place])
 
 
-def passage_matrix(layer: RecordedLayer, source: int, leaves: Mapping[int, tuple[Tensor, str]]) -> Tensor:
+def passage_matrix(layer: RecordedLayer, source: int, recording: Recording) -> Tensor:
     """Eqs. (1)-(2), ``(n, C_target, C_source)``, for such a source; see :func:`passage_sums`."""
-    leaf, kind = leaves[source]
+    leaf, kind = recording.leaf(source)
     dtype = torch.promote_types(leaf.dtype, torch.float32)
     narrowed = layer.corrected(frozenset((source,)), frozenset())
     matrix = torch.zeros(len(leaf), layer.channels, leaf.shape[CHANNEL_DIM[kind]], dtype=dtype, device=leaf.device)
     for channel in range(layer.channels):
         only = torch.zeros(matrix.shape[:2], dtype=torch.bool, device=leaf.device)
         only[:, channel] = True
-        passage_sums(narrowed, only, {source: matrix[:, channel]}, leaves)
+        passage_sums(narrowed, only, {source: matrix[:, channel]}, recording)
     return matrix
 
 
@@ -105,13 +103,13 @@ def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor) -> list[Sh
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     if passage.crossing is None:
         reached = chosen_rows(critical.to(dtype), layer.weight, layer.groups)
-        return [(read, _spread(layer, reached).expand(read.values.shape))]
+        return [(read, _spread(layer, read, reached))]
     ranked = critical.nonzero()[:, 1].view(len(critical), -1)
     weight, output = layer.weight.detach(), passage.crossing.output
     if layer.axes is not None and layer.groups == weight.shape[0] == layer.channels and weight.shape[1] == 1:
         # depthwise: what matters of a kernel is how often, and how strongly, it reads each position
         rows = Rows(functional.one_hot(ranked, layer.channels).to(dtype).unsqueeze(3), ranked)
-        seen = _spread(layer, weight.to(dtype).abs().transpose(0, 1)).expand(read.values.shape)
+        seen = _spread(layer, read, weight.to(dtype).abs().transpose(0, 1))
         return passage.crossing.shares(passage.strands, rows, _pulled(read, output, [seen]))
     kernel = _signed(weight, layer.groups)
     rows = Rows((kernel.reshape(layer.channels, -1, 1) if layer.axes is None else kernel.flatten(2))[ranked].to(dtype))
@@ -120,13 +118,13 @@ def _shares(layer: RecordedLayer, passage: Passage, critical: Tensor) -> list[Sh
     return passage.crossing.shares(passage.strands, rows, _pulled(read, output, offsets))
 
 
-def _spread(layer: RecordedLayer, reached: Tensor) -> Tensor:
+def _spread(layer: RecordedLayer, read: Held, reached: Tensor) -> Tensor:
     """What is read at each position, for what is at each kernel offset: ``(n, C_in, H, W)`` or ``(n, ..., F)``."""
+    shape = read.values.shape
     if layer.axes is None:
-        assert layer.read is not None
-        return reached.reshape(len(reached), *(1,) * (layer.read.values.ndim - 2), -1)
+        return reached.reshape(len(reached), *(1,) * (len(shape) - 2), -1).expand(shape)
     rows, columns = (indicator(axis, reached.dtype, reached.device) for axis in layer.axes)
-    return rows.T @ reached @ columns
+    return (rows.T @ reached @ columns).expand(shape)
 
 
 def _offsets(layer: RecordedLayer, read: Held) -> Iterator[Tensor]:

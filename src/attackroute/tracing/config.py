@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from attackroute.core.batches import Data
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.tracing.deviations import Deviations
+from attackroute.tracing.deviations import Deviations, Progress
 
 UNIT, NOISE = "unit", "noise"
 CARRIERS = (UNIT, NOISE)
@@ -49,7 +48,10 @@ class TraceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_sketches(self.sketches)
+        if self.sketches is not None and (type(self.sketches) is not int or self.sketches < LEAST_SKETCHES):
+            raise UserError(
+                f"sketches={self.sketches!r}: give {LEAST_SKETCHES} or more, such as 32, or None for exact routes"
+            )
         if self.carrier not in CARRIERS:
             raise UserError(f"carrier {self.carrier!r} is unknown; choose from {', '.join(CARRIERS)}")
         if self.units not in UNITS and not isinstance(self.units, Deviations):
@@ -66,11 +68,7 @@ class TraceConfig:
         return self.carrier == NOISE
 
     def measured(
-        self,
-        model: nn.Module,
-        data: Data,
-        batch_size: int = 128,
-        progress: Callable[[int, int | None], None] | None = None,
+        self, model: nn.Module, data: Data, batch_size: int = 128, progress: Progress | None = None
     ) -> TraceConfig:
         """The same config with the data's deviations in place of ``units="std"``, from one pass over them."""
         if self.units != STD:
@@ -96,10 +94,3 @@ class TraceConfig:
                 "carrier 'noise' follows what an attack changes: pass attack=..., such as ar.parse_attack('pgd') "
                 "(--attack pgd)"
             )
-
-
-def check_sketches(sketches: object) -> None:
-    """Raise a `UserError` unless ``sketches`` is None or a number of draws that can be used."""
-    number = isinstance(sketches, int) and not isinstance(sketches, bool)
-    if sketches is not None and (not number or sketches < LEAST_SKETCHES):  # type: ignore[operator]
-        raise UserError(f"sketches={sketches!r}: give {LEAST_SKETCHES} or more, such as 32, or None for exact routes")

@@ -35,8 +35,7 @@ def token_carriers(
     feature of the target that carries it, or -1 where none does: int64 ``(C_source,)`` on the CPU.
     """
     sources_cut = {source for sources in edges.values() for source in sources}
-    leaves: dict[str, Tensor] = {}
-    kinds: dict[str, str] = {}
+    leaves: dict[str, tuple[Tensor, str]] = {}
     inputs: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(0)
 
@@ -47,21 +46,20 @@ def token_carriers(
         if call.name not in sources_cut:
             return output.detach()
         values = torch.randn(output.shape, generator=draws) * _SPREAD
-        leaves[call.name] = values.to(output.device, output.dtype).requires_grad_()
-        kinds[call.name] = call.kind
-        return leaves[call.name].clone()
+        leaf = values.to(output.device, output.dtype).requires_grad_()
+        leaves[call.name] = leaf, call.kind
+        return leaf.clone()
 
     with torch.enable_grad(), LayerCalls(model, visit, linear=True):
         model(images.clone())
     features: dict[tuple[str, str], Tensor] = {}
     for target, values in inputs.items():
         sources = {source: leaves[source] for source in edges[target] if source in leaves}
-        carried = _carried(values, sources, kinds)
-        features |= {(source, target): numbers for source, numbers in carried.items()}
+        features |= {(source, target): numbers for source, numbers in _carried(values, sources).items()}
     return features
 
 
-def _carried(values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
+def _carried(values: Tensor, leaves: Mapping[str, tuple[Tensor, str]]) -> dict[str, Tensor]:
     """For each source that is not mixed, the features of ``values``, ``(..., F)``, that carry its neurons."""
     features = torch.arange(values.shape[-1], device=values.device)
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
@@ -72,7 +70,7 @@ def _carried(values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, s
         if not unmixed:
             break
         bits = (features >> digit) & 1
-        zeros, ones = (_reached(values, unmixed, kinds, weights * (bits == bit)) for bit in (0, 1))
+        zeros, ones = (_reached(values, unmixed, weights * (bits == bit)) for bit in (0, 1))
         for source in zeros:
             if (zeros[source] & ones[source]).any():
                 del unmixed[source]
@@ -81,16 +79,13 @@ def _carried(values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, s
     return {source: numbers[source].where(touched[source], -1) for source in unmixed}
 
 
-def _reached(
-    values: Tensor, leaves: Mapping[str, Tensor], kinds: Mapping[str, str], weights: Tensor
-) -> dict[str, Tensor]:
+def _reached(values: Tensor, leaves: Mapping[str, tuple[Tensor, str]], weights: Tensor) -> dict[str, Tensor]:
     """Whether each neuron of each source reaches what is weighed, bool ``(C_source,)``."""
-    slopes = torch.autograd.grad(
-        values, list(leaves.values()), weights, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    outputs = [leaf for leaf, _ in leaves.values()]
+    slopes = torch.autograd.grad(values, outputs, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
     return {
-        source: slope.movedim(CHANNEL_DIM[kinds[source]], -1).flatten(0, -2).count_nonzero(0).cpu() > 0
-        for source, slope in zip(leaves, slopes, strict=True)
+        source: slope.movedim(CHANNEL_DIM[kind], -1).flatten(0, -2).count_nonzero(0).cpu() > 0
+        for (source, (_, kind)), slope in zip(leaves.items(), slopes, strict=True)
     }
 
 

@@ -22,23 +22,19 @@ class Held:
     """A tensor of the pass as it was at some moment, and its place in the graph."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
         self.edge: GradientEdge | None = get_gradient_edge(tensor) if tensor.grad_fn is not None else None
         self.dtype, self._version = tensor.dtype, tensor._version
 
     @property
     def values(self) -> Tensor:
         """The tensor, without its graph."""
-        return self._tensor.detach()
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether it is this tensor."""
-        return self._tensor is tensor
+        return self.tensor.detach()
 
     @property
     def kept(self) -> bool:
         """Whether nothing was written to it."""
-        return self._tensor._version == self._version
+        return self.tensor._version == self._version
 
 
 class Rows(NamedTuple):
@@ -281,7 +277,7 @@ class Passage:
     sources: frozenset[int]
 
 
-def passages(trail: Trail, kind: str, samples: int, channels: int) -> list[Passage]:
+def passages(trail: Trail, kind: str, samples: int, channels: int) -> tuple[Passage, ...]:
     """The closed-form parts of the edges into a layer, of a number of input channels, from what it reads.
 
     A source that comes in two ways, by itself and through a crossing or through two crossings, has no closed form.
@@ -298,8 +294,8 @@ def passages(trail: Trail, kind: str, samples: int, channels: int) -> list[Passa
         for other in ways.values():
             shut |= sources & other
         ways[crossing] = sources
-    return [
+    return tuple(
         Passage(crossing, tuple(by_crossing[crossing]), sources - shut)
         for crossing, sources in ways.items()
         if sources - shut
-    ]
+    )

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from attackroute.tracing.open_edges import RankedBatch
+
 _CLOSE = 1e-3  # of a score: kernels that add in no fixed order may differ a little
 
 
-class Results(Protocol):
-    """What a pass gives: tensors, some of which must be repeated closely."""
-
-    def compared(self) -> list[Tensor]:
-        """The tensors by which two passes over the same images are compared."""
-
-
-R = TypeVar("R", bound=Results)
-Pass = Callable[[Tensor, "Tensor | None"], R]
+Pass = Callable[[Tensor, "Tensor | None"], RankedBatch]
 """Called with images and labels."""
 
 
@@ -35,10 +28,10 @@ class Graph:
     graph: torch.cuda.CUDAGraph
     images: Tensor
     labels: Tensor | None
-    results: object
+    results: RankedBatch
 
     @classmethod
-    def capture(cls, run: Pass[R], images: Tensor, labels: Tensor | None) -> Graph | None:
+    def capture(cls, run: Pass, images: Tensor, labels: Tensor | None) -> Graph | None:
         """Record a pass; None where the model does what cannot be recorded, such as waiting for the device."""
         images, labels = images.clone(), None if labels is None else labels.clone()
         graph = torch.cuda.CUDAGraph()
@@ -50,7 +43,7 @@ class Graph:
             return None
         return cls(graph, images, labels, results)
 
-    def replay(self, images: Tensor, labels: Tensor | None) -> object:
+    def replay(self, images: Tensor, labels: Tensor | None) -> RankedBatch:
         """The pass for other images; what it gives is overwritten by the next one."""
         self.images.copy_(images)
         if self.labels is not None and labels is not None:
@@ -66,24 +59,23 @@ class GraphedPasses:
     graphs: dict[object, Graph | None] = field(default_factory=dict)
     seen: set[object] = field(default_factory=set)
 
-    def run(self, run: Pass[R], images: Tensor, labels: Tensor | None) -> R:
+    def run(self, run: Pass, images: Tensor, labels: Tensor | None) -> RankedBatch:
         """What ``run(images, labels)`` gives, which is to be read before the next call."""
         key = (images.shape, images.stride(), images.dtype, labels is None)
         graph = self.graphs.get(key)
         if graph is not None:
-            return graph.replay(images, labels)  # type: ignore[return-value]
+            return graph.replay(images, labels)
         results = run(images, labels)
         if key in self.seen and key not in self.graphs:
             self.graphs[key] = self._checked(run, images, labels, results)
         self.seen.add(key)
         return results
 
-    def _checked(self, run: Pass[R], images: Tensor, labels: Tensor | None, expected: R) -> Graph | None:
+    def _checked(self, run: Pass, images: Tensor, labels: Tensor | None, expected: RankedBatch) -> Graph | None:
         """The recorded pass, if it repeats what an ordinary one has given."""
         graph = Graph.capture(run, images, labels)
         if graph is None:
             return None
-        repeated: R = graph.replay(images, labels)  # type: ignore[assignment]
-        pairs = zip(expected.compared(), repeated.compared(), strict=True)
+        pairs = zip(expected.compared(), graph.replay(images, labels).compared(), strict=True)
         close = [torch.isclose(one, other, rtol=_CLOSE, equal_nan=True).all() for one, other in pairs]
         return graph if bool(torch.stack(close).all()) else None

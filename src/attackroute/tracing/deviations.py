@@ -20,6 +20,9 @@ from attackroute.core.model_state import explained, frozen, placement
 
 _ROUNDING = 16  # units of rounding of a neuron's mean, below which its deviation is taken for zero
 
+Progress = Callable[[int, "int | None"], None]
+"""Called after every batch with the number of samples done and, where known, in all."""
+
 _Moments = tuple[int, Tensor, Tensor]  # number of values; mean and variance of each neuron, float64 (C,) on the CPU
 
 
@@ -34,14 +37,7 @@ class Deviations:
     values: Mapping[str, Tensor]
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        data: Data,
-        *,
-        batch_size: int = 128,
-        progress: Callable[[int, int | None], None] | None = None,
-    ) -> Deviations:
+    def of(cls, model: nn.Module, data: Data, *, batch_size: int = 128, progress: Progress | None = None) -> Deviations:
         """Measure them, in eval mode, in one pass over the data and constant memory.
 
         Linear maps count as layers too. Arguments as of ``ar.trace_routes``; labels are not looked at.

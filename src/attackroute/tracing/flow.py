@@ -245,8 +245,8 @@ def times(flow: Flow, factor: Tensor) -> Flow:
     return replace(flow, terms=tuple(terms))
 
 
-def mapped(flow: Flow, change: Callable[[Term], Term | None], shape: tuple[int, ...] | None = None) -> Flow:
-    """``flow`` with ``change`` applied to each term; a term that becomes None makes its source opaque."""
+def mapped(flow: Flow, change: Callable[[Term], Term | None], shape: tuple[int, ...]) -> Flow:
+    """``flow`` of another ``shape``, with ``change`` applied to each term; one that becomes None is opaque."""
     terms: list[Term] = []
     lost = set(flow.opaque)
     for term in flow.terms:
@@ -255,7 +255,7 @@ def mapped(flow: Flow, change: Callable[[Term], Term | None], shape: tuple[int, 
             lost.add(term.source)
         else:
             terms.append(new)
-    return Flow(flow.shape if shape is None else shape, tuple(terms), frozenset(lost), flow.flat)
+    return Flow(shape, tuple(terms), frozenset(lost), flow.flat)
 
 
 def added(first: Flow, second: Flow) -> Flow:

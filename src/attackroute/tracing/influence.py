@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from attackroute.core.layers import LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 from attackroute.tracing.closed_form import influence_matrix, passage_matrix
 from attackroute.tracing.config import RAW, TraceConfig
-from attackroute.tracing.deviations import Deviations
+from attackroute.tracing.deviations import Deviations, Progress
 from attackroute.tracing.recorder import RecordedLayer, record
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import AUTOGRAD, Structure
@@ -73,7 +73,7 @@ def _influence(model: nn.Module, x: Tensor, source: str, target: str, linear: bo
             recording = record(model, images, linear=linear, leaves=structure.cut, expected=names)
             layer, index = structure.applied(recording.layers)[names.index(target)], names.index(source)
             if index in layer.passed:
-                return passage_matrix(layer, index, recording.numbered)
+                return passage_matrix(layer, index, recording)
             return influence_matrix(layer, index, structure.counts[index], images.shape[0])
     raise UserError("the batch holds no image")
 
@@ -96,7 +96,7 @@ def mean_influence(
     linear: bool = False,
     units: str | Deviations = RAW,
     batch_size: int = 128,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
 ) -> MeanInfluence:
     """Mean over samples of the influence of every channel on every channel of each layer that follows directly.
 
@@ -140,12 +140,11 @@ def _matrices(
     model: nn.Module, images: Tensor, structure: Structure, costly: set[str], linear: bool
 ) -> Iterable[tuple[Edge, Tensor]]:
     """Every edge's mean influence over one batch."""
-    leaves = structure.cut
-    recording = record(model, images, linear=linear, leaves=leaves, expected=structure.names)
+    recording = record(model, images, linear=linear, leaves=structure.cut, expected=structure.names)
     for layer, closed in zip(structure.applied(recording.layers), structure.closed, strict=True):
         averaged = _averaged(layer)
         for source in sorted(layer.passed if layer.name not in costly else ()):
-            yield (structure.names[source], layer.name), passage_matrix(layer, source, recording.numbered).mean(0)
+            yield (structure.names[source], layer.name), passage_matrix(layer, source, recording).mean(0)
         for source in sorted(closed - layer.passed):
             matrices = influence_matrix(averaged, source, structure.counts[source], 1)
             yield (structure.names[source], layer.name), matrices[0]

@@ -18,18 +18,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attackroute.core.errors import UserError
-from attackroute.core.layers import LayerCall
 from attackroute.tracing.flow import EMPTY, Flow, Path, Term, disentangled, opaque
-from attackroute.tracing.recorder import Piece, Tracker
+from attackroute.tracing.recorder import Tracker
 from attackroute.tracing.rules.layout import constant, identity
-from attackroute.tracing.rules.operation import RULES, Operation, overloads, tensors_in, without_rule
+from attackroute.tracing.rules.operation import RULES, Operation, aten, overloads, tensors_in, without_rule
 from attackroute.tracing.windows import Axes, GainSums, mask_sums
 
 _BLOCK = 1 << 20  # elements per block: temporaries that stay in the processor's cache
-_DETACH = frozenset(overloads("detach"))
-_CATS = frozenset(overloads("cat"))
 _SIZED = frozenset(overloads("view", "_unsafe_view", "reshape"))  # whose arguments name the number of rows
-_RESTRIDED = frozenset(overloads("as_strided_"))
 
 
 class NoiseTracker(Tracker):
@@ -55,7 +51,7 @@ class NoiseTracker(Tracker):
         super().record(tensor, flow, written=written)
 
     def _ruled(self, operation: Operation) -> Any:
-        rule = identity if operation.func in _DETACH else RULES.get(operation.func, without_rule)
+        rule = identity if operation.func is aten.detach.default else RULES.get(operation.func, without_rule)
         variants = _Variants.of(operation, self._cleaned, self._pairs)
         sources = frozenset[int]() if rule is constant else operation.sources
         output = rule(operation)
@@ -74,27 +70,21 @@ class NoiseTracker(Tracker):
                     self._cleaned[tensor] = {term.source: repeated[term.source][index] for term in flow.terms}
         return output
 
-    def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operation = Operation(self, func, args, kwargs)
+    def _without_gradient(self, operation: Operation) -> Any:
         sources = operation.sources
         output = operation.run()
         for tensor in tensors_in(output):
             self._cleaned.pop(tensor, None)
             if not tensor.is_inference():
-                self.record(tensor, opaque(sources), written=any(tensor is value for value in args))
+                self.record(tensor, opaque(sources), written=any(tensor is value for value in operation.args))
         return output
 
-    def _pieces(
-        self, call: LayerCall, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]
-    ) -> tuple[list[Piece], frozenset[int]]:
+    def _gains(self, name: str, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]) -> GainSums:
         if elsewhere:
             raise UserError(
-                f"the kernel of layer {call.name!r} is itself computed from other layers' outputs, so noise reaches it "
+                f"the kernel of layer {name!r} is itself computed from other layers' outputs, so noise reaches it "
                 "on other ways than its input: use carrier='unit'"
             )
-        return super()._pieces(call, flow, images, axes, elsewhere)
-
-    def _gains(self, flow: Flow, images: Tensor, axes: Axes | None) -> GainSums:
         return _NoiseSums(flow, images, axes, cleaned=self._cleaned.get(images), pairs=self._pairs)
 
 
@@ -117,7 +107,7 @@ class _Variants:
         # samples are apart, so what has as many rows in as many dimensions has one for each image
         rows = {id(value): value for value in read if value.ndim == dims and value.shape[0] == 2 * pairs}
         variants = {key: cleaned.get(value) if flows[key].terms else None for key, value in rows.items()}
-        if not any(variants.values()) and (len(rows) < 2 or operation.func in _CATS):
+        if not any(variants.values()) and (len(rows) < 2 or operation.func is aten.cat.default):
             return None
         values_before = {key: value.clone() if mutable and value is read[0] else value for key, value in rows.items()}
         return cls(operation, {key: (values_before[key], flows[key], variants[key]) for key in rows}, pairs)
@@ -126,7 +116,7 @@ class _Variants:
         """The operation's results on the attacked rows with a source cleaned."""
         func, args, kwargs = self.operation.func, self.operation.args, self.operation.kwargs
         first = self._replaced(args[0], source)
-        if func in _RESTRIDED:
+        if func is aten.as_strided_.default:
             return [first]
         if func in _SIZED:
             return [first.reshape(self.pairs, *results[0].shape[1:])]

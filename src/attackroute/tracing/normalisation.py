@@ -29,6 +29,11 @@ _TOKENS = 256  # tokens that share a bound
 _FEW = 0.3  # share of the pairs that are cheaper to pick out than to evaluate with all the others
 
 
+def block_size(values: Tensor) -> int:
+    """How many elements temporaries may have on the device of some values."""
+    return _BLOCK if values.device.type == "cpu" else _DEVICE_BLOCK
+
+
 class Stage(NamedTuple):
     """One normalisation of n samples' tokens."""
 
@@ -94,7 +99,7 @@ def _one_by_one(
     weight: Tensor, along: Sequence[Tensor], across: Sequence[Tensor], counted: Tensor | None = None
 ) -> Tensor:
     """``sum over j of |weight[j, s] - sum of along[j, t] across[s, t]|``, ``(C, T)``."""
-    step = max(1, (_BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK) // max(1, along[0].numel()))
+    step = max(1, block_size(weight) // max(1, along[0].numel()))
     parts = []
     for start in range(0, weight.shape[1], step):
         each = weight[:, start : start + step].unsqueeze(2)

@@ -33,6 +33,19 @@ class Ranked:
     mask: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class RankedBatch:
+    """What the trace of one batch gives, on its device: layers in forward order, logits ``(n, K)``, predictions."""
+
+    layers: Mapping[str, Ranked]
+    logits: Tensor
+    predictions: Tensor
+
+    def compared(self) -> list[Tensor]:
+        """By what two traces of the same batch are compared."""
+        return [*(layer.scores for layer in self.layers.values()), self.logits]
+
+
 class OpenEdges:
     """What computes a batch's edges without a closed form; this one serves a batch that has none.
 

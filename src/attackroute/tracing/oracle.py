@@ -120,13 +120,8 @@ def trace(
             if deviations is not None and clean is None:
                 scores[name] = scores[name] * deviations[name].to(size)
         masks[name] = _top(scores[name], width)
-    return OracleTrace(
-        tuple(calls),
-        tuple(edges),
-        influences,
-        scores={name: scores[name] for name in calls},
-        masks={name: masks[name] for name in calls},
-    )
+    scores, masks = ({name: values[name] for name in calls} for values in (scores, masks))
+    return OracleTrace(tuple(calls), tuple(edges), influences, scores, masks)
 
 
 def _needed(calls: dict[str, _Call], objective: Tensor, cotangent: Tensor) -> dict[str, _Call]:
@@ -264,9 +259,8 @@ def _labels(logits: Any, y: Tensor | None, samples: int) -> Tensor:
 
 def _run(model: nn.Module, x: Tensor, linear: bool) -> tuple[dict[str, _Call], Any]:
     """Runs the model once: the route layers' calls by name, in execution order, and what the model returned."""
-    running: list[str] = []
-    recorder = _Recorder(running, x.shape[0], linear)
-    with torch.inference_mode(False), torch.enable_grad(), _prepared(model, running), recorder:
+    recorder = _Recorder(x.shape[0], linear)
+    with torch.inference_mode(False), torch.enable_grad(), _prepared(model, recorder.running), recorder:
         result = model(x.detach().clone().requires_grad_().clone())
     if not recorder.calls:
         raise UserError("the model called no route layer: give a network with 2-D convolutions, or set linear=True")
@@ -276,11 +270,12 @@ def _run(model: nn.Module, x: Tensor, linear: bool) -> tuple[dict[str, _Call], A
 class _Recorder(TorchFunctionMode):
     """Cuts route layers' outputs out of the graph; blind inside scripted code."""
 
-    def __init__(self, running: Sequence[str], samples: int, linear: bool) -> None:
+    def __init__(self, samples: int, linear: bool) -> None:
         super().__init__()
+        self.running: list[str] = []  # modules whose forward runs, the innermost last
         self.calls: dict[str, _Call] = {}
         self._counts: dict[str, int] = {}
-        self._running, self._samples, self._linear = running, samples, linear
+        self._samples, self._linear = samples, linear
         self._attending = 0  # batch size of the multi-head attention under way
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -300,7 +295,10 @@ class _Recorder(TorchFunctionMode):
         if func is not nn.functional.linear:
             return output
         read = args[0] if args else kwargs["input"]
-        return self._cut_linear(output) if self._linear and self._of_images(read) else self._pass(output)
+        if self._linear and self._of_images(read):
+            return self._cut_linear(output)
+        self._name()  # no route layer, but counted: names do not depend on what is recorded
+        return output
 
     def _of_images(self, read: Tensor) -> bool:
         """Whether a linear map reads something of the images, and not parameters alone."""
@@ -319,18 +317,13 @@ class _Recorder(TorchFunctionMode):
             cut = cut.flatten(0, 1)
         return (cut.transpose(0, 1).contiguous() if self._attending else cut).reshape(shape)
 
-    def _pass(self, output: Tensor) -> Tensor:
-        """A linear map that is no route layer, but counted: names do not depend on what is recorded."""
-        self._name()
-        return output
-
     def _name(self) -> str:
-        name, module = self._next_name(), self._running[-1] or "model"
+        name, module = self._next_name(), self.running[-1] or "model"
         self._counts[module] = self._counts.get(module, 0) + 1
         return name
 
     def _next_name(self) -> str:
-        module = self._running[-1] or "model"
+        module = self.running[-1] or "model"
         count = self._counts.get(module, 0) + 1
         return module if count == 1 else f"{module}#{count}"
 
@@ -353,15 +346,8 @@ class _Replay(_Recorder):
         carried: For the layers whose former inputs are given, what the change is worth to their neurons, (N, C, ...).
     """
 
-    def __init__(
-        self,
-        running: Sequence[str],
-        samples: int,
-        linear: bool,
-        given: Mapping[str, Tensor],
-        former: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(running, samples, linear)
+    def __init__(self, samples: int, linear: bool, given: Mapping[str, Tensor], former: Mapping[str, Tensor]) -> None:
+        super().__init__(samples, linear)
         self.inputs: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = {}
         self._given, self._former = given, former
@@ -373,9 +359,8 @@ class _Replay(_Recorder):
         cls, model: nn.Module, x: Tensor, given: Mapping[str, Tensor], former: Mapping[str, Tensor], linear: bool
     ) -> _Replay:
         """Run the model on x with the outputs that are given."""
-        running: list[str] = []
-        replay = cls(running, len(x), linear, given=given, former=former)
-        with torch.inference_mode(False), torch.no_grad(), _prepared(model, running), replay:
+        replay = cls(len(x), linear, given, former)
+        with torch.inference_mode(False), torch.no_grad(), _prepared(model, replay.running), replay:
             model(x.detach().clone())
         return replay
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,18 @@ from attackroute.core.table import plural
 from attackroute.tracing.rules.operation import RULES, aten, overloads, tensors_in
 from attackroute.tracing.rules.pointwise import BATCH_NORMS
 
-
-class GraphSources(NamedTuple):
-    """Direct predecessors of one route layer, by name, as autograd sees them."""
-
-    reached: frozenset[str]  # the layer's output depends on theirs
-    custom: frozenset[str]  # those of them that a path through a custom autograd function joins
-
-
 _FOREIGN = ("CppNode", "torch::jit")  # in the names of autograd functions of extensions in C++, and of scripted ones
 
 
 class GraphWalk:
     """Walks the graph of a forward pass back from each route layer's output to the outputs of earlier ones.
 
-    ``sources`` are the predecessors of every layer that has run, by name, and ``outputs``, if they are to be kept, what
-    linear maps gave.
+    ``sources`` are the direct predecessors of every layer that has run, by name, and those of them that a path through
+    a custom autograd function joins. ``outputs``, if they are to be kept, are what linear maps gave.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
-        self.sources: dict[str, GraphSources] = {}
+        self.sources: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         self.outputs: dict[str, Tensor] = {}
         self._keep = keep
         self._outputs: dict[Any, str] = {}
@@ -45,7 +37,7 @@ class GraphWalk:
         if self._keep and kind == "linear":
             self.outputs[name] = output.detach().clone()
         reached, passed = self._walk([output.grad_fn])
-        self.sources[name] = GraphSources(reached, self._walk(passed)[0])
+        self.sources[name] = reached, self._walk(passed)[0]
         if output.grad_fn is None:  # behind a detach: what follows depends on the output all the same
             output = output.requires_grad_().clone()
         elif output._is_view():  # what is done to it in place would go past its place in the graph
@@ -112,11 +104,8 @@ def require_rows_apart(
         for layer, rows in before.items():
             change = (rows[row] - after.get(layer, rows)[row]).abs().amax()
             if change > rounding * rows[row].abs().amax():
-                if layer == LOGITS:
-                    raise UserError(STATISTIC)
-                raise UserError(
-                    f"the rows of one image in the output of layer {layer!r} depend on another image, {_ROWS_MIXED}"
-                )
+                mixed = f"the rows of one image in the output of layer {layer!r} depend on another image, {_ROWS_MIXED}"
+                raise UserError(STATISTIC if layer == LOGITS else mixed)
 
 
 def _outputs(model: nn.Module, images: Tensor, layers: Container[str] | None) -> dict[str, Tensor]:
@@ -147,17 +136,10 @@ _OPERAND = {aten.addmm.default: 1, aten.mm.default: 0, aten.convolution.default:
 """Which argument holds samples; another one that depends on the images would take each sample to all of them."""
 
 _REDUCTIONS = frozenset(overloads("mean.dim", "sum.dim_IntList"))
-_CONCATENATION = frozenset(overloads("cat"))
-_PADDING = frozenset(overloads("constant_pad_nd"))
-
-_BROADCASTING = frozenset(
-    overloads("add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor", "mul.Tensor", "mul_.Tensor", "div.Tensor")
-    + overloads("div_.Tensor", "copy_")
-)
+_SIGNS = (f"{name}{end}.Tensor" for name in ("add", "sub", "mul", "div") for end in ("", "_"))
+_BROADCASTING = frozenset(overloads(*_SIGNS, "copy_"))
 
 _BATCH_NORMS = frozenset(overloads(*BATCH_NORMS))
-_DETACH = frozenset(overloads("detach"))
-_REARRANGEMENTS = frozenset(overloads("as_strided_"))  # of any kind
 
 
 class Separation:
@@ -179,7 +161,9 @@ class Separation:
             return
         read = tensors_in((args, tuple(kwargs.values())))
         dependent = [value for value in read if value.requires_grad]
-        if func in _DETACH and dependent:  # autograd detaches what it saves; what else is done with it is not followed
+        if (
+            func is aten.detach.default and dependent
+        ):  # autograd detaches what it saves; what else is done with it is not followed
             self._detached[output] = True
         elif any(value in self._detached for value in read):
             self.proven = False
@@ -192,7 +176,7 @@ class Separation:
             return False
         if func in _BROADCASTING:
             return all(value.ndim == results[0].ndim for value in dependent)
-        if func not in _CONCATENATION and any(value is not args[_OPERAND.get(func, 0)] for value in dependent):
+        if func is not aten.cat.default and any(value is not args[_OPERAND.get(func, 0)] for value in dependent):
             return False
         return func in _OPERAND or (func in RULES and not _meets_samples(func, args, dependent[0].ndim))
 
@@ -201,9 +185,9 @@ def _meets_samples(func: Any, args: tuple[Any, ...], ndim: int) -> bool:
     """Whether an operation that has a rule works, or may work, along the first dimension."""
     if func in _REDUCTIONS:
         return not args[1] or 0 in (dim % ndim for dim in args[1])
-    if func in _PADDING:
+    if func is aten.constant_pad_nd.default:
         return len(args[1]) >= 2 * ndim
     if func in _BATCH_NORMS:
         training = BATCH_NORMS[func.overloadpacket.__name__][3]
         return training is not None and bool(args[training])
-    return func in _REARRANGEMENTS
+    return func is aten.as_strided_.default  # a rearrangement of any kind

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from attackroute.tracing.crossings import Held, Passage, passages
 from attackroute.tracing.flow import EMPTY, Flow, Term, opaque
 from attackroute.tracing.pass_checks import GraphWalk, Separation
 from attackroute.tracing.rules.elements import followed
-from attackroute.tracing.rules.operation import RULES, Operation, without_rule
+from attackroute.tracing.rules.operation import RULES, Operation, Reading, only_restrides, tensors_in, without_rule
 from attackroute.tracing.trails import UNTOUCHED, Trail
 from attackroute.tracing.windows import Axes, Axis, GainSums, PatternSums
 
@@ -115,14 +115,9 @@ class Recording:
     output: Any
     leaves: Mapping[str, Tensor]  # outputs of the layers asked for as leaves that require grad, by name
 
-    @property
-    def numbered(self) -> dict[int, tuple[Tensor, str]]:
-        """The leaves and their layers' kinds, by the layer's index."""
-        return {
-            index: (self.leaves[layer.name], layer.kind)
-            for index, layer in enumerate(self.layers)
-            if layer.name in self.leaves
-        }
+    def leaf(self, index: int) -> tuple[Tensor, str]:
+        """The leaf of a layer, by the layer's index, and the layer's kind."""
+        return self.leaves[self.layers[index].name], self.layers[index].kind
 
 
 def record(
@@ -156,12 +151,15 @@ def record(
         if call.kind == "linear" and not known:
             return call.run()  # as the map that makes the biases of positions: no neurons of the images
         require_gradients(call.name)
-        with tracker.inside(call):
+        tracker.call = call
+        try:
             output = call.run()
             with DisableTorchFunction():  # contexts around the pass are not to see what is only noted
                 if call.kind == "linear":
                     tracker.linear(call, output)
                 tracker.take_edit(output)
+        finally:
+            tracker.call = None
         if graph is not None:
             output = graph.visit(call.name, call.kind, output)
         if call.name in leaves:
@@ -244,7 +242,7 @@ class Tracker(TorchDispatchMode):
         self._written: dict[int, _Written] = {}
         self._kernels: list[tuple[str, Tensor, int]] = []
         self._moves = 0
-        self._call: LayerCall | None = None
+        self.call: LayerCall | None = None  # of a route layer, under way
         self._last: LayerCall | None = None
 
     # --- the ledger that rules write to
@@ -305,15 +303,6 @@ class Tracker(TorchDispatchMode):
 
     # --- execution
 
-    @contextmanager
-    def inside(self, call: LayerCall) -> Iterator[None]:
-        """Context of one route-layer call."""
-        outer, self._call = self._call, call
-        try:
-            yield
-        finally:
-            self._call = outer
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -327,22 +316,21 @@ class Tracker(TorchDispatchMode):
         # a convolution ends the segments before it, also one whose input is not followed any more
         if func is aten.convolution.default and args[0].ndim == 4 and not args[6]:
             return self._convolution(func, args, kwargs)
-        taken_whole = self._call is not None and self._call.kind == "linear"
-        if taken_whole or (len(self.layers) == self._expected and self._call is None):
+        taken_whole = self.call is not None and self.call.kind == "linear"
+        if taken_whole or (len(self.layers) == self._expected and self.call is None):
             return func(*args, **kwargs)  # nothing left to follow, or a call that is taken as a whole when it is done
-        if not torch.is_grad_enabled():
-            return self._without_gradient(func, args, kwargs)
-        return self._ruled(Operation(self, func, args, kwargs))
+        operation = Operation(self, func, args, kwargs)
+        return self._ruled(operation) if torch.is_grad_enabled() else self._without_gradient(operation)
 
     def _ruled(self, operation: Operation) -> Any:
         trails = {id(tensor): self.trail(tensor) for tensor in operation.operands}
         if operation.func._schema.is_mutable:
             self._lose_what_shares(operation)
-        first = operation.args[0] if operation.args else None
-        layout = tuple(zip(first.shape, first.stride(), strict=True)) if isinstance(first, Tensor) else ()
+        if operation.func is aten.as_strided_.default and not only_restrides(operation):
+            trails = {}  # elements come to other places
         output = RULES.get(operation.func, without_rule)(operation)
         if any(trail.followed for trail in trails.values()):
-            for tensor, trail in followed(operation, trails, layout, output):
+            for tensor, trail in followed(Reading(**vars(operation), trails=trails), output):
                 self._lay(tensor, trail)
         return output
 
@@ -356,38 +344,34 @@ class Tracker(TorchDispatchMode):
                 if record.flow.sources and tensor.untyped_storage()._cdata == storage:
                     self._flows[tensor] = record._replace(flow=opaque(record.flow.sources), trail=None)
 
-    def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _without_gradient(self, operation: Operation) -> Any:
         """An operation under the model's own no_grad: what is new depends on nothing, what is changed in place does."""
-        output = func(*args, **kwargs)
-        for tensor in output if isinstance(output, (tuple, list)) else (output,):
-            if isinstance(tensor, Tensor) and not tensor.is_inference():
-                written = any(tensor is value for value in args)
+        output = operation.run()
+        for tensor in tensors_in(output):
+            if not tensor.is_inference():
+                written = any(tensor is value for value in operation.args)
                 self.record(tensor, opaque(self.flow(tensor).sources) if written else EMPTY, written=written)
         return output
 
     def _convolution(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         images, weight, bias, stride, padding, dilation, _, _, groups = args
-        if self._call is None or self._last is self._call:
+        if self.call is None or self._last is self.call:
             raise UserError(
                 "a convolution runs outside PyTorch's Python interface (TorchScript or a custom extension?), "
                 "where it has no name: pass the eager model"
             )
-        self._last = self._call
+        self._last = self.call
         output: Tensor = func(*args, **kwargs)
-        self._check_batch(output)
-        self._keep_kernel(weight)
         axes = tuple(  # from the ends, since ATen may pass one number for both axes
             Axis.of(images.shape[dim], weight.shape[dim], stride[end], padding[end], dilation[end])
             for dim, end in ((2, 0), (3, -1))
         )
         dynamic = self.flow(weight).sources | self.flow(bias).sources  # a kernel that is itself computed
-        self._add_layer(self._call, images, weight, groups, (axes[0], axes[1]), output, dynamic)
+        self._add_layer(self.call, images, weight, groups, (axes[0], axes[1]), output, dynamic)
         return output
 
     def linear(self, call: LayerCall, output: Tensor) -> None:
         """Take note of a linear map that has run."""
-        self._check_batch(output)
-        self._keep_kernel(call.weight)
         flow = self.flow(call.input)
         positions = math.prod(flow.spatial) if flow.flat and call.input.ndim == 2 else 1
         shaped = call.weight.reshape(call.weight.shape[0], -1, positions, 1)
@@ -418,10 +402,6 @@ class Tracker(TorchDispatchMode):
         self.record(output, Flow(tuple(output.shape[1:]), (Term(index, 0, 0, layer.channels),)))
         self._lay(output, Trail.of_layer(index, output))
 
-    def _keep_kernel(self, weight: Tensor) -> None:
-        if self._call is not None and not weight.is_inference():
-            self._kernels.append((self._call.name, weight, weight._version))
-
     def require_kept_kernels(self) -> None:
         """Kernels are referred to, not copied: none may have been written to since it was used."""
         for name, weight, version in self._kernels:
@@ -430,14 +410,6 @@ class Tracker(TorchDispatchMode):
                     f"the kernel of layer {name!r} is changed in place after its use, in the same forward pass: "
                     "give the later use a tensor of its own"
                 )
-
-    def _check_batch(self, output: Tensor) -> None:
-        if output.shape[0] != self.samples:
-            name = self._call.name if self._call else ""
-            raise UserError(
-                f"layer {name!r} runs on a batch of {output.shape[0]} for {self.samples} images; "
-                "routes per sample need one row per image"
-            )
 
     def _add_layer(
         self,
@@ -449,18 +421,22 @@ class Tracker(TorchDispatchMode):
         out: Tensor,
         elsewhere: frozenset[int],
     ) -> None:
+        if out.shape[0] != self.samples:
+            raise UserError(
+                f"layer {call.name!r} runs on a batch of {out.shape[0]} for {self.samples} images; "
+                "routes per sample need one row per image"
+            )
+        if not weight.is_inference():
+            self._kernels.append((call.name, weight, weight._version))
         flow, trail = self.flow(images), self.trail(images)
         if axes is None and images.ndim != 2:  # a linear map reads the last dimension, whatever that is
             flow = opaque(flow.sources)
-        pieces, lost = self._pieces(call, flow, images, axes, elsewhere)
+        pieces, lost = self._pieces(call.name, flow, images, axes, elsewhere)
         passed: tuple[Passage, ...] = ()
         if lost and self.by_elements:
             open_trail = replace(trail, lost=trail.lost | elsewhere | (trail.sources - lost))
-            passed = tuple(
-                passages(
-                    open_trail, call.kind, self.samples, weight[0].numel() if axes is None else weight.shape[1] * groups
-                )
-            )
+            inputs = weight[0].numel() if axes is None else weight.shape[1] * groups
+            passed = passages(open_trail, call.kind, self.samples, inputs)
             lost = lost.difference(*(passage.sources for passage in passed))
         index = len(self.layers)
         channels = out.shape[-1] if call.kind == "linear" else out.shape[1]
@@ -478,11 +454,11 @@ class Tracker(TorchDispatchMode):
         self._lay(out, Trail.of_layer(index, out))
 
     def _pieces(
-        self, call: LayerCall, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]
+        self, name: str, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]
     ) -> tuple[list[Piece], frozenset[int]]:
         """Closed-form parts of the edges into a layer that reads ``images``, and the sources whose edge has none."""
         lost = set(flow.opaque | elsewhere)
-        gains = self._gains(flow, images, axes)
+        gains = self._gains(name, flow, images, axes, elsewhere)
         pieces: list[Piece] = []
         by_source: dict[int, list[Term]] = {}
         for term in flow.terms:
@@ -496,5 +472,5 @@ class Tracker(TorchDispatchMode):
                 pieces.append(Piece(source, term.src, dst=term.dst, length=term.length, sums=sums, scale=term.scale))
         return pieces, frozenset(lost)
 
-    def _gains(self, flow: Flow, images: Tensor, axes: Axes | None) -> GainSums:
+    def _gains(self, name: str, flow: Flow, images: Tensor, axes: Axes | None, elsewhere: frozenset[int]) -> GainSums:
         return GainSums(flow, images, axes)

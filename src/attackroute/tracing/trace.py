@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, overload
 
 import torch
@@ -28,8 +28,9 @@ from attackroute.routes.provenance import Provenance
 from attackroute.tracing.closed_form import critical_sums, passage_sums, per_deviation
 from attackroute.tracing.config import NOISE, STD, TraceConfig
 from attackroute.tracing.cuda_graph import GraphedPasses
+from attackroute.tracing.deviations import Progress as Progress  # noqa: PLC0414, found here by what traces
 from attackroute.tracing.noise import NoiseTracker
-from attackroute.tracing.open_edges import OpenEdges, Products, Ranked, Replays
+from attackroute.tracing.open_edges import OpenEdges, Products, Ranked, RankedBatch, Replays
 from attackroute.tracing.recorder import RecordedLayer, record
 from attackroute.tracing.segments import Segments
 from attackroute.tracing.structure import AUTOGRAD, REPLAY, SKETCH, Structure
@@ -49,9 +50,6 @@ def seed_scores(kind: str, output: Tensor, gradient: Tensor, noise: bool, dtype:
     size = size.movedim(CHANNEL_DIM[kind], -1)
     return size.flatten(1, -2).sum(1, dtype=dtype) if size.ndim > 2 else size.to(dtype)
 
-
-Progress = Callable[[int, "int | None"], None]
-"""Called after every batch with the number of samples done and, where known, in all."""
 
 Note = Callable[[str], object]
 """Called with a sentence for the user."""
@@ -135,9 +133,7 @@ def trace_routes(
         # for a folder always the first batch, whatever is missing there, so that nothing depends on it
         stream = BatchStream(model, data, batch_size, None if folder is None else [0])
         images = stream.first[0]
-        tracer = Tracer.probe(
-            model, images, width, attack=attack, config=config, loss=loss, keep_scores=keep_scores, settings=settings
-        )
+        tracer = Tracer(model, images, width, attack, config, loss, keep_scores, settings or {})
         settings = {} if folder is None else tracer.file_settings(images, samples, rows, autocast)
         del images  # else it would be held while all others are traced
         if folder is None:
@@ -207,66 +203,32 @@ def _traced(tracer: Tracer, stream: BatchStream, progress: Progress | None, done
             progress(done, stream.total)
 
 
-@dataclass(frozen=True, eq=False)
-class RankedBatch:
-    """What the trace of one batch gives, on its device: layers in forward order, logits ``(n, K)``, predictions."""
-
-    layers: Mapping[str, Ranked]
-    logits: Tensor
-    predictions: Tensor
-
-    def compared(self) -> list[Tensor]:
-        """By what two traces of the same batch are compared."""
-        return [*(layer.scores for layer in self.layers.values()), self.logits]
-
-    def check(self) -> None:
-        """Raise a `UserError` where a logit is not finite, or a score NaN."""
-        checked_logits(self.logits, len(self.logits))
-        check_ranked(layer.scores for layer in self.layers.values())
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Tracer:
-    """Traces batches of one model, each for itself, on the structure that a probe of the model showed.
+    """Traces batches of one model, each for itself, on the structure that it shows on some images, the data's first.
 
     The caller holds the model frozen. For the attributes see :func:`trace_routes`.
     """
 
     model: nn.Module
-    structure: Structure
-    classes: int
-    config: TraceConfig
+    first: InitVar[Tensor]
     width: float
-    attack: Attack | None
-    loss: Loss | None
-    keep_scores: bool
-    settings: Mapping[str, Any]
+    attack: Attack | None = None
+    config: TraceConfig = TraceConfig()
+    loss: Loss | None = None
+    keep_scores: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
     passes: GraphedPasses = field(default_factory=GraphedPasses)
 
-    @classmethod
-    def probe(
-        cls,
-        model: nn.Module,
-        images: Tensor,
-        width: float,
-        *,
-        attack: Attack | None = None,
-        config: TraceConfig = TraceConfig(),
-        loss: Loss | None = None,
-        keep_scores: bool = False,
-        settings: Mapping[str, Any] | None = None,
-    ) -> Tracer:
-        """Run the model on some images, the data's first, to learn its route layers and edges."""
-        elsewhere = REPLAY if config.follows_noise else AUTOGRAD if config.sketches is None else SKETCH
-        follow = NoiseTracker if config.follows_noise else None
-        structure, output = Structure.probe(model, images, linear=config.linear, elsewhere=elsewhere, follow=follow)
+    def __post_init__(self, first: Tensor) -> None:
+        linear, noise = self.config.linear, self.config.follows_noise
+        elsewhere = REPLAY if noise else AUTOGRAD if self.config.sketches is None else SKETCH
+        follow = NoiseTracker if noise else None
+        structure, output = Structure.probe(self.model, first, linear=linear, elsewhere=elsewhere, follow=follow)
         logits = checked_logits(output, 2)
-        if loss is None:
+        if self.loss is None:
             require_no_probabilities(logits)
-        return cls(
-            model, structure.of_the_output(), logits.shape[1], config=config, width=width, attack=attack, loss=loss,
-            keep_scores=keep_scores, settings=settings or {},
-        )  # fmt: skip
+        self.structure, self.classes = structure.of_the_output(), logits.shape[1]
 
     def trace(self, images: Tensor, labels: Tensor | None) -> InstanceRoutes:
         """Routes of one batch, on the CPU."""
@@ -279,8 +241,9 @@ class Tracer:
             result = self.passes.run(self._ranked, traced, answers)
         else:
             result = self._ranked(traced, answers)
-        result.check()
+        checked_logits(result.logits, len(images))
         ranked = result.layers
+        check_ranked(layer.scores for layer in ranked.values())
         return InstanceRoutes.from_masks(
             {name: layer.mask for name, layer in ranked.items()},
             self._provenance(len(images)),
@@ -319,7 +282,6 @@ class Tracer:
             else torch.zeros(samples, layer.channels, dtype=dtype, device=images.device)
             for index, layer in enumerate(layers)
         }
-        outputs = recording.numbered
         open_edges = self._open_edges(passed, images, layers)
         ranked: dict[str, Ranked] = {}
         for index in reversed(range(len(layers))):  # every successor of a layer comes after it
@@ -331,7 +293,7 @@ class Tracer:
             ranked[layer.name] = open_edges.rank(layer.name, scores[index], own)
             critical = ranked[layer.name].mask
             critical_sums(layer, critical, scores)  # Eq. (5)
-            passage_sums(layer, critical, scores, outputs)
+            passage_sums(layer, critical, scores, recording)
             if layer.jacobian:
                 check_ranked([ranked[layer.name].scores])
                 open_edges.follow(layer.name, critical)
@@ -360,13 +322,8 @@ class Tracer:
         names = [self.settings[key] for key in ("data", "split") if self.settings.get(key) is not None]
         seed = self.settings.get("seed", self.config.seed if approximate else None)
         model, data = self.settings.get("model"), " ".join(names) or None
-        return Provenance(
-            samples, self.width, model=model, data=data, attack=self._attack_name, seed=seed, criterion=criterion
-        )
-
-    @property
-    def _attack_name(self) -> str | None:
-        return None if self.attack is None else attack_name(self.attack)
+        attack = None if self.attack is None else attack_name(self.attack)
+        return Provenance(samples, self.width, model=model, data=data, attack=attack, seed=seed, criterion=criterion)
 
     def file_settings(self, images: Tensor, samples: int, rows: int, autocast: torch.dtype | None) -> dict[str, Any]:
         """All on which routes in files depend, as JSON values; the first of ``images`` stands for all of them."""
@@ -377,7 +334,7 @@ class Tracer:
             "images": [samples, *images.shape[1:]],
             "first-image": hashlib.sha256(images[0].cpu().double().numpy().tobytes()).hexdigest()[:16],
             "width": self.width,
-            "attack": self._attack_name,
+            "attack": self._provenance(samples).attack,
             "loss": None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "carrier": self.config.carrier,
             "linear": self.config.linear,

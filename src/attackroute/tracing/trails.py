@@ -8,9 +8,9 @@ elements are mixed in a way that has a closed form of its own.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -111,6 +111,10 @@ class Trail:
         """Every route layer that reaches the tensor."""
         return self.lost.union(*(strand.sources for strand in self.strands))
 
+    def reaching(self, change: Callable[..., Reach], *args: Any) -> dict[int, Reach]:
+        """What a change, such as ``Reach.mixed`` with these arguments, makes of its reach."""
+        return {source: change(reach, *args) for source, reach in self.reach.items()}
+
     def changed(self, strands: Iterable[Strand | None]) -> Trail:
         """The trail with its strands replaced, in order, and no reach; where one becomes None, its sources are lost."""
         new = tuple(strands)
@@ -121,9 +125,9 @@ class Trail:
 UNTOUCHED = Trail()
 
 
-def lost(trails: Iterable[Trail], form: object = None) -> Trail:
-    """The trail of which only the sources are known."""
-    return Trail(lost=frozenset[int]().union(*(trail.sources for trail in trails)), form=form)
+def lost(trails: Iterable[Trail], form: object = None, reach: Mapping[int, Reach] | None = None) -> Trail:
+    """The trail of which no element is followed; its form and reach may be known."""
+    return Trail(lost=frozenset[int]().union(*(trail.sources for trail in trails)), form=form, reach=reach or {})
 
 
 def joined(trails: Sequence[Trail]) -> Trail:

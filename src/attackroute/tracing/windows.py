@@ -60,11 +60,12 @@ class Axis:
         last = min(self.out - 1, (self.size - 1 - start) // self.stride)
         return range(start + first * self.stride, start + last * self.stride + 1, self.stride)
 
-    def widened(self, shifts: range) -> Axis:
-        """The axis as seen by a group of inputs that stands at its anchor p0.
+    def widened(self, places: Sequence[int]) -> Axis:
+        """The axis as seen by a group of inputs, at ``places`` from its anchor p0, that stands there.
 
         A member at p0 + shift meets the kernel offset that starts at ``start`` where p0 meets ``start - shift``.
         """
+        shifts = range(min(places), max(places) + 1)
         starts = sorted({start - shift for start in self.starts for shift in shifts})
         return Axis(self.size, self.out, self.stride, tuple(starts))
 
@@ -135,14 +136,6 @@ def _product_sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return sums.reshape(*values.shape[:2], len(rows.starts), len(columns.starts))
 
 
-def _along_rows(matrix: Tensor, values: Tensor) -> Tensor:
-    """``matrix @ row`` for every row of ``values`` ``(..., size)``, with the results first: ``(k, rows)``.
-
-    A product with few columns is several times slower in BLAS than one with few rows.
-    """
-    return matrix @ values.flatten(0, -2).T
-
-
 def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Window sums of a bool map, or of zeros and ones: column by column, from totals less the border rows.
 
@@ -167,7 +160,8 @@ def _count_sums(counted: Tensor, rows: Axis, columns: Axis) -> Tensor:
         return result
 
     by_row = torch.stack([taken(offset) for offset in range(len(rows.starts))])  # (kh, n, C, W)
-    sums = _along_rows(indicator(columns, dtype, counted.device), by_row)
+    # rows last: a product with few columns is several times slower in BLAS than one with few rows
+    sums = indicator(columns, dtype, counted.device) @ by_row.flatten(0, -2).T
     return sums.view(len(columns.starts), *by_row.shape[:-1]).permute(2, 3, 1, 0)
 
 
@@ -204,7 +198,7 @@ def _sums(values: Tensor, rows: Axis, columns: Axis) -> Tensor:
     device = values.device
     if rows.size * columns.size <= _SMALL:
         members = _members(rows, columns, by_segment=False, dtype=dtype, device=device)
-        sums = _along_rows(members, values.to(dtype).flatten(2))
+        sums = members @ values.to(dtype).flatten(2).flatten(0, 1).T  # in this order as in `_count_sums`
         return sums.view(len(rows.starts), len(columns.starts), *values.shape[:2]).permute(2, 3, 0, 1)
     if len(_segments(rows)[0]) * len(_segments(columns)[0]) > _SEGMENTS:
         return indicator(rows, dtype, device) @ values.to(dtype) @ indicator(columns, dtype, device).T
@@ -252,19 +246,17 @@ def pattern_sums(windows: Windows, alive: Tensor, rows: Axis, columns: Axis) -> 
     layout = torch.contiguous_format if alive.is_contiguous() else torch.channels_last
     alive = alive.contiguous(memory_format=layout)
     first = alive.clone(memory_format=layout)
-    shared = {}
+    shared = []
     for (dy, dx), same_winner in windows.shared.items():
         if alive.shape[-2] <= dy or alive.shape[-1] <= abs(dx):
             continue  # no position has such a neighbour
-        alive_pair = shared[dy, dx] = same_winner.contiguous(memory_format=layout) & alive
+        alive_pair = same_winner.contiguous(memory_format=layout) & alive
+        shared.append(((dy, dx), _words(alive_pair)))
         shifted(alive_pair, dy, dx)[0].logical_and_(shifted(alive, dy, dx)[1])
         shifted(first, dy, dx)[1].logical_and_(~shifted(alive_pair, dy, dx)[0])
     sums = []
-    for members, group in _patterns(
-        _words(first), ((0, 0),), [(offset, _words(alive_pair)) for offset, alive_pair in shared.items()]
-    ):
-        wide_rows = rows.widened(_span(dy for dy, _ in members))
-        wide_columns = columns.widened(_span(dx for _, dx in members))
+    for members, group in _patterns(_words(first), ((0, 0),), shared):
+        wide_rows, wide_columns = rows.widened([dy for dy, _ in members]), columns.widened([dx for _, dx in members])
         mask = group.view(torch.bool).as_strided(alive.shape, alive.stride())
         sums.append(PatternSums(members, mask_sums(mask, wide_rows, wide_columns), wide_rows, wide_columns))
     return sums
@@ -290,11 +282,6 @@ def _patterns(
     group ^= won
     yield from _patterns(won, (*members, offset), further)
     yield from _patterns(group, members, further)
-
-
-def _span(offsets: Iterator[int]) -> range:
-    values = sorted(set(offsets))
-    return range(values[0], values[-1] + 1)
 
 
 def pattern_kernel(weight: Tensor, pattern: PatternSums, rows: Axis, columns: Axis) -> Tensor:
@@ -356,8 +343,7 @@ class GainSums:
             if term.mask not in self.counted:
                 self.counted[term.mask] = alive_sums(self.values, term.mask, *axes)
             return self.counted[term.mask][:, term.span]
-        mask = self.values.new_ones((1, 1, 1, 1)) if term.mask is None else term.mask
-        return mask_sums(mask.expand(-1, -1, *self.flow.spatial), *axes)
+        return mask_sums(self._mask(term.mask), *axes)
 
     def _alive(self, term: Term) -> Tensor:
         values = self.values[:, term.span]
@@ -371,11 +357,11 @@ class GainSums:
         """Gains of a linear map's input: every position is a kernel offset of its own."""
         values = self.flow.view(self.values)[:, term.span]
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        if isinstance(term.mask, Alive):
-            gains = term.mask.of(values)
-        elif term.mask is None:
-            gains = torch.ones_like(values[:1, :1])
-        else:
-            gains = term.mask.abs() if term.mask.dtype != torch.bool else term.mask
-            gains = gains.expand(-1, -1, *self.flow.spatial)
-        return gains.to(dtype).flatten(2).unsqueeze(-1) if gains.ndim > 2 else gains.to(dtype)[..., None, None]
+        gains = term.mask.of(values) if isinstance(term.mask, Alive) else self._mask(term.mask)
+        gains = (gains if gains.dtype == torch.bool else gains.abs()).to(dtype)
+        return gains.flatten(2).unsqueeze(-1) if gains.ndim > 2 else gains[..., None, None]
+
+    def _mask(self, mask: Tensor | None) -> Tensor:
+        """A mask at every position, ``(n or 1, length or 1, *spatial)``."""
+        gains = self.values.new_ones((1,) * (1 + len(self.flow.shape))) if mask is None else mask
+        return gains.expand(-1, -1, *self.flow.spatial)

@@ -7,6 +7,5 @@ its rule does not cover, makes every source that reaches it opaque, so that noth
 from __future__ import annotations
 
 from attackroute.tracing.rules import layout, pointwise, pooling
-from attackroute.tracing.rules.operation import RULES, Operation, without_rule
 
-__all__ = ["RULES", "Operation", "layout", "pointwise", "pooling", "without_rule"]
+__all__ = ["layout", "pointwise", "pooling"]

@@ -5,7 +5,7 @@ An operation without a rule here leaves no trail: all sources that reach it are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,40 +14,25 @@ from torch import Tensor
 
 from attackroute.tracing.crossings import Crossing
 from attackroute.tracing.factors import Axes, regrouped, unfollowed, whole
+from attackroute.tracing.reach import Reach
 from attackroute.tracing.rules.mixing import changed_form, mean_form, multiplied_by_deviation
-from attackroute.tracing.rules.operation import (
-    COPIES,
-    PRODUCTS,
-    SUMS,
-    TRAIL_RULES,
-    Layout,
-    Operation,
-    Reading,
-    tensors_in,
-    trail_rule,
-)
+from attackroute.tracing.rules.operation import COPIES, PRODUCTS, SUMS, TRAIL_RULES, Reading, tensors_in, trail_rule
 from attackroute.tracing.trails import Strand, Trail, joined, lost, reach_by
 
 
-def followed(
-    operation: Operation, trails: Mapping[int, Trail], layout: Layout, output: Any
-) -> list[tuple[Tensor, Trail]]:
-    """The trails of an operation's results, from those of its operands, and the first one's layout, before it ran."""
+def followed(reading: Reading, output: Any) -> list[tuple[Tensor, Trail]]:
+    """The trails of an operation's results, from those of its operands before it ran."""
     results = tensors_in(output)
-    rule = TRAIL_RULES.get(operation.func)
-    if rule is None and torch.Tag.pointwise in operation.func.tags:
+    rule = TRAIL_RULES.get(reading.func)
+    if rule is None and torch.Tag.pointwise in reading.func.tags:
         rule = pointwise
     if rule is None:
-        return [(tensor, lost(trails.values())) for tensor in results]
-    read = [(tensor, reach) for tensor in operation.operands for reach in trails[id(tensor)].reach.values()]
-    based = [reach.base for tensor, reach in read if reach.base.holds(tensor)]
-    pairs = list(zip(results, rule(Reading(operation, trails, layout), output), strict=False))
-    if not based or rule not in _PLACES or operation.func._schema.is_mutable:
+        return [(tensor, lost(reading.trails.values())) for tensor in results]
+    based = [one for value in reading.operands for one in reading.trail(value).reach.values() if one.base.holds(value)]
+    pairs = list(zip(results, rule(reading, output), strict=False))
+    if not based or rule not in _PLACES or reading.func._schema.is_mutable:
         return pairs
-    return [
-        (tensor, replace(trail, reach={source: each.based(tensor) for source, each in trail.reach.items()}))
-        for tensor, trail in pairs
-    ]
+    return [(tensor, replace(trail, reach=trail.reaching(Reach.based, tensor))) for tensor, trail in pairs]
 
 
 # --- values
@@ -56,13 +41,10 @@ def followed(
 @trail_rule("hardswish", "hardswish_", "_prelu_kernel")
 def pointwise(reading: Reading, output: Tensor) -> list[Trail]:
     """Whatever is done to each element by itself; operands that are spread over the output lose their trail."""
-    operands = {id(value): value for value in reading.operation.operands}
-    trails = {key: reading.trail(value) for key, value in operands.items()}
+    operands = {id(value): value for value in reading.operands}
+    trails = reading.trails
     dependent = [key for key, trail in trails.items() if trail.sources]
-    reach = {
-        key: {source: each.spread(operands[key].shape, output.shape) for source, each in trail.reach.items()}
-        for key, trail in trails.items()
-    }
+    reach = {key: trail.reaching(Reach.spread, operands[key].shape, output.shape) for key, trail in trails.items()}
     if len(dependent) == 1:
         form = changed_form(reading, operands[dependent[0]], output)
         if form is not None:
@@ -85,7 +67,7 @@ def pointwise(reading: Reading, output: Tensor) -> list[Trail]:
 
 def _scaled(reading: Reading, strand: Strand, operand: Tensor, alone: bool) -> Strand | None:
     """The strand of a crossing behind a sum, or behind a product with a constant for each channel."""
-    read = reading.operation.args[:2]
+    read = reading.args[:2]
     once = sum(value is operand for value in read) == 1
     if reading.name in SUMS | COPIES | {"rsub"}:
         reversed_sign = reading.name == "rsub" or (reading.name.startswith("sub") and operand is not read[0])
@@ -98,20 +80,20 @@ def _scaled(reading: Reading, strand: Strand, operand: Tensor, alone: bool) -> S
     if reading.argument(2, "rounding_mode") is not None:
         return None
     if isinstance(factor, Tensor) and factor.numel() > 1:
-        axes, ndim = strand.axes, operand.ndim
-        channels = [dim for dim in range(ndim) if axes and _is_channels(strand, axes, dim)]
-        shape = (1,) * (ndim - factor.ndim) + tuple(factor.shape)
+        channels = [dim for dim in range(operand.ndim) if _is_channels(strand, dim)]
+        shape = (1,) * (operand.ndim - factor.ndim) + tuple(factor.shape)
         if len(channels) != 1 or any(size != 1 for dim, size in enumerate(shape) if dim != channels[0]):
             return None
     return replace(strand, gained=True)
 
 
-def _is_channels(strand: Strand, axes: Axes, dim: int) -> bool:
+def _is_channels(strand: Strand, dim: int) -> bool:
     """Whether a dimension is the last one of the crossing's output, whole."""
-    return isinstance(strand.origin, Crossing) and axes[dim] == whole(strand.origin.output.shape)[-1] != ()
+    axes, origin = strand.axes, strand.origin
+    return isinstance(origin, Crossing) and axes is not None and axes[dim] == whole(origin.output.shape)[-1] != ()
 
 
-@trail_rule("clone", "_to_copy", "alias", "lift_fresh", "contiguous")
+@trail_rule("clone", "_to_copy", "alias", "lift_fresh", "contiguous", "as_strided_")
 def copies(reading: Reading, output: Tensor) -> list[Trail]:
     """The same elements."""
     return [reading.first]
@@ -120,7 +102,7 @@ def copies(reading: Reading, output: Tensor) -> list[Trail]:
 @trail_rule("copy_")
 def copy(reading: Reading, output: Tensor) -> list[Trail]:
     """The target takes on the trail of what is copied to it."""
-    source = reading.operation.args[1]
+    source = reading.args[1]
     trail = reading.trail(source)
     return [trail if source.shape == output.shape else lost([trail])]
 
@@ -135,7 +117,7 @@ def _placed(
         strand.moved(move, None if strand.axes is None else axes(strand.axes), partial=partial)
         for strand in trail.strands
     )
-    return replace(changed, reach={source: reach.moved(move) for source, reach in trail.reach.items()})
+    return replace(changed, reach=trail.reaching(Reach.moved, move))
 
 
 def _viewed(trail: Trail, old: Sequence[int], new: Sequence[int]) -> Trail:
@@ -150,55 +132,38 @@ def _viewed(trail: Trail, old: Sequence[int], new: Sequence[int]) -> Trail:
 @trail_rule("view.default", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "unsqueeze_")
 def view(reading: Reading, output: Tensor) -> list[Trail]:
     """The same elements in the same order."""
-    return [_viewed(reading.first, reading.operation.args[0].shape, output.shape)]
-
-
-@trail_rule("as_strided_")
-def restride(reading: Reading, output: Tensor) -> list[Trail]:
-    """New strides for dimensions of size 1 alone, as pooling to one position gives them."""
-    size, strides, offset = reading.operation.args[1], reading.operation.args[2], reading.argument(3, "storage_offset")
-    dims = zip(reading.layout, size, strides, strict=False)
-    same = len(size) == len(reading.layout) and all(
-        new == length and (length == 1 or stride == old) for (length, old), new, stride in dims
-    )
-    if not same or offset not in (None, 0):
-        return [lost([reading.first])]
-    return [reading.first]
+    return [_viewed(reading.first, reading.args[0].shape, output.shape)]
 
 
 @trail_rule("expand")
 def expand(reading: Reading, output: Tensor) -> list[Trail]:
     """Expansion, also to the same size."""
-    values = reading.operation.args[0]
+    values = reading.args[0]
     if values.numel() == output.numel():
         return [_viewed(reading.first, values.shape, output.shape)]
-    reach = {source: each.spread(values.shape, output.shape) for source, each in reading.first.reach.items()}
-    return [replace(lost([reading.first]), reach=reach)]
+    reach = reading.first.reaching(Reach.spread, values.shape, output.shape)
+    return [lost([reading.first], reach=reach)]
 
 
 @trail_rule("repeat")
 def repeat(reading: Reading, output: Tensor) -> list[Trail]:
     """Copies one after another, along some dimensions."""
-    values, counts = reading.operation.args[:2]
+    values, counts = reading.args[:2]
     shape = [1] * (len(counts) - values.ndim) + [*values.shape]
     apart = [size for pair in zip([1] * len(shape), shape, strict=True) for size in pair]
     copied = [size for pair in zip(counts, shape, strict=True) for size in pair]
-    reach = {
-        source: each.viewed(values.shape, apart).spread(apart, copied).viewed(copied, output.shape)
-        for source, each in reading.first.reach.items()
-    }
-    return [replace(lost([reading.first]), reach=reach)]
+    reach = reading.first.reaching(
+        lambda each: each.viewed(values.shape, apart).spread(apart, copied).viewed(copied, output.shape)
+    )
+    return [lost([reading.first], reach=reach)]
 
 
 @trail_rule("view_as_complex", "view_as_real")
 def complex_view(reading: Reading, output: Tensor) -> list[Trail]:
     """Pairs of numbers as one complex number, and back."""
     ends = (None,) if reading.name == "view_as_real" else ()
-    reach = {
-        source: replace(each, axes=each.axes[: output.ndim - len(ends)] + ends)
-        for source, each in reading.first.reach.items()
-    }
-    return [replace(lost([reading.first]), reach=reach)]
+    reach = reading.first.reaching(lambda each: replace(each, axes=each.axes[: output.ndim - len(ends)] + ends))
+    return [lost([reading.first], reach=reach)]
 
 
 @trail_rule("permute", "transpose.int", "t", "transpose_")
@@ -206,11 +171,11 @@ def permute(reading: Reading, output: Tensor) -> list[Trail]:
     """Dimensions in another order."""
     dims = list(range(output.ndim))
     if reading.name == "permute":
-        dims = [dim % output.ndim for dim in reading.operation.args[1]]
+        dims = [dim % output.ndim for dim in reading.args[1]]
     elif reading.name == "t":
         dims.reverse()
     else:
-        first, second = (dim % output.ndim for dim in reading.operation.args[1:3])
+        first, second = (dim % output.ndim for dim in reading.args[1:3])
         dims[first], dims[second] = second, first
     return [_placed(reading.first, ("permute", tuple(dims)), lambda axes: tuple(axes[dim] for dim in dims))]
 
@@ -228,7 +193,7 @@ def _cut(trail: Trail, shape: Sequence[int], dim: int, taken: range) -> Trail:
 @trail_rule("slice.Tensor", "select.int", "split", "split_with_sizes", "chunk", "unbind.int")
 def cut(reading: Reading, output: Any) -> list[Trail]:
     """Parts of one dimension."""
-    values, name = reading.operation.args[0], reading.name
+    values, name = reading.args[0], reading.name
     shape, last = values.shape, {"slice": 1, "select": 1, "unbind": 1}.get(name, 2)
     dim = reading.argument(last, "dim", 0) % values.ndim
     size = shape[dim]
@@ -250,7 +215,7 @@ def cut(reading: Reading, output: Any) -> list[Trail]:
 @trail_rule("cat", "stack")
 def cat(reading: Reading, output: Tensor) -> list[Trail]:
     """Side by side along one dimension."""
-    tensors = reading.operation.args[0]
+    tensors = reading.args[0]
     dim = reading.argument(1, "dim", 0) % output.ndim
     stacked, start, trails = reading.name == "stack", 0, []
     for tensor in tensors:
@@ -260,9 +225,9 @@ def cat(reading: Reading, output: Tensor) -> list[Trail]:
         move = ("cat", dim, start, tuple(output.shape))
         placed = _placed(trail, move, lambda axes: unfollowed(axes, [dim], output.shape), partial=True)
         # channels that are whole and stand beside others begin a block, of which the move tells the place
-        blocks = [start if each.axes and _is_channels(each, each.axes, dim) else -1 for each in trail.strands]
-        begun = placed.changed(map(lambda each, block: replace(each, block=block), placed.strands, blocks))
-        trails.append(replace(begun, reach=placed.reach))
+        blocks = [start if _is_channels(each, dim) else -1 for each in trail.strands]
+        begun = tuple(replace(each, block=block) for each, block in zip(placed.strands, blocks, strict=True))
+        trails.append(replace(placed, strands=begun))
         start += size
     return [joined(trails)]
 
@@ -270,16 +235,16 @@ def cat(reading: Reading, output: Tensor) -> list[Trail]:
 @trail_rule("constant_pad_nd")
 def pad(reading: Reading, output: Tensor) -> list[Trail]:
     """Constants around, or positions cropped."""
-    widths = tuple(int(width) for width in reading.operation.args[1])
+    widths = tuple(int(width) for width in reading.args[1])
     dims = [output.ndim - 1 - place // 2 for place, width in enumerate(widths) if width]
-    move = ("pad", tuple(reading.operation.args[0].shape), widths)
+    move = ("pad", tuple(reading.args[0].shape), widths)
     return [_placed(reading.first, move, lambda axes: unfollowed(axes, dims, output.shape), partial=True)]
 
 
 @trail_rule("roll", "flip")
 def turned(reading: Reading, output: Tensor) -> list[Trail]:
     """Positions in another order."""
-    numbers = [tuple(values) for values in reading.operation.args[1:]]
+    numbers = [tuple(values) for values in reading.args[1:]]
     if not numbers or (reading.name == "roll" and (len(numbers) < 2 or not numbers[1])):
         return [lost([reading.first])]
     dims = [dim % output.ndim for dim in numbers[-1]]
@@ -292,24 +257,19 @@ def turned(reading: Reading, output: Tensor) -> list[Trail]:
 )
 def reduced(reading: Reading, output: Tensor) -> list[Trail]:
     """Several elements in one."""
-    values, sums = reading.operation.args[0], reading.name in ("mean", "sum")
+    values, sums = reading.args[0], reading.name in ("mean", "sum")
     given = reading.argument(2 if "norm" in reading.name else 1, "dim")
     dims = [dim % values.ndim for dim in given or range(values.ndim)]
     kept = [1 if dim in dims else size for dim, size in enumerate(values.shape)]
 
     def merged(strand: Strand) -> Strand | None:
-        axes = strand.axes
-        if not sums or (axes is not None and any(_is_channels(strand, axes, dim) for dim in dims)):
+        if not sums or any(_is_channels(strand, dim) for dim in dims):
             return None
-        moved = strand.moved(
-            ("reduce", tuple(values.shape), tuple(dims)),
-            None if axes is None else unfollowed(axes, dims, kept),
-            partial=True,
-        )
-        return replace(moved, merged=True)
+        axes = None if strand.axes is None else unfollowed(strand.axes, dims, kept)
+        return replace(strand.moved(("reduce", tuple(values.shape), tuple(dims)), axes, partial=True), merged=True)
 
     changed = reading.first.changed(map(merged, reading.first.strands))
-    reach = {source: each.mixed(dims) for source, each in reading.first.reach.items()}
+    reach = reading.first.reaching(Reach.mixed, dims)
     trail = _viewed(replace(changed, reach=reach), kept, output.shape)
     last = dims == [values.ndim - 1] and output.ndim == values.ndim and reading.name == "mean"
     return [replace(trail, form=mean_form(reading.first.form)) if last else trail]

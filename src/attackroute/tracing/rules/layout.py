@@ -11,31 +11,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from attackroute.tracing.flow import EMPTY, Flow, Term, mapped, opaque, settled
-from attackroute.tracing.rules.operation import Operation, flow_rule, overloads, rule, without_rule
+from attackroute.tracing.rules.operation import Operation, flow_rule, only_restrides, rule, without_rule
 
 
-@rule(*overloads("clone", "_to_copy", "alias", "lift_fresh", "contiguous"))
+@rule("clone", "_to_copy", "alias", "lift_fresh", "contiguous")
 def identity(operation: Operation) -> Any:
     """Copies: same values, same flow."""
     output = operation.run()
     return operation.emit(output, operation.flow() if output.is_floating_point() else EMPTY)
 
 
-@rule(*overloads("as_strided_"))
+@rule("as_strided_")
 def restride(operation: Operation) -> Any:
-    """``as_strided_`` that only renames the strides of dimensions of size 1, as pooling to one position does."""
-    values = operation.input
-    size, stride, offset = operation.args[1], operation.args[2], operation.argument(3, "storage_offset")
-    same = all(
-        length == 1 or old == new for length, old, new in zip(values.shape, values.stride(), stride, strict=False)
-    )
-    if tuple(size) != tuple(values.shape) or not same or offset not in (None, values.storage_offset()):
+    """New strides for dimensions of size 1 alone."""
+    if not only_restrides(operation):
         return without_rule(operation)
     flow = operation.flow()
     return operation.emit(operation.run(), flow)
 
 
-@rule(*overloads("copy_"))
+@rule("copy_")
 def copy(operation: Operation) -> Any:
     """``copy_``: the target takes the source's flow if the shapes agree."""
     if operation.input.shape != operation.args[1].shape:
@@ -43,21 +38,19 @@ def copy(operation: Operation) -> Any:
     return operation.emit(operation.run(), operation.flow(1))
 
 
-@rule(
-    *overloads("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
-)
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
 def constant(operation: Operation) -> Any:
     """New tensors that take a shape from another one, and no value."""
     return operation.run()
 
 
-@rule(*overloads("detach"))
+@rule("detach")
 def detach(operation: Operation) -> Any:
     """Gradients stop here."""
     return operation.emit(operation.run(), EMPTY)
 
 
-@rule(*overloads("cat"))
+@rule("cat")
 def cat(operation: Operation) -> Any:
     """Concatenation of channels."""
     tensors = operation.args[0]
@@ -75,7 +68,7 @@ def cat(operation: Operation) -> Any:
     return operation.emit(output, Flow(tuple(output.shape[1:]), tuple(terms), frozenset(lost)))
 
 
-@flow_rule(*overloads("split.Tensor", "split_with_sizes", "chunk"))
+@flow_rule("split.Tensor", "split_with_sizes", "chunk")
 def split(operation: Operation, flow: Flow) -> Any:
     """Splitting channels."""
     if flow.flat or operation.argument(2, "dim", 0) % operation.input.ndim != 1:
@@ -92,7 +85,7 @@ def _channels(flow: Flow, start: int, stop: int) -> Flow:
     return Flow((stop - start, *flow.spatial), tuple(term for term in terms if term is not None), flow.opaque)
 
 
-@flow_rule(*overloads("slice.Tensor"))
+@flow_rule("slice.Tensor")
 def slice_(operation: Operation, flow: Flow) -> Any:
     """Slicing channels or positions."""
     size = operation.input.shape
@@ -116,7 +109,7 @@ def slice_(operation: Operation, flow: Flow) -> Any:
     return operation.emit(output, mapped(flow, crop, tuple(output.shape[1:])))
 
 
-@flow_rule(*overloads("constant_pad_nd"))
+@flow_rule("constant_pad_nd")
 def pad(operation: Operation, flow: Flow) -> Any:
     """Padding channels or positions with a constant (negative padding crops positions)."""
     widths = [int(width) for width in operation.args[1]]
@@ -141,7 +134,7 @@ def pad(operation: Operation, flow: Flow) -> Any:
     return operation.emit(output, mapped(flow, move, tuple(output.shape[1:])))
 
 
-@rule(*overloads("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze.dim", "squeeze.dims", "flatten.using_ints"))
+@rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze.dim", "squeeze.dims", "flatten.using_ints")
 def view(operation: Operation) -> Any:
     """Reshapes that keep samples and channels apart: of the positions, or flattening for a linear map."""
     flow = operation.flow()

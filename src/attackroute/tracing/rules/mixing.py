@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from attackroute.tracing.crossings import Attended, Crossing, Deviation, Held, Normalisation
+from attackroute.tracing.reach import Reach
 from attackroute.tracing.rules.operation import COPIES, FILLS, PRODUCTS, SUMS, Reading, trail_rule
 from attackroute.tracing.token_maps import apart
 from attackroute.tracing.trails import Trail, lost, mixed
@@ -16,13 +17,13 @@ from attackroute.tracing.trails import Trail, lost, mixed
 @trail_rule("native_layer_norm")
 def layer_norm(reading: Reading, output: Any) -> list[Trail]:
     """Layer norm over the last dimension."""
-    values, shape = reading.operation.args[:2]
+    values, shape = reading.args[:2]
     scale = reading.argument(2, "weight")
-    if len(shape) != 1 or any(reading.trail(each).sources for each in reading.operation.operands[1:]):
+    if len(shape) != 1 or any(reading.trail(each).sources for each in reading.operands[1:]):
         return [lost(reading.trails.values())] * 3
     normalised, mean, reciprocal = output
     deviation = Deviation(Held(values), reciprocal.detach(), mean.detach(), scale)
-    reach = {source: each.mixed([values.ndim - 1]) for source, each in reading.first.reach.items()}
+    reach = reading.first.reaching(Reach.mixed, [values.ndim - 1])
     trail = replace(_normalised(reading.first, values, deviation, normalised), reach=reach)
     return [trail, lost([reading.first]), lost([reading.first])]
 
@@ -30,8 +31,7 @@ def layer_norm(reading: Reading, output: Any) -> list[Trail]:
 def _normalised(trail: Trail, values: Tensor, deviation: Deviation, output: Tensor) -> Trail:
     """The trail behind a normalisation of ``values``; one before it that reaches it unaltered is part of the form."""
     plain = mixed([trail])
-    crossings = [Normalisation(plain, output, (deviation.stream,), (deviation,))]
-    gone = set(plain.lost)
+    before: list[tuple[Normalisation, Normalisation | None, tuple[int, ...]]] = []
     direct = frozenset[int]().union(*(each.sources for each in trail.strands if isinstance(each.origin, int)))
     blocks: dict[Normalisation, list[int]] = {}
     for strand in trail.strands:
@@ -39,17 +39,18 @@ def _normalised(trail: Trail, values: Tensor, deviation: Deviation, output: Tens
         if not isinstance(inner, Normalisation) or not inner.kept:
             continue
         if inner.aligned(strand, values.shape):
-            chain = (deviation, *inner.deviations)
-            crossings.append(Normalisation(inner.trail, output, tuple(each.stream for each in chain), chain))
-            gone -= inner.sources - trail.lost - direct
+            before.append((inner, None, ()))
         elif inner.side_by_side(strand, values.shape):
             blocks.setdefault(inner, []).append(strand.block)
     for inner, starts in blocks.items():
         if len(starts) == sum(strand.origin is inner for strand in trail.strands):
-            chain = (deviation, *inner.deviations)
-            held = tuple(each.stream for each in chain)
-            crossings.append(Normalisation(inner.trail, output, held, chain, inner, tuple(starts)))
-            gone -= inner.sources - trail.lost - direct
+            before.append((inner, inner, tuple(starts)))
+    crossings, gone = [Normalisation(plain, output, (deviation.stream,), (deviation,))], set(plain.lost)
+    for inner, beside, begins in before:
+        chain = (deviation, *inner.deviations)
+        held = tuple(each.stream for each in chain)
+        crossings.append(Normalisation(inner.trail, output, held, chain, beside, begins))
+        gone -= inner.sources - trail.lost - direct
     return Crossing.behind(*crossings, lost=frozenset(gone))
 
 
@@ -70,10 +71,10 @@ def multiplied_by_deviation(reading: Reading, output: Tensor) -> Trail | None:
     """The trail of a tensor times the reciprocal root of the mean of its squares; None for anything else."""
     if reading.name != "mul":
         return None
-    left, right = reading.operation.args[:2]
+    left, right = reading.args[:2]
     for stream, factor in ((left, right), (right, left)):
         form = reading.trail(factor).form
-        if isinstance(form, _Moment) and form.step == "root" and form.stream.kept and form.stream.holds(stream):
+        if isinstance(form, _Moment) and form.step == "root" and form.stream.kept and form.stream.tensor is stream:
             deviation = Deviation(form.stream, factor.detach(), mean=None, scale=None)
             return _normalised(reading.trail(stream), stream, deviation, output)
     return None
@@ -96,28 +97,24 @@ class _Logits:
 def changed_form(reading: Reading, operand: Tensor, output: Tensor) -> object:
     """What becomes of a tensor's form where one operand alone depends on route layers; None if nothing is known."""
     form = reading.trail(operand).form
-    if reading.name == "pow" and form is None and reading.operation.args[1] == 2:
+    if reading.name == "pow" and form is None and reading.args[1] == 2:
         return _Moment(Held(operand), "square")
     if form is None or output.shape != operand.shape:
         return None
     if reading.name in COPIES:
         return form
-    return _moment(reading, form) if isinstance(form, _Moment) else _logits(reading, form, operand)
+    if isinstance(form, _Logits):
+        return None if form.weights else _logits(reading, form, operand)
+    if reading.name == "rsqrt":
+        return _Moment(form.stream, "root") if isinstance(form, _Moment) and form.step == "mean" else None
+    adds = reading.name in ("add", "add_") and not isinstance(reading.args[1], Tensor)
+    return form if adds and isinstance(form, _Moment) and form.step == "mean" else None
 
 
-def _moment(reading: Reading, form: _Moment) -> _Moment | None:
-    """The form of a mean of squares plus a number, or of its reciprocal root."""
-    adds = reading.name in ("add", "add_") and not isinstance(reading.operation.args[1], Tensor)
-    root = form.step == "mean" and reading.name == "rsqrt"
-    return form if form.step == "mean" and adds else _Moment(form.stream, "root") if root else None
-
-
-def _logits(reading: Reading, form: object, operand: Tensor) -> _Logits | None:
+def _logits(reading: Reading, form: _Logits, operand: Tensor) -> _Logits | None:
     """The form of logits plus constants, times a number or one number for each head, or filled in places."""
-    read, name = reading.operation.args[:2], reading.name
+    read, name = reading.args[:2], reading.name
     first, factor = operand is read[0], next((value for value in read if value is not operand), None)
-    if not isinstance(form, _Logits) or form.weights:
-        return None
     if name in FILLS | SUMS:
         return form if first or (name == "add" and reading.argument(2, "alpha", 1) == 1) else None
     divides = name.startswith("div")
@@ -135,7 +132,7 @@ def _logits(reading: Reading, form: object, operand: Tensor) -> _Logits | None:
 def softmax(reading: Reading, output: Tensor) -> list[Trail]:
     """Softmax over the keys."""
     form = reading.first.form
-    if isinstance(form, _Logits) and not form.weights and reading.operation.args[1] % output.ndim == output.ndim - 1:
+    if isinstance(form, _Logits) and not form.weights and reading.args[1] % output.ndim == output.ndim - 1:
         return [lost([reading.first], replace(form, weights=True))]
     return [lost([reading.first])]
 
@@ -143,7 +140,7 @@ def softmax(reading: Reading, output: Tensor) -> list[Trail]:
 @trail_rule("bmm", "baddbmm")
 def product(reading: Reading, output: Tensor) -> list[Trail]:
     """Products of queries and keys, and of attention weights and values."""
-    *added, left, right = reading.operation.args[:3] if reading.name == "baddbmm" else reading.operation.args[:2]
+    *added, left, right = reading.args[:3] if reading.name == "baddbmm" else reading.args[:2]
     trails = reading.trail(left), reading.trail(right)
     form = trails[0].form
     everything = lost(reading.trails.values())

@@ -52,6 +52,11 @@ class Operation:
         return output
 
     @property
+    def name(self) -> str:
+        """Its name, without the overload."""
+        return str(self.func.overloadpacket.__name__)
+
+    @property
     def operands(self) -> list[Tensor]:
         """All tensors among the arguments."""
         return tensors_in((self.args, tuple(self.kwargs.values())))
@@ -83,17 +88,17 @@ FlowRule = Callable[[Operation, Flow], Any]
 RULES: dict[Any, Rule] = {}
 
 
-def rule(*overloads: Any) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for the given operations."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(overloads, function))
+        RULES.update(dict.fromkeys(overloads(*names), function))
         return function
 
     return register
 
 
-def flow_rule(*overloads: Any) -> Callable[[FlowRule], FlowRule]:
+def flow_rule(*names: str) -> Callable[[FlowRule], FlowRule]:
     """Register a rule that also gets the flow of the first argument, and applies only where that has terms."""
 
     def register(function: FlowRule) -> FlowRule:
@@ -101,7 +106,7 @@ def flow_rule(*overloads: Any) -> Callable[[FlowRule], FlowRule]:
             flow = operation.flow()
             return function(operation, flow) if flow.terms else without_rule(operation)
 
-        rule(*overloads)(applied)
+        rule(*names)(applied)
         return function
 
     return register
@@ -130,6 +135,14 @@ def without_rule(operation: Operation) -> Any:
     return output
 
 
+def only_restrides(operation: Operation) -> bool:
+    """Whether an ``as_strided_`` changes strides of dimensions of size 1 alone, as pooling to one position does."""
+    values, offset = operation.input, operation.argument(3, "storage_offset")
+    dims = zip(values.shape, values.stride(), operation.args[2], strict=False)
+    same = tuple(operation.args[1]) == tuple(values.shape) and all(size == 1 or old == new for size, old, new in dims)
+    return same and offset in (None, values.storage_offset())
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested tuples and lists."""
     if isinstance(value, Tensor):
@@ -144,38 +157,24 @@ PRODUCTS = frozenset({"mul", "mul_", "div", "div_"})
 FILLS = frozenset({"masked_fill", "masked_fill_"})
 COPIES = frozenset({"clone", "_to_copy", "alias", "contiguous", "lift_fresh"})
 
-Layout = Sequence[tuple[int, int]]
-"""Size and stride of each dimension of a tensor."""
-
 TrailRule = Callable[["Reading", Any], Sequence[Trail]]
 TRAIL_RULES: dict[Any, TrailRule] = {}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """An operation and the trails of its operands, by the operand's id, and its first one's layout, before it ran."""
+class Reading(Operation):
+    """An operation and the trails of its operands, by the operand's id."""
 
-    operation: Operation
     trails: Mapping[int, Trail]
-    layout: Layout
 
     def trail(self, value: object) -> Trail:
         """The trail of an operand, or of a number."""
         return self.trails.get(id(value), UNTOUCHED)
 
     @property
-    def name(self) -> str:
-        """The operation's name, without the overload."""
-        return str(self.operation.func.overloadpacket.__name__)
-
-    @property
     def first(self) -> Trail:
         """The trail of the first argument."""
-        return self.trail(self.operation.args[0])
-
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
-        """A positional or keyword argument."""
-        return self.operation.argument(index, name, default)
+        return self.trail(self.args[0])
 
 
 def trail_rule(*names: str) -> Callable[[TrailRule], TrailRule]:

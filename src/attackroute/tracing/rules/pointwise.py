@@ -12,17 +12,17 @@ from torch import Tensor
 
 from attackroute.core.errors import UserError
 from attackroute.tracing.flow import Alive, Flow, added, mapped, opaque, scaled, settled, times
-from attackroute.tracing.rules.operation import FlowRule, Operation, aten, flow_rule, overloads, rule, without_rule
+from attackroute.tracing.rules.operation import FlowRule, Operation, aten, flow_rule, rule, without_rule
 
 
-@flow_rule(*overloads("relu", "relu_"))
+@flow_rule("relu", "relu_")
 def relu(operation: Operation, flow: Flow) -> Any:
     """ReLU: alive where its output is positive."""
     output = operation.run()
     return operation.emit(output, _alive(flow, output, Alive()))
 
 
-@flow_rule(*overloads("hardtanh", "hardtanh_"))
+@flow_rule("hardtanh", "hardtanh_")
 def hardtanh(operation: Operation, flow: Flow) -> Any:
     """ReLU6 and its kin: alive strictly between the bounds."""
     low, high = operation.argument(1, "min_val", -1.0), operation.argument(2, "max_val", 1.0)
@@ -83,7 +83,7 @@ _SLOPES: dict[str, Callable[[Operation, Tensor, Tensor], Tensor]] = {
 
 
 for _name, _derivative in _SLOPES.items():
-    flow_rule(*overloads(_name, f"{_name}_"))(_slope(_derivative))
+    flow_rule(_name, f"{_name}_")(_slope(_derivative))
 
 
 def _clamp_slope_at_bounds() -> bool:
@@ -97,10 +97,10 @@ def _clamp_slope_at_bounds() -> bool:
 _PASSES_AT_BOUNDS = _clamp_slope_at_bounds()
 
 
-@flow_rule(*overloads("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"))
+@flow_rule("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")
 def clamp(operation: Operation, flow: Flow) -> Any:
     """Clamping by numbers: alive between the bounds; at the bounds as this version of PyTorch has it."""
-    name = operation.func.overloadpacket.__name__
+    name = operation.name
     low = None if "max" in name else operation.argument(1, "min")
     high = operation.argument(1, "max") if "max" in name else operation.argument(2, "max")
     flow, values = settled(flow, operation.input), operation.input
@@ -112,12 +112,12 @@ def clamp(operation: Operation, flow: Flow) -> Any:
     return operation.emit(operation.run(), times(flow, flow.view(inside)))
 
 
-@rule(*overloads("add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor", "add.Scalar", "add_.Scalar"))
+@rule("add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor", "add.Scalar", "add_.Scalar")
 def add(operation: Operation) -> Any:
     """Sums and differences of tensors of one layout, or of a tensor and constants."""
     first, other = operation.args[0], operation.args[1]
     alpha = operation.argument(2, "alpha", 1)
-    alpha = -alpha if "sub" in operation.func.overloadpacket.__name__ else alpha
+    alpha = -alpha if "sub" in operation.name else alpha
     shape = _broadcast(first, other)
     left = _of_shape(operation.ledger.flow(first), first, shape)
     right = _of_shape(operation.ledger.flow(other), other, shape)
@@ -126,11 +126,11 @@ def add(operation: Operation) -> Any:
     return operation.emit(operation.run(), _sum(left, right))
 
 
-@rule(*overloads("mul.Tensor", "mul_.Tensor", "mul.Scalar", "mul_.Scalar", "div.Tensor", "div_.Tensor", "div.Scalar"))
+@rule("mul.Tensor", "mul_.Tensor", "mul.Scalar", "mul_.Scalar", "div.Tensor", "div_.Tensor", "div.Scalar")
 def mul(operation: Operation) -> Any:
     """Products (quotients by constants): each factor carries the other, by the product rule."""
     first, other = operation.args[0], operation.args[1]
-    divides = "div" in operation.func.overloadpacket.__name__
+    divides = "div" in operation.name
     left, right = operation.ledger.flow(first), operation.ledger.flow(other)
     shape = _broadcast(first, other)
     move = operation.ledger.move()
@@ -182,7 +182,7 @@ def _multiplied(flow: Flow, value: Any, factor: Any, shape: torch.Size, move: in
     return times(spread, factor.expand(shape))
 
 
-@flow_rule(*overloads("index_fill.int_Scalar", "index_fill_.int_Scalar"))
+@flow_rule("index_fill.int_Scalar", "index_fill_.int_Scalar")
 def index_fill(operation: Operation, flow: Flow) -> Any:
     """Channels set to a constant carry nothing."""
     if flow.flat or operation.args[1] % operation.input.ndim != 1:
@@ -203,10 +203,10 @@ BATCH_NORMS = {
 }
 
 
-@rule(*overloads(*BATCH_NORMS))
+@rule(*BATCH_NORMS)
 def batch_norm(operation: Operation) -> Any:
     """Batch norm with running statistics: a factor per channel, of either sign."""
-    weight, _, variance, training, eps = BATCH_NORMS[operation.func.overloadpacket.__name__]
+    weight, _, variance, training, eps = BATCH_NORMS[operation.name]
     flow = operation.flow()
     if training is not None and operation.args[training]:
         if operation.input.shape[0] == operation.ledger.samples > 1:

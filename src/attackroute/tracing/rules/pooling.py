@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attackroute.tracing.flow import Flow, Term, Windows, mapped, settled
-from attackroute.tracing.rules.operation import Operation, aten, flow_rule, overloads, without_rule
+from attackroute.tracing.rules.operation import Operation, aten, flow_rule, without_rule
 
 
 def _pair(value: Sequence[int] | int) -> tuple[int, int]:
@@ -23,7 +23,7 @@ def _is_image(flow: Flow) -> bool:
     return not flow.flat and len(flow.spatial) == 2
 
 
-@flow_rule(*overloads("max_pool2d_with_indices"))
+@flow_rule("max_pool2d_with_indices")
 def max_pool(operation: Operation, flow: Flow) -> Any:
     """Max pooling: each output has one winner; where windows overlap, a winner may have several outputs."""
     if not _is_image(flow):
@@ -35,7 +35,7 @@ def max_pool(operation: Operation, flow: Flow) -> Any:
     return _pooled(operation, flow, (math.ceil(extent[0] / stride[0]), math.ceil(extent[1] / stride[1])))
 
 
-@flow_rule(*overloads("adaptive_max_pool2d"))
+@flow_rule("adaptive_max_pool2d")
 def adaptive_max_pool(operation: Operation, flow: Flow) -> Any:
     """Adaptive max pooling onto a grid that divides the input evenly."""
     size = _pair(operation.args[1])
@@ -65,14 +65,14 @@ def _pooled(operation: Operation, flow: Flow, reach: tuple[int, int]) -> tuple[T
     return operation.emit(output, mapped(flow, pool, tuple(output.shape[1:]))), winners
 
 
-def _averaged(operation: Operation, flow: Flow, pool: Callable[[Tensor], Tensor], *, many: bool) -> Flow:
-    """Flow behind an average with non-negative weights, ``pool``: absolute derivatives of the inputs are pooled.
+def _averaged(operation: Operation, flow: Flow, pool: Callable[[Tensor], Tensor], *, many: bool) -> Tensor:
+    """Run an average with non-negative weights, ``pool``: absolute derivatives of the inputs are pooled.
 
     Where one input reached several of the positions that are now pooled together, absolute values add only if their
     signs agree: 0/1 masks do, other masks make the source opaque.
     """
-    values, move = operation.input, operation.ledger.move()
-    flow = settled(flow, values)
+    values, move, output = operation.input, operation.ledger.move(), operation.run()
+    size = math.prod(output.shape[2:])
 
     def average(term: Term) -> Term | None:
         mask = term.mask
@@ -82,16 +82,13 @@ def _averaged(operation: Operation, flow: Flow, pool: Callable[[Tensor], Tensor]
             return None
         pooled = pool(mask.to(values.dtype).abs().expand(-1, -1, *flow.spatial))  # type: ignore[union-attr]
         path = term.path.moved(("average", move), summed=True, many=many)
-        if math.prod(pooled.shape[2:]) == 1:
-            path = replace(path, many=False)
-        return replace(term, mask=pooled, path=path)
+        mask = pooled.flatten(1) if output.ndim == 2 else pooled
+        return replace(term, mask=mask, path=replace(path, many=path.many and size > 1))
 
-    averaged = mapped(flow, average)
-    probe = pool(values.new_ones((1, 1, *flow.spatial)))
-    return replace(averaged, shape=(flow.shape[0], *probe.shape[2:]))
+    return operation.emit(output, mapped(settled(flow, values), average, tuple(output.shape[1:])))
 
 
-@flow_rule(*overloads("avg_pool2d"))
+@flow_rule("avg_pool2d")
 def avg_pool(operation: Operation, flow: Flow) -> Any:
     """Average pooling."""
     if not _is_image(flow):
@@ -100,11 +97,10 @@ def avg_pool(operation: Operation, flow: Flow) -> Any:
     stride = _pair(operation.argument(2, "stride", ()) or kernel)
     many = kernel[0] > stride[0] or kernel[1] > stride[1]
     pool = lambda map_: aten.avg_pool2d(map_, *operation.args[1:], **operation.kwargs)  # noqa: E731
-    result = _averaged(operation, flow, pool, many=many)
-    return operation.emit(operation.run(), result)
+    return _averaged(operation, flow, pool, many=many)
 
 
-@flow_rule(*overloads("_adaptive_avg_pool2d"))
+@flow_rule("_adaptive_avg_pool2d")
 def adaptive_avg_pool(operation: Operation, flow: Flow) -> Any:
     """Adaptive average pooling; cells of an uneven grid overlap."""
     if not _is_image(flow):
@@ -112,23 +108,17 @@ def adaptive_avg_pool(operation: Operation, flow: Flow) -> Any:
     size = _pair(operation.args[1])
     many = any(whole % cells for whole, cells in zip(flow.spatial, size, strict=True))
     pool = lambda map_: aten._adaptive_avg_pool2d(map_, list(size))  # noqa: E731
-    result = _averaged(operation, flow, pool, many=many)
-    return operation.emit(operation.run(), result)
+    return _averaged(operation, flow, pool, many=many)
 
 
-@flow_rule(*overloads("mean.dim", "sum.dim_IntList"))
+@flow_rule("mean.dim", "sum.dim_IntList")
 def mean(operation: Operation, flow: Flow) -> Any:
     """Mean or sum over all positions."""
-    values = operation.input
+    ndim = operation.input.ndim
     dims = operation.argument(1, "dim") or []
-    positions = tuple(range(2, values.ndim))
-    if flow.flat or not positions or tuple(sorted(dim % values.ndim for dim in dims)) != positions:
+    positions = tuple(range(2, ndim))
+    if flow.flat or not positions or tuple(sorted(dim % ndim for dim in dims)) != positions:
         return without_rule(operation)
-    reduce = torch.mean if "mean" in operation.func.overloadpacket.__name__ else torch.sum
+    reduce = torch.mean if "mean" in operation.name else torch.sum
     pool = lambda map_: reduce(map_, dim=positions, keepdim=True)  # noqa: E731
-    result = _averaged(operation, flow, pool, many=False)
-    if not operation.argument(2, "keepdim", False):
-        masks = [each.mask.flatten(1) if isinstance(each.mask, Tensor) else each.mask for each in result.terms]
-        terms = tuple(replace(term, mask=mask) for term, mask in zip(result.terms, masks, strict=True))
-        result = replace(result, terms=terms, shape=result.shape[:1])
-    return operation.emit(operation.run(), result)
+    return _averaged(operation, flow, pool, many=False)
