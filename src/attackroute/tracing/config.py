@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from attackroute.core.batches import Data
 from attackroute.core.errors import UserError, did_you_mean
-from attackroute.tracing.deviations import Deviations, Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from attackroute.core.batches import Data
+    from attackroute.tracing.deviations import Deviations, Progress
 
 UNIT, NOISE = "unit", "noise"
 CARRIERS = (UNIT, NOISE)
@@ -54,7 +57,7 @@ class TraceConfig:
             )
         if self.carrier not in CARRIERS:
             raise UserError(f"carrier {self.carrier!r} is unknown; choose from {', '.join(CARRIERS)}")
-        if self.units not in UNITS and not isinstance(self.units, Deviations):
+        if self.units not in UNITS and not hasattr(self.units, "factors"):
             close = did_you_mean(str(self.units), UNITS)
             raise UserError(f"units {self.units!r} are unknown{close}; choose from {', '.join(UNITS)}")
         if self.carrier == NOISE and self.sketches is not None:
@@ -71,6 +74,8 @@ class TraceConfig:
         self, model: nn.Module, data: Data, batch_size: int = 128, progress: Progress | None = None
     ) -> TraceConfig:
         """The same config with the data's deviations in place of ``units="std"``, from one pass over them."""
+        from attackroute.tracing.deviations import Deviations  # which loads torch, as the command line's help must not
+
         if self.units != STD:
             return self
         return replace(self, units=Deviations.of(model, data, batch_size=batch_size, progress=progress))
@@ -80,7 +85,7 @@ class TraceConfig:
         """The deviations in whose units routes are traced; None for raw ones."""
         if self.units == STD:
             raise UserError("the data's deviations were not measured: call config.measured(model, data)")
-        return self.units if isinstance(self.units, Deviations) else None
+        return None if isinstance(self.units, str) else self.units
 
     @property
     def units_name(self) -> str:
