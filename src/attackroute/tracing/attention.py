@@ -166,7 +166,7 @@ def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, 
     """
     means, width = weights @ keys, values.shape[2]
     total = torch.empty_like(means)
-    step = max(1, 2 * block_size(values) // (keys.shape[1] * width))  # features of the queries at a time
+    step = max(1, block_size(values) // (2 * keys[:, :, 0].numel() * width))  # features of the queries at a time
     for start in range(0, keys.shape[2], step):
         part = slice(start, start + step)
         products = (keys[:, :, part].unsqueeze(3) * values.unsqueeze(2)).flatten(2)
@@ -179,9 +179,12 @@ def _of_queries(keys: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, 
 
 
 def _row_sums(left: Tensor, right: Tensor) -> Tensor:
-    """``sum over columns of |left @ right|``, for ``left`` (m, d) and ``right`` (d, k)."""
-    parts = left.split(max(1, block_size(left) // right.shape[1]))
-    return torch.cat([(part @ right).abs_().sum(1) for part in parts])
+    """``sum over columns of |left @ right|``, for ``left`` (m, d) and ``right`` (d, k).
+
+    Summed over the first dimension, which takes half the time of the last one on a CPU.
+    """
+    parts, rows = left.split(max(1, block_size(left) // (2 * right.shape[1]))), right.T.contiguous()
+    return torch.cat([(rows @ part.T).abs_().sum(0) for part in parts])
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
