@@ -16,7 +16,7 @@ from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
 from attackroute.core.random import random_order
-from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.attack import Attack
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import kept, top_k
 from attackroute.routes.provenance import Provenance
@@ -51,11 +51,6 @@ class Ranking:
         rest, drawn = route.complement(), {layer: layer for layer in route} | dict(repeats or {})
         order = {layer: random_order(seed, drawn[layer], rest.indices[layer]) for layer in route}
         return cls(RANDOM, seed, order, route.channels)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers' names in forward order."""
-        return tuple(self.channels)
 
     def route(self, share: float, layers: Iterable[str]) -> Route | None:
         """The best share of the layers' channels as a route; None where one of them does not have as many.
@@ -140,29 +135,24 @@ def sample_routes(
     *,
     attack: Attack | None = None,
     config: TraceConfig | None = None,
-    baselines: Sequence[str] = tuple(MEASURES),
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> dict[str, InstanceRoutes]:
     """The routes of samples by several criteria, the paper's under ``"route"``, of the same samples in the same order.
 
-    Without labels the model's own predictions take their place. With an attack, what it makes of the images is traced;
-    where the routes follow noise, its noise, and the baselines are those of the images themselves. Each of these, names
-    of :data:`MEASURES`, costs one more forward pass.
+    Without labels the model's own predictions take their place. The attack is the one whose noise the routes follow,
+    where they do; the others, by :data:`MEASURES`, are of the images themselves and cost one more forward pass each.
     """
     config = (config or TraceConfig()).measured(model, data, batch_size)
-    noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        tracer = Tracer(model, stream.first[0], width, attack=noise_of, config=config)
+        tracer = Tracer(model, stream.first[0], width, attack=attack, config=config)
 
         def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
-            if made_by is not None:
-                images, labels = attacked(model, made_by, images, labels)
             routes = {ROUTE: tracer.trace(images, labels)}
             answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
-            for by in baselines:
-                values = MEASURES[by](model, images, labels, linear=config.linear).values
+            for by, measure in MEASURES.items():
+                values = measure(model, images, labels, linear=config.linear).values
                 masks = {layer: top_k(sizes, width) for layer, sizes in values.items()}
                 origin = Provenance(len(images), width, criterion=by)
                 routes[by] = InstanceRoutes.from_masks(masks, origin, labels=answers)

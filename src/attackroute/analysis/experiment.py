@@ -15,10 +15,10 @@ from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from operator import mul
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from attackroute.analysis.controls import ROUTE
-from attackroute.analysis.figures.style import save_figure
+from attackroute.analysis.figures.style import Figure, save_figure
 from attackroute.analysis.study import Study
 from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document
@@ -27,13 +27,11 @@ from attackroute.core.files import made_folder
 from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _WORTH_SAYING = 60  # seconds
 _FOLDER = "attackroute.analysis.experiments"
 
 
+@dataclass(frozen=True, kw_only=True)
 class ExperimentResult(ABC):
     """What an experiment found: a table, a sentence about it, and what all its rows have in common.
 
@@ -42,7 +40,7 @@ class ExperimentResult(ABC):
         table: The measurements.
     """
 
-    kind: str
+    kind: ClassVar[str]
     table: Table
 
     @abstractmethod

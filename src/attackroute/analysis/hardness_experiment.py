@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import require_right
 from attackroute.analysis.experiment import ExperimentResult
-from attackroute.analysis.figures.style import ROUTE_COLOUR, new_figure, shared_legend, tidy
+from attackroute.analysis.figures.style import ROUTE_COLOUR, Figure, new_figure, shared_legend, tidy
 from attackroute.analysis.hardness import GradientReader, Hardness, SampleGradients
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.journal import Journal, samples_digest
@@ -32,9 +32,6 @@ from attackroute.robustness.registry import named_attacks
 from attackroute.routes.route import Route
 from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 OURS = "hardness V"
 LOSS, MARGIN, INPUT_GRADIENT, ALL = "loss", "margin", "input gradient", "V on all neurons"
@@ -58,7 +55,6 @@ class HardnessStudy(ExperimentResult):
     """
 
     kind = "hardness"
-    table: Table
     hardness: Hardness  # of all samples, ranked among themselves
     predictors: Mapping[str, Floats]  # V's first; (C,) numbers, larger for samples that should be easier to fool
     fooled: Mapping[str, NDArray[np.bool_]]  # for each attack, whether it fools the model, (C,)

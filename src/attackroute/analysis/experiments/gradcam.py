@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import new_figure
+from attackroute.analysis.figures.style import Figure, new_figure
 from attackroute.analysis.gradcam import Grid, enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
 from attackroute.core.batches import BatchStream
@@ -27,9 +27,6 @@ from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import named_attacks
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CLEAN = "clean"
 INSIDE, SHIFT = "energy inside", "shift"
@@ -61,7 +58,6 @@ class GradCam(ExperimentResult):
     """
 
     kind = "gradcam"
-    table: Table
     layer: str
     at: str  # whether the maps are the layer's output or those after its activation
     size: tuple[int, int]  # height and width of the layer's maps; they are enlarged to the image's size to be measured

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from attackroute.analysis.controls import ROUTE, sample_routes
+from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import draw_spread, new_figure, shared_legend, tidy, upright_layers
+from attackroute.analysis.figures.style import Figure, draw_spread, new_figure, shared_legend, tidy, upright_layers
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.layer_map import require_same
 from attackroute.routes.masks import kept
-from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from attackroute.tracing.trace import Progress, trace_routes
 
 OCCURRENCE = "occurrence"
 RANDOM_ROUTES = "random routes"
@@ -36,7 +33,6 @@ class Occurrence(ExperimentResult):
     """
 
     kind = "occurrence"
-    table: Table
     width: float  # share of a layer's channels on each sample's route, and of those that an occurrence is the mean over
     samples: int
 
@@ -82,10 +78,9 @@ def run(study: Study, progress: Progress) -> Occurrence:
     first, *others = attacks
     routes = {first if follows else "clean": study.routes[ROUTE]}
     for name in others if follows else attacks:
-        routes[name] = sample_routes(
-            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.traced, baselines=(),
-            progress=progress,
-        )[ROUTE]  # fmt: skip
+        routes[name] = trace_routes(
+            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.traced, progress=progress
+        )
     routes |= {by: each for by, each in study.routes.items() if by != ROUTE}
     return measure_occurrence(routes, seeds=study.seeds)
 

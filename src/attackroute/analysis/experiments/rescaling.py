@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.criteria import NEED_ATTACK, MixedChannelsError, channel_scores
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
+from attackroute.analysis.figures.style import Figure
 from attackroute.analysis.study import BASELINES, SAMPLE_WIDTH, Study
 from attackroute.core.checks import checked_logits
 from attackroute.core.errors import UserError
@@ -23,9 +24,6 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import UNITS
 from attackroute.tracing.trace import Progress, trace_routes
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 FACTORS = (0.1, 10.0)  # on the channels that are not chosen, and that may so gain or lose
 _SAMPLES = 64  # images at most: it is what stays that counts, not what is chosen
 
@@ -35,7 +33,6 @@ class Rescaling(ExperimentResult):
     """For each criterion and layer the ``channels`` that it chooses, and how many are ``kept`` at the least."""
 
     kind = "rescaling"
-    table: Table
     share: float
     samples: int
 
