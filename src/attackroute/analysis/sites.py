@@ -109,8 +109,6 @@ class LayerEdits:
     run: Callable[[LayerCall], Tensor] = field(default=lambda call: call.run(), kw_only=True)  # runs one of the layers
     begun: Callable[[tuple[Any, ...]], None] = field(default=lambda args: None, kw_only=True)
     """Called as a forward pass begins, with the model's positional arguments."""
-    seen: Callable[[LayerCall, Tensor], None] = field(default=lambda call, output: None, kw_only=True)
-    """Called with every call of a layer of the model, edited or not, and what flows on."""
 
     def __post_init__(self) -> None:
         check_site(self.at)
@@ -142,11 +140,8 @@ class LayerEdits:
 
     def _visit(self, call: LayerCall) -> Tensor:
         """Run one layer of the model; what it returns flows on."""
-        output = self._edited(call) if call.name in self.channels else call.run()
-        self.seen(call, output)
-        return output
-
-    def _edited(self, call: LayerCall) -> Tensor:
+        if call.name not in self.channels:
+            return call.run()
         output = self.run(call)
         dim, expected = CHANNEL_DIM[call.kind], self.channels[call.name]
         if expected is not None:

@@ -124,9 +124,7 @@ class GradientPenalty(WatchingPenalty):
     Model, route and errors are those of :class:`WatchingPenalty`.
     """
 
-    def __init__(self, model: nn.Module, route: Route, *, units: str = RAW) -> None:
-        super().__init__(model, route, units=units)
-        self._is_checked = False
+    _is_checked = False  # whether the first value's graph can be differentiated
 
     @contextmanager
     def watch(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -46,13 +46,9 @@ def curves_figure(table: InterventionTable, attack: str | None = None) -> style.
     for axes in panels[max(0, len(swept) - columns) : len(swept)]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(r"factor $\beta$" if weakened else "share in %", fontsize=8)
-    figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
     title = f"A share of the channels {table.done}{f', {attack}' if attack else ''}"
     title = f"{table.main_share:.0%} of the channels" if weakened else title
-    dotted = f"untouched network{', attacked images' if attack else ''}"
-    figure.suptitle(f"{title}\n{_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
-    style.shared_legend(figure, handles, min(3, len(handles)))
-    return figure
+    return _framed(figure, table, title, handles, attacked=attack is not None)
 
 
 def layers_figure(table: InterventionTable) -> style.Figure:
@@ -68,26 +64,30 @@ def layers_figure(table: InterventionTable) -> style.Figure:
         style.tidy(axes)
         axes.set_ylim(-4, 104)
     style.upright_layers(panels[-1], [table.group_name(layers) for layers in groups])
-    figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
-    title = f"{table.main_share:.0%} of the channels {table.done},\n{_PLACES[table.at]}"
-    figure.suptitle(f"{title}\ndotted: untouched network, attacked images", fontsize=9.5)
+    title = f"{table.main_share:.0%} of the channels {table.done},"
+    return _framed(figure, table, title, handles, attacked=True)
+
+
+def _framed(
+    figure: style.Figure, table: InterventionTable, title: str, handles: Mapping[str, Any], *, attacked: bool
+) -> style.Figure:
+    """The figure with what stands around its panels."""
+    dotted = f"dotted: untouched network{', attacked images' if attacked else ''}"
+    figure.suptitle(f"{title}\n{_PLACES[table.at]}\n{dotted}", fontsize=9.5)
+    accuracy = f"accuracy in %\n({table.counted} images right when clean)"
+    figure.supylabel(accuracy, fontsize=8.5, multialignment="center")
     style.shared_legend(figure, handles, 3)
     return figure
 
 
-def route_figure(route: Route, deactivated: InterventionTable, title: str) -> style.Figure:
-    """How often samples use each channel of a route with frequencies, and what deactivating those of a layer leaves."""
+def route_figure(route: Route, table: InterventionTable, title: str) -> style.Figure:
+    """How often samples use each channel of a route with frequencies, and what deactivating those of a layer leaves.
+
+    One row per layer: the accuracy that is left, for each criterion; random draws with their range.
+    """
     figure = style.new_figure(11, 0.55 * len(route) + 2.5)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    route.plot(left)
-    handles = _draw_remains(right, deactivated)
-    figure.suptitle(title, fontsize=12)
-    style.shared_legend(figure, handles, len(handles))
-    return figure
-
-
-def _draw_remains(axes: style.Axes, table: InterventionTable) -> dict[str, Any]:
-    """One row per layer: accuracy that is left, for each criterion; random draws with their range."""
+    used, axes = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    route.plot(used)
     cases = [Setting((layer,), table.main_share) for layer in table.layers]
     handles = _points(axes, table, cases, horizontal=True)
     untouched = table.untouched()
@@ -96,11 +96,13 @@ def _draw_remains(axes: style.Axes, table: InterventionTable) -> dict[str, Any]:
     axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.set_yticks(range(len(cases)), [])
     axes.set_xlabel(f"accuracy in %, on {untouched.total} images that\nthe untouched network gets right")
-    title = f"What is left with {table.main_share:.0%} of a layer's channels set to zero\n{_PLACES[table.at]}"
-    axes.set_title(title, fontsize=10)
+    left = f"What is left with {table.main_share:.0%} of a layer's channels set to zero\n{_PLACES[table.at]}"
+    axes.set_title(left, fontsize=10)
     style.tidy(axes)
     axes.spines["left"].set_visible(False)
-    return handles
+    figure.suptitle(title, fontsize=12)
+    style.shared_legend(figure, handles, len(handles))
+    return figure
 
 
 def _points(
@@ -143,7 +145,3 @@ def _curves(
 
 def _draws(table: InterventionTable, criterion: str) -> int:
     return len(table.table.select(criterion=criterion).distinct("draw"))
-
-
-def _accuracy_title(table: InterventionTable) -> str:
-    return f"accuracy in %\n({table.counted} images right when clean)"
