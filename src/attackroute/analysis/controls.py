@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import worked_on
-from attackroute.analysis.criteria import MEASURES, ChannelScores
+from attackroute.analysis.channel_statistics import MEASURES, worked_on
+from attackroute.analysis.criteria import ChannelScores
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
@@ -24,6 +25,7 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import Progress, Tracer
 
+T = TypeVar("T")
 ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
 
 
@@ -97,6 +99,11 @@ class Comparison:
             route.check({at: len(values) for at, values in scores.items()}, f"baseline {name!r}")
             rankings.append(Ranking.of_scores({at: scores[at] for at in route}, name))
         return rankings
+
+    def measured(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[tuple[int, T]]:
+        """Of each batch, how many samples it has and what ``work(images, labels)`` gives, the model frozen."""
+        with frozen(self.model), torch.inference_mode(False):
+            yield from worked_on(BatchStream(self.model, self.data, self.batch_size), work, self.progress)
 
 
 def repeated_layers(model: nn.Module, route: Route) -> dict[str, str]:

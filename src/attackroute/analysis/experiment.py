@@ -10,7 +10,7 @@ import pkgutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -47,9 +47,9 @@ class ExperimentResult(ABC):
     def reading(self) -> str:
         """One sentence that says what came out."""
 
-    @abstractmethod
     def about(self) -> dict[str, Any]:
-        """What all rows have in common, and the verdicts, as plain values."""
+        """What all rows have in common, and the verdicts, as plain values: here the attributes beside the table."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "table"}
 
     def document(self, settings: Mapping[str, Any], **about: Any) -> Document:
         """The result as a document, with what else there is to say about it, such as the seconds that it took."""

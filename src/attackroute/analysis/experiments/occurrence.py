@@ -60,10 +60,6 @@ class Occurrence(ExperimentResult):
             f"{occurrence[high]:.0%} ({high}) of {first} samples' routes{more}."
         )
 
-    def about(self) -> dict[str, Any]:
-        """What the numbers have in common."""
-        return {"width": self.width, "samples": self.samples}
-
     def figures(self) -> dict[str, Figure]:
         """``occurrence``: Table 1 as lines over layers."""
         return {"occurrence": _figure(self)}

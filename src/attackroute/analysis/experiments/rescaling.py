@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.controls import ROUTE
-from attackroute.analysis.criteria import NEED_ATTACK, MixedChannelsError, channel_scores
+from attackroute.analysis.criteria import MixedChannelsError, channel_scores
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures.style import Figure
 from attackroute.analysis.study import BASELINES, SAMPLE_WIDTH, Study
@@ -35,6 +34,7 @@ class Rescaling(ExperimentResult):
     kind = "rescaling"
     share: float
     samples: int
+    factors: Sequence[float] = FACTORS
 
     def reading(self) -> str:
         """What stays by each criterion, over all layers."""
@@ -43,12 +43,8 @@ class Rescaling(ExperimentResult):
             rows = self.table.select(criterion=criterion, units=units)
             kept[criterion, units] = sum(rows.column("kept")) / sum(rows.column("channels"))
         parts = ", ".join(f"{by} ({units}) {share:.0%}" for (by, units), share in kept.items())
-        factors = " or ".join(f"{factor:g}" for factor in FACTORS)
+        factors = " or ".join(f"{factor:g}" for factor in self.factors)
         return f"With all other channels' kernels times {factors}, undone behind them, of a choice stay: {parts}."
-
-    def about(self) -> dict[str, Any]:
-        """What the numbers have in common."""
-        return {"share": self.share, "samples": self.samples, "factors": list(FACTORS)}
 
     def figures(self) -> Mapping[str, Figure]:
         """None: it is one number for each criterion."""
@@ -65,8 +61,7 @@ def run(study: Study, progress: Progress) -> Rescaling:
             noise_of = attack if config.follows_noise else None
             routes = trace_routes(model, images, SAMPLE_WIDTH, attack=noise_of, config=replace(config, units=units))
             return routes.aggregate(study.share)
-        used = attack if by in NEED_ATTACK else None
-        scores = channel_scores(model, images, by, attack=used, linear=config.linear, units=units)
+        scores = channel_scores(model, images, by, attack=attack, linear=config.linear, units=units)
         return scores.route(study.share)
 
     rows = []

@@ -12,22 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attackroute.analysis.channel_statistics import (
-    ChannelMeans,
-    RunningMean,
-    changes,
-    gradients,
-    in_units,
-    labelled,
-    worked_on,
-)
+from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, in_units, labelled
 from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
 from attackroute.analysis.figures import style
 from attackroute.analysis.study import Study
-from attackroute.core.batches import BatchStream
 from attackroute.core.errors import UserError
-from attackroute.core.model_state import frozen
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import named_attacks
@@ -131,12 +121,10 @@ def measure_sensitivity(
             measured[SENSITIVITY, name] = changes(model, images, moved, linear=True)
         return {key: RunningMean.of(each.on(rankings[0].channels)) for key, each in measured.items()}
 
-    with frozen(model), torch.inference_mode(False):
-        stream = BatchStream(model, compared.data, compared.batch_size)
-        for number, batch in worked_on(stream, batch_means, compared.progress):
-            samples += number
-            for key, mean in batch.items():
-                means[key].add(mean)
+    for number, batch in compared.measured(batch_means):
+        samples += number
+        for key, mean in batch.items():
+            means[key].add(mean)
     if not samples:
         raise UserError("the data hold no sample: the loader is empty")
     levels = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)

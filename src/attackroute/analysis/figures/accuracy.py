@@ -111,7 +111,7 @@ def _points(
     """Side by side at each setting's place: each criterion's mean, above the range of its draws; the legend's marks."""
     marks: dict[str, Any] = {}
     for index, criterion in reversed(list(enumerate(table.criteria))):  # the route last, on top
-        look = style.look(criterion, line=False)
+        look = style.look(criterion) | {"linestyle": "none"}
         for place, setting in enumerate(cases):
             values = [100 * value for value in table.values(setting, criterion)]
             if not values:
