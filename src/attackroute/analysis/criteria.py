@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attackroute.analysis.channel_statistics import COMPARISONS, MEASURES, in_units, mean_over, under_attack
 from attackroute.core.batches import BatchStream, Data
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError, require_known
 from attackroute.core.layers import two_of
 from attackroute.core.model_state import frozen
 from attackroute.robustness.attack import Attack, attack_name
@@ -137,8 +137,7 @@ def channel_scores(
         UserError: The criterion is unknown, or needs an attack and has none; there is no route layer, an input does
             not fit the model, values are not finite, or ``by="weight"`` is not defined for the network.
     """
-    if by not in CRITERIA:
-        raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
+    require_known("criterion", by, CRITERIA)
     measure, named = MEASURES.get(by), None
     if by in NEED_ATTACK:
         if attack is None:

@@ -22,7 +22,7 @@ from attackroute.analysis.figures.style import Figure, save_figure
 from attackroute.analysis.study import Study
 from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError, require_known
 from attackroute.core.files import made_folder
 from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
@@ -148,9 +148,7 @@ def chosen_experiments(names: Sequence[str] | None) -> list[Experiment]:
     """Some experiments, in order; where ``names`` is None, all that do not attack anew for each set of channels."""
     experiments = all_experiments()
     for name in names or ():
-        if name not in experiments:
-            close, names_text = did_you_mean(name, experiments), ", ".join(experiments)
-            raise UserError(f"unknown experiment {name!r}{close}; choose from {names_text}")
+        require_known("experiment", name, experiments)
     return [each for each in experiments.values() if (not each.work.held if names is None else each.name in names)]
 
 

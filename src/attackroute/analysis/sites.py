@@ -112,7 +112,7 @@ class LayerEdits:
 
     def __post_init__(self) -> None:
         check_site(self.at)
-        self._follower = ActivationFollower() if self.at == ACTIVATION else None
+        self._follower = ActivationFollower()  # of activations, where it is entered
         self._ran: set[str] = set()
 
     @contextmanager
@@ -131,7 +131,7 @@ class LayerEdits:
                 self._forget()  # what reads an output after the pass reads it for other ends
 
         with ExitStack() as stack:
-            if self._follower is not None:
+            if self.at == ACTIVATION:
                 stack.enter_context(self._follower)
             stack.enter_context(LayerCalls(model, self._visit, linear=True))
             stack.callback(model.register_forward_pre_hook(begin).remove)
@@ -150,7 +150,7 @@ class LayerEdits:
         if self.edit is None:
             return output
         edit = partial(self.edit, call.name, dim)
-        if self._follower is None:
+        if self.at == OUTPUT:
             return edit(output)
         self._follower.follow(output, call.name, edit)
         return output
@@ -163,7 +163,7 @@ class LayerEdits:
                     f"layer {layer!r} did not run in the model's forward pass: use the model that the route was made "
                     "for, uncompiled, or leave the layer out (layers=...)"
                 )
-            if self._follower is not None and layer not in self._follower.reached:
+            if self.at == ACTIVATION and layer not in self._follower.reached:
                 raise UserError(
                     f"no activation follows layer {layer!r}, so there is none to edit: "
                     'use at="output", or leave the layer out (layers=...)'
@@ -171,5 +171,4 @@ class LayerEdits:
 
     def _forget(self) -> None:
         self._ran.clear()
-        if self._follower is not None:
-            self._follower.clear()
+        self._follower.clear()

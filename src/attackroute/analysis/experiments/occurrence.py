@@ -10,7 +10,15 @@ import torch
 
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import Figure, draw_spread, new_figure, shared_legend, tidy, upright_layers
+from attackroute.analysis.figures.style import (
+    Figure,
+    draw_spread,
+    label,
+    new_figure,
+    shared_legend,
+    tidy,
+    upright_layers,
+)
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
@@ -61,8 +69,23 @@ class Occurrence(ExperimentResult):
         )
 
     def figures(self) -> dict[str, Figure]:
-        """``occurrence``: Table 1 as lines over layers."""
-        return {"occurrence": _figure(self)}
+        """``occurrence``: Table 1 as lines over layers, of routes by several criteria."""
+        layers = self.layers
+        figure = new_figure(max(6.4, 0.42 * len(layers) + 1.5), 3.9)
+        axes = figure.subplots()
+        handles: dict[str, Any] = {}
+        for name in self.names:
+            values = [[100 * value for value in self.values(layer, name)] for layer in layers]
+            line = draw_spread(axes, range(len(layers)), values, name)
+            handles[label(f"{name}{' images' if not handles else ''}", len(values[0]))] = line
+        axes.set_ylim(0, 104)
+        axes.set_ylabel("occurrence in %", fontsize=9)
+        title = f"Mean frequency of the most frequent {self.width:.0%} of channels on {self.samples} images' routes"
+        axes.set_title(title, fontsize=9)
+        tidy(axes)
+        upright_layers(axes, layers)
+        shared_legend(figure, handles, 4)
+        return {"occurrence": figure}
 
 
 @experiment("occurrence", order=1, title="Occurrence, clean and attacked", work=Work(1, traces=1))
@@ -114,24 +137,3 @@ def _random_occurrence(routes: InstanceRoutes, seed: int) -> dict[str, float]:
         frequency = torch.bincount(chosen.flatten(), minlength=count).double()
         occurrence[layer] = float(frequency.topk(kept(routes.width, count)).values.mean()) / len(routes)
     return occurrence
-
-
-def _figure(result: Occurrence) -> Figure:
-    """Occurrence of routes by several criteria, layer by layer."""
-    layers = result.layers
-    figure = new_figure(max(6.4, 0.42 * len(layers) + 1.5), 3.9)
-    axes = figure.subplots()
-    handles: dict[str, Any] = {}
-    for name in result.names:
-        values = [[100 * value for value in result.values(layer, name)] for layer in layers]
-        draws = f" (mean, range of {len(values[0])})" if len(values[0]) > 1 else ""
-        line = draw_spread(axes, range(len(layers)), values, name)
-        handles[f"{name}{' images' if not handles else ''}{draws}"] = line
-    axes.set_ylim(0, 104)
-    axes.set_ylabel("occurrence in %", fontsize=9)
-    title = f"Mean frequency of the most frequent {result.width:.0%} of channels on {result.samples} images' routes"
-    axes.set_title(title, fontsize=9)
-    tidy(axes)
-    upright_layers(axes, layers)
-    shared_legend(figure, handles, 4)
-    return figure

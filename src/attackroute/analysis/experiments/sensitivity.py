@@ -90,8 +90,25 @@ class Sensitivity(ExperimentResult):
         }
 
     def figures(self) -> dict[str, style.Figure]:
-        """``sensitivity``: Fig. 2."""
-        return {"sensitivity": _figure(self)}
+        """``sensitivity`` (Fig. 2): for each quantity the means over each set's neurons, draws with their range."""
+        layers, panels = self.layers, self.quantities
+        figure = style.new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(panels) + 1.3)
+        handles: dict[str, Any] = {}
+        column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, quantity in zip(column, panels, strict=True):
+            for criterion in self.criteria:
+                rows = {place: self.rows(layer, *quantity, criterion) for place, layer in enumerate(layers)}
+                means = {place: [row["mean"] for row in of_layer] for place, of_layer in rows.items() if of_layer}
+                line = style.draw_spread(axes, list(means), list(means.values()), criterion)
+                handles[style.label(criterion, max(map(len, means.values())))] = line
+            axes.set_yscale("log")
+            axes.set_title(_title(*quantity), fontsize=8.5, loc="left")
+            style.tidy(axes)
+        style.upright_layers(axes, layers)
+        title = f"Means over the neurons on the route ({self.share:.0%} of each layer) and off it"
+        figure.suptitle(f"{title}\n{self.samples} images", fontsize=9)
+        style.shared_legend(figure, handles, 3)
+        return {"sensitivity": figure}
 
 
 @experiment("sensitivity", order=2, title="Sensitivity and gradients of the route's channels", work=Work(1))
@@ -144,24 +161,3 @@ def measure_sensitivity(
 
 def _title(quantity: str, attack: str | None) -> str:
     return f"{quantity} to {attack}" if attack else quantity
-
-
-def _figure(result: Sensitivity) -> style.Figure:
-    """One panel for each quantity: the mean over each set's neurons by layer, random draws with their range."""
-    layers, panels = result.layers, result.quantities
-    figure = style.new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(panels) + 1.3)
-    handles: dict[str, Any] = {}
-    for axes, quantity in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True):
-        for criterion in result.criteria:
-            rows = {place: result.rows(layer, *quantity, criterion) for place, layer in enumerate(layers)}
-            means = {place: [row["mean"] for row in of_layer] for place, of_layer in rows.items() if of_layer}
-            line = style.draw_spread(axes, list(means), list(means.values()), criterion)
-            handles[style.label(criterion, max(map(len, means.values())))] = line
-        axes.set_yscale("log")
-        axes.set_title(_title(*quantity), fontsize=8.5, loc="left")
-        style.tidy(axes)
-    style.upright_layers(axes, layers)
-    title = f"Means over the neurons on the route ({result.share:.0%} of each layer) and off it"
-    figure.suptitle(f"{title}\n{result.samples} images", fontsize=9)
-    style.shared_legend(figure, handles, 3)
-    return figure
