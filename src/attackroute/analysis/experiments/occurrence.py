@@ -10,15 +10,7 @@ import torch
 
 from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import (
-    Figure,
-    draw_spread,
-    label,
-    new_figure,
-    shared_legend,
-    tidy,
-    upright_layers,
-)
+from attackroute.analysis.figures import style
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
@@ -68,23 +60,23 @@ class Occurrence(ExperimentResult):
             f"{occurrence[high]:.0%} ({high}) of {first} samples' routes{more}."
         )
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, style.Figure]:
         """``occurrence``: Table 1 as lines over layers, of routes by several criteria."""
         layers = self.layers
-        figure = new_figure(max(6.4, 0.42 * len(layers) + 1.5), 3.9)
+        figure = style.new_figure(max(6.4, 0.42 * len(layers) + 1.5), 3.9)
         axes = figure.subplots()
         handles: dict[str, Any] = {}
         for name in self.names:
             values = [[100 * value for value in self.values(layer, name)] for layer in layers]
-            line = draw_spread(axes, range(len(layers)), values, name)
-            handles[label(f"{name}{' images' if not handles else ''}", len(values[0]))] = line
+            line = style.draw_spread(axes, range(len(layers)), values, name)
+            handles[style.label(f"{name}{' images' if not handles else ''}", len(values[0]))] = line
         axes.set_ylim(0, 104)
         axes.set_ylabel("occurrence in %", fontsize=9)
         title = f"Mean frequency of the most frequent {self.width:.0%} of channels on {self.samples} images' routes"
         axes.set_title(title, fontsize=9)
-        tidy(axes)
-        upright_layers(axes, layers)
-        shared_legend(figure, handles, 4)
+        style.tidy(axes)
+        style.upright_layers(axes, layers)
+        style.shared_legend(figure, handles, 4)
         return {"occurrence": figure}
 
 
