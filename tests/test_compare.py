@@ -132,7 +132,7 @@ def test_networks_with_other_layers_are_not_laid_over_one_another(runs: Path) ->
     found = RunFolder.open(runs / "before")
     content = Content(found, unmeasured(found.routes))
     other = Content(found, unmeasured(ar.trace_routes(model, ImageBatches(pictures))))
-    page = build_comparison(RunComparison(content, other, ("a", "<b>")))
+    page = build_comparison(RunComparison((content, other), ("a", "<b>")))
     words = Elements(page.html)
     assert "No channel of one network is known to correspond" in words.words["route"]
     assert "channels" not in words.sections and page.data["route_data"] == page.data["route_views"] == []

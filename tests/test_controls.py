@@ -88,7 +88,7 @@ def test_rank_puts_the_route_first_and_refuses_what_does_not_fit() -> None:
     assert [(each.criterion, each.draw) for each in found] == [
         (ROUTE, None), (RANDOM, 3), (RANDOM, 4), ("mine", None), ("weight", None),
     ]  # fmt: skip
-    assert all(each.layers == ("b",) for each in found)
+    assert all(list(each.channels) == ["b"] for each in found)
     plain = Route({"a": range(6), "b": [1]}, {"a": 6, "b": 9})
     whole = Route(plain.indices, plain.channels, route.frequency)
     for arguments, message in (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from architectures import conv
 from attackroute.analysis.controls import RANDOM, ROUTE, Comparison
-from attackroute.analysis.experiments.interventions import hold_accuracy, inject_accuracy, transplant_accuracy
+from attackroute.analysis.experiments.interventions import Holding, Injection, Transplantation, transplant_accuracy
 from attackroute.analysis.intervention_table import UNTOUCHED, InterventionTable, Setting
 from attackroute.analysis.interventions import record_outputs, transplant
 from attackroute.core.errors import UserError
@@ -61,6 +61,10 @@ def held(model: nn.Module, x: Tensor, y: Tensor, channels: dict[str, tuple[int, 
     return network(nudged(network, x, y))
 
 
+def held_accuracy(compared: Comparison, attacks: dict[str, Any], layers: list[str]) -> InterventionTable:
+    return transplant_accuracy(compared, attacks, result=Holding, layers=layers, shares=())
+
+
 def compare(case: Case, table: Table, one: Callable[..., Tensor], shares: dict[float, dict[str, Any]]) -> None:
     """Each row against single samples; of some shares the channels are given, else found by another way."""
     right, found = case.right(), set()
@@ -80,7 +84,7 @@ def compare(case: Case, table: Table, one: Callable[..., Tensor], shares: dict[f
 
 def test_every_injection_is_that_of_one_sample_at_a_time(case: Case) -> None:
     compared = case.compared(seeds=(2,), batch_size=6)
-    table = inject_accuracy(compared, {"nudged": nudged}, layers=SINGLE, shares=(0, 1.0))
+    table = transplant_accuracy(compared, {"nudged": nudged}, result=Injection, layers=SINGLE, shares=(0, 1.0))
     whole = {layer: tuple(range(count)) for layer, count in case.route.channels.items()}
     compare(case, table.table, injected, {0.0: {}, 1.0: whole})
     assert {setting.layers for setting in table.settings if setting.share == 0.3} == set(GROUPS)
@@ -92,7 +96,7 @@ def test_every_injection_is_that_of_one_sample_at_a_time(case: Case) -> None:
 
 def test_every_held_network_is_attacked_one_sample_at_a_time(case: Case) -> None:
     before = state(case.model)
-    table = hold_accuracy(case.compared(seeds=(2,), batch_size=6), {"nudged": nudged}, layers=SINGLE)
+    table = held_accuracy(case.compared(seeds=(2,), batch_size=6), {"nudged": nudged}, layers=SINGLE)
     compare(case, table.table, held, {})
     assert [setting.layers for setting in table.settings] == GROUPS
     assert list(table.figures()) == ["hold"] and state(case.model) == before
@@ -111,16 +115,16 @@ def test_injected_values_by_hand() -> None:
         assert torch.equal(model(x), model(attacked)) and model(x).tolist() == [[-27, 6]]
 
 
-@pytest.mark.parametrize("measure", [transplant_accuracy, inject_accuracy, hold_accuracy])
-def test_a_channel_that_carries_all_beats_one_that_carries_nothing(measure: Callable[..., InterventionTable]) -> None:
+@pytest.mark.parametrize("kind", [Transplantation, Injection, Holding])
+def test_a_channel_that_carries_all_beats_one_that_carries_nothing(kind: type[InterventionTable]) -> None:
     # Class 0 above 0.5. Only the first channel sees the image; the attack moves it across.
     model = nn.Sequential(conv([[1.0], [0.0]], [-0.5, 1.0]), conv([[1.0, 0.0], [-1.0, 0.0]]), nn.Flatten()).eval()
     images = torch.tensor([0.4, 0.6] * 10).reshape(-1, 1, 1, 1)
     labels = (images.flatten() < 0.5).long()
     route = Route({"0": [0]}, {"0": 2}, {"0": torch.tensor([1.0, 0.0])})
     compared = Comparison(model=model, data=(images, labels), route=route, share=0.5, seeds=(0,))
-    result = measure(compared, {"fgsm": FGSM(eps=0.3)})
-    on, off = (0.0, 1.0) if measure is inject_accuracy else (1.0, 0.0)
+    result = transplant_accuracy(compared, {"fgsm": FGSM(eps=0.3)}, result=kind)
+    on, off = (0.0, 1.0) if kind is Injection else (1.0, 0.0)
     setting = Setting(("0",), 0.5, result.attacks[0])
     assert (result.values(setting, ROUTE), result.values(setting, RANDOM)) == ([on], [off])
     assert f"{setting.attack} 0.0%" in result.reading()
@@ -128,7 +132,7 @@ def test_a_channel_that_carries_all_beats_one_that_carries_nothing(measure: Call
 
 
 def test_a_whole_first_layer_held_leaves_the_clean_answer(case: Case) -> None:
-    table = hold_accuracy(case.compared(seeds=(), share=1.0), {"fgsm": FGSM(eps=1.0)}, layers=["0"])
+    table = held_accuracy(case.compared(seeds=(), share=1.0), {"fgsm": FGSM(eps=1.0)}, layers=["0"])
     (attack,) = table.attacks
     assert table.values(Setting(("0",), 1.0, attack), ROUTE) == [1.0] > [table.untouched(attack).value]
 
@@ -136,7 +140,7 @@ def test_a_whole_first_layer_held_leaves_the_clean_answer(case: Case) -> None:
 def test_attacks_on_part_of_a_batch_are_made_image_by_image(case: Case) -> None:
     attacks = {"restarts": PGD(eps=0.03, steps=2, step_size=0.015, restarts=3)}
     together, alone = (
-        hold_accuracy(case.compared(seeds=(0,), batch_size=size), attacks, layers=["0"]).table for size in (16, 1)
+        held_accuracy(case.compared(seeds=(0,), batch_size=size), attacks, layers=["0"]).table for size in (16, 1)
     )
     assert together == alone and 0 < together.one(criterion=ROUTE)["accuracy"] < 1
 
@@ -146,5 +150,5 @@ def test_attacks_on_part_of_a_batch_are_made_image_by_image(case: Case) -> None:
 
     before = state(case.model)
     with pytest.raises(UserError, match="twice cannot be made on a network with held channels: layer '0' gives"):
-        hold_accuracy(case.compared(seeds=()), {"twice": twice}, layers=["0"])
+        held_accuracy(case.compared(seeds=()), {"twice": twice}, layers=["0"])
     assert state(case.model) == before

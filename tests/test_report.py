@@ -205,9 +205,9 @@ def test_names_of_the_user_are_harmless(folder: Path, tmp_path: Path) -> None:
     content = Content(found, unmeasured(traced, [attacked]), CLASSES, (attack,))
     pages = (
         build_page(content),
-        build_comparison(RunComparison(content, replace(content, notes=()), (attack, f"{attack}2"), (attack,))),
+        build_comparison(RunComparison((content, replace(content, notes=())), (attack, f"{attack}2"), (attack,))),
         build_comparison(
-            RunComparison(content, replace(content, measured=Measured(Condition(None))), (attack, "b"), [attack])
+            RunComparison((content, replace(content, measured=Measured(Condition(None)))), (attack, "b"), [attack])
         ),
     )
     for built in pages:

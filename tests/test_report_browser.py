@@ -343,8 +343,8 @@ def test_a_comparison_moves_together(
     browser: Any, measured: Measured, images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     other = residual(1, images)
-    contents = (Content(NOTHING, item, NAMES) for item in (measured, other))
-    html = build_comparison(RunComparison(*contents, ("before", "<i>after</i>"))).html
+    contents = Content(NOTHING, measured, NAMES), Content(NOTHING, other, NAMES)
+    html = build_comparison(RunComparison(contents, ("before", "<i>after</i>"))).html
     layers = measured.clean.routes.layers
     with reading(browser, html, tmp_path) as view:
         move(view, "width", "0.2")

@@ -5,29 +5,17 @@ a sentence, figures and verdicts, always beside controls of the route's size. Re
 `study.py` and `experiment.py`, which finds the experiments in `experiments/`.
 """
 
-from __future__ import annotations
-
-from attackroute.analysis.channel_statistics import loss_gradient, sensitivity
-from attackroute.analysis.criteria import ChannelScores, channel_scores, rank_channels
-from attackroute.analysis.experiment import analyze
-from attackroute.analysis.gradcam import layer_evidence
-from attackroute.analysis.hardness import Hardness, hardness
-from attackroute.analysis.interventions import deactivate, record_outputs, transplant, weaken
-from attackroute.analysis.study import Study
-
-__all__ = [
-    "ChannelScores",
-    "Hardness",
-    "Study",
-    "analyze",
-    "channel_scores",
-    "deactivate",
-    "hardness",
-    "layer_evidence",
-    "loss_gradient",
-    "rank_channels",
-    "record_outputs",
-    "sensitivity",
-    "transplant",
-    "weaken",
-]
+from attackroute.analysis.channel_statistics import loss_gradient as loss_gradient
+from attackroute.analysis.channel_statistics import sensitivity as sensitivity
+from attackroute.analysis.criteria import ChannelScores as ChannelScores
+from attackroute.analysis.criteria import channel_scores as channel_scores
+from attackroute.analysis.criteria import rank_channels as rank_channels
+from attackroute.analysis.experiment import analyze as analyze
+from attackroute.analysis.gradcam import layer_evidence as layer_evidence
+from attackroute.analysis.hardness import Hardness as Hardness
+from attackroute.analysis.hardness import hardness as hardness
+from attackroute.analysis.interventions import deactivate as deactivate
+from attackroute.analysis.interventions import record_outputs as record_outputs
+from attackroute.analysis.interventions import transplant as transplant
+from attackroute.analysis.interventions import weaken as weaken
+from attackroute.analysis.study import Study as Study

@@ -212,6 +212,17 @@ def path_attributions(
     return ChannelMeans(values, largest, tokens=each[0].tokens)
 
 
+MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
+"""By criterion, those of images as they are, which rank the channels for one sample, too."""
+
+COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {
+    "sensitivity": changes,
+    "attribution": attributions,
+    "path": path_attributions,
+}
+"""By criterion, those of images, attacked images and labels."""
+
+
 def _differentiated(
     model: nn.Module,
     images: Tensor,

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import worked_on
-from attackroute.analysis.criteria import MEASURES, ChannelScores
+from attackroute.analysis.channel_statistics import MEASURES, worked_on
+from attackroute.analysis.criteria import ChannelScores
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
 from attackroute.core.model_state import frozen
 from attackroute.core.random import random_order
-from attackroute.robustness.attack import Attack, attacked
+from attackroute.robustness.attack import Attack
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import kept, top_k
 from attackroute.routes.provenance import Provenance
@@ -24,6 +25,7 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import TraceConfig
 from attackroute.tracing.trace import Progress, Tracer
 
+T = TypeVar("T")
 ROUTE, RANDOM, OFF_ROUTE = "route", "random off-route", "off-route"
 
 
@@ -51,11 +53,6 @@ class Ranking:
         rest, drawn = route.complement(), {layer: layer for layer in route} | dict(repeats or {})
         order = {layer: random_order(seed, drawn[layer], rest.indices[layer]) for layer in route}
         return cls(RANDOM, seed, order, route.channels)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers' names in forward order."""
-        return tuple(self.channels)
 
     def route(self, share: float, layers: Iterable[str]) -> Route | None:
         """The best share of the layers' channels as a route; None where one of them does not have as many.
@@ -103,6 +100,11 @@ class Comparison:
             rankings.append(Ranking.of_scores({at: scores[at] for at in route}, name))
         return rankings
 
+    def measured(self, work: Callable[[Tensor, Tensor | None], T]) -> Iterator[tuple[int, T]]:
+        """Of each batch, how many samples it has and what ``work(images, labels)`` gives, the model frozen."""
+        with frozen(self.model), torch.inference_mode(False):
+            yield from worked_on(BatchStream(self.model, self.data, self.batch_size), work, self.progress)
+
 
 def repeated_layers(model: nn.Module, route: Route) -> dict[str, str]:
     """Depthwise layers that repeat the route before them, each with the layer that it repeats.
@@ -140,29 +142,24 @@ def sample_routes(
     *,
     attack: Attack | None = None,
     config: TraceConfig | None = None,
-    baselines: Sequence[str] = tuple(MEASURES),
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> dict[str, InstanceRoutes]:
     """The routes of samples by several criteria, the paper's under ``"route"``, of the same samples in the same order.
 
-    Without labels the model's own predictions take their place. With an attack, what it makes of the images is traced;
-    where the routes follow noise, its noise, and the baselines are those of the images themselves. Each of these, names
-    of :data:`MEASURES`, costs one more forward pass.
+    Without labels the model's own predictions take their place. The attack is the one whose noise the routes follow,
+    where they do; the others, by :data:`MEASURES`, are of the images themselves and cost one more forward pass each.
     """
     config = (config or TraceConfig()).measured(model, data, batch_size)
-    noise_of, made_by = (attack, None) if config.follows_noise else (None, attack)
     with frozen(model), torch.inference_mode(False):
         stream = BatchStream(model, data, batch_size)
-        tracer = Tracer(model, stream.first[0], width, attack=noise_of, config=config)
+        tracer = Tracer(model, stream.first[0], width, attack=attack, config=config)
 
         def routes_of(images: Tensor, labels: Tensor | None) -> dict[str, InstanceRoutes]:
-            if made_by is not None:
-                images, labels = attacked(model, made_by, images, labels)
             routes = {ROUTE: tracer.trace(images, labels)}
             answers = None if labels is None else labels.detach().to("cpu", torch.int64, copy=True)
-            for by in baselines:
-                values = MEASURES[by](model, images, labels, linear=config.linear).values
+            for by, measure in MEASURES.items():
+                values = measure(model, images, labels, linear=config.linear).values
                 masks = {layer: top_k(sizes, width) for layer, sizes in values.items()}
                 origin = Provenance(len(images), width, criterion=by)
                 routes[by] = InstanceRoutes.from_masks(masks, origin, labels=answers)

@@ -5,26 +5,15 @@ Data are read once, in constant memory. Sums over samples are in float64, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import (
-    ChannelMeans,
-    Measure,
-    activations,
-    attributions,
-    changes,
-    gradients,
-    in_units,
-    mean_over,
-    path_attributions,
-    under_attack,
-)
+from attackroute.analysis.channel_statistics import COMPARISONS, MEASURES, in_units, mean_over, under_attack
 from attackroute.core.batches import BatchStream, Data
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError, require_known
 from attackroute.core.layers import two_of
 from attackroute.core.model_state import frozen
 from attackroute.robustness.attack import Attack, attack_name
@@ -38,16 +27,9 @@ from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.recorder import RecordedLayer, record_first
 from attackroute.tracing.trace import Progress
 
-MEASURES: dict[str, Measure] = {"activation": activations, "gradient": gradients}
-"""The criteria that rank the channels for one sample, too."""
-_COMPARISONS: dict[str, Callable[..., ChannelMeans]] = {
-    "sensitivity": changes,
-    "attribution": attributions,
-    "path": path_attributions,
-}
-CRITERIA = (*MEASURES, *_COMPARISONS, "weight", "kernel")
+CRITERIA = (*MEASURES, *COMPARISONS, "weight", "kernel")
 _POWERS = {"gradient": 1, "attribution": 0, "path": 0}  # of the neurons' deviations, by which raw values are multiplied
-NEED_ATTACK = tuple(_COMPARISONS)
+NEED_ATTACK = tuple(COMPARISONS)
 """The criteria that compare images with attacked ones."""
 
 
@@ -155,8 +137,7 @@ def channel_scores(
         UserError: The criterion is unknown, or needs an attack and has none; there is no route layer, an input does
             not fit the model, values are not finite, or ``by="weight"`` is not defined for the network.
     """
-    if by not in CRITERIA:
-        raise UserError(f"unknown criterion {by!r}{did_you_mean(by, CRITERIA)}; choose from {', '.join(CRITERIA)}")
+    require_known("criterion", by, CRITERIA)
     measure, named = MEASURES.get(by), None
     if by in NEED_ATTACK:
         if attack is None:
@@ -164,7 +145,7 @@ def channel_scores(
                 f"criterion {by!r} compares images with attacked ones: pass attack=..., such as attack='pgd'"
             )
         made = as_attack(attack)
-        measure, named = under_attack(_COMPARISONS[by], made), attack_name(made)
+        measure, named = under_attack(COMPARISONS[by], made), attack_name(made)
     with frozen(model), torch.inference_mode(False):
         deviations = TraceConfig(units=units).measured(model, data, batch_size).deviations
         stream = BatchStream(model, data, batch_size)

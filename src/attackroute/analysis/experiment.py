@@ -10,30 +10,28 @@ import pkgutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from operator import mul
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from attackroute.analysis.controls import ROUTE
-from attackroute.analysis.figures.style import save_figure
+from attackroute.analysis.figures.style import Figure, save_figure
 from attackroute.analysis.study import Study
 from attackroute.core.distributed import current, leading
 from attackroute.core.document import Document
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError, require_known
 from attackroute.core.files import made_folder
 from attackroute.core.table import Table, plain
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _WORTH_SAYING = 60  # seconds
 _FOLDER = "attackroute.analysis.experiments"
 
 
+@dataclass(frozen=True, kw_only=True)
 class ExperimentResult(ABC):
     """What an experiment found: a table, a sentence about it, and what all its rows have in common.
 
@@ -42,16 +40,16 @@ class ExperimentResult(ABC):
         table: The measurements.
     """
 
-    kind: str
+    kind: ClassVar[str]
     table: Table
 
     @abstractmethod
     def reading(self) -> str:
         """One sentence that says what came out."""
 
-    @abstractmethod
     def about(self) -> dict[str, Any]:
-        """What all rows have in common, and the verdicts, as plain values."""
+        """What all rows have in common, and the verdicts, as plain values: here the attributes beside the table."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "table"}
 
     def document(self, settings: Mapping[str, Any], **about: Any) -> Document:
         """The result as a document, with what else there is to say about it, such as the seconds that it took."""
@@ -150,9 +148,7 @@ def chosen_experiments(names: Sequence[str] | None) -> list[Experiment]:
     """Some experiments, in order; where ``names`` is None, all that do not attack anew for each set of channels."""
     experiments = all_experiments()
     for name in names or ():
-        if name not in experiments:
-            close, names_text = did_you_mean(name, experiments), ", ".join(experiments)
-            raise UserError(f"unknown experiment {name!r}{close}; choose from {names_text}")
+        require_known("experiment", name, experiments)
     return [each for each in experiments.values() if (not each.work.held if names is None else each.name in names)]
 
 

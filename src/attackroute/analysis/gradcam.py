@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attackroute.analysis.sites import LayerEdits
 from attackroute.core.checks import checked_labels, checked_logits
 from attackroute.core.errors import UserError
-from attackroute.core.layers import OUTPUT, LayerCall
+from attackroute.core.layers import OUTPUT, LayerCall, LayerCalls
 from attackroute.core.model_state import frozen
 
 _MAP_DIMS = 4
@@ -84,12 +84,14 @@ def layer_evidence(
         leaves.append(values.detach().requires_grad_())
         return leaves[-1].clone()  # a copy of the leaf, since what follows may work in place
 
-    def note(call: LayerCall, output: Tensor) -> None:
-        if call.kind == "conv2d" and not calls:
+    def note(call: LayerCall) -> Tensor:
+        output = call.run()
+        if not calls:
             grids.append((output.shape[-2], output.shape[-1]))
+        return output
 
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        with LayerEdits({layer: None}, leaf, at, run=run, seen=note).applied_to(model):
+        with LayerCalls(model, note), LayerEdits({layer: None}, leaf, at, run=run).applied_to(model):
             logits = checked_logits(model(images.detach().clone()), images.shape[0])
         grids = grids if grid is None else [grid]
         maps = layer_maps(calls[-1], leaves[-1], grids)

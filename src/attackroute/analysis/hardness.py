@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attackroute.analysis.channel_statistics import gradients, in_units, labelled, worked_on
+from attackroute.analysis.figures.style import Axes
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.errors import UserError
 from attackroute.core.model_state import explained, frozen
@@ -27,9 +27,6 @@ from attackroute.tracing.config import RAW, TraceConfig
 from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.pass_checks import require_rows_apart
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LINEAR_BELOW = -40.0  # here softplus(x) = exp(x) in float64
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attackroute.analysis.channel_statistics import labelled, worked_on
 from attackroute.analysis.controls import require_right
 from attackroute.analysis.experiment import ExperimentResult
-from attackroute.analysis.figures.style import ROUTE_COLOUR, new_figure, shared_legend, tidy
+from attackroute.analysis.figures.style import ROUTE_COLOUR, Figure, new_figure, shared_legend, tidy
 from attackroute.analysis.hardness import GradientReader, Hardness, SampleGradients
 from attackroute.core.batches import BatchStream, Data
 from attackroute.core.journal import Journal, samples_digest
@@ -32,9 +32,6 @@ from attackroute.robustness.registry import named_attacks
 from attackroute.routes.route import Route
 from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 OURS = "hardness V"
 LOSS, MARGIN, INPUT_GRADIENT, ALL = "loss", "margin", "input gradient", "V on all neurons"
@@ -58,7 +55,6 @@ class HardnessStudy(ExperimentResult):
     """
 
     kind = "hardness"
-    table: Table
     hardness: Hardness  # of all samples, ranked among themselves
     predictors: Mapping[str, Floats]  # V's first; (C,) numbers, larger for samples that should be easier to fool
     fooled: Mapping[str, NDArray[np.bool_]]  # for each attack, whether it fools the model, (C,)
@@ -120,8 +116,27 @@ class HardnessStudy(ExperimentResult):
         }
 
     def figures(self) -> dict[str, Figure]:
-        """``hardness``: Fig. 6."""
-        return {"hardness": _figure(self)}
+        """``hardness`` (Fig. 6): for each attack how many are fooled of each tenth of the samples by V."""
+        figure = new_figure(max(6.4, 3.1 * len(self.fooled) + 1.2), 3.9)
+        panels = figure.subplots(1, len(self.fooled), squeeze=False)[0]
+        for axes, attack in zip(panels, self.fooled, strict=True):
+            samples, fooled = zip(*self.bins(attack), strict=True)
+            places = range(1, len(samples) + 1)
+            handles = {
+                "correctly classified": axes.bar(places, samples, color=_PALE, width=0.86),
+                "of these fooled": axes.bar(places, fooled, color=ROUTE_COLOUR, width=0.86),
+            }
+            for place, number in zip(places, fooled, strict=True):
+                axes.text(place, number, str(number), ha="center", va="bottom", fontsize=7)
+            axes.set_title(textwrap.fill(attack.replace(",", ", "), _TITLE), fontsize=9)
+            tidy(axes)
+            axes.set_xticks(places)
+            axes.set_xlabel("tenths by V: hardest (1) to weakest", fontsize=8.5)
+        panels[0].set_ylabel("samples", fontsize=9)
+        title = f"How hard the model is to fool on each of {len(self.hardness)} images"
+        figure.suptitle(f"{title}\n{textwrap.fill(V_IS, 80)}", fontsize=9)
+        shared_legend(figure, handles)
+        return {"hardness": figure}
 
 
 def study_hardness(
@@ -243,27 +258,3 @@ def _mean_and_median(logs: Tensor) -> tuple[float | None, float | None]:
     if not len(logs):
         return None, None
     return float((logs.logsumexp(0) - np.log(len(logs))).exp()), float(np.median(logs.exp().numpy()))
-
-
-def _figure(study: HardnessStudy) -> Figure:
-    """For each attack how many are fooled of each tenth of the samples by V, below a line of title."""
-    figure = new_figure(max(6.4, 3.1 * len(study.fooled) + 1.2), 3.9)
-    panels = figure.subplots(1, len(study.fooled), squeeze=False)[0]
-    for axes, attack in zip(panels, study.fooled, strict=True):
-        samples, fooled = zip(*study.bins(attack), strict=True)
-        places = range(1, len(samples) + 1)
-        handles = {
-            "correctly classified": axes.bar(places, samples, color=_PALE, width=0.86),
-            "of these fooled": axes.bar(places, fooled, color=ROUTE_COLOUR, width=0.86),
-        }
-        for place, number in zip(places, fooled, strict=True):
-            axes.text(place, number, str(number), ha="center", va="bottom", fontsize=7)
-        axes.set_title(textwrap.fill(attack.replace(",", ", "), _TITLE), fontsize=9)
-        tidy(axes)
-        axes.set_xticks(places)
-        axes.set_xlabel("tenths by V: hardest (1) to weakest", fontsize=8.5)
-    panels[0].set_ylabel("samples", fontsize=9)
-    title = f"How hard the model is to fool on each of {len(study.hardness)} images"
-    figure.suptitle(f"{title}\n{textwrap.fill(V_IS, 80)}", fontsize=9)
-    shared_legend(figure, handles)
-    return figure

@@ -61,7 +61,6 @@ class InterventionTable(ExperimentResult):
             reverse, and ``p`` is the sign test's.
     """
 
-    table: Table
     settings: tuple[Setting, ...]  # in which the route was measured
     main_share: float  # of a layer's channels, on which the reading is based
     main_beta: float | None = None  # factor on which the reading is based, where connections are weakened

@@ -149,7 +149,6 @@ def weaken(
         raise UserError(f"beta {beta!r} is no factor of at least 0: give one in [0, 1], such as 0.5")
     targets = _chosen(model, route, layers)
     require_model(route.channels, model)
-    factors: dict[tuple[str, torch.device, torch.dtype], Tensor | None] = {}
 
     def look(args: tuple[Any, ...]) -> None:
         nonlocal connections
@@ -158,20 +157,17 @@ def weaken(
                 raise UserError("weaken looks at the first batch, so call model(images), or pass connections=...")
             connections = Connections.of_route(model, args[0], route)
 
-    def factor_of(layer: str, weight: Tensor) -> Tensor | None:
+    @cache
+    def factor_of(layer: str, dims: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """What to multiply the kernel by; None for ones."""
-        key = (layer, weight.device, weight.dtype)
-        if key not in factors:
-            assert connections is not None
-            with torch.inference_mode(False):  # a factor made in inference mode could not serve a backward pass
-                slices = connections.between(route, layer)
-                factor = weight.new_ones(slices.shape).masked_fill_(slices.to(weight.device), beta)
-                factor = factor.reshape(*slices.shape, *(1,) * (weight.ndim - slices.ndim))
-            factors[key] = factor if slices.any() else None
-        return factors[key]
+        assert connections is not None
+        with torch.inference_mode(False):  # a factor made in inference mode could not serve a backward pass
+            slices = connections.between(route, layer).to(device)
+            factor = torch.ones(slices.shape, device=device, dtype=dtype).masked_fill_(slices, beta)
+            return factor.reshape(*slices.shape, *(1,) * (dims - slices.ndim)) if slices.any() else None
 
     def run(call: LayerCall) -> Tensor:
-        factor = factor_of(call.name, call.weight)
+        factor = factor_of(call.name, call.weight.ndim, call.weight.device, call.weight.dtype)
         if factor is None:
             return call.run()
         if call.kind == "linear" and is_recording():  # which takes a linear map's weight before this changes it

@@ -109,12 +109,10 @@ class LayerEdits:
     run: Callable[[LayerCall], Tensor] = field(default=lambda call: call.run(), kw_only=True)  # runs one of the layers
     begun: Callable[[tuple[Any, ...]], None] = field(default=lambda args: None, kw_only=True)
     """Called as a forward pass begins, with the model's positional arguments."""
-    seen: Callable[[LayerCall, Tensor], None] = field(default=lambda call, output: None, kw_only=True)
-    """Called with every call of a layer of the model, edited or not, and what flows on."""
 
     def __post_init__(self) -> None:
         check_site(self.at)
-        self._follower = ActivationFollower() if self.at == ACTIVATION else None
+        self._follower = ActivationFollower()  # of activations, where it is entered
         self._ran: set[str] = set()
 
     @contextmanager
@@ -133,7 +131,7 @@ class LayerEdits:
                 self._forget()  # what reads an output after the pass reads it for other ends
 
         with ExitStack() as stack:
-            if self._follower is not None:
+            if self.at == ACTIVATION:
                 stack.enter_context(self._follower)
             stack.enter_context(LayerCalls(model, self._visit, linear=True))
             stack.callback(model.register_forward_pre_hook(begin).remove)
@@ -142,11 +140,8 @@ class LayerEdits:
 
     def _visit(self, call: LayerCall) -> Tensor:
         """Run one layer of the model; what it returns flows on."""
-        output = self._edited(call) if call.name in self.channels else call.run()
-        self.seen(call, output)
-        return output
-
-    def _edited(self, call: LayerCall) -> Tensor:
+        if call.name not in self.channels:
+            return call.run()
         output = self.run(call)
         dim, expected = CHANNEL_DIM[call.kind], self.channels[call.name]
         if expected is not None:
@@ -155,7 +150,7 @@ class LayerEdits:
         if self.edit is None:
             return output
         edit = partial(self.edit, call.name, dim)
-        if self._follower is None:
+        if self.at == OUTPUT:
             return edit(output)
         self._follower.follow(output, call.name, edit)
         return output
@@ -168,7 +163,7 @@ class LayerEdits:
                     f"layer {layer!r} did not run in the model's forward pass: use the model that the route was made "
                     "for, uncompiled, or leave the layer out (layers=...)"
                 )
-            if self._follower is not None and layer not in self._follower.reached:
+            if self.at == ACTIVATION and layer not in self._follower.reached:
                 raise UserError(
                     f"no activation follows layer {layer!r}, so there is none to edit: "
                     'use at="output", or leave the layer out (layers=...)'
@@ -176,5 +171,4 @@ class LayerEdits:
 
     def _forget(self) -> None:
         self._ran.clear()
-        if self._follower is not None:
-            self._follower.clear()
+        self._follower.clear()

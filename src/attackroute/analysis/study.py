@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from attackroute.analysis.channel_statistics import layer_channels
 from attackroute.analysis.controls import ROUTE, Comparison, sample_routes
-from attackroute.analysis.criteria import NEED_ATTACK, ChannelScores, MixedChannelsError, channel_scores
+from attackroute.analysis.criteria import ChannelScores, MixedChannelsError, channel_scores
 from attackroute.analysis.sites import check_site
 from attackroute.core import __version__
 from attackroute.core.checks import checked_logits
@@ -31,9 +31,7 @@ from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.route import Route
 from attackroute.tracing.config import UNIT, TraceConfig
 from attackroute.tracing.trace import Progress, Tracer, trace_routes
-
-if TYPE_CHECKING:
-    from attackroute.zoo.data import ImageBatches, ImageData
+from attackroute.zoo.data import ImageBatches, ImageData
 
 BASELINES = ("activation", "weight", "kernel", "gradient", "sensitivity", "attribution")
 _TRIED = 8  # images, to see what they cost
@@ -121,8 +119,6 @@ class Study:
 
     def batches(self, indices: Sequence[int]) -> ImageBatches:
         """Some of the images."""
-        from attackroute.zoo.data import ImageBatches
-
         images = replace(self.images, dataset=Subset(self.images.dataset, indices))
         return ImageBatches(images, self.batch_size, workers=self.workers)
 
@@ -186,11 +182,10 @@ class Study:
         """
         scores = {}
         for by in BASELINES:
-            attack = self.attack if by in NEED_ATTACK else None
             with self.progress(f"images ranked by {by}") as progress:
                 try:
                     scores[by] = channel_scores(
-                        self.model, self.reference, by, attack=attack, linear=self.config.linear,
+                        self.model, self.reference, by, attack=self.attack, linear=self.config.linear,
                         units=self.traced.units, progress=progress,
                     )  # fmt: skip
                 except MixedChannelsError as error:

@@ -305,4 +305,4 @@ def _comparison(*options: ReportOptions) -> RunComparison:
         notes += missing
     one, other = (replace(content, classes=contents[0].classes or contents[1].classes) for content in contents)
     names = (one.name, other.name) if one.name != other.name else (f"{one.name} (1)", f"{other.name} (2)")
-    return RunComparison(one, other, names, [comparable_note(one.measured, traced=not comparable), *notes])
+    return RunComparison((one, other), names, [comparable_note(one.measured, traced=not comparable), *notes])

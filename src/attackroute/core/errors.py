@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
@@ -20,3 +20,9 @@ def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
         return ""
     *others, last = near
     return f"; did you mean {', '.join(others) + ' or ' if others else ''}{last}?"
+
+
+def require_known(what: str, name: str, names: Collection[str]) -> None:
+    """Raise a `UserError` unless a name is one of those that there are."""
+    if name not in names:
+        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, names)}; choose from {', '.join(names)}")

@@ -14,10 +14,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attackroute.core.checks import check_logits
-from attackroute.core.errors import UserError
+from attackroute.core.errors import UserError, require_known
 from attackroute.core.layers import CHANNEL_DIM, FunctionCalls, LayerCall, LayerCalls
 from attackroute.hardening.objective import summed, task_loss
-from attackroute.hardening.settings import require_known
 from attackroute.routes.layer_map import require_channels, require_model
 from attackroute.routes.route import Route
 from attackroute.tracing.config import RAW, UNITS
@@ -124,9 +123,7 @@ class GradientPenalty(WatchingPenalty):
     Model, route and errors are those of :class:`WatchingPenalty`.
     """
 
-    def __init__(self, model: nn.Module, route: Route, *, units: str = RAW) -> None:
-        super().__init__(model, route, units=units)
-        self._is_checked = False
+    _is_checked = False  # whether the first value's graph can be differentiated
 
     @contextmanager
     def watch(self) -> Iterator[None]:

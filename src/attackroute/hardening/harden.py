@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 
 from attackroute.core.batches import Data, as_dataset, count_samples, drawn_over_classes
 from attackroute.core.checks import check_logits
-from attackroute.core.errors import UserError
+from attackroute.core.errors import UserError, require_known
 from attackroute.core.model_state import kept_modes, spared_buffers
-from attackroute.core.random import derived_generator, derived_seed
+from attackroute.core.random import derived_generator, derived_seed, seeded
 from attackroute.hardening.checkpoint import EpochRecord
 from attackroute.hardening.gradient_penalty import GradientPenalty
 from attackroute.hardening.objective import Batch, Objective, StepLosses, samples_of, task_loss
@@ -34,10 +34,9 @@ from attackroute.hardening.settings import (
     WEIGHT,
     HardenSettings,
     TrainSettings,
-    require_known,
 )
 from attackroute.hardening.stabilisation_penalty import StabilisationPenalty
-from attackroute.hardening.training import Progress, TrainResult, seed_device
+from attackroute.hardening.training import Progress, TrainResult
 from attackroute.hardening.training import train as train_network
 from attackroute.hardening.weight_penalty import WeightPenalty
 from attackroute.robustness.attack import Attack
@@ -333,11 +332,11 @@ class RouteObjective(Objective):
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             return float(torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm())
 
-        norms, devices = {}, [clean.device] if clean.device.type == "cuda" else []
+        norms = {}
         if self._weight is not None:
             norms[WEIGHT] = norm(self._weight())  # before any pass in training mode moves running variances
-        with torch.random.fork_rng(devices), kept_modes(model), spared_buffers(model):
-            seed_device(clean.device, derived_seed(self._seed, "strength", 0))  # for dropout
+        dropout = derived_seed(self._seed, "strength", 0)
+        with seeded(dropout), kept_modes(model), spared_buffers(model):
             model.train()
             draws = derived_generator(self._seed, "strength", 0)
             images = self.attacked(model, Batch(clean, labels, targets, draws=draws, autocast=nullcontext))

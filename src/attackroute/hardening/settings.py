@@ -8,7 +8,7 @@ from typing import get_args
 
 import torch
 
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError, require_known
 from attackroute.hardening.augmentation import Augment
 from attackroute.tracing.config import TraceConfig
 
@@ -127,12 +127,6 @@ def _is_integer(value: object, least: int) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
-
-
-def require_known(what: str, name: str, names: tuple[str, ...]) -> None:
-    """Raise a `UserError` unless a name is one of those that there are."""
-    if name not in names:
-        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, names)}; choose from {', '.join(names)}")
 
 
 FINE_TUNING = TrainSettings(epochs=10, lr=0.01)

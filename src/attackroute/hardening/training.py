@@ -184,7 +184,8 @@ class _Run:
         self.format = torch.channels_last if settings.channels_last else None
         parameters, momentum, decay = self.trainable.values(), settings.momentum, settings.weight_decay
         self.optimiser = torch.optim.SGD(parameters, settings.lr, momentum, weight_decay=decay, nesterov=momentum > 0)
-        short = settings.amp and has_bfloat16(self.device)
+        emulated = self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        short = settings.amp and torch.amp.is_autocast_available(self.device.type) and not emulated
         self.precision = partial(torch.autocast, self.device.type, dtype=torch.bfloat16) if short else nullcontext
 
     @property
@@ -375,12 +376,6 @@ def _tested(run: _Run, epoch: int, attack: Perturbation | None = None) -> Accura
 def loss_interval(device: torch.device) -> int:
     """Steps between looks at the loss; on an accelerator, each look waits for it."""
     return 1 if device.type == "cpu" else 50
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has autocast in bfloat16, and is made for it."""
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.amp.is_autocast_available(device.type) and not emulated
 
 
 def seed_device(device: torch.device, seed: int) -> None:

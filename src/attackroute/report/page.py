@@ -26,7 +26,7 @@ from attackroute.core.table import Table, plural
 from attackroute.report.measuring import Measured, Share, occurrence_table, response_table
 from attackroute.report.pictures import inline_figures
 from attackroute.report.route_view import route_view, run_setup
-from attackroute.report.run_folder import RunFolder, StoredDocument
+from attackroute.report.run_folder import RunFolder
 from attackroute.routes.route import Route
 
 SECTIONS = {
@@ -113,17 +113,13 @@ class Content:
     def data(self) -> dict[str, Any]:
         """The run's files as plain values."""
         run = self.run
-
-        def plain(stored: StoredDocument | None) -> dict[str, Any] | None:
-            return None if stored is None else stored.document.to_json()
-
         return {
             "run": self.name,
-            "summary": plain(run.trace),
-            "experiments": {item.document.kind: plain(item) for item in run.experiments},
-            "hardness": plain(run.hardness),
-            "hardenings": {item.folder: plain(item) for item in run.hardenings},
-            "evaluation": plain(run.evaluation),
+            "summary": run.trace and run.trace.document.to_json(),
+            "experiments": {item.document.kind: item.document.to_json() for item in run.experiments},
+            "hardness": run.hardness and run.hardness.document.to_json(),
+            "hardenings": {item.folder: item.document.to_json() for item in run.hardenings},
+            "evaluation": run.evaluation and run.evaluation.document.to_json(),
         }
 
 

@@ -145,11 +145,8 @@ def _arriving(influence: MeanInfluence | None, layer: str, count: int) -> list[f
     """Influence on each channel of a layer, over all its sources."""
     if influence is None:
         return None
-    total = torch.zeros(count, dtype=torch.float64)
-    for (_, target), matrix in influence.matrices.items():
-        if target == layer:
-            total += matrix.sum(1)
-    return _rounded(total)
+    sums = (matrix.sum(1) for (_, target), matrix in influence.matrices.items() if target == layer)
+    return _rounded(sum(sums, torch.zeros(count, dtype=torch.float64)))
 
 
 def _pairs(matrix: Tensor, targets: Tensor, sources: Tensor, limit: int) -> dict[str, Any]:

@@ -23,14 +23,9 @@ _RESPONSES = ("sensitivity", "gradient")  # their differences are factors
 class RunComparison:
     """Two runs, such as before and after hardening, what the page calls them, and how they were made comparable."""
 
-    first: Content
-    second: Content
+    runs: tuple[Content, Content]
     names: tuple[str, str]
     notes: Sequence[str] = ()
-
-    @property
-    def runs(self) -> tuple[Content, Content]:
-        return self.first, self.second
 
     @property
     def alike(self) -> bool:
@@ -130,7 +125,7 @@ def _views(comparison: RunComparison) -> tuple[list[dict[str, Any]], list[dict[s
     """The data set and the views on it, of networks whose channels correspond: over one another, then singly."""
     conditions = [run.measured.conditions for run in comparison.runs]
     networks = {name: run.measured for name, run in zip(comparison.names, comparison.runs, strict=True)}
-    both = route_view(networks, comparison.first.classes)
+    both = route_view(networks, comparison.runs[0].classes)
     if both is None:
         return [], []
     first, second = comparison.names

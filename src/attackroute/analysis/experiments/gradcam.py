@@ -6,18 +6,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attackroute.analysis.channel_statistics import labelled, worked_on
+from attackroute.analysis.channel_statistics import labelled
 from attackroute.analysis.controls import OFF_ROUTE, ROUTE, Comparison, layer_sets, require_right
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import new_figure
+from attackroute.analysis.figures.style import Figure, new_figure
 from attackroute.analysis.gradcam import Grid, enlarged, jointly_normalised, layer_evidence
 from attackroute.analysis.study import Study
-from attackroute.core.batches import BatchStream
 from attackroute.core.checks import checked_labels
 from attackroute.core.errors import UserError
 from attackroute.core.layers import OUTPUT
@@ -27,9 +26,6 @@ from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import named_attacks
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CLEAN = "clean"
 INSIDE, SHIFT = "energy inside", "shift"
@@ -61,7 +57,6 @@ class GradCam(ExperimentResult):
     """
 
     kind = "gradcam"
-    table: Table
     layer: str
     at: str  # whether the maps are the layer's output or those after its activation
     size: tuple[int, int]  # height and width of the layer's maps; they are enlarged to the image's size to be measured
@@ -159,14 +154,12 @@ def measure_gradcam(compared: Comparison, layer: str, attacks: Mapping[str, Atta
         height, width = evidence.maps.shape[2:]
         return len(right), (height, width), batch
 
-    with frozen(model), torch.inference_mode(False):
-        stream = BatchStream(model, compared.data, compared.batch_size)
-        for number, (right, area, batch) in worked_on(stream, measure_batch, compared.progress):
-            samples += number
-            counted += right
-            size = area if right else size
-            for key, each in batch.items():
-                moments.setdefault(key, Moments(2 * len(sets))).add(each)
+    for number, (right, area, batch) in compared.measured(measure_batch):
+        samples += number
+        counted += right
+        size = area if right else size
+        for key, each in batch.items():
+            moments.setdefault(key, Moments(2 * len(sets))).add(each)
     require_right(counted, samples)
     rows = []
     for (images, measure), each in moments.items():

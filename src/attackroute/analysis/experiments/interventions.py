@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from attackroute.analysis.controls import Comparison, repeated_layers
 from attackroute.analysis.experiment import Work, experiment
 from attackroute.analysis.figures.accuracy import curves_figure, layers_figure, route_figure
-from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, T, measure
+from attackroute.analysis.figures.style import Figure
+from attackroute.analysis.intervention_table import CorrectSamples, InterventionTable, Setting, measure
 from attackroute.analysis.interventions import deactivate, transplant, weaken
 from attackroute.analysis.study import Study
 from attackroute.core.errors import UserError
@@ -28,9 +29,6 @@ from attackroute.robustness.registry import named_attacks
 from attackroute.routes.route import Route
 from attackroute.tracing.connections import Connections
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TRANSPLANTED = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 DEACTIVATED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -56,7 +54,11 @@ class Transplantation(InterventionTable):
 
 
 class Injection(InterventionTable):
-    """Accuracies on clean images with attacked values in some channels; untouched, those on the attacked images."""
+    """Accuracies on clean images with attacked values in some channels; untouched, those on the attacked images.
+
+    It is the other direction of a transplant: if the attack is carried by the route, accuracy falls, and falls less
+    with as many other channels.
+    """
 
     kind = "inject"
     injects: ClassVar[bool] = True
@@ -73,7 +75,14 @@ class Injection(InterventionTable):
 
 
 class Holding(InterventionTable):
-    """Accuracies under an attack on the network with clean values held in some channels."""
+    """Accuracies with clean values held in some channels, each time under attacks on the network that is held so.
+
+    Gradients flow around the held channels alone. This is an oracle that needs the clean image, not a defence: an upper
+    bound of what restoring these channels could save, which a stronger attack may lower. Held channels also tell of the
+    clean class (all of a layer give the clean answer on a chain), so that only the difference to controls of the same
+    size speaks for a route. Attacks that run only some of the images at a time are made image by image, which takes as
+    many times longer.
+    """
 
     kind = "hold"
     helps: ClassVar[bool] = True
@@ -131,13 +140,13 @@ def run_transplant(study: Study, progress: Progress) -> InterventionTable:
 @experiment("inject", order=4, title="Injection: attacked values in clean images' channels", work=Work(1, 6))
 def run_inject(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy on clean images with attacked values in some channels."""
-    return inject_accuracy(study.comparison(progress), study.named_attacks)
+    return transplant_accuracy(study.comparison(progress), study.named_attacks, result=Injection)
 
 
 @experiment("hold", order=5, title="Held features: clean values, and an attack around them", work=Work(1, held=1))
 def run_hold(study: Study, progress: Progress) -> InterventionTable:
     """Accuracy with clean values held in some channels, under attacks that know."""
-    return hold_accuracy(study.comparison(progress), study.named_attacks)
+    return transplant_accuracy(study.comparison(progress), study.named_attacks, result=Holding, shares=())
 
 
 @experiment("deactivate", order=6, title="Deactivation: channels set to zero", work=Work(passes=6))
@@ -158,62 +167,18 @@ def transplant_accuracy(
     compared: Comparison,
     attacks: Mapping[str, Attack | str],
     *,
+    result: type[InterventionTable] = Transplantation,
     layers: Iterable[str] | None = None,
     shares: Sequence[float] = TRANSPLANTED,
     together: Iterable[Sequence[str]] | None = None,
-) -> Transplantation:
-    """Accuracy on attacked images with clean values in some channels: the route's, and controls of the same size.
+) -> InterventionTable:
+    """Accuracy where some channels have the values of another pass: the route's, and controls of the same size.
 
-    Every layer alone at a growing share (Fig. 3a), and single layers and several together at one share (Fig. 3b), that
-    of ``compared``, at which all attacks are tried; ``shares`` grow for the first. Changed alone are ``layers``, or all
+    The ``result`` says which pass: a :class:`Transplantation`, an :class:`Injection` or a :class:`Holding`. Every layer
+    alone at a growing share (Fig. 3a), and single layers and several together at one share (Fig. 3b), that of
+    ``compared``, at which all attacks are tried; ``shares`` grow for the first. Changed alone are ``layers``, or all
     of the route's; together the groups in ``together``, or the first two, three, ... half, and all of ``layers``.
     """
-    return _exchanged(Transplantation, compared, attacks, layers, shares, together)
-
-
-def inject_accuracy(
-    compared: Comparison,
-    attacks: Mapping[str, Attack | str],
-    *,
-    layers: Iterable[str] | None = None,
-    shares: Sequence[float] = TRANSPLANTED,
-    together: Iterable[Sequence[str]] | None = None,
-) -> Injection:
-    """Accuracy on clean images with attacked values in some channels: the other direction of a transplant.
-
-    If the attack is carried by the route, accuracy falls, and falls less with as many other channels. Layers, shares
-    and attacks are those of :func:`transplant_accuracy`.
-    """
-    return _exchanged(Injection, compared, attacks, layers, shares, together)
-
-
-def hold_accuracy(
-    compared: Comparison,
-    attacks: Mapping[str, Attack | str],
-    *,
-    layers: Iterable[str] | None = None,
-    together: Iterable[Sequence[str]] | None = None,
-) -> Holding:
-    """Accuracy with clean values held in some channels, each time under attacks on the network that is held so.
-
-    Gradients flow around the held channels alone. This is an oracle that needs the clean image, not a defence: an upper
-    bound of what restoring these channels could save, which a stronger attack may lower. Held channels also tell of the
-    clean class (all of a layer give the clean answer on a chain), so that only the difference to controls of the same
-    size speaks for a route. Layers are as for :func:`transplant_accuracy`, at the share of ``compared``. Attacks that
-    run only some of the images at a time are made image by image, which takes as many times longer.
-    """
-    return _exchanged(Holding, compared, attacks, layers, (), together)
-
-
-def _exchanged(
-    result: type[T],
-    compared: Comparison,
-    attacks: Mapping[str, Attack | str],
-    layers: Iterable[str] | None,
-    shares: Sequence[float],
-    together: Iterable[Sequence[str]] | None,
-) -> T:
-    """Accuracy where some channels have the values of another pass."""
     named = named_attacks(attacks)
     share, route = compared.share, compared.route
     single = tuple(route if layers is None else route.restrict(layers))
@@ -231,7 +196,7 @@ def _exchanged(
         return transplant(compared.model, recorded.outputs, channels, at=compared.at)
 
     rankings = compared.rankings({*single, *(layer for group in groups for layer in group)})
-    return measure(result, compared, rankings, settings, graft, attacks=named, record=rankings[0].layers)
+    return measure(result, compared, rankings, settings, graft, attacks=named, record=tuple(rankings[0].channels))
 
 
 def leading_groups(layers: Sequence[str], repeats: Container[str] = ()) -> list[tuple[str, ...]]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from attackroute.analysis.controls import ROUTE, sample_routes
+from attackroute.analysis.controls import ROUTE
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import draw_spread, new_figure, shared_legend, tidy, upright_layers
+from attackroute.analysis.figures import style
 from attackroute.analysis.study import SAMPLE_WIDTH, Study
 from attackroute.core.errors import UserError
 from attackroute.core.table import Table
 from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.layer_map import require_same
 from attackroute.routes.masks import kept
-from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from attackroute.tracing.trace import Progress, trace_routes
 
 OCCURRENCE = "occurrence"
 RANDOM_ROUTES = "random routes"
@@ -36,7 +33,6 @@ class Occurrence(ExperimentResult):
     """
 
     kind = "occurrence"
-    table: Table
     width: float  # share of a layer's channels on each sample's route, and of those that an occurrence is the mean over
     samples: int
 
@@ -64,13 +60,24 @@ class Occurrence(ExperimentResult):
             f"{occurrence[high]:.0%} ({high}) of {first} samples' routes{more}."
         )
 
-    def about(self) -> dict[str, Any]:
-        """What the numbers have in common."""
-        return {"width": self.width, "samples": self.samples}
-
-    def figures(self) -> dict[str, Figure]:
-        """``occurrence``: Table 1 as lines over layers."""
-        return {"occurrence": _figure(self)}
+    def figures(self) -> dict[str, style.Figure]:
+        """``occurrence``: Table 1 as lines over layers, of routes by several criteria."""
+        layers = self.layers
+        figure = style.new_figure(max(6.4, 0.42 * len(layers) + 1.5), 3.9)
+        axes = figure.subplots()
+        handles: dict[str, Any] = {}
+        for name in self.names:
+            values = [[100 * value for value in self.values(layer, name)] for layer in layers]
+            line = style.draw_spread(axes, range(len(layers)), values, name)
+            handles[style.label(f"{name}{' images' if not handles else ''}", len(values[0]))] = line
+        axes.set_ylim(0, 104)
+        axes.set_ylabel("occurrence in %", fontsize=9)
+        title = f"Mean frequency of the most frequent {self.width:.0%} of channels on {self.samples} images' routes"
+        axes.set_title(title, fontsize=9)
+        style.tidy(axes)
+        style.upright_layers(axes, layers)
+        style.shared_legend(figure, handles, 4)
+        return {"occurrence": figure}
 
 
 @experiment("occurrence", order=1, title="Occurrence, clean and attacked", work=Work(1, traces=1))
@@ -82,10 +89,9 @@ def run(study: Study, progress: Progress) -> Occurrence:
     first, *others = attacks
     routes = {first if follows else "clean": study.routes[ROUTE]}
     for name in others if follows else attacks:
-        routes[name] = sample_routes(
-            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.traced, baselines=(),
-            progress=progress,
-        )[ROUTE]  # fmt: skip
+        routes[name] = trace_routes(
+            study.model, study.reference, SAMPLE_WIDTH, attack=attacks[name], config=study.traced, progress=progress
+        )
     routes |= {by: each for by, each in study.routes.items() if by != ROUTE}
     return measure_occurrence(routes, seeds=study.seeds)
 
@@ -123,24 +129,3 @@ def _random_occurrence(routes: InstanceRoutes, seed: int) -> dict[str, float]:
         frequency = torch.bincount(chosen.flatten(), minlength=count).double()
         occurrence[layer] = float(frequency.topk(kept(routes.width, count)).values.mean()) / len(routes)
     return occurrence
-
-
-def _figure(result: Occurrence) -> Figure:
-    """Occurrence of routes by several criteria, layer by layer."""
-    layers = result.layers
-    figure = new_figure(max(6.4, 0.42 * len(layers) + 1.5), 3.9)
-    axes = figure.subplots()
-    handles: dict[str, Any] = {}
-    for name in result.names:
-        values = [[100 * value for value in result.values(layer, name)] for layer in layers]
-        draws = f" (mean, range of {len(values[0])})" if len(values[0]) > 1 else ""
-        line = draw_spread(axes, range(len(layers)), values, name)
-        handles[f"{name}{' images' if not handles else ''}{draws}"] = line
-    axes.set_ylim(0, 104)
-    axes.set_ylabel("occurrence in %", fontsize=9)
-    title = f"Mean frequency of the most frequent {result.width:.0%} of channels on {result.samples} images' routes"
-    axes.set_title(title, fontsize=9)
-    tidy(axes)
-    upright_layers(axes, layers)
-    shared_legend(figure, handles, 4)
-    return figure

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from attackroute.analysis.controls import ROUTE
-from attackroute.analysis.criteria import NEED_ATTACK, MixedChannelsError, channel_scores
+from attackroute.analysis.criteria import MixedChannelsError, channel_scores
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
+from attackroute.analysis.figures.style import Figure
 from attackroute.analysis.study import BASELINES, SAMPLE_WIDTH, Study
 from attackroute.core.checks import checked_logits
 from attackroute.core.errors import UserError
@@ -23,9 +23,6 @@ from attackroute.routes.route import Route
 from attackroute.tracing.config import UNITS
 from attackroute.tracing.trace import Progress, trace_routes
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 FACTORS = (0.1, 10.0)  # on the channels that are not chosen, and that may so gain or lose
 _SAMPLES = 64  # images at most: it is what stays that counts, not what is chosen
 
@@ -35,9 +32,9 @@ class Rescaling(ExperimentResult):
     """For each criterion and layer the ``channels`` that it chooses, and how many are ``kept`` at the least."""
 
     kind = "rescaling"
-    table: Table
     share: float
     samples: int
+    factors: Sequence[float] = FACTORS
 
     def reading(self) -> str:
         """What stays by each criterion, over all layers."""
@@ -46,12 +43,8 @@ class Rescaling(ExperimentResult):
             rows = self.table.select(criterion=criterion, units=units)
             kept[criterion, units] = sum(rows.column("kept")) / sum(rows.column("channels"))
         parts = ", ".join(f"{by} ({units}) {share:.0%}" for (by, units), share in kept.items())
-        factors = " or ".join(f"{factor:g}" for factor in FACTORS)
+        factors = " or ".join(f"{factor:g}" for factor in self.factors)
         return f"With all other channels' kernels times {factors}, undone behind them, of a choice stay: {parts}."
-
-    def about(self) -> dict[str, Any]:
-        """What the numbers have in common."""
-        return {"share": self.share, "samples": self.samples, "factors": list(FACTORS)}
 
     def figures(self) -> Mapping[str, Figure]:
         """None: it is one number for each criterion."""
@@ -68,8 +61,7 @@ def run(study: Study, progress: Progress) -> Rescaling:
             noise_of = attack if config.follows_noise else None
             routes = trace_routes(model, images, SAMPLE_WIDTH, attack=noise_of, config=replace(config, units=units))
             return routes.aggregate(study.share)
-        used = attack if by in NEED_ATTACK else None
-        scores = channel_scores(model, images, by, attack=used, linear=config.linear, units=units)
+        scores = channel_scores(model, images, by, attack=attack, linear=config.linear, units=units)
         return scores.route(study.share)
 
     rows = []

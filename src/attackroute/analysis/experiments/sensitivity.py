@@ -7,35 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attackroute.analysis.channel_statistics import (
-    ChannelMeans,
-    RunningMean,
-    changes,
-    gradients,
-    in_units,
-    labelled,
-    worked_on,
-)
+from attackroute.analysis.channel_statistics import ChannelMeans, RunningMean, changes, gradients, in_units, labelled
 from attackroute.analysis.controls import RANDOM, ROUTE, Comparison, layer_sets
 from attackroute.analysis.experiment import ExperimentResult, Work, experiment
-from attackroute.analysis.figures.style import draw_spread, label, new_figure, shared_legend, tidy, upright_layers
+from attackroute.analysis.figures import style
 from attackroute.analysis.study import Study
-from attackroute.core.batches import BatchStream
 from attackroute.core.errors import UserError
-from attackroute.core.model_state import frozen
 from attackroute.core.table import Record, Table
 from attackroute.robustness.attack import Attack, attacked
 from attackroute.robustness.registry import named_attacks
 from attackroute.tracing.deviations import Deviations
 from attackroute.tracing.trace import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SENSITIVITY, GRADIENT = "sensitivity", "gradient"
 _QUANTILES = {"minimum": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "maximum": 1.0}
@@ -54,12 +41,11 @@ class Sensitivity(ExperimentResult):
     """
 
     kind = "sensitivity"
-    table: Table
     share: float  # of each layer's channels in a set
     samples: int  # that were read; all of them count
 
     @property
-    def quantities(self) -> tuple[tuple[str, str | None], ...]:
+    def quantities(self) -> tuple[_Quantity, ...]:
         """Quantities, each with its attack."""
         return tuple(dict.fromkeys((row["quantity"], row["attack"]) for row in self.table))
 
@@ -103,9 +89,26 @@ class Sensitivity(ExperimentResult):
             "verdicts": self.verdicts.to_json(),
         }
 
-    def figures(self) -> dict[str, Figure]:
-        """``sensitivity``: Fig. 2."""
-        return {"sensitivity": _figure(self)}
+    def figures(self) -> dict[str, style.Figure]:
+        """``sensitivity`` (Fig. 2): for each quantity the means over each set's neurons, draws with their range."""
+        layers, panels = self.layers, self.quantities
+        figure = style.new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(panels) + 1.3)
+        handles: dict[str, Any] = {}
+        column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, quantity in zip(column, panels, strict=True):
+            for criterion in self.criteria:
+                rows = {place: self.rows(layer, *quantity, criterion) for place, layer in enumerate(layers)}
+                means = {place: [row["mean"] for row in of_layer] for place, of_layer in rows.items() if of_layer}
+                line = style.draw_spread(axes, list(means), list(means.values()), criterion)
+                handles[style.label(criterion, max(map(len, means.values())))] = line
+            axes.set_yscale("log")
+            axes.set_title(_title(*quantity), fontsize=8.5, loc="left")
+            style.tidy(axes)
+        style.upright_layers(axes, layers)
+        title = f"Means over the neurons on the route ({self.share:.0%} of each layer) and off it"
+        figure.suptitle(f"{title}\n{self.samples} images", fontsize=9)
+        style.shared_legend(figure, handles, 3)
+        return {"sensitivity": figure}
 
 
 @experiment("sensitivity", order=2, title="Sensitivity and gradients of the route's channels", work=Work(1))
@@ -135,19 +138,17 @@ def measure_sensitivity(
             measured[SENSITIVITY, name] = changes(model, images, moved, linear=True)
         return {key: RunningMean.of(each.on(rankings[0].channels)) for key, each in measured.items()}
 
-    with frozen(model), torch.inference_mode(False):
-        stream = BatchStream(model, compared.data, compared.batch_size)
-        for number, batch in worked_on(stream, batch_means, compared.progress):
-            samples += number
-            for key, mean in batch.items():
-                means[key].add(mean)
+    for number, batch in compared.measured(batch_means):
+        samples += number
+        for key, mean in batch.items():
+            means[key].add(mean)
     if not samples:
         raise UserError("the data hold no sample: the loader is empty")
     levels = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
     rows: list[Record] = []
     for (quantity, under), mean in means.items():
         by_layer = in_units(mean.by_layer(), deviations, 1 if quantity == GRADIENT else -1)
-        for layer in rankings[0].layers:
+        for layer in rankings[0].channels:
             for (criterion, draw), mask in layer_sets(rankings, layer, share).items():
                 numbers = by_layer[layer][mask]
                 if len(numbers):
@@ -160,24 +161,3 @@ def measure_sensitivity(
 
 def _title(quantity: str, attack: str | None) -> str:
     return f"{quantity} to {attack}" if attack else quantity
-
-
-def _figure(result: Sensitivity) -> Figure:
-    """One panel for each quantity: the mean over each set's neurons by layer, random draws with their range."""
-    layers, panels = result.layers, result.quantities
-    figure = new_figure(max(5.0, 0.52 * len(layers) + 1.2), 2.2 * len(panels) + 1.3)
-    handles: dict[str, Any] = {}
-    for axes, quantity in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True):
-        for criterion in result.criteria:
-            rows = {place: result.rows(layer, *quantity, criterion) for place, layer in enumerate(layers)}
-            means = {place: [row["mean"] for row in of_layer] for place, of_layer in rows.items() if of_layer}
-            line = draw_spread(axes, list(means), list(means.values()), criterion)
-            handles[label(criterion, max(map(len, means.values())))] = line
-        axes.set_yscale("log")
-        axes.set_title(_title(*quantity), fontsize=8.5, loc="left")
-        tidy(axes)
-    upright_layers(axes, layers)
-    title = f"Means over the neurons on the route ({result.share:.0%} of each layer) and off it"
-    figure.suptitle(f"{title}\n{result.samples} images", fontsize=9)
-    shared_legend(figure, handles, 3)
-    return figure

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attackroute.analysis.figures.style import draw_spread, label, look, new_figure, shared_legend, tidy, upright_layers
+from attackroute.analysis.figures import style
 from attackroute.analysis.intervention_table import InterventionTable, Setting
 from attackroute.routes.route import Route
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _PLACES = {
     "output": "at the layer's output, before batch norm",
@@ -21,7 +17,7 @@ _PLACES = {
 }
 
 
-def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure:
+def curves_figure(table: InterventionTable, attack: str | None = None) -> style.Figure:
     """One panel for each group of layers: accuracy over the share of channels, or over the factor on connections."""
     weakened = table.main_beta is not None
     groups: dict[tuple[str, ...], list[tuple[float, Setting]]] = {}
@@ -33,7 +29,7 @@ def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure
     swept = swept or {layers: cases for layers, cases in groups.items() if len(layers) == 1}
     rows = -(-len(swept) // 5)
     columns = -(-len(swept) // rows)
-    figure = new_figure(max(4.5, 1.45 * columns + 0.6), 2.6 * rows + 1.4 if rows == 1 else 1.4 * rows + 1.3)
+    figure = style.new_figure(max(4.5, 1.45 * columns + 0.6), 2.6 * rows + 1.4 if rows == 1 else 1.4 * rows + 1.3)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     untouched = table.untouched(attack).value
     handles: dict[str, Any] = {}
@@ -42,7 +38,7 @@ def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure
         handles = _curves(axes, table, cases, start) | handles
         axes.axhline(100 * untouched, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(table.group_name(layers), fontsize=8, pad=3)
-        tidy(axes)
+        style.tidy(axes)
     if weakened:
         panels[0].invert_xaxis()
     for axes in panels[len(swept) :]:
@@ -50,48 +46,48 @@ def curves_figure(table: InterventionTable, attack: str | None = None) -> Figure
     for axes in panels[max(0, len(swept) - columns) : len(swept)]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(r"factor $\beta$" if weakened else "share in %", fontsize=8)
-    figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
     title = f"A share of the channels {table.done}{f', {attack}' if attack else ''}"
     title = f"{table.main_share:.0%} of the channels" if weakened else title
-    dotted = f"untouched network{', attacked images' if attack else ''}"
-    figure.suptitle(f"{title}\n{_PLACES[table.at]}\ndotted: {dotted}", fontsize=9.5)
-    shared_legend(figure, handles, min(3, len(handles)))
-    return figure
+    return _framed(figure, table, title, handles, attacked=attack is not None)
 
 
-def layers_figure(table: InterventionTable) -> Figure:
+def layers_figure(table: InterventionTable) -> style.Figure:
     """One panel for each attack: single layers, then several together, at the main share."""
     groups = list(dict.fromkeys(setting.layers for setting in table.settings if setting.share == table.main_share))
-    figure = new_figure(max(4.5, 0.09 * len(groups) * len(table.criteria) + 1.2), 1.55 * len(table.attacks) + 1.9)
+    figure = style.new_figure(max(4.5, 0.09 * len(groups) * len(table.criteria) + 1.2), 1.55 * len(table.attacks) + 1.9)
     panels = figure.subplots(len(table.attacks), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     handles: dict[str, Any] = {}
     for axes, attack in zip(panels, table.attacks, strict=True):
         handles = _points(axes, table, [Setting(layers, table.main_share, attack) for layers in groups]) | handles
         axes.axhline(100 * table.untouched(attack).value, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(str(attack), fontsize=8.5, loc="left", pad=3)
-        tidy(axes)
+        style.tidy(axes)
         axes.set_ylim(-4, 104)
-    upright_layers(panels[-1], [table.group_name(layers) for layers in groups])
-    figure.supylabel(_accuracy_title(table), fontsize=8.5, multialignment="center")
-    title = f"{table.main_share:.0%} of the channels {table.done},\n{_PLACES[table.at]}"
-    figure.suptitle(f"{title}\ndotted: untouched network, attacked images", fontsize=9.5)
-    shared_legend(figure, handles, 3)
+    style.upright_layers(panels[-1], [table.group_name(layers) for layers in groups])
+    title = f"{table.main_share:.0%} of the channels {table.done},"
+    return _framed(figure, table, title, handles, attacked=True)
+
+
+def _framed(
+    figure: style.Figure, table: InterventionTable, title: str, handles: Mapping[str, Any], *, attacked: bool
+) -> style.Figure:
+    """The figure with what stands around its panels."""
+    dotted = f"dotted: untouched network{', attacked images' if attacked else ''}"
+    figure.suptitle(f"{title}\n{_PLACES[table.at]}\n{dotted}", fontsize=9.5)
+    accuracy = f"accuracy in %\n({table.counted} images right when clean)"
+    figure.supylabel(accuracy, fontsize=8.5, multialignment="center")
+    style.shared_legend(figure, handles, 3)
     return figure
 
 
-def route_figure(route: Route, deactivated: InterventionTable, title: str) -> Figure:
-    """How often samples use each channel of a route with frequencies, and what deactivating those of a layer leaves."""
-    figure = new_figure(11, 0.55 * len(route) + 2.5)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    route.plot(left)
-    handles = _draw_remains(right, deactivated)
-    figure.suptitle(title, fontsize=12)
-    shared_legend(figure, handles, len(handles))
-    return figure
+def route_figure(route: Route, table: InterventionTable, title: str) -> style.Figure:
+    """How often samples use each channel of a route with frequencies, and what deactivating those of a layer leaves.
 
-
-def _draw_remains(axes: Axes, table: InterventionTable) -> dict[str, Any]:
-    """One row per layer: accuracy that is left, for each criterion; random draws with their range."""
+    One row per layer: the accuracy that is left, for each criterion; random draws with their range.
+    """
+    figure = style.new_figure(11, 0.55 * len(route) + 2.5)
+    used, axes = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    route.plot(used)
     cases = [Setting((layer,), table.main_share) for layer in table.layers]
     handles = _points(axes, table, cases, horizontal=True)
     untouched = table.untouched()
@@ -100,20 +96,22 @@ def _draw_remains(axes: Axes, table: InterventionTable) -> dict[str, Any]:
     axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.set_yticks(range(len(cases)), [])
     axes.set_xlabel(f"accuracy in %, on {untouched.total} images that\nthe untouched network gets right")
-    title = f"What is left with {table.main_share:.0%} of a layer's channels set to zero\n{_PLACES[table.at]}"
-    axes.set_title(title, fontsize=10)
-    tidy(axes)
+    left = f"What is left with {table.main_share:.0%} of a layer's channels set to zero\n{_PLACES[table.at]}"
+    axes.set_title(left, fontsize=10)
+    style.tidy(axes)
     axes.spines["left"].set_visible(False)
-    return handles
+    figure.suptitle(title, fontsize=12)
+    style.shared_legend(figure, handles, len(handles))
+    return figure
 
 
 def _points(
-    axes: Axes, table: InterventionTable, cases: Sequence[Setting], *, horizontal: bool = False
+    axes: style.Axes, table: InterventionTable, cases: Sequence[Setting], *, horizontal: bool = False
 ) -> dict[str, Any]:
     """Side by side at each setting's place: each criterion's mean, above the range of its draws; the legend's marks."""
     marks: dict[str, Any] = {}
     for index, criterion in reversed(list(enumerate(table.criteria))):  # the route last, on top
-        style = look(criterion, line=False)
+        look = style.look(criterion) | {"linestyle": "none"}
         for place, setting in enumerate(cases):
             values = [100 * value for value in table.values(setting, criterion)]
             if not values:
@@ -121,13 +119,13 @@ def _points(
             at = place + (index / max(1, len(table.criteria) - 1) - 0.5) * 0.6
             reach, mean = ([at, at], [min(values), max(values)]), ([at], [sum(values) / len(values)])
             if len(values) > 1:
-                axes.plot(*(reach[::-1] if horizontal else reach), color=style["color"], linewidth=1.5)
-            (marks[criterion],) = axes.plot(*(mean[::-1] if horizontal else mean), **style)
-    return {label(name, _draws(table, name)): marks[name] for name in table.criteria if name in marks}
+                axes.plot(*(reach[::-1] if horizontal else reach), color=look["color"], linewidth=1.5)
+            (marks[criterion],) = axes.plot(*(mean[::-1] if horizontal else mean), **look)
+    return {style.label(name, _draws(table, name)): marks[name] for name in table.criteria if name in marks}
 
 
 def _curves(
-    axes: Axes, table: InterventionTable, cases: Sequence[tuple[float, Setting]], start: float | None = None
+    axes: style.Axes, table: InterventionTable, cases: Sequence[tuple[float, Setting]], start: float | None = None
 ) -> dict[str, Any]:
     """A line for each criterion, from the accuracy without any channel if it is given; gives the legend's lines."""
     handles: dict[str, Any] = {}
@@ -139,15 +137,11 @@ def _curves(
         if not points:
             continue
         places, values_at = zip(*points, strict=True)
-        line = draw_spread(axes, places, values_at, criterion)
-        handles[label(criterion, _draws(table, criterion))] = line
+        line = style.draw_spread(axes, places, values_at, criterion)
+        handles[style.label(criterion, _draws(table, criterion))] = line
     axes.set_ylim(-4, 104)
     return handles
 
 
 def _draws(table: InterventionTable, criterion: str) -> int:
     return len(table.table.select(criterion=criterion).distinct("draw"))
-
-
-def _accuracy_title(table: InterventionTable) -> str:
-    return f"accuracy in %\n({table.counted} images right when clean)"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attackroute.core.errors import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib import axes, figure
+
+Axes: TypeAlias = "axes.Axes"
+Figure: TypeAlias = "figure.Figure"
+"""Matplotlib's types, which is loaded when a figure is drawn."""
 
 ROUTE_COLOUR = "#D55E00"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers tell apart what is left
@@ -29,13 +32,12 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
 _OTHERS = (("#6A3D9A", ">"), ("#A65628", "p"), ("#1B9E77", "*"), ("#444444", "h"))
 
 
-def look(criterion: str, *, line: bool = True) -> dict[str, Any]:
-    """How a criterion is drawn in every figure, as arguments of a line with markers, or of markers alone."""
+def look(criterion: str) -> dict[str, Any]:
+    """How a criterion is drawn in every figure, as arguments of a line with markers."""
     others = _OTHERS[sum(criterion.encode()) % len(_OTHERS)]  # by their name
     colour, marker = _LOOKS.get(criterion, others)
     size, width, order = (4.5, 1.8, 5) if colour == ROUTE_COLOUR else (3.5, 1.0, 3)
-    style = {"color": colour, "marker": marker, "markersize": size, "linewidth": width, "zorder": order}
-    return style if line else {**style, "linestyle": "none"}
+    return {"color": colour, "marker": marker, "markersize": size, "linewidth": width, "zorder": order}
 
 
 def label(criterion: str, draws: int = 1) -> str:
@@ -55,10 +57,10 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def tidy(axes: Axes, grid: str = "y") -> None:
+def tidy(axes: Axes) -> None:
     """Thin the frame, and draw light lines across."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#E3E3E3", linewidth=0.7)  # type: ignore[arg-type]
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", labelsize=7.5)
 
@@ -73,11 +75,11 @@ def draw_spread(axes: Axes, places: Sequence[float], values: Sequence[Sequence[f
     return line
 
 
-def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int | None = None) -> None:
+def shared_legend(figure: Figure, handles: Mapping[str, Any], columns: int = 4) -> None:
     """One legend below everything."""
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", frameon=False, fontsize=8,
-        ncols=columns or min(4, len(handles)), handlelength=2.2, columnspacing=1.4,
+        ncols=columns, handlelength=2.2, columnspacing=1.4,
     )  # fmt: skip
 
 
