@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from attackroute.core.errors import UserError
 from attackroute.core.statistics import count_correct
 from attackroute.zoo.data import load_data
 from attackroute.zoo.weights import ModelCard, load_preset, preset_folder, preset_names
+from command_line import run as run_command
 
 NAMES = preset_names()
 _DATA = "ATTACKROUTE_CIFAR10"
@@ -61,3 +64,15 @@ def test_a_preset_is_as_accurate_as_it_says(name: str) -> None:
     told = training(name)["accuracy"]
     found = count_correct(load_preset(name), tests.dataset)
     assert found.total == told["total"] and abs(found.correct - told["correct"]) <= 5
+
+
+def test_a_page_of_a_presets_run_opens_the_preset(tmp_path: Path) -> None:
+    for number, name in enumerate(ModelCard.load(preset_folder("alexnet-cifar10")).classes):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name / "0.png")
+    run, folder = tmp_path / "run", f"folder:{tmp_path / 'images'}"
+    result = run_command("trace", "--model", "preset:alexnet-cifar10", "--data", folder, "--units", "std", "--out", run)
+    assert result.exit_code == 0, result.output
+    result = run_command("report", run)
+    assert result.exit_code == 0 and "was not measured" not in result.output, result.output

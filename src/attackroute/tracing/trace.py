@@ -26,7 +26,7 @@ from attackroute.routes.instance_routes import InstanceRoutes
 from attackroute.routes.masks import check_ranked, check_width
 from attackroute.routes.provenance import Provenance
 from attackroute.tracing.closed_form import critical_sums, passage_sums, per_deviation
-from attackroute.tracing.config import NOISE, STD, TraceConfig
+from attackroute.tracing.config import NOISE, RAW, STD, TraceConfig
 from attackroute.tracing.cuda_graph import GraphedPasses
 from attackroute.tracing.deviations import Progress as Progress  # noqa: PLC0414, found here by what traces
 from attackroute.tracing.noise import NoiseTracker
@@ -338,7 +338,7 @@ class Tracer:
             "loss": None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "carrier": self.config.carrier,
             "linear": self.config.linear,
-            "units": deviations.digest if (deviations := self.config.deviations) else self.config.units,
+            "units": f"{STD} {deviations.digest}" if (deviations := self.config.deviations) else RAW,
             "sketches": self.config.sketches,
             "sketch-seed": self.config.seed,
             "keep-scores": self.keep_scores,

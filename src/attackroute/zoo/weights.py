@@ -226,7 +226,7 @@ def kept_weights(folder: Path) -> Path:
 def is_factory(model: str) -> bool:
     """Whether the name is ``package.module:factory``."""
     source, colon, _ = model.partition(":")
-    return bool(colon) and source not in ("torchvision", "timm")
+    return bool(colon) and f"{source}:" not in ("torchvision:", "timm:", _PRESET)
 
 
 def _listed(names: tuple[str, ...]) -> str:
