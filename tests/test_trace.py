@@ -90,11 +90,8 @@ BUILT_IN = {
     "vgg_small": ("vgg_small", 1 / 16, 32),
     "alexnet": ("alexnet", 1 / 64, 32),
     "resnet18": ("resnet18", 1 / 64, 32),
-    "alexnet, large form": ("alexnet", 1 / 32, 65),
 }
 LARGE = {
-    "resnet18, large form": ("resnet18", 1 / 64, 65),
-    "vgg16, large form": ("vgg16", 1 / 64, 65),
     "resnet18, wider": ("resnet18", 1 / 16, 32),
     "torchvision's squeezenet1_1": ("torchvision:squeezenet1_1", 1, 32),
 }
