@@ -221,7 +221,7 @@ def _built_in(spec: ModelSpec) -> nn.Module:
         close = did_you_mean(spec.name, BUILT_IN) or did_you_mean(spec.name, torchvision_names(), "torchvision:")
         raise UserError(
             f"no model {spec.name!r}{close} "
-            f"(built in: {', '.join(BUILT_IN)}; also torchvision:NAME, timm:NAME and package.module:factory)"
+            f"(built in: {', '.join(BUILT_IN)}; also preset:NAME, torchvision:NAME, timm:NAME, package.module:factory)"
         )
     if spec.image_size < _MIN_IMAGE_SIZE:
         raise UserError(
