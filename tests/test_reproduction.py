@@ -145,7 +145,7 @@ def transplants(route: float, random: float, three: float, clear: bool = True) -
 
     def row(criterion: str, layers: str, value: float, draw: int | None = None) -> dict[str, Any]:
         return {"criterion": criterion, "layers": layers, "attack": "pgd", "share": 0.3, "draw": draw,
-                "accuracy": value}  # fmt: skip
+                "accuracy": value, "share_of_network": 0.02 * len(layers.split("+"))}  # fmt: skip
 
     verdicts = [
         {"control": control, "layers": layers, "attack": "pgd", "verdict": "beats" if clear else "undecided against"}
@@ -173,6 +173,7 @@ def transplants(route: float, random: float, three: float, clear: bool = True) -
 def test_transplants_must_repair_and_random_ones_must_not(content: Any, first: str, together: str) -> None:
     claims = made(tables.transplant_claims, content)
     assert [claim.verdict for claim in claims] == [first, together]
+    assert "with 6.0 %" in claims[1].found
     assert "weight" in claims[1].equals
     table = text(tables.transplant_layers_table, content)
     assert "| pgd | 0.0 | conv1 |" in table and "| all 3 layers |" in table

@@ -45,6 +45,8 @@ SHARED_BY_A_TENTH = 0.946
 """Section 5.1.3: how much the route of a tenth of the samples shares with that of all."""
 TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM = 0.5368, 0.0463
 """Section 4.2.2: accuracy with 30 % of the first layer's route neurons transplanted, and with random ones, at most."""
+SHARE_OF_THREE = 0.018
+"""There too: how much of the network's neurons 30 % of the first three layers are."""
 
 
 def reported(data: str, variant: str) -> dict[str, float]:

@@ -28,7 +28,14 @@ from attackroute.paper.claims import (
     table,
     verdict,
 )
-from attackroute.paper.published import GRADIENTS, LEAST_RATIO, OCCURRENCES, TRANSPLANTED_FIRST, TRANSPLANTED_RANDOM
+from attackroute.paper.published import (
+    GRADIENTS,
+    LEAST_RATIO,
+    OCCURRENCES,
+    SHARE_OF_THREE,
+    TRANSPLANTED_FIRST,
+    TRANSPLANTED_RANDOM,
+)
 
 # --- Table 1: occurrence of the most frequent neurons
 
@@ -71,8 +78,8 @@ def _occurrences(findings: Findings) -> dict[str, list[float]]:
 # --- Fig. 2: are the route's neurons more sensitive, and do they have larger gradients, than the others?
 
 _RESPONSE_CLAIMS = {
-    "sensitivity": "route neurons are more sensitive than the others",
-    "gradient": "route neurons have larger gradients than the others",
+    "sensitivity": ("route neurons are more sensitive than the others", "significantly, above all at the bottom"),
+    "gradient": ("route neurons have larger gradients than the others", "yes"),
 }
 
 
@@ -116,9 +123,10 @@ def response_claims(network: NetworkResults, findings: Findings) -> Iterator[Cla
         if attack not in (None, findings.distinct("attack", quantity=quantity)[0]):
             continue  # the claim is about the first attack
         good = higher[OFF_ROUTE]
+        text, paper = _RESPONSE_CLAIMS[quantity]
         yield Claim(
-            text=_RESPONSE_CLAIMS[quantity],
-            paper="all layers",
+            text=text,
+            paper=paper,
             found=f"in {good} of {len(factors)} layers, {factors[0]:.2f} times in the first, "
             f"{statistics.median(factors):.2f} in the median",
             verdict=by_count(good, len(factors)),
@@ -160,6 +168,7 @@ class _Repair:
 
         self.before = accuracy(criterion=UNTOUCHED)
         self.ours, self.random = (accuracy(criterion=criterion, layers=group) for criterion in (ROUTE, RANDOM))
+        self.size = findings.mean("share_of_network", criterion=ROUTE, layers=group, attack=attack)
         self.equals = findings.unbeaten(layers=group, attack=attack)
         self.clear = RANDOM not in self.equals
 
@@ -183,8 +192,8 @@ def transplant_claims(network: NetworkResults, findings: Findings) -> Iterator[C
         three = _Repair(findings, attack, group)
         yield Claim(
             text="30 % of the first three layers' route neurons repair nearly all",
-            paper="basically all",
-            found=f"{percent(three.ours)} %; random {percent(three.random)} %",
+            paper=f"basically all, with {percent(SHARE_OF_THREE)} % of the network's neurons",
+            found=f"{percent(three.ours)} %, with {percent(three.size)} %; random {percent(three.random)} %",
             verdict=verdict(three.ours >= 0.9 and three.clear, three.clear),
             equals=three.equals,
         )
