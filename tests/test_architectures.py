@@ -41,6 +41,7 @@ def tiny(name: str, linear: bool) -> Architecture:
     return replace(found, build=found.reduced, image_size=found.reduced_size, linear=linear)
 
 
+@pytest.mark.slow
 def test_an_architecture_is_measured() -> None:
     vit = measure_architecture(tiny("ViT-B/16, linear", True), Plan(repeats=1))
     assert (vit.layers, len(vit.closed), all(vit.closed)) == (10, 19, True)

@@ -282,6 +282,7 @@ def test_a_peak_holds_what_was_given_back_at_once_and_nothing_from_before(
     assert 0.9 * size < peak - before < 4 * size
 
 
+@pytest.mark.slow
 def test_jobs_run_in_processes_of_their_own() -> None:
     before, peak = memory.measured("benchmarks.memory", asdict(TINY_JOB), "memory")
     assert 10_000_000 < before <= peak

@@ -178,6 +178,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return studied(folder), folder
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_networks_in_the_folder(whole: Whole) -> None:
     study, folder = whole
     images, labels = toy_data(12, seed=1).tensors
