@@ -377,6 +377,7 @@ def test_tables_json_and_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_real_run_counts_its_steps() -> None:
     before = torch.get_num_threads()
     steps: list[tuple[int, int, str]] = []

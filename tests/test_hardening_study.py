@@ -285,6 +285,7 @@ def test_held_out_samples_are_drawn_once_and_learnt_never() -> None:
             held_out(toy_data(30), share, 3)
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_shows(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

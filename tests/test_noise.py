@@ -66,8 +66,8 @@ def check_random(network: tuple[nn.Module, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("drawn", "how"),
     [
-        (networks(), settings(steady, max_examples=30)),
-        (segments(), settings(steady, max_examples=100)),
+        (networks(), settings(steady, max_examples=20)),
+        (segments(), settings(steady, max_examples=60)),
         pytest.param(networks(), thorough, marks=pytest.mark.slow),
         pytest.param(segments(), thorough, marks=pytest.mark.slow),
     ],

@@ -59,7 +59,7 @@ PARTLY = transformers(supported=False)
         pytest.param(networks(), settings(steady, max_examples=40), check, id="networks"),
         pytest.param(segments(), settings(steady, max_examples=110), check, id="segments"),
         pytest.param(transformers(), settings(steady, max_examples=30), check_closed_form, id="transformers"),
-        pytest.param(PARTLY, settings(steady, max_examples=20), check_with_and_without_linear_maps, id="partly closed"),
+        pytest.param(PARTLY, settings(steady, max_examples=12), check_with_and_without_linear_maps, id="partly closed"),
         pytest.param(networks(), thorough, check, id="many networks", marks=pytest.mark.slow),
         pytest.param(segments(), thorough, check, id="many segments", marks=pytest.mark.slow),
         pytest.param(
