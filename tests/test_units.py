@@ -140,6 +140,18 @@ def test_transformers_beside_the_oracle(build: Callable[[], nn.Module]) -> None:
     check(model, images, labels, linear=True)
 
 
+def test_sketches_are_near_and_replays_are_the_oracle() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    model, images, labels = ready(lambda: nn.Sequential(*layers, Head(8)))
+    exact, sketched = (
+        trace_routes(model, (images, labels), config=TraceConfig(units="std", sketches=count), keep_scores=True)
+        for count in (None, 1000)
+    )
+    assert set(exact.methods.values()) == {"autograd"} and set(sketched.methods.values()) == {"sketch"}
+    assert worst(sketched, exact) <= 0.1
+    check(*made(vit, samples=2), linear=True, noise=True)
+
+
 def test_influence_by_hand() -> None:
     model, images, _ = ready(chain)
     first, second, *_ = spread(model, images).items()
