@@ -116,7 +116,7 @@ def in_units(values: Mapping[str, Tensor], deviations: Deviations | None, power:
     """
     if deviations is None or not power:
         return dict(values)
-    return {layer: each * deviations.factors(layer, each)[0 if power > 0 else 1] for layer, each in values.items()}
+    return {layer: each * deviations.power(power, layer, each) for layer, each in values.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ _BLOCK = 1 << 18  # weights per block: their absolute values stay in the process
 def per_deviation(layer: RecordedLayer, deviations: Deviations) -> RecordedLayer:
     """The layer with its neurons in units of their deviations: all that follows is linear in a kernel's rows."""
     weight = layer.weight.detach()
-    inverse = deviations.factors(layer.name, weight)[1]
+    inverse = deviations.power(-1, layer.name, weight)
     return replace(layer, weight=weight * inverse.view(-1, *(1,) * (weight.ndim - 1)))
 
 

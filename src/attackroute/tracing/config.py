@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from attackroute.core.errors import UserError, did_you_mean
+from attackroute.core.errors import UserError, require_known
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,9 +57,8 @@ class TraceConfig:
             )
         if self.carrier not in CARRIERS:
             raise UserError(f"carrier {self.carrier!r} is unknown; choose from {', '.join(CARRIERS)}")
-        if self.units not in UNITS and not hasattr(self.units, "factors"):
-            close = did_you_mean(str(self.units), UNITS)
-            raise UserError(f"units {self.units!r} are unknown{close}; choose from {', '.join(UNITS)}")
+        if not hasattr(self.units, "power"):
+            require_known("units", str(self.units), UNITS)
         if self.carrier == NOISE and self.sketches is not None:
             raise UserError(
                 "sketches estimate derivatives, and carrier 'noise' takes none between layers: leave one of the two out"

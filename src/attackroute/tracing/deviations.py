@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Deviations:
     """
 
     values: Mapping[str, Tensor]
+    _placed: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, data: Data, *, batch_size: int = 128, progress: Progress | None = None) -> Deviations:
@@ -63,17 +65,23 @@ class Deviations:
         deviations = {name: (variance.sqrt(), rounding * mean.abs()) for name, (_, mean, variance) in total.items()}
         return cls({name: sigma.masked_fill(sigma <= least, 0.0) for name, (sigma, least) in deviations.items()})
 
-    def factors(self, layer: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's deviations and their inverses, zero for zero, ``(C,)`` on the device and in the dtype of a tensor.
+    def power(self, exponent: int, layer: str, like: Tensor) -> Tensor:
+        """A power of a layer's deviations, zero for zero, ``(C,)`` on the device and in the dtype of a tensor.
+
+        It is placed there once, since every batch asks for it again.
 
         Raises:
-            UserError: The layer did not run when they were measured, or had another number of channels.
+            UserError: The layer did not run when they were measured.
         """
-        values = self.values.get(layer)
-        if values is None:
-            raise UserError(f"the deviations of units='std' are not of this model: they lack layer {layer!r}")
-        inverses = torch.where(values > 0, 1 / values, 0.0)
-        return values.to(like.device, like.dtype), inverses.to(like.device, like.dtype)
+        key = exponent, layer, like.device, like.dtype
+        if key not in self._placed:
+            values = self.values.get(layer)
+            if values is None:
+                raise UserError(f"the deviations of units='std' are not of this model: they lack layer {layer!r}")
+            with torch.inference_mode(False):  # what is made in inference mode could not serve a backward pass
+                powers = torch.where(values > 0, values**exponent, 0.0)
+                self._placed[key] = powers.to(like.device, like.dtype)
+        return self._placed[key]
 
     @property
     def digest(self) -> str:

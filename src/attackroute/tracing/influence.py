@@ -53,7 +53,7 @@ def influence(
 
 def per_deviation_of_both(matrix: Tensor, source: str, target: str, deviations: Deviations) -> Tensor:
     """``C[j, i] * sigma_i / sigma_j`` for influence ``(..., C_target, C_source)``."""
-    return matrix * deviations.factors(source, matrix)[0] * deviations.factors(target, matrix)[1].unsqueeze(-1)
+    return matrix * deviations.power(1, source, matrix) * deviations.power(-1, target, matrix).unsqueeze(-1)
 
 
 def _influence(model: nn.Module, x: Tensor, source: str, target: str, linear: bool) -> Tensor:

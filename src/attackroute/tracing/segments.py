@@ -61,7 +61,7 @@ class Segments:
                 weight = call.weight
                 self._outputs[call.name] = output
                 if deviations is not None:
-                    factor = deviations.factors(call.name, output)[1]
+                    factor = deviations.power(-1, call.name, output)
                     self._outputs[call.name] = output * factor.view(-1, *(1,) * (-1 - CHANNEL_DIM[call.kind]))
                     weight = weight * factor.to(weight.dtype).view(-1, *(1,) * (weight.ndim - 1))
                 if call.kind == "linear" and call.input.requires_grad and not call.weight.requires_grad:

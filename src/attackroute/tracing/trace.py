@@ -289,7 +289,7 @@ class Tracer:
             if index in self.structure.idle:
                 continue
             # noise comes in the neuron's own units, whatever these are
-            own = None if deviations is None or clean is not None else deviations.factors(layer.name, scores[index])[0]
+            own = None if deviations is None or clean is not None else deviations.power(1, layer.name, scores[index])
             ranked[layer.name] = open_edges.rank(layer.name, scores[index], own)
             critical = ranked[layer.name].mask
             critical_sums(layer, critical, scores)  # Eq. (5)
